@@ -1,0 +1,118 @@
+"""The one error tree of worker-orcd.
+
+Every error a user can meet is a `WorkerError` with a stable wire code (`.code`), an HTTP status (`.status`) and a
+message of one readable line. `details()` is what goes into JSON answers and log lines. This module knows no other.
+"""
+
+from __future__ import annotations
+
+
+class WorkerError(Exception):
+    """Base of all errors of worker-orcd.
+
+    Attributes:
+        code: stable wire code, for example ``"MODEL_LOAD_FAILED"``.
+        status: the HTTP status the code maps to.
+        retriable: whether the same request may succeed later.
+        message: one readable line.
+        fields: extra facts by name (path, offset, field, device, bytes_required, bytes_available, ...).
+    """
+
+    code = "INTERNAL"
+    status = 500
+    retriable = False
+
+    def __init__(self, message: str, **fields: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = {k: v for k, v in fields.items() if v is not None}
+
+    def details(self) -> dict[str, object]:
+        """The error as a flat JSON-able dict: code, message, retriable and the extra fields."""
+        return {"code": self.code, "message": self.message, "retriable": self.retriable, **self.fields}
+
+
+class InvalidRequest(WorkerError):
+    """A request field breaks its rule; `fields["field"]` names it."""
+
+    code, status = "INVALID_REQUEST", 400
+
+
+class ModelLoadError(WorkerError):
+    """A model or tokenizer file was refused. Message form: ``path: reason (at byte offset)``.
+
+    Args:
+        reason: why, naming the key or tensor.
+        path: the file.
+        offset: byte offset in the file where the fault was found, if there is one.
+    """
+
+    code = "MODEL_LOAD_FAILED"
+
+    def __init__(self, reason: str, path: str | None = None, offset: int | None = None, **fields: object) -> None:
+        where = f"{path}: " if path else ""
+        at = f" (at byte {offset})" if offset is not None else ""
+        super().__init__(f"{where}{reason}{at}", path=path, offset=offset, reason=reason, **fields)
+
+
+class InsufficientVram(WorkerError):
+    """The plan needs more device memory than is free; carries `bytes_required` and `bytes_available`."""
+
+    code, status = "INSUFFICIENT_VRAM", 503
+
+    def __init__(self, message: str, bytes_required: int, bytes_available: int, **fields: object) -> None:
+        super().__init__(message, bytes_required=bytes_required, bytes_available=bytes_available, **fields)
+
+
+class VramOom(WorkerError):
+    """One job can never fit the KV arena."""
+
+    code = "VRAM_OOM"
+
+
+class CudaError(WorkerError):
+    """A driver call failed; `fields["call"]` names it, `fields["status_name"]` is the driver's name of the status.
+
+    `sticky` is true when the context is poisoned and the process must end (exit code 70).
+    """
+
+    code = "CUDA_ERROR"
+
+    def __init__(self, message: str, call: str | None = None, status_name: str | None = None,
+                 sticky: bool = False, **fields: object) -> None:
+        super().__init__(message, call=call, status_name=status_name, **fields)
+        self.sticky = sticky
+
+
+class InferenceTimeout(WorkerError):
+    """A job passed its deadline or the server's inference timeout."""
+
+    code, status, retriable = "INFERENCE_TIMEOUT", 504, True
+
+
+class Cancelled(WorkerError):
+    """The job was cancelled by its client, by /cancel or by closing its iterator."""
+
+    code, status = "CANCELLED", 499
+
+
+class InternalError(WorkerError):
+    """A fault of worker-orcd itself."""
+
+
+class QueueFull(WorkerError):
+    """The queue holds `max_queue` jobs already; try again after `retry_after` seconds."""
+
+    code, status, retriable = "QUEUE_FULL", 429, True
+
+
+class NotReady(WorkerError):
+    """The worker is loading, unhealthy or shutting down."""
+
+    code, status, retriable = "NOT_READY", 503, True
+
+
+class DuplicateJob(WorkerError):
+    """A job of this id is queued or running."""
+
+    code, status = "DUPLICATE_JOB", 409
