@@ -1,0 +1,121 @@
+"""What every engine offers to the scheduler: the ragged step and the decode loop over a paged KV cache.
+
+`_cpu.CpuEngine` and `_engine.CudaEngine` implement this protocol. This module knows neither of them, no kernel, no
+tokenizer and no HTTP.
+
+A *slot* is the place of one running sequence in the engine (0 .. max_seqs-1): its sampling state and its rows of the
+block tables. Blocks of `block_size` positions come from one pool per KV group of the plan; who owns which block is the
+scheduler's business, the engine only reads the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+#: positions of one KV block
+BLOCK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes fixed at start-up.
+
+    Attributes:
+        max_seqs: slots.
+        max_rows: rows of one step (prompt tokens and running sequences together), at least max_seqs.
+        context_length: positions a sequence may reach.
+        n_blocks: blocks of the pool of each KV group of the plan.
+    """
+
+    max_seqs: int
+    max_rows: int
+    context_length: int
+    n_blocks: tuple[int, ...]
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Columns of a block table."""
+        return -(-self.context_length // BLOCK_SIZE)
+
+
+@dataclass(frozen=True)
+class SlotSampling:
+    """How the tokens of one slot are drawn; the numbers of `SamplingParams`, checked already.
+
+    temperature 0 is greedy (argmax, the lowest id on a tie). `seed` keys the counter-based generator together with
+    the position of the drawn token, so a draw depends on nothing else. Repetition penalty counts the tokens sampled
+    in this slot since `set_slot`.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+
+
+@dataclass
+class Batch:
+    """The rows of one step, grouped by sequence, positions ascending within one.
+
+    Attributes:
+        tokens: int32 [n_rows].
+        positions: int32 [n_rows].
+        slots: int32 [n_rows].
+        n_decode: the first `n_decode` rows are the next token of running sequences, the rest are prompt rows.
+        out_rows: int32 [n_out], ascending: rows whose next token (or logits) is wanted.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    n_decode: int
+    out_rows: np.ndarray
+
+
+class Engine(Protocol):
+    """A loaded model on one device. Not thread-safe: one thread calls it; `control.interrupt()` may come from any."""
+
+    n_vocab: int
+    config: EngineConfig
+    #: int32 [n_kv_groups, max_seqs, max_blocks_per_seq], written by the scheduler before a step; -1: no block
+    block_tables: np.ndarray
+
+    def set_slot(self, slot: int, sampling: SlotSampling) -> None:
+        """Give a slot to a new sequence: sets its sampling and forgets the tokens of the one before."""
+
+    def step(self, batch: Batch, want_logits: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """Run one ragged step.
+
+        Returns:
+            (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). Releases the GIL while it works.
+        """
+
+    def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
+        """Run one step without sampling. Returns float32 logits [n_out, n_vocab], or with `stop_after` the whole
+        output buffer of that record, [rows, width]."""
+
+    def decode(self, slots: np.ndarray, seq_ids: np.ndarray, tokens: np.ndarray, positions: np.ndarray, n_steps: int,
+               stop_ids: np.ndarray, stop_mask: np.ndarray, ring: Any, control: Any) -> np.ndarray:
+        """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
+
+        The GIL is released throughout. After each step the pairs (seq_ids[j], token) go to `ring`. Returns early,
+        at a step boundary, when a slot j with stop_mask[j] != 0 sampled one of `stop_ids` or `control` was
+        interrupted (the flag is cleared by the caller).
+
+        Args:
+            slots, seq_ids, tokens, positions: int32/int64/int32/int32 [n]; tokens[j] is the input of the first step
+                at positions[j].
+            stop_ids: int32 [n_stop], token ids that end generation (of the model, not of a request).
+            stop_mask: uint8 [n].
+
+        Returns:
+            int32 [steps_done, n]: the sampled tokens.
+        """
+
+    def close(self) -> None:
+        """Free everything; the engine is dead afterwards. Idempotent."""

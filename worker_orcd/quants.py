@@ -1,0 +1,97 @@
+"""The table of ggml tensor types: the only place that knows their ids, block sizes and names.
+
+Adding a type is one row here, one kernel header in `csrc/quant/` (CUDA) and one block decoder in `csrc/cpu/quant.h`,
+and one case in the oracle test. This module knows no file, no engine and no compiled code.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One ggml tensor type.
+
+    Attributes:
+        id: the type id in a GGUF tensor record.
+        name: ggml's name, for example ``"Q4_K"``.
+        block_size: elements of one block; a row's length is a multiple of it.
+        type_size: bytes of one block.
+    """
+
+    id: int
+    name: str
+    block_size: int
+    type_size: int
+
+    def row_bytes(self, n_elements: int) -> int:
+        """Bytes of a row of `n_elements` (a multiple of `block_size`)."""
+        return n_elements // self.block_size * self.type_size
+
+
+_ROWS = (
+    QuantType(0, "F32", 1, 4),
+    QuantType(1, "F16", 1, 2),
+    QuantType(2, "Q4_0", 32, 18),
+    QuantType(3, "Q4_1", 32, 20),
+    QuantType(6, "Q5_0", 32, 22),
+    QuantType(7, "Q5_1", 32, 24),
+    QuantType(8, "Q8_0", 32, 34),
+    QuantType(10, "Q2_K", 256, 84),
+    QuantType(11, "Q3_K", 256, 110),
+    QuantType(12, "Q4_K", 256, 144),
+    QuantType(13, "Q5_K", 256, 176),
+    QuantType(14, "Q6_K", 256, 210),
+    QuantType(30, "BF16", 1, 2),
+    QuantType(39, "MXFP4", 32, 17),
+)
+
+TYPES: dict[int, QuantType] = {t.id: t for t in _ROWS}
+BY_NAME: dict[str, QuantType] = {t.name: t for t in _ROWS}
+#: type id -> (elements, bytes) of one block, what the GGUF parser needs for its size arithmetic
+BLOCK_SIZES: dict[int, tuple[int, int]] = {t.id: (t.block_size, t.type_size) for t in _ROWS}
+
+#: general.file_type -> the name people use for such a file (llama.h, enum llama_ftype)
+FILE_TYPES: dict[int, str] = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 21: "Q2_K_S",
+    32: "BF16", 38: "MXFP4",
+}  # fmt: skip
+
+#: file kind -> tensor types of which at least one matrix must be there for the claim to be believed.
+#: Mixed K-quant files fall back to 32-element types where a row is no multiple of 256.
+_CLAIM: dict[str, frozenset[str]] = {
+    "Q2_K": frozenset({"Q2_K"}), "Q2_K_S": frozenset({"Q2_K"}),
+    "Q3_K_S": frozenset({"Q3_K"}), "Q3_K_M": frozenset({"Q3_K"}), "Q3_K_L": frozenset({"Q3_K"}),
+    "Q4_K_S": frozenset({"Q4_K"}), "Q4_K_M": frozenset({"Q4_K"}),
+    "Q5_K_S": frozenset({"Q5_K"}), "Q5_K_M": frozenset({"Q5_K"}),
+}  # fmt: skip
+
+
+def quant_kind(matrix_bytes: Iterable[tuple[int, int]], file_type: int | None) -> str:
+    """What a file really holds, as users name it.
+
+    Args:
+        matrix_bytes: (type id, bytes) of every tensor with two or more dimensions.
+        file_type: `general.file_type` of the file, or None.
+
+    Returns:
+        The name claimed by `file_type` where the tensors bear it out (a mixed "Q4_K_M" must hold Q4_K matrices, a
+        plain "Q8_0" must hold mostly Q8_0), else the name of the type that holds most bytes of the file's matrices.
+    """
+    held: Counter[str] = Counter()
+    for type_id, n_bytes in matrix_bytes:
+        held[TYPES[type_id].name] += n_bytes
+    if not held:
+        return "F32"
+    main = held.most_common(1)[0][0]
+    claim = FILE_TYPES.get(file_type) if file_type is not None else None
+    if claim is None:
+        return main
+    proof = _CLAIM.get(claim, frozenset({claim}))
+    if claim in _CLAIM:
+        return claim if proof & held.keys() else main
+    return claim if main in proof else main
