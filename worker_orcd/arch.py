@@ -160,6 +160,8 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
             raise bad("expert_count", f"experts are not supported for architecture {a}")
     trained = mf.get_int(f"{a}.context_length", 1, MAX_CONTEXT)
     window = mf.get_int(f"{a}.attention.sliding_window", 0, MAX_CONTEXT, 0) if row.window != "none" else 0
+    if window >= (context_length or trained):
+        window = 0  # masks nothing
     n_rot, theta, freqs, mscale = 0, 0.0, (), 1.0
     if row.pairing:
         n_rot = mf.get_int(f"{a}.rope.dimension_count", 2, head_dim, head_dim)
