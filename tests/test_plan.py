@@ -1,0 +1,172 @@
+"""Plans: the records of each architecture, and what a file must not say (hyperparameters, tensors)."""
+
+from __future__ import annotations
+
+import math
+import types
+
+import numpy as np
+import pytest
+
+from worker_orcd import arch, plan
+from worker_orcd.errors import ModelLoadError
+from worker_orcd.model_file import ModelFile
+
+GOLDENS = [
+    "llama-Q4_0", "llama-Q4_K_M", "qwen2-Q8_0", "phi3-Q8_0", "phi3-swa-Q8_0", "gpt2-Q8_0", "gpt-oss-MXFP4",
+]  # fmt: skip
+
+
+class FakeFile:
+    """A model file that exists in memory only: metadata and shapes, for what `arch` and `plan` read."""
+
+    path = "fake.gguf"
+
+    def __init__(self, name: str = "llama", **changes: object) -> None:
+        self.arch = name
+        self.metadata: dict[str, object] = {
+            f"{name}.block_count": 2, f"{name}.embedding_length": 64, f"{name}.attention.head_count": 4,
+            f"{name}.attention.head_count_kv": 2, f"{name}.feed_forward_length": 96, f"{name}.context_length": 128,
+            f"{name}.attention.layer_norm_rms_epsilon": 1e-5, f"{name}.rope.freq_base": 10000.0,
+        }  # fmt: skip
+        for key, value in changes.items():
+            self.metadata[f"{name}.{key.replace('__', '.')}"] = value
+        shapes = {"token_embd.weight": (64, 100), "output_norm.weight": (64,)}
+        for i in range(2):
+            shapes |= {
+                f"blk.{i}.attn_norm.weight": (64,), f"blk.{i}.ffn_norm.weight": (64,),
+                f"blk.{i}.attn_q.weight": (64, 64), f"blk.{i}.attn_k.weight": (64, 32),
+                f"blk.{i}.attn_v.weight": (64, 32), f"blk.{i}.attn_output.weight": (64, 64),
+                f"blk.{i}.ffn_gate.weight": (64, 96), f"blk.{i}.ffn_up.weight": (64, 96),
+                f"blk.{i}.ffn_down.weight": (96, 64),
+            }  # fmt: skip
+        self.tensors = {n: types.SimpleNamespace(shape=s, type_id=0, offset=32) for n, s in shapes.items()}
+
+    def get_int(self, key, lo, hi, default=None):
+        value = self.metadata.get(key, default)
+        if value is None or not lo <= value <= hi:
+            raise ModelLoadError(f"{key}: {value} is not in {lo}..{hi}", self.path)
+        return value
+
+    def get_float(self, key, lo, hi, default=None):
+        return self.get_int(key, lo, hi, default)
+
+    def get_str(self, key, default=None):
+        return self.metadata.get(key, default)
+
+    def view(self, name):
+        return self.data[name]
+
+
+def test_plan_of_llama_names_every_record_once():
+    p = plan.build(FakeFile())
+    names = [op.name for op in p.ops]
+    assert len(names) == len(set(names))
+    assert names[0] == "embed" and names[-1] == "logits"
+    assert isinstance(p.ops[-1], plan.MatMul) and p.ops[-1].weight == "token_embd.weight"
+    assert p.kv_groups == (plan.KvGroup(0, (0, 1)),)
+    assert p.kv_bytes_per_token() == 2 * 2 * 32 * 2
+
+
+@pytest.mark.parametrize("name", sorted(arch.ROWS))
+def test_every_view_lies_in_its_buffer(name, goldens_dir):
+    files = [f for f in GOLDENS if f.split("-Q")[0].split("-MX")[0].removesuffix("-swa") == name]
+    if not files:
+        pytest.skip(f"no reference file of architecture {name}")
+    with ModelFile(str(goldens_dir / f"{files[0]}.gguf")) as mf:
+        p = plan.build(mf)
+    for op in p.ops:
+        for value in vars(op).values():
+            if isinstance(value, plan.View):
+                assert 0 <= value.offset and value.offset + value.width <= p.buffers[value.buf].width
+
+
+def test_window_covering_the_context_is_no_window(goldens_dir):
+    with ModelFile(str(goldens_dir / "phi3-Q8_0.gguf")) as mf:
+        assert plan.build(mf).kv_groups[0].window == 0
+    with ModelFile(str(goldens_dir / "phi3-swa-Q8_0.gguf")) as mf:
+        assert plan.build(mf).kv_groups[0].window == 40
+    with ModelFile(str(goldens_dir / "gpt-oss-MXFP4.gguf")) as mf:
+        assert [g.window for g in plan.build(mf).kv_groups] == [0, 24]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"block_count": 0}, "block_count"),
+        ({"block_count": 513}, "block_count"),
+        ({"attention__head_count": 0}, "head_count"),
+        ({"attention__head_count_kv": 3}, "head_count_kv"),
+        ({"attention__head_count_kv": 8}, "head_count_kv"),
+        ({"rope__dimension_count": 15}, "dimension_count"),
+        ({"rope__dimension_count": 32}, "dimension_count"),
+        ({"expert_count": 4}, "expert_count"),
+        ({"context_length": 0}, "context_length"),
+        ({"context_length": 1 << 40}, "context_length"),
+        ({"vocab_size": 99}, "vocab_size"),
+        ({"rope__scaling__type": "ntk"}, "rope.scaling.type"),
+        ({"attention__value_length": 8}, "value_length"),
+    ],
+)
+def test_hyperparameters_out_of_line_are_named(change, word):
+    with pytest.raises(ModelLoadError, match=word):
+        plan.build(FakeFile(**change))
+
+
+def test_tensors_missing_extra_and_misshapen_are_named():
+    mf = FakeFile()
+    del mf.tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(ModelLoadError, match="blk.1.ffn_up.weight.*missing"):
+        plan.build(mf)
+    mf = FakeFile()
+    mf.tensors["blk.2.ffn_up.weight"] = mf.tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(ModelLoadError, match="blk.2.ffn_up.weight.*no place"):
+        plan.build(mf)
+    mf = FakeFile()
+    mf.tensors["blk.0.attn_k.weight"].shape = (64, 64)
+    with pytest.raises(ModelLoadError, match="blk.0.attn_k.weight.*shape"):
+        plan.build(mf)
+    mf = FakeFile()
+    mf.tensors["output_norm.weight"].type_id = 8
+    with pytest.raises(ModelLoadError, match="output_norm.weight.*vector"):
+        plan.build(mf)
+
+
+def test_unsupported_architecture_is_named_with_those_supported():
+    with pytest.raises(ModelLoadError, match="'mamba'.*llama.*gpt-oss"):
+        plan.build(FakeFile("mamba"))
+
+
+def test_rope_scaling_formulas():
+    linear = arch.hparams(FakeFile(rope__scaling__type="linear", rope__scaling__factor=4.0))
+    plain = arch.hparams(FakeFile())
+    assert np.allclose(np.array(plain.freqs) / 4, linear.freqs)
+    assert plain.freqs[1] == pytest.approx(10000 ** (-2 / 16))
+    yarn = arch.hparams(FakeFile(rope__scaling__type="yarn", rope__scaling__factor=32.0,
+                                 rope__scaling__original_context_length=64))  # fmt: skip
+    assert yarn.rope_mscale == pytest.approx(0.1 * math.log(32) + 1)
+    assert yarn.freqs[-1] == pytest.approx(plain.freqs[-1] / 32)
+
+
+def test_gpt_oss_yarn_range_is_not_rounded():
+    """The published correction range of gpt-oss: 8.0928 to 17.3980 of 32 pairs, cos and sin times 1.34657."""
+    mf = FakeFile("gpt-oss", attention__key_length=64, expert_count=4, expert_used_count=2,
+                  expert_feed_forward_length=32, rope__freq_base=150000.0, context_length=131072,
+                  rope__scaling__type="yarn", rope__scaling__factor=32.0,
+                  rope__scaling__original_context_length=4096)  # fmt: skip
+    hp = arch.hparams(mf)
+    base = [150000 ** (-2 * p / 64) for p in range(32)]
+    ramp = [(b - f) / (b - b / 32) for b, f in zip(base, hp.freqs, strict=True)]
+    assert ramp[8] == 0 and ramp[9] == pytest.approx((9 - 8.0928) / (17.3980 - 8.0928), abs=1e-4)
+    assert ramp[17] == pytest.approx((17 - 8.0928) / (17.3980 - 8.0928), abs=1e-4) and ramp[18] == pytest.approx(1)
+    assert hp.rope_mscale == pytest.approx(1.34657, abs=1e-5)
+
+
+def test_weight_bytes_per_token_counts_used_experts_and_one_embedding_row(goldens_dir):
+    with ModelFile(str(goldens_dir / "gpt-oss-MXFP4.gguf")) as mf:
+        p = plan.build(mf)
+        sizes = {n: t.nbytes for n, t in mf.tensors.items()}
+    experts = sum(sizes[n] for n, w in p.weights.items() if w.kind == "experts")
+    embd = sizes["token_embd.weight"]
+    whole = sum(sizes[n] for n in p.weights)
+    assert p.weight_bytes_per_token(sizes) == pytest.approx(whole - experts / 2 - embd * (1 - 1 / 512), abs=2)
