@@ -1,0 +1,119 @@
+# cython: language_level=3
+"""The ring of sampled tokens between a decode loop and the output thread, and the flag that interrupts the loop.
+
+Both can be used by engines without the GIL (see `_ring.pxd`) and by Python from any thread. Knows no engine.
+"""
+
+from libc.stdint cimport int32_t, int64_t
+from libcpp cimport bool as cbool
+
+import math
+
+#: entries of a ring made without a size
+DEFAULT_CAPACITY = 65536
+
+# entries handed out by one pop
+cdef enum:
+    POP_MAX = 4096
+
+
+cdef class TokenRing:
+    """A bounded thread-safe queue of (seq_id, token).
+
+    Args:
+        capacity: entries (1 to 2^24); a pusher waits while the ring is full.
+
+    Raises:
+        ValueError: capacity out of range.
+    """
+
+    def __cinit__(self, capacity=DEFAULT_CAPACITY):
+        if not 1 <= capacity <= 1 << 24:
+            raise ValueError(f"capacity must be 1 to {1 << 24}, not {capacity}")
+        self.queue = new TokenQueue(<size_t>capacity)
+
+    def __dealloc__(self):
+        del self.queue
+
+    cdef size_t push_many(self, const int64_t* seq_ids, const int32_t* tokens, size_t n) noexcept nogil:
+        return self.queue.push_many(seq_ids, tokens, n)
+
+    def put(self, seq_id, token):
+        """Append one entry (int64, int32), waiting with the GIL released while the ring is full.
+
+        Markers of the loop are entries with a token below 0.
+
+        Raises:
+            RuntimeError: the ring is closed.
+            OverflowError: a number does not fit.
+        """
+        cdef int64_t seq = seq_id
+        cdef int32_t tok = token
+        cdef size_t done
+        with nogil:
+            done = self.queue.push_many(&seq, &tok, 1)
+        if done != 1:
+            raise RuntimeError("the token ring is closed")
+
+    def pop(self, timeout):
+        """All entries there are, as (seq_id, token) in push order (at most 4096 at a time).
+
+        Waits up to `timeout` seconds for the first one with the GIL released; [] after the timeout, and at once when
+        the ring is closed and empty.
+
+        Raises:
+            ValueError: timeout is not a number.
+        """
+        cdef double seconds = timeout
+        cdef TokenEntry entries[POP_MAX]
+        cdef size_t n, i
+        if math.isnan(seconds):
+            raise ValueError("timeout must be a number of seconds")
+        seconds = min(seconds, 86400.0)
+        with nogil:
+            n = self.queue.pop_some(entries, POP_MAX, seconds)
+        return [(entries[i].seq_id, entries[i].token) for i in range(n)]
+
+    def close(self):
+        """Wake every waiter; later puts fail, pops drain what is left. Idempotent."""
+        with nogil:
+            self.queue.close()
+
+    @property
+    def closed(self):
+        """Whether `close` was called."""
+        return self.queue.closed()
+
+    @property
+    def capacity(self):
+        """Entries the ring holds."""
+        return self.queue.capacity()
+
+    def __len__(self):
+        return self.queue.size()
+
+
+cdef class Control:
+    """A flag that makes a running decode loop return at its next step boundary."""
+
+    def __cinit__(self):
+        self.flag = new ControlFlag()
+
+    def __dealloc__(self):
+        del self.flag
+
+    cdef cbool is_set(self) noexcept nogil:
+        return self.flag.get()
+
+    def interrupt(self):
+        """Set the flag; callable from any thread."""
+        self.flag.set(True)
+
+    def clear(self):
+        """Clear the flag: the owner of the loop does it before it decodes again."""
+        self.flag.set(False)
+
+    @property
+    def interrupted(self):
+        """Whether the flag is set."""
+        return self.flag.get()

@@ -1,0 +1,168 @@
+"""The token ring and the control flag: order, waiting, closing, many threads."""
+
+import threading
+import time
+
+import pytest
+
+from worker_orcd._ring import Control, TokenRing
+
+
+def test_order_and_emptiness():
+    ring = TokenRing(8)
+    for i in range(5):
+        ring.put(i, -i)
+    assert len(ring) == 5
+    assert ring.pop(0) == [(i, -i) for i in range(5)]
+    assert ring.pop(0) == [] and len(ring) == 0
+
+
+def test_wraps_around():
+    ring = TokenRing(3)
+    for i in range(10):
+        ring.put(i, i)
+        ring.put(i + 100, i)
+        assert ring.pop(0) == [(i, i), (i + 100, i)]
+
+
+def test_extreme_numbers():
+    ring = TokenRing(2)
+    ring.put(2**63 - 1, 2**31 - 1)
+    ring.put(-(2**63), -(2**31))
+    assert ring.pop(0) == [(2**63 - 1, 2**31 - 1), (-(2**63), -(2**31))]
+    for bad in ((2**63, 0), (0, 2**31)):
+        with pytest.raises(OverflowError):
+            ring.put(*bad)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2**24 + 1])
+def test_bad_capacity(capacity):
+    with pytest.raises(ValueError):
+        TokenRing(capacity)
+
+
+def test_pop_times_out_and_releases_the_gil():
+    ring = TokenRing()
+    ticks = []
+    stop = threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(0)
+            time.sleep(0.005)
+
+    t = threading.Thread(target=tick)
+    t.start()
+    start = time.monotonic()
+    assert ring.pop(0.15) == []
+    waited = time.monotonic() - start
+    stop.set()
+    t.join()
+    assert waited >= 0.14 and len(ticks) >= 5
+    assert ring.pop(-1) == []
+    with pytest.raises(ValueError):
+        ring.pop(float("nan"))
+
+
+def test_full_ring_blocks_the_pusher():
+    ring = TokenRing(2)
+    ring.put(0, 0)
+    ring.put(1, 1)
+    t = threading.Thread(target=ring.put, args=(2, 2))
+    t.start()
+    t.join(0.05)
+    assert t.is_alive()
+    assert ring.pop(1) == [(0, 0), (1, 1)]
+    t.join(5)
+    assert not t.is_alive() and ring.pop(1) == [(2, 2)]
+
+
+def test_close_wakes_everybody():
+    ring = TokenRing(1)
+    ring.put(7, 7)
+    outcomes = []
+
+    def pusher():
+        try:
+            ring.put(8, 8)
+        except RuntimeError as e:
+            outcomes.append(str(e))
+
+    threads = [threading.Thread(target=pusher) for _ in range(3)]
+    for t in threads:
+        t.start()
+    time.sleep(0.05)
+    ring.close()
+    ring.close()
+    for t in threads:
+        t.join(5)
+    assert outcomes == ["the token ring is closed"] * 3 and ring.closed
+    assert ring.pop(10) == [(7, 7)]
+    start = time.monotonic()
+    assert ring.pop(10) == [] and time.monotonic() - start < 1
+
+
+def test_close_wakes_a_popper():
+    ring = TokenRing()
+    got = []
+    t = threading.Thread(target=lambda: got.append(ring.pop(60)))
+    t.start()
+    time.sleep(0.02)
+    ring.close()
+    t.join(5)
+    assert got == [[]]
+
+
+def test_many_pushers_and_poppers_lose_nothing():
+    ring = TokenRing(64)
+    n_pushers, n_each = 4, 3000
+    got: list[tuple[int, int]] = []
+    lock = threading.Lock()
+
+    def push(seq):
+        for i in range(n_each):
+            ring.put(seq, i)
+
+    def pop():
+        while True:
+            entries = ring.pop(0.5)
+            if not entries and ring.closed:
+                return
+            with lock:
+                got.extend(entries)
+
+    pushers = [threading.Thread(target=push, args=(s,)) for s in range(n_pushers)]
+    poppers = [threading.Thread(target=pop) for _ in range(2)]
+    for t in pushers + poppers:
+        t.start()
+    for t in pushers:
+        t.join()
+    ring.close()
+    for t in poppers:
+        t.join(5)
+    assert sorted(got) == [(s, i) for s in range(n_pushers) for i in range(n_each)]
+
+
+def test_one_popper_sees_each_sequence_in_order():
+    ring = TokenRing(16)
+    threads = [threading.Thread(target=lambda s=s: [ring.put(s, i) for i in range(1000)]) for s in range(3)]
+    for t in threads:
+        t.start()
+    seen = {0: [], 1: [], 2: []}
+    while sum(map(len, seen.values())) < 3000:
+        for seq, token in ring.pop(5):
+            seen[seq].append(token)
+    for t in threads:
+        t.join()
+    assert all(v == list(range(1000)) for v in seen.values())
+
+
+def test_control():
+    control = Control()
+    assert control.interrupted is False
+    t = threading.Thread(target=control.interrupt)
+    t.start()
+    t.join()
+    assert control.interrupted is True
+    control.clear()
+    assert control.interrupted is False
