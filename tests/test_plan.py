@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import types
 
 import numpy as np
 import pytest
+from fake_file import FakeFile
 
 from worker_orcd import arch, plan
 from worker_orcd.errors import ModelLoadError
@@ -15,47 +15,6 @@ from worker_orcd.model_file import ModelFile
 GOLDENS = [
     "llama-Q4_0", "llama-Q4_K_M", "qwen2-Q8_0", "phi3-Q8_0", "phi3-swa-Q8_0", "gpt2-Q8_0", "gpt-oss-MXFP4",
 ]  # fmt: skip
-
-
-class FakeFile:
-    """A model file that exists in memory only: metadata and shapes, for what `arch` and `plan` read."""
-
-    path = "fake.gguf"
-
-    def __init__(self, name: str = "llama", **changes: object) -> None:
-        self.arch = name
-        self.metadata: dict[str, object] = {
-            f"{name}.block_count": 2, f"{name}.embedding_length": 64, f"{name}.attention.head_count": 4,
-            f"{name}.attention.head_count_kv": 2, f"{name}.feed_forward_length": 96, f"{name}.context_length": 128,
-            f"{name}.attention.layer_norm_rms_epsilon": 1e-5, f"{name}.rope.freq_base": 10000.0,
-        }  # fmt: skip
-        for key, value in changes.items():
-            self.metadata[f"{name}.{key.replace('__', '.')}"] = value
-        shapes = {"token_embd.weight": (64, 100), "output_norm.weight": (64,)}
-        for i in range(2):
-            shapes |= {
-                f"blk.{i}.attn_norm.weight": (64,), f"blk.{i}.ffn_norm.weight": (64,),
-                f"blk.{i}.attn_q.weight": (64, 64), f"blk.{i}.attn_k.weight": (64, 32),
-                f"blk.{i}.attn_v.weight": (64, 32), f"blk.{i}.attn_output.weight": (64, 64),
-                f"blk.{i}.ffn_gate.weight": (64, 96), f"blk.{i}.ffn_up.weight": (64, 96),
-                f"blk.{i}.ffn_down.weight": (96, 64),
-            }  # fmt: skip
-        self.tensors = {n: types.SimpleNamespace(shape=s, type_id=0, offset=32) for n, s in shapes.items()}
-
-    def get_int(self, key, lo, hi, default=None):
-        value = self.metadata.get(key, default)
-        if value is None or not lo <= value <= hi:
-            raise ModelLoadError(f"{key}: {value} is not in {lo}..{hi}", self.path)
-        return value
-
-    def get_float(self, key, lo, hi, default=None):
-        return self.get_int(key, lo, hi, default)
-
-    def get_str(self, key, default=None):
-        return self.metadata.get(key, default)
-
-    def view(self, name):
-        return self.data[name]
 
 
 def test_plan_of_llama_names_every_record_once():

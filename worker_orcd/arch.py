@@ -187,7 +187,7 @@ def _rope_table(mf: ModelFile, row: Arch, n_rot: int, theta: float, trained: int
     base = [theta ** (-2.0 * p / n_rot) for p in range(half)]
     factor = mf.get_float(f"{a}.rope.scaling.factor", 1e-3, 1e6, 1.0)
     original = mf.get_int(f"{a}.rope.scaling.original_context_length", 1, MAX_CONTEXT, trained)
-    attn_factor = mf.get_float(f"{a}.rope.scaling.attn_factor", 1e-3, 1e3, 0.0)
+    attn_factor = mf.get_float(f"{a}.rope.scaling.attn_factor", 0.0, 1e3, 0.0)  # 0: as the method says
     kind = mf.get_str(f"{a}.rope.scaling.type", "none")
     mscale = 1.0
     if "rope_factors_long.weight" in mf.tensors or "rope_factors_short.weight" in mf.tensors:

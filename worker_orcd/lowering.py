@@ -1,0 +1,93 @@
+"""Lowering: a plan rewritten into fewer, larger records for the CUDA engine. What is computed stays the same.
+
+Three rewrites, each local to neighbouring records:
+- products that read the same input become one `MatMulGroup` (q, k and v; gate and up);
+- a product whose result is only added to the residual stream adds it itself (`residual`);
+- rotation of q and k and the cache write become one `RopeKv`.
+With `fuse=False` every record stays alone, so that any record's output can be looked at.
+This module knows no kernel, no pointer and no compiled code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import Add, KvWrite, MatMul, Op, Plan, Rope, View
+
+
+@dataclass(frozen=True)
+class MatMulGroup(Op):
+    """out_i[r] (+)= W_i inp[r] (+ bias_i) for each part; with `residual` the result is added to `out`."""
+
+    parts: tuple[MatMul, ...]
+    inp: View
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class RopeKv(Op):
+    """Rotate q and k in place (where `rope_q` is there), then store k and v in the cache."""
+
+    rope_q: Rope | None
+    rope_k: Rope | None
+    kv: KvWrite
+
+
+def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
+    """The records the CUDA engine runs, in order.
+
+    Args:
+        plan: the plan.
+        fuse: False keeps one record per plan record (products become groups of one).
+        max_group: most products in one group.
+    """
+    if not fuse:
+        return tuple(MatMulGroup(op.name, (op,), op.inp) if isinstance(op, MatMul) else op for op in plan.ops)
+    out: list[Op] = []
+    ops, i = plan.ops, 0
+    while i < len(ops):
+        op = ops[i]
+        if isinstance(op, MatMul):
+            group = [op]
+            while (len(group) < max_group and i + len(group) < len(ops)
+                   and isinstance(ops[i + len(group)], MatMul) and ops[i + len(group)].inp == op.inp):  # fmt: skip
+                group.append(ops[i + len(group)])
+            i += len(group)
+            after = ops[i] if i < len(ops) else None
+            if len(group) == 1 and isinstance(after, Add) and after.inp == op.out and not _read_again(ops, i + 1, op.out):
+                into = MatMul(op.name, op.weight, op.bias, op.inp, after.out)
+                out.append(MatMulGroup(op.name, (into,), op.inp, residual=True))
+                i += 1
+            else:
+                out.append(MatMulGroup(op.name, tuple(group), op.inp))
+        elif isinstance(op, Rope) and i + 2 < len(ops) and isinstance(ops[i + 1], Rope) and isinstance(ops[i + 2], KvWrite):
+            out.append(RopeKv(ops[i + 2].name, op, ops[i + 1], ops[i + 2]))
+            i += 3
+        elif isinstance(op, KvWrite):
+            out.append(RopeKv(op.name, None, None, op))
+            i += 1
+        else:
+            out.append(op)
+            i += 1
+    return tuple(out)
+
+
+def _read_again(ops: tuple[Op, ...], start: int, view: View) -> bool:
+    """Whether a record from `start` on reads columns of `view` before some record has written them anew."""
+    for op in ops[start:]:
+        fields = vars(op)
+        written = op.out if "out" in fields and not isinstance(op, Add) else None
+        for name, value in fields.items():
+            if isinstance(value, View) and name != "out" and value.buf == view.buf and _overlap(value, view):
+                return True
+        if isinstance(op, Add) and op.out.buf == view.buf and _overlap(op.out, view):
+            return True
+        if written is not None and written.buf == view.buf and written.offset <= view.offset and (
+            written.offset + written.width >= view.offset + view.width
+        ):
+            return False
+    return False
+
+
+def _overlap(a: View, b: View) -> bool:
+    return a.offset < b.offset + b.width and b.offset < a.offset + a.width
