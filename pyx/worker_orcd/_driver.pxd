@@ -1,0 +1,71 @@
+# C-level face of the driver layer, for the uploader and the engine. Everything marked nogil may run without the GIL;
+# a failing call takes it only to raise.
+from cuda.bindings cimport cydriver as cu
+
+
+cdef int check(cu.CUresult status, const char* call) except -1 nogil
+
+
+cdef class Context:
+    cdef readonly int device
+    cdef readonly int pid
+    cdef readonly str name
+    cdef readonly tuple capability
+    cdef readonly int sm_count
+    cdef readonly size_t total_bytes
+    cdef cu.CUdevice handle
+    cdef cu.CUcontext ctx
+    cdef bint open
+    cdef object live
+    cdef int enter(self) except -1 nogil
+    cdef int require_open(self) except -1
+
+
+cdef class Stream:
+    cdef readonly Context context
+    cdef cu.CUstream handle
+
+
+cdef class Event:
+    cdef readonly Context context
+    cdef cu.CUevent handle
+    cdef int record_nogil(self, cu.CUstream stream) except -1 nogil
+    cdef int wait_nogil(self) except -1 nogil
+    cdef int done_nogil(self) except -1 nogil
+
+
+cdef class Library:
+    cdef readonly Context context
+    cdef readonly str name
+    cdef cu.CUlibrary handle
+
+
+cdef class Kernel:
+    cdef readonly Library library
+    cdef readonly str name
+    cdef cu.CUfunction handle
+    cdef int enqueue(self, cu.CUstream stream, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int block,
+                     unsigned int smem, const void* params, bint pdl) except -1 nogil
+
+
+cdef class DeviceMemory:
+    cdef readonly Context context
+    cdef readonly str label
+    cdef readonly size_t nbytes
+    cdef readonly bint managed
+    cdef cu.CUdeviceptr handle
+    cdef object __weakref__
+
+
+cdef class PinnedMemory:
+    cdef readonly Context context
+    cdef readonly size_t nbytes
+    cdef void* host
+    cdef cu.CUdeviceptr mapped
+
+
+cdef class Graph:
+    cdef readonly Context context
+    cdef readonly size_t n_nodes
+    cdef cu.CUgraphExec handle
+    cdef int launch_nogil(self, cu.CUstream stream) except -1 nogil
