@@ -1,0 +1,38 @@
+"""worker-orcd: one process, one GPU, one GGUF model.
+
+    from worker_orcd import LLM, SamplingParams, Tokenizer
+
+Importing this package is cheap and touches no GPU, driver or compiled module: the public names are looked up when they
+are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker_orcd import errors
+    from worker_orcd.llm import LLM
+    from worker_orcd.sampling import SamplingParams
+    from worker_orcd.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "Tokenizer", "__version__", "errors"]
+
+_HOMES = {"LLM": "worker_orcd.llm", "SamplingParams": "worker_orcd.sampling", "Tokenizer": "worker_orcd.tokenizer"}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("worker_orcd.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'worker_orcd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
