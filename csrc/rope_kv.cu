@@ -1,0 +1,82 @@
+// Rotary embedding of q and k in place, and k and v into the paged cache as float16.
+//
+//   angle = position * freqs[pair];  (a, b) -> mscale * (a cos - b sin, a sin + b cos)
+//   pairs of a head: (2p, 2p + 1) adjacent, (p, p + n_rot / 2) halves; dimensions from n_rot on stay
+//
+// Grid: x = row; the head pairs of a row are spread over the blocks of y and their threads. Each block first puts the
+// row's cosines and sines into shared memory. The angle is reduced in float64 to half turns (sincospif needs no
+// further reduction): exact at any position, and without the slow path and stack frame of sincosf.
+// Bytes per row: 8 per element of q and k, 4 of v, 2 of k and v in the cache.
+#include "ops_params.h"
+#include "ptx.cuh"
+
+// Finite for every finite input, so that a key that overflows cannot turn into NaN as inf - inf; NaN stays NaN.
+DEVICE uint16_t to_cache(float x) {
+    x = x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x;
+    return static_cast<uint16_t>(pack_f16(x, 0.f));
+}
+
+extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant__ RopeKvParams p) {
+    __shared__ float2 turn[ROPE_MAX_PAIRS];  // cos, sin
+    pdl_launch_dependents();
+    pdl_wait();
+    const int row = blockIdx.x;
+    const int slot = p.slots[row];
+    if (slot < 0) return;
+    const int position = p.positions[row];
+    const int half_rot = p.n_rot / 2, half_head = p.head_dim / 2;
+    for (int pair = threadIdx.x; pair < half_rot; pair += blockDim.x) {
+        double half_turns = (double)position * (double)p.freqs[pair] * 0.31830988618379067154;
+        half_turns -= 2.0 * rint(0.5 * half_turns);
+        float s, c;
+        sincospif((float)half_turns, &s, &c);
+        turn[pair] = make_float2(c * p.mscale, s * p.mscale);
+    }
+    __syncthreads();
+
+    const int n_q = p.q && p.n_rot > 0 ? p.n_head : 0;
+    const int n_v = p.v ? p.n_head_kv : 0;
+    uint16_t* cache = nullptr;  // K of head 0 in the row's block
+    if (p.v) {
+        const int block = p.block_table[(int64_t)slot * p.max_blocks + position / KV_BLOCK];
+        if (block >= 0) cache = p.kv + kv_offset(block, 0, p.n_head_kv, p.head_dim);
+    }
+    const int in_block = position % KV_BLOCK;
+    const int head_halves = 2 * KV_BLOCK * p.head_dim;
+    const int n_items = (n_q + p.n_head_kv + n_v) * half_head;
+    for (int item = blockIdx.y * blockDim.x + threadIdx.x; item < n_items; item += gridDim.y * blockDim.x) {
+        int head = item / half_head;
+        const int pair = item % half_head;
+        const bool rotated = pair < half_rot;
+        // The pairs after the rotated ones stand for the dimensions n_rot .. head_dim - 1, two each.
+        const int first = !rotated ? 2 * pair : p.pairing == ROPE_HALVES ? pair : 2 * pair;
+        const int second = rotated && p.pairing == ROPE_HALVES ? pair + half_rot : first + 1;
+        if (head >= n_q + p.n_head_kv) {
+            head -= n_q + p.n_head_kv;
+            if (!cache) continue;
+            const float* v = p.v + (int64_t)row * p.v_stride + head * p.head_dim;
+            uint16_t* to = cache + (int64_t)head * head_halves + KV_BLOCK * p.head_dim + in_block;
+            to[(2 * pair) * KV_BLOCK] = to_cache(v[2 * pair]);
+            to[(2 * pair + 1) * KV_BLOCK] = to_cache(v[2 * pair + 1]);
+            continue;
+        }
+        const bool is_q = head < n_q;
+        if (!is_q) head -= n_q;
+        float* x = is_q ? p.q + (int64_t)row * p.q_stride : p.k + (int64_t)row * p.k_stride;
+        x += head * p.head_dim;
+        float a = x[first], b = x[second];
+        if (rotated) {
+            const float2 t = turn[pair];
+            const float rotated_a = a * t.x - b * t.y;
+            b = a * t.y + b * t.x;
+            a = rotated_a;
+            x[first] = a;
+            x[second] = b;
+        }
+        if (!is_q && cache) {
+            uint16_t* to = cache + (int64_t)head * head_halves + in_block * p.head_dim;
+            to[first] = to_cache(a);
+            to[second] = to_cache(b);
+        }
+    }
+}
