@@ -1,0 +1,217 @@
+"""Job: one generation as its client sees it, from submission to its one terminal event.
+
+Pieces come in order and complete; the job ends exactly once, with `Finished` or with an error. The first end wins, and
+nothing follows it. Who computes the tokens is not known here: the loop feeds a job, any thread may read or cancel it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from worker_orcd.errors import Cancelled, WorkerError
+from worker_orcd.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one job went, in milliseconds: waiting, prompt to first token, first to last token.
+
+    `tokens_per_s` is the decode rate, tokens after the first over `decode_ms`; 0.0 where there is none.
+    """
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next text of a job. `index` counts pieces from 0.
+
+    `token_ids` are the tokens that this text took; a token that is no whole character, or that may be the start of a
+    stop string, waits for its successors. `text` is never empty, except for a model without a tokenizer, where there is
+    one piece a token and no text.
+    """
+
+    text: str
+    index: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The terminal event of a job that ran to its end: "stop" (end-of-text token or stop string) or "length"."""
+
+    finish_reason: str
+    tokens_out: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation.
+
+    Attributes:
+        text: the text, without the stop string or end-of-text token that ended it.
+        token_ids: the tokens generated. The end-of-text token is not among them; the tokens that make up a stop string
+            are.
+        finish_reason: "stop" or "length".
+        tokens_in: tokens of the prompt.
+        seed: the seed used.
+        timings: see `Timings`.
+        logprobs: for each of `token_ids` a dict {token id: log-probability} of the most likely ones and the token
+            itself, or None where they were not asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    tokens_in: int
+    seed: int
+    timings: Timings
+    logprobs: tuple[dict[int, float], ...] | None = None
+
+
+class Job:
+    """One submitted generation. Made by `LLM.submit`.
+
+    Attributes:
+        job_id: the caller's id, or one made up.
+        seq_id: number of its sequence in the engine, never used twice.
+        seed: the seed in use.
+        tokens_in: tokens of the prompt.
+        params: as submitted.
+        deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
+    """
+
+    def __init__(self, job_id: str, seq_id: int, params: SamplingParams, seed: int, tokens_in: int,
+                 deadline: float | None, on_end: Callable[[Job], None]) -> None:
+        self.job_id = job_id
+        self.seq_id = seq_id
+        self.params = params
+        self.seed = seed
+        self.tokens_in = tokens_in
+        self.deadline = deadline
+        self.submitted_at = time.monotonic()
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None  # when the engine had its last token
+        self._on_end = on_end
+        self._changed = threading.Condition()
+        self._events: deque[Piece] = deque()
+        self._token_ids: list[int] = []
+        self._texts: list[str] = []
+        self._logprobs: list[dict[int, float]] = []
+        self._end: Finished | WorkerError | None = None
+
+    # -- the client's side
+
+    @property
+    def state(self) -> str:
+        """"queued" | "prefill" | "decode" | "finished"."""
+        if self._end is not None:
+            return "finished"
+        if self.admitted_at is None:
+            return "queued"
+        return "prefill" if self.first_token_at is None else "decode"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the terminal event is there (pieces before it may still wait to be read)."""
+        return self._end is not None
+
+    def next_event(self, timeout: float | None = None) -> Piece | Finished | None:
+        """Wait for the next event.
+
+        Args:
+            timeout: seconds to wait; None waits for ever, 0 not at all.
+
+        Returns:
+            A `Piece`, the terminal `Finished` (again at every later call), or None when the time is over.
+
+        Raises:
+            WorkerError: the job's terminal error, after the pieces that came before it; again at every later call.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self._end is not None, timeout)
+            if self._events:
+                return self._events.popleft()
+            end = self._end
+        if isinstance(end, WorkerError):
+            raise end.with_traceback(None)
+        return end
+
+    def cancel(self) -> None:
+        """End the job with `Cancelled`; no effect on one that has ended. Returns at once."""
+        self.end(Cancelled("the job was cancelled", job_id=self.job_id))
+
+    def completion(self) -> Completion:
+        """Wait for the end and return the whole result, also of pieces read before.
+
+        Raises:
+            WorkerError: the job's terminal error.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._end is not None)
+            end = self._end
+        if isinstance(end, WorkerError):
+            raise end.with_traceback(None)
+        logprobs = None
+        if self.params.logprobs is not None:
+            logprobs = tuple(self._logprobs[: len(self._token_ids)])
+        return Completion("".join(self._texts), tuple(self._token_ids), end.finish_reason, self.tokens_in, self.seed,
+                          end.timings, logprobs)
+
+    def timings(self) -> Timings:
+        """The times so far."""
+        now = time.monotonic()
+        admitted = self.admitted_at or now
+        first = self.first_token_at or now
+        last = max(self.ended_at or now, first)
+        after_first = max(len(self._token_ids) - 1, 0)
+        rate = after_first / (last - first) if after_first and last > first else 0.0
+        return Timings(1e3 * (admitted - self.submitted_at), 1e3 * max(first - admitted, 0.0), 1e3 * (last - first),
+                       rate)
+
+    # -- the loop's side
+
+    def add_tokens(self, text: str, token_ids: list[int]) -> bool:
+        """Append a piece. Returns False, and changes nothing, where the job has ended."""
+        with self._changed:
+            if self._end is not None:
+                return False
+            self._token_ids.extend(token_ids)
+            piece = Piece(text, len(self._texts), tuple(token_ids))
+            self._texts.append(text)
+            self._events.append(piece)
+            self._changed.notify_all()
+        return True
+
+    def add_silent_tokens(self, token_ids: list[int]) -> None:
+        """Record tokens that gave no text to show: part of the result, no piece."""
+        with self._changed:
+            if self._end is None:
+                self._token_ids.extend(token_ids)
+
+    def add_logprobs(self, logprobs: dict[int, float]) -> None:
+        """Record the log-probabilities of the next token."""
+        self._logprobs.append(logprobs)
+
+    def finish(self, finish_reason: str) -> bool:
+        """End with `Finished`. Returns whether this call ended the job."""
+        return self.end(Finished(finish_reason, len(self._token_ids), self.timings()))
+
+    def end(self, end: Finished | WorkerError) -> bool:
+        """End the job. Returns whether this call ended it: the first one wins."""
+        with self._changed:
+            if self._end is not None:
+                return False
+            self._end = end
+            self._changed.notify_all()
+        self._on_end(self)
+        return True

@@ -1,0 +1,95 @@
+"""Blocks of the paged KV cache: who owns which, how many a sequence can need, and how many a budget of bytes buys.
+
+A block holds `BLOCK_SIZE` positions of all layers of one KV group. A group without a window keeps every position; a
+group with a window W keeps only what a later query may still read: the query at position q reads keys from q - W + 1.
+This module moves numbers only: it knows no tensor, no engine and no scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from worker_orcd.engine import BLOCK_SIZE
+from worker_orcd.plan import KvGroup, Plan
+
+
+class BlockPool:
+    """The blocks of one KV group, 0 .. n_blocks-1, each either free or owned by one sequence."""
+
+    def __init__(self, n_blocks: int) -> None:
+        self.n_blocks = n_blocks
+        # a stack: the block freed last is used first, so that memory never touched stays untouched
+        self._free = list(range(n_blocks - 1, -1, -1))
+
+    @property
+    def n_free(self) -> int:
+        """Blocks nobody owns."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free block, now owned by the caller. The reservations of the scheduler see to it that there is one."""
+        return self._free.pop()
+
+    def give(self, block: int) -> None:
+        """Return an owned block."""
+        self._free.append(block)
+
+
+def blocks_of(n_positions: int) -> int:
+    """Blocks that hold positions 0 .. n_positions-1."""
+    return -(-n_positions // BLOCK_SIZE)
+
+
+def window_blocks(window: int) -> int:
+    """Blocks a sequence of a windowed group can need at once while up to `BLOCK_SIZE` rows of it are in flight.
+
+    n consecutive positions touch at most (n + 62) // 64 + 1 blocks; here n = window - 1 + 64.
+    """
+    return (window - 1 + BLOCK_SIZE + BLOCK_SIZE - 2) // BLOCK_SIZE + 1
+
+
+def reservation(group: KvGroup, n_positions: int) -> int:
+    """Blocks of `group` set aside for a sequence that will reach `n_positions`."""
+    return min(blocks_of(n_positions), window_blocks(group.window)) if group.window else blocks_of(n_positions)
+
+
+def first_kept(group: KvGroup, n_past: int) -> int:
+    """The lowest block that a query at position `n_past` or later may still read."""
+    return max(n_past - group.window + 1, 0) // BLOCK_SIZE if group.window else 0
+
+
+def block_bytes(plan: Plan) -> tuple[int, ...]:
+    """Bytes of one block of each KV group: float16 K and V of its layers."""
+    return tuple(BLOCK_SIZE * len(g.layers) * 2 * plan.n_head_kv * plan.head_dim * 2 for g in plan.kv_groups)
+
+
+def blocks_within(plan: Plan, budget: int, max_seqs: int, max_rows: int, context_length: int) -> tuple[int, ...]:
+    """How many blocks of each group `budget` bytes buy, never more than can be used.
+
+    A windowed group gets as many as the full groups, up to what `max_seqs` sequences and the prompt rows of one step
+    fill. All counts are 0 where the budget holds no block of each group.
+    """
+    sizes = block_bytes(plan)
+    most = [max_seqs * reservation(g, context_length) for g in plan.kv_groups]
+    for i, group in enumerate(plan.kv_groups):
+        if group.window:
+            most[i] = min(most[i] + max_rows // BLOCK_SIZE, max_seqs * blocks_of(context_length))
+
+    def counts(n: int) -> tuple[int, ...]:
+        return tuple(min(n, m) for m in most)
+
+    low, high = 0, max(most)
+    while low < high:
+        n = (low + high + 1) // 2
+        if sum(c * s for c, s in zip(counts(n), sizes, strict=True)) <= budget:
+            low = n
+        else:
+            high = n - 1
+    return counts(low)
+
+
+def longest_sequence(groups: Sequence[KvGroup], n_blocks: Sequence[int]) -> int | None:
+    """Positions of the longest sequence that fits the pools alone; None: no pool sets a limit."""
+    limits = [n * BLOCK_SIZE for g, n in zip(groups, n_blocks, strict=True)
+              if not g.window or n < window_blocks(g.window)]
+    return min(limits, default=None)

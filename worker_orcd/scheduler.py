@@ -1,0 +1,368 @@
+"""The scheduler: which rows the engine computes next, and which sequence owns which slot and KV blocks.
+
+Admission is first come, first served, and reserves: a sequence gets a slot only when every KV group can hold it to its
+last token, so nothing that runs is ever preempted or lost. Running sequences go first in every step and prompts fill
+the rest in chunks, so that a long prompt never stops the streams of others.
+
+This is bookkeeping only: it knows no kernel, no tokenizer, no thread and no HTTP, and a test drives it with made-up
+tokens. One thread uses it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.errors import InvalidRequest, VramOom
+from worker_orcd.kv_pool import BlockPool, blocks_of, first_kept, longest_sequence, reservation
+from worker_orcd.plan import KvGroup
+
+#: rows of one teacher-forced step: each of them brings n_vocab float32 logits to the host
+FORWARD_ROWS = 64
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """One sequence, from submission to its last token.
+
+    Attributes:
+        seq_id: number of the sequence.
+        prompt: int32 [n_prompt].
+        max_tokens: tokens to generate, >= 1; 0 for a teacher-forced sequence, of which every row's logits are wanted.
+        sampling: how tokens are drawn; None for a teacher-forced one.
+        stops: whether the model's end-of-text tokens end it.
+        want_logits: whether the logits of each drawn token are wanted.
+        slot: place in the engine, -1 while waiting.
+        n_past: positions in the KV cache.
+        n_out: tokens generated; `last_token` is the newest, not yet in the cache.
+        ended: None while it lives, then "stop", "length" or "dropped".
+    """
+
+    seq_id: int
+    prompt: np.ndarray
+    max_tokens: int
+    sampling: SlotSampling | None = None
+    stops: bool = True
+    want_logits: bool = False
+    slot: int = -1
+    n_past: int = 0
+    n_out: int = 0
+    last_token: int = -1
+    ended: str | None = None
+    blocks: list[dict[int, int]] = field(default_factory=list)  # per KV group: {block number: block of the pool}
+    reserved: list[int] = field(default_factory=list)  # per KV group
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
+
+    @property
+    def n_positions(self) -> int:
+        """Positions it will reach."""
+        return self.n_prompt + self.max_tokens
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompt rows are still to be computed."""
+        return self.n_past < self.n_prompt
+
+
+@dataclass
+class StepWork:
+    """One ragged step: `rows` lists (sequence, its number of rows) in batch order, `outputs` those of out_rows."""
+
+    batch: Batch
+    rows: list[tuple[SequenceState, int]]
+    outputs: list[SequenceState]
+    want_logits: bool
+
+    @property
+    def n_prompt_rows(self) -> int:
+        """Prompt rows among the rows."""
+        return len(self.batch.tokens) - self.batch.n_decode
+
+
+@dataclass
+class ForwardWork:
+    """A chunk of one teacher-forced sequence; every row is an output."""
+
+    batch: Batch
+    seq: SequenceState
+
+
+@dataclass
+class DecodeWork:
+    """`n_steps` steps of sequences that all decode; the arrays are those of `Engine.decode`."""
+
+    seqs: list[SequenceState]
+    slots: np.ndarray
+    seq_ids: np.ndarray
+    tokens: np.ndarray
+    positions: np.ndarray
+    n_steps: int
+    stop_mask: np.ndarray
+
+
+class Scheduler:
+    """Admits, batches, frees.
+
+    Args:
+        config: the engine's sizes.
+        groups: the plan's KV groups; `config.n_blocks` are their pools.
+        block_tables: the engine's int32 [n_groups, max_seqs, max_blocks_per_seq], written here and nowhere else.
+        stop_ids: the model's end-of-text tokens.
+        max_decode_steps: most steps of one `DecodeWork`.
+    """
+
+    def __init__(self, config: EngineConfig, groups: Sequence[KvGroup], block_tables: np.ndarray,
+                 stop_ids: Iterable[int] = (), max_decode_steps: int = 1024) -> None:
+        self.config = config
+        self.groups = tuple(groups)
+        self.pools = [BlockPool(n) for n in config.n_blocks]
+        self.stop_ids = frozenset(stop_ids)
+        #: prompt rows of one step, 1 .. max_rows; the loop lowers it on a slow device to keep steps short
+        self.prompt_rows = config.max_rows
+        windowed = any(g.window for g in self.groups)
+        self._max_decode_steps = min(max_decode_steps, BLOCK_SIZE) if windowed else max_decode_steps
+        self._tables = block_tables
+        self._tables[...] = -1
+        self._unreserved = list(config.n_blocks)
+        self._free_slots = list(range(config.max_seqs - 1, -1, -1))
+        self._waiting: OrderedDict[int, SequenceState] = OrderedDict()
+        self._running: dict[int, SequenceState] = {}  # by seq_id, in order of admission
+        self._forward_next = False
+
+    # -- what may enter
+
+    def check(self, n_prompt: int, max_tokens: int) -> None:
+        """Refuse a sequence that could never run.
+
+        Raises:
+            InvalidRequest: prompt and max_tokens go past the context.
+            VramOom: they fit the context, but not the whole KV cache.
+        """
+        n, context = n_prompt + max_tokens, self.config.context_length
+        if n > context:
+            name = "prompt" if n_prompt + min(max_tokens, 1) > context else "max_tokens"
+            raise InvalidRequest(f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {n} positions; the "
+                                 f"context has {context}", field=name)
+        for group, pool in zip(self.groups, self.pools, strict=True):
+            need = reservation(group, n)
+            if need > pool.n_blocks:
+                raise VramOom(f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {need} KV blocks of "
+                              f"{BLOCK_SIZE} positions; the KV cache has {pool.n_blocks}",
+                              blocks_required=need, blocks_available=pool.n_blocks)
+
+    def room_for(self, n_prompt: int) -> int:
+        """The most tokens that a prompt of `n_prompt` tokens can ever be continued by; may be below 1."""
+        longest = longest_sequence(self.groups, self.config.n_blocks)
+        context = self.config.context_length
+        return (context if longest is None else min(context, longest)) - n_prompt
+
+    # -- life of a sequence
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences not yet admitted."""
+        return len(self._waiting)
+
+    @property
+    def n_free_slots(self) -> int:
+        """Slots nobody owns."""
+        return len(self._free_slots)
+
+    @property
+    def running(self) -> list[SequenceState]:
+        """Admitted sequences, in order of admission."""
+        return list(self._running.values())
+
+    def add(self, seq: SequenceState) -> None:
+        """Queue a sequence that `check` accepts."""
+        self._waiting[seq.seq_id] = seq
+
+    def admit(self) -> list[SequenceState]:
+        """Give slots and reservations to waiting sequences, in order, up to the first that has to wait."""
+        admitted = []
+        while self._waiting and self._free_slots:
+            seq = next(iter(self._waiting.values()))
+            need = [reservation(g, seq.n_positions) for g in self.groups]
+            if any(n > free for n, free in zip(need, self._unreserved, strict=True)):
+                break
+            del self._waiting[seq.seq_id]
+            seq.slot = self._free_slots.pop()
+            seq.reserved = need
+            seq.blocks = [{} for _ in need]
+            for i, n in enumerate(need):
+                self._unreserved[i] -= n
+            self._running[seq.seq_id] = seq
+            admitted.append(seq)
+        return admitted
+
+    def drop(self, seq_id: int) -> bool:
+        """End a sequence in whatever state it is and free what it owns. False where it is not (or no longer) here."""
+        seq = self._waiting.pop(seq_id, None)
+        if seq is not None:
+            seq.ended = "dropped"
+            return True
+        seq = self._running.get(seq_id)
+        if seq is None:
+            return False
+        self._free(seq, "dropped")
+        return True
+
+    # -- what runs next
+
+    def next_work(self) -> StepWork | ForwardWork | DecodeWork | None:
+        """The next thing for the engine to do, its block tables written; None when nothing runs."""
+        forced, sampled = [], []
+        for seq in self._running.values():
+            (sampled if seq.sampling is not None else forced).append(seq)
+        if forced and (self._forward_next or not sampled):
+            self._forward_next = False
+            return self._forward(forced[0])
+        self._forward_next = True
+        decoding = [s for s in sampled if not s.prefilling]
+        prefilling = [s for s in sampled if s.prefilling]
+        if prefilling or forced or any(s.want_logits for s in decoding):
+            return self._step(decoding, prefilling)
+        return self._decode(decoding) if decoding else None
+
+    def done_step(self, work: StepWork, sampled: Sequence[int]) -> list[SequenceState]:
+        """Take the result of a step. Returns the sequences that ended, their blocks freed."""
+        for seq, n in work.rows:
+            seq.n_past += n
+        for seq, token in zip(work.outputs, sampled, strict=True):
+            seq.n_out += 1
+            seq.last_token = int(token)
+        return self._end_finished(seq for seq, _ in work.rows)
+
+    def done_forward(self, work: ForwardWork) -> list[SequenceState]:
+        """Take the end of a teacher-forced chunk. Returns the sequence if that was its last one."""
+        work.seq.n_past += len(work.batch.tokens)
+        return self._end_finished([work.seq])
+
+    def done_decode(self, work: DecodeWork, sampled: np.ndarray) -> list[SequenceState]:
+        """Take the result of a decode run, int32 [steps_done, n]. Returns the sequences that ended."""
+        n = len(sampled)
+        if n:
+            for seq, token in zip(work.seqs, sampled[-1], strict=True):
+                seq.n_past += n
+                seq.n_out += n
+                seq.last_token = int(token)
+        return self._end_finished(work.seqs) if n else []
+
+    # -- inside
+
+    def _end_finished(self, seqs: Iterable[SequenceState]) -> list[SequenceState]:
+        """End those that have their last token; of the others return the blocks they need no more."""
+        ended = []
+        for seq in seqs:
+            if seq.stops and seq.n_out and seq.last_token in self.stop_ids:
+                reason = "stop"
+            elif not seq.prefilling and seq.n_out == seq.max_tokens:
+                reason = "length"
+            else:
+                self._give_back(seq)
+                continue
+            self._free(seq, reason)
+            ended.append(seq)
+        return ended
+
+    def _free(self, seq: SequenceState, reason: str) -> None:
+        del self._running[seq.seq_id]
+        self._free_slots.append(seq.slot)
+        self._tables[:, seq.slot, :] = -1
+        for i, pool in enumerate(self.pools):
+            for block in reversed(seq.blocks[i].values()):
+                pool.give(block)
+            self._unreserved[i] += seq.reserved[i]
+        seq.ended, seq.slot, seq.blocks, seq.reserved = reason, -1, [], []
+
+    def _take(self, seq: SequenceState, n: int) -> None:
+        """Own the blocks that the next `n` rows write."""
+        for i, pool in enumerate(self.pools):
+            owned, table = seq.blocks[i], self._tables[i, seq.slot]
+            for number in range(seq.n_past // BLOCK_SIZE, blocks_of(seq.n_past + n)):
+                if number not in owned:
+                    owned[number] = table[number] = pool.take()
+
+    def _give_back(self, seq: SequenceState) -> None:
+        """Return the blocks that no later query reads; then the sequence owns no more than its reservation."""
+        for i, group in enumerate(self.groups):
+            if group.window:
+                owned, first = seq.blocks[i], first_kept(group, seq.n_past)
+                for number in [b for b in owned if b < first]:
+                    self.pools[i].give(owned.pop(number))
+                    self._tables[i, seq.slot, number] = -1
+
+    def _rows_allowed(self, seq: SequenceState, n: int, spare: list[int]) -> int:
+        """How many of `n` prompt rows the windowed pools allow, `spare` blocks of each being nobody's reservation.
+
+        The reservation covers the rows up to the end of a block; a larger chunk borrows spare blocks for one step.
+        """
+        for i, group in enumerate(self.groups):
+            if group.window:
+                first = first_kept(group, seq.n_past)
+                within = (first + seq.reserved[i] + spare[i]) * BLOCK_SIZE - seq.n_past
+                n = min(n, within)
+        for i, group in enumerate(self.groups):
+            if group.window:
+                used = blocks_of(seq.n_past + n) - first_kept(group, seq.n_past)
+                spare[i] -= max(used - seq.reserved[i], 0)
+        return n
+
+    def _step(self, decoding: list[SequenceState], prefilling: list[SequenceState]) -> StepWork:
+        rows = [(seq, 1) for seq in decoding]
+        left = min(self.config.max_rows - len(decoding), max(self.prompt_rows, 1))
+        spare = list(self._unreserved)
+        for seq in prefilling:
+            if left <= 0:
+                break
+            n = self._rows_allowed(seq, min(left, seq.n_prompt - seq.n_past), spare)
+            rows.append((seq, n))
+            left -= n
+        tokens: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
+        outputs, out_rows, at = [], [], 0
+        for seq, n in rows:
+            self._take(seq, n)
+            end = seq.n_past + n
+            tokens.append(seq.prompt[seq.n_past:end] if seq.prefilling else np.array([seq.last_token], np.int32))
+            positions.append(np.arange(seq.n_past, end, dtype=np.int32))
+            slots.append(np.full(n, seq.slot, np.int32))
+            at += n
+            if end >= seq.n_prompt:
+                outputs.append(seq)
+                out_rows.append(at - 1)
+        batch = Batch(np.concatenate(tokens), np.concatenate(positions), np.concatenate(slots), len(decoding),
+                      np.array(out_rows, np.int32))
+        return StepWork(batch, rows, outputs, any(s.want_logits for s in outputs))
+
+    def _forward(self, seq: SequenceState) -> ForwardWork:
+        n = min(self.config.max_rows, max(self.prompt_rows, 1), FORWARD_ROWS, seq.n_prompt - seq.n_past)
+        n = self._rows_allowed(seq, n, list(self._unreserved))
+        self._take(seq, n)
+        end = seq.n_past + n
+        batch = Batch(seq.prompt[seq.n_past:end], np.arange(seq.n_past, end, dtype=np.int32),
+                      np.full(n, seq.slot, np.int32), 0, np.arange(n, dtype=np.int32))
+        return ForwardWork(batch, seq)
+
+    def _decode(self, seqs: list[SequenceState]) -> DecodeWork:
+        n_steps = min(self._max_decode_steps, *(s.max_tokens - s.n_out for s in seqs))
+        for seq in seqs:
+            self._take(seq, n_steps)
+        return DecodeWork(
+            seqs=seqs,
+            slots=np.array([s.slot for s in seqs], np.int32),
+            seq_ids=np.array([s.seq_id for s in seqs], np.int64),
+            tokens=np.array([s.last_token for s in seqs], np.int32),
+            positions=np.array([s.n_past for s in seqs], np.int32),
+            n_steps=n_steps,
+            stop_mask=np.array([s.stops for s in seqs], np.uint8),
+        )
