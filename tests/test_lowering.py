@@ -54,3 +54,10 @@ def test_a_product_read_again_is_not_folded_into_the_residual():
 def test_group_size_is_bounded(limit):
     p = plan.build(FakeFile())
     assert max(len(op.parts) for op in lower(p, max_group=limit) if isinstance(op, MatMulGroup)) == limit
+
+
+def test_products_of_different_types_do_not_share_a_launch():
+    mf = FakeFile()
+    mf.tensors["blk.0.attn_v.weight"].type_id = 8
+    groups = [op for op in lower(plan.build(mf)) if isinstance(op, MatMulGroup)]
+    assert [[part.name for part in g.parts] for g in groups][:2] == [["blk.0.attn_q", "blk.0.attn_k"], ["blk.0.attn_v"]]

@@ -1,7 +1,7 @@
 """Lowering: a plan rewritten into fewer, larger records for the CUDA engine. What is computed stays the same.
 
 Three rewrites, each local to neighbouring records:
-- products that read the same input become one `MatMulGroup` (q, k and v; gate and up);
+- products of one weight type that read the same input become one `MatMulGroup` (q, k and v; gate and up);
 - a product whose result is only added to the residual stream adds it itself (`residual`);
 - rotation of q and k and the cache write become one `RopeKv`.
 With `fuse=False` every record stays alone, so that any record's output can be looked at.
@@ -49,8 +49,7 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
         op = ops[i]
         if isinstance(op, MatMul):
             group = [op]
-            while (len(group) < max_group and i + len(group) < len(ops)
-                   and isinstance(ops[i + len(group)], MatMul) and ops[i + len(group)].inp == op.inp):  # fmt: skip
+            while len(group) < max_group and i + len(group) < len(ops) and _joins(plan, op, ops[i + len(group)]):
                 group.append(ops[i + len(group)])
             i += len(group)
             after = ops[i] if i < len(ops) else None
@@ -70,6 +69,13 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
             out.append(op)
             i += 1
     return tuple(out)
+
+
+def _joins(plan: Plan, first: MatMul, op: Op) -> bool:
+    """Whether `op` can share a launch with `first`: same input, same weight type."""
+    if not isinstance(op, MatMul) or op.inp != first.inp:
+        return False
+    return plan.weights[op.weight].type_id == plan.weights[first.weight].type_id
 
 
 def _read_again(ops: tuple[Op, ...], start: int, view: View) -> bool:
