@@ -1,0 +1,62 @@
+// Q4_K (144 bytes: float16 d and dmin, 12 bytes of scales, 128 of nibbles) and Q5_K (176: d, dmin, 12 of scales, 32 of
+// fifth bits, 128 of nibbles); blocks of 256, scale and min for every 32 elements.
+// Element k: nibble k % 64 / 32 of byte 32 (k / 64) + k % 32; fifth bit: bit k / 32 of byte k % 32.
+// 6-bit scale s and min m of 32-column block i, over bytes b: i < 4: s = b[i] & 63, m = b[i+4] & 63; else
+// s = b[i+4] & 15 | b[i-4] >> 6 << 4, m = b[i+4] >> 4 | b[i] >> 6 << 4. w = d s q - dmin m.
+#pragma once
+
+#include "numbers.cuh"
+
+HD uint32_t nibble_chunks(const uint8_t* bytes, int k) {
+    return (bytes[k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4)) & 15u;
+}
+
+// Scales of Q4_K and Q5_K: the first 16 bytes of each row's block, as they are.
+template <class Q>
+struct KScales {
+    static constexpr int kScaleK = 32;
+    static constexpr bool kHasMin = true;
+    static constexpr bool kHalfScale = false;
+    struct Scales {
+        Words4 row[2];  // {(d, dmin), scale bytes 0-3, 4-7, 8-11} of rows g and g + 8
+    };
+
+    // Words: [row][4].
+    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+        return pad_u32(raw.block(word / 4, 0), 4 * (word % 4));
+    }
+    static HD Scales load_scales(const uint8_t* record, int lane) {
+        const uint8_t* p = record + Q::kScaleOffset + (lane >> 2) * 16;
+        return {{load_words4(p), load_words4(p + 128)}};
+    }
+    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const Words4& v = s.row[r];
+            uint32_t scale_bytes, min_bytes;
+            if (block < 4) {
+                scale_bytes = v.y & 0x3f3f3f3fu;
+                min_bytes = v.z & 0x3f3f3f3fu;
+            } else {
+                scale_bytes = (v.w & 0x0f0f0f0fu) | ((v.y >> 2) & 0x30303030u);
+                min_bytes = ((v.w >> 4) & 0x0f0f0f0fu) | ((v.z >> 2) & 0x30303030u);
+            }
+            scale[0][r] = half_float(v.x) * byte_float(scale_bytes, block & 3);
+            min[0][r] = -(half_float(v.x >> 16) * byte_float(min_bytes, block & 3));
+        }
+    }
+};
+
+struct Q4_K : Record<256, 256, 144, 4, 0>, KScales<Q4_K>, IntegerCodes<Q4_K, 0> {
+    static HD uint32_t raw_code(const uint8_t* block, int k) { return nibble_chunks(block + 16, k); }
+    static HD uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
+};
+
+struct Q5_K : Record<256, 256, 176, 4, 1>, KScales<Q5_K>, IntegerCodes<Q5_K, 0> {
+    static HD uint32_t raw_code(const uint8_t* block, int k) {
+        return nibble_chunks(block + 48, k) | ((block[16 + k % 32] >> (k / 32)) & 1u) << 4;
+    }
+    static HD uint32_t code(const Codes<4, 1>& q, int pair) {
+        return Plane<4>::codes(q.low, pair) | Plane<1>::codes<4>(q.high, pair);
+    }
+};

@@ -1,0 +1,131 @@
+"""The repacked layouts of csrc/quant, compiled for the CPU: nothing lost, nothing moved wrongly, sizes as planned."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worker_orcd import cuda_layout, quants
+
+gguf_quants = pytest.importorskip("gguf.quants")
+from gguf.constants import GGMLQuantizationType  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+TYPES = sorted(quants.TYPES)
+NAMES = [quants.TYPES[t].name for t in TYPES]
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    out = tmp_path_factory.mktemp("layout") / "layout.so"
+    source = ROOT / "tests" / "cuda_layout_host.cpp"
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    subprocess.run(["g++", *flags, "-I", str(ROOT / "csrc"), str(source), "-o", str(out)], check=True)
+    return ctypes.CDLL(str(out))
+
+
+def random_blocks(type_id: int, n_out: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [n_out, row bytes]: random codes and scales, every scale a finite number."""
+    t = quants.TYPES[type_id]
+    raw = rng.integers(0, 256, (n_out, k // t.block_size, t.type_size), dtype=np.uint8)
+
+    def put(at: int, values: np.ndarray) -> None:
+        size = values.dtype.itemsize
+        raw[:, :, at : at + size] = np.ascontiguousarray(values)[..., None].view(np.uint8)
+
+    shape = raw.shape[:2]
+    half = lambda: rng.standard_normal(shape).astype(np.float16)  # noqa: E731
+    at = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
+          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "F16": [0]}  # fmt: skip
+    for offset in at.get(t.name, []):
+        put(offset, half())
+    if t.name == "F32":
+        put(0, rng.standard_normal(shape).astype(np.float32))
+    if t.name == "BF16":
+        put(0, (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+    if t.name == "MXFP4":
+        put(0, rng.integers(0, 253, shape, dtype=np.uint8))
+    return raw.reshape(n_out, -1)
+
+
+def dequantized(type_id: int, raw: np.ndarray) -> np.ndarray:
+    """float32 [n_out, k] by the gguf package."""
+    return gguf_quants.dequantize(raw, GGMLQuantizationType(type_id)).reshape(raw.shape[0], -1)
+
+
+def pointer(a: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(a.ctypes.data)
+
+
+@pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
+def test_sizes_match_the_headers(lib, type_id):
+    suffix = cuda_layout.kernel_suffix(type_id)
+    assert getattr(lib, f"unit_k_{suffix}")() == cuda_layout.unit_k(type_id)
+    assert getattr(lib, f"record_bytes_{suffix}")() == cuda_layout.record_bytes(type_id)
+    assert bool(getattr(lib, f"row_scaled_{suffix}")()) == (quants.TYPES[type_id].name in cuda_layout.ROW_SCALED)
+
+
+@pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
+@pytest.mark.parametrize(("n_out", "k"), [(16, 256), (33, 768), (5, 1024), (48, 96), (17, 32)])
+def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
+    if k % quants.TYPES[type_id].block_size:
+        pytest.skip("no row of this type is that long")
+    rng = np.random.default_rng([type_id, n_out, k])
+    raw = random_blocks(type_id, n_out, k, rng)
+    suffix = cuda_layout.kernel_suffix(type_id)
+    strips, width = cuda_layout.n_strips(n_out), cuda_layout.k_padded(type_id, k)
+    n_bytes = strips * cuda_layout.n_units(type_id, k) * cuda_layout.record_bytes(type_id)
+    packed = np.full(n_bytes + 64, 0xA5, np.uint8)
+    getattr(lib, f"repack_{suffix}")(pointer(raw), pointer(packed), n_out, k)
+    assert (packed[n_bytes:] == 0xA5).all()
+    out = np.full((strips * 16, width), np.nan, np.float32)
+    getattr(lib, f"unpack_{suffix}")(pointer(packed), pointer(out), n_out, k)
+    expected = dequantized(type_id, raw)
+    assert np.array_equal(out[:n_out, :k].view(np.uint32), expected.view(np.uint32))
+    assert not out[n_out:].any() and not out[:, k:].any(), "padding must be zero weights"
+    # Whole strips and units hold the file's bits and no others.
+    if n_out % 16 == 0 and k == width:
+        assert n_bytes == raw.nbytes
+        assert np.unpackbits(packed[:n_bytes]).sum() == np.unpackbits(raw).sum()
+
+
+def test_activation_order_is_the_fragment_order(lib):
+    """Lane t's eight stored values are the columns of its pairs 0, 2, 4, 6 (low, high)."""
+    slots = [lib.x_slot_of(k) for k in range(32)]
+    assert sorted(slots) == list(range(32))
+    for t in range(4):
+        columns = [lib.column_of(t, pair) + odd for pair in (0, 2, 4, 6) for odd in (0, 1)]
+        assert [slots[c] for c in columns] == list(range(8 * t, 8 * t + 8))
+
+
+@pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
+def test_padding_is_small(type_id):
+    """Real shapes cost at most 2 % more than in the file."""
+    block = quants.TYPES[type_id].block_size
+    for n_out, k in [(896, 896), (128, 896), (4864, 896), (896, 4864), (151936, 896), (9216, 3072), (32064, 3072),
+                     (3072, 8192), (4096, 2880), (2880, 4096), (201088, 2880), (576, 1536), (49152, 576)]:  # fmt: skip
+        if k % block == 0:
+            in_file = n_out * quants.TYPES[type_id].row_bytes(k)
+            ratio = cuda_layout.packed_bytes(type_id, n_out, k) / in_file
+            assert 1 <= ratio <= 1.02, f"{n_out} x {k}: {ratio}"
+
+
+@pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
+def test_launches_fit_the_smallest_gpu(type_id):
+    for n_outs, k in [((896, 128, 128), 896), ((896,), 4864), ((151936,), 896), ((3072,), 8192), ((48,), 32)]:
+        k = -(-k // quants.TYPES[type_id].block_size) * quants.TYPES[type_id].block_size
+        strips = sum(map(cuda_layout.n_strips, n_outs))
+        warps = cuda_layout.matvec_warps(type_id, k, strips)
+        for n_rows in (1, 2, 8, 9, 16, 17, 32, 33, 64):
+            launch = cuda_layout.matvec_launch(type_id, k, n_outs, n_rows, warps=warps, n_sm=132)
+            assert launch.smem <= cuda_layout.SMEM_SMALL and launch.block == 32 * warps <= 512
+            assert 1 <= launch.grid[0] <= strips
+    for small in (False, True):
+        assert cuda_layout.matmul_stages(type_id, small)[2] <= cuda_layout.SMEM_SMALL

@@ -1,0 +1,190 @@
+"""The CUDA kernels' view of matrices: bytes of the repacked layouts, converted activations, launch geometry.
+
+The Python mirror of csrc/quant/layout.cuh and of the constants of csrc/matvec.cu and csrc/matmul.cu, for the VRAM plan,
+the lowering and the kernel tests. Pure arithmetic: knows no driver and no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import quants
+
+#: rows of a strip, the unit of the layout along n_out
+STRIP_ROWS = 16
+#: dynamic shared memory that every supported GPU grants one block, less the driver's own
+SMEM_SMALL = 99 * 1024
+_DENSE = frozenset({"F32", "F16", "BF16"})
+#: types whose records are followed by one float32 per row: their weights may lie outside the range of fp16
+ROW_SCALED = frozenset({"F32", "BF16", "MXFP4"})
+#: rows one decode launch can take, by kernel variant (tiles of 8 rows)
+MATVEC_TILES = (1, 2, 4, 8)
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def kernel_suffix(type_id: int) -> str:
+    """The type's name in kernel names, for example ``"q4_k"``."""
+    return quants.TYPES[type_id].name.lower()
+
+
+def unit_k(type_id: int) -> int:
+    """Columns of one record: 256 for K-quants, else 64."""
+    return max(64, quants.TYPES[type_id].block_size)
+
+
+def n_units(type_id: int, k: int) -> int:
+    """Records of a strip of row length `k` (a multiple of 32)."""
+    return -(-k // unit_k(type_id))
+
+
+def k_padded(type_id: int, k: int) -> int:
+    """Row length in whole records; activations are zero-padded to it."""
+    return n_units(type_id, k) * unit_k(type_id)
+
+
+def n_strips(n_out: int) -> int:
+    """Strips of a matrix of `n_out` rows."""
+    return -(-n_out // STRIP_ROWS)
+
+
+def record_bytes(type_id: int) -> int:
+    """Bytes of one record: what its 16 rows x unit_k weights have in the file."""
+    return STRIP_ROWS * quants.TYPES[type_id].row_bytes(unit_k(type_id))
+
+
+def packed_bytes(type_id: int, n_out: int, k: int) -> int:
+    """Device bytes of a repacked matrix [n_out, k], row scales included."""
+    strips = n_strips(n_out)
+    scales = 4 * STRIP_ROWS * strips if quants.TYPES[type_id].name in ROW_SCALED else 0
+    return strips * n_units(type_id, k) * record_bytes(type_id) + scales
+
+
+# ---- converted activations -------------------------------------------------------------------------------------------
+
+
+def x_f16_bytes(type_id: int, k: int) -> int:
+    """Bytes of a row written by convert_f16."""
+    return 2 * k_padded(type_id, k)
+
+
+def x_split_bytes(type_id: int, k: int) -> int:
+    """Bytes of a row written by convert_split, and of a row in shared memory of the 1-tile decode kernels.
+
+    Per 32 columns 128 bytes (bf16 high parts, then low parts) and 8 bytes of sums; the odd multiple of 64 keeps the
+    rows of a tile on different banks.
+    """
+    return _round_up(k_padded(type_id, k) // 32 * 136, 128) + 64
+
+
+# ---- decode: matvec_<type>_<tiles> -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MatvecShape:
+    """Compile-time constants of one decode kernel (csrc/matvec.cu, struct Shape)."""
+
+    stage_units: int
+    strips: int
+    depth: int
+    slot_bytes: int
+
+    @property
+    def ring_bytes(self) -> int:
+        """Shared memory of one warp's weight ring."""
+        return self.depth * self.slot_bytes
+
+
+def matvec_shape(type_id: int, tiles: int) -> MatvecShape:
+    """The constants of matvec_<type>_<tiles>."""
+    units = 2 if unit_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
+    stage = units * record_bytes(type_id)
+    strips = 2 if tiles >= 4 and stage <= 2304 else 1
+    slot = strips * stage
+    return MatvecShape(units, strips, max(2, min(4, 10240 // slot)), slot)
+
+
+def matvec_warps(type_id: int, k: int, strips: int, max_smem: int = SMEM_SMALL) -> int:
+    """Warps of a block, which is also the number of parts that K is split into.
+
+    It fixes the order of summation, so it depends on the launch's matrices (and the GPU) alone, never on the number
+    of rows. Few strips do not fill the GPU: they get up to 16 warps where shared memory allows.
+    """
+    stages = -(-n_units(type_id, k) // matvec_shape(type_id, 1).stage_units)
+    most = 16 if strips <= 160 and max_smem >= 200 * 1024 else 8
+    # the fewest idle warp-stages; of equals the most warps
+    return max(range(1, min(most, stages) + 1), key=lambda w: (min(w, 4), stages / (-(-stages // w) * w), w))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to launch a kernel: its name, grid, threads of a block and dynamic shared memory bytes."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    smem: int
+    ring_bytes: int = 0
+    needs_split: bool = False
+
+
+def matvec_launch(
+    type_id: int, k: int, n_outs: tuple[int, ...], n_rows: int, *, warps: int, n_sm: int, max_smem: int = SMEM_SMALL
+) -> Launch:
+    """The decode launch for up to four matrices [n_out, k] of one type and one input of 1 .. 64 rows.
+
+    Args:
+        type_id, k, n_outs: the matrices.
+        n_rows: rows of the input.
+        warps: from `matvec_warps` over all matrices of the launch; the same for every n_rows.
+        n_sm: multiprocessors of the GPU.
+        max_smem: dynamic shared memory bytes that a block may have.
+
+    Returns:
+        `needs_split` says that the input must have been converted by convert_split; else the kernel takes float32.
+    """
+    total = sum(n_strips(n) for n in n_outs)
+    tiles = next(t for t in MATVEC_TILES if n_rows <= 8 * t)
+    while True:
+        shape = matvec_shape(type_id, tiles)
+        ring = warps * shape.ring_bytes
+        smem = ring + 2 * warps * shape.strips * 512
+        if tiles == 1:
+            smem += n_rows * x_split_bytes(type_id, k)
+            if smem > max_smem:  # the rows do not fit beside the weights: read them from memory
+                tiles = 2
+                continue
+        # Blocks stay for several tiles, so that one tile's weights arrive while the one before is being summed.
+        resident = max(1, min(2048 // (32 * warps), 227 * 1024 // (smem + 1024)))
+        grid = min(-(-total // shape.strips), n_sm * resident)
+        name = f"matvec_{kernel_suffix(type_id)}_{tiles}"
+        return Launch(name, (grid, 1, 1), 32 * warps, smem, ring, tiles > 1)
+
+
+# ---- prompt: matmul_<type> and matmul_<type>_small -------------------------------------------------------------------
+
+
+def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
+    """(activation stages, weight slots, shared memory bytes) of a prompt kernel (csrc/matmul.cu, struct Shape)."""
+    rows, tokens = (64, 64) if small else (128, 128)
+    x, w = tokens * 128, rows // STRIP_ROWS * record_bytes(type_id)
+    for stages in (4, 3, 2):
+        slots = 2 if unit_k(type_id) == 256 else stages
+        smem = stages * x + slots * w
+        if smem <= (49152 if small else 98304) or stages == 2:
+            return stages, slots, smem
+    raise AssertionError
+
+
+def matmul_launch(type_id: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
+    """The prompt launch for a matrix of `n_out` rows and an input of `n_rows` rows converted by convert_f16.
+
+    Both variants give the same bits; the small one is for products that do not fill the GPU with large tiles.
+    """
+    small = -(-n_out // 128) * -(-n_rows // 128) < 2 * n_sm
+    side = 64 if small else 128
+    grid = (-(-n_out // side), -(-n_rows // side), 1)
+    name = f"matmul_{kernel_suffix(type_id)}" + ("_small" if small else "")
+    return Launch(name, grid, 128 if small else 256, matmul_stages(type_id, small)[2])
