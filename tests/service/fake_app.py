@@ -1,0 +1,56 @@
+"""Serve a `FakeLLM` under the real server: `python fake_app.py PORT [--load-seconds S] [--load-error CODE] [...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_llm import FakeLLM
+
+from worker_orcd.config import ServeConfig
+from worker_orcd.errors import InsufficientVram, ModelLoadError
+from worker_orcd.wsgi.server import serve
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("--load-seconds", type=float, default=0.0)
+    parser.add_argument("--load-error", choices=["model", "vram", "crash", "kill"])
+    parser.add_argument("--max-streams", type=int, default=24)
+    parser.add_argument("--max-queue", type=int, default=4)
+    parser.add_argument("--max-tokens-in", type=int)
+    parser.add_argument("--max-tokens-out", type=int, default=2048)
+    parser.add_argument("--grace", type=float, default=1.0)
+    parser.add_argument("--timeout", type=float, default=300.0)
+    parser.add_argument("--api-key")
+    args = parser.parse_args()
+
+    def load(config, progress):
+        end = time.monotonic() + args.load_seconds
+        while time.monotonic() < end:
+            progress(int(1000 - 1000 * (end - time.monotonic()) / args.load_seconds), 1000)
+            time.sleep(0.02)
+        if args.load_error == "model":
+            raise ModelLoadError("the tensor table is cut short", path=config.model, offset=24)
+        if args.load_error == "vram":
+            raise InsufficientVram("the model needs more", bytes_required=100, bytes_available=10)
+        if args.load_error == "crash":
+            raise RuntimeError("nobody expected this")
+        if args.load_error == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return FakeLLM(config)
+
+    serve(ServeConfig(model="/nowhere/fake.gguf", port=args.port, device="cpu", max_streams=args.max_streams,
+                      max_queue=args.max_queue, max_tokens_in=args.max_tokens_in, max_tokens_out=args.max_tokens_out,
+                      grace_sec=args.grace, inference_timeout_sec=args.timeout, api_key=args.api_key), load)
+
+
+if __name__ == "__main__":
+    main()

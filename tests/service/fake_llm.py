@@ -1,0 +1,110 @@
+"""A model that speaks on command: the LLM interface that the HTTP side uses, with no engine behind it.
+
+The first word of a prompt says how it behaves; see `FakeLLM._speak`. Ids are the UTF-8 bytes of the text.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+from worker_orcd.errors import CudaError, DuplicateJob, InvalidRequest, NotReady, QueueFull
+from worker_orcd.job import Job
+
+N_VOCAB = 512
+CONTEXT = 40_000
+
+
+class FakeInfo(SimpleNamespace):
+    def to_dict(self):
+        return dict(vars(self))
+
+
+class FakeTokenizer:
+    def encode(self, text, *, special=False, add_bos=None):
+        return list(text.encode())
+
+    def decode(self, ids, *, skip_special=False):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+class FakeLLM:
+    def __init__(self, config):
+        self.tokenizer = FakeTokenizer()
+        self.info = FakeInfo(name="fake", path=config.model, n_vocab=N_VOCAB, context_length=CONTEXT,
+                             quant_kind="Q4_K_M", tokenizer_kind="gguf-bpe", device="cpu", model_bytes=123)
+        self.limit = config.max_streams + config.max_queue
+        self.jobs = {}
+        self.n_seq = 0
+        self.lock = threading.Lock()
+        self.closing = False
+
+    def submit(self, prompt, params, *, job_id=None, deadline=None, special=False):
+        params.check(n_vocab=N_VOCAB)
+        for text in params.stop:
+            if len(self.tokenizer.encode(text)) > 32:
+                raise InvalidRequest("stop holds a string of more than 32 tokens", field="stop")
+        with self.lock:
+            if self.closing:
+                raise NotReady("the worker is shutting down")
+            live = [j for j in self.jobs.values() if not j.finished]
+            if job_id in self.jobs and not self.jobs[job_id].finished:
+                raise DuplicateJob(f"job {job_id} is running", job_id=job_id)
+            if len(live) >= self.limit:
+                raise QueueFull("the queue is full", retry_after=1)
+            self.n_seq += 1
+            job = Job(job_id, self.n_seq, params, params.seed if params.seed is not None else 7, len(prompt), deadline,
+                      lambda job: None)
+            self.jobs[job_id] = job
+        words = self.tokenizer.decode(prompt).split(" ", 1)
+        threading.Thread(target=self._speak, args=(job, words[0], words[1:]), daemon=True).start()
+        return job
+
+    def _speak(self, job, verb, rest):
+        """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: as fast as it can;
+        quiet: nothing until stopped; fail / crash / sticky: an error after the first piece."""
+        job.admitted_at = job.first_token_at = time.monotonic()
+        limit = job.params.max_tokens or 2048
+        if verb == "say":
+            text = rest[0][:limit]
+            for char in text:
+                job.add_tokens(char, list(char.encode()))
+                job.last_token_at = time.monotonic()
+            job.finish("stop")
+        elif verb in ("slow", "flood"):
+            for i in range(limit):
+                if not job.add_tokens(f"w{i} ", [i % 256]):
+                    return
+                job.last_token_at = time.monotonic()
+                if verb == "slow":
+                    time.sleep(0.02)
+            job.finish("length")
+        elif verb == "quiet":
+            while not job.finished:
+                time.sleep(0.01)
+        else:
+            job.add_tokens("x", [120])
+            errors = {"fail": InvalidRequest("no room in the cache", field="max_tokens"),
+                      "sticky": CudaError("an illegal address", call="cuStreamSynchronize", sticky=True)}
+            job.end(errors[verb])
+
+    def cancel(self, job_id):
+        job = self.jobs.get(job_id)
+        if job is None:
+            return "unknown"
+        if job.finished:
+            return "finished"
+        job.cancel()
+        return "cancelling"
+
+    def shutdown(self, grace):
+        self.closing = True
+        end = time.monotonic() + grace
+        while time.monotonic() < end and any(not j.finished for j in self.jobs.values()):
+            time.sleep(0.01)
+        for job in self.jobs.values():
+            job.end(NotReady("the worker is shutting down"))
+
+    def close(self):
+        self.shutdown(0)

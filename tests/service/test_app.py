@@ -1,0 +1,315 @@
+"""The application without a server: what it refuses, how, and what it never says."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from falcon import testing
+from service.fake_llm import FakeLLM
+
+from worker_orcd.config import ServeConfig
+from worker_orcd.events import EventLog
+from worker_orcd.wsgi.app import create_app
+from worker_orcd.wsgi.service import Service
+
+
+class App:
+    def __init__(self, load=lambda config, progress: FakeLLM(config), **config):
+        self.out = io.StringIO()
+        config = {"model": "/models/fake.gguf", "device": "cpu", **config}
+        self.config = ServeConfig(**config)
+        self.terminated = []
+        self.service = Service(self.config, EventLog(self.out), load, terminate=lambda: self.terminated.append(1))
+        self.client = testing.TestClient(create_app(self.service))
+
+    def ready(self):
+        self.service.start()
+        end = time.monotonic() + 5
+        while self.service.state == "loading" and time.monotonic() < end:
+            time.sleep(0.002)
+        assert self.service.state == "ready"
+        return self
+
+    def execute(self, body=None, headers=None, **fields):
+        if body is None:
+            body = json.dumps({"job_id": "j", "prompt": "say hi", **fields})
+        return self.client.simulate_post("/execute", body=body, headers=headers)
+
+    @property
+    def log(self):
+        return [json.loads(line) for line in self.out.getvalue().splitlines()]
+
+
+@pytest.fixture
+def app():
+    app = App().ready()
+    yield app
+    app.service.stop(0)
+
+
+def error_of(result, status=400, code="INVALID_REQUEST"):
+    assert result.status_code == status, result.text
+    assert result.headers["content-type"] == "application/json"
+    assert result.json["code"] == code and result.json["message"]
+    assert "\n" not in result.json["message"] and len(result.json["message"]) < 300
+    return result.json
+
+
+def events_of(result):
+    assert result.status_code == 200, result.text
+    assert result.headers["content-type"] == "text/event-stream"
+    blocks = [b.split("\n") for b in result.text.split("\n\n") if b and not b.startswith(":")]
+    return [(b[0].removeprefix("event: "), json.loads(b[1].removeprefix("data: "))) for b in blocks]
+
+
+# -- S1, S5: every field against its rule
+
+NOT_NUMBERS = ['"1"', "true", "null", "[]", "{}", "NaN", "Infinity", "1e999", "-1e999", "0x1", "9" * 5000]
+NUMBERS = {
+    "max_tokens": [*NOT_NUMBERS, "0", "-1", "2049", "1.5", str(2**63), str(2**64), "-" + "9" * 400],
+    "temperature": [*NOT_NUMBERS, "-0.1", "2.1", "1e308", "-1e-300"],
+    "top_p": [*NOT_NUMBERS, "-0.1", "1.1"],
+    "top_k": [*NOT_NUMBERS, "-1", "513", "1.5", str(2**64)],
+    "min_p": [*NOT_NUMBERS, "-0.1", "1.1"],
+    "repetition_penalty": [*NOT_NUMBERS, "0", "0.0", "-1", "2.1"],
+    "seed": [*NOT_NUMBERS, "-1", str(2**64), "1.5", "1e3"],
+    "stop": ['"x"', "null", "1", '[1]', '[""]', '["a","b","c","d","e"]', '["' + "x" * 33 + '"]', '[["a"]]',
+             '["a\\u0000"]'],
+    "job_id": ["null", "1", '""', '"' + "x" * 257 + '"', '"a\\nb"', '"a\\u0000"', "[]"],
+    "prompt": ["null", "1", '""', '"' + "x" * 32769 + '"', '"a\\u0000b"', "[]"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in NUMBERS.items() for v in values],
+                         ids=lambda v: v[:20] if isinstance(v, str) else None)
+def test_s1_s5_a_field_that_breaks_its_rule_is_named(app, field, value):
+    fields = {"job_id": '"j"', "prompt": '"say hi"', field: value}
+    body = "{" + ",".join(f'"{k}":{v}' for k, v in fields.items()) + "}"
+    error = error_of(app.execute(body))
+    if not any(bad in value for bad in ("NaN", "Infinity", "0x1")):  # those are no JSON at all
+        assert error["field"] == field and field in error["message"]
+    assert not app.service._streams
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("max_tokens", 1), ("max_tokens", 2048), ("temperature", 0), ("temperature", 2.0), ("top_p", 0.0), ("top_p", 1),
+    ("top_k", 0), ("top_k", 512), ("min_p", 1.0), ("repetition_penalty", 0.001), ("repetition_penalty", 2),
+    ("seed", 0), ("seed", 2**64 - 1), ("stop", []), ("stop", ["a", "b", "c", "x" * 32]), ("job_id", "x" * 256),
+    ("job_id", "héllo 😀"), ("prompt", "say " + "x" * 32764)])
+def test_values_at_the_edge_are_taken(app, field, value):
+    events = events_of(app.execute(**{field: value}))
+    assert [name for name, _ in events][-1] == "end" and events[0][0] == "started"
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"null", b"[]", b"1", b'"x"', b"{", b"{}", b'{"job_id":"j"}', b'{"prompt":"x"}', b'{"job_id":"j","prompt":"x"}x',
+    b'{"job_id":"j","prompt":"x",}', b"\xef\xbb\xbf{}", '{"job_id":"j","prompt":"x"}'.encode("utf-16"),
+    b'{"job_id":"j","prompt":"\xff"}', b'{"job_id":"j","prompt":"\\ud800"}', b'{"job_id":"j","prompt":"\\udc00\\ud800"}',
+    b'{"job_id":"j","prompt":"a\nb"}', b'{"job_id":"j","prompt":"x","\\ud800":1}', b"\x00" * 100,
+    b'{"job_id":"j","prompt":"x","prompt":"y"}', b'{"job_id":"j","prompt":"x","job_id":"j"}',
+    b"[" * 100_000, b'{"a":' * 100_000, b'{"job_id":"j","prompt":"x","stop":' + b"[" * 100_000,
+    b'{"job_id":"j","prompt":"x","stop":[' + b"[" * 70 + b"]" * 71 + b"}", b"<x/>", b"job_id=j&prompt=x"])
+def test_s3_a_body_that_is_no_flat_object_is_refused(app, body):
+    began = time.monotonic()
+    error_of(app.execute(body))
+    assert time.monotonic() - began < 1.0
+
+
+@pytest.mark.parametrize("name", ["logprobs", "Prompt", "", "stream", "n\\n", "x" * 500, "\\u0000"])
+def test_an_unknown_field_is_refused_by_name(app, name):
+    error = error_of(app.execute('{"job_id":"j","prompt":"x","' + name + '":1}'))
+    assert error["message"].startswith("unknown field") and error["message"].isprintable()
+    assert name[:20] in error["message"].replace("\\x00", "\\u0000")
+
+
+def test_a_missing_field_is_named(app):
+    assert error_of(app.execute('{"prompt":"x"}'))["field"] == "job_id"
+    assert error_of(app.execute('{"job_id":"x"}'))["field"] == "prompt"
+
+
+def test_s4_a_body_over_one_mebibyte_is_413_before_it_is_parsed(app):
+    limit = 1 << 20
+    assert error_of(app.execute(b"[" * (limit + 1)), 413)
+    error_of(app.execute(b"[" * limit), 400)
+    error_of(app.execute(b"{}", headers={"Content-Length": str(2 << 30)}), 413)
+
+
+# -- answers
+
+def test_events_in_order_and_seed_reported(app):
+    events = events_of(app.execute(prompt="say a\nb é😀", seed=5))
+    names = [name for name, _ in events]
+    assert names[0] == "started" and names[-2:] == ["metrics", "end"] and set(names[1:-2]) == {"token"}
+    started, end = events[0][1], events[-1][1]
+    assert started["job_id"] == "j" and started["seed"] == 5 and started["model"] == "fake"
+    assert started["tokens_in"] == len("say a\nb é😀".encode())
+    datetime.fromisoformat(started["started_at"])
+    assert "".join(d["t"] for n, d in events if n == "token") == "a\nb é😀"
+    assert [d["i"] for n, d in events if n == "token"] == list(range(6))
+    assert end["finish_reason"] == "stop" and end["tokens_out"] == 10 and "decode_time_ms" in end
+    assert set(events[-2][1]) == {"queue_ms", "prefill_ms", "decode_ms", "tokens_per_s"}
+
+
+def test_an_error_of_a_running_job_is_its_terminal_event(app):
+    events = events_of(app.execute(prompt="fail"))
+    assert [n for n, _ in events] == ["started", "token", "error"]
+    assert events[-1][1] == {"code": "INVALID_REQUEST", "message": "no room in the cache", "retriable": False,
+                             "field": "max_tokens"}
+
+
+def test_a_poisoned_context_turns_health_and_asks_for_exit_70():
+    app = App().ready()
+    codes = []
+    app.service.on_exit = codes.append
+    events = events_of(app.execute(prompt="sticky"))
+    assert events[-1][0] == "error" and events[-1][1]["code"] == "CUDA_ERROR"
+    result = app.client.simulate_get("/health")
+    assert result.status_code == 503 and result.json["status"] == "unhealthy"
+    error_of(app.execute(), 503, "NOT_READY")
+    end = time.monotonic() + 2
+    while not codes and time.monotonic() < end:
+        time.sleep(0.01)
+    assert codes == [70] and app.service.exit_code == 70
+    app.service.stop(0)
+
+
+def test_default_max_tokens_keeps_to_the_server_limit():
+    app = App(max_tokens_out=5, max_tokens_in=20).ready()
+    events = events_of(app.execute(prompt="slow"))
+    assert events[-1][1] == {"tokens_out": 5, "decode_time_ms": events[-1][1]["decode_time_ms"], "finish_reason": "length"}
+    assert error_of(app.execute(max_tokens=6))["field"] == "max_tokens"
+    assert error_of(app.execute(prompt="say " + "x" * 17))["field"] == "prompt"
+    app.service.stop(0)
+
+
+def test_an_unexpected_exception_is_internal_and_tells_no_text(app):
+    class Broken:
+        def encode(self, text):
+            raise RuntimeError(f"cannot encode {text}")
+
+    app.service.llm().tokenizer = Broken()
+    error = error_of(app.execute(prompt="secret words"), 500, "INTERNAL")
+    assert "secret" not in json.dumps(error) and "secret" not in app.out.getvalue()
+    assert any(e["event"] == "error" and "test_app.py" in e["at"] for e in app.log)
+
+
+def test_a_model_without_tokenizer_is_one_clear_error(app):
+    app.service.llm().tokenizer = None
+    assert "tokenizer" in error_of(app.execute())["message"]
+
+
+# -- headers
+
+def test_correlation_id_is_taken_made_and_echoed(app):
+    result = app.execute(headers={"X-Correlation-Id": "abc 123~"})
+    assert result.headers["x-correlation-id"] == "abc 123~"
+    assert {e["correlation_id"] for e in app.log if e["event"].startswith("execute_")} == {"abc 123~"}
+    made = app.client.simulate_get("/health").headers["x-correlation-id"]
+    assert len(made) == 32 and made != app.client.simulate_get("/health").headers["x-correlation-id"]
+    assert app.client.simulate_get("/nowhere", headers={"X-Correlation-Id": "n"}).headers["x-correlation-id"] == "n"
+
+
+@pytest.mark.parametrize("value", ["", "x" * 129, "a\tb", "h\xe9", "x" * 10_000])
+def test_s8_a_bad_correlation_id_is_refused_and_not_echoed(app, value):
+    result = app.execute(headers={"X-Correlation-Id": value})
+    assert error_of(result)["field"] == "X-Correlation-Id"
+    assert result.headers["x-correlation-id"] != value
+
+
+def test_deadline_forms(app):
+    soon = datetime.now(UTC) + timedelta(seconds=30)
+    for value in (soon.isoformat(), soon.isoformat().replace("+00:00", "Z"), soon.isoformat().lower(),
+                  str(int(soon.timestamp() * 1000))):
+        assert events_of(app.execute(headers={"X-Deadline": value}))[-1][0] == "end"
+    started = [e for e in app.log if e["event"] == "execute_start"]
+    assert all(25 < e["deadline_in_sec"] <= 30 for e in started) and len(started) == 4
+
+
+@pytest.mark.parametrize("value", ["", "soon", "2026-01-01", "2026-01-01T00:00:00", "-5", "1.5", "9" * 400, "٣",
+                                   "2026-13-01T00:00:00Z"])
+def test_a_deadline_that_is_no_time_is_refused(app, value):
+    assert error_of(app.execute(headers={"X-Deadline": value}))["field"] == "X-Deadline"
+
+
+@pytest.mark.parametrize("value", ["1", "2020-01-01T00:00:00Z"])
+def test_a_deadline_in_the_past_is_a_timeout(app, value):
+    assert error_of(app.execute(headers={"X-Deadline": value}), 504, "INFERENCE_TIMEOUT")["retriable"] is True
+
+
+def test_s8_api_key():
+    app = App(api_key="secret-key").ready()
+    for headers in (None, {"Authorization": "Bearer wrong"}, {"Authorization": "secret-key"},
+                    {"Authorization": "Bearer secret-key "}, {"Authorization": "Bearer h\xe9"}):
+        result = app.execute(headers=headers)
+        if headers and headers["Authorization"].strip() == "Bearer secret-key":
+            continue  # trailing blanks are no part of a header's value
+        error_of(result, 401, "UNAUTHORIZED")
+        assert result.headers["www-authenticate"] == "Bearer"
+    for path in ("/cancel", "/shutdown"):
+        error_of(app.client.simulate_post(path, body=b"{}"), 401, "UNAUTHORIZED")
+    assert not app.terminated
+    assert events_of(app.execute(headers={"Authorization": "Bearer secret-key"}))[-1][0] == "end"
+    assert app.client.simulate_get("/health").status_code == 200 and app.client.simulate_get("/ready").status_code == 200
+    assert "secret-key" not in app.out.getvalue()
+    app.service.stop(0)
+
+
+# -- life
+
+def test_health_and_refusals_before_the_model_is_there():
+    app = App()
+    health = app.client.simulate_get("/health")
+    assert health.status_code == 503 and health.json["status"] == "loading" and health.json["percent"] == 0
+    assert app.client.simulate_get("/ready").status_code == 503
+    result = app.execute()
+    assert error_of(result, 503, "NOT_READY")["retriable"] is True and result.headers["retry-after"] == "1"
+    error_of(app.client.simulate_post("/cancel", body=b'{"job_id":"x"}'), 503, "NOT_READY")
+
+
+def test_health_of_a_ready_worker(app):
+    health = app.client.simulate_get("/health")
+    assert health.status_code == 200
+    assert {"status", "worker_id", "model", "resident", "quant_kind", "vram_bytes_used", "tokenizer_kind", "vocab_size",
+            "context_length", "uptime_seconds", "sm", "cuda_runtime_version", "device"} == set(health.json)
+    assert health.json["status"] == "healthy" and health.json["quant_kind"] == "Q4_K_M"
+    assert app.client.simulate_get("/ready").json == {"ready": True, "status": "ready"}
+
+
+def test_routes_and_methods_that_are_not_there(app):
+    error_of(app.client.simulate_get("/nowhere"), 404)
+    result = app.client.simulate_get("/execute")
+    error_of(result, 405)
+    assert "POST" in result.headers["allow"]
+    error_of(app.client.simulate_post("/health"), 405)
+
+
+def test_shutdown_asks_once_per_call(app):
+    result = app.client.simulate_post("/shutdown")
+    assert result.status_code == 202 and app.terminated == [1]
+
+
+def test_s6_cancel_of_unknown_and_finished_jobs_is_202(app):
+    for _ in range(100):
+        result = app.client.simulate_post("/cancel", body=b'{"job_id":"nobody"}')
+        assert result.status_code == 202 and result.json == {"job_id": "nobody", "state": "unknown"}
+    events_of(app.execute(job_id="done"))
+    assert app.client.simulate_post("/cancel", body=b'{"job_id":"done"}').json["state"] == "finished"
+    for body in (b"{}", b'{"job_id":""}', b'{"job_id":1}', b'{"job_id":"x","y":1}', b"", b"[" * 1000):
+        error_of(app.client.simulate_post("/cancel", body=body))
+
+
+def test_the_log_tells_the_life_of_a_job_and_never_its_text(app):
+    events_of(app.execute(prompt="say sesame", stop=["open sesame"]))
+    names = [e["event"] for e in app.log]
+    order = ["model_load_start", "model_load_progress", "model_load_complete", "ready", "execute_start", "execute_end"]
+    assert [n for n in names if n in order] == [order[0], *[order[1]] * 5, *order[2:]]
+    assert [e["percent"] for e in app.log if e["event"] == "model_load_progress"] == [0, 25, 50, 75, 100]
+    start, end = (next(e for e in app.log if e["event"] == n) for n in ("execute_start", "execute_end"))
+    assert start["prompt_chars"] == 10 and len(start["prompt_sha256"]) == 64
+    assert end["tokens_out"] == 6 and end["text_chars"] == 6 and len(end["text_sha256"]) == 64
+    assert end["finish_reason"] == "stop" and end["outcome"] == "finished"
+    assert "sesame" not in app.out.getvalue()

@@ -1,0 +1,1 @@
+"""The HTTP worker: a Falcon application under gunicorn. Installed as `worker_orcd.wsgi`."""

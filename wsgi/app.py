@@ -1,0 +1,53 @@
+"""create_app: the Falcon application around one `Service`.
+
+It can be run by any WSGI server or test client; what needs gunicorn lives in `server` and `gunicorn_worker`.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+import falcon
+
+from worker_orcd.errors import WorkerError
+from worker_orcd.wsgi import http_errors, resources
+from worker_orcd.wsgi.middleware import ApiKey, Correlation
+from worker_orcd.wsgi.service import Service
+
+
+def create_app(service: Service) -> falcon.App:
+    """The application that serves `service`."""
+    middleware: list[object] = [Correlation()]
+    if service.config.api_key is not None:
+        middleware.append(ApiKey(service.config.api_key))
+    app = falcon.App(middleware=middleware, media_type=falcon.MEDIA_JSON)
+    app.add_route("/execute", resources.Execute(service))
+    app.add_route("/cancel", resources.Cancel(service))
+    app.add_route("/health", resources.Health(service))
+    app.add_route("/ready", resources.Ready(service))
+    app.add_route("/shutdown", resources.Shutdown(service))
+
+    def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
+        if isinstance(error, falcon.HTTPError):
+            for name, value in _headers(error):
+                resp.set_header(name, value)
+            known = http_errors.from_falcon(error)
+        else:
+            known = http_errors.from_exception(error)
+        if known is not error and known.status >= 500:
+            # where it happened, not what it said: the text of a foreign exception may hold a prompt
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            service.events.emit("error", "error", code=known.code, message=known.message, path=req.path,
+                                correlation_id=req.context.correlation_id, at=f"{frame.filename}:{frame.lineno}")
+        service.note_error(known)
+        http_errors.answer(resp, known)
+
+    app.add_error_handler(Exception, refuse)
+    app.add_error_handler(falcon.HTTPError, refuse)
+    app.add_error_handler(WorkerError, refuse)
+    return app
+
+
+def _headers(error: falcon.HTTPError) -> list[tuple[str, str]]:
+    headers = error.headers or []
+    return list(headers.items()) if isinstance(headers, dict) else list(headers)

@@ -1,0 +1,62 @@
+"""Errors on their way out: one map to HTTP answers, one to SSE events.
+
+Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (413, 401, 404) is added here. This module
+knows no resource and no job.
+"""
+
+from __future__ import annotations
+
+import math
+
+import falcon
+import msgspec
+
+from worker_orcd.errors import InternalError, InvalidRequest, NotReady, QueueFull, WorkerError
+
+#: seconds a client of a loading worker is told to wait
+RETRY_LOADING_SEC = 1
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is larger than the limit; it was not parsed."""
+
+    status = 413
+
+
+class Unauthorized(WorkerError):
+    """The API key is missing or wrong."""
+
+    code, status = "UNAUTHORIZED", 401
+
+
+def answer(resp: falcon.Response, error: WorkerError) -> None:
+    """Make `resp` the HTTP answer of `error`: its status, its details as JSON, Retry-After where it helps."""
+    resp.status = error.status
+    resp.stream = None
+    resp.content_type = falcon.MEDIA_JSON
+    resp.data = msgspec.json.encode(error.details(), enc_hook=str)
+    if isinstance(error, QueueFull):
+        resp.set_header("Retry-After", str(max(1, math.ceil(float(error.fields.get("retry_after", 1))))))
+    elif isinstance(error, NotReady):
+        resp.set_header("Retry-After", str(RETRY_LOADING_SEC))
+    elif isinstance(error, Unauthorized):
+        resp.set_header("WWW-Authenticate", "Bearer")
+
+
+def sse_event(error: WorkerError) -> tuple[str, dict[str, object]]:
+    """The terminal SSE event of a stream that failed."""
+    return "error", error.details()
+
+
+def from_exception(error: BaseException) -> WorkerError:
+    """Any exception as a `WorkerError`. Of one that is not ours only the type is told: its text may hold a prompt."""
+    if isinstance(error, WorkerError):
+        return error
+    return InternalError(f"unexpected {type(error).__name__}")
+
+
+def from_falcon(error: falcon.HTTPError) -> WorkerError:
+    """What Falcon itself refuses (no such route, method not allowed) in our form, with Falcon's status."""
+    refused = InvalidRequest(error.description or error.title or "the request was refused")
+    refused.status = error.status_code
+    return refused

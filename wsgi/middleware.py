@@ -1,0 +1,43 @@
+"""What holds for every request: its correlation id and, where one is set, the API key."""
+
+from __future__ import annotations
+
+import hmac
+
+import falcon
+
+from worker_orcd.wsgi import requests
+from worker_orcd.wsgi.http_errors import Unauthorized
+
+#: paths that answer without a key: probes of a supervisor have none
+OPEN_PATHS = ("/health", "/ready")
+
+
+class Correlation:
+    """Takes or makes the correlation id of a request and echoes it on the answer, whatever the answer is."""
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Set `req.context.correlation_id`; an id that breaks the rule is refused under a new one."""
+        given = req.get_header(requests.CORRELATION_HEADER)
+        req.context.correlation_id = requests.correlation_id(None)
+        if given is not None:
+            req.context.correlation_id = requests.correlation_id(given)
+
+    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
+        """Echo the id."""
+        resp.set_header(requests.CORRELATION_HEADER, req.context.correlation_id)
+
+
+class ApiKey:
+    """Asks for `Authorization: Bearer KEY`. Comparing takes the same time whatever the key given."""
+
+    def __init__(self, api_key: str) -> None:
+        self._expected = f"Bearer {api_key}".encode("latin-1")
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Raise `Unauthorized` where the key is missing or wrong."""
+        if req.path in OPEN_PATHS:
+            return
+        given = (req.get_header("Authorization") or "").encode("latin-1", "replace")
+        if not hmac.compare_digest(given, self._expected):
+            raise Unauthorized("the API key is missing or wrong")

@@ -1,0 +1,263 @@
+"""serve: the worker under gunicorn - one master, one worker process, the model loaded by the worker after the fork.
+
+The master only listens, waits and passes signals on. It never starts a second worker: a worker that ends takes the
+server with it, with an exit code a supervisor can act on (0 as told, 1 failed, 70 poisoned CUDA context). CUDA does not
+survive a fork, so nothing is loaded before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from gunicorn import glogging
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import HaltServer
+
+import worker_orcd
+from worker_orcd.config import EXIT_LIMIT_SEC, ServeConfig
+from worker_orcd.errors import InvalidRequest
+from worker_orcd.events import EventLog
+from worker_orcd.wsgi.app import create_app
+from worker_orcd.wsgi.gunicorn_worker import StreamWorker
+from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm
+
+#: connections that may be open at once, idle ones included
+MAX_CONNECTIONS = 4096
+#: seconds a worker's main loop may be silent; its threads may compute for longer
+SILENCE_LIMIT_SEC = 120
+#: seconds a worker that shall end gets beyond its jobs' grace time
+EXIT_SLACK_SEC = 0.6
+#: file descriptors kept for everything that is no connection
+_SPARE_FDS = 128
+#: what gunicorn's master says at its end; the narration has told why
+_FAREWELLS = ("Shutting down: %s", "Reason: %s")
+
+
+def serve(config: ServeConfig, load: Loader = load_llm) -> None:
+    """Serve until told to stop. Does not return: ends with SystemExit.
+
+    Args:
+        config: start-up values; checked here.
+        load: makes the LLM in the worker process.
+
+    Raises:
+        InvalidRequest: a value breaks its rule, or the address cannot be listened on.
+    """
+    config.check()
+    listener = _listen(config.host, config.port)
+    port = listener.getsockname()[1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    events = EventLog(None, config.log_format, worker_id=config.worker_id, model_ref=os.path.basename(config.model),
+                      gpu_device=config.gpu_device)
+    events.emit("startup", version=worker_orcd.__version__, pid=os.getpid(), device=config.device, path=config.model,
+                host=config.host, port=port, max_streams=config.max_streams, max_queue=config.max_queue)
+    _Application(config, events, load, listener, f"http://{host}:{port}").run()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                                             flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except (OSError, UnicodeError) as error:
+        reason = "the port is in use" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
+        raise InvalidRequest(f"cannot listen on {host}:{port}: {reason}", field="port") from None
+    return listener
+
+
+class _Application(BaseApplication):
+    """Gunicorn's settings, and the hooks that tie the worker process to its `Service`."""
+
+    def __init__(self, config: ServeConfig, events: EventLog, load: Loader, listener: socket.socket, url: str) -> None:
+        self._config = config
+        self._events = events
+        self._load = load
+        self._listener = listener
+        self._url = url
+        self._service: Service | None = None
+        self._stopped = threading.Event()
+        super().__init__()
+
+    def load_config(self) -> None:
+        """The settings. Called by gunicorn."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_CONNECTIONS + _SPARE_FDS
+        if soft < wanted:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        settings: dict[str, Any] = {
+            "bind": f"fd://{self._listener.detach()}",
+            "workers": 1,
+            "worker_class": StreamWorker,
+            "threads": self._config.threads,
+            "worker_connections": max(self._config.threads + 1, min(MAX_CONNECTIONS, soft - _SPARE_FDS)),
+            "preload_app": False,
+            "max_requests": 0,
+            "keepalive": 5,
+            "timeout": SILENCE_LIMIT_SEC,
+            "graceful_timeout": max(1, min(int(EXIT_LIMIT_SEC), math.ceil(self._config.grace_sec) + 1)),
+            "limit_request_fields": 64,
+            "limit_request_field_size": 8190,
+            "control_socket_disable": True,
+            "logger_class": self._logger_class(),
+            "loglevel": "warning",
+            "accesslog": None,
+            "proc_name": "worker-orcd",
+            "post_worker_init": self._worker_started,
+            "worker_exit": self._worker_ended,
+        }
+        if os.access("/dev/shm", os.W_OK):
+            settings["worker_tmp_dir"] = "/dev/shm"  # a heartbeat file on a slow disk can look like a dead worker
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Any:
+        """The WSGI application, in the worker process. Called by gunicorn."""
+        master = os.getppid()
+        self._service = Service(self._config, self._events, self._load, self._url,
+                                terminate=lambda: os.kill(master, signal.SIGTERM))
+        return create_app(self._service)
+
+    def run(self) -> None:
+        """Run the master."""
+        _Arbiter(self).run()
+
+    def _worker_started(self, worker: StreamWorker) -> None:
+        """In the worker process, before its first request."""
+        service = self._service
+
+        def end(code: int) -> None:
+            _exit_after(EXIT_SLACK_SEC, lambda: code)
+            worker.leave()
+
+        def stop_when_told() -> None:
+            worker.stop_requested.wait()
+            _exit_after(self._config.grace_sec + EXIT_SLACK_SEC, lambda: service.exit_code)
+            service.stop(self._config.grace_sec)
+            self._stopped.set()
+
+        service.on_exit = end
+        threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
+        service.start()
+
+    def _worker_ended(self, server: object, worker: StreamWorker) -> None:
+        """In the worker process, after its main loop. Threads may still hang in a read or a load: leave without them."""
+        if worker.pid != os.getpid():
+            return  # gunicorn also tells the master of a worker that vanished
+        service = self._service
+        if service is None:
+            return
+        if worker.stop_requested.is_set():
+            self._stopped.wait(self._config.grace_sec + EXIT_SLACK_SEC)
+        else:
+            _exit_after(EXIT_SLACK_SEC, lambda: service.exit_code)
+            service.stop(0.0)
+        _leave(service.exit_code)
+
+    def worker_killed(self, signal_name: str) -> None:
+        """In the master: say what ended the worker, which could not say it itself."""
+        self._events.emit("error", "error", code="INTERNAL", message=f"the worker process was killed by {signal_name}")
+
+    def _logger_class(self) -> type[glogging.Logger]:
+        events = self._events
+
+        class ServerLog(glogging.Logger):
+            """What gunicorn has to say, as events. Its texts may quote a request, so only their fixed part is kept."""
+
+            def critical(self, msg: object, *args: object, **kwargs: object) -> None:
+                _emit("error", msg, args)
+
+            error = critical
+
+            def warning(self, msg: object, *args: object, **kwargs: object) -> None:
+                _emit("warning", msg, args)
+
+            def exception(self, msg: object, *args: object, **kwargs: object) -> None:
+                kind = sys.exc_info()[0]
+                _emit("error", msg, args, kind.__name__ if kind else None)
+
+            def info(self, msg: object, *args: object, **kwargs: object) -> None:
+                """Nothing of gunicorn's own life: the narration tells the worker's."""
+
+            debug = info
+
+        def _emit(level: str, msg: object, args: tuple[object, ...], exception: str | None = None) -> None:
+            text = str(msg)
+            if text in _FAREWELLS:
+                return
+            events.emit("server", level, message=text if args else text.split(":", 1)[0], exception=exception)
+
+        return ServerLog
+
+
+def _exit_after(seconds: float, code: Callable[[], int]) -> None:
+    """End the process after `seconds`, whatever hangs by then."""
+    timer = threading.Timer(seconds, lambda: _leave(code()))
+    timer.daemon = True
+    timer.start()
+
+
+def _leave(code: int) -> None:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+class _Arbiter(Arbiter):
+    """A master that ends with its worker, and takes every request to end as an orderly one."""
+
+    _stopping = False
+
+    def reap_workers(self) -> None:
+        """Collect ended children. A worker that ends unasked ends the server with its exit code."""
+        ended: int | None = None
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            worker = self.WORKERS.pop(pid, None)
+            if worker is not None:
+                worker.tmp.close()
+                ended = os.waitstatus_to_exitcode(status)
+        if ended is None or self._stopping:
+            return
+        if ended < 0:
+            self.app.worker_killed(signal.Signals(-ended).name)
+            ended = EXIT_FAILED
+        raise HaltServer("the worker process ended", ended)
+
+    def stop(self, graceful: bool = True) -> None:
+        """Stop the worker and wait for it."""
+        self._stopping = True
+        super().stop(graceful)
+
+    def handle_int(self) -> None:
+        """Ctrl-C: as SIGTERM."""
+        self.handle_term()
+
+    def handle_hup(self) -> None:
+        """Hang-up: as SIGTERM. There is nothing to reload."""
+        self.handle_term()
+
+    def _ignore(self) -> None:
+        """One worker it is: no more, no fewer, no second master."""
+
+    handle_ttin = handle_ttou = handle_usr2 = _ignore

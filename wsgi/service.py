@@ -1,0 +1,253 @@
+"""Service: the life of the worker - loading, ready, unhealthy, stopping - and the one model it serves.
+
+It holds what the resources share and answers health from memory. It knows no HTTP and no gunicorn: the server tells it
+to start and to stop, and is told through `on_exit` when the process shall end and with which code.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from worker_orcd.config import ServeConfig
+from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
+from worker_orcd.events import EventLog
+from worker_orcd.wsgi.http_errors import from_exception
+
+if TYPE_CHECKING:
+    from worker_orcd.llm import LLM
+
+#: exit codes: stopped as told, failed before ready, poisoned CUDA context
+EXIT_OK, EXIT_FAILED, EXIT_POISONED = 0, 1, 70
+#: seconds that open streams get to send their terminal event once their jobs have ended
+FLUSH_SEC = 0.4
+_PROGRESS_STEPS = (25, 50, 75, 100)
+
+Progress = Callable[[int, int], None]
+Loader = Callable[[ServeConfig, Progress], "LLM"]
+
+
+def load_llm(config: ServeConfig, progress: Progress) -> LLM:
+    """The `LLM` that `config` asks for. `progress(done, total)` is called with bytes while it loads."""
+    from worker_orcd.llm import LLM  # opens compiled modules, which a server with another model does not need
+
+    return LLM(config.model, device=config.device, context_length=config.context_length,
+               kv_cache_bytes=config.kv_cache_bytes, max_seqs=config.max_streams, max_queue=config.max_queue,
+               n_threads=config.n_threads, tokenizer=config.tokenizer, check_tensors=config.check_tensors,
+               expect_sha256=config.expect_sha256, chunk_bytes=config.chunk_bytes,
+               progress=True if config.progress_bar else progress)
+
+
+class Service:
+    """One model, its state and its streams. All methods may be called from any thread.
+
+    Args:
+        config: checked start-up values.
+        events: the narration log.
+        load: makes the LLM; runs in a thread of its own.
+        url: where the worker listens, for the log.
+        on_exit: called once with the exit code when the process shall end.
+        terminate: asks for an orderly end of the whole server, as SIGTERM would.
+    """
+
+    def __init__(self, config: ServeConfig, events: EventLog, load: Loader = load_llm, url: str = "",
+                 on_exit: Callable[[int], None] = lambda code: None,
+                 terminate: Callable[[], None] = lambda: None) -> None:
+        self.config = config
+        self.events = events
+        self.url = url
+        self.terminate = terminate
+        self.on_exit = on_exit
+        self.exit_code = EXIT_OK
+        self.stop_deadline: float | None = None
+        self._load_llm = load
+        self._lock = threading.Lock()
+        self._state = "loading"
+        self._percent = 0
+        self._llm: LLM | None = None
+        self._started_at = time.monotonic()
+        self._facts: dict[str, Any] = {"worker_id": config.worker_id, "model": os.path.basename(config.model),
+                                       "device": config.device}
+        self._streams: set[object] = set()
+        self._no_streams = threading.Condition(self._lock)
+
+    # -- what the resources ask
+
+    @property
+    def state(self) -> str:
+        """"loading" | "ready" | "unhealthy" | "stopping"."""
+        return self._state
+
+    def llm(self) -> LLM:
+        """The loaded model.
+
+        Raises:
+            NotReady: while loading, unhealthy or stopping.
+        """
+        llm = self._llm
+        if self._state != "ready" or llm is None:
+            reasons = {"loading": "the model is loading", "stopping": "the worker is shutting down",
+                       "unhealthy": "the worker is unhealthy"}
+            raise NotReady(reasons.get(self._state, "the worker is not ready"))
+        return llm
+
+    def llm_for_cancel(self) -> LLM:
+        """The loaded model, also while stopping or unhealthy: a job may be cancelled as long as it runs.
+
+        Raises:
+            NotReady: while loading.
+        """
+        if self._llm is None:
+            raise NotReady("the model is loading")
+        return self._llm
+
+    def health(self) -> tuple[bool, dict[str, object]]:
+        """(healthy, what /health shows). Reads memory only."""
+        state = self._state
+        if state == "loading":
+            return False, {"status": "loading", "percent": self._percent, **self._facts}
+        status = {"ready": "healthy", "stopping": "stopping"}.get(state, "unhealthy")
+        return state == "ready", {"status": status, **self._facts,
+                                  "uptime_seconds": round(time.monotonic() - self._started_at, 1)}
+
+    def stream_opened(self, stream: object) -> None:
+        """Count a stream whose terminal event is still to be sent."""
+        with self._lock:
+            self._streams.add(stream)
+
+    def stream_closed(self, stream: object) -> None:
+        """The stream has ended, however it did."""
+        with self._lock:
+            self._streams.discard(stream)
+            if not self._streams:
+                self._no_streams.notify_all()
+
+    def note_error(self, error: WorkerError) -> None:
+        """Look at an error on its way to a client: a poisoned CUDA context ends the process with code 70."""
+        if isinstance(error, CudaError) and error.sticky:
+            with self._lock:
+                if self._state in ("unhealthy", "stopping"):
+                    return
+                self._state = "unhealthy"
+                self.exit_code = EXIT_POISONED
+            self.events.emit("error", "error", **error.details())
+            threading.Thread(target=self._leave_poisoned, name="poisoned", daemon=True).start()
+
+    # -- life
+
+    def start(self) -> None:
+        """Begin to load, in a thread."""
+        threading.Thread(target=self._load, name="load", daemon=True).start()
+
+    def stop(self, grace: float) -> None:
+        """Take no new jobs, give running ones `grace` seconds, end the rest with an error event, free the model.
+
+        Returns when all that is done; later calls return at once.
+        """
+        with self._lock:
+            if self._state == "stopping":
+                return
+            self._state = "stopping"
+            self.stop_deadline = time.monotonic() + grace
+            llm, n_streams = self._llm, len(self._streams)
+        self.events.emit("shutdown", grace_sec=grace, streams=n_streams)
+        if llm is not None:
+            try:
+                llm.shutdown(grace)
+            except WorkerError as error:
+                self.events.emit("error", "error", **error.details())
+            self._wait_for_streams(FLUSH_SEC)
+            llm.close()
+
+    def _leave_poisoned(self) -> None:
+        self._wait_for_streams(FLUSH_SEC)
+        self.on_exit(EXIT_POISONED)
+
+    def _wait_for_streams(self, limit: float) -> None:
+        with self._no_streams:
+            self._no_streams.wait_for(lambda: not self._streams, limit)
+
+    def _load(self) -> None:
+        config, events = self.config, self.events
+        size = os.path.getsize(config.model) if os.path.isfile(config.model) else None
+        events.emit("model_load_start", path=config.model, bytes=size)
+        self._show_progress(0)
+        began = time.monotonic()
+        try:
+            llm = self._load_llm(config, self._progress)
+        except Exception as error:
+            self._load_failed(from_exception(error), error)
+            return
+        seconds = time.monotonic() - began
+        info = llm.info.to_dict()
+        with self._lock:
+            if self._state == "loading":
+                self._llm = llm
+                self._facts = _facts(config, info)
+        if self._llm is None:
+            llm.close()
+            return
+        self._advance(100)
+        n_bytes = info.get("model_bytes") or size or 0
+        events.emit("model_load_complete", bytes=n_bytes, seconds=seconds, gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
+                    quant_kind=info.get("quant_kind"), device=info.get("device"))
+        with self._lock:
+            if self._state != "loading":
+                return
+            self._state = "ready"
+        events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
+        if config.print_curl:
+            print(curl_line(self.url, config.api_key is not None), flush=True)
+
+    def _load_failed(self, error: WorkerError, cause: BaseException) -> None:
+        if self._state == "stopping":
+            return
+        self.exit_code = EXIT_FAILED
+        fields = {"device": self.config.device, "path": self.config.model, **error.details()}
+        if cause is not error:
+            fields["cause"] = repr(cause)
+        self.events.emit("error", "error", **fields)
+        self.on_exit(EXIT_FAILED)
+
+    def _progress(self, done: int, total: int) -> None:
+        if self._state == "stopping":
+            raise Cancelled("the worker is shutting down")
+        self._advance(min(99, 100 * done // total if total else 99))
+
+    def _advance(self, percent: int) -> None:
+        """Show each step that lies between the last percent and this one."""
+        for step in _PROGRESS_STEPS:
+            if self._percent < step <= percent:
+                self._show_progress(step)
+        self._percent = max(self._percent, percent)
+
+    def _show_progress(self, percent: int) -> None:
+        if not self.config.progress_bar:
+            self.events.emit("model_load_progress", percent=percent)
+
+
+def curl_line(url: str, with_key: bool) -> str:
+    """A command that streams a first completion from the worker at `url`."""
+    key = '-H "Authorization: Bearer $WORKER_ORCD_API_KEY" ' if with_key else ""
+    body = '{"job_id":"hello","prompt":"Write a haiku about the sea","max_tokens":64,"seed":42}'
+    return f"curl -N {key}{url}/execute -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _facts(config: ServeConfig, info: dict[str, Any]) -> dict[str, Any]:
+    """What /health shows of a loaded model."""
+    return {
+        "worker_id": config.worker_id,
+        "model": info.get("name") or os.path.basename(config.model),
+        "resident": True,
+        "quant_kind": info.get("quant_kind"),
+        "vram_bytes_used": info.get("vram_bytes", 0),
+        "tokenizer_kind": info.get("tokenizer_kind"),
+        "vocab_size": info.get("n_vocab"),
+        "context_length": info.get("context_length"),
+        "sm": info.get("sm"),
+        "cuda_runtime_version": info.get("cuda_runtime_version"),
+        "device": info.get("device"),
+    }
