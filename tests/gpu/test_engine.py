@@ -1,0 +1,273 @@
+"""The CUDA engine against the oracle and itself: every record, batch invariance, determinism, memory, faults.
+
+Limits are normalized mean squared errors. Needs a GPU and the tiny reference models.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+from oracle.numpy_engine import NumpyEngine, output_of
+
+from worker_orcd import LLM, SamplingParams, plan
+from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.model_file import ModelFile
+
+pytestmark = pytest.mark.gpu
+
+MODELS = ["llama-Q4_0", "llama-Q4_K_M", "llama-F16", "qwen2-Q8_0", "qwen2-Q4_K_M", "qwen2-Q4_0"]
+RECORD_LIMIT = 2e-5
+GREEDY = SlotSampling(0.0, 0, 1.0, 0.0, 1.0, 0)
+
+
+def open_engine(path, **changes):
+    from worker_orcd._engine import CudaEngine
+
+    mf = ModelFile(str(path))
+    p = plan.build(mf)
+    sizes = {"max_seqs": 4, "max_rows": 128, "context_length": 256, "n_blocks": (16,) * len(p.kv_groups)} | changes
+    engine = CudaEngine(mf, p, EngineConfig(**sizes))
+    per_seq = engine.config.n_blocks[0] // engine.config.max_seqs
+    for g in range(len(p.kv_groups)):
+        for s in range(engine.config.max_seqs):
+            engine.block_tables[g, s, :per_seq] = np.arange(per_seq) + s * per_seq
+    return mf, p, engine
+
+
+def prompt_batch(tokens, start=0, slot=0, outputs=None):
+    n = len(tokens)
+    positions = np.arange(start, start + n, dtype=np.int32)
+    out = np.arange(n, dtype=np.int32) if outputs is None else np.asarray(outputs, np.int32)
+    return Batch(np.asarray(tokens, np.int32), positions, np.full(n, slot, np.int32), 0, out)
+
+
+def nmse(a, b):
+    return float(((a - b) ** 2).mean() / (b**2).mean())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_record_agrees_with_the_oracle(name, goldens_dir):
+    mf, p, engine = open_engine(goldens_dir / f"{name}.gguf")
+    tokens = np.random.default_rng(0).integers(0, p.n_vocab, 70)
+    n, worst = len(tokens), (0.0, "")
+    try:
+        oracle = NumpyEngine(mf, p)
+        for op in p.ops:
+            engine.set_slot(0, GREEDY)
+            got = engine.forward(prompt_batch(tokens), stop_after=op.name)
+            want = oracle.run(tokens, np.arange(n), np.zeros(n, int), np.arange(n), stop_after=op.name)
+            view = output_of(op)
+            columns = slice(view.offset, view.offset + view.width)
+            error = nmse(got[:, columns], want[:, columns])
+            worst = max(worst, (error, op.name))
+            assert error <= RECORD_LIMIT, f"{op.name}: NMSE {error:.3g}, limit {RECORD_LIMIT}"
+    finally:
+        engine.close()
+    print(f"{name}: worst record {worst[1]} NMSE {worst[0]:.3g}, limit {RECORD_LIMIT}")
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "qwen2-Q8_0"])
+def test_prompt_rows_do_not_depend_on_the_chunking(name, goldens_dir):
+    _, p, engine = open_engine(goldens_dir / f"{name}.gguf")
+    tokens = np.random.default_rng(1).integers(0, p.n_vocab, 100)
+    try:
+        whole = engine.forward(prompt_batch(tokens))
+        for cut in (1, 37, 64, 99):
+            first = engine.forward(prompt_batch(tokens[:cut], slot=1))
+            second = engine.forward(prompt_batch(tokens[cut:], start=cut, slot=1))
+            assert np.array_equal(whole, np.concatenate([first, second])), f"cut at {cut}"
+    finally:
+        engine.close()
+
+
+def run_decode(engine, slots, first, start, n_steps):
+    from worker_orcd._ring import Control, TokenRing
+
+    ring, n = TokenRing(), len(slots)
+    out = engine.decode(np.asarray(slots, np.int32), np.arange(n, dtype=np.int64) + 100, np.asarray(first, np.int32),
+                        np.asarray(start, np.int32), n_steps, np.zeros(0, np.int32), np.zeros(n, np.uint8), ring,
+                        Control())  # fmt: skip
+    pushed = []
+    while chunk := ring.pop(0.0):
+        pushed += chunk
+    assert pushed == [(100 + j, int(t)) for row in out for j, t in enumerate(row)]
+    return out
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SlotSampling(0.8, 40, 0.95, 0.02, 1.1, 7)])
+def test_decode_loop_equals_single_steps_and_does_not_depend_on_neighbours(sampling, goldens_dir):
+    _, p, engine = open_engine(goldens_dir / "qwen2-Q4_K_M.gguf")
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, p.n_vocab, n) for n in (5, 33, 64, 90)]
+    try:
+        alone = []
+        for s, prompt in enumerate(prompts):
+            engine.set_slot(s, sampling)
+            first, _ = engine.step(prompt_batch(prompt, slot=s, outputs=[len(prompt) - 1]))
+            alone.append([int(first[0]), *run_decode(engine, [s], first, [len(prompt)], 20)[:, 0].tolist()])
+        firsts = []
+        for s, prompt in enumerate(prompts):
+            engine.set_slot(s, sampling)
+            firsts.append(int(engine.step(prompt_batch(prompt, slot=s, outputs=[len(prompt) - 1]))[0][0]))
+        crowd = run_decode(engine, range(4), firsts, [len(q) for q in prompts], 20)
+        for s in range(4):
+            assert [firsts[s], *crowd[:, s].tolist()] == alone[s]
+        engine.set_slot(3, sampling)
+        token = int(engine.step(prompt_batch(prompts[3], slot=3, outputs=[89]))[0][0])
+        singles = [token]
+        for i in range(20):
+            batch = Batch(np.array([token], np.int32), np.array([90 + i], np.int32), np.array([3], np.int32), 1,
+                          np.array([0], np.int32))  # fmt: skip
+            token = int(engine.step(batch)[0][0])
+            singles.append(token)
+        assert singles == alone[3]
+    finally:
+        engine.close()
+
+
+def test_a_mixed_step_gives_each_row_what_it_gets_alone(goldens_dir):
+    _, p, engine = open_engine(goldens_dir / "llama-Q4_K_M.gguf")
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, p.n_vocab, 20), rng.integers(0, p.n_vocab, 50)
+    try:
+        prompt_alone = engine.forward(prompt_batch(b, slot=2))
+        engine.forward(prompt_batch(a, slot=0))
+        row = Batch(np.array([9], np.int32), np.array([20], np.int32), np.array([0], np.int32), 1,
+                    np.array([0], np.int32))  # fmt: skip
+        decode_alone = engine.forward(row)
+        engine.forward(prompt_batch(a, slot=1))
+        mixed = Batch(np.concatenate([[9], b]).astype(np.int32), np.concatenate([[20], np.arange(50)]).astype(np.int32),
+                      np.concatenate([[1], np.full(50, 3)]).astype(np.int32), 1, np.arange(51, dtype=np.int32))  # fmt: skip
+        both = engine.forward(mixed)
+        assert np.array_equal(both[:1], decode_alone)
+        assert np.array_equal(both[1:], prompt_alone)
+    finally:
+        engine.close()
+
+
+def test_a_stop_id_and_an_interrupt_end_the_loop(goldens_dir):
+    from worker_orcd._ring import Control, TokenRing
+
+    _, p, engine = open_engine(goldens_dir / "llama-Q4_0.gguf")
+    try:
+        engine.set_slot(0, GREEDY)
+        first, _ = engine.step(prompt_batch([1, 2, 3], outputs=[2]))
+        free = run_decode(engine, [0], first, [3], 30)[:, 0]
+        stop = int(free[7])
+        at = int(np.flatnonzero(free == stop)[0])
+        args = (np.zeros(1, np.int32), np.zeros(1, np.int64), first, np.full(1, 3, np.int32), 30)
+        ring = TokenRing()
+        out = engine.decode(*args, np.array([stop], np.int32), np.ones(1, np.uint8), ring, Control())
+        assert out[: at + 1, 0].tolist() == free[: at + 1].tolist() and len(out) <= at + 3
+        assert [t for _, t in ring.pop(0.0)] == free[: at + 1].tolist(), "nothing is pushed after the stop id"
+        control = Control()
+        control.interrupt()
+        assert len(engine.decode(*args, np.zeros(0, np.int32), np.zeros(1, np.uint8), TokenRing(), control)) <= 3
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("bad", ["token", "position", "slot", "block"])
+def test_rows_out_of_range_are_refused(bad, goldens_dir):
+    from worker_orcd.errors import WorkerError
+
+    _, p, engine = open_engine(goldens_dir / "llama-Q4_0.gguf")
+    batch = prompt_batch([1, 2, 3])
+    if bad == "token":
+        batch.tokens[1] = p.n_vocab
+    elif bad == "position":
+        batch.positions[:] += 256
+    elif bad == "slot":
+        batch.slots[:] = 4
+    else:
+        engine.block_tables[0, 0, 0] = -1
+    try:
+        with pytest.raises((WorkerError, ValueError), match=bad):
+            engine.forward(batch)
+    finally:
+        engine.close()
+
+
+def test_memory_is_as_planned_and_comes_back(goldens_dir):
+    from worker_orcd._driver import Context
+
+    context = Context(0)
+    before, _ = context.memory()
+    path = goldens_dir / "qwen2-Q8_0.gguf"
+    for _ in range(2):
+        with LLM(str(path), device="cuda:0", progress=False) as llm:
+            for _ in range(3):
+                llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0.0))
+            free = context.memory()[0]
+            for _ in range(100):
+                llm.generate([[1, 2, 3, 4]], SamplingParams(max_tokens=4, temperature=0.0))
+            assert context.memory()[0] == free, "generating allocates nothing"
+        gc.collect()
+    after, _ = context.memory()
+    print(f"free before {before}, after {after}")
+    assert after >= before - (8 << 20)
+    context.close()
+
+
+def test_the_residency_check_finds_managed_memory(goldens_dir):
+    from worker_orcd._driver import DeviceMemory
+
+    _, _, engine = open_engine(goldens_dir / "llama-Q4_0.gguf")
+    try:
+        assert engine.check_residency() == []
+        planted = DeviceMemory(engine.context, 1 << 16, "planted", True)
+        assert any("planted" in fault for fault in engine.check_residency())
+        planted.close()
+        assert engine.check_residency() == []
+    finally:
+        engine.close()
+
+
+def test_many_requests_together_equal_each_alone(goldens_dir):
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 512, int(n)).tolist() for n in rng.integers(1, 120, 32)]
+    params = [SamplingParams(max_tokens=24, temperature=0.8 if i % 2 else 0.0, seed=i, ignore_eos=True)
+              for i in range(32)]  # fmt: skip
+    with LLM(str(goldens_dir / "qwen2-Q4_K_M.gguf"), device="cuda:0", progress=False, max_seqs=32) as llm:
+        together = [c.token_ids for c in llm.generate(prompts, params)]
+        alone = [llm.generate([q], p)[0].token_ids for q, p in zip(prompts, params, strict=True)]
+        assert together == alone
+        for _ in range(9):
+            assert llm.generate(prompts[:2], params[:2])[1].token_ids == alone[1]
+
+
+def test_a_counting_thread_keeps_half_its_speed(goldens_dir):
+    """The decode loop runs without the Python lock."""
+
+    def count(until):
+        n = 0
+        while time.perf_counter() < until:
+            n += 1
+        return n
+
+    with LLM(str(goldens_dir / "llama-Q4_K_M.gguf"), device="cuda:0", progress=False) as llm:
+        params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+        llm.generate([[1, 2, 3]], params)
+        free = count(time.perf_counter() + 0.5)
+        stop = threading.Event()
+
+        def generate():
+            while not stop.is_set():
+                llm.generate([[1, 2, 3]], params)
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        time.sleep(0.1)
+        busy = count(time.perf_counter() + 0.5)
+        stop.set()
+        thread.join()
+    print(f"counted {busy} while generating, {free} alone")
+    assert busy >= free / 2
+
+
+def test_block_size_is_that_of_the_kernels():
+    assert BLOCK_SIZE == 64
