@@ -116,7 +116,7 @@ DEVICE void norm(const NormParams& p) {
 // n, strides multiples of 4; all addresses 16-byte aligned.
 extern "C" __global__ void __launch_bounds__(1024) norm_vec4(const __grid_constant__ NormParams p) { norm<4>(p); }
 
-extern "C" __global__ void __launch_bounds__(1024) norm_scalar(const __grid_constant__ NormParams p) { norm<1>(p); }
+extern "C" __global__ void __launch_bounds__(512) norm_scalar(const __grid_constant__ NormParams p) { norm<1>(p); }
 
 extern "C" __global__ void __launch_bounds__(32 * kGroupWarps) norm_group(const __grid_constant__ NormParams p) {
     pdl_launch_dependents();

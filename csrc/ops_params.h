@@ -30,7 +30,7 @@ HOST_DEVICE_INLINE int64_t kv_offset(int64_t block, int32_t head, int32_t n_head
 #define NORM_RMS 0
 #define NORM_LAYER 1
 
-// norm_vec4, norm_scalar: grid (n_rows), block norm_threads(n). norm_group: grid (ceil(n_group / 8), n_rows),
+// norm_vec4, norm_scalar: grid (n_rows), block norm_threads(n, is_scalar). norm_group: grid (ceil(n_group / 8), n_rows),
 // block 256; there `n` is the width of one group.
 typedef struct {
     float* x;               // [n_rows, n]; becomes x + residual where residual is given
@@ -48,10 +48,12 @@ typedef struct {
 // Columns that one thread of norm_vec4 and norm_scalar can hold in registers.
 #define NORM_COLUMNS 16
 
-// Threads of a block for rows of n columns: about 8 columns a thread, at most 1024; n is at most 16384.
-HOST_DEVICE_INLINE int32_t norm_threads(int32_t n) {
+// Threads of a block for rows of n columns: about 8 columns a thread, at most 1024 (n <= 16384); for norm_scalar at most
+// 512 (n <= 8192), as its addresses take more registers.
+HOST_DEVICE_INLINE int32_t norm_threads(int32_t n, int32_t is_scalar) {
+    const int32_t most = is_scalar ? 512 : 1024;
     int32_t threads = 128;
-    while (threads < 1024 && threads * 8 < n) threads *= 2;
+    while (threads < most && threads * 8 < n) threads *= 2;
     return threads;
 }
 
@@ -82,8 +84,9 @@ typedef struct {
 // Query heads of one KV head that a block serves together.
 #define DECODE_HEADS 8
 
-// attention_decode_<head_dim>: grid (any x >= 1; decode_max_splits() of the longest sequence gives all parallelism),
-// n_head_kv * decode_head_tiles(), n_rows), block 128, dynamic shared memory decode_smem_bytes(head_dim).
+// attention_decode_<head_dim>: grid (x, n_head_kv * decode_head_tiles(), n_rows), block 128, dynamic shared memory
+// decode_smem_bytes(head_dim). x is free (the blocks of a row take its splits in turn, results do not depend on it):
+// as many as fill the GPU, at most max_splits.
 typedef struct {
     const float* q;              // [n_rows, n_head * head_dim], rotated
     const uint16_t* kv;          // this layer's arena, float16
@@ -103,15 +106,20 @@ typedef struct {
 } AttentionDecodeParams;
 
 // Positions of one split for a row that attends to n_keys keys. A function of the row alone, so that its sums are
-// grouped the same way in every batch; grows with the row so that the last step (adding the splits) stays short.
+// grouped the same way in every batch; grows with the row so that the last step (adding at most 129 splits) stays short.
 HOST_DEVICE_INLINE int32_t decode_split(int32_t n_keys) {
-    return n_keys <= 4096 ? 128 : n_keys <= 16384 ? 256 : n_keys <= 65536 ? 512 : 2048;
+    if (n_keys <= 4096) return 128;
+    if (n_keys <= 16384) return 256;
+    int32_t split = 512;
+    while ((n_keys + 127) / 128 > split) split *= 2;
+    return split;
 }
 
-// Most splits of a row, over all positions below context_length (a window may straddle one split more).
+// Most splits of a row over all positions below context_length; one more than the keys fill, as a window straddles.
 HOST_DEVICE_INLINE int32_t decode_max_splits(int32_t context_length, int32_t window) {
-    int32_t n = window > 0 && window < context_length ? window : context_length, most = 0;
+    const int32_t n = window > 0 && window < context_length ? window : context_length;
     const int32_t edges[4] = {4096, 16384, 65536, n};
+    int32_t most = 0;
     for (int32_t i = 0; i < 4; i++) {
         const int32_t keys = edges[i] < n ? edges[i] : n;
         const int32_t splits = (keys + decode_split(keys) - 1) / decode_split(keys) + 1;
