@@ -180,17 +180,16 @@ class Job:
 
     # -- the loop's side
 
-    def add_tokens(self, text: str, token_ids: list[int]) -> bool:
-        """Append a piece. Returns False, and changes nothing, where the job has ended."""
+    def add_piece(self, text: str, token_ids: list[int]) -> None:
+        """Append a piece; no effect on a job that has ended."""
         with self._changed:
             if self._end is not None:
-                return False
+                return
             self._token_ids.extend(token_ids)
             piece = Piece(text, len(self._texts), tuple(token_ids))
             self._texts.append(text)
             self._events.append(piece)
             self._changed.notify_all()
-        return True
 
     def add_silent_tokens(self, token_ids: list[int]) -> None:
         """Record tokens that gave no text to show: part of the result, no piece."""

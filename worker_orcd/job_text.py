@@ -1,0 +1,63 @@
+"""JobText: the tokens of one job on their way to its pieces - decoded, searched for stop strings, cut into events.
+
+The output thread owns these objects. They know the job and a stream decoder, no engine and no thread.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from worker_orcd.job import Job
+from worker_orcd.stop_strings import StopMatcher
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer's stream decoder: text only ever of whole characters."""
+
+    def push(self, token_id: int) -> str:
+        """Take a token, return the text it completes, possibly none."""
+
+    def flush(self) -> str:
+        """The end of the text: what is left of an unfinished character."""
+
+
+class JobText:
+    """Feeds one job.
+
+    Args:
+        job: the job to feed.
+        decoder: None for a model without a tokenizer: then every token is a piece with no text.
+        stop_ids: end-of-text tokens of the model, which are not part of the text; empty where they are ignored.
+    """
+
+    def __init__(self, job: Job, decoder: Decoder | None, stop_ids: frozenset[int]) -> None:
+        self.job = job
+        self._decoder = decoder
+        self._stop_ids = stop_ids
+        self._matcher = StopMatcher(job.params.stop)
+        self._waiting: list[int] = []  # tokens whose text has not been shown
+
+    def push(self, token: int) -> None:
+        """Take the next token; a complete stop string ends the job."""
+        if token in self._stop_ids:
+            return
+        self._waiting.append(token)
+        text, stopped = self._matcher.push(self._decoder.push(token) if self._decoder else "")
+        self._show(text, last=stopped)
+        if stopped:
+            self.job.finish("stop")
+
+    def end(self, finish_reason: str) -> None:
+        """The sequence has no more tokens: show what was held back and finish the job."""
+        text, stopped = self._matcher.push(self._decoder.flush() if self._decoder else "")
+        self._show(text if stopped else text + self._matcher.flush(), last=True)
+        self.job.finish("stop" if stopped else finish_reason)
+
+    def _show(self, text: str, last: bool) -> None:
+        if text or (self._decoder is None and self._waiting):
+            self.job.add_piece(text, self._waiting)
+        elif last:
+            self.job.add_silent_tokens(self._waiting)
+        else:
+            return
+        self._waiting = []

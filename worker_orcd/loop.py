@@ -1,0 +1,464 @@
+"""EngineLoop: the two threads between jobs and an engine.
+
+The engine thread is the only one that calls the engine: a ragged step while prompt rows are pending, else a decode run
+of many steps without the GIL. The output thread turns tokens into pieces and watches deadlines. Tokens and the marks
+that end a sequence go through one ring, so their order is kept. Whoever has news for the engine thread (a new job, an
+end) writes it down under the lock and interrupts the decode run, which then returns at its next token.
+
+A job ends for its client at once; its slot and blocks are free at the next boundary between two engine calls. What a
+sequence gets does not depend on when that is: tokens computed past its end are dropped.
+
+This module knows no file, no model and no HTTP.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from worker_orcd.engine import Engine
+from worker_orcd.errors import (
+    CudaError,
+    DuplicateJob,
+    InferenceTimeout,
+    InternalError,
+    NotReady,
+    QueueFull,
+    VramOom,
+    WorkerError,
+)
+from worker_orcd.job import Job
+from worker_orcd.job_text import Decoder, JobText
+from worker_orcd.logprobs import top_logprobs
+from worker_orcd.sampling import SamplingParams
+from worker_orcd.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
+
+#: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again
+_STOP, _LENGTH, _WAKE = -1, -2, -3
+_MARKS = {"stop": _STOP, "length": _LENGTH}
+#: a step with prompt rows is kept about this long, so that a cancelled prompt stops within 100 ms
+STEP_SECONDS = 0.08
+MIN_PROMPT_ROWS = 16
+#: how long `close` waits for each thread; a call that hangs in the device keeps its thread, and the engine
+JOIN_SECONDS = 2.0
+_REMEMBERED = 4096
+_FOREVER = 3600.0
+
+
+class ForwardJob:
+    """Teacher-forced logits being computed: float32 [n_tokens, n_vocab] in `logits` once `done` is set."""
+
+    deadline = None
+
+    def __init__(self, seq_id: int, logits: np.ndarray, on_end: Callable[[Any], None]) -> None:
+        self.job_id = f"logits-{seq_id}"
+        self.seq_id = seq_id
+        self.logits = logits
+        self.done = threading.Event()
+        self.error: WorkerError | None = None
+        self.admitted_at: float | None = None
+        self._on_end = on_end
+        self._lock = threading.Lock()
+
+    def end(self, error: WorkerError | None) -> bool:
+        """End it, with an error or with the logits complete. The first end wins."""
+        with self._lock:
+            if self.done.is_set():
+                return False
+            self.error = error
+            self.done.set()
+        self._on_end(self)
+        return True
+
+
+@dataclass
+class _Entry:
+    """A sequence that has not ended for its client."""
+
+    seq: SequenceState
+    job: Job | ForwardJob
+    text: JobText | None
+
+
+class EngineLoop:
+    """Runs jobs on an engine until closed.
+
+    Args:
+        engine: any `Engine`; from now on only the engine thread calls it.
+        scheduler: made for this engine.
+        ring, control: a `TokenRing` and a `Control`, or objects like them.
+        new_decoder: makes a stream decoder for one job; None for a model without a tokenizer.
+        max_queue: jobs that may wait for a slot.
+        on_fatal: called with the error, in the engine or output thread, when the loop has died: all jobs have ended by
+            then and no new one is accepted.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, ring: Any, control: Any, *,
+                 new_decoder: Callable[[], Decoder] | None = None, max_queue: int = 64,
+                 on_fatal: Callable[[WorkerError], None] | None = None) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._ring = ring
+        self._control = control
+        self._new_decoder = new_decoder
+        self._max_queue = max_queue
+        self._on_fatal = on_fatal
+        self._stop_ids = np.array(sorted(scheduler.stop_ids), np.int32)
+        # the lock guards everything below it; the scheduler too is touched under it where its queue changes
+        self._lock = threading.Condition()
+        self._entries: dict[int, _Entry] = {}  # by seq_id
+        self._jobs: dict[str, Job] = {}  # by job_id
+        self._recent: OrderedDict[str, None] = OrderedDict()  # ids of jobs that ended
+        self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, seq_id)
+        self._inbox: list[SequenceState] = []
+        self._drops: list[int] = []
+        self._next_seq_id = 1
+        self._n_waiting = 0
+        self._n_free_slots = scheduler.n_free_slots
+        self._accepting = True
+        self._quit = False
+        self._error: WorkerError | None = None
+        scheduler.prompt_rows = min(64, scheduler.config.max_rows)
+        self._threads = [threading.Thread(target=self._run, args=(body,), name=name, daemon=True)
+                         for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._run_output))]
+        for thread in self._threads:
+            thread.start()
+
+    # -- from any thread
+
+    @property
+    def error(self) -> WorkerError | None:
+        """The error the loop died of, or None."""
+        return self._error
+
+    def submit(self, prompt: np.ndarray, params: SamplingParams, seed: int, *, max_tokens: int,
+               job_id: str | None = None, deadline: float | None = None, bounded: bool = True) -> Job:
+        """Queue a generation.
+
+        Args:
+            prompt: int32 [n_prompt], not empty, ids of the vocabulary.
+            params: checked already; `max_tokens` and `seed` take the place of its own.
+            job_id: None makes one up.
+            deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
+            bounded: whether the limit of the queue holds.
+
+        Raises:
+            InvalidRequest, VramOom: it can never run.
+            QueueFull, DuplicateJob, NotReady: not now.
+        """
+        self._scheduler.check(len(prompt), max_tokens)
+        decoder = self._new_decoder() if self._new_decoder else None
+        with self._lock:
+            self._check_accepting()
+            if job_id in self._jobs:
+                raise DuplicateJob(f"a job {job_id!r} is queued or running", job_id=job_id)
+            if bounded:
+                self._check_queue()
+            seq_id = self._new_seq_id()
+            job = Job(job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended)
+            seq = SequenceState(seq_id, prompt, max_tokens, params.slot_sampling(seed), not params.ignore_eos,
+                                params.logprobs is not None)
+            stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
+            self._jobs[job.job_id] = job
+            self._enqueue(_Entry(seq, job, JobText(job, decoder, stop_ids)))
+            wake = False
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, seq_id))
+                wake = self._deadlines[0][1] == seq_id
+        if wake:
+            self._wake_output()
+        return job
+
+    def forward(self, tokens: np.ndarray) -> np.ndarray:
+        """Teacher-forced logits of int32 [n]: float32 [n, n_vocab]. Waits for its turn among the jobs.
+
+        Raises:
+            InvalidRequest, VramOom: too long. NotReady: the loop is closed, or closes meanwhile.
+        """
+        self._scheduler.check(len(tokens), 0)
+        shape = (len(tokens), self._engine.n_vocab)
+        try:
+            logits = np.empty(shape, np.float32)
+        except MemoryError:
+            raise VramOom(f"logits of {shape[0]} x {shape[1]} need {4 * shape[0] * shape[1]} bytes of host memory",
+                          bytes_required=4 * shape[0] * shape[1]) from None
+        with self._lock:
+            self._check_accepting()
+            job = ForwardJob(self._new_seq_id(), logits, self._ended)
+            self._enqueue(_Entry(SequenceState(job.seq_id, tokens, 0, stops=False), job, None))
+        try:
+            job.done.wait()
+        except BaseException as error:  # KeyboardInterrupt: the caller goes, and with it the work
+            job.end(InternalError(f"interrupted by {type(error).__name__}"))
+            raise
+        if job.error is not None:
+            raise job.error.with_traceback(None)
+        return job.logits
+
+    def job(self, job_id: str) -> Job | None:
+        """The queued or running job of this id."""
+        with self._lock:
+            return self._jobs.get(job_id)
+
+    def cancel(self, job_id: str) -> str:
+        """Cancel a job: "cancelling", or "finished" or "unknown" where there is nothing to cancel."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+            if job is None:
+                return "finished" if job_id in self._recent else "unknown"
+        job.cancel()
+        return "cancelling"
+
+    def shutdown(self, grace: float) -> None:
+        """Accept no new jobs, give the others `grace` seconds, end the rest with `NotReady`."""
+        with self._lock:
+            self._accepting = False
+            self._lock.wait_for(lambda: not self._entries, max(grace, 0.0))
+        self._end_all(NotReady("the worker is shutting down"))
+
+    def close(self) -> bool:
+        """End all jobs and both threads.
+
+        Returns:
+            Whether the engine thread has ended, so that the engine may be closed. Idempotent.
+        """
+        self.shutdown(0.0)
+        with self._lock:
+            self._quit = True
+            self._lock.notify_all()
+            self._control.interrupt()
+        engine_thread, output_thread = self._threads
+        ended = _join(engine_thread)
+        self._ring.close()
+        _join(output_thread)
+        return ended
+
+    # -- inside, with the lock held
+
+    def _check_accepting(self) -> None:
+        if self._error is not None:
+            raise NotReady(f"the worker has failed: {self._error.message}")
+        if not self._accepting:
+            raise NotReady("the worker is shutting down")
+
+    def _check_queue(self) -> None:
+        # a slot is free for a new job only where no other waits for one
+        free = self._n_free_slots if self._n_waiting == 0 else 0
+        if self._n_waiting + max(0, len(self._inbox) + 1 - free) > self._max_queue:
+            raise QueueFull(f"{self._max_queue} jobs are queued already; try again later", retry_after=1)
+
+    def _new_seq_id(self) -> int:
+        self._next_seq_id += 1
+        return self._next_seq_id - 1
+
+    def _enqueue(self, entry: _Entry) -> None:
+        self._entries[entry.seq.seq_id] = entry
+        self._inbox.append(entry.seq)
+        self._lock.notify_all()
+        if self._n_waiting == 0 and self._n_free_slots > 0:  # else it cannot start before another one ends
+            self._control.interrupt()
+
+    # -- ends
+
+    def _ended(self, job: Job | ForwardJob) -> None:
+        """A job has ended for its client; called once for each, by the thread that ended it."""
+        with self._lock:
+            entry = self._entries.pop(job.seq_id, None)
+            if self._jobs.pop(job.job_id, None) is not None:
+                self._recent[job.job_id] = None
+                self._recent.move_to_end(job.job_id)
+                if len(self._recent) > _REMEMBERED:
+                    self._recent.popitem(last=False)
+            if entry is not None and entry.seq.ended is None:
+                self._drops.append(job.seq_id)
+                self._control.interrupt()
+            self._lock.notify_all()
+
+    def _end_all(self, error: WorkerError) -> None:
+        with self._lock:
+            entries = list(self._entries.values())
+        for entry in entries:
+            entry.job.end(error)
+
+    def _fail(self, error: WorkerError) -> None:
+        """The loop is dead: end everything, tell the owner."""
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = error
+            self._quit = True
+            self._control.interrupt()
+            self._lock.notify_all()
+        self._end_all(error)
+        self._ring.close()
+        if self._on_fatal is not None:
+            self._on_fatal(error)
+
+    def _run(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except Exception as error:
+            self._fail(_as_worker_error(error, "the loop failed"))
+
+    # -- the engine thread
+
+    def _run_engine(self) -> None:
+        scheduler = self._scheduler
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._quit or self._inbox or self._drops or scheduler.running)
+                if self._quit:
+                    return
+                self._control.clear()
+                for seq in self._inbox:
+                    scheduler.add(seq)
+                for seq_id in self._drops:
+                    scheduler.drop(seq_id)
+                self._inbox.clear()
+                self._drops.clear()
+                admitted = scheduler.admit()
+                self._n_waiting, self._n_free_slots = scheduler.n_waiting, scheduler.n_free_slots
+            try:
+                self._begin(admitted)
+                self._work()
+            except Exception as error:
+                failure = _as_worker_error(error, "the engine failed")
+                if isinstance(failure, CudaError) and failure.sticky:
+                    self._fail(failure)
+                    return
+                self._fail_running(failure)
+
+    def _begin(self, admitted: list[SequenceState]) -> None:
+        for seq in admitted:
+            if seq.sampling is not None:
+                self._engine.set_slot(seq.slot, seq.sampling)
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None:
+                entry.job.admitted_at = time.monotonic()
+
+    def _work(self) -> None:
+        work = self._scheduler.next_work()
+        if isinstance(work, DecodeWork):
+            sampled = self._engine.decode(work.slots, work.seq_ids, work.tokens, work.positions, work.n_steps,
+                                          self._stop_ids, work.stop_mask, self._ring, self._control)
+            self._mark_ends(self._scheduler.done_decode(work, sampled))
+        elif isinstance(work, StepWork):
+            self._step(work)
+        elif isinstance(work, ForwardWork):
+            self._forward(work)
+
+    def _step(self, work: StepWork) -> None:
+        began = time.monotonic()
+        sampled, logits = self._engine.step(work.batch, work.want_logits)
+        now = time.monotonic()
+        if work.n_prompt_rows:
+            self._pace(len(work.batch.tokens), work.n_prompt_rows, now - began)
+        for row, (seq, token) in enumerate(zip(work.outputs, sampled, strict=True)):
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None and isinstance(entry.job, Job):
+                if entry.job.first_token_at is None:
+                    entry.job.first_token_at = now
+                if seq.want_logits:
+                    entry.job.add_logprobs(top_logprobs(logits[row], int(token), entry.job.params.logprobs))
+        ended = self._scheduler.done_step(work, sampled)
+        for seq, token in zip(work.outputs, sampled, strict=True):
+            self._ring.put(seq.seq_id, int(token))
+        self._mark_ends(ended)
+
+    def _forward(self, work: ForwardWork) -> None:
+        began = time.monotonic()
+        logits = self._engine.forward(work.batch)
+        self._pace(len(logits), len(logits), time.monotonic() - began)
+        first = work.seq.n_past
+        ended = self._scheduler.done_forward(work)
+        entry = self._entries.get(work.seq.seq_id)
+        if entry is not None and isinstance(entry.job, ForwardJob):
+            entry.job.logits[first:first + len(logits)] = logits
+            if ended:
+                entry.job.end(None)
+
+    def _pace(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
+        """Choose the prompt rows of the next step so that it takes about `STEP_SECONDS`."""
+        limit = self._scheduler.config.max_rows
+        fit = int(n_rows * STEP_SECONDS / max(seconds, 1e-6))
+        if n_prompt_rows >= MIN_PROMPT_ROWS:  # a shorter chunk says little about how fast a long one is
+            self._scheduler.prompt_rows = max(MIN_PROMPT_ROWS, min(fit // 16 * 16, limit))
+
+    def _mark_ends(self, ended: list[SequenceState]) -> None:
+        for seq in ended:
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None and isinstance(entry.job, Job):
+                entry.job.ended_at = time.monotonic()
+                self._ring.put(seq.seq_id, _MARKS[seq.ended])
+
+    def _fail_running(self, error: WorkerError) -> None:
+        """An engine call failed and its context lives: all sequences in the engine end, queued ones get their turn."""
+        for seq in self._scheduler.running:
+            self._scheduler.drop(seq.seq_id)
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None:
+                entry.job.end(error)
+
+    # -- the output thread
+
+    def _run_output(self) -> None:
+        while True:
+            entries = self._ring.pop(self._expire())
+            if not entries and self._ring.closed:
+                return
+            for seq_id, token in entries:
+                entry = self._entries.get(seq_id)
+                if entry is None or entry.text is None:
+                    continue  # past its end
+                try:
+                    if token >= 0:
+                        entry.text.push(token)
+                    elif token != _WAKE:
+                        entry.text.end("stop" if token == _STOP else "length")
+                except Exception as error:
+                    entry.job.end(_as_worker_error(error, "the text of the job could not be made"))
+
+    def _expire(self) -> float:
+        """End jobs past their deadline. Returns the seconds to the next deadline."""
+        while True:
+            with self._lock:
+                if not self._deadlines:
+                    return _FOREVER
+                deadline, seq_id = self._deadlines[0]
+                left = deadline - time.monotonic()
+                entry = self._entries.get(seq_id)
+                if left > 0 and entry is not None:
+                    return min(left, _FOREVER)
+                heapq.heappop(self._deadlines)
+            if entry is not None:
+                entry.job.end(InferenceTimeout("the job is past its deadline", job_id=entry.job.job_id))
+
+    def _wake_output(self) -> None:
+        try:
+            self._ring.put(0, _WAKE)
+        except RuntimeError:
+            # the ring closes only when the loop ends, which ends the job as well
+            return
+
+
+def _as_worker_error(error: Exception, what: str) -> WorkerError:
+    if isinstance(error, WorkerError):
+        return error
+    wrapped = InternalError(f"{what}: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _join(thread: threading.Thread) -> bool:
+    if thread is threading.current_thread():
+        return True
+    thread.join(JOIN_SECONDS)
+    return not thread.is_alive()
