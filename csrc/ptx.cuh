@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 
 // ---- programmatic dependent launch -------------------------------------------------------------------------------
 // Both are no-ops below sm_90 and in a launch without the attribute. A kernel that may be launched with it must

@@ -101,21 +101,19 @@ def matvec_shape(type_id: int, tiles: int) -> MatvecShape:
     """The constants of matvec_<type>_<tiles>."""
     units = 2 if unit_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
     stage = units * record_bytes(type_id)
-    strips = 2 if tiles >= 4 and stage <= 2304 else 1
+    strips = 2 if tiles >= 4 and stage <= 2304 and (unit_k(type_id) == 64 or tiles == 4) else 1
     slot = strips * stage
     return MatvecShape(units, strips, max(2, min(4, 10240 // slot)), slot)
 
 
-def matvec_warps(type_id: int, k: int, strips: int, max_smem: int = SMEM_SMALL) -> int:
+def matvec_warps(type_id: int, k: int) -> int:
     """Warps of a block, which is also the number of parts that K is split into.
 
-    It fixes the order of summation, so it depends on the launch's matrices (and the GPU) alone, never on the number
-    of rows. Few strips do not fill the GPU: they get up to 16 warps where shared memory allows.
+    It fixes the order of summation, so it depends on type and K alone, never on the number of rows.
     """
     stages = -(-n_units(type_id, k) // matvec_shape(type_id, 1).stage_units)
-    most = 16 if strips <= 160 and max_smem >= 200 * 1024 else 8
     # the fewest idle warp-stages; of equals the most warps
-    return max(range(1, min(most, stages) + 1), key=lambda w: (min(w, 4), stages / (-(-stages // w) * w), w))
+    return max(range(1, min(8, stages) + 1), key=lambda w: (min(w, 4), stages / (-(-stages // w) * w), w))
 
 
 @dataclass(frozen=True)
@@ -131,14 +129,13 @@ class Launch:
 
 
 def matvec_launch(
-    type_id: int, k: int, n_outs: tuple[int, ...], n_rows: int, *, warps: int, n_sm: int, max_smem: int = SMEM_SMALL
+    type_id: int, k: int, n_outs: tuple[int, ...], n_rows: int, *, n_sm: int, max_smem: int = SMEM_SMALL
 ) -> Launch:
     """The decode launch for up to four matrices [n_out, k] of one type and one input of 1 .. 64 rows.
 
     Args:
         type_id, k, n_outs: the matrices.
         n_rows: rows of the input.
-        warps: from `matvec_warps` over all matrices of the launch; the same for every n_rows.
         n_sm: multiprocessors of the GPU.
         max_smem: dynamic shared memory bytes that a block may have.
 
@@ -146,6 +143,7 @@ def matvec_launch(
         `needs_split` says that the input must have been converted by convert_split; else the kernel takes float32.
     """
     total = sum(n_strips(n) for n in n_outs)
+    warps = matvec_warps(type_id, k)
     tiles = next(t for t in MATVEC_TILES if n_rows <= 8 * t)
     while True:
         shape = matvec_shape(type_id, tiles)

@@ -41,12 +41,12 @@ struct MXFP4 : Record<64, 32, 17, 4, 0> {
 #ifdef __CUDACC__
     // The three magnitude bits land on the lowest exponent bits and the highest mantissa bit: the number, subnormals
     // included, times a power of two that one exact product takes away.
-    static __device__ __forceinline__ uint32_t bf16_pair(const Codes<4, 0>& q, int pair) {
+    static DEVICE_MEMBER uint32_t bf16_pair(const Codes<4, 0>& q, int pair) {
         const uint32_t magnitude = Plane<4>::codes<6>(q.low, pair) & 0x01c001c0u;
         const uint32_t sign = Plane<4>::codes<12>(q.low, pair) & 0x80008000u;
         return fma_bf16x2(magnitude | sign, 0x7e807e80u, 0x80008000u);  // 2^126
     }
-    static __device__ __forceinline__ uint32_t f16_pair(const Codes<4, 0>& q, int pair) {
+    static DEVICE_MEMBER uint32_t f16_pair(const Codes<4, 0>& q, int pair) {
         const uint32_t magnitude = Plane<4>::codes<9>(q.low, pair) & 0x0e000e00u;
         const uint32_t sign = Plane<4>::codes<12>(q.low, pair) & 0x80008000u;
         return mul_f16x2(magnitude | sign, 0x74007400u);  // 2^14

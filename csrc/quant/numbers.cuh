@@ -42,11 +42,11 @@ struct IntegerCodes {
     }
 #ifdef __CUDACC__
     template <class C>
-    static __device__ __forceinline__ uint32_t bf16_pair(const C& q, int pair) {
+    static DEVICE_MEMBER uint32_t bf16_pair(const C& q, int pair) {
         return bf16_of_codes<kZero>(Q::code(q, pair));
     }
     template <class C>
-    static __device__ __forceinline__ uint32_t f16_pair(const C& q, int pair) {
+    static DEVICE_MEMBER uint32_t f16_pair(const C& q, int pair) {
         return f16_of_codes<kZero>(Q::code(q, pair));
     }
 #endif

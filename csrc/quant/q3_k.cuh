@@ -39,7 +39,7 @@ struct Q3_K : Record<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
         const int i = block >> 1;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const uint32_t low = (s.low[r][i & 1] >> (4 * (i >> 1))) & 0x0f0f0f0fu;
+            const uint32_t low = ((i & 1 ? s.low[r][1] : s.low[r][0]) >> (4 * (i >> 1))) & 0x0f0f0f0fu;
             const uint32_t bytes = low | ((s.high[r] >> (2 * i)) & 0x03030303u) << 4;
             const float d = half_float(r ? s.super >> 16 : s.super);
 #pragma unroll

@@ -13,12 +13,12 @@ struct Q8_0 : Record<64, 32, 34, 8, 0>, HalfScales<Q8_0> {
     }
 #ifdef __CUDACC__
     // The low seven bits over 128, less 128 or (sign bit set: the step above) 256. Exact.
-    static __device__ __forceinline__ uint32_t bf16_pair(const Codes<8, 0>& q, int pair) {
+    static DEVICE_MEMBER uint32_t bf16_pair(const Codes<8, 0>& q, int pair) {
         const uint32_t c = Plane<8>::codes(q.low, pair);
         const uint32_t low7 = (c & 0x007f007fu) | 0x43004300u, sign = (c & 0x00800080u) | 0x43004300u;
         return fma_bf16x2(sign, 0xbf80bf80u, low7);
     }
-    static __device__ __forceinline__ uint32_t f16_pair(const Codes<8, 0>& q, int pair) {
+    static DEVICE_MEMBER uint32_t f16_pair(const Codes<8, 0>& q, int pair) {
         return f16_of_codes<128>(Plane<8>::codes(q.low, pair) ^ 0x00800080u);
     }
 #endif

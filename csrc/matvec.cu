@@ -1,0 +1,317 @@
+// Decode: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for 1 .. 64 rows r, quantized W, float32 results.
+//
+// matvec_<type>_<tiles>(MatvecParams), tiles 1, 2, 4, 8: up to 8 * tiles rows. One launch may cover several matrices of
+// one type that share the input; their strips of 16 output rows are numbered through.
+//
+// A block owns kStrips strips at a time and walks over the strips of the launch. K is cut into stages (128 columns, 64
+// or 256 for types with other records), stage i belonging to warp i % warps: each warp streams its stages through a
+// ring of its own in shared memory (cp.async, no block-wide barrier), forms products on the tensor cores, and the
+// warps' sums are added in order of the warp. So the order of a row's sum depends on K, the type and the number of
+// warps: not on the rows of the launch, nor on `tiles`, nor on the grid.
+//
+// Numbers: codes are exact in bf16, activations two bf16 terms, products per scale block accumulate in float32 and are
+// scaled in float32: the weights are exact. Unquantized matrices: bf16 terms too (F32 and F16 two of the weight).
+//
+// Bytes: each weight once from memory; float32 x once per block (1 tile) or split x once per strip pair (else).
+// Weights are in flight before the dependency wait.
+#include "activations.cuh"
+#include "matmul_params.h"
+#include "quant/types.cuh"
+
+// Mirrored by worker_orcd/cuda_layout.py: matvec_shape.
+template <class Q, int kTiles>
+struct Shape {
+    static constexpr int kStageUnits = Q::kUnitK == 64 && !kDense<Q> ? 2 : 1;
+    static constexpr int kStageBytes = kStageUnits * Q::kRecordBytes;
+    static constexpr int kStrips = kTiles >= 4 && kStageBytes <= 2304 && (Q::kUnitK == 64 || kTiles == 4) ? 2 : 1;
+    static constexpr int kSlotBytes = kStrips * kStageBytes;
+    static constexpr int kFit = 10240 / kSlotBytes;
+    static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
+    static constexpr int kSums = kStrips * 128;  // float32 partial sums of a warp for 8 rows
+};
+
+DEVICE int matrix_of(const MatvecParams& p, int strip) {
+    int m = 0;
+#pragma unroll
+    for (int i = 1; i < MATVEC_MAX_MATRICES; ++i)
+        if (i < p.n_matrices && strip >= p.m[i].strip0) m = i;
+    return m;
+}
+
+// First record of a strip.
+template <class Q>
+DEVICE const uint8_t* strip_records(const MatvecParams& p, int strip) {
+    const MatvecMatrix& m = p.m[matrix_of(p, strip)];
+    return m.w + static_cast<int64_t>(strip - m.strip0) * p.n_units * Q::kRecordBytes;
+}
+
+// The stream of one warp's stages over the strips of its block: always kDepth - 1 stages ahead of the sums.
+template <class Q, int kTiles>
+struct Loader {
+    using S = Shape<Q, kTiles>;
+    const MatvecParams& p;
+    const uint8_t* src[S::kStrips];
+    uint32_t ring;
+    int lane, warp, n_warps, n_stages, n_tiles, tile, stage, slot = 0;
+
+    DEVICE_MEMBER void find_strips() {
+#pragma unroll
+        for (int i = 0; i < S::kStrips; ++i)
+            if (tile < n_tiles) src[i] = strip_records<Q>(p, min(tile * S::kStrips + i, p.n_strips - 1));
+    }
+
+    // Starts the copy of the next stage (nothing after the last) and commits one group either way.
+    DEVICE_MEMBER void issue() {
+        if (tile < n_tiles) {
+            const int unit = stage * S::kStageUnits, n = min(S::kStageUnits, p.n_units - unit) * Q::kRecordBytes;
+            const uint32_t to = ring + slot * S::kSlotBytes;
+#pragma unroll
+            for (int i = 0; i < S::kStrips; ++i) {
+                const uint8_t* from = src[i] + static_cast<int64_t>(unit) * Q::kRecordBytes;
+#pragma unroll
+                for (int at = 0; at < S::kStageBytes; at += 512)
+                    if (at + lane * 16 < n) cp_async_16(to + i * S::kStageBytes + at + lane * 16, from + at + lane * 16);
+            }
+            slot = slot + 1 == S::kDepth ? 0 : slot + 1;
+            stage += n_warps;
+            if (stage >= n_stages) {
+                stage = warp;
+                tile += gridDim.x;
+                find_strips();
+            }
+        }
+        cp_async_commit();
+    }
+};
+
+// Where a lane finds its activations: B fragments of row 8 * tile + g, sums of rows 8 * tile + 2t and the next.
+template <int kTiles>
+struct Activations {
+    const uint8_t* fragments;
+    const uint8_t* sums[2];
+    int64_t tile_bytes;  // between tiles
+
+    DEVICE_MEMBER uint4 high(int tile, int block) const { return at(tile, block * 128); }
+    DEVICE_MEMBER uint4 low(int tile, int block) const { return at(tile, block * 128 + 64); }
+    DEVICE_MEMBER float2 block_sums(int tile, int column, int block) const {
+        return *reinterpret_cast<const float2*>(sums[column] + tile * tile_bytes + block * 8);
+    }
+
+    DEVICE_MEMBER uint4 at(int tile, int offset) const {
+        return *reinterpret_cast<const uint4*>(fragments + tile * tile_bytes + offset);
+    }
+};
+
+// The compiler would hoist the loads of all tiles above the first product and spill.
+DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
+
+template <int kStrips, int kTiles>
+using Sums = float[kStrips][kTiles][4];
+
+// One 64-column sub-unit of a quantized type: block by block an exact product of codes, then its scales.
+template <class Q, int kTiles, int kStrips>
+DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[kStrips],
+                    int sub, int x_block0, const Activations<kTiles>& x, int lane) {
+    constexpr int kParts = Q::kScaleK == 16 ? 2 : 1;
+    Codes<Q::kLowBits, Q::kHighBits> codes[kStrips];
+    typename Q::Scales scales[kStrips];
+#pragma unroll
+    for (int i = 0; i < kStrips; ++i) {
+        codes[i] = load_codes<Q>(record[i], sub, lane);
+        scales[i] = Q::load_scales(record[i], lane);
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        uint32_t a[kStrips][8];
+        float scale[kStrips][2][2], min[kStrips][2][2];
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i) {
+            Q::scales(scales[i], 2 * sub + b, scale[i], min[i]);
+#pragma unroll
+            for (int pair = 0; pair < 8; ++pair) a[i][pair] = Q::bf16_pair(codes[i], 8 * b + pair);
+        }
+        const int x_block = x_block0 + 2 * sub + b;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            if constexpr (kTiles >= 4)
+                if (tile % 4 == 0) keep_loads_here();
+            const uint4 high = x.high(tile, x_block), low = x.low(tile, x_block);
+            float2 sums[2];
+            if constexpr (Q::kHasMin) {
+                sums[0] = x.block_sums(tile, 0, x_block), sums[1] = x.block_sums(tile, 1, x_block);
+            }
+#pragma unroll
+            for (int i = 0; i < kStrips; ++i) {
+                float d[kParts][4] = {};
+                mma_bf16(d[0], a[i], low.x, low.y);
+                mma_bf16(d[kParts - 1], a[i] + 4, low.z, low.w);
+                mma_bf16(d[0], a[i], high.x, high.y);
+                mma_bf16(d[kParts - 1], a[i] + 4, high.z, high.w);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    float& sum = acc[i][tile][c];
+#pragma unroll
+                    for (int j = 0; j < kParts; ++j) {
+                        sum = fmaf(scale[i][j][c >> 1], d[j][c], sum);
+                        if constexpr (Q::kHasMin) {
+                            const float2 s = sums[c & 1];
+                            const float x_sum = kParts == 2 ? (j ? s.y : s.x) : s.x + s.y;
+                            sum = fmaf(min[i][j][c >> 1], x_sum, sum);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// One 64-column unit of an unquantized type.
+template <class Q, int kTiles, int kStrips>
+DEVICE void add_dense(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[kStrips], int x_block0,
+                      const Activations<kTiles>& x, int lane) {
+    constexpr bool kTwoTerms = !std::is_same_v<Q, BF16>;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        uint32_t high[kStrips][8], low[kStrips][8];
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i) {
+            const auto codes = load_codes<Q>(record[i], 0, lane);
+#pragma unroll
+            for (int pair = 0; pair < 8; ++pair) {
+                if constexpr (kTwoTerms) {
+                    float v[2];
+                    Q::values(codes, 8 * b + pair, v[0], v[1]);
+                    high[i][pair] = pack_bf16(v[0], v[1]);
+                    low[i][pair] = pack_bf16(v[0] - bf16_low(high[i][pair]), v[1] - bf16_high(high[i][pair]));
+                } else {
+                    high[i][pair] = codes.low[8 * b + pair];
+                }
+            }
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const uint4 x_high = x.high(tile, x_block0 + b), x_low = x.low(tile, x_block0 + b);
+#pragma unroll
+            for (int i = 0; i < kStrips; ++i) {
+                float(&d)[4] = acc[i][tile];
+                if constexpr (kTwoTerms) {
+                    mma_bf16(d, low[i], x_high.x, x_high.y);
+                    mma_bf16(d, low[i] + 4, x_high.z, x_high.w);
+                }
+                mma_bf16(d, high[i], x_low.x, x_low.y);
+                mma_bf16(d, high[i] + 4, x_low.z, x_low.w);
+                mma_bf16(d, high[i], x_high.x, x_high.y);
+                mma_bf16(d, high[i] + 4, x_high.z, x_high.w);
+            }
+        }
+    }
+}
+
+template <class Q, int kTiles>
+DEVICE void matvec(const MatvecParams& p) {
+    using S = Shape<Q, kTiles>;
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [n_rows][split_bytes] rows (1 tile)
+    extern __shared__ __align__(128) uint8_t smem[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
+    const int n_stages = (p.n_units + S::kStageUnits - 1) / S::kStageUnits;
+    const int n_tiles = (p.n_strips + S::kStrips - 1) / S::kStrips;
+    const int n_x_blocks = p.n_units * (Q::kUnitK / 32);
+    const uint8_t* ring = smem + warp * (S::kDepth * S::kSlotBytes);
+    float* partial = reinterpret_cast<float*>(smem + p.ring_bytes);
+
+    pdl_launch_dependents();
+    Loader<Q, kTiles> loader{p, {}, smem_address(ring), lane, warp, n_warps, n_stages, n_tiles,
+                             static_cast<int>(blockIdx.x), warp};
+    loader.find_strips();
+#pragma unroll
+    for (int i = 0; i < S::kDepth - 1; ++i) loader.issue();
+    pdl_wait();
+
+    Activations<kTiles> x;
+    if constexpr (kTiles == 1) {
+        uint8_t* rows = smem + p.ring_bytes + 2 * n_warps * S::kSums * 4;
+        const int n_items = (4 * n_x_blocks + 31) & ~31;
+        for (int row = 0; row < p.n_rows; ++row)
+            for (int item = threadIdx.x; item < n_items; item += blockDim.x)
+                split_item(rows + row * p.split_bytes, p.x + row * p.x_stride, item, n_x_blocks, p.k / 32);
+        __syncthreads();
+        // Columns of rows that do not exist are computed from row 0 and dropped: they touch no other column.
+        const auto row = [&](int r) { return rows + (r < p.n_rows ? r : 0) * p.split_bytes; };
+        x.fragments = row(g) + t * 16;
+        x.sums[0] = row(2 * t) + split_sums_offset(n_x_blocks);
+        x.sums[1] = row(2 * t + 1) + split_sums_offset(n_x_blocks);
+        x.tile_bytes = 0;
+    } else {
+        x.fragments = p.split + g * p.split_bytes + t * 16;
+        x.sums[0] = p.split + 2 * t * p.split_bytes + split_sums_offset(n_x_blocks);
+        x.sums[1] = x.sums[0] + p.split_bytes;
+        x.tile_bytes = 8 * p.split_bytes;
+    }
+
+    int slot = 0, parity = 0;
+    for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+        Sums<S::kStrips, kTiles> acc = {};
+        for (int stage = warp; stage < n_stages; stage += n_warps) {
+            cp_async_wait<S::kDepth - 2>();
+            __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled next
+            loader.issue();
+#pragma unroll kTiles >= 4 ? 1 : S::kStageUnits
+            for (int u = 0; u < S::kStageUnits; ++u) {
+                const int unit = stage * S::kStageUnits + u;
+                if (unit >= p.n_units) break;
+                const uint8_t* record[S::kStrips];
+#pragma unroll
+                for (int i = 0; i < S::kStrips; ++i)
+                    record[i] = ring + slot * S::kSlotBytes + i * S::kStageBytes + u * Q::kRecordBytes;
+                const int x_block0 = unit * (Q::kUnitK / 32);
+                if constexpr (kDense<Q>) {
+                    add_dense<Q>(acc, record, x_block0, x, lane);
+                } else {
+#pragma unroll kTiles >= 4 ? 1 : Q::kSubs
+                    for (int sub = 0; sub < Q::kSubs; ++sub) add_sub<Q>(acc, record, sub, x_block0, x, lane);
+                }
+            }
+            slot = slot + 1 == S::kDepth ? 0 : slot + 1;
+        }
+
+        // partial[warp][strip][row of the strip][row of the tile], two sets: one barrier a round suffices.
+#pragma unroll
+        for (int x_tile = 0; x_tile < kTiles; ++x_tile) {
+            const int n_here = min(8, p.n_rows - 8 * x_tile);
+            if (n_here <= 0) break;
+            float* set = partial + parity * n_warps * S::kSums;
+#pragma unroll
+            for (int i = 0; i < S::kStrips; ++i) {
+                const float(&d)[4] = acc[i][x_tile];
+                float* to = set + warp * S::kSums + i * 128 + g * 8 + 2 * t;
+                *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
+                *reinterpret_cast<float2*>(to + 64) = make_float2(d[2], d[3]);
+            }
+            __syncthreads();
+            for (int i = threadIdx.x; i < n_here * 16 * S::kStrips; i += blockDim.x) {
+                const int n = i / (16 * S::kStrips), in_tile = i % (16 * S::kStrips);
+                const int strip = tile * S::kStrips + in_tile / 16;
+                if (strip >= p.n_strips) continue;
+                const MatvecMatrix& m = p.m[matrix_of(p, strip)];
+                const int o = (strip - m.strip0) * 16 + in_tile % 16;
+                if (o >= m.n_out) continue;
+                float sum = 0.0f;
+                for (int w = 0; w < n_warps; ++w) sum += set[w * S::kSums + in_tile * 8 + n];
+                if (m.bias != nullptr) sum += m.bias[o];
+                float* to = m.out + (8 * x_tile + n) * m.out_stride + o;
+                *to = m.add ? *to + sum : sum;
+            }
+            parity ^= 1;
+        }
+    }
+    cp_async_wait<0>();
+}
+
+#define DEFINE_TILES(Type, name, tiles)                                                                        \
+    extern "C" __global__ void __launch_bounds__(256, 1) matvec_##name##_##tiles(                                 \
+        const __grid_constant__ MatvecParams p) {                                                              \
+        matvec<Type, tiles>(p);                                                                                \
+    }
+#define DEFINE(Type, name) \
+    DEFINE_TILES(Type, name, 1) DEFINE_TILES(Type, name, 2) DEFINE_TILES(Type, name, 4) DEFINE_TILES(Type, name, 8)
+FOR_EACH_TYPE(DEFINE)
