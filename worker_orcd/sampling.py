@@ -6,7 +6,6 @@ no model, no tokenizer and no engine; limits that depend on them are arguments o
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def make_seed() -> int:
 
 
 def _number(field: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise InvalidRequest(f"{field} must be a number, not {_shown(value)}", field=field)
     if not low <= value <= high:
         raise InvalidRequest(f"{field} must be {low} to {high}, not {_shown(value)}", field=field)

@@ -1,0 +1,51 @@
+"""SamplingParams: every field's rule, named in the error."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from worker_orcd.errors import InvalidRequest
+from worker_orcd.logprobs import top_logprobs
+from worker_orcd.sampling import SamplingParams
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"max_tokens": 1}, {"max_tokens": 2048}, {"temperature": 0}, {"temperature": 2.0}, {"top_p": 0.0},
+    {"top_k": 100}, {"min_p": 1}, {"repetition_penalty": 2.0}, {"repetition_penalty": 1e-9}, {"seed": 0},
+    {"seed": 2**64 - 1}, {"stop": "x"}, {"stop": ["a", "b", "c", "d"]}, {"stop": None}, {"logprobs": 0},
+    {"logprobs": 20},
+])
+def test_accepted(given):
+    params = SamplingParams(**given)
+    params.check(n_vocab=100, max_tokens_out=2048)
+    assert isinstance(params.stop, tuple)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("max_tokens", 0), ("max_tokens", 2049), ("max_tokens", 1.0), ("max_tokens", True), ("max_tokens", 10**5000),
+    ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan), ("temperature", math.inf),
+    ("temperature", "1"), ("temperature", None), ("temperature", True), ("temperature", 10**400),
+    ("top_p", -1e-9), ("top_p", 1.1), ("top_k", -1), ("top_k", 101), ("top_k", 2.0), ("min_p", 1.1), ("min_p", -1),
+    ("repetition_penalty", 0), ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", 2.1),
+    ("stop", [""]), ("stop", list("abcde")), ("stop", [1]), ("stop", 5), ("seed", -1), ("seed", 2**64), ("seed", 1.5),
+    ("ignore_eos", 1), ("logprobs", 21), ("logprobs", -1), ("logprobs", True),
+], ids=lambda value: value if isinstance(value, str) else type(value).__name__)
+def test_refused_by_name(field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value}).check(n_vocab=100, max_tokens_out=2048)
+    assert caught.value.fields["field"] == field
+    assert field in caught.value.message and len(caught.value.message) < 120 and "\n" not in caught.value.message
+
+
+def test_top_logprobs():
+    logits = np.array([1.0, 3.0, 3.0, -2.0, 0.5], np.float32)
+    lse = math.log(sum(math.exp(x) for x in logits.tolist()))
+    assert top_logprobs(logits, 3, 2) == pytest.approx({1: 3 - lse, 2: 3 - lse, 3: -2 - lse})
+    assert list(top_logprobs(logits, 3, 2)) == [1, 2, 3]
+    assert list(top_logprobs(logits, 4, 1)) == [1, 4]
+    assert list(top_logprobs(logits, 0, 0)) == [0]
+    assert list(top_logprobs(logits, 0, 20)) == [1, 2, 0, 4, 3]
+    assert sum(math.exp(v) for v in top_logprobs(logits, 0, 5).values()) == pytest.approx(1)
