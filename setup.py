@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
@@ -52,19 +52,23 @@ def isa_of(path: Path) -> str:
     return next((s for s in ISA_FLAGS if path.stem.endswith(s)), "")
 
 
-def uses_cuda_headers(pyx: Path) -> bool:
-    """Whether the generated C++ includes cuda.h: `_driver` does, and whoever cimports its declarations."""
-    texts = [p.read_text() for p in (pyx, pyx.with_suffix(".pxd")) if p.exists()]
-    return any("cydriver" in t or "_driver cimport" in t or "cimport _driver" in t for t in texts)
+def uses_cuda_headers(name: str, seen: set[str] | None = None) -> bool:
+    """Whether the generated C++ of module `name` includes cuda.h: it, or a module it cimports, cimports cydriver."""
+    seen = seen if seen is not None else set()
+    seen.add(name)
+    paths = [ROOT / "pyx" / "worker_orcd" / f"{name}{suffix}" for suffix in (".pyx", ".pxd")]
+    lines = [ln for p in paths if p.exists() for ln in p.read_text().splitlines() if re.search(r"\bcimport\b", ln)]
+    used = {n for ln in lines for n in re.findall(r"\b(cydriver|_[a-z]\w*)\b", ln)}
+    return "cydriver" in used or any(uses_cuda_headers(n, seen) for n in used - seen)
 
 
 def extensions() -> list[Extension]:
-    """One extension for each pyx/worker_orcd/_x.pyx; the folder mirrors the package, or Cython misses the .pxd files."""
+    """One extension for each pyx/worker_orcd/_x.pyx. The folder mirrors the package, or Cython misses the .pxd."""
     out = []
     for pyx in sorted((ROOT / "pyx" / "worker_orcd").glob("_*.pyx")):
         pattern = CPP_SOURCES.get(pyx.stem)
-        # Baseline objects first: of an inline function that several objects define, the linker keeps the first, and that
-        # must not be the one compiled for a newer processor.
+        # Baseline objects first: of an inline function that several objects define, the linker keeps the first, and
+        # that must not be the one compiled for a newer processor.
         cpp = sorted((ROOT / "csrc" / "cpu").glob(pattern), key=lambda p: (isa_of(p), p.name)) if pattern else []
         ext = Extension(
             f"worker_orcd.{pyx.stem}",
@@ -74,7 +78,7 @@ def extensions() -> list[Extension]:
             libraries=["pthread"],
         )
         ext.cpp_sources = cpp
-        ext.cuda_headers = uses_cuda_headers(pyx)
+        ext.cuda_headers = uses_cuda_headers(pyx.stem)
         out.append(ext)
     return out
 
@@ -83,11 +87,13 @@ class Build(build):
     """Starts from an empty build_lib, so that nothing of an older tree gets into a wheel; objects are kept apart."""
 
     def initialize_options(self) -> None:
+        """Keep instrumented objects apart."""
         super().initialize_options()
         if SANITIZE:
             self.build_base = "build/sanitize"
 
     def run(self) -> None:
+        """Build everything."""
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
@@ -96,6 +102,7 @@ class BuildExt(build_ext):
     """Compiles objects and fatbins in one pool, then links."""
 
     def run(self) -> None:
+        """Translate, compile, link, and put the fatbins beside the extensions."""
         if shutil.which("g++") is None:
             raise CompileError("g++ was not found (on Debian: apt-get install g++)")
         start = time.monotonic()
@@ -105,7 +112,7 @@ class BuildExt(build_ext):
                           compiler_directives={"language_level": 3, "embedsignature": True}, quiet=True)
         self.object_dir = base.resolve() / "objects"
         self.object_dir.mkdir(exist_ok=True)
-        self.compiler_version = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+        self.compiler_version = build_cuda.run("g++", "--version").stdout.split("\n")[0]
         jobs: dict[Path, object] = {}
         objects: dict[str, list[Path]] = {}
         for ext, made in zip(self.extensions, built, strict=True):
@@ -142,7 +149,8 @@ class BuildExt(build_ext):
         """Compile whatever is out of date, the long jobs (GPU kernels) first."""
         todo = []
         if kernels:
-            todo += [(f"nvcc {s.name}", lambda s=s: kernels.compile(s)) for s in build_cuda.sources() if kernels.stale(s)]
+            stale = [s for s in build_cuda.sources() if kernels.stale(s)]
+            todo += [(f"nvcc {s.name}", lambda s=s: kernels.compile(s)) for s in stale]
         for obj, (source, flags) in objects.items():
             stamp = "\n".join([self.compiler_version, *(f.replace(str(self.cuda_root()), "CUDA") for f in flags)])
             if build_cuda.is_stale(obj, stamp):
@@ -192,8 +200,7 @@ class BuildExt(build_ext):
 
     def compile_object(self, source: Path, obj: Path, flags: list[str], stamp: str) -> None:
         """One source to one object."""
-        command = ["g++", *flags, "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = build_cuda.run("g++", *flags, "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj))
         if done.returncode:
             raise build_cuda.BuildError(f"g++ failed on {source.name}:\n{done.stderr}")
         if done.stderr.strip():
@@ -209,8 +216,7 @@ class BuildExt(build_ext):
         out = self.package_dir() / f"{name}.abi3.so"
         out.parent.mkdir(parents=True, exist_ok=True)
         flags = [f"-fsanitize={SANITIZE}"] if SANITIZE else ["-s"]
-        command = ["g++", "-shared", "-pthread", *flags, *map(str, objects), "-o", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = build_cuda.run("g++", "-shared", "-pthread", *flags, *map(str, objects), "-o", str(out))
         if done.returncode:
             raise build_cuda.BuildError(f"linking {name} failed:\n{done.stderr}")
 
@@ -231,6 +237,7 @@ class Wheel(bdist_wheel):
     """One wheel for CPython 3.11 and later."""
 
     def finalize_options(self) -> None:
+        """Tag it cp311-abi3."""
         self.py_limited_api = "cp311"
         super().finalize_options()
 

@@ -1,8 +1,8 @@
 """Compile csrc/*.cu to worker_orcd/fatbins/*.fatbin with nvcc: one fatbin per source, all architectures in it.
 
 Used by setup.py, and by hand while writing kernels: ``python tools/build_cuda.py --archs 90a csrc/ops.cu``.
-A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), csrc/spills.txt, the flags or the
-compiler changed. A kernel that spills registers fails the build unless csrc/spills.txt lists it with a reason.
+A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), csrc/spills.txt, the flags or
+the compiler changed. A kernel that spills registers fails the build unless csrc/spills.txt lists it with a reason.
 This file knows no kernel, no setuptools and nothing of the package at run time except the manifest it leaves there.
 """
 
@@ -66,10 +66,15 @@ class Targets:
         return ", ".join([f"sm_{a}" for a in self.sass] + ([f"PTX {self.ptx}"] if self.ptx else []))
 
 
+def run(*command: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository root; the caller looks at `returncode`, `stdout` and `stderr`."""
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=timeout)
+
+
 def present_archs() -> tuple[str, ...]:
     """Architectures of `ARCHS` that fit the GPUs of this machine. The driver is asked in a process of its own."""
     try:
-        ask = subprocess.run([sys.executable, "-c", _QUERY], capture_output=True, text=True, timeout=60)
+        ask = run(sys.executable, "-c", _QUERY, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     found = {arch_for(int(major), int(minor)) for major, minor in re.findall(r"(\d+)\.(\d+)", ask.stdout)}
@@ -89,7 +94,7 @@ def targets(spec: str | None) -> tuple[Targets, str]:
         here = present_archs()
         if here:
             return Targets(here, None), "the GPU of this machine"
-        return Targets((), OLDEST_PTX), "no GPU on this machine, PTX only; WORKER_ORCD_CUDA_ARCHS=all compiles for every GPU"
+        return Targets((), OLDEST_PTX), "no GPU here, so PTX only; WORKER_ORCD_CUDA_ARCHS=all compiles for every GPU"
     why = f"WORKER_ORCD_CUDA_ARCHS={spec}"
     if spec == "all":
         return Targets(ARCHS, NEWEST_PTX), why
@@ -116,12 +121,12 @@ def cuda_root() -> Path:
     for nvcc in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if nvcc and os.path.exists(nvcc) and _nvcc_version(nvcc)[0] >= MIN_NVCC:
             return Path(nvcc).resolve().parent.parent
-    raise BuildError(f"no CUDA compiler: neither the wheels (pip install 'cuda-toolkit[nvcc,cccl]==13.0.*') nor a system"
-                     f" nvcc of version {MIN_NVCC} or later was found")
+    raise BuildError("no CUDA compiler: neither the wheels (pip install 'cuda-toolkit[nvcc,cccl]==13.0.*') nor a"
+                     f" system nvcc of version {MIN_NVCC} or later was found")
 
 
 def _nvcc_version(nvcc: str | Path) -> tuple[int, str]:
-    out = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    out = run(str(nvcc), "--version").stdout
     found = re.search(r"release (\d+)\.\d+, V([\d.]+)", out)
     return (int(found[1]), found[2]) if found else (0, "unknown")
 
@@ -207,7 +212,7 @@ class Compiler:
         self.work_dir.mkdir(parents=True, exist_ok=True)
         made = out.with_name(out.name + ".new")
         command = [str(self.nvcc), "-fatbin", *self.flags(), "-MMD", "-MF", f"{out}.d", str(source), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = run(*command)
         if done.returncode:
             raise BuildError(f"nvcc failed on {source.name}:\n{done.stdout}{done.stderr}")
         warnings = [ln for ln in done.stderr.splitlines() if "warning" in ln.lower()]
@@ -254,7 +259,8 @@ def main() -> int:
     """Compile kernels into the source tree; returns an exit code."""
     parser = argparse.ArgumentParser(description="Compile csrc/*.cu into worker_orcd/fatbins.")
     parser.add_argument("files", nargs="*", type=Path, help="sources (default: all)")
-    parser.add_argument("--archs", default=os.environ.get("WORKER_ORCD_CUDA_ARCHS"), help="all, ptx, or for example 90a,100")
+    parser.add_argument("--archs", default=os.environ.get("WORKER_ORCD_CUDA_ARCHS"),
+                        help="all, ptx, or for example 90a,100 (default: the GPU that is present)")
     parser.add_argument("--out", type=Path, default=ROOT / "worker_orcd" / "fatbins")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
