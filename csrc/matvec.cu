@@ -267,7 +267,7 @@ DEVICE void matvec(const MatvecParams& p) {
                 if constexpr (kDense<Q>) {
                     add_dense<Q>(acc, record, x_block0, x, lane);
                 } else {
-#pragma unroll kTiles >= 4 ? 1 : Q::kSubs
+#pragma unroll 1
                     for (int sub = 0; sub < Q::kSubs; ++sub) add_sub<Q>(acc, record, sub, x_block0, x, lane);
                 }
             }
@@ -307,11 +307,14 @@ DEVICE void matvec(const MatvecParams& p) {
     cp_async_wait<0>();
 }
 
-#define DEFINE_TILES(Type, name, tiles)                                                                        \
-    extern "C" __global__ void __launch_bounds__(256, 1) matvec_##name##_##tiles(                                 \
-        const __grid_constant__ MatvecParams p) {                                                              \
-        matvec<Type, tiles>(p);                                                                                \
+// With the block count left open the compiler spends all registers on scheduling, or saves and spills.
+#define DEFINE_TILES(Type, name, tiles, bounds)                                                             \
+    extern "C" __global__ void bounds matvec_##name##_##tiles(const __grid_constant__ MatvecParams p) {     \
+        matvec<Type, tiles>(p);                                                                             \
     }
-#define DEFINE(Type, name) \
-    DEFINE_TILES(Type, name, 1) DEFINE_TILES(Type, name, 2) DEFINE_TILES(Type, name, 4) DEFINE_TILES(Type, name, 8)
+#define DEFINE(Type, name)                                 \
+    DEFINE_TILES(Type, name, 1, __launch_bounds__(256, 3)) \
+    DEFINE_TILES(Type, name, 2, __launch_bounds__(256, 2)) \
+    DEFINE_TILES(Type, name, 4, __launch_bounds__(256))    \
+    DEFINE_TILES(Type, name, 8, __launch_bounds__(256))
 FOR_EACH_TYPE(DEFINE)
