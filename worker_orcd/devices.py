@@ -1,0 +1,119 @@
+"""Devices by name: which one is meant, what KV cache it gets by default, and the engine that runs on it.
+
+The CPU is chosen by name only; nothing here ever falls back to it. Compiled modules are imported when their device is
+asked for, so that a machine without a GPU never touches the CUDA ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from worker_orcd.config import check_device
+from worker_orcd.engine import Engine, EngineConfig
+from worker_orcd.errors import CudaError, InternalError
+from worker_orcd.plan import Plan
+
+if TYPE_CHECKING:
+    from worker_orcd.model_file import ModelFile
+
+#: rows of one step where the caller names no number
+CPU_MAX_ROWS, CUDA_MAX_ROWS = 256, 2048
+#: largest KV cache that the CPU takes unasked, and its share of the memory that is free
+CPU_KV_LIMIT, CPU_KV_SHARE = 1 << 30, 0.25
+
+_ADVICE = 'choose device "cpu" by name to run without a GPU'
+
+
+def resolve(device: str) -> str:
+    """"auto", "cpu", "cuda" or "cuda:N" as "cpu" or "cuda:N".
+
+    Raises:
+        InvalidRequest: another name.
+        CudaError: no driver, no GPU, no such GPU, or a build without the CUDA engine.
+    """
+    if device == "cuda":
+        device = "cuda:0"
+    check_device(device)
+    if device == "cpu":
+        return device
+    index = 0 if device == "auto" else int(device.partition(":")[2])
+    driver = _module("_driver")
+    _module("_engine")
+    try:
+        n_devices = driver.device_count()
+    except CudaError as error:
+        raise CudaError(f"{error.message}; {_ADVICE}", device=device, **error.fields) from error
+    if n_devices == 0:
+        raise CudaError(f"the driver shows no GPU; {_ADVICE}", device=device)
+    if index >= n_devices:
+        raise CudaError(f"there is no device cuda:{index}; the driver shows {n_devices} GPU(s)", device=device)
+    return f"cuda:{index}"
+
+
+def default_max_rows(device: str, max_seqs: int) -> int:
+    """Rows of one step on a resolved device."""
+    return max(max_seqs, CPU_MAX_ROWS if device == "cpu" else CUDA_MAX_ROWS)
+
+
+@dataclass(frozen=True)
+class KvBudget:
+    """Bytes the KV cache may take: `default` where nobody says how many, `most` where one sequence needs more."""
+
+    default: int
+    most: int
+
+
+def kv_budget(device: str, model_file: ModelFile, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget:
+    """What the device has room for, besides the model."""
+    if device == "cpu":
+        free = free_memory()
+        return KvBudget(min(int(free * CPU_KV_SHARE), CPU_KV_LIMIT), free)
+    fits = _module("_engine").kv_bytes_that_fit(model_file, plan, max_seqs, max_rows, _index(device))
+    return KvBudget(fits, fits)
+
+
+def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineConfig, *, n_threads: int,
+                chunk_bytes: int, progress: Callable[[int], None]) -> Engine:
+    """Load the model on a resolved device.
+
+    Args:
+        n_threads: of the CPU engine, 0: one per core.
+        chunk_bytes: bytes of one host-to-device copy.
+        progress: called with the bytes loaded so far; what it raises ends the load, and everything is freed.
+    """
+    if device == "cpu":
+        return _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
+    return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device), chunk_bytes=chunk_bytes,
+                                         progress=progress)
+
+
+def engine_facts(engine: Any) -> dict[str, object]:
+    """What an engine adds to `ModelInfo`: device memory, compute capability, driver version. Nothing on the CPU."""
+    facts = getattr(engine, "facts", None)
+    return dict(facts()) if facts is not None else {}
+
+
+def free_memory() -> int:
+    """Bytes of host memory that programs can take without swapping (MemAvailable)."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise InternalError("/proc/meminfo does not say MemAvailable")
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2])
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"worker_orcd.{name}")
+    except ImportError as error:
+        if name == "_cpu":
+            raise InternalError(f"this installation has no CPU engine (worker_orcd._cpu): {error}") from error
+        raise CudaError(f"this installation has no CUDA engine (worker_orcd.{name}): {error}; {_ADVICE}") from error

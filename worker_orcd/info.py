@@ -1,0 +1,68 @@
+"""ModelInfo: the facts about a loaded model that `inspect`, `/health` and `LLM.info` show. Numbers and names only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker_orcd.model_file import ModelFile
+    from worker_orcd.plan import Plan
+    from worker_orcd.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What is loaded, where, and how much of what it takes.
+
+    Attributes:
+        path, name, arch, quant_kind: of the model file.
+        tokenizer_kind: "gguf-bpe", "gguf-spm", "hf-json", or None for a model without a tokenizer.
+        n_vocab, n_embd, n_layer, n_params: sizes; n_params counts the elements of all tensors.
+        trained_context_length: positions the model was made for.
+        context_length: positions a sequence may reach here.
+        model_bytes: bytes of the file or of all its parts.
+        kv_bytes: bytes of the KV cache.
+        device: "cpu" or "cuda:N".
+        max_seqs: sequences that run together at most.
+        max_rows: rows of one step at most.
+        vram_bytes: device memory in use, 0 on the CPU.
+        sm: compute capability as in "sm_90", None on the CPU.
+        cuda_runtime_version: of the driver in use, None on the CPU.
+    """
+
+    path: str
+    name: str
+    arch: str
+    quant_kind: str
+    tokenizer_kind: str | None
+    n_vocab: int
+    n_embd: int
+    n_layer: int
+    n_params: int
+    trained_context_length: int
+    context_length: int
+    model_bytes: int
+    kv_bytes: int
+    device: str
+    max_seqs: int
+    max_rows: int
+    vram_bytes: int = 0
+    sm: str | None = None
+    cuda_runtime_version: str | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, object]:
+    """Those arguments of `ModelInfo` that come from the file alone."""
+    return {
+        "path": model_file.path, "name": model_file.name, "arch": plan.arch, "quant_kind": model_file.quant_kind,
+        "tokenizer_kind": tokenizer.kind if tokenizer is not None else None, "n_vocab": plan.n_vocab,
+        "n_embd": plan.n_embd, "n_layer": plan.n_layer,
+        "n_params": sum(math.prod(t.shape) for t in model_file.tensors.values()),
+        "trained_context_length": plan.context_length, "model_bytes": model_file.size,
+    }

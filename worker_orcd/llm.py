@@ -1,0 +1,444 @@
+"""LLM: a loaded model with its threads - the public Python API.
+
+Puts the parts together (file, plan, tokenizer, engine, scheduler, loop), turns prompts into jobs and jobs into results.
+It knows no HTTP; what the parts know of each other is only what is passed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from worker_orcd import devices, kv_pool, plan
+from worker_orcd._ring import Control, TokenRing
+from worker_orcd.config import check_sha256
+from worker_orcd.engine import Engine, EngineConfig
+from worker_orcd.errors import InsufficientVram, InvalidRequest, ModelLoadError, WorkerError
+from worker_orcd.info import ModelInfo, model_facts
+from worker_orcd.job import Completion, Job, Piece
+from worker_orcd.loop import EngineLoop
+from worker_orcd.model_file import ModelFile
+from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
+from worker_orcd.scheduler import Scheduler
+from worker_orcd.tokenizer import Tokenizer
+
+MAX_STOP_TOKENS = 32
+_HASH_CHUNK = 8 << 20
+
+Prompt = str | Sequence[int]
+Progress = Callable[[int, int], object]
+
+
+class LLM:
+    """A model, loaded and ready. Use it as a context manager, or call `close`.
+
+    Args:
+        model: path of a GGUF file; of a split model the first part.
+        device: "cpu", "cuda:N", or "auto": cuda:0 where there is a driver and a GPU, an error elsewhere.
+        context_length: positions a sequence may reach; None: as many as the file says and the KV cache holds.
+        kv_cache_bytes: size of the KV cache; None: on a GPU what fits, on the CPU a quarter of the free memory, at
+            most 1 GiB. Never more than `max_seqs` sequences can use.
+        max_seqs: sequences that run together.
+        max_rows: rows (prompt tokens and running sequences) of one step, at least `max_seqs`; None: by device.
+        max_queue: jobs of `submit` that may wait for their turn.
+        n_threads: threads of the CPU engine; 0: one per core.
+        tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary.
+        check_tensors: refuse NaN and infinity in norms, biases and block scales.
+        progress: show the load. True: a progress bar where stderr is a terminal; or a callable (bytes done, bytes in
+            all), which may raise to end the load.
+        expect_sha256: hexadecimal digest that the file must have (of a split model: of its parts one after another).
+        chunk_bytes: bytes of one copy to the GPU.
+        on_fatal: called with the error when the engine has died; every job has ended by then.
+
+    Attributes:
+        info: what is loaded, a `ModelInfo`.
+        tokenizer: the `Tokenizer`, or None where the file has none: then prompts are token ids.
+
+    Raises:
+        InvalidRequest: an argument breaks its rule.
+        ModelLoadError: the file is not a good model.
+        InsufficientVram: the memory does not hold what was asked for; both numbers.
+        CudaError: the device is not there or fails.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, device: str = "auto", context_length: int | None = None,
+                 kv_cache_bytes: int | None = None, max_seqs: int = 64, max_rows: int | None = None,
+                 max_queue: int = 64, n_threads: int = 0, tokenizer: str | os.PathLike[str] | None = None,
+                 check_tensors: bool = True, progress: bool | Progress = True, expect_sha256: str | None = None,
+                 chunk_bytes: int = 1 << 20, on_fatal: Callable[[WorkerError], None] | None = None) -> None:
+        _check_count("max_seqs", max_seqs, 1, 1024)
+        _check_count("max_rows", max_rows, max_seqs, 1 << 16, optional=True)
+        _check_count("max_queue", max_queue, 0, 1 << 20)
+        _check_count("context_length", context_length, 1, 1 << 40, optional=True)
+        _check_count("kv_cache_bytes", kv_cache_bytes, 1, 1 << 50, optional=True)
+        _check_count("n_threads", n_threads, 0, 4096)
+        _check_count("chunk_bytes", chunk_bytes, 4096, 1 << 30)
+        if expect_sha256 is not None:
+            check_sha256("expect_sha256", expect_sha256)
+        device = devices.resolve(device)
+        max_rows = max_rows or devices.default_max_rows(device, max_seqs)
+        model_file = ModelFile(model)
+        engine: Engine | None = None
+        try:
+            the_plan = plan.build(model_file, context_length)
+            config = _engine_config(device, model_file, the_plan, context_length, kv_cache_bytes, max_seqs, max_rows)
+            with _LoadProgress(progress, model_file.size) as phases:
+                phases.expect(check_tensors, expect_sha256 is not None, device != "cpu")
+                if check_tensors:
+                    model_file.check_tensors(n_threads, phases.next())
+                if expect_sha256 is not None:
+                    _check_digest(model_file, expect_sha256, phases.next())
+                self.tokenizer = Tokenizer.from_model(model_file, tokenizer)
+                upload = phases.next() if device != "cpu" else _no_progress
+                engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
+                                             chunk_bytes=chunk_bytes, progress=upload)
+                model_file.check_unchanged()
+                phases.done()
+            stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
+            self._scheduler = Scheduler(config, the_plan.kv_groups, engine.block_tables, stop_ids)
+            block_bytes = kv_pool.block_bytes(the_plan)
+            self.info = ModelInfo(
+                **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
+                kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,
+                max_seqs=max_seqs, max_rows=max_rows, **devices.engine_facts(engine))
+        except BaseException:
+            if engine is not None:
+                engine.close()
+            model_file.close()
+            raise
+        self._bar = progress is True
+        self._loop = EngineLoop(engine, self._scheduler, TokenRing(), Control(), new_decoder=self._decoder_maker(),
+                                max_queue=max_queue, on_fatal=on_fatal)
+        self._close = weakref.finalize(self, _close, self._loop, engine, model_file)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- results
+
+    def generate(self, prompts: Prompt | Sequence[Prompt],
+                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+        """Continue prompts, all of them together; each gets what it would get alone.
+
+        Args:
+            prompts: a list of prompts, each a str or a list of token ids; or one str.
+            params: one for all, or one for each.
+
+        Returns:
+            The results in the order of the prompts.
+
+        Raises:
+            InvalidRequest, VramOom: a prompt or its params can never run; then none was started.
+            WorkerError: what ended one of them; the others are cancelled.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts = list(prompts)
+        if not prompts:
+            raise InvalidRequest("prompts is empty", field="prompts")
+        if all(isinstance(p, int | np.integer) for p in prompts):
+            raise InvalidRequest("prompts is a list of numbers; a prompt of token ids goes in a list of prompts: "
+                                 "[[1, 2, 3]]", field="prompts")
+        if params is None or isinstance(params, SamplingParams):
+            # one seed for all, so that each prompt gets what it would get alone with the seed that is reported
+            params = params or SamplingParams()
+            every = [(params, params.seed if params.seed is not None else make_seed())] * len(prompts)
+        else:
+            every = [(p, p.seed if p.seed is not None else make_seed()) for p in params]
+        if len(every) != len(prompts):
+            raise InvalidRequest(f"{len(prompts)} prompts, but {len(every)} params", field="params")
+        ready = [self._prepare(prompt, p) for prompt, (p, _) in zip(prompts, every, strict=True)]
+        jobs: list[Job] = []
+        try:
+            for (ids, max_tokens), (p, seed) in zip(ready, every, strict=True):
+                jobs.append(self._loop.submit(ids, p, seed, max_tokens=max_tokens, bounded=False))
+            return [job.completion() for job in self._with_bar(jobs)]
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+        """Continue one prompt and iterate over the text as it comes; closing the iterator cancels.
+
+        Raises:
+            InvalidRequest, VramOom, QueueFull, NotReady: at once; the iterator raises what ends the job later.
+        """
+        return TokenStream(self, self.submit(prompt, params))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
+        """The assistant's next message in a conversation, by the chat template of the file.
+
+        Args:
+            messages: dicts with "role" and "content".
+
+        Raises:
+            InvalidRequest: there is no tokenizer or no chat template, or the template refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequest("the model file has no tokenizer, so it cannot chat", field="messages")
+        return self.generate([self.tokenizer.apply_chat(messages)], params)[0]
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits: row i is what the model predicts after ids[0..i].
+
+        Args:
+            ids: token ids, at least one, at most the context.
+
+        Returns:
+            float32 [n_tokens, n_vocab].
+        """
+        return self._loop.forward(self._token_ids(ids, "ids"))
+
+    # -- jobs
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, job_id: str | None = None,
+               deadline: float | None = None, special: bool = False) -> Job:
+        """Queue one prompt.
+
+        Args:
+            prompt: text or token ids.
+            params: None: `SamplingParams()`.
+            job_id: 1 to 256 characters; None makes one up.
+            deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
+            special: take the text of control tokens in `prompt` for the tokens.
+
+        Raises:
+            InvalidRequest, VramOom: it can never run.
+            QueueFull, DuplicateJob, NotReady: not now.
+        """
+        params = params or SamplingParams()
+        if job_id is not None and not (isinstance(job_id, str) and 1 <= len(job_id) <= 256):
+            raise InvalidRequest("job_id must be a string of 1 to 256 characters", field="job_id")
+        ids, max_tokens = self._prepare(prompt, params, special)
+        seed = params.seed if params.seed is not None else make_seed()
+        return self._loop.submit(ids, params, seed, max_tokens=max_tokens, job_id=job_id, deadline=deadline)
+
+    def job(self, job_id: str) -> Job | None:
+        """The queued or running job of this id, None where there is none."""
+        return self._loop.job(job_id)
+
+    def cancel(self, job_id: str) -> str:
+        """Cancel a job; "cancelling", or "finished" or "unknown" where there was nothing to do. Idempotent."""
+        return self._loop.cancel(job_id)
+
+    @property
+    def error(self) -> WorkerError | None:
+        """What the engine died of; None while it lives."""
+        return self._loop.error
+
+    def shutdown(self, grace: float = 0.0) -> None:
+        """Take no new jobs, let running ones go on for up to `grace` seconds, end the rest with `NotReady`."""
+        self._loop.shutdown(grace)
+
+    def close(self) -> None:
+        """End everything and free the memory. Idempotent; also done when the object goes or the process exits."""
+        self._close()
+
+    # -- inside
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams, special: bool = False) -> tuple[np.ndarray, int]:
+        """Check a prompt and its params. Returns (int32 [n_prompt], max_tokens)."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", field="params")
+        params.check(self.info.n_vocab)
+        if isinstance(prompt, str):
+            ids = self._encode(prompt, special)
+        else:
+            ids = self._token_ids(prompt, "prompt")
+        self._check_stops(params.stop)
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, min(DEFAULT_MAX_TOKENS, self._scheduler.room_for(len(ids))))
+        self._scheduler.check(len(ids), max_tokens)
+        return ids, max_tokens
+
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        if self.tokenizer is None:
+            raise InvalidRequest("the model file has no tokenizer; give the prompt as token ids", field="prompt")
+        if not text:
+            raise InvalidRequest("the prompt is empty", field="prompt")
+        return self._token_ids(self.tokenizer.encode(text, special=special), "prompt")
+
+    def _token_ids(self, ids: Iterable[int], field: str) -> np.ndarray:
+        try:
+            ids = list(ids)
+            numbers = [operator.index(i) for i in ids]
+        except TypeError:
+            raise InvalidRequest(f"{field} must be a list of token ids (or, for a prompt, text)", field=field) from None
+        if any(isinstance(i, bool) for i in ids):
+            raise InvalidRequest(f"{field} holds true or false, which is no token id", field=field)
+        if not numbers:
+            raise InvalidRequest(f"{field} holds no token", field=field)
+        if min(numbers) < 0 or max(numbers) >= self.info.n_vocab:
+            bad = next(i for i, n in enumerate(numbers) if not 0 <= n < self.info.n_vocab)
+            raise InvalidRequest(f"{field}[{bad}] is no token id; ids are 0 to {self.info.n_vocab - 1}", field=field)
+        return np.array(numbers, np.int32)
+
+    def _check_stops(self, stops: tuple[str, ...]) -> None:
+        if stops and self.tokenizer is None:
+            raise InvalidRequest("the model file has no tokenizer, so it can have no stop strings", field="stop")
+        for stop in stops:
+            n = len(self.tokenizer.encode(stop, add_bos=False))
+            if n > MAX_STOP_TOKENS:
+                raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")
+
+    def _decoder_maker(self) -> Callable[[], Any] | None:
+        tokenizer = self.tokenizer
+        # the text goes on from the prompt, so a leading space belongs to it
+        return None if tokenizer is None else lambda: tokenizer.stream(continues=True)
+
+    def _with_bar(self, jobs: list[Job]) -> Iterable[Job]:
+        if not self._bar or len(jobs) < 2 or not sys.stderr.isatty():
+            return jobs
+        from tqdm import tqdm  # a quarter of a second of import that a server never needs
+        return tqdm(jobs, desc="generating", unit="prompt")
+
+
+class TokenStream(Iterator[Piece]):
+    """The pieces of one job, in order. Leaving it early (`close`, `with`, garbage collection) cancels the job.
+
+    Attributes:
+        job: the job; `job.completion()` is the whole result once the pieces are read.
+    """
+
+    def __init__(self, llm: LLM, job: Job) -> None:
+        self.job = job
+        self._llm = llm  # a model that only its stream needs must stay
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    def __next__(self) -> Piece:
+        try:
+            event = self.job.next_event()
+        except BaseException:  # KeyboardInterrupt too: nobody reads on
+            self.close()
+            raise
+        if isinstance(event, Piece):
+            return event
+        raise StopIteration
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel the job where it has not ended. Idempotent."""
+        self.job.cancel()
+
+
+class _LoadProgress:
+    """One progress over several passes through the file, to a callable or to a bar."""
+
+    def __init__(self, progress: bool | Progress, size: int) -> None:
+        self._size = size
+        self._n_phases, self._phase = 1, -1
+        self._bar: Any = None
+        self._report: Progress | None = progress if callable(progress) else None
+        if progress is True and sys.stderr.isatty():
+            from tqdm import tqdm
+            self._bar = tqdm(total=size, desc="loading", unit="B", unit_scale=True, leave=False)
+            self._report = self._move_bar
+
+    def __enter__(self) -> _LoadProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def expect(self, *phases: bool) -> None:
+        """How many passes there will be."""
+        self._n_phases = max(sum(phases), 1)
+        self._tell(0)
+
+    def next(self) -> Callable[[int], None]:
+        """Begin the next pass; the result takes the bytes of it that are done."""
+        self._phase += 1
+        base = self._phase * self._size
+        return lambda done: self._tell((base + min(done, self._size)) // self._n_phases)
+
+    def done(self) -> None:
+        """Everything is loaded."""
+        self._tell(self._size)
+
+    def _tell(self, done: int) -> None:
+        if self._report is not None:
+            self._report(done, self._size)
+
+    def _move_bar(self, done: int, total: int) -> None:
+        self._bar.update(done - self._bar.n)
+
+
+def _no_progress(done: int) -> None:
+    pass
+
+
+def _engine_config(device: str, model_file: ModelFile, the_plan: plan.Plan, asked: int | None,
+                   kv_cache_bytes: int | None, max_seqs: int, max_rows: int) -> EngineConfig:
+    """Context and KV blocks: as many as asked for or refused, else as many as fit."""
+    limit = min(the_plan.context_length, the_plan.max_positions or the_plan.context_length)
+    if asked is not None and asked > limit:
+        raise InvalidRequest(f"context_length {asked} is past the {limit} positions the model was made for",
+                             field="context_length")
+    context = asked or limit
+    sizes = kv_pool.block_bytes(the_plan)
+    one_sequence = sum(kv_pool.reservation(g, context) * s for g, s in zip(the_plan.kv_groups, sizes, strict=True))
+    budget = kv_cache_bytes
+    if budget is None:
+        room = devices.kv_budget(device, model_file, the_plan, max_seqs, max_rows)
+        budget = room.default if asked is None else max(room.default, min(one_sequence, room.most))
+    n_blocks = kv_pool.blocks_within(the_plan, budget, max_seqs, max_rows, context)
+    if min(n_blocks) == 0:
+        raise InsufficientVram(f"the KV cache may take {budget} bytes; one block of {kv_pool.BLOCK_SIZE} positions "
+                               f"needs {sum(sizes)}", sum(sizes), budget, device=device)
+    longest = kv_pool.longest_sequence(the_plan.kv_groups, n_blocks)
+    if longest is not None and longest < context:
+        if asked is not None:
+            raise InsufficientVram(f"a context of {context} positions needs a KV cache of {one_sequence} bytes; it may "
+                                   f"take {budget}", one_sequence, budget, device=device)
+        context = longest
+    return EngineConfig(max_seqs, max_rows, context, n_blocks)
+
+
+def _check_digest(model_file: ModelFile, expected: str, progress: Callable[[int], None]) -> None:
+    digest, done = hashlib.sha256(), 0
+    for part in model_file.parts:
+        at = 0
+        while chunk := os.pread(part.fileno(), _HASH_CHUNK, at):
+            digest.update(chunk)
+            at += len(chunk)
+            progress(done + at)
+        done += at
+    if digest.hexdigest() != expected:
+        raise ModelLoadError(f"SHA-256 is {digest.hexdigest()}, not {expected}", model_file.path)
+
+
+def _check_count(field: str, value: object, low: int, high: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{field} must be a whole number, {low} to {high}", field=field)
+
+
+def _close(loop: EngineLoop, engine: Engine, model_file: ModelFile) -> None:
+    # a device call that hangs keeps the engine thread, and freeing what it uses would crash the process
+    if loop.close():
+        engine.close()
+        model_file.close()
