@@ -1,0 +1,72 @@
+"""`gguf-bpe` and `gguf-spm`: a tokenizer out of the checked metadata of a GGUF file.
+
+Types tokens (control, user-defined, text), picks the encoder and lays the vocabulary out as bytes. What is read from
+the file at all, and that it is sound, is tokenizer_metadata.py's matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
+from worker_orcd.token_table import TokenTable, byte_level_bytes, spm_bytes
+from worker_orcd.tokenizer_bpe import BpeEncoder
+from worker_orcd.tokenizer_metadata import CONTROL, UNKNOWN, USER_DEFINED, TokenizerMetadata, validate
+from worker_orcd.tokenizer_parts import TokenizerParts
+from worker_orcd.tokenizer_spm import SpmEncoder
+
+#: tokens of Phi-3 that white space may follow; it is taken with all others (its tokenizer.json says so, GGUF cannot)
+_PHI3_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+
+
+def load(metadata: Any) -> TokenizerParts | None:
+    """Build the tokenizer of a GGUF file; None where it has none.
+
+    Args:
+        metadata: `GgufFile.metadata`.
+
+    Raises:
+        ModelLoadError: the tokenizer's keys are unsound, or name a pre-tokenizer that is not known.
+    """
+    meta = validate(metadata)
+    return None if meta is None else _build(meta, metadata.get("general.architecture") == "phi3")
+
+
+def _build(meta: TokenizerMetadata, phi3: bool) -> TokenizerParts:
+    spm = meta.model == "llama"
+    known = find_known(meta.vocab.get, lambda i: meta.types[i] in (CONTROL, USER_DEFINED))
+    control = {i for i, kind in enumerate(meta.types) if kind in (CONTROL, UNKNOWN)} | set(known.values())
+    literal = control | {i for i, kind in enumerate(meta.types) if kind == USER_DEFINED}
+
+    def strips(text: str) -> bool:
+        return spm and phi3 and text not in _PHI3_KEEPS_SPACE
+
+    special = SpecialTokens(
+        [SpecialToken(i, t := meta.tokens[i], i in control, strip_right=strips(t)) for i in sorted(literal)]
+    )
+    if spm:
+        encode = SpmEncoder(meta, control).encode
+        data = spm_bytes(meta.tokens, literal, meta.byte_ids)
+    else:
+        encode = BpeEncoder(meta).encode
+        data = byte_level_bytes(meta.tokens, literal)
+    table = TokenTable(*data, control, strip_space=spm and meta.add_space_prefix)
+    return TokenizerParts(
+        kind="gguf-spm" if spm else "gguf-bpe",
+        path=meta.path,
+        n_vocab=meta.n_vocab,
+        encode=encode,
+        special=special,
+        table=table,
+        decode=None,
+        known_ids=known,
+        text_of=lambda token: table.token_bytes(token).decode("utf-8", "replace"),
+        bos_id=meta.bos_id,
+        eos_id=meta.eos_id,
+        eot_id=meta.eot_id,
+        eom_id=meta.eom_id,
+        unk_id=meta.unk_id,
+        pad_id=meta.pad_id,
+        add_bos=meta.add_bos,
+        chat_template=meta.chat_template,
+    )

@@ -1,0 +1,208 @@
+"""`hf-json`: a tokenizer.json of the `tokenizers` library, beside a model or given by path.
+
+The library loads and runs it; this file bounds what is read, refuses what does not fit, tells control tokens from text
+and turns the vocabulary into bytes where the file's decoder allows, so that streaming costs nothing. What tokenizer.json
+does not say (which token begins a text, the chat template) is read from tokenizer_config.json and chat_template.jinja
+beside it, where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, pre_tokenizers
+
+from worker_orcd.errors import ModelLoadError
+from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
+from worker_orcd.token_table import SPM_SPACE, TokenTable, byte_level_bytes, spm_bytes
+from worker_orcd.tokenizer_bpe import encode_with
+from worker_orcd.tokenizer_metadata import MAX_TEMPLATE_CHARS, MAX_TOKENS
+from worker_orcd.tokenizer_parts import TokenizerParts
+
+#: published tokenizer.json files stay under 40 MB
+MAX_JSON_BYTES = 128 << 20
+#: tokenizer_config.json and chat_template.jinja
+MAX_CONFIG_BYTES = 4 << 20
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def read_regular_file(path: str, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        ModelLoadError: it cannot be read, is no regular file (a FIFO would block), or is larger.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelLoadError("is not a regular file", path)
+        if status.st_size > limit:
+            raise ModelLoadError(f"has {status.st_size} bytes, limit {limit}", path)
+        with open(path, "rb") as f:
+            data = f.read(limit + 1)
+    except OSError as e:
+        raise ModelLoadError(f"cannot be read: {e.strerror}", path) from None
+    if len(data) > limit:  # it grew since
+        raise ModelLoadError(f"has more than {limit} bytes", path)
+    return data
+
+
+def load(path: str) -> TokenizerParts:
+    """Build a tokenizer from a tokenizer.json.
+
+    Raises:
+        ModelLoadError: the file cannot be read, is too large or no tokenizer of the library; or its ids are not the
+            dense numbering of a vocabulary.
+    """
+    tokenizer = _parse(read_regular_file(path, MAX_JSON_BYTES), path)
+    added = tokenizer.get_added_tokens_decoder()
+    tokens = _texts(tokenizer, added, path)
+    control = {i for i, t in added.items() if t.special}
+    special = SpecialTokens(
+        # other added tokens are the library's to match, in every text
+        [SpecialToken(i, t.content, True, t.lstrip, t.rstrip) for i, t in added.items() if i in control and t.content]
+    )
+    config = _config(path)
+
+    def named(name: str) -> int | None:
+        text = config.get(f"{name}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        return tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+    begin = tokenizer.encode("", add_special_tokens=True).ids[:1]
+    add_bos = config.get("add_bos_token")
+    bos_id = named("bos") if not begin else begin[0]
+    return TokenizerParts(
+        kind="hf-json",
+        path=path,
+        n_vocab=len(tokens),
+        encode=JsonEncoder(tokenizer).encode,
+        special=special,
+        table=_table(tokenizer, tokens, control, added),
+        decode=lambda token_ids, skip: tokenizer.decode(token_ids, skip_special_tokens=skip),
+        known_ids=find_known(tokenizer.token_to_id, added.__contains__),
+        bos_id=bos_id,
+        eos_id=named("eos"),
+        unk_id=named("unk"),
+        pad_id=named("pad"),
+        add_bos=bos_id is not None and (add_bos if isinstance(add_bos, bool) else bool(begin)),
+        chat_template=_chat_template(path, config),
+        text_of=lambda token: tokenizer.id_to_token(token) or "",
+    )
+
+
+def _parse(data: bytes, path: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as e:  # the library raises bare Exception
+        raise ModelLoadError(f"is no tokenizer.json: {str(e)[:200]}", path) from None
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":  # a failed assertion inside the library, no kind of Exception
+            raise
+        raise ModelLoadError(f"is no tokenizer.json: {str(e)[:200]}", path) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # control tokens are cut out before the library sees the text; what is left of them there is text
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _texts(tokenizer: Tokenizer, added: dict[int, Any], path: str) -> list[str]:
+    """Text of every token by id; "" for an id that no token has."""
+    n = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+    texts = [tokenizer.id_to_token(i) for i in range(min(n, MAX_TOKENS + 1))]
+    if sum(t is not None for t in texts) < tokenizer.get_vocab_size(with_added_tokens=True):
+        n = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # numbered with gaps
+        texts = [tokenizer.id_to_token(i) for i in range(min(n, MAX_TOKENS + 1))]
+    if n > MAX_TOKENS:
+        raise ModelLoadError(f"has token id {n - 1}, limit {MAX_TOKENS - 1}", path)
+    if n == 0:
+        raise ModelLoadError("has an empty vocabulary", path)
+    return [t or "" for t in texts]
+
+
+def _states(part: Any) -> list[dict[str, Any]]:
+    """What a decoder or pre-tokenizer is made of, in order, as the library's own JSON."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    return state.get("decoders", state.get("pretokenizers", [state]))
+
+
+def _table(tokenizer: Tokenizer, tokens: list[str], control: set[int], added: Iterable[int]) -> TokenTable | None:
+    """The vocabulary as bytes, or None where the decoder does more than look tokens up."""
+    states = _states(tokenizer.decoder)
+    types = [s["type"] for s in states]
+    if types == ["ByteLevel"]:
+        return TokenTable(*byte_level_bytes(tokens, set(added)), control, strip_space=False)
+    to_space = {"type": "Replace", "pattern": {"String": SPM_SPACE}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    if states[:3] == [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}] and states[3:] in ([], [strip]):
+        byte_tokens = [i for i, t in enumerate(tokens) if len(t) == 6 and _BYTE_TOKEN.fullmatch(t)]
+        return TokenTable(*spm_bytes(tokens, set(added), byte_tokens), control, strip_space=states[3:] == [strip])
+    if types == ["Metaspace"] and states[0]["replacement"] == SPM_SPACE:
+        strips = states[0].get("prepend_scheme", "always") != "never"
+        return TokenTable(*spm_bytes(tokens, set(added), ()), control, strip_space=strips)
+    return None
+
+
+class JsonEncoder:
+    """Text without control tokens -> ids. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        states = _states(tokenizer.pre_tokenizer)
+        #: this pre-tokenizer puts a space before the first word of a text, which a later fragment is not
+        self._first_only = [s["type"] for s in states] == ["Metaspace"] and states[0].get("prepend_scheme") == "first"
+        if self._first_only:
+            self._first = tokenizer.pre_tokenizer
+            self._later = pre_tokenizers.Metaspace(states[0]["replacement"], "never", states[0].get("split", True))
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        """Ids of a fragment of text; `first`: it starts the whole text."""
+        if not self._first_only:
+            return encode_with(self._tokenizer, text)
+        with self._lock:
+            self._tokenizer.pre_tokenizer = self._first if first else self._later
+            return encode_with(self._tokenizer, text)
+
+
+def _config(path: str) -> dict[str, Any]:
+    """tokenizer_config.json beside `path`, or {}."""
+    beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    if not os.path.exists(beside):
+        return {}
+    try:
+        config = json.loads(read_regular_file(beside, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as e:
+        raise ModelLoadError(f"is no JSON: {e}", beside) from None
+    if not isinstance(config, dict):
+        raise ModelLoadError("is no JSON object", beside)
+    return config
+
+
+def _chat_template(path: str, config: dict[str, Any]) -> str | None:
+    beside = os.path.join(os.path.dirname(path), "chat_template.jinja")
+    if os.path.exists(beside):
+        try:
+            template: Any = read_regular_file(beside, MAX_CONFIG_BYTES).decode()
+        except UnicodeDecodeError as e:
+            raise ModelLoadError(f"is not UTF-8: {e.reason}", beside, e.start) from None
+    else:
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = by_name.get("default")
+    if not isinstance(template, str):
+        return None
+    if len(template) > MAX_TEMPLATE_CHARS:
+        raise ModelLoadError(f"the chat template has {len(template)} characters, limit {MAX_TEMPLATE_CHARS}", path)
+    return template

@@ -1,0 +1,47 @@
+"""What every kind of tokenizer is made of, so that `Tokenizer` need not know where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from worker_orcd.special_tokens import SpecialTokens
+from worker_orcd.token_table import TokenTable
+
+
+@dataclass
+class TokenizerParts:
+    """A loaded tokenizer.
+
+    Attributes:
+        kind: "gguf-bpe", "gguf-spm" or "hf-json".
+        path: the file it came from, for messages.
+        n_vocab: ids are below this.
+        encode: (text without special tokens, whether it starts the whole text) -> ids.
+        special: finds control tokens, and user-defined ones where `encode` does not.
+        table: bytes of every token, or None where only `decode` can tell.
+        decode: (ids below n_vocab, skip special tokens) -> text; None where there is a table.
+        known_ids: text -> id of control tokens known by their text (`special_tokens.find_known`).
+        text_of: id of a control token -> its text.
+        bos_id, eos_id, eot_id, eom_id, unk_id, pad_id: as the file names them.
+        add_bos: whether text starts with `bos_id`.
+        chat_template: jinja source, or None.
+    """
+
+    kind: str
+    path: str
+    n_vocab: int
+    encode: Callable[[str, bool], list[int]]
+    special: SpecialTokens
+    table: TokenTable | None
+    decode: Callable[[Sequence[int], bool], str] | None
+    known_ids: Mapping[str, int]
+    text_of: Callable[[int], str]
+    bos_id: int | None = None
+    eos_id: int | None = None
+    eot_id: int | None = None
+    eom_id: int | None = None
+    unk_id: int | None = None
+    pad_id: int | None = None
+    add_bos: bool = False
+    chat_template: str | None = None
