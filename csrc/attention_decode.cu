@@ -279,8 +279,9 @@ struct Decode {
         last = p.positions[row];
         first = p.window > 0 && last >= p.window ? last - p.window + 1 : 0;
         const int split_size = decode_split(last - first + 1);
+        const int n_blocks = gridDim.x;
         const int first_split = first / split_size, n_splits = last / split_size - first_split + 1;
-        for (int split = blockIdx.x; split < n_splits; split += gridDim.x) {
+        for (int split = blockIdx.x; split < n_splits; split += n_blocks) {
             const int start = (first_split + split) * split_size;
             const int begin = start > first ? start : first;
             const int end = start + split_size - 1 < last ? start + split_size - 1 : last;
@@ -288,8 +289,8 @@ struct Decode {
             merge_warps(n_splits > 1 ? split : -1);
             __syncthreads();
         }
-        if (n_splits == 1 || blockIdx.x >= n_splits) return;
-        if (is_last_block(n_splits < gridDim.x ? n_splits : gridDim.x)) merge_splits(n_splits);
+        if (n_splits == 1 || (int)blockIdx.x >= n_splits) return;
+        if (is_last_block(n_splits < n_blocks ? n_splits : n_blocks)) merge_splits(n_splits);
     }
 };
 

@@ -89,7 +89,8 @@ DEVICE void norm(const NormParams& p) {
     float square = 0.f;
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
-        if ((i * blockDim.x + threadIdx.x) * kVec < p.n) {
+        const int column = (i * blockDim.x + threadIdx.x) * kVec;
+        if (column < p.n) {
 #pragma unroll
             for (int j = 0; j < kVec; j++) {
                 v[i][j] -= mean;

@@ -1,0 +1,124 @@
+"""What the tests of the smaller kernels share: rules of shape from csrc/ops_params.h, float64 errors, a paged cache.
+
+The rules are compiled from the header itself, so that tests and kernels cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from kernel_harness import CSRC, Gpu
+
+HEADER = "ops_params.h"
+KV_BLOCK = 64
+
+_FUNCTIONS = {
+    "norm_threads": 2, "decode_split": 1, "decode_max_splits": 2, "decode_head_tiles": 2, "decode_smem_bytes": 1,
+    "prefill_smem_bytes": 1,
+}  # fmt: skip
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    source = '#include "ops_params.h"\n'
+    for name, n in _FUNCTIONS.items():
+        args = ", ".join(f"int32_t a{i}" for i in range(n))
+        source += f"int32_t host_{name}({args}) {{ return {name}({', '.join(f'a{i}' for i in range(n))}); }}\n"
+    with tempfile.TemporaryDirectory() as tmp:
+        c, so = Path(tmp) / "ops_host.c", Path(tmp) / "ops_host.so"
+        c.write_text(source)
+        subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-I", str(CSRC), "-o", str(so), str(c)], check=True)
+        return ctypes.CDLL(str(so))
+
+
+def rule(name: str, *args: int) -> int:
+    """The host function `name` of csrc/ops_params.h."""
+    assert len(args) == _FUNCTIONS[name]
+    return int(getattr(_library(), f"host_{name}")(*(ctypes.c_int32(int(a)) for a in args)))
+
+
+def nmse(got: np.ndarray, want: np.ndarray) -> float:
+    """Normalized mean squared error against a float64 reference; NaN where `got` has one."""
+    want = want.astype(np.float64)
+    return float(((got - want) ** 2).mean() / (want**2).mean())
+
+
+def check_nmse(got: np.ndarray, want: np.ndarray, limit: float, what: str) -> None:
+    """Print the measured error beside its limit and assert it."""
+    error = nmse(got, want)
+    print(f"{what}: NMSE {error:.2e} (limit {limit:.0e})")
+    assert error <= limit, f"{what}: NMSE {error:.3e} > {limit:.0e}"
+
+
+class PagedCache:
+    """A float16 arena of one layer as the kernels lay it out; what no sequence holds is NaN.
+
+    `block_table` int32 [n_seqs, max_blocks]; the blocks of a sequence are scattered over the arena.
+    """
+
+    def __init__(self, rng, lengths, n_head_kv: int, head_dim: int, spare_blocks: int = 3, filled: bool = True) -> None:
+        self.n_head_kv, self.head_dim = n_head_kv, head_dim
+        n_blocks = [-(-max(n, 1) // KV_BLOCK) for n in lengths]
+        order = rng.permutation(sum(n_blocks) + spare_blocks).astype(np.int32)
+        self.max_blocks = max(n_blocks) + 1
+        self.block_table = np.full((len(lengths), self.max_blocks), -1, np.int32)
+        self.arena = np.full((len(order), n_head_kv, 2 * KV_BLOCK * head_dim), np.nan, np.float16)
+        self.k, self.v = [], []
+        start = 0
+        for s, n in enumerate(lengths):
+            self.block_table[s, : n_blocks[s]] = order[start : start + n_blocks[s]]
+            start += n_blocks[s]
+            k, v = (rng.standard_normal((n, n_head_kv, head_dim)).astype(np.float16) for _ in range(2))
+            self.k.append(k)
+            self.v.append(v)
+            if filled:
+                for position in range(n):
+                    self.k_at(s, position)[:] = k[position]
+                    self.v_at(s, position)[:] = v[position]
+
+    def _parts(self) -> tuple[np.ndarray, np.ndarray]:
+        halves = self.arena.reshape(len(self.arena), self.n_head_kv, 2, -1)
+        k = halves[:, :, 0].reshape(len(self.arena), self.n_head_kv, KV_BLOCK, self.head_dim)
+        v = halves[:, :, 1].reshape(len(self.arena), self.n_head_kv, self.head_dim, KV_BLOCK)
+        return k, v
+
+    def k_at(self, seq: int, position: int) -> np.ndarray:
+        """K of a position as a view [n_head_kv, head_dim]."""
+        block = self.block_table[seq, position // KV_BLOCK]
+        view = self.arena[block].reshape(self.n_head_kv, 2, KV_BLOCK, self.head_dim)
+        return view[:, 0, position % KV_BLOCK, :]
+
+    def v_at(self, seq: int, position: int) -> np.ndarray:
+        """V of a position as a view [n_head_kv, head_dim]."""
+        block = self.block_table[seq, position // KV_BLOCK]
+        view = self.arena[block].reshape(self.n_head_kv, 2, self.head_dim, KV_BLOCK)
+        return view[:, 1, :, position % KV_BLOCK]
+
+
+def attention_reference(q, k, v, position: int, scale: float, window: int = 0, sinks=None) -> np.ndarray:
+    """float64 attention of one row: q [n_head, head_dim]; k, v [n, n_head_kv, head_dim]. Returns [n_head, head_dim]."""
+    first = max(0, position - window + 1) if window else 0
+    group = len(q) // k.shape[1]
+    k, v = (np.repeat(x[first : position + 1].astype(np.float64), group, 1) for x in (k, v))
+    s = np.einsum("hd,nhd->hn", q.astype(np.float64), k) * scale
+    top = s.max(1, keepdims=True)
+    if sinks is not None:
+        top = np.maximum(top, sinks[:, None])
+    e = np.exp(s - top)
+    total = e.sum(1, keepdims=True) + (np.exp(sinks[:, None] - top) if sinks is not None else 0)
+    return np.einsum("hn,nhd->hd", e / total, v)
+
+
+def view(buffer, offset: int) -> int:
+    """The address of element `offset` of a float32 buffer."""
+    return buffer.ptr + 4 * offset
+
+
+def new_gpu() -> Gpu:
+    """The device of the kernel tests."""
+    return Gpu()
