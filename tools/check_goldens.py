@@ -20,7 +20,7 @@ from worker_orcd import LLM, SamplingParams
 from worker_orcd.demo_model import models_dir
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-import check_tokenizers  # noqa: E402
+import check_tokenizers
 
 #: normalized mean squared error of llama.cpp on each golden file, from the goldens' README
 LLAMA_CPP_NMSE = {
@@ -78,16 +78,20 @@ class Table:
         self.rows: list[dict[str, object]] = []
 
     def add(self, case: str, what: str, measured: float, limit: float, peer: float | None, ok: bool) -> None:
-        self.rows.append({"case": case, "what": what, "measured": measured, "limit": limit, "llama.cpp": peer, "ok": ok})
-        peer_text = f"{peer:.3g}" if peer is not None else "-"
-        print(f"{case:24} {what:18} {measured:12.4g} {limit:10.3g} {peer_text:>10}  {'ok' if ok else 'FAIL'}", flush=True)
+        """Print a line and keep it; `peer` is what llama.cpp reaches."""
+        row = {"case": case, "what": what, "measured": measured, "limit": limit, "llama.cpp": peer, "ok": ok}
+        self.rows.append(row)
+        peer_text, verdict = f"{peer:.3g}" if peer is not None else "-", "ok" if ok else "FAIL"
+        print(f"{case:24} {what:18} {measured:12.4g} {limit:10.3g} {peer_text:>10}  {verdict}", flush=True)
 
     @property
     def ok(self) -> bool:
+        """Whether no line is past its limit."""
         return all(r["ok"] for r in self.rows)
 
 
 def check_tiny(path: pathlib.Path, device: str, table: Table) -> None:
+    """One tiny model: teacher-forced logits."""
     with np.load(path.with_suffix(".npz")) as z:
         tokens, reference = z["tokens"][0], z["logits"][0]
     limits = NMSE_LIMIT[device.split(":")[0]]
@@ -99,6 +103,7 @@ def check_tiny(path: pathlib.Path, device: str, table: Table) -> None:
 
 
 def check_real(name: str, goldens: pathlib.Path, models: pathlib.Path, device: str, table: Table) -> None:
+    """One real model: KL divergence and top-1 agreement, teacher-forced, and greedy decoding."""
     file, peer_kl, peer_top1 = REAL[name]
     kind = device.split(":")[0]
     kls, hits, wrong = [], [], []
@@ -118,6 +123,7 @@ def check_real(name: str, goldens: pathlib.Path, models: pathlib.Path, device: s
 
 
 def main() -> int:
+    """Run the cases, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("goldens", type=pathlib.Path)
     parser.add_argument("--device", default="cpu")

@@ -53,13 +53,14 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
                 group.append(ops[i + len(group)])
             i += len(group)
             after = ops[i] if i < len(ops) else None
-            if len(group) == 1 and isinstance(after, Add) and after.inp == op.out and not _read_again(ops, i + 1, op.out):
+            alone = len(group) == 1 and isinstance(after, Add) and after.inp == op.out
+            if alone and not _read_again(ops, i + 1, op.out):
                 into = MatMul(op.name, op.weight, op.bias, op.inp, after.out)
                 out.append(MatMulGroup(op.name, (into,), op.inp, residual=True))
                 i += 1
             else:
                 out.append(MatMulGroup(op.name, tuple(group), op.inp))
-        elif isinstance(op, Rope) and i + 2 < len(ops) and isinstance(ops[i + 1], Rope) and isinstance(ops[i + 2], KvWrite):
+        elif [type(o) for o in ops[i : i + 3]] == [Rope, Rope, KvWrite]:
             out.append(RopeKv(ops[i + 2].name, op, ops[i + 1], ops[i + 2]))
             i += 3
         elif isinstance(op, KvWrite):

@@ -294,6 +294,17 @@ class Plan:
         return int(total)
 
 
+def output_of(op: Op) -> View:
+    """The view a record writes (KvWrite: the keys it stored; Route: the gates)."""
+    if isinstance(op, Rope):
+        return op.x
+    if isinstance(op, KvWrite):
+        return op.k
+    if isinstance(op, Route):
+        return op.gates
+    return op.out  # type: ignore[attr-defined]
+
+
 VECTOR_TYPES = frozenset({0, 1, 30})  # F32, F16, BF16
 
 
@@ -451,7 +462,7 @@ def _experts(b: _Builder, hp: HParams, layer: int, h: View) -> None:
     row, p = hp.arch, f"blk.{layer}"
     n, used, ff, embd = hp.n_expert, hp.n_expert_used, hp.n_ff, hp.n_embd
     ids, gates = b.buffer("expert_ids", used), b.buffer("expert_gates", used)
-    hidden = b.buffer("expert_hidden", 2 * used * ff)
+    b.buffer("expert_hidden", 2 * used * ff)
     gate, up = View("expert_hidden", 0, used * ff), View("expert_hidden", used * ff, used * ff)
     down = b.buffer("expert_out", used * embd)
     b.ops.append(Route(f"{p}.route", b.weight(f"{p}.ffn_gate_inp.weight", "matrix", embd, n),

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from oracle.numpy_engine import NumpyEngine, output_of
+from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams, plan
 from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
@@ -60,7 +60,7 @@ def test_every_record_agrees_with_the_oracle(name, goldens_dir):
             engine.set_slot(0, GREEDY)
             got = engine.forward(prompt_batch(tokens), stop_after=op.name)
             want = oracle.run(tokens, np.arange(n), np.zeros(n, int), np.arange(n), stop_after=op.name)
-            view = output_of(op)
+            view = plan.output_of(op)
             columns = slice(view.offset, view.offset + view.width)
             error = nmse(got[:, columns], want[:, columns])
             worst = max(worst, (error, op.name))
@@ -140,8 +140,8 @@ def test_a_mixed_step_gives_each_row_what_it_gets_alone(goldens_dir):
                     np.array([0], np.int32))  # fmt: skip
         decode_alone = engine.forward(row)
         engine.forward(prompt_batch(a, slot=1))
-        mixed = Batch(np.concatenate([[9], b]).astype(np.int32), np.concatenate([[20], np.arange(50)]).astype(np.int32),
-                      np.concatenate([[1], np.full(50, 3)]).astype(np.int32), 1, np.arange(51, dtype=np.int32))  # fmt: skip
+        tokens, positions, slots = np.append([9], b), np.append([20], np.arange(50)), np.append([1], np.full(50, 3))
+        mixed = Batch(*(a.astype(np.int32) for a in (tokens, positions, slots)), 1, np.arange(51, dtype=np.int32))
         both = engine.forward(mixed)
         assert np.array_equal(both[:1], decode_alone)
         assert np.array_equal(both[1:], prompt_alone)
@@ -152,7 +152,7 @@ def test_a_mixed_step_gives_each_row_what_it_gets_alone(goldens_dir):
 def test_a_stop_id_and_an_interrupt_end_the_loop(goldens_dir):
     from worker_orcd._ring import Control, TokenRing
 
-    _, p, engine = open_engine(goldens_dir / "llama-Q4_0.gguf")
+    _, _, engine = open_engine(goldens_dir / "llama-Q4_0.gguf")
     try:
         engine.set_slot(0, GREEDY)
         first, _ = engine.step(prompt_batch([1, 2, 3], outputs=[2]))

@@ -56,7 +56,7 @@ class NumpyEngine:
         for op in self.plan.ops:
             getattr(self, type(op).__name__.lower())(op)
             if op.name == stop_after:
-                return self.buf[output_of(op).buf]
+                return self.buf[P.output_of(op).buf]
         if stop_after is not None:
             raise KeyError(stop_after)
         return self.buf["logits"]
@@ -159,14 +159,3 @@ class NumpyEngine:
 
     def gather(self, op):
         self.get(op.out)[:] = self.get(op.inp)[self.out_rows]
-
-
-def output_of(op: P.Op) -> P.View:
-    """The view a record writes (KvWrite: the rotated keys it stored)."""
-    if isinstance(op, P.Rope):
-        return op.x
-    if isinstance(op, P.KvWrite):
-        return op.k
-    if isinstance(op, P.Route):
-        return op.gates
-    return op.out

@@ -1,0 +1,107 @@
+"""What the CUDA engine keeps in device memory: every region with its size, before anything is allocated.
+
+Three arenas: weights (repacked matrices, float32 vectors), the KV cache, and the workspace of a step. Pure arithmetic
+over the plan and the engine's sizes; knows no driver. All sizes in bytes, every region 256-byte aligned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from . import cuda_layout
+from .engine import BLOCK_SIZE, EngineConfig
+from .plan import Attention, ExpertMatMul, MatMul, Plan, Rope, Weight
+
+ALIGN = 256
+#: most rows of one matvec launch, and of the output rows of one pass
+MAX_OUT = 64
+#: device memory through which raw tensor bytes pass on their way into the repacked layout
+STAGING_BYTES = 64 << 20
+
+
+@dataclass
+class Arena:
+    """Named regions laid out one after the other."""
+
+    name: str
+    offsets: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def add(self, name: str, nbytes: int) -> None:
+        """Append a region of `nbytes`."""
+        if name in self.offsets:
+            raise ValueError(f"{self.name}: region {name!r} twice")
+        self.offsets[name] = self.nbytes
+        self.nbytes += -(-max(nbytes, 1) // ALIGN) * ALIGN
+
+
+def weight_bytes(w: Weight) -> int:
+    """Device bytes of a weight: repacked, or float32 for vectors."""
+    if w.kind in ("vector", "expert_vectors"):
+        n = 4
+        for size in w.shape:
+            n *= size
+        return n
+    experts = w.shape[2] if w.kind == "experts" else 1
+    return experts * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
+
+
+def weights_arena(plan: Plan) -> Arena:
+    """All weights of the plan, and the rotary frequency tables as ``freqs:<record>`` (equal tables once)."""
+    arena = Arena("weights")
+    for w in plan.weights.values():
+        arena.add(w.name, weight_bytes(w))
+    for key, freqs in rope_tables(plan).items():
+        arena.add(f"freqs:{key}", 4 * len(freqs))
+    return arena
+
+
+def rope_tables(plan: Plan) -> dict[int, tuple[float, ...]]:
+    """The distinct rotary frequency tables, by number."""
+    return dict(enumerate(dict.fromkeys(op.freqs for op in plan.ops if isinstance(op, Rope))))
+
+
+def kv_block_bytes(plan: Plan) -> int:
+    """float16 K and V of one block of one layer."""
+    return 2 * plan.n_head_kv * plan.head_dim * BLOCK_SIZE * 2
+
+
+def kv_arena(plan: Plan, config: EngineConfig) -> Arena:
+    """One region per layer, ``layer:<i>``."""
+    arena = Arena("kv")
+    for layer in range(plan.n_layer):
+        arena.add(f"layer:{layer}", config.n_blocks[plan.kv_group_of[layer]] * kv_block_bytes(plan))
+    return arena
+
+
+def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int) -> Arena:
+    """Activations, row tables and scratch of one step.
+
+    Args:
+        plan, config: the model and the engine's sizes.
+        max_splits: decode attention splits by window.
+        heads: blocks in y of a decode attention launch.
+    """
+    arena = Arena("workspace")
+    rows = -(-config.max_rows // 128) * 128
+    for b in plan.buffers.values():
+        arena.add(f"buffer:{b.name}", (rows if b.rows == "tokens" else MAX_OUT) * b.width * 4)
+    arena.add("tokens", rows * 4)
+    arena.add("positions", rows * 4)
+    arena.add("slots", rows * 4)
+    arena.add("out_rows", rows * 4)
+    arena.add("tiles", (rows + config.max_seqs) * 16)
+    groups = len(plan.kv_groups)
+    arena.add("block_tables", groups * config.max_seqs * config.max_blocks_per_seq * 4)
+    attention = [op for op in plan.ops if isinstance(op, Attention)]
+    partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
+    arena.add("attention_partial", config.max_seqs * partial * 4)
+    arena.add("attention_counters", config.max_seqs * heads * 4)
+    products = [(plan.weights[op.weight].type_id, plan.weights[op.weight].shape[0]) for op in plan.ops
+                if isinstance(op, MatMul | ExpertMatMul)]  # fmt: skip
+    arena.add("x_split", MAX_OUT * max(cuda_layout.x_split_bytes(*p) for p in products))
+    arena.add("x_half", rows * max(cuda_layout.x_f16_bytes(*p) for p in products))
+    arena.add("x_half_scale", rows * 4)
+    return arena
+
+
