@@ -245,17 +245,17 @@ class _Reader:
         if key not in self.meta:
             raise self.fail(key, "is missing")
         lines = self.array(key, "string", MAX_MERGES)
-        pairs: list[Any] = [tuple(line.split(" ")) for line in lines]
-        if not set(map(len, pairs)) <= {2}:
-            i = next(i for i, p in enumerate(pairs) if len(p) != 2)
-            raise self.fail(key, f"[{i}] is {lines[i][:64]!r}, must be two pieces and one space")
-        known = vocab.__contains__
-        for what, pieces in (
-            ("left piece", [p[0] for p in pairs]),
-            ("right piece", [p[1] for p in pairs]),
-            ("result", list(map("".join, pairs))),
-        ):
-            if not all(map(known, pieces)):
-                i = next(i for i, p in enumerate(pieces) if p not in vocab)
-                raise self.fail(key, f"[{i}] {lines[i][:64]!r}: its {what} {pieces[i][:64]!r} is not in the vocabulary")
+        pairs: list[tuple[str, str]] = []
+        for line in lines:
+            left, _, right = line.partition(" ")
+            if left not in vocab or right not in vocab or left + right not in vocab:
+                raise self.bad_merge(key, len(pairs), line, vocab)
+            pairs.append((left, right))
         return pairs
+
+    def bad_merge(self, key: str, i: int, line: str, vocab: dict[str, int]) -> ModelLoadError:
+        pieces = line.split(" ")
+        if len(pieces) != 2 or "" in pieces:
+            return self.fail(key, f"[{i}] is {line[:64]!r}, must be two pieces and one space between them")
+        unknown = next(p for p in (*pieces, "".join(pieces)) if p not in vocab)
+        return self.fail(key, f"[{i}] is {line[:64]!r}, but {unknown[:64]!r} is not in the vocabulary")

@@ -435,9 +435,11 @@ cdef class GgufFile:
                 mapping stays good when a newer model is moved over the old one.
         """
         now = os.fstat(self.fileno())
-        if now.st_size < self.size or self.mapping.was_cut():
+        if now.st_size < self.size:
             raise ModelLoadError(f"was cut from {self.size} to {now.st_size} bytes while it was open", self.path,
-                                 min(now.st_size, self.size))
+                                 now.st_size)
+        if self.mapping.was_cut():
+            raise ModelLoadError("could not be read everywhere: it was cut while it was open, or its disk fails", self.path)
         if now.st_size != self.size or now.st_mtime_ns != self.stat.st_mtime_ns:
             raise ModelLoadError("was written to while it was open", self.path)
         if not same_path:
