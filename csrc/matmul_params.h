@@ -83,16 +83,17 @@ typedef struct {
 /* matmul_<type>, matmul_<type>_small: out = x W^T for any number of rows. */
 typedef struct {
     const uint8_t* w;     /* repacked [n_out, k] */
-    const uint8_t* x;     /* [n_rows, x_bytes] by convert_f16 */
+    const uint8_t* x;     /* [n_rows rounded up to a multiple of 64, x_bytes] by convert_f16 */
     const float* x_scale; /* [n_rows] */
     const float* bias;    /* [n_out] or null */
     float* out;           /* [n_rows, out_stride] */
-    int64_t x_bytes;
     int64_t out_stride;
+    int32_t x_bytes; /* of a converted row */
     int32_t n_out;
     int32_t n_units;
     int32_t n_rows;
     int32_t add; /* nonzero: out += result */
+    int32_t unused;
 } MatmulParams;
 
 #endif

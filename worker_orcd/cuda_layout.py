@@ -164,16 +164,19 @@ def matvec_launch(
 # ---- prompt: matmul_<type> and matmul_<type>_small -------------------------------------------------------------------
 
 
+#: rows of the input in a tile of either prompt kernel; convert_f16 must have written whole tiles
+MATMUL_TILE_ROWS = 64
+
+
 def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
     """(activation stages, weight slots, shared memory bytes) of a prompt kernel (csrc/matmul.cu, struct Shape)."""
-    rows, tokens = (64, 64) if small else (128, 128)
-    x, w = tokens * 128, rows // STRIP_ROWS * record_bytes(type_id)
+    x, w = MATMUL_TILE_ROWS * 128, (4 if small else 8) * record_bytes(type_id)
     for stages in (4, 3, 2):
         slots = 2 if unit_k(type_id) == 256 else stages
         smem = stages * x + slots * w
-        if smem <= (49152 if small else 98304) or stages == 2:
-            return stages, slots, smem
-    raise AssertionError
+        if smem <= (49152 if small else 75776):
+            break
+    return stages, slots, smem
 
 
 def matmul_launch(type_id: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
@@ -181,8 +184,8 @@ def matmul_launch(type_id: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
 
     Both variants give the same bits; the small one is for products that do not fill the GPU with large tiles.
     """
-    small = -(-n_out // 128) * -(-n_rows // 128) < 2 * n_sm
-    side = 64 if small else 128
-    grid = (-(-n_out // side), -(-n_rows // side), 1)
+    row_tiles = -(-n_rows // MATMUL_TILE_ROWS)
+    small = -(-n_out // 128) * row_tiles < 3 * n_sm
+    grid = (-(-n_out // (64 if small else 128)), row_tiles, 1)
     name = f"matmul_{kernel_suffix(type_id)}" + ("_small" if small else "")
-    return Launch(name, grid, 128 if small else 256, matmul_stages(type_id, small)[2])
+    return Launch(name, grid, 128, matmul_stages(type_id, small)[2])
