@@ -165,13 +165,10 @@ class BuildExt(build_ext):
             say(f"[{number}/{len(todo)}] {title}: {time.monotonic() - start:.1f} s")
 
         with ThreadPoolExecutor(workers) as pool:
-            running = [pool.submit(one, n) for n in enumerate(todo, 1)]
-            try:
-                for job in running:
-                    job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            ended = [pool.submit(one, n) for n in enumerate(todo, 1)]
+        faults = [job.exception() for job in ended]
+        if any(faults):  # all of them at once: each rebuild costs minutes
+            raise build_cuda.BuildError("\n".join(str(f) for f in faults if f))
 
     def flags(self) -> list[str]:
         """Options of all C++: optimized, hidden symbols, no instruction set beyond baseline x86-64."""
