@@ -112,7 +112,8 @@ class ServeConfig:
         _within("grace_sec", self.grace_sec, 0.0, EXIT_LIMIT_SEC - 1.0)
         if self.expect_sha256 is not None:
             check_sha256("expect_sha256", self.expect_sha256)
-        if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or not self.api_key.isprintable()):
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable()):
             raise _refused("api_key", "must be printable ASCII and not empty")
         if self.log_format not in ("json", "text"):
             raise _refused("log_format", f"must be json or text, not {self.log_format!r}")

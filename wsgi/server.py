@@ -154,7 +154,7 @@ class _Application(BaseApplication):
         service.start()
 
     def _worker_ended(self, server: object, worker: StreamWorker) -> None:
-        """In the worker process, after its main loop. Threads may still hang in a read or a load: leave without them."""
+        """In the worker process, after its main loop. A thread may hang in a read or a load: leave without it."""
         if worker.pid != os.getpid():
             return  # gunicorn also tells the master of a worker that vanished
         service = self._service

@@ -20,25 +20,27 @@ from worker_orcd.wsgi.http_errors import from_exception
 if TYPE_CHECKING:
     from worker_orcd.llm import LLM
 
-#: exit codes: stopped as told, failed before ready, poisoned CUDA context
-EXIT_OK, EXIT_FAILED, EXIT_POISONED = 0, 1, 70
+#: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
+EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
 FLUSH_SEC = 0.4
 _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
-Loader = Callable[[ServeConfig, Progress], "LLM"]
+Fatal = Callable[[WorkerError], None]
+Loader = Callable[[ServeConfig, Progress, Fatal], "LLM"]
 
 
-def load_llm(config: ServeConfig, progress: Progress) -> LLM:
-    """The `LLM` that `config` asks for. `progress(done, total)` is called with bytes while it loads."""
+def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal) -> LLM:
+    """The `LLM` that `config` asks for. `progress(done, total)` is called with bytes while it loads, and `on_fatal`
+    should the engine die later."""
     from worker_orcd.llm import LLM  # opens compiled modules, which a server with another model does not need
 
     return LLM(config.model, device=config.device, context_length=config.context_length,
                kv_cache_bytes=config.kv_cache_bytes, max_seqs=config.max_streams, max_queue=config.max_queue,
                n_threads=config.n_threads, tokenizer=config.tokenizer, check_tensors=config.check_tensors,
                expect_sha256=config.expect_sha256, chunk_bytes=config.chunk_bytes,
-               progress=True if config.progress_bar else progress)
+               progress=True if config.progress_bar else progress, on_fatal=on_fatal)
 
 
 class Service:
@@ -126,15 +128,19 @@ class Service:
                 self._no_streams.notify_all()
 
     def note_error(self, error: WorkerError) -> None:
-        """Look at an error on its way to a client: a poisoned CUDA context ends the process with code 70."""
+        """Look at an error on its way to a client: nothing works after a poisoned CUDA context."""
         if isinstance(error, CudaError) and error.sticky:
-            with self._lock:
-                if self._state in ("unhealthy", "stopping"):
-                    return
-                self._state = "unhealthy"
-                self.exit_code = EXIT_POISONED
-            self.events.emit("error", "error", **error.details())
-            threading.Thread(target=self._leave_poisoned, name="poisoned", daemon=True).start()
+            self.engine_died(error)
+
+    def engine_died(self, error: WorkerError) -> None:
+        """The engine is of no more use: health goes unhealthy, streams send their last event, the process ends."""
+        with self._lock:
+            if self._state in ("unhealthy", "stopping"):
+                return
+            self._state = "unhealthy"
+            self.exit_code = EXIT_DEAD
+        self.events.emit("error", "error", **error.details())
+        threading.Thread(target=self._leave_dead, name="dead", daemon=True).start()
 
     # -- life
 
@@ -162,9 +168,9 @@ class Service:
             self._wait_for_streams(FLUSH_SEC)
             llm.close()
 
-    def _leave_poisoned(self) -> None:
+    def _leave_dead(self) -> None:
         self._wait_for_streams(FLUSH_SEC)
-        self.on_exit(EXIT_POISONED)
+        self.on_exit(EXIT_DEAD)
 
     def _wait_for_streams(self, limit: float) -> None:
         with self._no_streams:
@@ -177,7 +183,7 @@ class Service:
         self._show_progress(0)
         began = time.monotonic()
         try:
-            llm = self._load_llm(config, self._progress)
+            llm = self._load_llm(config, self._progress, self.engine_died)
         except Exception as error:
             self._load_failed(from_exception(error), error)
             return

@@ -126,7 +126,7 @@ class JobStream:
             yield self._failed(from_exception(error), error)
 
     def _pieces(self, first: Piece) -> bytes:
-        """The piece and those that are there already. The terminal event stays for the next turn: it can be read again."""
+        """The piece and those that are there already. The terminal event can be read again, so it waits its turn."""
         chunk = [self._piece(first)]
         while len(chunk) < MAX_PIECES_PER_WRITE:
             try:

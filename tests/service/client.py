@@ -68,7 +68,7 @@ class Worker:
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
-            return response.status, dict(response.getheaders()), response.read()
+            return response.status, response.headers, response.read()
         finally:
             connection.close()
 
@@ -105,12 +105,12 @@ def fake_worker(*args, wait=True):
 class Stream:
     """A streaming POST /execute, read event by event from the socket."""
 
-    def __init__(self, port, body, headers=None, timeout=30.0):
+    def __init__(self, port, body, headers=None, timeout=15.0):
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
         self.connection.request("POST", "/execute", json.dumps(body).encode(), headers or {})
         self.response = self.connection.getresponse()
         self.status = self.response.status
-        self.headers = dict(self.response.getheaders())
+        self.headers = self.response.headers
         self.comments = 0
 
     def next(self):

@@ -32,7 +32,7 @@ def main():
     parser.add_argument("--api-key")
     args = parser.parse_args()
 
-    def load(config, progress):
+    def load(config, progress, on_fatal):
         end = time.monotonic() + args.load_seconds
         while time.monotonic() < end:
             progress(int(1000 - 1000 * (end - time.monotonic()) / args.load_seconds), 1000)
@@ -45,7 +45,7 @@ def main():
             raise RuntimeError("nobody expected this")
         if args.load_error == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return FakeLLM(config)
+        return FakeLLM(config, on_fatal)
 
     serve(ServeConfig(model="/nowhere/fake.gguf", port=args.port, device="cpu", max_streams=args.max_streams,
                       max_queue=args.max_queue, max_tokens_in=args.max_tokens_in, max_tokens_out=args.max_tokens_out,

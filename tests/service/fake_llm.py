@@ -30,7 +30,8 @@ class FakeTokenizer:
 
 
 class FakeLLM:
-    def __init__(self, config):
+    def __init__(self, config, on_fatal):
+        self.on_fatal = on_fatal
         self.tokenizer = FakeTokenizer()
         self.info = FakeInfo(name="fake", path=config.model, n_vocab=N_VOCAB, context_length=CONTEXT,
                              quant_kind="Q4_K_M", tokenizer_kind="gguf-bpe", device="cpu", model_bytes=123)
@@ -63,31 +64,33 @@ class FakeLLM:
 
     def _speak(self, job, verb, rest):
         """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: as fast as it can;
-        quiet: nothing until stopped; fail / crash / sticky: an error after the first piece."""
+        quiet: nothing until stopped; fail: an error after the first piece; sticky: the engine dies."""
         job.admitted_at = job.first_token_at = time.monotonic()
         limit = job.params.max_tokens or 2048
         if verb == "say":
             text = rest[0][:limit]
             for char in text:
-                job.add_tokens(char, list(char.encode()))
-                job.last_token_at = time.monotonic()
+                job.add_piece(char, list(char.encode()))
             job.finish("stop")
         elif verb in ("slow", "flood"):
             for i in range(limit):
-                if not job.add_tokens(f"w{i} ", [i % 256]):
+                job.add_piece(f"w{i} ", [i % 256])
+                if job.finished:
                     return
-                job.last_token_at = time.monotonic()
                 if verb == "slow":
                     time.sleep(0.02)
             job.finish("length")
         elif verb == "quiet":
             while not job.finished:
                 time.sleep(0.01)
-        else:
-            job.add_tokens("x", [120])
-            errors = {"fail": InvalidRequest("no room in the cache", field="max_tokens"),
-                      "sticky": CudaError("an illegal address", call="cuStreamSynchronize", sticky=True)}
-            job.end(errors[verb])
+        elif verb == "fail":
+            job.add_piece("x", [120])
+            job.end(InvalidRequest("no room in the cache", field="max_tokens"))
+        elif verb == "sticky":
+            error = CudaError("an illegal address", call="cuStreamSynchronize", sticky=True)
+            for other in self.jobs.values():
+                other.end(error)
+            self.on_fatal(error)
 
     def cancel(self, job_id):
         job = self.jobs.get(job_id)

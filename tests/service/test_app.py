@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from falcon import testing
-from service.fake_llm import FakeLLM
 
+from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
 from worker_orcd.events import EventLog
 from worker_orcd.wsgi.app import create_app
@@ -18,7 +18,7 @@ from worker_orcd.wsgi.service import Service
 
 
 class App:
-    def __init__(self, load=lambda config, progress: FakeLLM(config), **config):
+    def __init__(self, load=lambda config, progress, on_fatal: FakeLLM(config, on_fatal), **config):
         self.out = io.StringIO()
         config = {"model": "/models/fake.gguf", "device": "cpu", **config}
         self.config = ServeConfig(**config)
@@ -106,9 +106,11 @@ def test_values_at_the_edge_are_taken(app, field, value):
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"null", b"[]", b"1", b'"x"', b"{", b"{}", b'{"job_id":"j"}', b'{"prompt":"x"}', b'{"job_id":"j","prompt":"x"}x',
+    b"", b"null", b"[]", b"1", b'"x"', b"{", b"{}", b'{"job_id":"j"}', b'{"prompt":"x"}',
+    b'{"job_id":"j","prompt":"x"}x',
     b'{"job_id":"j","prompt":"x",}', b"\xef\xbb\xbf{}", '{"job_id":"j","prompt":"x"}'.encode("utf-16"),
-    b'{"job_id":"j","prompt":"\xff"}', b'{"job_id":"j","prompt":"\\ud800"}', b'{"job_id":"j","prompt":"\\udc00\\ud800"}',
+    b'{"job_id":"j","prompt":"\xff"}', b'{"job_id":"j","prompt":"\\ud800"}',
+    b'{"job_id":"j","prompt":"\\udc00\\ud800"}',
     b'{"job_id":"j","prompt":"a\nb"}', b'{"job_id":"j","prompt":"x","\\ud800":1}', b"\x00" * 100,
     b'{"job_id":"j","prompt":"x","prompt":"y"}', b'{"job_id":"j","prompt":"x","job_id":"j"}',
     b"[" * 100_000, b'{"a":' * 100_000, b'{"job_id":"j","prompt":"x","stop":' + b"[" * 100_000,
@@ -180,7 +182,7 @@ def test_a_poisoned_context_turns_health_and_asks_for_exit_70():
 def test_default_max_tokens_keeps_to_the_server_limit():
     app = App(max_tokens_out=5, max_tokens_in=20).ready()
     events = events_of(app.execute(prompt="slow"))
-    assert events[-1][1] == {"tokens_out": 5, "decode_time_ms": events[-1][1]["decode_time_ms"], "finish_reason": "length"}
+    assert events[-1][1]["tokens_out"] == 5 and events[-1][1]["finish_reason"] == "length"
     assert error_of(app.execute(max_tokens=6))["field"] == "max_tokens"
     assert error_of(app.execute(prompt="say " + "x" * 17))["field"] == "prompt"
     app.service.stop(0)
@@ -253,7 +255,7 @@ def test_s8_api_key():
         error_of(app.client.simulate_post(path, body=b"{}"), 401, "UNAUTHORIZED")
     assert not app.terminated
     assert events_of(app.execute(headers={"Authorization": "Bearer secret-key"}))[-1][0] == "end"
-    assert app.client.simulate_get("/health").status_code == 200 and app.client.simulate_get("/ready").status_code == 200
+    assert [app.client.simulate_get(path).status_code for path in ("/health", "/ready")] == [200, 200]
     assert "secret-key" not in app.out.getvalue()
     app.service.stop(0)
 
