@@ -63,7 +63,7 @@ class FakeLLM:
         return job
 
     def _speak(self, job, verb, rest):
-        """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: as fast as it can;
+        """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: 8 MB at once;
         quiet: nothing until stopped; fail: an error after the first piece; sticky: the engine dies."""
         job.admitted_at = job.first_token_at = time.monotonic()
         limit = job.params.max_tokens or 2048
@@ -74,7 +74,7 @@ class FakeLLM:
             job.finish("stop")
         elif verb in ("slow", "flood"):
             for i in range(limit):
-                job.add_piece(f"w{i} ", [i % 256])
+                job.add_piece(f"w{i} " if verb == "slow" else 4096 * "w", [i % 256])
                 if job.finished:
                     return
                 if verb == "slow":
