@@ -36,7 +36,9 @@ MAX_CONNECTIONS = 4096
 #: seconds a worker's main loop may be silent; its threads may compute for longer
 SILENCE_LIMIT_SEC = 120
 #: seconds a worker that shall end gets beyond its jobs' grace time
-EXIT_SLACK_SEC = 0.6
+EXIT_SLACK_SEC = 0.5
+#: seconds for answers under way once all streams have ended; idle connections are not waited for
+LAST_ANSWER_SEC = 0.2
 #: file descriptors kept for everything that is no connection
 _SPARE_FDS = 128
 #: what gunicorn's master says at its end; the narration has told why
@@ -148,6 +150,7 @@ class _Application(BaseApplication):
             _exit_after(self._config.grace_sec + EXIT_SLACK_SEC, lambda: service.exit_code)
             service.stop(self._config.grace_sec)
             self._stopped.set()
+            _exit_after(LAST_ANSWER_SEC, lambda: service.exit_code)
 
         service.on_exit = end
         threading.Thread(target=stop_when_told, name="stop", daemon=True).start()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
-FLUSH_SEC = 0.4
+FLUSH_SEC = 0.3
 _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
@@ -165,7 +165,8 @@ class Service:
                 llm.shutdown(grace)
             except WorkerError as error:
                 self.events.emit("error", "error", **error.details())
-            self._wait_for_streams(FLUSH_SEC)
+            # what has been generated may still be on its way to a slow reader
+            self._wait_for_streams(max(FLUSH_SEC, self.stop_deadline - time.monotonic()))
             llm.close()
 
     def _leave_dead(self) -> None:
