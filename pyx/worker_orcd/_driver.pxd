@@ -12,6 +12,7 @@ cdef class Context:
     cdef readonly str name
     cdef readonly tuple capability
     cdef readonly int sm_count
+    cdef readonly int max_smem
     cdef readonly size_t total_bytes
     cdef cu.CUdevice handle
     cdef cu.CUcontext ctx
@@ -24,6 +25,11 @@ cdef class Context:
 cdef class Stream:
     cdef readonly Context context
     cdef cu.CUstream handle
+    cdef int copy_in_nogil(self, cu.CUdeviceptr to, const void* source, size_t n) except -1 nogil
+    cdef int copy_out_nogil(self, void* to, cu.CUdeviceptr source, size_t n) except -1 nogil
+    cdef int fill_nogil(self, cu.CUdeviceptr to, unsigned char value, size_t n) except -1 nogil
+    cdef int wait_nogil(self) except -1 nogil
+    cdef int idle_nogil(self) except -1 nogil
 
 
 cdef class Event:

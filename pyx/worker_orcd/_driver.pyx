@@ -124,6 +124,7 @@ cdef class Context:
         self.capability = (_attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
                            _attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
         self.sm_count = _attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        self.max_smem = _attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         check(cu.cuDeviceTotalMem(&self.total_bytes, self.handle), b"cuDeviceTotalMem")
         check(cu.cuDevicePrimaryCtxRetain(&self.ctx, self.handle), b"cuDevicePrimaryCtxRetain")
         self.open = True
@@ -215,13 +216,35 @@ cdef class Stream:
         context.require_open()
         check(cu.cuStreamCreate(&self.handle, cu.CU_STREAM_NON_BLOCKING), b"cuStreamCreate")
 
+    cdef int copy_in_nogil(self, cu.CUdeviceptr to, const void* source, size_t n) except -1 nogil:
+        """Queue a copy from page-locked host memory, which must stay as it is until the copy is done."""
+        return check(cu.cuMemcpyHtoDAsync(to, source, n, self.handle), b"cuMemcpyHtoDAsync")
+
+    cdef int copy_out_nogil(self, void* to, cu.CUdeviceptr source, size_t n) except -1 nogil:
+        """Queue a copy into page-locked host memory."""
+        return check(cu.cuMemcpyDtoHAsync(to, source, n, self.handle), b"cuMemcpyDtoHAsync")
+
+    cdef int fill_nogil(self, cu.CUdeviceptr to, unsigned char value, size_t n) except -1 nogil:
+        """Queue setting n bytes."""
+        return check(cu.cuMemsetD8Async(to, value, n, self.handle), b"cuMemsetD8Async")
+
+    cdef int wait_nogil(self) except -1 nogil:
+        """Wait until everything queued so far is done."""
+        return check(cu.cuStreamSynchronize(self.handle), b"cuStreamSynchronize")
+
+    cdef int idle_nogil(self) except -1 nogil:
+        """1 when everything queued so far is done, 0 when not; raises the error of work that failed."""
+        cdef cu.CUresult status = cu.cuStreamQuery(self.handle)
+        if status == cu.CUDA_ERROR_NOT_READY:
+            return 0
+        check(status, b"cuStreamQuery")
+        return 1
+
     def synchronize(self):
         """Wait until everything queued so far is done; the GIL is released."""
         self.context.require_open()
-        cdef cu.CUresult status
         with nogil:
-            status = cu.cuStreamSynchronize(self.handle)
-        check(status, b"cuStreamSynchronize")
+            self.wait_nogil()
 
     def wait(self, Event event):
         """Let later work of this stream wait for `event`."""
