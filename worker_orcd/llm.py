@@ -6,7 +6,6 @@ It knows no HTTP; what the parts know of each other is only what is passed here.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 import sys
@@ -19,10 +18,11 @@ import numpy as np
 from worker_orcd import devices, kv_pool, plan
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import check_sha256
-from worker_orcd.engine import Engine, EngineConfig
-from worker_orcd.errors import InsufficientVram, InvalidRequest, ModelLoadError, WorkerError
+from worker_orcd.engine import Engine
+from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.info import ModelInfo, model_facts
 from worker_orcd.job import Completion, Job, Piece
+from worker_orcd.loading import LoadProgress, Progress, check_digest, engine_config, no_progress
 from worker_orcd.loop import EngineLoop
 from worker_orcd.model_file import ModelFile
 from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
@@ -30,10 +30,8 @@ from worker_orcd.scheduler import Scheduler
 from worker_orcd.tokenizer import Tokenizer
 
 MAX_STOP_TOKENS = 32
-_HASH_CHUNK = 8 << 20
 
 Prompt = str | Sequence[int]
-Progress = Callable[[int, int], object]
 
 
 class LLM:
@@ -88,15 +86,15 @@ class LLM:
         engine: Engine | None = None
         try:
             the_plan = plan.build(model_file, context_length)
-            config = _engine_config(device, model_file, the_plan, context_length, kv_cache_bytes, max_seqs, max_rows)
-            with _LoadProgress(progress, model_file.size) as phases:
+            config = engine_config(device, model_file, the_plan, context_length, kv_cache_bytes, max_seqs, max_rows)
+            with LoadProgress(progress, model_file.size) as phases:
                 phases.expect(check_tensors, expect_sha256 is not None, device != "cpu")
                 if check_tensors:
                     model_file.check_tensors(n_threads, phases.next())
                 if expect_sha256 is not None:
-                    _check_digest(model_file, expect_sha256, phases.next())
+                    check_digest(model_file, expect_sha256, phases.next())
                 self.tokenizer = Tokenizer.from_model(model_file, tokenizer)
-                upload = phases.next() if device != "cpu" else _no_progress
+                upload = phases.next() if device != "cpu" else no_progress
                 engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
                                              chunk_bytes=chunk_bytes, progress=upload)
                 model_file.check_unchanged()
@@ -149,18 +147,20 @@ class LLM:
         if all(isinstance(p, int | np.integer) for p in prompts):
             raise InvalidRequest("prompts is a list of numbers; a prompt of token ids goes in a list of prompts: "
                                  "[[1, 2, 3]]", field="prompts")
-        if params is None or isinstance(params, SamplingParams):
+        params = params or SamplingParams()
+        if isinstance(params, SamplingParams):
+            every = [params] * len(prompts)
             # one seed for all, so that each prompt gets what it would get alone with the seed that is reported
-            params = params or SamplingParams()
-            every = [(params, params.seed if params.seed is not None else make_seed())] * len(prompts)
+            seeds = [_seed(params)] * len(prompts)
         else:
-            every = [(p, p.seed if p.seed is not None else make_seed()) for p in params]
+            every = list(params)
+            seeds = [_seed(p) for p in every]
         if len(every) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts, but {len(every)} params", field="params")
-        ready = [self._prepare(prompt, p) for prompt, (p, _) in zip(prompts, every, strict=True)]
+        ready = [self._prepare(prompt, p) for prompt, p in zip(prompts, every, strict=True)]
         jobs: list[Job] = []
         try:
-            for (ids, max_tokens), (p, seed) in zip(ready, every, strict=True):
+            for (ids, max_tokens), p, seed in zip(ready, every, seeds, strict=True):
                 jobs.append(self._loop.submit(ids, p, seed, max_tokens=max_tokens, bounded=False))
             return [job.completion() for job in self._with_bar(jobs)]
         except BaseException:
@@ -220,8 +220,8 @@ class LLM:
         params = params or SamplingParams()
         if job_id is not None and not (isinstance(job_id, str) and 1 <= len(job_id) <= 256):
             raise InvalidRequest("job_id must be a string of 1 to 256 characters", field="job_id")
+        seed = _seed(params)
         ids, max_tokens = self._prepare(prompt, params, special)
-        seed = params.seed if params.seed is not None else make_seed()
         return self._loop.submit(ids, params, seed, max_tokens=max_tokens, job_id=job_id, deadline=deadline)
 
     def job(self, job_id: str) -> Job | None:
@@ -249,8 +249,6 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, special: bool = False) -> tuple[np.ndarray, int]:
         """Check a prompt and its params. Returns (int32 [n_prompt], max_tokens)."""
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", field="params")
         params.check(self.info.n_vocab)
         if isinstance(prompt, str):
             ids = self._encode(prompt, special)
@@ -272,6 +270,8 @@ class LLM:
 
     def _token_ids(self, ids: Iterable[int], field: str) -> np.ndarray:
         try:
+            if isinstance(ids, bytes | bytearray):
+                raise TypeError
             ids = list(ids)
             numbers = [operator.index(i) for i in ids]
         except TypeError:
@@ -343,91 +343,10 @@ class TokenStream(Iterator[Piece]):
         self.job.cancel()
 
 
-class _LoadProgress:
-    """One progress over several passes through the file, to a callable or to a bar."""
-
-    def __init__(self, progress: bool | Progress, size: int) -> None:
-        self._size = size
-        self._n_phases, self._phase = 1, -1
-        self._bar: Any = None
-        self._report: Progress | None = progress if callable(progress) else None
-        if progress is True and sys.stderr.isatty():
-            from tqdm import tqdm
-            self._bar = tqdm(total=size, desc="loading", unit="B", unit_scale=True, leave=False)
-            self._report = self._move_bar
-
-    def __enter__(self) -> _LoadProgress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def expect(self, *phases: bool) -> None:
-        """How many passes there will be."""
-        self._n_phases = max(sum(phases), 1)
-        self._tell(0)
-
-    def next(self) -> Callable[[int], None]:
-        """Begin the next pass; the result takes the bytes of it that are done."""
-        self._phase += 1
-        base = self._phase * self._size
-        return lambda done: self._tell((base + min(done, self._size)) // self._n_phases)
-
-    def done(self) -> None:
-        """Everything is loaded."""
-        self._tell(self._size)
-
-    def _tell(self, done: int) -> None:
-        if self._report is not None:
-            self._report(done, self._size)
-
-    def _move_bar(self, done: int, total: int) -> None:
-        self._bar.update(done - self._bar.n)
-
-
-def _no_progress(done: int) -> None:
-    pass
-
-
-def _engine_config(device: str, model_file: ModelFile, the_plan: plan.Plan, asked: int | None,
-                   kv_cache_bytes: int | None, max_seqs: int, max_rows: int) -> EngineConfig:
-    """Context and KV blocks: as many as asked for or refused, else as many as fit."""
-    limit = min(the_plan.context_length, the_plan.max_positions or the_plan.context_length)
-    if asked is not None and asked > limit:
-        raise InvalidRequest(f"context_length {asked} is past the {limit} positions the model was made for",
-                             field="context_length")
-    context = asked or limit
-    sizes = kv_pool.block_bytes(the_plan)
-    one_sequence = sum(kv_pool.reservation(g, context) * s for g, s in zip(the_plan.kv_groups, sizes, strict=True))
-    budget = kv_cache_bytes
-    if budget is None:
-        room = devices.kv_budget(device, model_file, the_plan, max_seqs, max_rows)
-        budget = room.default if asked is None else max(room.default, min(one_sequence, room.most))
-    n_blocks = kv_pool.blocks_within(the_plan, budget, max_seqs, max_rows, context)
-    if min(n_blocks) == 0:
-        raise InsufficientVram(f"the KV cache may take {budget} bytes; one block of {kv_pool.BLOCK_SIZE} positions "
-                               f"needs {sum(sizes)}", sum(sizes), budget, device=device)
-    longest = kv_pool.longest_sequence(the_plan.kv_groups, n_blocks)
-    if longest is not None and longest < context:
-        if asked is not None:
-            raise InsufficientVram(f"a context of {context} positions needs a KV cache of {one_sequence} bytes; it may "
-                                   f"take {budget}", one_sequence, budget, device=device)
-        context = longest
-    return EngineConfig(max_seqs, max_rows, context, n_blocks)
-
-
-def _check_digest(model_file: ModelFile, expected: str, progress: Callable[[int], None]) -> None:
-    digest, done = hashlib.sha256(), 0
-    for part in model_file.parts:
-        at = 0
-        while chunk := os.pread(part.fileno(), _HASH_CHUNK, at):
-            digest.update(chunk)
-            at += len(chunk)
-            progress(done + at)
-        done += at
-    if digest.hexdigest() != expected:
-        raise ModelLoadError(f"SHA-256 is {digest.hexdigest()}, not {expected}", model_file.path)
+def _seed(params: SamplingParams) -> int:
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", field="params")
+    return params.seed if params.seed is not None else make_seed()
 
 
 def _check_count(field: str, value: object, low: int, high: int, optional: bool = False) -> None:

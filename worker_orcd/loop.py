@@ -35,6 +35,7 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
+from worker_orcd.forward_job import ForwardJob
 from worker_orcd.job import Job
 from worker_orcd.job_text import Decoder, JobText
 from worker_orcd.logprobs import top_logprobs
@@ -51,32 +52,6 @@ MIN_PROMPT_ROWS = 16
 JOIN_SECONDS = 2.0
 _REMEMBERED = 4096
 _FOREVER = 3600.0
-
-
-class ForwardJob:
-    """Teacher-forced logits being computed: float32 [n_tokens, n_vocab] in `logits` once `done` is set."""
-
-    deadline = None
-
-    def __init__(self, seq_id: int, logits: np.ndarray, on_end: Callable[[Any], None]) -> None:
-        self.job_id = f"logits-{seq_id}"
-        self.seq_id = seq_id
-        self.logits = logits
-        self.done = threading.Event()
-        self.error: WorkerError | None = None
-        self.admitted_at: float | None = None
-        self._on_end = on_end
-        self._lock = threading.Lock()
-
-    def end(self, error: WorkerError | None) -> bool:
-        """End it, with an error or with the logits complete. The first end wins."""
-        with self._lock:
-            if self.done.is_set():
-                return False
-            self.error = error
-            self.done.set()
-        self._on_end(self)
-        return True
 
 
 @dataclass

@@ -1,0 +1,139 @@
+"""LLM on the CPU engine: what a prompt gets alone, it gets in any crowd and in any run; results agree with logits."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from worker_orcd import LLM, SamplingParams
+from worker_orcd.job import Finished
+
+pytest.importorskip("worker_orcd._cpu", reason="the CPU engine is not built")
+
+TEXTS = ["Hello", "def fib(n):\n", "The quick brown fox", "1, 2, 3,", "Once upon a time", "Dear Sir or Madam,",
+         "import numpy as np\n", "日本語", "A haiku:", "SELECT * FROM", "The capital of France is", "x", "To be, or not",
+         "Water boils at", "In the beginning God created", "def quicksort(values: list[int]) -> list[int]:\n    "]
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, seed=42)
+SEEDED = SamplingParams(max_tokens=24, temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.1, seed=42)
+
+
+def tiny_prompts() -> list[list[int]]:
+    """16 prompts of 1 to 136 tokens of a vocabulary of 512."""
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, 500, 1 + 9 * i).tolist() for i in range(16)]
+
+
+@pytest.fixture(scope="module", params=["llama-Q4_0", "qwen2-Q4_K_M"])
+def tiny(request, goldens_dir):
+    with LLM(goldens_dir / f"{request.param}.gguf", device="cpu", progress=False) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def smollm2(model_path):
+    with LLM(model_path("smollm2"), device="cpu", progress=False) as model:
+        yield model
+
+
+def check_crowd(model: LLM, prompts: list, params: SamplingParams, n_runs: int) -> None:
+    """All prompts at once, several times, and each alone: the same ids and the same text."""
+    alone = [model.generate([p], params)[0] for p in prompts]
+    assert len({c.tokens_in for c in alone}) > 5 and len({c.token_ids for c in alone}) > 10
+    for run in range(n_runs):
+        crowd = model.generate(prompts, params)
+        different = [i for i, (a, c) in enumerate(zip(alone, crowd, strict=True))
+                     if (a.token_ids, a.text, a.finish_reason) != (c.token_ids, c.text, c.finish_reason)]
+        assert not different, f"run {run}: prompts {different} differ from themselves alone"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_sixteen_at_once_and_each_alone_tiny(tiny, params):
+    check_crowd(tiny, tiny_prompts(), params, n_runs=10)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_sixteen_at_once_and_each_alone_smollm2(smollm2, params):
+    check_crowd(smollm2, TEXTS, params, n_runs=2)
+
+
+def test_ten_runs_are_identical(smollm2):
+    runs = {smollm2.generate(["Write a haiku about the sea"], SEEDED)[0].text for _ in range(10)}
+    assert len(runs) == 1
+
+
+def test_another_load_gives_the_same(goldens_dir, tiny):
+    prompts = tiny_prompts()
+    before = [c.token_ids for c in tiny.generate(prompts, SEEDED)]
+    for arguments in ({"n_threads": 1}, {"max_seqs": 3, "max_rows": 16}):
+        with LLM(tiny.info.path, device="cpu", progress=False, **arguments) as other:
+            assert [c.token_ids for c in other.generate(prompts, SEEDED)] == before
+
+
+def test_a_crowd_with_cancels_and_stop_strings(tiny):
+    """Neighbours that come, go and end early change nothing."""
+    prompts = tiny_prompts()
+    expected = [c.token_ids for c in tiny.generate(prompts, SEEDED)]
+    stop = next(iter(tiny.generate([prompts[3]], SEEDED)[0].text))
+    others = [tiny.submit(p, SamplingParams(seed=1, max_tokens=100, stop=stop)) for p in prompts[:4]]
+    jobs = []
+    for i, prompt in enumerate(prompts):
+        jobs.append(tiny.submit(prompt, SEEDED))
+        if i < 3:
+            others[i].cancel()
+    assert [j.completion().token_ids for j in jobs] == expected
+
+
+def test_logits_agree_with_the_reference(tiny, goldens_dir):
+    name = os.path.basename(tiny.info.path).removesuffix(".gguf")
+    with np.load(goldens_dir / f"{name}.npz") as reference:
+        tokens, wanted = reference["tokens"][0], reference["logits"][0].astype(np.float64)
+    got = tiny.logits(tokens)
+    nmse = float(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
+    print(f"{name}: NMSE {nmse:.2e}, limit 2e-06")
+    assert nmse <= 2e-6
+
+
+def test_greedy_and_logprobs_follow_the_logits(tiny):
+    prompt = tiny_prompts()[5]
+    result, = tiny.generate([prompt], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=3))
+    logits = tiny.logits([*prompt, *result.token_ids])[len(prompt) - 1:-1].astype(np.float64)
+    assert result.token_ids == tuple(logits.argmax(axis=1).tolist())
+    logprobs = logits - logits.max(axis=1, keepdims=True)
+    logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
+    for row, token, given in zip(logprobs, result.token_ids, result.logprobs, strict=True):
+        assert list(given)[0] == token and len(given) == 3
+        for i, value in given.items():
+            assert value == pytest.approx(row[i], abs=1e-6)
+    plain, = tiny.generate([prompt], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True))
+    assert plain.token_ids == result.token_ids
+
+
+def test_stream_and_stop_string(smollm2):
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    whole, = smollm2.generate(["The capital of France is"], params)
+    stream = smollm2.stream("The capital of France is", params)
+    assert "".join(p.text for p in stream) == whole.text == stream.job.completion().text
+    stop = whole.text[8:14]
+    cut, = smollm2.generate(["The capital of France is"], SamplingParams(max_tokens=40, temperature=0.0, stop=stop))
+    assert cut.text == whole.text[:whole.text.find(stop)] and cut.finish_reason == "stop"
+
+
+def test_chat_ends_at_the_end_of_the_turn(smollm2):
+    answer = smollm2.chat([{"role": "user", "content": "Say hello."}], SamplingParams(max_tokens=60, temperature=0.0))
+    assert answer.finish_reason == "stop" and answer.text and "<|im_end|>" not in answer.text
+    assert not set(answer.token_ids) & set(smollm2.tokenizer.stop_ids)
+
+
+def test_a_cancelled_prompt_stops_soon(smollm2):
+    job = smollm2.submit([1] * 1500, SamplingParams(max_tokens=10))
+    while job.state == "queued":
+        assert job.next_event(0.001) is None
+    job.cancel()
+    # what the engine does for the next job begins within a step of the cancelled one
+    after = smollm2.submit([1], SamplingParams(max_tokens=1))
+    while not isinstance(event := after.next_event(10), Finished):
+        assert event is not None
+    print(f"the next job waited {event.timings.queue_ms:.0f} ms")
+    assert event.timings.queue_ms < 2000

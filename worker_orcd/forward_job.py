@@ -1,0 +1,36 @@
+"""ForwardJob: teacher-forced logits on their way to the one thread that waits for them. Knows no engine and no loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from worker_orcd.errors import WorkerError
+
+
+class ForwardJob:
+    """Teacher-forced logits being computed: float32 [n_tokens, n_vocab] in `logits` once `done` is set."""
+
+    deadline = None
+
+    def __init__(self, seq_id: int, logits: np.ndarray, on_end: Callable[[ForwardJob], None]) -> None:
+        self.job_id = f"logits-{seq_id}"
+        self.seq_id = seq_id
+        self.logits = logits
+        self.done = threading.Event()
+        self.error: WorkerError | None = None
+        self.admitted_at: float | None = None
+        self._on_end = on_end
+        self._lock = threading.Lock()
+
+    def end(self, error: WorkerError | None) -> bool:
+        """End it, with an error or with the logits complete. The first end wins."""
+        with self._lock:
+            if self.done.is_set():
+                return False
+            self.error = error
+            self.done.set()
+        self._on_end(self)
+        return True
