@@ -13,8 +13,8 @@ from worker_orcd.job import Finished
 pytest.importorskip("worker_orcd._cpu", reason="the CPU engine is not built")
 
 TEXTS = ["Hello", "def fib(n):\n", "The quick brown fox", "1, 2, 3,", "Once upon a time", "Dear Sir or Madam,",
-         "import numpy as np\n", "日本語", "A haiku:", "SELECT * FROM", "The capital of France is", "x", "To be, or not",
-         "Water boils at", "In the beginning God created", "def quicksort(values: list[int]) -> list[int]:\n    "]
+         "import numpy as np\n", "日本語", "A haiku:", "SELECT * FROM", "The capital of France is", "x",
+         "To be, or not", "Water boils at", "In the beginning God created", "def quicksort(values: list[int]) -> list[int]:\n    "]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, seed=42)
 SEEDED = SamplingParams(max_tokens=24, temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.1, seed=42)
 
@@ -103,7 +103,7 @@ def test_greedy_and_logprobs_follow_the_logits(tiny):
     logprobs = logits - logits.max(axis=1, keepdims=True)
     logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
     for row, token, given in zip(logprobs, result.token_ids, result.logprobs, strict=True):
-        assert list(given)[0] == token and len(given) == 3
+        assert next(iter(given)) == token and len(given) == 3
         for i, value in given.items():
             assert value == pytest.approx(row[i], abs=1e-6)
     plain, = tiny.generate([prompt], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True))
