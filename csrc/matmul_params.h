@@ -31,7 +31,7 @@ typedef struct {
 typedef struct {
     const uint8_t* w;     /* repacked matrix [n_table, k] */
     const int32_t* index; /* [n_rows]; a row whose index is outside 0 .. n_table-1 is written as zeros */
-    float* out;           /* [n_rows, out_stride] */
+    float* out;           /* [n_rows, out_stride], 8-byte aligned rows */
     int64_t out_stride;
     float scale;
     int32_t k;

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quant_blocks import dequantized, random_blocks
 
 from worker_orcd import cuda_layout, quants
-
-gguf_quants = pytest.importorskip("gguf.quants")
-from gguf.constants import GGMLQuantizationType  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = sorted(quants.TYPES)
@@ -29,35 +27,6 @@ def lib(tmp_path_factory):
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     subprocess.run(["g++", *flags, "-I", str(ROOT / "csrc"), str(source), "-o", str(out)], check=True)
     return ctypes.CDLL(str(out))
-
-
-def random_blocks(type_id: int, n_out: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [n_out, row bytes]: random codes and scales, every scale a finite number."""
-    t = quants.TYPES[type_id]
-    raw = rng.integers(0, 256, (n_out, k // t.block_size, t.type_size), dtype=np.uint8)
-
-    def put(at: int, values: np.ndarray) -> None:
-        size = values.dtype.itemsize
-        raw[:, :, at : at + size] = np.ascontiguousarray(values)[..., None].view(np.uint8)
-
-    shape = raw.shape[:2]
-    half = lambda: rng.standard_normal(shape).astype(np.float16)  # noqa: E731
-    at = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "F16": [0]}  # fmt: skip
-    for offset in at.get(t.name, []):
-        put(offset, half())
-    if t.name == "F32":
-        put(0, rng.standard_normal(shape).astype(np.float32))
-    if t.name == "BF16":
-        put(0, (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
-    if t.name == "MXFP4":
-        put(0, rng.integers(0, 253, shape, dtype=np.uint8))
-    return raw.reshape(n_out, -1)
-
-
-def dequantized(type_id: int, raw: np.ndarray) -> np.ndarray:
-    """float32 [n_out, k] by the gguf package."""
-    return gguf_quants.dequantize(raw, GGMLQuantizationType(type_id)).reshape(raw.shape[0], -1)
 
 
 def pointer(a: np.ndarray) -> ctypes.c_void_p:
@@ -78,7 +47,7 @@ def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
     if k % quants.TYPES[type_id].block_size:
         pytest.skip("no row of this type is that long")
     rng = np.random.default_rng([type_id, n_out, k])
-    raw = random_blocks(type_id, n_out, k, rng)
+    raw = random_blocks(type_id, n_out, k, rng, mxfp4_exponents=(0, 253))
     suffix = cuda_layout.kernel_suffix(type_id)
     strips, width = cuda_layout.n_strips(n_out), cuda_layout.k_padded(type_id, k)
     n_bytes = strips * cuda_layout.n_units(type_id, k) * cuda_layout.record_bytes(type_id)

@@ -154,8 +154,9 @@ def matvec_launch(
             if smem > max_smem:  # the rows do not fit beside the weights: read them from memory
                 tiles = 2
                 continue
-        # Blocks stay for several tiles, so that one tile's weights arrive while the one before is being summed.
-        resident = max(1, min(2048 // (32 * warps), 227 * 1024 // (smem + 1024)))
+        # As many blocks as the GPU holds at once (registers, then shared memory): each stays for several tiles, so that
+        # one tile's weights arrive while the one before is being summed.
+        resident = max(1, min({1: 24, 2: 16, 4: 8, 8: 8}[tiles] // warps, 227 * 1024 // (smem + 1024)))
         grid = min(-(-total // shape.strips), n_sm * resident)
         name = f"matvec_{kernel_suffix(type_id)}_{tiles}"
         return Launch(name, (grid, 1, 1), 32 * warps, smem, ring, tiles > 1)

@@ -220,6 +220,8 @@ class Gpu:
         self.stream = check(driver.cuStreamCreate(1), "cuStreamCreate")  # non-blocking
         attribute = driver.CUdevice_attribute
         self.n_sm = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        #: dynamic shared memory bytes that a block may ask for
+        self.max_smem = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         major = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
         minor = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         self.capability = major * 10 + minor
@@ -240,9 +242,8 @@ class Gpu:
             f = check(driver.cuModuleGetFunction(self._modules[fatbin], name.encode()), f"cuModuleGetFunction({name})")
             static = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
             dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            most = self._attribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
             static = check(driver.cuFuncGetAttribute(static, f), "cuFuncGetAttribute")
-            check(driver.cuFuncSetAttribute(f, dynamic, most - static), "cuFuncSetAttribute")
+            check(driver.cuFuncSetAttribute(f, dynamic, self.max_smem - static), "cuFuncSetAttribute")
             self._kernels[fatbin, name] = f
         return self._kernels[fatbin, name]
 
