@@ -1,0 +1,276 @@
+"""Speed of a model on a device: prefill and decode through the engine protocol, beside the memory bandwidth.
+
+No tokenizer and no scheduler are involved: random token ids, blocks handed out once, one step after the other. What a
+decode step must read from memory (`bytes_per_step`), divided by its time, is compared with the bandwidth measured in
+the same run, which is the bound of a small batch. It knows no engine by name; `devices` opens it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from worker_orcd import devices, plan
+from worker_orcd._ring import Control, TokenRing
+from worker_orcd.engine import BLOCK_SIZE, Batch, Engine, EngineConfig, SlotSampling
+from worker_orcd.errors import InvalidRequest
+from worker_orcd.model_file import ModelFile
+
+#: tokens of one call of the decode loop; the ring is emptied between calls
+DECODE_CHUNK = 64
+#: bytes of host memory that the bandwidth test walks through, well past the caches
+_HOST_BYTES = 512 << 20
+_HOST_ROUNDS = 5
+_GREEDY = SlotSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the result.
+
+    Attributes:
+        test: "prefill" (one prompt of `n_tokens`) or "decode" (`n_tokens` for each of `batch` sequences).
+        tokens_per_s: median over the repeats, of all sequences together.
+        slowest, fastest: the extremes of the repeats.
+        ms: median time of one repeat.
+        gb_per_s: bytes read per step over the time of a step, decode only.
+        percent_of_bandwidth: of the bandwidth measured in the same run, decode only.
+    """
+
+    test: str
+    n_tokens: int
+    batch: int
+    tokens_per_s: float
+    slowest: float
+    fastest: float
+    ms: float
+    gb_per_s: float | None = None
+    percent_of_bandwidth: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of a run. Bandwidth in GB/s (10^9), `load_s` without the page cache's share."""
+
+    model: str
+    arch: str
+    quant_kind: str
+    device: str
+    n_threads: int | None
+    load_s: float
+    weight_bytes: int
+    vram_bytes: int
+    bandwidth_gb_per_s: float | None
+    results: list[Measured] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+class Bench:
+    """A loaded engine to be measured. Use as a context manager.
+
+    Args:
+        model: the GGUF file.
+        device: "auto", "cpu" or "cuda:N".
+        n_positions: positions a sequence must be able to reach.
+        max_batch: sequences that decode together.
+        n_threads: threads of the CPU engine, 0: one per core.
+
+    Raises:
+        WorkerError: whatever loading raises; `InvalidRequest` where the model has fewer positions.
+    """
+
+    def __init__(self, model: str, device: str, n_positions: int, max_batch: int = 1, n_threads: int = 0) -> None:
+        self.device = devices.resolve(device)
+        self.n_threads = n_threads or len(os.sched_getaffinity(0))
+        began = time.perf_counter()
+        self.model_file = ModelFile(model)
+        try:
+            self.plan = plan.build(self.model_file)
+            limit = min(self.plan.context_length, self.plan.max_positions or self.plan.context_length)
+            if n_positions > limit:
+                raise InvalidRequest(f"{n_positions} positions are past the {limit} of the model", field="n_prompt")
+            per_sequence = -(-n_positions // BLOCK_SIZE)
+            n_blocks = tuple(per_sequence * max_batch for _ in self.plan.kv_groups)
+            max_rows = devices.default_max_rows(self.device, max_batch)
+            self.config = EngineConfig(max_batch, max_rows, n_positions, n_blocks)
+            self.engine: Engine = devices.open_engine(
+                self.device, self.model_file, self.plan, self.config, n_threads=n_threads, chunk_bytes=1 << 20,
+                progress=lambda done: None)
+        except BaseException:
+            self.model_file.close()
+            raise
+        self.load_s = time.perf_counter() - began
+        for slot in range(max_batch):
+            blocks = np.arange(slot * per_sequence, (slot + 1) * per_sequence, dtype=np.int32)
+            self.engine.block_tables[:, slot, :per_sequence] = blocks
+        self._ids = np.random.default_rng(1).integers(0, self.plan.n_vocab, n_positions, dtype=np.int32)
+        self._ring = TokenRing()
+        self._control = Control()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free engine and file."""
+        self.engine.close()
+        self.model_file.close()
+
+    def prefill(self, n_tokens: int) -> float:
+        """Seconds for one prompt of `n_tokens` random ids."""
+        self.engine.set_slot(0, _GREEDY)
+        began = time.perf_counter()
+        for start in range(0, n_tokens, self.config.max_rows):
+            end = min(start + self.config.max_rows, n_tokens)
+            last = np.array([end - start - 1] if end == n_tokens else [], np.int32)
+            self.engine.step(Batch(self._ids[start:end], np.arange(start, end, dtype=np.int32),
+                                   np.zeros(end - start, np.int32), 0, last))
+        return time.perf_counter() - began
+
+    def decode(self, n_tokens: int, batch: int = 1) -> float:
+        """Seconds for `n_tokens` decode steps of `batch` sequences that begin with one random id each."""
+        slots = np.arange(batch, dtype=np.int32)
+        for slot in slots:
+            self.engine.set_slot(int(slot), _GREEDY)
+        tokens = self._ids[:1].repeat(batch)
+        positions = np.zeros(batch, np.int32)
+        no_stops, stop_mask = np.empty(0, np.int32), np.zeros(batch, np.uint8)
+        seconds = 0.0
+        for start in range(0, n_tokens, DECODE_CHUNK):
+            n_steps = min(DECODE_CHUNK, n_tokens - start)
+            began = time.perf_counter()
+            out = self.engine.decode(slots, slots.astype(np.int64), tokens, positions, n_steps, no_stops, stop_mask,
+                                     self._ring, self._control)
+            seconds += time.perf_counter() - began
+            tokens, positions = np.ascontiguousarray(out[-1]), positions + np.int32(n_steps)
+            for _ in range(batch * n_steps):  # a pop takes all there is; none waits
+                if not self._ring.pop(0.0):
+                    break
+        return seconds
+
+
+def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches: Sequence[int], repeat: int,
+        n_threads: int = 0, progress: Callable[[str], None] = lambda text: None) -> Report:
+    """Measure everything once asked for.
+
+    Args:
+        prompts: lengths of the prompts to prefill.
+        n_decode: tokens to decode; 0 for none.
+        batches: numbers of sequences to decode together.
+        repeat: how often each test is timed, after one untimed run.
+        progress: called with the name of each test before it runs.
+
+    Raises:
+        WorkerError: the model or the device cannot do it.
+    """
+    tests = [("prefill", n, 1) for n in prompts] + [("decode", n_decode, b) for b in batches if n_decode]
+    for name, n, batch in tests:
+        if n < 1 or batch < 1:
+            raise InvalidRequest(f"{name} of {n} tokens in {batch} sequences measures nothing", field="n_prompt")
+    if not tests:
+        raise InvalidRequest("there is nothing to measure", field="n_gen")
+    progress("load")
+    with Bench(model, device, max(n for _, n, _ in tests), max(b for _, _, b in tests), n_threads) as bench:
+        progress("bandwidth")
+        bandwidth = measure_bandwidth(bench.engine, bench.device, bench.n_threads)
+        facts = devices.engine_facts(bench.engine)
+        report = Report(bench.model_file.name, bench.plan.arch, bench.model_file.quant_kind, bench.device,
+                        bench.n_threads if bench.device == "cpu" else None, bench.load_s,
+                        sum(bench.model_file.tensors[name].nbytes for name in bench.plan.weights),
+                        int(facts.get("vram_bytes", 0)), bandwidth)
+        for name, n, batch in tests:
+            progress(f"{name} {n} x {batch}" if name == "decode" else f"{name} {n}")
+            timed = bench.prefill if name == "prefill" else lambda n, b=batch: bench.decode(n, b)
+            timed(n)
+            seconds = [timed(n) for _ in range(repeat)]
+            report.results.append(_measured(name, n, batch, seconds, bench, bandwidth))
+    return report
+
+
+def _measured(test: str, n: int, batch: int, seconds: list[float], bench: Bench,
+              bandwidth: float | None) -> Measured:
+    rates = [n * batch / s for s in seconds]
+    median = statistics.median(seconds)
+    rate, percent = None, None
+    if test == "decode":
+        n_bytes = bytes_per_step(bench.plan, bench.model_file, batch, n // 2)
+        rate = n_bytes * n / median / 1e9
+        percent = 100 * rate / bandwidth if bandwidth else None
+    return Measured(test, n, batch, n * batch / median, min(rates), max(rates), 1e3 * median, rate, percent)
+
+
+def bytes_per_step(the_plan: plan.Plan, model_file: ModelFile, batch: int, position: int) -> int:
+    """Bytes a decode step of `batch` sequences at `position` must read: weights once, their KV cache each.
+
+    Of an embedding that is no output matrix too only the rows looked up count; of experts those expected to be chosen,
+    n_expert * (1 - (1 - n_used/n_expert)^batch).
+    """
+    n_bytes = {name: model_file.tensors[name].nbytes for name in the_plan.weights}
+    shares: dict[str, float] = {}
+    for op in the_plan.ops:
+        if isinstance(op, plan.ExpertMatMul):
+            chosen = 1 - (1 - op.n_used / op.n_expert) ** batch
+            shares.update({name: chosen for name in (op.weight, op.bias) if name is not None})
+    multiplied = {op.weight for op in the_plan.ops if isinstance(op, plan.MatMul)}
+    for op in the_plan.ops:
+        if isinstance(op, plan.Embed):
+            for table in (op.weight, op.positions):
+                if table is not None and table not in multiplied:
+                    shares[table] = min(1.0, batch / model_file.tensors[table].shape[1])
+    weights = sum(n * shares.get(name, 1.0) for name, n in n_bytes.items())
+    per_layer = the_plan.kv_bytes_per_token() / the_plan.n_layer
+    kv = sum(len(g.layers) * (min(position, g.window) if g.window else position) for g in the_plan.kv_groups)
+    return int(weights + batch * per_layer * kv)
+
+
+def measure_bandwidth(engine: Engine, device: str, n_threads: int) -> float | None:
+    """GB/s of the device's memory: of a GPU what its engine says (`copy_bandwidth`), of the host what is found here."""
+    if device != "cpu":
+        measure = getattr(engine, "copy_bandwidth", None)
+        return None if measure is None else float(measure())
+    return host_bandwidth(n_threads)
+
+
+def host_bandwidth(n_threads: int) -> float:
+    """GB/s that `n_threads` threads read from memory together: the best of some rounds of copying (bytes read and
+    written count) and of summing (bytes read count)."""
+    n_words = _HOST_BYTES // 8 // n_threads
+    sources = [np.ones(n_words, np.uint64) for _ in range(n_threads)]
+    targets = [np.empty_like(s) for s in sources]
+    pairs = list(zip(sources, targets, strict=True))
+    best = 0.0
+    for _ in range(_HOST_ROUNDS):
+        copying = _together([lambda s=s, t=t: np.copyto(t, s) for s, t in pairs])
+        summing = _together([lambda s=s: s.sum() for s in sources])
+        n_bytes = 8 * n_words * n_threads
+        best = max(best, 2 * n_bytes / copying, n_bytes / summing)
+    return best / 1e9
+
+
+def _together(works: list[Callable[[], object]]) -> float:
+    """Seconds until all of `works`, begun at once, are done."""
+    gate = threading.Barrier(len(works) + 1)
+
+    def work(body: Callable[[], object]) -> None:
+        gate.wait()
+        body()
+
+    threads = [threading.Thread(target=work, args=(w,)) for w in works]
+    for t in threads:
+        t.start()
+    gate.wait()
+    began = time.perf_counter()
+    for t in threads:
+        t.join()
+    return time.perf_counter() - began

@@ -1,0 +1,69 @@
+"""`worker-orcd bench`: what to measure, and the table of what was found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from worker_orcd.cli_options import device_option, json_option, model_option, option, parse_ids, threads_option
+
+if TYPE_CHECKING:
+    from worker_orcd.bench import Report
+
+
+@click.command()
+@model_option
+@option("-p", "--n-prompt", default="512,2048", metavar="N,N", help="Lengths of the prompts to prefill; empty: none.")
+@option("-n", "--n-gen", type=click.IntRange(0), default=128, metavar="N", help="Tokens to decode; 0: none.")
+@option("--batch", default="1,8", metavar="N,N", help="Numbers of sequences to decode together.")
+@option("--repeat", type=click.IntRange(1), default=5, metavar="N", help="Timed runs of each test, after one untimed.")
+@device_option
+@threads_option
+@json_option
+def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device: str, threads: int,
+          as_json: bool) -> None:
+    """Measure prefill and decode speed on random token ids. Needs no tokenizer.
+
+    GB/s is what a decode step must read from memory (weights once, the KV cache of every sequence) over its time;
+    the last column compares it with the memory bandwidth measured in the same run.
+    """
+    from worker_orcd import bench as measuring
+
+    prompts = parse_ids(n_prompt) if n_prompt.strip() else []
+    batches = parse_ids(batch)
+    bar = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        n_tests = len(prompts) + (len(batches) if n_gen else 0)
+        bar = tqdm(total=2 + n_tests, leave=False, bar_format="{desc}: {n}/{total}")
+
+    def progress(text: str) -> None:
+        if bar is not None:
+            bar.set_description_str(text)
+            bar.update()
+
+    try:
+        report = measuring.run(model, device, prompts, n_gen, batches, repeat, threads, progress)
+    finally:
+        if bar is not None:
+            bar.close()
+    click.echo(json.dumps(report.to_dict()) if as_json else as_text(report))
+
+
+def as_text(report: Report) -> str:
+    """The table for people."""
+    threads = f", {report.n_threads} threads" if report.n_threads else ""
+    bandwidth = f"{report.bandwidth_gb_per_s:.1f} GB/s" if report.bandwidth_gb_per_s else "not measured"
+    vram = f", VRAM {report.vram_bytes / 1e6:.0f} MB" if report.vram_bytes else ""
+    out = [f"{report.model}: {report.arch} {report.quant_kind}, {report.weight_bytes / 1e6:.0f} MB of weights",
+           f"{report.device}{threads}; loaded in {report.load_s:.2f} s{vram}; memory bandwidth {bandwidth}", "",
+           f"{'test':18s} {'tokens/s':>10s} {'slowest':>10s} {'fastest':>10s} {'GB/s':>8s} {'of bandwidth':>13s}"]
+    for r in report.results:
+        name = f"{r.test} {r.n_tokens}" + (f" x {r.batch}" if r.test == "decode" else "")
+        rate = f"{r.gb_per_s:8.2f}" if r.gb_per_s is not None else " " * 8
+        percent = f"{r.percent_of_bandwidth:11.0f} %" if r.percent_of_bandwidth is not None else ""
+        out.append(f"{name:18s} {r.tokens_per_s:10.1f} {r.slowest:10.1f} {r.fastest:10.1f} {rate} {percent}".rstrip())
+    return "\n".join(out)

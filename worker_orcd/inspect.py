@@ -1,0 +1,191 @@
+"""The report of `worker-orcd inspect`: a model file as facts, and those facts as text.
+
+Everything is read from the head of the file, without a GPU and without loading weights. A part that cannot be told
+(a vocabulary-only file has no plan) says why instead of ending the report. It knows no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections import Counter
+from typing import Any
+
+from worker_orcd import arch, kv_pool, plan, quants
+from worker_orcd.errors import WorkerError
+from worker_orcd.model_file import ModelFile
+from worker_orcd.tokenizer import Tokenizer
+
+#: arrays longer than this are told by type and length only
+MAX_ARRAY = 16
+_MAX_TEXT = 100
+
+
+def inspect(path: str, tokenizer: str | None = None) -> dict[str, Any]:
+    """All facts of a model file as a JSON-able dict.
+
+    Args:
+        path: the GGUF file; of a split model its first part.
+        tokenizer: a tokenizer.json in the place of the file's vocabulary.
+
+    Raises:
+        ModelLoadError: the file is no good GGUF file.
+    """
+    with ModelFile(path) as mf:
+        facts: dict[str, Any] = {
+            "path": mf.path, "name": mf.name, "arch": mf.arch, "quant_kind": mf.quant_kind, "file_type": mf.file_type,
+            "version": mf.parts[0].version, "bytes": mf.size, "parts": [p.path for p in mf.parts],
+            "metadata": {key: _value(mf, key) for key in mf.metadata},
+            "types": _types(mf),
+            "tensors": [{"name": t.name, "type": quants.TYPES[t.type_id].name, "shape": list(t.shape),
+                         "offset": t.offset, "bytes": t.nbytes} for t in mf.tensors.values()],
+            "tokenizer": _told(lambda: _tokenizer(mf, tokenizer)),
+        }
+        facts.update(_told_plan(mf))
+    return facts
+
+
+def _told(tell: Any) -> dict[str, Any]:
+    try:
+        return tell()
+    except WorkerError as error:
+        return {"error": error.message}
+
+
+def _value(mf: ModelFile, key: str) -> Any:
+    kind = mf.metadata.value_type(key)
+    if kind.startswith("array"):
+        n = mf.metadata.array_len(key)
+        if n > MAX_ARRAY:
+            return {"type": kind, "length": n}
+    try:
+        value = mf.metadata[key]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    except WorkerError as error:
+        return {"type": kind, "error": error.message}
+
+
+def _types(mf: ModelFile) -> dict[str, dict[str, int]]:
+    """Type name -> how many tensors and bytes, in order of bytes."""
+    n_bytes: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for t in mf.tensors.values():
+        name = quants.TYPES[t.type_id].name
+        n_bytes[name] += t.nbytes
+        count[name] += 1
+    return {name: {"tensors": count[name], "bytes": n} for name, n in n_bytes.most_common()}
+
+
+def _tokenizer(mf: ModelFile, override: str | None) -> dict[str, Any]:
+    tokenizer = Tokenizer.from_model(mf, override)
+    if tokenizer is None:
+        return {"error": "the file has none"}
+    template = tokenizer.chat_template
+    return {
+        "kind": tokenizer.kind, "path": str(tokenizer.path), "n_vocab": tokenizer.n_vocab, "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id, "eot_id": tokenizer.eot_id, "unk_id": tokenizer.unk_id, "pad_id": tokenizer.pad_id,
+        "add_bos": tokenizer.add_bos, "stop_ids": list(tokenizer.stop_ids),
+        "chat_template_sha256": None if template is None else
+        hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
+    }
+
+
+def _told_plan(mf: ModelFile) -> dict[str, Any]:
+    try:
+        hp = arch.hparams(mf)
+        the_plan = plan.build(mf)
+    except WorkerError as error:
+        reason = {"error": error.message}
+        return {"hparams": reason, "plan": reason, "memory": reason}
+    return {"hparams": _hparams(hp), "plan": _plan(the_plan), "memory": _memory(mf, the_plan)}
+
+
+def _hparams(hp: arch.HParams) -> dict[str, Any]:
+    values = {f.name: getattr(hp, f.name) for f in dataclasses.fields(hp)}
+    return {k: v for k, v in values.items() if isinstance(v, int | float | str) or v is None}
+
+
+def _plan(p: plan.Plan) -> dict[str, Any]:
+    ops = Counter(type(op).__name__ for op in p.ops)
+    return {"arch": p.arch, "ops": len(p.ops), "op_types": dict(ops.most_common()), "n_vocab": p.n_vocab,
+            "n_layer": p.n_layer, "context_length": p.context_length, "max_positions": p.max_positions,
+            "kv_groups": [{"window": g.window, "layers": len(g.layers)} for g in p.kv_groups]}
+
+
+def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
+    """What running it takes: weights, KV cache of 1,000 positions and of a full context, activations of one row."""
+    blocks = kv_pool.block_bytes(p)
+    full = sum(kv_pool.reservation(g, p.context_length) * b for g, b in zip(p.kv_groups, blocks, strict=True))
+    return {
+        "weight_bytes": sum(mf.tensors[name].nbytes for name in p.weights),
+        "kv_bytes_per_1k_tokens": 1000 * p.kv_bytes_per_token(),
+        "kv_bytes_full_context": full,
+        "activation_bytes_per_row": sum(4 * b.width for b in p.buffers.values()),
+    }
+
+
+# -- as text
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The report for people. Strings of the file are escaped: a name may hold a terminal's control sequences."""
+    out = [f"{_safe(facts['path'])}: {_safe(facts['name'])}",
+           f"  {_safe(facts['arch'])}, {facts['quant_kind']}, GGUF {facts['version']}, {_size(facts['bytes'])}"
+           + (f" in {len(facts['parts'])} parts" if len(facts["parts"]) > 1 else "")]
+    _section(out, "metadata", facts["metadata"])
+    if "tensors" in facts:
+        out += ["", f"tensors: {len(facts['tensors'])}"]
+        width = max((len(_safe(t["name"])) for t in facts["tensors"]), default=0)
+        out += [f"  {_safe(t['name']):{width}s}  {t['type']:6s} {'x'.join(map(str, t['shape'])):>18s} "
+                f"{t['bytes']:>13,d} B at {t['offset']:,d}" for t in facts["tensors"]]
+    out += ["", "types:"]
+    out += [f"  {name:6s} {t['tensors']:5d} tensors  {_size(t['bytes'])}" for name, t in facts["types"].items()]
+    for part in ("tokenizer", "hparams", "plan"):
+        _section(out, part, facts[part])
+    memory = facts["memory"]
+    if "error" in memory:
+        _section(out, "memory", memory)
+    else:
+        out += ["", "memory:",
+                f"  weights                 {_size(memory['weight_bytes'])}",
+                f"  KV cache, 1,000 tokens  {_size(memory['kv_bytes_per_1k_tokens'])}",
+                f"  KV cache, full context  {_size(memory['kv_bytes_full_context'])}  "
+                f"({facts['plan']['context_length']:,d} positions of one sequence)",
+                f"  activations, one row    {_size(memory['activation_bytes_per_row'])}"]
+    return "\n".join(out)
+
+
+def _section(out: list[str], title: str, values: dict[str, Any]) -> None:
+    out += ["", f"{title}:"]
+    if list(values) == ["error"]:
+        out.append(f"  none: {_safe(values['error'])}")
+        return
+    width = min(max((len(_safe(k)) for k in values), default=0), 48)
+    out += [f"  {_safe(k):{width}s}  {_shown(v)}" for k, v in values.items()]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and set(value) == {"type", "length"}:
+        return f"{value['type']} of {value['length']:,d}"
+    if isinstance(value, str):
+        return _safe(value)
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{_safe(k)} {_shown(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return "[" + ", ".join(_shown(v) for v in value) + "]"
+    return str(value)
+
+
+def _safe(text: str) -> str:
+    cut = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in cut)
+
+
+def _size(n_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} B"
