@@ -14,7 +14,8 @@ pytest.importorskip("worker_orcd._cpu", reason="the CPU engine is not built")
 
 TEXTS = ["Hello", "def fib(n):\n", "The quick brown fox", "1, 2, 3,", "Once upon a time", "Dear Sir or Madam,",
          "import numpy as np\n", "日本語", "A haiku:", "SELECT * FROM", "The capital of France is", "x",
-         "To be, or not", "Water boils at", "In the beginning God created", "def quicksort(values: list[int]) -> list[int]:\n    "]
+         "To be, or not", "Water boils at", "In the beginning God created",
+         "def quicksort(values: list[int]) -> list[int]:\n    "]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, seed=42)
 SEEDED = SamplingParams(max_tokens=24, temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.1, seed=42)
 

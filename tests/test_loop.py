@@ -37,9 +37,9 @@ class Rig:
     """A loop with its fake engine; closes and checks that nothing is left over."""
 
     def __init__(self, max_seqs=4, max_rows=32, context=512, n_blocks=(32, 32), max_queue=64, decoder=LetterDecoder,
-                 ring_capacity=1024, **engine) -> None:
+                 ring_capacity=1024, engine_class=FakeEngine, **engine) -> None:
         config = EngineConfig(max_seqs, max_rows, context, n_blocks)
-        self.engine = FakeEngine(config, GROUPS, **engine)
+        self.engine = engine_class(config, GROUPS, **engine)
         self.scheduler = Scheduler(config, GROUPS, self.engine.block_tables, [STOP_ID])
         self.fatal: list[WorkerError] = []
         self.loop = EngineLoop(self.engine, self.scheduler, TokenRing(ring_capacity), Control(), new_decoder=decoder,
@@ -299,6 +299,21 @@ def test_a_sticky_cuda_error_kills_the_loop():
         assert rig.fatal == [rig.loop.error]
         with pytest.raises(NotReady, match="illegal address"):
             rig.submit()
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_sequence_without_a_next_token_fails_alone(at):
+    """NaN logits: the engine draws -1."""
+    class Poisoned(FakeEngine):
+        def _draw(self, digest, slot, pos):
+            return -1 if self.sampling[slot].seed == 99 and pos == 1 + at else super()._draw(digest, slot, pos)
+
+    with Rig(never_stop=True, engine_class=Poisoned) as rig:
+        good, bad = rig.submit(max_tokens=20), rig.submit(max_tokens=20, seed=99, logprobs=1 if at == 5 else None)
+        pieces, error = read(bad)
+        assert isinstance(error, InternalError) and "no numbers" in error.message and len(pieces) == at - 1
+        assert good.completion().finish_reason == "length"
+        rig.settle()
 
 
 def test_a_failing_decoder_hurts_its_job_only():

@@ -181,6 +181,20 @@ def test_an_early_return_of_decode_changes_nothing():
     assert scheduler.next_work().positions.tolist() == work.positions.tolist()
 
 
+def test_tokens_past_the_end_do_not_count():
+    """An engine that runs ahead may return steps after a stop id, or after a step that drew no token."""
+    scheduler, engine = make(never_stop=True)
+    seqs = [sequence(1, 4, 20), sequence(2, 4, 20), sequence(3, 4, 20, stops=False), sequence(4, 4, 20)]
+    for seq in seqs:
+        scheduler.add(seq)
+    run(scheduler, engine)
+    work = scheduler.next_work()
+    ended = scheduler.done_decode(work, np.array([[5, STOP_ID, STOP_ID, 5], [6, 9, 9, -1], [7, 9, 9, 9]], np.int32))
+    assert [(s.seq_id, s.ended, s.n_out) for s in ended] == [(2, "stop", 2), (4, "failed", 3)]
+    assert [(s.n_past, s.n_out, s.last_token) for s in (seqs[0], seqs[2])] == [(7, 4, 7), (7, 4, 9)]
+    check_ownership(scheduler)
+
+
 @pytest.mark.parametrize("window", [1, 2, 24, 64, 65, 128, 300])
 def test_windowed_group_returns_what_fell_out_of_the_window(window):
     group = KvGroup(window, (0,))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from worker_orcd import cuda_memory
 from worker_orcd.config import check_device
 from worker_orcd.engine import Engine, EngineConfig
-from worker_orcd.errors import CudaError, InternalError
+from worker_orcd.errors import CudaError, InsufficientVram, InternalError
 from worker_orcd.plan import Plan
 
 if TYPE_CHECKING:
@@ -67,34 +68,56 @@ class KvBudget:
     most: int
 
 
-def kv_budget(device: str, model_file: ModelFile, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget:
-    """What the device has room for, besides the model."""
+def kv_budget(device: str, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget:
+    """What the device has room for, besides the model.
+
+    Raises:
+        InsufficientVram: not even the model fits.
+    """
     if device == "cpu":
         free = free_memory()
         return KvBudget(min(int(free * CPU_KV_SHARE), CPU_KV_LIMIT), free)
-    fits = _module("_engine").kv_bytes_that_fit(model_file, plan, max_seqs, max_rows, _index(device))
-    return KvBudget(fits, fits)
+    return _cuda_kv_budget(_index(device), plan, max_seqs, max_rows)
+
+
+def _cuda_kv_budget(index: int, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget:
+    config = EngineConfig(max_seqs, max_rows, plan.context_length, (0,) * len(plan.kv_groups))
+    weights, _, workspace = _module("_engine").plan_memory(plan, config)
+    # every layer's region is aligned
+    rest = (weights.nbytes + workspace.nbytes + cuda_memory.RESERVE_BYTES + cuda_memory.STAGING_BYTES
+            + plan.n_layer * cuda_memory.ALIGN)
+    context = _module("_driver").Context(index)
+    try:
+        free, _ = context.memory()
+    finally:
+        context.close()
+    if rest >= free:
+        raise InsufficientVram(f"the model needs {rest} bytes of device memory besides its KV cache; cuda:{index} has "
+                               f"{free} free", rest, free, device=f"cuda:{index}")
+    return KvBudget(free - rest, free - rest)
 
 
 def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineConfig, *, n_threads: int,
-                chunk_bytes: int, progress: Callable[[int], None]) -> Engine:
+                progress: Callable[[int], None]) -> Engine:
     """Load the model on a resolved device.
 
     Args:
         n_threads: of the CPU engine, 0: one per core.
-        chunk_bytes: bytes of one host-to-device copy.
         progress: called with the bytes loaded so far; what it raises ends the load, and everything is freed.
     """
     if device == "cpu":
         return _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
-    return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device), chunk_bytes=chunk_bytes,
-                                         progress=progress)
+    return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device),
+                                         progress=lambda done, total: progress(done))
 
 
-def engine_facts(engine: Any) -> dict[str, object]:
+def engine_facts(device: str, engine: Any) -> dict[str, object]:
     """What an engine adds to `ModelInfo`: device memory, compute capability, driver version. Nothing on the CPU."""
-    facts = getattr(engine, "facts", None)
-    return dict(facts()) if facts is not None else {}
+    if device == "cpu":
+        return {}
+    major, minor = engine.context.capability
+    return {"vram_bytes": sum(arena.nbytes for arena in engine.memory), "sm": f"sm_{major}{minor}",
+            "cuda_runtime_version": ".".join(map(str, _module("_driver").driver_version()))}
 
 
 def free_memory() -> int:

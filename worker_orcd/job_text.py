@@ -36,10 +36,13 @@ class JobText:
         self._stop_ids = stop_ids
         self._matcher = StopMatcher(job.params.stop)
         self._waiting: list[int] = []  # tokens whose text has not been shown
+        self._past_end = False
 
     def push(self, token: int) -> None:
         """Take the next token; a complete stop string ends the job."""
         if token in self._stop_ids:
+            self._past_end = True  # an engine may draw a token or two more before it knows
+        if self._past_end:
             return
         self._waiting.append(token)
         text, stopped = self._matcher.push(self._decoder.push(token) if self._decoder else "")

@@ -86,7 +86,7 @@ class LLM:
         engine: Engine | None = None
         try:
             the_plan = plan.build(model_file, context_length)
-            config = engine_config(device, model_file, the_plan, context_length, kv_cache_bytes, max_seqs, max_rows)
+            config = engine_config(device, the_plan, context_length, kv_cache_bytes, max_seqs, max_rows)
             with LoadProgress(progress, model_file.size) as phases:
                 phases.expect(check_tensors, expect_sha256 is not None, device != "cpu")
                 if check_tensors:
@@ -96,7 +96,7 @@ class LLM:
                 self.tokenizer = Tokenizer.from_model(model_file, tokenizer)
                 upload = phases.next() if device != "cpu" else no_progress
                 engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
-                                             chunk_bytes=chunk_bytes, progress=upload)
+                                             progress=upload)
                 model_file.check_unchanged()
                 phases.done()
             stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
@@ -105,7 +105,7 @@ class LLM:
             self.info = ModelInfo(
                 **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,
-                max_seqs=max_seqs, max_rows=max_rows, **devices.engine_facts(engine))
+                max_seqs=max_seqs, max_rows=max_rows, **devices.engine_facts(device, engine))
         except BaseException:
             if engine is not None:
                 engine.close()

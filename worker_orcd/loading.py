@@ -71,8 +71,8 @@ def no_progress(done: int) -> None:
     """For a pass that nobody watches."""
 
 
-def engine_config(device: str, model_file: ModelFile, plan: Plan, asked: int | None, kv_cache_bytes: int | None,
-                  max_seqs: int, max_rows: int) -> EngineConfig:
+def engine_config(device: str, plan: Plan, asked: int | None, kv_cache_bytes: int | None, max_seqs: int,
+                  max_rows: int) -> EngineConfig:
     """Context and KV blocks: as many as asked for or refused, else as many as fit.
 
     Args:
@@ -92,7 +92,7 @@ def engine_config(device: str, model_file: ModelFile, plan: Plan, asked: int | N
     one_sequence = sum(kv_pool.reservation(g, context) * s for g, s in zip(plan.kv_groups, sizes, strict=True))
     budget = kv_cache_bytes
     if budget is None:
-        room = devices.kv_budget(device, model_file, plan, max_seqs, max_rows)
+        room = devices.kv_budget(device, plan, max_seqs, max_rows)
         budget = room.default if asked is None else max(room.default, min(one_sequence, room.most))
     n_blocks = kv_pool.blocks_within(plan, budget, max_seqs, max_rows, context)
     if min(n_blocks) == 0:

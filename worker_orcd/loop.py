@@ -42,9 +42,10 @@ from worker_orcd.logprobs import top_logprobs
 from worker_orcd.sampling import SamplingParams
 from worker_orcd.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
 
-#: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again
-_STOP, _LENGTH, _WAKE = -1, -2, -3
-_MARKS = {"stop": _STOP, "length": _LENGTH}
+#: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again. They are far from
+#: the -1 by which an engine says that it could draw no token
+_STOP, _LENGTH, _FAILED, _WAKE = -1001, -1002, -1003, -1004
+_MARKS = {"stop": _STOP, "length": _LENGTH, "failed": _FAILED}
 #: a step with prompt rows is kept about this long, so that a cancelled prompt stops within 100 ms
 STEP_SECONDS = 0.08
 MIN_PROMPT_ROWS = 16
@@ -341,7 +342,7 @@ class EngineLoop:
             if entry is not None and isinstance(entry.job, Job):
                 if entry.job.first_token_at is None:
                     entry.job.first_token_at = now
-                if seq.want_logits:
+                if seq.want_logits and token >= 0:
                     entry.job.add_logprobs(top_logprobs(logits[row], int(token), entry.job.params.logprobs))
         ended = self._scheduler.done_step(work, sampled)
         for seq, token in zip(work.outputs, sampled, strict=True):
@@ -396,7 +397,9 @@ class EngineLoop:
                 try:
                     if token >= 0:
                         entry.text.push(token)
-                    elif token != _WAKE:
+                    elif token == _FAILED:
+                        entry.job.end(InternalError("the logits of the next token are no numbers"))
+                    elif token in (_STOP, _LENGTH):
                         entry.text.end("stop" if token == _STOP else "length")
                 except Exception as error:
                     entry.job.end(_as_worker_error(error, "the text of the job could not be made"))

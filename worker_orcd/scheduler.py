@@ -39,7 +39,7 @@ class SequenceState:
         slot: place in the engine, -1 while waiting.
         n_past: positions in the KV cache.
         n_out: tokens generated; `last_token` is the newest, not yet in the cache.
-        ended: None while it lives, then "stop", "length" or "dropped".
+        ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
     """
 
     seq_id: int
@@ -125,6 +125,7 @@ class Scheduler:
         self.groups = tuple(groups)
         self.pools = [BlockPool(n) for n in config.n_blocks]
         self.stop_ids = frozenset(stop_ids)
+        self._stop_array = np.array(sorted(self.stop_ids), np.int32)
         #: prompt rows of one step, 1 .. max_rows; the loop lowers it on a slow device to keep steps short
         self.prompt_rows = config.max_rows
         windowed = any(g.window for g in self.groups)
@@ -247,14 +248,20 @@ class Scheduler:
         return self._end_finished([work.seq])
 
     def done_decode(self, work: DecodeWork, sampled: np.ndarray) -> list[SequenceState]:
-        """Take the result of a decode run, int32 [steps_done, n]. Returns the sequences that ended."""
-        n = len(sampled)
-        if n:
-            for seq, token in zip(work.seqs, sampled[-1], strict=True):
-                seq.n_past += n
-                seq.n_out += n
-                seq.last_token = int(token)
-        return self._end_finished(work.seqs) if n else []
+        """Take the result of a decode run, int32 [steps_done, n]. Returns the sequences that ended.
+
+        An engine may have run a step or two past a sequence's end; what it drew there does not count.
+        """
+        if not len(sampled):
+            return []
+        no_token, stop = sampled < 0, np.isin(sampled, self._stop_array)
+        for j, seq in enumerate(work.seqs):
+            ends = np.flatnonzero(no_token[:, j] | stop[:, j] if seq.stops else no_token[:, j])
+            n = int(ends[0]) + 1 if len(ends) else len(sampled)
+            seq.n_past += n
+            seq.n_out += n
+            seq.last_token = int(sampled[n - 1, j])
+        return self._end_finished(work.seqs)
 
     # -- inside
 
@@ -262,7 +269,9 @@ class Scheduler:
         """End those that have their last token; of the others return the blocks they need no more."""
         ended = []
         for seq in seqs:
-            if seq.stops and seq.n_out and seq.last_token in self.stop_ids:
+            if seq.n_out and seq.last_token < 0:
+                reason = "failed"
+            elif seq.n_out and seq.stops and seq.last_token in self.stop_ids:
                 reason = "stop"
             elif not seq.prefilling and seq.n_out == seq.max_tokens:
                 reason = "length"
