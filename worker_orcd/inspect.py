@@ -34,7 +34,8 @@ def inspect(path: str, tokenizer: str | None = None) -> dict[str, Any]:
     """
     with ModelFile(path) as mf:
         facts: dict[str, Any] = {
-            "path": mf.path, "name": mf.name, "arch": mf.arch, "quant_kind": mf.quant_kind, "file_type": mf.file_type,
+            "path": mf.path, "name": mf.name, "arch": mf.arch,
+            "quant_kind": mf.quant_kind if mf.tensors else None, "file_type": mf.file_type,
             "version": mf.parts[0].version, "bytes": mf.size, "parts": [p.path for p in mf.parts],
             "metadata": {key: _value(mf, key) for key in mf.metadata},
             "types": _types(mf),
@@ -130,8 +131,9 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The report for people. Strings of the file are escaped: a name may hold a terminal's control sequences."""
+    kind = facts["quant_kind"] or "no tensors"
     out = [f"{_safe(facts['path'])}: {_safe(facts['name'])}",
-           f"  {_safe(facts['arch'])}, {facts['quant_kind']}, GGUF {facts['version']}, {_size(facts['bytes'])}"
+           f"  {_safe(facts['arch'])}, {kind}, GGUF {facts['version']}, {_size(facts['bytes'])}"
            + (f" in {len(facts['parts'])} parts" if len(facts["parts"]) > 1 else "")]
     _section(out, "metadata", facts["metadata"])
     if "tensors" in facts:
