@@ -117,6 +117,16 @@ def test_alone_or_in_a_crowd_the_same_ids():
         rig.settle()
 
 
+def test_waiting_jobs_start_when_the_last_running_one_ends():
+    with Rig(max_seqs=1, never_stop=True, step_seconds=0.002) as rig:
+        jobs = [rig.submit(max_tokens=10, job_id=str(i)) for i in range(4)]
+        wait_for(lambda: rig.scheduler.n_waiting == 3)
+        assert [isinstance(read(job)[1], Finished) for job in jobs] == [True] * 4
+        for i in range(50):  # the id of a job whose end was seen is free
+            assert isinstance(read(rig.submit(max_tokens=1, job_id="again", seed=i))[1], Finished)
+        rig.settle()
+
+
 def test_the_stop_token_is_not_part_of_the_result():
     with Rig() as rig:
         stopped = [c for c in (rig.submit(seed=s, max_tokens=200).completion() for s in range(8))
@@ -278,6 +288,8 @@ def test_an_engine_error_ends_what_runs_and_nothing_else():
         running = [rig.submit(max_tokens=300, seed=i) for i in range(2)]
         wait_for(lambda: all(j.state == "decode" for j in running))
         queued = rig.submit(max_tokens=5)
+        rig.submit(max_tokens=5).cancel()
+        wait_for(lambda: rig.scheduler.n_waiting == 1)
         rig.engine.fail_with = ValueError("planted")
         for job in running:
             _, error = read(job)

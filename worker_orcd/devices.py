@@ -111,11 +111,12 @@ def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineCo
                                          progress=lambda done, total: progress(done))
 
 
-def engine_facts(device: str, engine: Any) -> dict[str, object]:
+def engine_facts(engine: Any) -> dict[str, object]:
     """What an engine adds to `ModelInfo`: device memory, compute capability, driver version. Nothing on the CPU."""
-    if device == "cpu":
+    context = getattr(engine, "context", None)
+    if context is None:
         return {}
-    major, minor = engine.context.capability
+    major, minor = context.capability
     return {"vram_bytes": sum(arena.nbytes for arena in engine.memory), "sm": f"sm_{major}{minor}",
             "cuda_runtime_version": ".".join(map(str, _module("_driver").driver_version()))}
 

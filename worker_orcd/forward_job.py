@@ -22,15 +22,17 @@ class ForwardJob:
         self.done = threading.Event()
         self.error: WorkerError | None = None
         self.admitted_at: float | None = None
+        self._ending = False
         self._on_end = on_end
         self._lock = threading.Lock()
 
     def end(self, error: WorkerError | None) -> bool:
         """End it, with an error or with the logits complete. The first end wins."""
         with self._lock:
-            if self.done.is_set():
+            if self._ending:
                 return False
-            self.error = error
-            self.done.set()
+            self._ending = True
         self._on_end(self)
+        self.error = error
+        self.done.set()
         return True

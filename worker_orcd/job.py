@@ -107,6 +107,7 @@ class Job:
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[dict[int, float]] = []
+        self._ending = False
         self._end: Finished | WorkerError | None = None
 
     # -- the client's side
@@ -183,7 +184,7 @@ class Job:
     def add_piece(self, text: str, token_ids: list[int]) -> None:
         """Append a piece; no effect on a job that has ended."""
         with self._changed:
-            if self._end is not None:
+            if self._ending:
                 return
             self._token_ids.extend(token_ids)
             piece = Piece(text, len(self._texts), tuple(token_ids))
@@ -194,7 +195,7 @@ class Job:
     def add_silent_tokens(self, token_ids: list[int]) -> None:
         """Record tokens that gave no text to show: part of the result, no piece."""
         with self._changed:
-            if self._end is None:
+            if not self._ending:
                 self._token_ids.extend(token_ids)
 
     def add_logprobs(self, logprobs: dict[int, float]) -> None:
@@ -208,9 +209,12 @@ class Job:
     def end(self, end: Finished | WorkerError) -> bool:
         """End the job. Returns whether this call ended it: the first one wins."""
         with self._changed:
-            if self._end is not None:
+            if self._ending:
                 return False
+            self._ending = True
+        # before anyone can see the end: who has seen it may use the job's id again
+        self._on_end(self)
+        with self._changed:
             self._end = end
             self._changed.notify_all()
-        self._on_end(self)
         return True

@@ -105,7 +105,7 @@ class LLM:
             self.info = ModelInfo(
                 **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,
-                max_seqs=max_seqs, max_rows=max_rows, **devices.engine_facts(device, engine))
+                max_seqs=max_seqs, max_rows=max_rows, **devices.engine_facts(engine))
         except BaseException:
             if engine is not None:
                 engine.close()

@@ -290,7 +290,8 @@ class EngineLoop:
         scheduler = self._scheduler
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._quit or self._inbox or self._drops or scheduler.running)
+                self._lock.wait_for(lambda: self._quit or self._inbox or self._drops or scheduler.running
+                                    or scheduler.n_waiting)
                 if self._quit:
                     return
                 self._control.clear()
