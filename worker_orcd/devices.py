@@ -98,11 +98,12 @@ def _cuda_kv_budget(index: int, plan: Plan, max_seqs: int, max_rows: int) -> KvB
 
 
 def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineConfig, *, n_threads: int,
-                progress: Callable[[int], None]) -> Engine:
+                chunk_bytes: int, progress: Callable[[int], None]) -> Engine:
     """Load the model on a resolved device.
 
     Args:
         n_threads: of the CPU engine, 0: one per core.
+        chunk_bytes: bytes of one host-to-device copy; nothing is copied on the CPU.
         progress: called with the bytes loaded so far; what it raises ends the load, and everything is freed.
     """
     if device == "cpu":

@@ -96,7 +96,7 @@ class LLM:
                 self.tokenizer = Tokenizer.from_model(model_file, tokenizer)
                 upload = phases.next() if device != "cpu" else no_progress
                 engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
-                                             progress=upload)
+                                             chunk_bytes=chunk_bytes, progress=upload)
                 model_file.check_unchanged()
                 phases.done()
             stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
