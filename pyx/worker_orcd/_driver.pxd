@@ -17,14 +17,20 @@ cdef class Context:
     cdef cu.CUdevice handle
     cdef cu.CUcontext ctx
     cdef bint open
-    cdef object live
+    cdef object live          # weak set of what was made in the context
     cdef int enter(self) except -1 nogil
+    cdef bint usable(self) noexcept nogil
     cdef int require_open(self) except -1
+
+
+cdef class Event
 
 
 cdef class Stream:
     cdef readonly Context context
     cdef cu.CUstream handle
+    cdef object __weakref__
+    cdef int follow_nogil(self, Event event) except -1 nogil
     cdef int copy_in_nogil(self, cu.CUdeviceptr to, const void* source, size_t n) except -1 nogil
     cdef int copy_out_nogil(self, void* to, cu.CUdeviceptr source, size_t n) except -1 nogil
     cdef int fill_nogil(self, cu.CUdeviceptr to, unsigned char value, size_t n) except -1 nogil
@@ -35,6 +41,7 @@ cdef class Stream:
 cdef class Event:
     cdef readonly Context context
     cdef cu.CUevent handle
+    cdef object __weakref__
     cdef int record_nogil(self, cu.CUstream stream) except -1 nogil
     cdef int wait_nogil(self) except -1 nogil
     cdef int done_nogil(self) except -1 nogil
@@ -44,6 +51,7 @@ cdef class Library:
     cdef readonly Context context
     cdef readonly str name
     cdef cu.CUlibrary handle
+    cdef object __weakref__
 
 
 cdef class Kernel:
@@ -68,10 +76,12 @@ cdef class PinnedMemory:
     cdef readonly size_t nbytes
     cdef void* host
     cdef cu.CUdeviceptr mapped
+    cdef object __weakref__
 
 
 cdef class Graph:
     cdef readonly Context context
     cdef readonly size_t n_nodes
     cdef cu.CUgraphExec handle
+    cdef object __weakref__
     cdef int launch_nogil(self, cu.CUstream stream) except -1 nogil

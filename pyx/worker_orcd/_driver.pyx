@@ -13,6 +13,7 @@ import weakref
 from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
+from posix.unistd cimport getpid
 
 from .errors import CudaError
 
@@ -62,10 +63,11 @@ cdef int _init() except -1:
                         call="cuInit", status_name="FORKED")
     cdef cu.CUresult status
     try:
-        status = cu.cuInit(0)
-    except (RuntimeError, ImportError, OSError) as e:
-        raise CudaError(f"no NVIDIA driver on this machine (libcuda.so.1 cannot be loaded: {e}); "
-                        "choose --device cpu, or install the driver", call="cuInit", status_name="NO_DRIVER") from None
+        with nogil:
+            status = cu.cuInit(0)
+    except (RuntimeError, ImportError, OSError):
+        raise CudaError("no NVIDIA driver on this machine (libcuda.so.1 cannot be loaded); choose --device cpu, or "
+                        "install the driver", call="cuInit", status_name="NO_DRIVER") from None
     if status == cu.CUDA_ERROR_NO_DEVICE:
         raise CudaError("the NVIDIA driver finds no GPU; choose --device cpu", call="cuInit",
                         status_name="CUDA_ERROR_NO_DEVICE")
@@ -126,18 +128,23 @@ cdef class Context:
         self.sm_count = _attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.max_smem = _attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         check(cu.cuDeviceTotalMem(&self.total_bytes, self.handle), b"cuDeviceTotalMem")
-        check(cu.cuDevicePrimaryCtxRetain(&self.ctx, self.handle), b"cuDevicePrimaryCtxRetain")
-        self.open = True
-        self.enter()
+        with nogil:
+            check(cu.cuDevicePrimaryCtxRetain(&self.ctx, self.handle), b"cuDevicePrimaryCtxRetain")
+            self.open = True
+            self.enter()
 
     cdef int enter(self) except -1 nogil:
         """Make the context current on the calling thread."""
         return check(cu.cuCtxSetCurrent(self.ctx), b"cuCtxSetCurrent")
 
+    cdef bint usable(self) noexcept nogil:
+        """Whether handles of this context may be given to the driver: it is open, and this is the process it is of."""
+        return self.open and self.pid == getpid()
+
     cdef int require_open(self) except -1:
         if not self.open:
             raise CudaError("the CUDA context is closed", call="cuCtxSetCurrent", status_name="CLOSED")
-        if self.pid != os.getpid():
+        if self.pid != getpid():
             raise CudaError("this process was forked after CUDA was initialized; start CUDA in the worker process "
                             "only", call="cuCtxSetCurrent", status_name="FORKED")
         return self.enter()
@@ -183,28 +190,30 @@ cdef class Context:
         """A new stream that does not wait for the default one."""
         return Stream(self)
 
-    def event(self):
-        """A new event with timing."""
-        return Event(self)
+    def event(self, *, timing=True, blocking=False):
+        """A new event; `blocking`: `synchronize` sleeps instead of spinning."""
+        return Event(self, timing, blocking)
 
     def allocations(self):
         """The live `DeviceMemory` objects of this context."""
-        return [m for m in self.live if m.pointer]
+        return [m for m in self.live if isinstance(m, DeviceMemory) and m.pointer]
 
     def close(self):
-        """Free all live memory and release the context. Idempotent; never raises."""
-        if not self.open:
-            return
-        if self.pid == os.getpid():
-            for memory in list(self.live):
-                memory.close()
-            self.open = False
+        """Close everything that was made in the context, and release it. Idempotent; never raises."""
+        if self.usable():
+            for resource in list(self.live):
+                resource.close()
             cu.cuDevicePrimaryCtxRelease(self.handle)
         self.open = False
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
     def __dealloc__(self):
-        if self.open and _init_pid == self.pid:
-            self.open = False
+        if self.usable():
             cu.cuDevicePrimaryCtxRelease(self.handle)
 
 
@@ -215,6 +224,7 @@ cdef class Stream:
         self.context = context
         context.require_open()
         check(cu.cuStreamCreate(&self.handle, cu.CU_STREAM_NON_BLOCKING), b"cuStreamCreate")
+        context.live.add(self)
 
     cdef int copy_in_nogil(self, cu.CUdeviceptr to, const void* source, size_t n) except -1 nogil:
         """Queue a copy from page-locked host memory, which must stay as it is until the copy is done."""
@@ -227,6 +237,10 @@ cdef class Stream:
     cdef int fill_nogil(self, cu.CUdeviceptr to, unsigned char value, size_t n) except -1 nogil:
         """Queue setting n bytes."""
         return check(cu.cuMemsetD8Async(to, value, n, self.handle), b"cuMemsetD8Async")
+
+    cdef int follow_nogil(self, Event event) except -1 nogil:
+        """Let later work of this stream wait for `event`."""
+        return check(cu.cuStreamWaitEvent(self.handle, event.handle, 0), b"cuStreamWaitEvent")
 
     cdef int wait_nogil(self) except -1 nogil:
         """Wait until everything queued so far is done."""
@@ -249,7 +263,7 @@ cdef class Stream:
     def wait(self, Event event):
         """Let later work of this stream wait for `event`."""
         self.context.require_open()
-        check(cu.cuStreamWaitEvent(self.handle, event.handle, 0), b"cuStreamWaitEvent")
+        self.follow_nogil(event)
 
     def begin_capture(self):
         """Record the following work into a graph instead of running it."""
@@ -271,23 +285,35 @@ cdef class Stream:
             cu.cuGraphDestroy(graph)
 
     def close(self):
-        if self.handle != NULL and self.context.open:
-            self.context.enter()
+        """Let go of the stream; what is queued still runs. Idempotent; never raises."""
+        if self.handle != NULL and self.context.usable():
             cu.cuStreamDestroy(self.handle)
         self.handle = NULL
 
     def __dealloc__(self):
-        if self.handle != NULL and self.context is not None and self.context.open:
+        if self.handle != NULL and self.context is not None and self.context.usable():
             cu.cuStreamDestroy(self.handle)
 
 
 cdef class Event:
-    """A point in a stream."""
+    """A point in a stream.
 
-    def __init__(self, Context context):
+    Args:
+        context: where.
+        timing: keep the time, for `elapsed_ms`.
+        blocking: `synchronize` sleeps instead of spinning.
+    """
+
+    def __init__(self, Context context, bint timing=True, bint blocking=False):
+        cdef unsigned int flags = cu.CU_EVENT_DEFAULT
+        if not timing:
+            flags |= cu.CU_EVENT_DISABLE_TIMING
+        if blocking:
+            flags |= cu.CU_EVENT_BLOCKING_SYNC
         self.context = context
         context.require_open()
-        check(cu.cuEventCreate(&self.handle, cu.CU_EVENT_DEFAULT), b"cuEventCreate")
+        check(cu.cuEventCreate(&self.handle, flags), b"cuEventCreate")
+        context.live.add(self)
 
     cdef int record_nogil(self, cu.CUstream stream) except -1 nogil:
         return check(cu.cuEventRecord(self.handle, stream), b"cuEventRecord")
@@ -321,8 +347,14 @@ cdef class Event:
         check(cu.cuEventElapsedTime(&ms, since.handle, self.handle), b"cuEventElapsedTime")
         return ms
 
+    def close(self):
+        """Let go of the event. Idempotent; never raises."""
+        if self.handle != NULL and self.context.usable():
+            cu.cuEventDestroy(self.handle)
+        self.handle = NULL
+
     def __dealloc__(self):
-        if self.handle != NULL and self.context is not None and self.context.open:
+        if self.handle != NULL and self.context is not None and self.context.usable():
             cu.cuEventDestroy(self.handle)
 
 
@@ -334,22 +366,33 @@ cdef class Library:
     """
 
     def __init__(self, Context context, str name, bytes code):
+        cdef const char* image = code
+        cdef cu.CUresult status
         self.context, self.name = context, name
         context.require_open()
-        cdef cu.CUresult status = cu.cuLibraryLoadData(&self.handle, <const char*>code, NULL, NULL, 0, NULL, NULL, 0)
+        with nogil:  # where only PTX fits, this compiles it, which takes seconds
+            status = cu.cuLibraryLoadData(&self.handle, image, NULL, NULL, 0, NULL, NULL, 0)
         if status in (cu.CUDA_ERROR_NO_BINARY_FOR_GPU, cu.CUDA_ERROR_UNSUPPORTED_PTX_VERSION):
             major, minor = context.capability
             raise CudaError(f"kernel image {name!r} has no code for compute capability {major}.{minor} "
                             f"({context.name}); rebuild with WORKER_ORCD_CUDA_ARCHS={major}{minor}",
-                            call="cuLibraryLoadData", status_name="CUDA_ERROR_NO_BINARY_FOR_GPU")
+                            call="cuLibraryLoadData", status_name="CUDA_ERROR_NO_BINARY_FOR_GPU",
+                            compute_capability=f"{major}.{minor}")
         check(status, b"cuLibraryLoadData")
+        context.live.add(self)
 
     def kernel(self, str name, unsigned int max_dynamic_smem=0):
         """The kernel `name`, allowed to use `max_dynamic_smem` bytes of dynamic shared memory."""
         return Kernel(self, name, max_dynamic_smem)
 
+    def close(self):
+        """Unload the kernels; none of them may be running. Idempotent; never raises."""
+        if self.handle != NULL and self.context.usable():
+            cu.cuLibraryUnload(self.handle)
+        self.handle = NULL
+
     def __dealloc__(self):
-        if self.handle != NULL and self.context is not None and self.context.open:
+        if self.handle != NULL and self.context is not None and self.context.usable():
             cu.cuLibraryUnload(self.handle)
 
 
@@ -422,10 +465,11 @@ cdef class DeviceMemory:
         context.require_open()
         if nbytes == 0:
             return
-        if managed:
-            check(cu.cuMemAllocManaged(&self.handle, nbytes, cu.CU_MEM_ATTACH_GLOBAL), b"cuMemAllocManaged")
-        else:
-            check(cu.cuMemAlloc(&self.handle, nbytes), b"cuMemAlloc")
+        with nogil:
+            if managed:
+                check(cu.cuMemAllocManaged(&self.handle, nbytes, cu.CU_MEM_ATTACH_GLOBAL), b"cuMemAllocManaged")
+            else:
+                check(cu.cuMemAlloc(&self.handle, nbytes), b"cuMemAlloc")
         context.live.add(self)
 
     @property
@@ -443,14 +487,16 @@ cdef class DeviceMemory:
         cdef size_t n = source.shape[0]
         self._range(offset, n)
         if n:
-            check(cu.cuMemcpyHtoD(self.handle + offset, &source[0], n), b"cuMemcpyHtoD")
+            with nogil:
+                check(cu.cuMemcpyHtoD(self.handle + offset, &source[0], n), b"cuMemcpyHtoD")
 
     def copy_to(self, unsigned char[::1] target, size_t offset=0):
         """Copy bytes at `offset` of the device to the host, and wait."""
         cdef size_t n = target.shape[0]
         self._range(offset, n)
         if n:
-            check(cu.cuMemcpyDtoH(&target[0], self.handle + offset, n), b"cuMemcpyDtoH")
+            with nogil:
+                check(cu.cuMemcpyDtoH(&target[0], self.handle + offset, n), b"cuMemcpyDtoH")
 
     def fill(self, unsigned char value):
         """Set every byte, and wait."""
@@ -477,13 +523,13 @@ cdef class DeviceMemory:
 
     def close(self):
         """Free the memory. Idempotent; never raises."""
-        if self.handle and self.context.open and self.context.pid == os.getpid():
-            self.context.enter()
+        if self.handle and self.context.usable():
+            cu.cuCtxSetCurrent(self.context.ctx)
             cu.cuMemFree(self.handle)
         self.handle = 0
 
     def __dealloc__(self):
-        if self.handle and self.context is not None and self.context.open:
+        if self.handle and self.context is not None and self.context.usable():
             cu.cuCtxSetCurrent(self.context.ctx)
             cu.cuMemFree(self.handle)
 
@@ -492,11 +538,14 @@ cdef class PinnedMemory:
     """Page-locked host memory, mapped into the device's address space."""
 
     def __init__(self, Context context, size_t nbytes):
+        cdef unsigned int flags = cu.CU_MEMHOSTALLOC_PORTABLE | cu.CU_MEMHOSTALLOC_DEVICEMAP
+        cdef size_t size = nbytes if nbytes else 1
         self.context, self.nbytes = context, nbytes
         context.require_open()
-        check(cu.cuMemHostAlloc(&self.host, max(nbytes, 1), cu.CU_MEMHOSTALLOC_PORTABLE | cu.CU_MEMHOSTALLOC_DEVICEMAP),
-              b"cuMemHostAlloc")
-        check(cu.cuMemHostGetDevicePointer(&self.mapped, self.host, 0), b"cuMemHostGetDevicePointer")
+        with nogil:
+            check(cu.cuMemHostAlloc(&self.host, size, flags), b"cuMemHostAlloc")
+            check(cu.cuMemHostGetDevicePointer(&self.mapped, self.host, 0), b"cuMemHostGetDevicePointer")
+        context.live.add(self)
 
     @property
     def pointer(self):
@@ -524,13 +573,13 @@ cdef class PinnedMemory:
 
     def close(self):
         """Free the memory. Idempotent; never raises."""
-        if self.host != NULL and self.context.open and self.context.pid == os.getpid():
-            self.context.enter()
+        if self.host != NULL and self.context.usable():
+            cu.cuCtxSetCurrent(self.context.ctx)
             cu.cuMemFreeHost(self.host)
         self.host = NULL
 
     def __dealloc__(self):
-        if self.host != NULL and self.context is not None and self.context.open:
+        if self.host != NULL and self.context is not None and self.context.usable():
             cu.cuCtxSetCurrent(self.context.ctx)
             cu.cuMemFreeHost(self.host)
 
@@ -547,21 +596,23 @@ cdef class Graph:
         self.launch_nogil(stream.handle)
 
     def close(self):
-        if self.handle != NULL and self.context.open:
-            self.context.enter()
+        """Let go of the graph; none of its replays may be running. Idempotent; never raises."""
+        if self.handle != NULL and self.context.usable():
             cu.cuGraphExecDestroy(self.handle)
         self.handle = NULL
 
     def __dealloc__(self):
-        if self.handle != NULL and self.context is not None and self.context.open:
+        if self.handle != NULL and self.context is not None and self.context.usable():
             cu.cuGraphExecDestroy(self.handle)
 
 
 cdef Graph _instantiate(Context context, uintptr_t graph):
     cdef Graph g = Graph.__new__(Graph)
     g.context = context
-    check(cu.cuGraphGetNodes(<cu.CUgraph>graph, NULL, &g.n_nodes), b"cuGraphGetNodes")
-    check(cu.cuGraphInstantiate(&g.handle, <cu.CUgraph>graph, 0), b"cuGraphInstantiate")
+    with nogil:
+        check(cu.cuGraphGetNodes(<cu.CUgraph>graph, NULL, &g.n_nodes), b"cuGraphGetNodes")
+        check(cu.cuGraphInstantiate(&g.handle, <cu.CUgraph>graph, 0), b"cuGraphInstantiate")
+    context.live.add(g)
     return g
 
 
