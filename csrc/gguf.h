@@ -31,7 +31,7 @@ constexpr uint64_t kMaxTensors = 65535;          // the largest have a few thous
 constexpr uint64_t kMaxKeyBytes = 65535;         // the format's own limit
 constexpr uint64_t kMaxNameBytes = 63;           // ggml's limit: 64 with the terminating zero
 constexpr uint64_t kMaxArray = uint64_t(1) << 24;  // elements of one array
-constexpr uint64_t kMaxAllKeyBytes = uint64_t(16) << 20;  // the names of all keys together
+constexpr uint64_t kMaxAllKeyBytes = uint64_t(4) << 20;  // the names of all keys together
 constexpr uint64_t kMinAlignment = 8, kMaxAlignment = uint64_t(1) << 20;
 constexpr uint32_t kMaxDims = 4;
 constexpr uint64_t kMaxElements = uint64_t(INT64_MAX);

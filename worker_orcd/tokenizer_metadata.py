@@ -19,9 +19,9 @@ from worker_orcd.errors import ModelLoadError
 UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
 
 #: tokens of one vocabulary; the largest published ones hold about 300,000
-MAX_TOKENS: Final = 1 << 20
+MAX_TOKENS: Final = 1 << 19
 #: merges of one vocabulary
-MAX_MERGES: Final = 1 << 21
+MAX_MERGES: Final = 1 << 20
 #: characters of one token; the longest in published vocabularies is 256 bytes long
 MAX_TOKEN_CHARS: Final = 4096
 #: characters of a chat template; published ones stay under 32 KiB
