@@ -1,0 +1,276 @@
+"""Sampling on the device against the rule of csrc/sampling.h in NumPy, and the feedback that it leaves."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from kernel_harness import CSRC, available, params, structs
+from ops_host import HEADER, new_gpu
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
+
+ONE = 1 << 40
+DRAW_SMEM = int(re.search(r"#define SAMPLE_DRAW_SMEM (\d+)", (CSRC / HEADER).read_text())[1])
+CHUNK = int(re.search(r"#define SAMPLE_CHUNK (\d+)", (CSRC / HEADER).read_text())[1])
+BINS = int(re.search(r"#define SAMPLE_BINS (\d+)", (CSRC / HEADER).read_text())[1])
+#: a different token is an error unless a running sum comes this close to a limit (exp of the device and of NumPy)
+MARGIN = 2e-6
+
+GREEDY = {"temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return new_gpu()
+
+
+def philox(seed: int, position: int) -> int:
+    mask = 0xFFFFFFFF
+    c, k = [position, 0, 0, 0], [seed & mask, seed >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & mask, (a >> 32) ^ c[3] ^ k[1], a & mask]
+        k = [(k[0] + 0x9E3779B9) & mask, (k[1] + 0xBB67AE85) & mask]
+    return c[1] << 32 | c[0]
+
+
+def test_philox_known_answer():
+    assert philox(0, 0) == 0xE169C58D6627E8D5  # words 1 and 0 of the published vector
+
+
+def reference(logits, position, slot, seen=()):
+    """(token, margin): margin is how near the nearest limit came, relative to the sum it belongs to."""
+    s = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": 0, "seed": 0} | slot
+    f = np.float32
+    bad = lambda v: not (v < np.inf).all() or v.max() == -np.inf  # noqa: E731
+    with np.errstate(all="ignore"):
+        if bad(logits):
+            return -1, 1.0
+        x = logits.astype(f)
+        if s["temperature"]:
+            x = x / f(s["temperature"])
+        seen = np.array(sorted(set(seen)), int)
+        x[seen] = np.where(x[seen] > 0, x[seen] / f(s["repetition_penalty"]), x[seen] * f(s["repetition_penalty"]))
+        if bad(x):
+            return -1, 1.0
+        best = int(np.argmax(x))
+        if s["temperature"] == 0:
+            return best, 1.0
+        d = x - x.max()
+        w = np.where(d > -28, np.floor(np.exp(d.astype(np.float64)).astype(f) * f(ONE)), 0).astype(np.uint64)
+    order = np.argsort(-x, kind="stable")
+    order = order[w[order] > 0]
+    margin = 1.0
+    if 0 < s["top_k"] < len(order):
+        order = order[: s["top_k"]]
+    if s["top_p"] < 1:
+        running = np.cumsum(w[order])
+        target = float(f(s["top_p"])) * float(running[-1])
+        target = min(max(int(np.ceil(target)), 1), int(running[-1]))
+        # ends of the prefix, the last one aside, that lie next to the target
+        margin = min(margin, float(np.abs(running[:-1].astype(float) - target).min(initial=np.inf)) / float(running[-1]))
+        order = order[: int(np.searchsorted(running, target)) + 1]
+    if s["min_p"] > 0:
+        limit = np.ceil(float(f(s["min_p"])) * ONE)
+        margin = min(margin, float(np.abs(w[order[1:]].astype(float) - limit).min(initial=np.inf)) / limit)
+        order = order[w[order] >= limit]
+    ids = np.sort(order)
+    running = np.cumsum(w[ids])
+    t = philox(s["seed"], position + 1) * int(running[-1]) >> 64
+    margin = min(margin, float(np.abs(running[:-1].astype(float) - t).min(initial=np.inf)) / float(running[-1]))
+    return int(ids[np.searchsorted(running, t, side="right")]), margin
+
+
+class Sampler:
+    """Workspace and state of the three kernels for rows of `n_vocab`; slot i samples by slots[i]."""
+
+    def __init__(self, gpu, n_rows, n_vocab, slots, out_steps=4):
+        self.gpu, self.n_rows, self.n_vocab = gpu, n_rows, n_vocab
+        kind = structs(HEADER)["SampleSlot"]
+        table = (kind * len(slots))()
+        for entry, slot in zip(table, slots, strict=True):
+            values = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": 0, "seed": 0} | slot
+            for key, value in values.items():
+                setattr(entry, key, value)
+        self.seen_words = -(-n_vocab // 32)
+        self.n_chunks = -(-n_vocab // CHUNK)
+        self.samples = gpu.buffer(np.frombuffer(bytes(table), np.uint8))
+        self.seen = gpu.buffer(np.zeros((len(slots), self.seen_words), np.uint32))
+        self.partial = gpu.empty((n_rows, self.n_chunks, 4), np.int32)
+        self.chunk_weights = gpu.empty((n_rows, self.n_chunks), np.uint64)
+        self.bin_weights = gpu.buffer(np.zeros((n_rows, BINS), np.uint64))
+        self.bin_counts = gpu.buffer(np.zeros((n_rows, BINS), np.uint32))
+        self.done = gpu.buffer(np.zeros(1, np.uint32))
+        self.step, self.host_step = gpu.buffer(np.zeros(1, np.uint64)), gpu.buffer(np.zeros(1, np.uint64))
+        self.out_steps = out_steps
+        self.out = gpu.empty((out_steps, n_rows + 2), np.int32)
+        self.next_tokens = gpu.empty(n_rows, np.int32)
+        self.failed = gpu.buffer(np.zeros(1, np.int32))
+
+    def set_logits(self, logits, rows_slots, positions, stride=None):
+        stride = stride or self.n_vocab
+        padded = np.full((self.n_rows, stride), np.nan, np.float32)
+        padded[:, : self.n_vocab] = logits
+        self.stride = stride
+        self.logits = self.gpu.buffer(padded)
+        self.slots = self.gpu.buffer(np.asarray(rows_slots, np.int32))
+        self.positions = self.gpu.buffer(np.asarray(positions, np.int32))
+
+    def run(self, advance=1, weigh=True, pdl=True):
+        """One step. Returns the tokens of its row of `out`."""
+        step = int(self.step.to_numpy()[0])
+        p = params(HEADER, "SampleParams", logits=self.logits, samples=self.samples, slots=self.slots, positions=self.positions,
+                   seen=self.seen, partial=self.partial, chunk_weights=self.chunk_weights, bin_weights=self.bin_weights,
+                   bin_counts=self.bin_counts, done=self.done, next_tokens=self.next_tokens, out=self.out, step=self.step,
+                   host_step=self.host_step, failed=self.failed, logits_stride=self.stride, n_vocab=self.n_vocab,
+                   n_chunks=self.n_chunks, seen_words=self.seen_words, out_steps=self.out_steps,
+                   out_stride=self.n_rows + 2, advance=advance)  # fmt: skip
+        gpu, grid = self.gpu, (self.n_chunks, self.n_rows)
+        gpu.launch(gpu.kernel("sample", "sample_max"), grid, 256, p, pdl=pdl)
+        if weigh:
+            gpu.launch(gpu.kernel("sample", "sample_weigh"), grid, 256, p, pdl=pdl)
+        gpu.launch(gpu.kernel("sample", "sample_draw"), self.n_rows, 1024, p, smem=DRAW_SMEM, pdl=pdl)
+        out = self.out.to_numpy()
+        assert not self.done.to_numpy().any() and not self.bin_weights.to_numpy().any() and not self.bin_counts.to_numpy().any()
+        assert int(self.step.to_numpy()[0]) == int(self.host_step.to_numpy()[0]) == step + 1
+        for buffer in (self.partial, self.chunk_weights, self.logits, self.samples, self.seen):
+            buffer.check_guards()
+        return out[step % self.out_steps, : self.n_rows]
+
+
+SLOTS = [
+    GREEDY,
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "seed": 2**64 - 1},
+    {"temperature": 1.0, "top_k": 40, "seed": 3},
+    {"temperature": 1.3, "top_p": 0.9, "seed": 4},
+    {"temperature": 1.0, "min_p": 0.05, "seed": 5},
+    {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "seed": 6},
+    {"temperature": 2.0, "top_k": 1, "seed": 7},
+    {"temperature": 1.0, "top_p": 0.0, "seed": 8},
+    {"temperature": 1.0, "top_p": 0.999, "top_k": 5000, "seed": 9},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "top_p": 0.8, "seed": 10},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {"temperature": 1.0, "repetition_penalty": 0.5, "seed": 11},
+    {"temperature": 1e-30, "seed": 12},
+    {"temperature": 1.0, "min_p": 1.0, "seed": 13},
+]
+
+
+def make_logits(rng, n_rows, n_vocab, kind):
+    if kind == "normal":
+        return (rng.standard_normal((n_rows, n_vocab)) * 3).astype(np.float32)
+    if kind == "ties":  # few distinct values, thousands of equals
+        return rng.integers(-3, 3, (n_rows, n_vocab)).astype(np.float32)
+    if kind == "flat":  # 0 and -0 are equal
+        x = np.zeros((n_rows, n_vocab), np.float32)
+        x[:, ::3] = -0.0
+        return x
+    x = (rng.standard_normal((n_rows, n_vocab)) * 2 - 20).astype(np.float32)  # peaked
+    x[:, rng.integers(n_vocab)] = 3.0
+    x[:, ::7] = -np.inf
+    return x
+
+
+@pytest.mark.parametrize(
+    ("n_vocab", "stride", "kind"),
+    [
+        (1, None, "normal"), (3, None, "normal"), (512, None, "normal"), (5000, 5003, "normal"), (4096, None, "flat"),
+        (8192, None, "ties"), (49152, None, "peaked"), (151936, None, "normal"), (32064, None, "ties"), (201088, None, "flat"),
+    ],
+)  # fmt: skip
+def test_tokens_follow_the_rule(gpu, n_vocab, stride, kind):
+    rng = np.random.default_rng(n_vocab)
+    n = len(SLOTS)
+    sampler = Sampler(gpu, n, n_vocab, SLOTS)
+    seen = [set() for _ in SLOTS]
+    skipped = 0
+    for step in range(3):
+        logits = make_logits(rng, n, n_vocab, kind)
+        order = rng.permutation(n)
+        positions = rng.integers(0, 5000, n)
+        sampler.set_logits(logits, order, positions, stride)
+        tokens = sampler.run()
+        for row, slot in enumerate(order):
+            want, margin = reference(logits[row], int(positions[row]), SLOTS[slot], seen[slot])
+            skipped += margin < MARGIN
+            assert tokens[row] == want or margin < MARGIN, f"step {step}, {SLOTS[slot]}: {tokens[row]} != {want} (margin {margin:.1e})"
+            seen[slot].add(int(tokens[row]))
+        assert np.array_equal(sampler.positions.to_numpy(), positions + 1)
+        assert np.array_equal(sampler.next_tokens.to_numpy(), tokens)
+        bits = np.unpackbits(sampler.seen.to_numpy().view(np.uint8), axis=1, bitorder="little")
+        for slot in range(n):
+            assert set(np.flatnonzero(bits[slot])) == seen[slot]
+    print(f"{skipped} of {3 * n} draws within {MARGIN} of a limit")
+    assert not sampler.failed.to_numpy().any()
+
+
+def test_row_depends_on_nothing_else(gpu):
+    rng = np.random.default_rng(5)
+    n_vocab, slots = 9000, [{"temperature": 0.8, "top_p": 0.9, "seed": i} for i in range(6)]
+    logits = make_logits(rng, 6, n_vocab, "normal")
+    together = Sampler(gpu, 6, n_vocab, slots)
+    together.set_logits(logits, range(6), [7] * 6)
+    tokens = together.run()
+    for row in range(6):
+        alone = Sampler(gpu, 1, n_vocab, slots)
+        alone.set_logits(logits[row], [row], [7])
+        assert alone.run()[0] == tokens[row]
+
+
+def test_greedy_without_weighing(gpu):
+    rng = np.random.default_rng(6)
+    sampler = Sampler(gpu, 3, 10000, [GREEDY] * 3)
+    logits = make_logits(rng, 3, 10000, "ties")
+    sampler.set_logits(logits, [0, 1, 2], [0, 1, 2])
+    assert np.array_equal(sampler.run(weigh=False), logits.argmax(1))
+
+
+def test_dead_rows_and_failed_rows(gpu):
+    rng = np.random.default_rng(7)
+    slots = [GREEDY, {"seed": 1}, {"seed": 2, "top_k": 5}, {"seed": 3}, {"seed": 4}, GREEDY]
+    logits = make_logits(rng, 6, 5000, "normal")
+    logits[1, 4321] = np.nan
+    logits[2, 17] = np.inf
+    logits[4] = -np.inf
+    sampler = Sampler(gpu, 6, 5000, slots)
+    sampler.set_logits(logits, [0, 1, 2, -1, 4, 5], [10] * 6)
+    for step in range(5):  # the ring of four steps wraps
+        tokens = sampler.run(advance=0)
+        assert tokens[0] == logits[0].argmax() and list(tokens[[1, 2, 4]]) == [-1, -1, -1] and tokens[5] == logits[5].argmax()
+        assert tokens[3] == -1, "poison of a dead row must stay"
+        assert int(sampler.step.to_numpy()[0]) == step + 1
+    assert list(sampler.positions.to_numpy()) == [10] * 6
+    assert list(sampler.next_tokens.to_numpy()[[1, 2, 3, 4]]) == [0, 0, -1, 0]
+    assert sampler.failed.to_numpy()[0] == 1
+    assert (sampler.out.to_numpy()[:, 6:] == -1).all(), "written beyond the rows"
+
+
+@pytest.mark.parametrize("slot", [{}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.3}], ids=str)
+def test_frequencies(gpu, slot):
+    """Chi-square of 2000 draws against the distribution the filters leave; one seed, many positions."""
+    n, n_vocab = 2000, 40
+    rng = np.random.default_rng(8)
+    row = rng.standard_normal(n_vocab).astype(np.float32)
+    p = np.exp(row.astype(np.float64) - row.max())
+    order = np.argsort(-p)
+    if "top_k" in slot:
+        p[order[slot["top_k"] :]] = 0
+    if "top_p" in slot:
+        running = np.cumsum(p[order]) / p.sum()
+        p[order[np.searchsorted(running, slot["top_p"]) + 1 :]] = 0
+    if "min_p" in slot:
+        p[p < slot["min_p"] * p.max()] = 0
+    p /= p.sum()
+    sampler = Sampler(gpu, n, n_vocab, [{"seed": 99} | slot])
+    sampler.set_logits(np.tile(row, (n, 1)), np.zeros(n), np.arange(n))
+    counts = np.bincount(sampler.run(), minlength=n_vocab)
+    assert counts[p == 0].sum() == 0
+    live = p > 0
+    chi2 = float((((counts - n * p) ** 2)[live] / (n * p)[live]).sum())
+    dof = int(live.sum()) - 1
+    limit = dof + 5 * np.sqrt(2 * dof) + 10  # beyond one in ten thousand
+    print(f"chi-square {chi2:.1f} of {dof} degrees of freedom (limit {limit:.1f})")
+    assert chi2 < limit
