@@ -109,7 +109,7 @@ def main() -> None:
             results.append({"kernel": launches[0].launch.kernel, "what": what, "n_out": n_outs, "k": k, "rows": n_rows,
                             "us": seconds * 1e6, "GB/s": n_bytes / seconds / 1e9, "of_copy": share})  # fmt: skip
             line += f"{seconds * 1e6:7.1f} {100 * share:3.0f}%"
-            del launches
+            del launches, outs
         table.append(line)
         del sets
 
@@ -122,7 +122,8 @@ def main() -> None:
         m, line = sets[0][0], f"{what:16s} {type_name:5s} {n_out:5d} x {k:4d} "
         for n_rows in rows_prompt:
             x = gpu.buffer(np.random.default_rng(1).standard_normal((n_rows, k), np.float32))
-            product = Matmul(gpu, m, x, gpu.empty((n_rows, n_out)), n_rows)
+            out = gpu.empty((n_rows, n_out))
+            product = Matmul(gpu, m, x, out, n_rows)
             product.run()
             seconds = gpu.time(lambda p=product: p.run(pdl=True, convert_x=False), n_inner=5, n_repeat=9)
             tflops = 2e-12 * n_rows * n_out * k / seconds

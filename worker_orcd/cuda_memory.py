@@ -15,6 +15,10 @@ from .plan import Attention, ExpertMatMul, MatMul, Plan, Rope, Weight
 ALIGN = 256
 #: most rows of one matvec launch, and of the output rows of one pass
 MAX_OUT = 64
+#: device memory beside the arenas: kernels, graphs, and what the driver takes for them
+RESERVE_BYTES = 256 << 20
+#: bytes of a slot's sampling parameters on the device
+SAMPLE_SLOT_BYTES = 32
 #: device memory through which raw tensor bytes pass on their way into the repacked layout
 STAGING_BYTES = 64 << 20
 
@@ -74,13 +78,15 @@ def kv_arena(plan: Plan, config: EngineConfig) -> Arena:
     return arena
 
 
-def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int) -> Arena:
+def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int,
+                    sample_bytes: dict[str, int]) -> Arena:  # fmt: skip
     """Activations, row tables and scratch of one step.
 
     Args:
         plan, config: the model and the engine's sizes.
         max_splits: decode attention splits by window.
         heads: blocks in y of a decode attention launch.
+        sample_bytes: scratch of sampling per output row, by name.
     """
     arena = Arena("workspace")
     rows = -(-config.max_rows // 128) * 128
@@ -102,6 +108,20 @@ def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int]
     arena.add("x_split", MAX_OUT * max(cuda_layout.x_split_bytes(*p) for p in products))
     arena.add("x_half", rows * max(cuda_layout.x_f16_bytes(*p) for p in products))
     arena.add("x_half_scale", rows * 4)
+    for name, nbytes in sample_bytes.items():
+        arena.add(name, MAX_OUT * nbytes)
+    arena.add("samples", config.max_seqs * SAMPLE_SLOT_BYTES)
+    arena.add("seen", config.max_seqs * -(-plan.n_vocab // 32) * 4)
+    arena.add("out_slots", MAX_OUT * 4)
+    arena.add("out_positions", MAX_OUT * 4)
+    arena.add("done", 4)
+    arena.add("step", 8)
+    arena.add("failed", 4)
     return arena
 
 
+def staging_bytes(workspace: Arena) -> int:
+    """Pinned host memory through which the row tables of a step pass: each table once, the output rows in pieces."""
+    names = ("tokens", "positions", "slots", "out_rows", "tiles", "block_tables", "out_slots", "out_positions")
+    ends = sorted([*workspace.offsets.values(), workspace.nbytes])
+    return sum(ends[ends.index(workspace.offsets[n]) + 1] - workspace.offsets[n] for n in names) + ALIGN

@@ -1,0 +1,726 @@
+# cython: language_level=3
+"""The CUDA engine: a lowered plan as launches, the ragged step, and the decode loop without the Python lock.
+
+All device memory is in three arenas that are allocated before the weights are read; nothing is allocated afterwards.
+A decode step is one CUDA graph per batch size, captured at start-up; between steps nothing but token ids crosses to
+the host. Implements `worker_orcd.engine.Engine`. Knows no tokenizer, no scheduler and no HTTP.
+"""
+
+import numpy as np
+
+from cuda.bindings cimport cydriver as cu
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+from . import cuda_layout, cuda_memory, plan as plan_records
+from .engine import BLOCK_SIZE, EngineConfig
+from .errors import CudaError, InsufficientVram, InternalError, InvalidRequest
+from .lowering import MatMulGroup, RopeKv, lower
+
+from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check
+from ._nodes cimport Node, Shape
+from ._ring cimport Control, TokenRing
+
+cdef extern from *:
+    """
+    #include <atomic>
+    #include <immintrin.h>
+    static inline void orcd_fence() { std::atomic_thread_fence(std::memory_order_acquire); }
+    """
+    void cpu_relax "_mm_pause"() nogil
+    void fence "orcd_fence"() nogil
+
+cdef extern from "matmul_params.h" nogil:
+    ctypedef struct RepackParams:
+        const uint8_t* rows
+        uint8_t* w
+        int64_t row_bytes
+        int32_t k, n_out, row0, n_rows
+
+
+cdef extern from "ops_params.h" nogil:
+    ctypedef struct SampleSlot:
+        uint64_t seed
+        float temperature, top_p, min_p, repetition_penalty
+        int32_t top_k, reserved
+
+from ._nodes import (AttentionNode, EmbedNode, MatMulNode, NormNode, PointwiseNode, RopeKvNode, SampleNode,
+                     attention_heads, decode_max_splits, sample_sizes)
+
+#: batch sizes for which a decode step is captured; a batch runs in the smallest that holds it
+DECODE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64)
+#: steps whose tokens may be on their way to the host at once
+cdef enum:
+    IN_FLIGHT = 2
+    RING_STEPS = 64     # rows of the pinned token ring; more than IN_FLIGHT
+    MAX_BATCH = 64
+
+
+def plan_memory(plan, config):
+    """The three arenas (weights, kv, workspace) as `cuda_memory.Arena`s, before anything is allocated."""
+    attention = [op for op in plan.ops if isinstance(op, plan_records.Attention)]
+    splits = {op.window: decode_max_splits(config.context_length, op.window) for op in attention}
+    heads = attention_heads(attention[0].n_head, attention[0].n_head_kv)
+    sampling = dict(zip(("partial", "chunk_weights", "bin_weights", "bin_counts"), sample_sizes(plan.n_vocab), strict=True))
+    return (cuda_memory.weights_arena(plan), cuda_memory.kv_arena(plan, config),
+            cuda_memory.workspace_arena(plan, config, splits, heads, sampling))
+
+
+def kv_bytes_that_fit(model_file, plan, int max_seqs, int max_rows, int device):
+    """Bytes left for the KV cache on a GPU beside weights, workspace and what the driver takes; 0 where nothing is."""
+    config = EngineConfig(min(max_seqs, MAX_BATCH), max_rows, plan.context_length, (0,) * len(plan.kv_groups))
+    context = Context(device)
+    try:
+        free, _ = context.memory()
+        taken = sum(arena.nbytes for arena in plan_memory(plan, config)) + cuda_memory.RESERVE_BYTES
+        return max(0, free - taken - cuda_memory.STAGING_BYTES - plan.n_layer * cuda_memory.ALIGN)
+    finally:
+        context.close()
+
+
+cdef class CudaEngine:
+    """A model in the memory of one GPU.
+
+    Args:
+        model_file: the open `ModelFile`; not needed after construction.
+        plan: its `Plan`.
+        config: `EngineConfig`; max_seqs at most 64.
+        device: index of the GPU.
+        progress: called with (bytes done, bytes in all) while weights are loaded, or None.
+        context: a `Context` to use instead of opening one (tests); not closed by the engine.
+
+    Raises:
+        InsufficientVram: weights, KV cache and workspace need more than is free; carries both numbers.
+        CudaError: the driver refused something.
+        ModelLoadError: the file changed while it was read.
+    """
+
+    cdef readonly object plan, config, block_tables, model_file, memory
+    cdef readonly Context context
+    cdef readonly int n_vocab
+    cdef DeviceMemory weights, kv, workspace
+    cdef dict libraries, kernel_cache, addresses
+    cdef list nodes, output_nodes, named_nodes, step_sampler, greedy
+    cdef Stream stream
+    cdef PinnedMemory staging, out_ring
+    cdef dict graphs, decode_samplers
+    cdef bint own_context, closed
+    cdef int max_smem
+    cdef size_t staged      # bytes of the staging area whose copies may still be under way
+    cdef uint64_t steps     # steps sampled since the start, as the device counts them
+    cdef readonly double load_seconds
+
+    def __init__(self, model_file, plan, config, int device=0, size_t chunk_bytes=1 << 20, progress=None,
+                 Context context=None):
+        if not 1 <= config.max_seqs <= MAX_BATCH:
+            raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
+        self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
+        self.libraries, self.kernel_cache, self.addresses, self.graphs = {}, {}, {}, {}
+        self.memory = plan_memory(plan, config)
+        self.own_context = context is None
+        self.context = Context(device) if context is None else context
+        self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
+        try:
+            self.max_smem = self.context.max_smem
+            self._allocate(model_file)
+            self._load(model_file, progress)
+            self._build()
+            self._capture()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- memory and weights
+
+    def _allocate(self, model_file):
+        """The three arenas, checked against what is free before the first byte is taken."""
+        weights, kv, workspace = self.memory
+        needed = sum(arena.nbytes for arena in self.memory)
+        free, _ = self.context.memory()
+        if needed + cuda_memory.RESERVE_BYTES > free:
+            raise InsufficientVram(
+                f"{model_file.path} needs {needed + cuda_memory.RESERVE_BYTES:,} bytes of device memory "
+                f"(weights {weights.nbytes:,}, KV cache {kv.nbytes:,}, workspace {workspace.nbytes:,}, "
+                f"kernels and graphs {cuda_memory.RESERVE_BYTES:,}), {free:,} are free on cuda:{self.context.device}",
+                needed + cuda_memory.RESERVE_BYTES, free, device=f"cuda:{self.context.device}", path=model_file.path)
+        self.weights = self.context.allocate(weights.nbytes, "weights")
+        self.kv = self.context.allocate(kv.nbytes, "kv")
+        self.workspace = self.context.allocate(workspace.nbytes, "workspace")
+        self.kv.fill(0)
+        self.workspace.fill(0)
+        for arena, memory in zip(self.memory, (self.weights, self.kv, self.workspace), strict=True):
+            for name, offset in arena.offsets.items():
+                self.addresses[name] = memory.pointer + offset
+        self.stream = self.context.stream()
+
+    def kernel(self, str image, str name, unsigned int smem=0):
+        """The kernel `name` of the fatbin `image`, allowed at least `smem` bytes of dynamic shared memory."""
+        known = self.kernel_cache.get(name)
+        if known is not None and known[1] >= smem:
+            return known[0]
+        if image not in self.libraries:
+            self.libraries[image] = self.context.load(image)
+        kernel = self.libraries[image].kernel(name, smem)
+        self.kernel_cache[name] = (kernel, smem)
+        return kernel
+
+    def _load(self, model_file, progress):
+        """Every weight into its region: vectors widened to float32, matrices repacked on the device."""
+        staging = self.context.allocate(cuda_memory.STAGING_BYTES, "staging")
+        done = 0
+        try:
+            for w in self.plan.weights.values():
+                info = model_file.tensors[w.name]
+                raw = model_file.view(w.name)
+                if w.kind in ("vector", "expert_vectors"):
+                    self._write(w.name, _widen(raw, w.type_id))
+                else:
+                    row_bytes = info.nbytes // (w.shape[1] * (w.shape[2] if len(w.shape) > 2 else 1))
+                    piece = staging.nbytes // row_bytes // 16 * 16
+                    n_out = w.shape[1]
+                    experts = w.shape[2] if len(w.shape) > 2 else 1
+                    for e in range(experts):
+                        for row in range(0, n_out, piece):
+                            n = min(piece, n_out - row)
+                            start = (e * n_out + row) * row_bytes
+                            staging.copy_from(raw[start:start + n * row_bytes])
+                            self._repack(w, staging.pointer, row_bytes, e, row, n)
+                            self.stream.synchronize()
+                done += info.nbytes
+                if progress is not None:
+                    progress(done)
+            for key, freqs in cuda_memory.rope_tables(self.plan).items():
+                self._write(f"freqs:{key}", np.asarray(freqs, np.float32))
+        finally:
+            staging.close()
+
+    def _repack(self, w, uintptr_t rows, int64_t row_bytes, int expert, int row0, int n_rows):
+        """Queue the repacking of raw rows [row0, row0 + n_rows) of a matrix (of one expert of it)."""
+        cdef RepackParams p
+        cdef Kernel kernel = self.kernel("repack", f"repack_{cuda_layout.kernel_suffix(w.type_id)}")
+        cdef uintptr_t to = self.addresses[w.name] + expert * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
+        p.rows, p.w, p.row_bytes = <uint8_t*>rows, <uint8_t*>to, row_bytes
+        p.k, p.n_out, p.row0, p.n_rows = w.shape[0], w.shape[1], row0, n_rows
+        words = cuda_layout.n_units(w.type_id, w.shape[0]) * cuda_layout.record_bytes(w.type_id) // 4
+        kernel.enqueue(self.stream.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048)), 1, 256, 0, &p, False)
+
+    def _write(self, name, array):
+        """Copy a small host array into the region `name`, and wait."""
+        for arena, memory in zip(self.memory, (self.weights, self.kv, self.workspace), strict=True):
+            if name in arena.offsets:
+                memory.copy_from(np.ascontiguousarray(array).view(np.uint8).reshape(-1), arena.offsets[name])
+                return
+        raise KeyError(name)
+
+    # ---- the launches of a step
+
+    def _view(self, view):
+        """(address, row stride in floats) of a plan view."""
+        return self.addresses[f"buffer:{view.buf}"] + 4 * view.offset, self.plan.buffers[view.buf].width
+
+    def _nodes_of(self, records):
+        """One or two launches per record, in order, as [(record name, [nodes])]."""
+        tables = {freqs: key for key, freqs in cuda_memory.rope_tables(self.plan).items()}
+        return [(op.name, self._node(op, tables)) for op in records]
+
+    def _weight(self, name):
+        return 0 if name is None else self.addresses[name]
+
+    def _node(self, op, tables):
+        make = getattr(self, f"_make_{type(op).__name__.lower()}", None)
+        if make is None:
+            raise InternalError(f"no CUDA launch for record {op.name!r} ({type(op).__name__})")
+        return make(op, tables)
+
+    def _is_output(self, view):
+        return self.plan.buffers[view.buf].rows == "outputs"
+
+    def _make_embed(self, op, tables):
+        out, stride = self._view(op.out)
+        nodes = []
+        for weight, index in ((op.weight, "tokens"), (op.positions, "positions")):
+            if weight is not None:
+                w = self.plan.weights[weight]
+                kernel = self.kernel("repack", f"rows_{cuda_layout.kernel_suffix(w.type_id)}")
+                nodes.append(EmbedNode(op.name, kernel, self.addresses[weight], self.addresses[index], out, stride,
+                                       op.scale if not nodes else 1.0, w.shape[0], w.shape[1], bool(nodes), 128))
+        return nodes
+
+    def _make_norm(self, op, tables):
+        x, x_stride = self._view(op.inp)
+        out, out_stride = self._view(op.out)
+        return [NormNode(op.name, self._image("norm"), op.kind, op.eps, x, x_stride, self._weight(op.weight),
+                         self._weight(op.bias), out, out_stride, op.inp.width, self._is_output(op.out), op.group)]
+
+    def _make_matmulgroup(self, op, tables):
+        x, x_stride = self._view(op.inp)
+        first = self.plan.weights[op.parts[0].weight]
+        parts = []
+        for part in op.parts:
+            out, out_stride = self._view(part.out)
+            parts.append((self.addresses[part.weight], self._weight(part.bias), out, out_stride, part.out.width))
+        return [MatMulNode(op.name, self.kernel, cuda_layout, first.type_id, first.shape[0], parts, x, x_stride,
+                           op.residual, self._is_output(op.parts[0].out), self.addresses["x_split"],
+                           self.addresses["x_half"], self.addresses["x_half_scale"], self.context.sm_count, self.max_smem)]
+
+    def _make_rope(self, op, tables):
+        x, stride = self._view(op.x)
+        return [RopeKvNode(op.name, self._image("rope_kv"), 0, 0, x, stride, 0, 0,
+                           self.addresses[f"freqs:{tables[op.freqs]}"], 0, 0, self.addresses["positions"],
+                           self.addresses["slots"], 0, op.n_head, op.head_dim, op.n_rot, op.pairing, 0, op.mscale)]
+
+    def _make_ropekv(self, op, tables):
+        k, k_stride = self._view(op.kv.k)
+        v, v_stride = self._view(op.kv.v)
+        q, q_stride, n_head, freqs, n_rot, pairing, mscale = 0, 0, 0, 0, 0, "", 1.0
+        if op.rope_q is not None:
+            r = op.rope_q
+            q, q_stride = self._view(r.x)
+            n_head, n_rot, pairing, mscale = r.n_head, r.n_rot, r.pairing, r.mscale
+            freqs = self.addresses[f"freqs:{tables[r.freqs]}"]
+        return [RopeKvNode(op.name, self._image("rope_kv"), q, q_stride, k, k_stride, v, v_stride, freqs,
+                           self.addresses[f"layer:{op.kv.layer}"], self._table(op.kv.layer), self.addresses["positions"],
+                           self.addresses["slots"], n_head, op.kv.n_head_kv, op.kv.head_dim, n_rot, pairing,
+                           self.config.max_blocks_per_seq, mscale)]
+
+    def _make_kvwrite(self, op, tables):
+        return self._make_ropekv(RopeKv(op.name, None, None, op), tables)
+
+    def _make_attention(self, op, tables):
+        q, q_stride = self._view(op.q)
+        out, out_stride = self._view(op.out)
+        return [AttentionNode(op.name, self._image("attention_decode"), self._image("attention_prefill"), q, q_stride, out,
+                              out_stride, self.addresses[f"layer:{op.layer}"], self._table(op.layer),
+                              self.addresses["positions"], self.addresses["slots"], self.addresses["tiles"],
+                              self._weight(op.sinks), self.addresses["attention_partial"],
+                              self.addresses["attention_counters"], op.n_head, op.n_head_kv, op.head_dim,
+                              self.config.max_blocks_per_seq,
+                              decode_max_splits(self.config.context_length, op.window), op.window, op.scale,
+                              self.context.sm_count)]
+
+    def _make_glu(self, op, tables):
+        gate, gate_stride = self._view(op.gate)
+        up, up_stride = self._view(op.up)
+        out, out_stride = self._view(op.out)
+        return [PointwiseNode(op.name, self._image("pointwise"), "glu", gate, gate_stride, up, up_stride, out, out_stride,
+                              0, op.out.width, op.kind)]
+
+    def _make_act(self, op, tables):
+        a, a_stride = self._view(op.inp)
+        out, out_stride = self._view(op.out)
+        return [PointwiseNode(op.name, self._image("pointwise"), f"act_{op.kind}", a, a_stride, 0, 0, out, out_stride, 0,
+                              op.out.width)]
+
+    def _make_add(self, op, tables):
+        a, a_stride = self._view(op.inp)
+        out, out_stride = self._view(op.out)
+        return [PointwiseNode(op.name, self._image("pointwise"), "add", a, a_stride, 0, 0, out, out_stride, 0,
+                              op.out.width)]
+
+    def _make_gather(self, op, tables):
+        a, a_stride = self._view(op.inp)
+        out, out_stride = self._view(op.out)
+        return [PointwiseNode(op.name, self._image("pointwise"), "gather_rows", a, a_stride, 0, 0, out, out_stride,
+                              self.addresses["out_rows"], op.out.width, "", True)]
+
+    def _image(self, str name):
+        if name not in self.libraries:
+            self.libraries[name] = self.context.load(name)
+        return self.libraries[name]
+
+    def _table(self, int layer):
+        """Address of the block table of a layer's KV group."""
+        group = self.plan.kv_group_of[layer]
+        return self.addresses["block_tables"] + 4 * group * self.config.max_seqs * self.config.max_blocks_per_seq
+
+    # ---- one step
+
+    def _check_batch(self, batch):
+        """Refuse rows that no kernel could survive. Returns int32 arrays (tokens, positions, slots, out_rows)."""
+        tokens, positions, slots, out_rows = (np.ascontiguousarray(a, np.int32) for a in
+                                              (batch.tokens, batch.positions, batch.slots, batch.out_rows))
+        n = len(tokens)
+        if not 1 <= n <= self.config.max_rows or len(positions) != n or len(slots) != n:
+            raise InvalidRequest(f"a step takes 1 to {self.config.max_rows} rows, not {n}", field="rows")
+        if not 0 <= batch.n_decode <= min(n, self.config.max_seqs):
+            raise InvalidRequest(f"n_decode {batch.n_decode} of {n} rows", field="n_decode")
+        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
+            raise InvalidRequest(f"a token id lies outside 0..{self.n_vocab - 1}", field="token")
+        limit = self.config.context_length
+        if self.plan.max_positions is not None:
+            limit = min(limit, self.plan.max_positions)
+        if positions.min() < 0 or positions.max() >= limit:
+            raise InvalidRequest(f"a position lies outside 0..{limit - 1}", field="position")
+        if slots.min() < 0 or slots.max() >= self.config.max_seqs:
+            raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
+        if len(out_rows) and (out_rows.min() < 0 or out_rows.max() >= n):
+            raise InvalidRequest(f"an output row lies outside 0..{n - 1}", field="out_rows")
+        self._check_blocks(slots, positions, positions)
+        return tokens, positions, slots, out_rows
+
+    def _check_blocks(self, slots, first, last):
+        """Every position a row reads or writes, from `first` to `last`, must have a block of its group's pool."""
+        for g, group in enumerate(self.plan.kv_groups):
+            for slot in np.unique(slots):
+                mine = slots == slot
+                low = int(first[mine].min())
+                low = max(0, low - group.window + 1) // BLOCK_SIZE if group.window else 0
+                entries = self.block_tables[g, slot, low:int(last[mine].max()) // BLOCK_SIZE + 1]
+                if entries.min() < 0 or entries.max() >= self.config.n_blocks[g]:
+                    raise InternalError(f"slot {slot} has no KV block for a position of its rows (group {g})",
+                                        field="block")
+
+    cdef int _send(self, str name, array) except -1:
+        """Queue a host array into the region `name`, by way of the pinned staging area."""
+        cdef const uint8_t[::1] view = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        cdef size_t n = view.shape[0]
+        cdef uintptr_t address = self.addresses[name]
+        if n == 0:
+            return 0
+        if self.staged + n > self.staging.nbytes:
+            raise InternalError("the staging area of a step is too small")
+        memcpy(<char*>self.staging.host + self.staged, &view[0], n)
+        self.stream.copy_in_nogil(<cu.CUdeviceptr>address, <char*>self.staging.host + self.staged, n)
+        self.staged += (n + 255) // 256 * 256
+        return 0
+
+    cdef int _enqueue(self, list nodes, const Shape* shape) except -1:
+        cdef Node node
+        for node in nodes:
+            node.enqueue(self.stream.handle, shape)
+        return 0
+
+    cdef int _finish(self) except -1:
+        """Wait for the stream; the lock is released."""
+        with nogil:
+            self.stream.wait_nogil()
+        self.staged = 0
+        return 0
+
+    def _send_rows(self, tokens, positions, slots, out_rows, int n_decode):
+        """Queue the row tables and block tables of a step.
+
+        Returns:
+            number of attention tiles.
+        """
+        tiles = _tiles(positions, slots, n_decode)
+        self._send("tokens", tokens)
+        self._send("positions", positions)
+        self._send("slots", slots)
+        self._send("out_rows", out_rows)
+        self._send("tiles", tiles)
+        self._send("block_tables", self.block_tables)
+        return len(tiles)
+
+    def step(self, batch, want_logits=False):
+        """See `engine.Engine.step`."""
+        cdef Shape shape
+        self._enter()
+        tokens, positions, slots, out_rows = self._check_batch(batch)
+        if len(out_rows) > MAX_BATCH:
+            raise InvalidRequest(f"a step samples at most {MAX_BATCH} rows, not {len(out_rows)}", field="out_rows")
+        shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(out_rows)
+        shape.n_tiles = self._send_rows(tokens, positions, slots, out_rows, batch.n_decode)
+        self._enqueue(self.nodes, &shape)
+        self._enqueue(self.output_nodes, &shape)
+        sampled = np.empty(shape.n_out, np.int32)
+        if shape.n_out:
+            self._send("out_slots", slots[out_rows])
+            self._send("out_positions", positions[out_rows])
+            self._enqueue(self.step_sampler, &shape)
+            self.steps += 1
+        self._finish()
+        if shape.n_out:
+            sampled[:] = np.frombuffer(self.out_ring.read(4 * shape.n_out, _ring_offset(self.steps - 1)), np.int32)
+        logits = self._logits(shape.n_out) if want_logits else None
+        return sampled, logits
+
+    def _logits(self, int n):
+        out = np.empty((n, self.n_vocab), np.float32)
+        if n:
+            self.workspace.copy_to(out.reshape(-1).view(np.uint8), self.memory[2].offsets["buffer:logits"])
+        return out
+
+    def set_slot(self, int slot, sampling):
+        """See `engine.Engine.set_slot`."""
+        cdef SampleSlot* record
+        self._enter()
+        if not 0 <= slot < self.config.max_seqs:
+            raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
+        words = (self.n_vocab + 31) // 32
+        record = <SampleSlot*>self.staging.host
+        record.seed, record.temperature, record.top_p = sampling.seed, sampling.temperature, sampling.top_p
+        record.min_p, record.repetition_penalty = sampling.min_p, sampling.repetition_penalty
+        record.top_k, record.reserved = sampling.top_k, 0
+        self.greedy[slot] = sampling.temperature == 0.0
+        cdef uintptr_t samples = self.addresses["samples"], seen = self.addresses["seen"]
+        self.stream.copy_in_nogil(<cu.CUdeviceptr>(samples + slot * sizeof(SampleSlot)), record, sizeof(SampleSlot))
+        self.stream.fill_nogil(<cu.CUdeviceptr>(seen + slot * words * 4), 0, words * 4)
+        self._finish()
+
+    def forward(self, batch, stop_after=None):
+        """See `engine.Engine.forward`. With `stop_after` the plan runs record by record, nothing fused."""
+        cdef Shape shape
+        self._enter()
+        tokens, positions, slots, out_rows = self._check_batch(batch)
+        shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, 0
+        shape.n_tiles = self._send_rows(tokens, positions, slots, out_rows, batch.n_decode)
+        if stop_after is not None:
+            return self._forward_until(stop_after, len(tokens), batch.n_decode, shape.n_tiles, out_rows)
+        self._enqueue(self.nodes, &shape)
+        self._finish()
+        logits = np.empty((len(out_rows), self.n_vocab), np.float32)
+        for start in range(0, len(out_rows), MAX_BATCH):
+            part = out_rows[start:start + MAX_BATCH]
+            shape.n_out = len(part)
+            self._send("out_rows", part)
+            self._enqueue(self.output_nodes, &shape)
+            self._finish()
+            logits[start:start + len(part)] = self._logits(len(part))
+        return logits
+
+    def _forward_until(self, stop_after, int n_rows, int n_decode, int n_tiles, out_rows):
+        cdef Shape shape
+        if self.named_nodes is None:
+            self.named_nodes = self._nodes_of(lower(self.plan, fuse=False))
+        names = [op.name for op in self.plan.ops]
+        if stop_after not in names:
+            raise InvalidRequest(f"the plan has no record {stop_after!r}", field="stop_after")
+        if len(out_rows) > MAX_BATCH:
+            out_rows = out_rows[:MAX_BATCH]
+        shape.n_rows, shape.n_decode, shape.n_tiles, shape.n_out = n_rows, n_decode, n_tiles, len(out_rows)
+        for name, nodes in self.named_nodes:
+            self._enqueue(nodes, &shape)
+            if name == stop_after:
+                break
+        self._finish()
+        view = plan_records.output_of(self.plan.ops[names.index(stop_after)])
+        buffer = self.plan.buffers[view.buf]
+        out = np.empty((n_rows if buffer.rows == "tokens" else len(out_rows), buffer.width), np.float32)
+        self.workspace.copy_to(out.reshape(-1).view(np.uint8), self.memory[2].offsets[f"buffer:{view.buf}"])
+        return out
+
+
+    # ---- the decode loop
+
+    def _build(self):
+        """Everything a step needs: launches, sampling, the staging area and the token ring."""
+        records = lower(self.plan)
+        self.nodes, self.output_nodes = [], []
+        for (_, nodes), op in zip(self._nodes_of(records), records, strict=True):
+            (self.output_nodes if self._is_output(plan_records.output_of(_last(op))) else self.nodes).extend(nodes)
+        self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory[2]))
+        self.out_ring = self.context.pinned(_ring_offset(RING_STEPS))
+        memset(self.out_ring.host, 0, self.out_ring.nbytes)
+        self.greedy = [True] * self.config.max_seqs
+        self.step_sampler = [self._sampler("out_slots", "out_positions", 0, False, False)]
+        self.decode_samplers = {greedy: self._sampler("slots", "positions", self.addresses["tokens"], True, greedy)
+                                for greedy in (True, False)}
+
+    def _sampler(self, slots, positions, next_tokens, advance, greedy):
+        names = ("samples", "seen", "partial", "chunk_weights", "bin_weights", "bin_counts", "done", "step", "failed")
+        addresses = {name: self.addresses[name] for name in names} | {"logits": self.addresses["buffer:logits"]}
+        ring = self.out_ring.pointer
+        return SampleNode("sample", self._image("sample"), addresses, self.addresses[slots], self.addresses[positions],
+                          next_tokens, ring + _ring_offset(0), ring, self.n_vocab, RING_STEPS, MAX_BATCH, advance, greedy)
+
+    def _capture(self):
+        """Record one decode step for every batch size, greedy and drawn; the row tables are the graphs' only inputs."""
+        cdef Shape shape
+        for n in DECODE_SIZES:
+            shape.n_rows = shape.n_decode = shape.n_out = n
+            shape.n_tiles = 0
+            for greedy in (True, False):
+                self.stream.begin_capture()
+                try:
+                    self._enqueue(self.nodes, &shape)
+                    self._enqueue(self.output_nodes, &shape)
+                    self._enqueue([self.decode_samplers[greedy]], &shape)
+                finally:
+                    graph = self.stream.end_capture()
+                self.graphs[n, greedy] = graph
+            if n >= self.config.max_seqs:
+                break
+
+    def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_mask, TokenRing ring, Control control):
+        """See `engine.Engine.decode`. Up to one step more than needed may run past a stop id or an interrupt; its
+        tokens are returned, and those of slots that have not stopped go to the ring."""
+        cdef int n = len(slots), size, j
+        cdef int32_t[::1] stops = np.ascontiguousarray(stop_ids, np.int32)
+        cdef uint8_t[::1] mask = np.ascontiguousarray(stop_mask, np.uint8)
+        cdef int64_t[::1] ids = np.ascontiguousarray(seq_ids, np.int64)
+        slots, tokens, positions = (np.ascontiguousarray(a, np.int32) for a in (slots, tokens, positions))
+        self._enter()
+        if not 1 <= n <= self.config.max_seqs or len(np.unique(slots)) != n:
+            raise InvalidRequest(f"decode takes 1 to {self.config.max_seqs} distinct slots, not {n}", field="slots")
+        if not len(tokens) == len(positions) == len(ids) == len(mask) == n or n_steps < 1:
+            raise InvalidRequest("arrays of one decode call must have one length, and n_steps be positive", field="slots")
+        last = positions + n_steps - 1
+        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
+            raise InvalidRequest(f"a token id lies outside 0..{self.n_vocab - 1}", field="token")
+        limit = min(self.config.context_length, self.plan.max_positions or self.config.context_length)
+        if positions.min() < 0 or last.max() >= limit:
+            raise InvalidRequest(f"a position lies outside 0..{limit - 1}", field="position")
+        if slots.min() < 0 or slots.max() >= self.config.max_seqs:
+            raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
+        self._check_blocks(slots, positions, last)
+        size = next(k for k in DECODE_SIZES if k >= n)
+        pad = np.zeros(size - n, np.int32)
+        self._send_rows(np.append(tokens, pad), np.append(positions, pad), np.append(slots, pad - 1),
+                        np.arange(size, dtype=np.int32), size)
+        out = np.empty((n_steps, n), np.int32)
+        cdef int32_t[:, ::1] result = out
+        cdef uint8_t[::1] stopped = np.zeros(n, np.uint8)
+        cdef int done
+        cdef Graph graph = self.graphs[size, all(self.greedy[slot] for slot in slots)]
+        with nogil:
+            done = self._run(graph, n, n_steps, result, ids, stops, mask, stopped, ring, control)
+        self.staged = 0
+        return out[:done]
+
+    cdef int _await_step(self, uint64_t step) except -1 nogil:
+        """Wait until the device has written the tokens of `step` steps (counted from the engine's start)."""
+        cdef volatile uint64_t* arrived = <volatile uint64_t*>self.out_ring.host
+        cdef int spins = 0
+        while arrived[0] < step:
+            cpu_relax()
+            spins += 1
+            if spins == 1 << 16:
+                spins = 0
+                if self.stream.idle_nogil() and arrived[0] < step:
+                    with gil:
+                        raise InternalError("the device finished a decode step without its tokens")
+        fence()
+        return 0
+
+    cdef int _run(self, Graph graph, int n, int n_steps, int32_t[:, ::1] result, int64_t[::1] ids, int32_t[::1] stops,
+                  uint8_t[::1] mask, uint8_t[::1] stopped, TokenRing ring, Control control) except -1 nogil:
+        """The loop itself: keep IN_FLIGHT steps queued, hand out each step's tokens when they have arrived.
+
+        Returns:
+            number of steps done.
+        """
+        cdef int launched = 0, done = 0, j, k, token, m
+        cdef bint ending = False
+        cdef int64_t live_ids[MAX_BATCH]
+        cdef int32_t live_tokens[MAX_BATCH]
+        cdef const int32_t* row
+        while True:
+            while launched < n_steps and launched - done < IN_FLIGHT and not ending:
+                graph.launch_nogil(self.stream.handle)
+                launched += 1
+            if done == launched:
+                return done
+            self._await_step(self.steps + 1)
+            row = <const int32_t*>(<const char*>self.out_ring.host + 256
+                                   + self.steps % RING_STEPS * (MAX_BATCH * sizeof(int32_t)))
+            self.steps += 1
+            m = 0
+            for j in range(n):
+                token = row[j]
+                result[done, j] = token
+                if stopped[j]:
+                    continue
+                if token < 0:
+                    ending = True
+                live_ids[m], live_tokens[m] = ids[j], token
+                m += 1
+                if mask[j]:
+                    for k in range(stops.shape[0]):
+                        if stops[k] == token:
+                            stopped[j] = 1
+                            ending = True
+            done += 1
+            ring.push_many(live_ids, live_tokens, m)
+            if control.is_set():
+                ending = True
+
+
+    # ---- the rest of the protocol
+
+    def _enter(self):
+        if self.closed:
+            raise InternalError("the engine is closed")
+        self.context.require_open()
+
+    def check_residency(self):
+        """Ask the driver about every allocation of the context.
+
+        Returns:
+            what is wrong, as lines; empty when everything is plain device memory.
+        """
+        faults = []
+        self._enter()
+        for memory in self.context.allocations():
+            facts = memory.residency()
+            if facts["memory_type"] != "device" or facts["managed"] or facts["host_alias"]:
+                faults.append(f"{memory.label or 'unnamed'} ({memory.nbytes:,} bytes): {facts}")
+        return faults
+
+    def facts(self):
+        """What `info` and /health say about the device."""
+        major, minor = self.context.capability
+        return {"gpu_name": self.context.name, "sm": major * 10 + minor,
+                "vram_bytes_used": sum(m.nbytes for m in self.context.allocations()), "load_seconds": self.load_seconds}
+
+    def close(self):
+        """See `engine.Engine.close`."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            if self.stream is not None:
+                self.stream.synchronize()
+        except CudaError:
+            pass        # the context is lost; freeing is all that is left
+        for graph in self.graphs.values():
+            graph.close()
+        self.graphs, self.kernel_cache, self.libraries = {}, {}, {}
+        self.nodes = self.output_nodes = self.named_nodes = self.step_sampler = None
+        self.decode_samplers = {}
+        for memory in (self.weights, self.kv, self.workspace, self.staging, self.out_ring):
+            if memory is not None:
+                memory.close()
+        if self.stream is not None:
+            self.stream.close()
+        if self.own_context:
+            self.context.close()
+
+
+def _ring_offset(step):
+    """Byte offset of a step's row in the pinned token ring; its first 256 bytes hold the step number."""
+    return 256 + step % RING_STEPS * (MAX_BATCH * 4) if step != RING_STEPS else 256 + RING_STEPS * MAX_BATCH * 4
+
+
+def _last(op):
+    """The plan record whose output a lowered record writes."""
+    if isinstance(op, MatMulGroup):
+        return op.parts[-1]
+    return op.kv if isinstance(op, RopeKv) else op
+
+
+def _widen(raw, int type_id):
+    """A vector of F32, F16 or BF16 as float32."""
+    if type_id == 0:
+        return np.frombuffer(raw, np.float32)
+    if type_id == 1:
+        return np.frombuffer(raw, np.float16).astype(np.float32)
+    return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _tiles(positions, slots, int n_decode):
+    """Attention tiles of the prompt rows, int32 [n, 4] (row, rows, position, slot), longest context first.
+
+    A tile is up to 64 consecutive rows of one sequence that end at a multiple of 64 positions or at the chunk's end.
+    """
+    tiles = []
+    row, n = n_decode, len(positions)
+    while row < n:
+        end, slot, position = row + 1, slots[row], positions[row]
+        stop = row + BLOCK_SIZE - position % BLOCK_SIZE
+        while end < min(n, stop) and slots[end] == slot and positions[end] == positions[end - 1] + 1:
+            end += 1
+        tiles.append((row, end - row, position, slot))
+        row = end
+    tiles.sort(key=lambda tile: -(tile[2] + tile[1]))
+    return np.array(tiles, np.int32).reshape(-1, 4)

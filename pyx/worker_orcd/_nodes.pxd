@@ -1,0 +1,18 @@
+# C view of the launches of one step: what the engine enqueues, record after record.
+from cuda.bindings cimport cydriver as cu
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
+
+from ._driver cimport Kernel
+
+
+# The shape of one step. Decode rows come first; rows [n_decode, n_rows) are prompt rows, cut into n_tiles tiles.
+cdef struct Shape:
+    int32_t n_rows
+    int32_t n_decode
+    int32_t n_tiles
+    int32_t n_out
+
+
+cdef class Node:
+    cdef readonly str name
+    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1
