@@ -2,8 +2,8 @@
 //
 // For the row at position p of a slot with temperature T, penalty r, top_k, top_p, min_p and a 64-bit seed:
 //   0. A row with a NaN, a +infinity or nothing above -infinity has no distribution: the token is -1.
-//   1. x_i = logit_i / T (float32 division); skipped for T = 0.
-//   2. Penalty: for the distinct tokens i sampled in the slot since set_slot, x_i = x_i > 0 ? x_i / r : x_i * r.
+//   1. x_i = sampling_temper(logit_i, T); skipped for T = 0 (sampling_is_greedy: below 1e-5 counts as 0).
+//   2. Penalty: x_i = sampling_penalize(x_i, r) for the distinct tokens i sampled in the slot since set_slot.
 //   3. T = 0: the token is the argmax, the lowest id of equals. Nothing below applies.
 //   4. Order: by x descending, equal x by id ascending. top_k in [1, n_vocab): only the first top_k stay.
 //   5. Weights: w_i = sampling_weight(x_i, m), m = the largest x: a whole number, e^(x_i - m) in units of 2^-40. Sums
@@ -28,6 +28,7 @@
 
 // One in fixed point: the weight of the largest logit.
 #define SAMPLING_ONE ((uint64_t)1 << 40)
+#define SAMPLING_MAX 3.402823466e+38f
 
 // Philox4x32-10 (Salmon et al. 2011): four random words of a 128-bit counter under a 64-bit key.
 static inline WO_HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1, uint32_t out[4]) {
@@ -57,8 +58,16 @@ static inline WO_HOST_DEVICE uint64_t sampling_random(uint64_t seed, uint32_t po
     return (uint64_t)out[1] << 32 | out[0];
 }
 
-// Temperature and penalty of one logit.
-static inline WO_HOST_DEVICE float sampling_penalize(float x, float penalty) { return x > 0 ? x / penalty : x * penalty; }
+static inline WO_HOST_DEVICE int sampling_is_greedy(float temperature) { return temperature < 1e-5f; }
+
+// float32 division; what overflows upwards is the largest float, so that one logit stays on top instead of none.
+static inline WO_HOST_DEVICE float sampling_temper(float x, float temperature) {
+    x = x / temperature;
+    return x > SAMPLING_MAX ? SAMPLING_MAX : x;
+}
+static inline WO_HOST_DEVICE float sampling_penalize(float x, float penalty) {
+    return x > 0 ? sampling_temper(x, penalty) : x * penalty;
+}
 
 // e^(x - max) in units of 2^-40, rounded down; 0 from 28 below the maximum.
 static inline WO_HOST_DEVICE uint64_t sampling_weight(float x, float max) {
