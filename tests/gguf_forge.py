@@ -136,16 +136,31 @@ def tiny_vocab(forge: Forge | None = None, model: str = "gpt2") -> Forge:
 def tiny_llama() -> Forge:
     """A good one-layer model of architecture llama, width 32, 4 heads, 2 KV heads, vocabulary 6, all float32 zeros."""
     forge = Forge().put("general.architecture", STR, "llama").put("general.file_type", U32, 0)
-    for key, value in (("block_count", 1), ("context_length", 64), ("embedding_length", 32), ("feed_forward_length", 64),
-                       ("attention.head_count", 4), ("attention.head_count_kv", 2), ("rope.dimension_count", 8)):  # fmt: skip
+    for key, value in (
+        ("block_count", 1),
+        ("context_length", 64),
+        ("embedding_length", 32),
+        ("feed_forward_length", 64),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+        ("rope.dimension_count", 8),
+    ):
         forge.put(f"llama.{key}", U32, value)
     forge.put("llama.attention.layer_norm_rms_epsilon", F32, 1e-5).put("llama.rope.freq_base", F32, 10000.0)
     tiny_vocab(forge)
     blk = "blk.0."
     forge.tensors = [
-        f32("token_embd.weight", 32, 6), f32("output_norm.weight", 32), f32("output.weight", 32, 6),
-        f32(blk + "attn_norm.weight", 32), f32(blk + "attn_q.weight", 32, 32), f32(blk + "attn_k.weight", 32, 16),
-        f32(blk + "attn_v.weight", 32, 16), f32(blk + "attn_output.weight", 32, 32), f32(blk + "ffn_norm.weight", 32),
-        f32(blk + "ffn_gate.weight", 32, 64), f32(blk + "ffn_up.weight", 32, 64), f32(blk + "ffn_down.weight", 64, 32),
-    ]  # fmt: skip
+        f32("token_embd.weight", 32, 6),
+        f32("output_norm.weight", 32),
+        f32("output.weight", 32, 6),
+        f32(blk + "attn_norm.weight", 32),
+        f32(blk + "attn_q.weight", 32, 32),
+        f32(blk + "attn_k.weight", 32, 16),
+        f32(blk + "attn_v.weight", 32, 16),
+        f32(blk + "attn_output.weight", 32, 32),
+        f32(blk + "ffn_norm.weight", 32),
+        f32(blk + "ffn_gate.weight", 32, 64),
+        f32(blk + "ffn_up.weight", 32, 64),
+        f32(blk + "ffn_down.weight", 64, 32),
+    ]
     return forge

@@ -53,7 +53,9 @@ def structure() -> Iterator[Case]:
     yield _raw("G1-one-key-missing", _head(0, 1), "truncated: a key")
     yield _raw("G1-one-tensor-missing", _head(1, 0), "truncated: a tensor's name")
     for cut in (1, 31, 8192, 30000):
-        yield _llama(f"G1-data-short-by-{cut}", "open", "ends at byte .* the file has", lambda f, c=cut: setattr(f, "cut", c))
+        yield _llama(
+            f"G1-data-short-by-{cut}", "open", "ends at byte .* the file has", lambda f, c=cut: setattr(f, "cut", c)
+        )
 
     for magic in (b"GGML", b"ggjt", b"FUGG", b"\0\0\0\0", b"gguf", b"\x80\x02}q", b"\xff\xff\xff\xff"):
         yield _llama(f"G2-magic-{magic.hex()}", "open", "not a GGUF file", lambda f, m=magic: setattr(f, "magic", m))
@@ -93,7 +95,9 @@ def structure() -> Iterator[Case]:
 
     for depth in (3, 10, 1000, 100_000):
         nest = b"".join(struct.pack("<IQ", ARR, 1) for _ in range(depth - 1)) + g.array(U8, [1])
-        yield _llama(f"G6-arrays-{depth}-deep", "open", "nested more than one deep", lambda f, n=nest: f.raw("x", ARR, n))
+        yield _llama(
+            f"G6-arrays-{depth}-deep", "open", "nested more than one deep", lambda f, n=nest: f.raw("x", ARR, n)
+        )
     for n in (2**20, 2**63):
         nest = struct.pack("<IQ", ARR, 1) + struct.pack("<IQ", U8, n)
         yield _raw(f"G6-inner-count-{n}", _head(0, 1, g.string("k") + struct.pack("<I", ARR) + nest), "array of")
@@ -102,7 +106,13 @@ def structure() -> Iterator[Case]:
 
     yield _llama("G7-empty", "open", "a key is empty", lambda f: f.put("", U32, 1))
     yield _llama("G7-65536-bytes", "open", "a key has 65536 bytes", lambda f: f.put("k" * 65536, U32, 1))
-    bad_keys = {"non-ascii": "k\u00e9y", "invalid-utf8": b"\xff\xfe", "nul": b"a\0b", "newline": b"a\nb", "del": b"a\x7f"}
+    bad_keys = {
+        "non-ascii": "k\u00e9y",
+        "invalid-utf8": b"\xff\xfe",
+        "nul": b"a\0b",
+        "newline": b"a\nb",
+        "del": b"a\x7f",
+    }
     for name, key in bad_keys.items():
         yield _llama(f"G7-{name}", "open", "not printable ASCII", lambda f, k=key: f.put(k, U32, 1))
     again = g.string("general.architecture") + struct.pack("<I", STR) + g.string("llama")
@@ -111,14 +121,18 @@ def structure() -> Iterator[Case]:
     yield _llama("G7-5-MB-of-keys", "open", "names of the keys take more than", lambda f: f.extra_keys.extend(many))
 
     for kind in (13, 14, 255, 2**31, 2**32 - 1):
-        yield _llama(f"G8-type-{kind}", "open", f"unknown value type {kind}", lambda f, k=kind: f.raw("x", k, bytes(16)))
+        yield _llama(
+            f"G8-type-{kind}", "open", f"unknown value type {kind}", lambda f, k=kind: f.raw("x", k, bytes(16))
+        )
     for byte in (2, 0x80, 255):
         yield _llama(f"G8-bool-{byte}", "open", f"bool byte is {byte}", lambda f, b=byte: f.raw("x", BOOL, bytes([b])))
         array = struct.pack("<IQ", BOOL, 3) + bytes([1, 0, byte])
         yield _llama(f"G8-bool-{byte}-in-array", "open", f"bool byte is {byte}", lambda f, a=array: f.raw("x", ARR, a))
 
     for n in (0, 1, 3, 4, 24, 33, 2**21, 2**31, 2**32 - 1):
-        yield _llama(f"G9-alignment-{n}", "open", f"alignment is {n}, must", lambda f, n=n: f.put("general.alignment", U32, n))
+        yield _llama(
+            f"G9-alignment-{n}", "open", f"alignment is {n}, must", lambda f, n=n: f.put("general.alignment", U32, n)
+        )
     for kind, value in ((U16, 32), (I32, 32), (U64, 32), (F32, 32.0), (STR, "32"), (BOOL, True)):
         yield _llama(f"G9-alignment-of-type-{kind}", "open", "must be uint32",
                      lambda f, k=kind, v=value: f.put("general.alignment", k, v))  # fmt: skip
@@ -137,8 +151,17 @@ def tensor_table() -> Iterator[Case]:
         yield spoil(f"G10-n_dims-{n}", f"has {n} dimensions", n_dims=n)
     for dims in ((0,), (32, 0), (0, 32), (32, 1, 1, 0)):
         yield spoil(f"G11-zero-{'x'.join(map(str, dims))}", "dimension . is 0", dims=dims)
-    wraps = ((2**32, 2**32), (2**63, 2), (2**62, 4), (2**33, 2**33), (2**16, 2**16, 2**16, 2**16), (2**64 - 1, 2**64 - 1),
-             (2**64 - 1,), (2**63,), (2**21, 2**21, 2**21, 2))  # fmt: skip
+    wraps = (
+        (2**32, 2**32),
+        (2**63, 2),
+        (2**62, 4),
+        (2**33, 2**33),
+        (2**16, 2**16, 2**16, 2**16),
+        (2**64 - 1, 2**64 - 1),
+        (2**64 - 1,),
+        (2**63,),
+        (2**21, 2**21, 2**21, 2),
+    )
     for dims in wraps:
         yield spoil(f"G11-product-{'x'.join(map(str, dims))}", "number of elements overflows", dims=dims)
     for type_id, row in ((2, 33), (2, 16), (8, 1), (10, 255), (12, 128), (14, 257), (39, 48), (13, 896)):
@@ -178,7 +201,12 @@ def tensor_table() -> Iterator[Case]:
     for n in (64, 65, 1000):
         yield spoil(f"G15-name-of-{n}", f"tensor's name has {n} bytes", name="x" * n)
     yield spoil("G15-empty", "tensor's name is empty", name="")
-    for id, raw in (("nul", b"a\0b"), ("not-utf8", b"\xff\xfe"), ("newline", b"a\nb"), ("non-ascii", "\u00e9".encode())):
+    for id, raw in (
+        ("nul", b"a\0b"),
+        ("not-utf8", b"\xff\xfe"),
+        ("newline", b"a\nb"),
+        ("non-ascii", "\u00e9".encode()),
+    ):
         yield spoil(f"G15-{id}", "not printable ASCII", name=raw)
 
 
@@ -211,28 +239,43 @@ def model() -> Iterator[Case]:
     yield key("experts", "expert_count", U32, 8)
     for kind, value in ((F32, 1.0), (STR, "1"), (BOOL, True)):
         yield key(f"block_count-of-type-{kind}", "block_count", kind, value)
-    yield _llama("G16-block_count-array", "plan", "llama.block_count", lambda f: f.put_array("llama.block_count", U32, [1]))
+    yield _llama(
+        "G16-block_count-array", "plan", "llama.block_count", lambda f: f.put_array("llama.block_count", U32, [1])
+    )
     for kind, value in ((U32, 1), (STR, "1e-5"), (BOOL, True)):
         yield key(f"eps-of-type-{kind}", "attention.layer_norm_rms_epsilon", kind, value)
     for name in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length",
                  "attention.layer_norm_rms_epsilon"):  # fmt: skip
         yield _llama(f"G16-no-{name}", "plan", f"llama.{name} is missing", lambda f, n=name: f.drop(f"llama.{n}"))
-    yield _llama("G16-no-architecture", "open", "general.architecture is missing", lambda f: f.drop("general.architecture"))
+    yield _llama(
+        "G16-no-architecture", "open", "general.architecture is missing", lambda f: f.drop("general.architecture")
+    )
     yield _llama("G16-architecture-number", "open", "general.architecture is uint32",
                  lambda f: f.put("general.architecture", U32, 1))  # fmt: skip
     yield _llama("G16-architecture-unknown", "plan", "mamba", lambda f: f.put("general.architecture", STR, "mamba"))
     yield _llama("G16-architecture-not-utf8", "open", "'general.architecture' is not UTF-8",
                  lambda f: f.put("general.architecture", STR, b"\xff"))  # fmt: skip
-    yield _llama("G16-file_type-string", "open", "general.file_type is string", lambda f: f.put("general.file_type", STR, "Q4"))
-    yield _llama("G16-file_type-negative", "open", "general.file_type is -1", lambda f: f.put("general.file_type", I8, -1))
+    yield _llama(
+        "G16-file_type-string", "open", "general.file_type is string", lambda f: f.put("general.file_type", STR, "Q4")
+    )
+    yield _llama(
+        "G16-file_type-negative", "open", "general.file_type is -1", lambda f: f.put("general.file_type", I8, -1)
+    )
 
     for name in [t.name for t in tiny_llama().tensors if t.name != "output.weight"]:
         yield _llama(f"G17-missing-{name}", "plan", f"{name}.*missing", lambda f, n=name: f.drop(n))
     for extra in ("blk.1.attn_norm.weight", "blk.0.attn_q_norm.weight", "surprise"):
         yield _llama(f"G17-extra-{extra}", "plan", extra, lambda f, n=extra: f.tensors.append(g.f32(n, 32)))
-    for name, dims in (("blk.0.attn_q.weight", (32, 31)), ("blk.0.attn_k.weight", (32, 32)), ("token_embd.weight", (16, 6)),
-                       ("output.weight", (32, 5)), ("output_norm.weight", (31,)), ("output_norm.weight", (32, 1)),
-                       ("blk.0.ffn_down.weight", (32, 64)), ("token_embd.weight", (192,))):  # fmt: skip
+    for name, dims in (
+        ("blk.0.attn_q.weight", (32, 31)),
+        ("blk.0.attn_k.weight", (32, 32)),
+        ("token_embd.weight", (16, 6)),
+        ("output.weight", (32, 5)),
+        ("output_norm.weight", (31,)),
+        ("output_norm.weight", (32, 1)),
+        ("blk.0.ffn_down.weight", (32, 64)),
+        ("token_embd.weight", (192,)),
+    ):
 
         def reshape(f: Forge, name: str = name, dims: tuple[int, ...] = dims) -> None:
             f.tensors = [g.f32(name, *dims) if t.name == name else t for t in f.tensors]
@@ -261,7 +304,9 @@ def numbers() -> Iterator[Case]:
     for type_id, (size, elements, scales) in SCALES.items():
         for at in scales:
             for (name, bad), block in zip(HALVES.items(), (0, 299, 150, 64), strict=True):
-                yield planted(f"type-{type_id}-scale-{at}-{name}", type_id, elements, bytes(size * 300), block * size + at, bad)
+                yield planted(
+                    f"type-{type_id}-scale-{at}-{name}", type_id, elements, bytes(size * 300), block * size + at, bad
+                )
     for block in (0, 63, 64, 299):
         yield planted(f"mxfp4-255-in-block-{block}", 39, 32, bytes(17 * 300), block * 17, b"\xff")
     floats = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
@@ -294,18 +339,23 @@ def vocabulary() -> Iterator[Case]:
     for name in ("scores", "token_type"):
         yield vocab(f"T1-llama-no-{name}", f"{name} is missing", lambda f, k=p + name: f.drop(k), "llama")
     for value in (float("nan"), float("inf")):
-        yield vocab(f"T1-score-{value}", f"scores .261. is {value}",
+        yield vocab(f"T1-score-{value}", f"scores.261. is {value}",
                     lambda f, v=value: f.put_array(p + "scores", F32, [0.0] * 261 + [v]), "llama")  # fmt: skip
     for value in (-1, 7, 2**31 - 1):
-        yield vocab(f"T1-type-{value}", f"is {value}", lambda f, v=value: f.put_array(p + "token_type", I32, [1] * 5 + [v]))
+        yield vocab(
+            f"T1-type-{value}", f"is {value}", lambda f, v=value: f.put_array(p + "token_type", I32, [1] * 5 + [v])
+        )
     yield vocab("T1-tokens-missing", "tokens is missing", lambda f: f.drop(p + "tokens"))
     yield vocab("T1-tokens-empty", "tokens is empty", lambda f: f.put_array(p + "tokens", STR, []))
     yield vocab("T1-tokens-numbers", "tokens is array.uint32", lambda f: f.put_array(p + "tokens", U32, [1, 2]))
     yield vocab("T1-tokens-string", "tokens is string", lambda f: f.put(p + "tokens", STR, "abc"))
     yield vocab("T1-tokens-nested", "tokens is array.array",
                 lambda f: f.raw(p + "tokens", ARR, struct.pack("<IQ", ARR, 1) + g.array(STR, ["a"])))  # fmt: skip
-    yield vocab("T1-tokens-2^19+1", "more than the 524288",
-                lambda f: f.raw(p + "tokens", ARR, struct.pack("<IQ", STR, 2**19 + 1) + bytes(8 * (2**19 + 1))))  # fmt: skip
+    yield vocab(
+        "T1-tokens-2^19+1",
+        "more than the 524288",
+        lambda f: f.raw(p + "tokens", ARR, struct.pack("<IQ", STR, 2**19 + 1) + bytes(8 * (2**19 + 1))),
+    )
     yield vocab("T1-model-unknown", "model is 'rwkv'.*supported", lambda f: f.put(p + "model", STR, "rwkv"))
     yield vocab("T1-model-number", "model is uint32", lambda f: f.put(p + "model", U32, 1))
     yield vocab("T1-pre-number", "pre is uint32", lambda f: f.put(p + "pre", U32, 1))
@@ -333,8 +383,15 @@ def vocabulary() -> Iterator[Case]:
     yield vocab("T2-add-bos-number", "add_bos_token is uint32", lambda f: f.put(p + "add_bos_token", U32, 1))
 
     tokens = ["a", "b", "c", "ab", "<s>", "</s>"]
-    yield vocab("T3-duplicate", "'a' twice, as ids 0 and 5", lambda f: f.put_array(p + "tokens", STR, [*tokens[:5], "a"]))
-    for id, raw in (("lone-byte", b"\xff"), ("overlong", b"\xc0\x80"), ("surrogate", b"\xed\xa0\x80"), ("cut", b"\xe2\x96")):
+    yield vocab(
+        "T3-duplicate", "'a' twice, as ids 0 and 5", lambda f: f.put_array(p + "tokens", STR, [*tokens[:5], "a"])
+    )
+    for id, raw in (
+        ("lone-byte", b"\xff"),
+        ("overlong", b"\xc0\x80"),
+        ("surrogate", b"\xed\xa0\x80"),
+        ("cut", b"\xe2\x96"),
+    ):
         yield vocab(f"T3-{id}", r"\[2\] is not UTF-8",
                     lambda f, r=raw: f.put_array(p + "tokens", STR, ["a", "b", r, *tokens[3:]]))  # fmt: skip
         yield vocab(f"T3-merge-{id}", r"\[0\] is not UTF-8", lambda f, r=raw: f.put_array(p + "merges", STR, [r]))
@@ -351,23 +408,48 @@ def vocabulary() -> Iterator[Case]:
 
         return spoil
 
-    for token in ("<0x-1>", "<0xZZ>", "<0x>", "<0x1>", "<0x100>", "0x41", "<0X41>", "<0x41", "<0x4 >", "<0x+4>", "<0x\u0661\u0661>"):
+    for token in (
+        "<0x-1>",
+        "<0xZZ>",
+        "<0x>",
+        "<0x1>",
+        "<0x100>",
+        "0x41",
+        "<0X41>",
+        "<0x41",
+        "<0x4 >",
+        "<0x+4>",
+        "<0x\u0661\u0661>",
+    ):
         yield vocab(f"T4-{token.encode('ascii', 'backslashreplace').decode()}", "byte token", byte(token), "llama")
     yield vocab("T4-same-byte-twice", "second token for byte 0x0A", byte("<0x0a>"), "llama")
     missing = [2, 3, 3] + [6] * 255 + [1] * 4
     yield vocab("T4-255-bytes", "255 of 256", lambda f: f.put_array(p + "token_type", I32, missing), "llama")
     yield vocab("T4-gpt2-byte-type", "byte token 'a'", lambda f: f.put_array(p + "token_type", I32, [6] + [1] * 5))
 
-    for id, merge in (("no-space", "ab"), ("empty", ""), ("two-spaces", "a  b"), ("three", "a b c"), ("left-empty", " b"),
-                      ("right-empty", "a "), ("space", " "), ("tab", "a\tb")):  # fmt: skip
-        yield vocab(f"T5-{id}", r"merges \[0\] is .*must be two pieces", lambda f, m=merge: f.put_array(p + "merges", STR, [m]))
+    for id, merge in (
+        ("no-space", "ab"),
+        ("empty", ""),
+        ("two-spaces", "a  b"),
+        ("three", "a b c"),
+        ("left-empty", " b"),
+        ("right-empty", "a "),
+        ("space", " "),
+        ("tab", "a\tb"),
+    ):
+        yield vocab(
+            f"T5-{id}", r"merges\[0\] is .*must be two pieces", lambda f, m=merge: f.put_array(p + "merges", STR, [m])
+        )
     for id, merge, unknown in (("left", "z b", "z"), ("right", "a z", "z"), ("result", "b c", "bc")):
         yield vocab(f"T5-unknown-{id}", f"'{unknown}' is not in the vocabulary",
                     lambda f, m=merge: f.put_array(p + "merges", STR, ["a b", m]))  # fmt: skip
     yield vocab("T5-missing", "merges is missing", lambda f: f.drop(p + "merges"))
     yield vocab("T5-numbers", "merges is array.uint32", lambda f: f.put_array(p + "merges", U32, [1]))
-    yield vocab("T5-2^20+1", "more than the 1048576",
-                lambda f: f.raw(p + "merges", ARR, struct.pack("<IQ", STR, 2**20 + 1) + bytes(8 * (2**20 + 1))))  # fmt: skip
+    yield vocab(
+        "T5-2^20+1",
+        "more than the 1048576",
+        lambda f: f.raw(p + "merges", ARR, struct.pack("<IQ", STR, 2**20 + 1) + bytes(8 * (2**20 + 1))),
+    )
 
 
 CASES = [*structure(), *tensor_table(), *model(), *numbers(), *vocabulary()]

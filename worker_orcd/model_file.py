@@ -78,14 +78,14 @@ class ModelFile:
         number = self.get_int("split.no", 0, 65535)
         named = _PART_NAME.fullmatch(self.path)
         if named is None or int(named["count"]) != count:
-            raise self._error("split.count", f"is {count}, but the file is not named ...-0000N-of-{count:05d}.gguf")
+            raise self.error("split.count", f"is {count}, but the file is not named ...-0000N-of-{count:05d}.gguf")
 
         def part_path(i: int) -> str:
             return f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf"
 
         if number != 0 or int(named["no"]) != 1:
-            raise ModelLoadError(f"is part {int(named['no'])} of a split model; load it by its first part, {part_path(0)}",
-                                 self.path)  # fmt: skip
+            part = int(named["no"])
+            raise ModelLoadError(f"is part {part} of a split model; load it by its first, {part_path(0)}", self.path)
         for i in range(1, count):
             path = part_path(i)
             if not os.path.exists(path):
@@ -122,7 +122,7 @@ class ModelFile:
         """The finite float `key`, lo <= value <= hi; else as `get_int`."""
         value = _typed(self.metadata, key, _FLOATS, default)
         if key in self.metadata and not (math.isfinite(value) and lo <= value <= hi):
-            raise self._error(key, f"is {value}, must be from {lo} to {hi}")
+            raise self.error(key, f"is {value}, must be from {lo} to {hi}")
         return value
 
     def get_str(self, key: str, default: Any = REQUIRED) -> Any:
@@ -140,16 +140,17 @@ class ModelFile:
             return value if key not in self.metadata else [value] * n
         kind = self.metadata.value_type(key)
         if kind.removeprefix("array[").removesuffix("]") not in _INTEGERS:
-            raise self._error(key, f"is {kind}, must be integers")
+            raise self.error(key, f"is {kind}, must be integers")
         if self.metadata.array_len(key) != n or n > _MAX_PER_LAYER:
-            raise self._error(key, f"has {self.metadata.array_len(key)} elements, must have {n}")
+            raise self.error(key, f"has {self.metadata.array_len(key)} elements, must have {n}")
         values = self.metadata[key]
         for i, value in enumerate(values):
             if not lo <= value <= hi:
-                raise self._error(key, f"[{i}] is {value}, must be from {lo} to {hi}")
+                raise self.error(key, f"[{i}] is {value}, must be from {lo} to {hi}")
         return values
 
-    def _error(self, key: str, reason: str) -> ModelLoadError:
+    def error(self, key: str, reason: str) -> ModelLoadError:
+        """The error that refuses the file for `key`, to be raised: names the key and its byte offset."""
         return _key_error(self.metadata, key, reason)
 
     def check_tensors(self, n_threads: int = 0, progress: Callable[[int], object] | None = None) -> None:
@@ -209,7 +210,8 @@ class ModelFile:
 
 def _key_error(metadata: Metadata, key: str, reason: str) -> ModelLoadError:
     offset = metadata.offset(key) if key in metadata else None
-    return ModelLoadError(f"{key} {reason}", metadata.path, offset, field=key)
+    gap = "" if reason.startswith("[") else " "
+    return ModelLoadError(f"{key}{gap}{reason}", metadata.path, offset, field=key)
 
 
 def _typed(metadata: Metadata, key: str, types: frozenset[str] | set[str], default: Any) -> Any:

@@ -109,7 +109,8 @@ class _Reader:
 
     def fail(self, key: str, reason: str) -> ModelLoadError:
         offset = self.meta.offset(key) if key in self.meta else None
-        return ModelLoadError(f"{key} {reason}", self.path, offset, field=key)
+        gap = "" if reason.startswith("[") else " "
+        return ModelLoadError(f"{key}{gap}{reason}", self.path, offset, field=key)
 
     def scalar(self, key: str, kind: type, default: Any) -> Any:
         """The value of `key` (`kind` str, bool or int), or `default` where the file lacks it."""

@@ -198,6 +198,9 @@ cdef class Metadata:
     cdef dict index
     cdef readonly str path
 
+    cdef object changed(self, str key, uint64_t at):
+        return ModelLoadError(f"key {key[:64]!r} was changed after the file was opened", self.path, at, field=key[:64])
+
     cdef list strings(self, str key, uint64_t* at, uint64_t end, uint64_t count, bint single):
         """`count` strings from `at` on; UTF-8 faults name key, index and offset."""
         cdef uint64_t i, start, length
@@ -205,12 +208,13 @@ cdef class Metadata:
         cdef list out = []
         for i in range(count):
             if not next_string(base, end, at, &start, &length):
-                raise ModelLoadError(f"key {key!r} was changed after the file was opened", self.path, at[0], field=key)
+                raise self.changed(key, at[0])
             try:
                 out.append(PyUnicode_DecodeUTF8(<const char*>base + start, <Py_ssize_t>length, NULL))
             except UnicodeDecodeError as e:
                 index = "" if single else f"[{i}]"
-                raise ModelLoadError(f"key {key!r}{index} is not UTF-8", self.path, start + e.start, field=key) from None
+                raise ModelLoadError(f"key {key[:64]!r}{index} is not UTF-8", self.path, start + e.start,
+                                     field=key[:64]) from None
         return out
 
     cdef list numbers(self, uint64_t at, uint32_t type, uint64_t count):
@@ -241,7 +245,7 @@ cdef class Metadata:
                     out.append(self.numbers(at, elem, count))
                     at += count * step
                     continue
-            raise ModelLoadError(f"key {key!r} was changed after the file was opened", self.path, at, field=key)
+            raise self.changed(key, at)
         return out
 
     cdef Value* find(self, key) except NULL:
