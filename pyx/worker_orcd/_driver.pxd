@@ -4,6 +4,7 @@ from cuda.bindings cimport cydriver as cu
 
 
 cdef int check(cu.CUresult status, const char* call) except -1 nogil
+cdef int await_event(cu.CUevent event) except -1 nogil
 
 
 cdef class Context:
@@ -23,14 +24,12 @@ cdef class Context:
     cdef int require_open(self) except -1
 
 
-cdef class Event
-
-
 cdef class Stream:
     cdef readonly Context context
     cdef cu.CUstream handle
     cdef object __weakref__
-    cdef int follow_nogil(self, Event event) except -1 nogil
+    cdef int follow_nogil(self, cu.CUevent event) except -1 nogil
+    cdef int mark_nogil(self, cu.CUevent event) except -1 nogil
     cdef int copy_in_nogil(self, cu.CUdeviceptr to, const void* source, size_t n) except -1 nogil
     cdef int copy_out_nogil(self, void* to, cu.CUdeviceptr source, size_t n) except -1 nogil
     cdef int fill_nogil(self, cu.CUdeviceptr to, unsigned char value, size_t n) except -1 nogil

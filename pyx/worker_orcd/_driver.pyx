@@ -238,9 +238,13 @@ cdef class Stream:
         """Queue setting n bytes."""
         return check(cu.cuMemsetD8Async(to, value, n, self.handle), b"cuMemsetD8Async")
 
-    cdef int follow_nogil(self, Event event) except -1 nogil:
+    cdef int follow_nogil(self, cu.CUevent event) except -1 nogil:
         """Let later work of this stream wait for `event`."""
-        return check(cu.cuStreamWaitEvent(self.handle, event.handle, 0), b"cuStreamWaitEvent")
+        return check(cu.cuStreamWaitEvent(self.handle, event, 0), b"cuStreamWaitEvent")
+
+    cdef int mark_nogil(self, cu.CUevent event) except -1 nogil:
+        """Let `event` stand for the present end of this stream."""
+        return check(cu.cuEventRecord(event, self.handle), b"cuEventRecord")
 
     cdef int wait_nogil(self) except -1 nogil:
         """Wait until everything queued so far is done."""
@@ -263,7 +267,7 @@ cdef class Stream:
     def wait(self, Event event):
         """Let later work of this stream wait for `event`."""
         self.context.require_open()
-        self.follow_nogil(event)
+        self.follow_nogil(event.handle)
 
     def begin_capture(self):
         """Record the following work into a graph instead of running it."""
@@ -295,6 +299,11 @@ cdef class Stream:
             cu.cuStreamDestroy(self.handle)
 
 
+cdef int await_event(cu.CUevent event) except -1 nogil:
+    """Wait until everything before `event` is done."""
+    return check(cu.cuEventSynchronize(event), b"cuEventSynchronize")
+
+
 cdef class Event:
     """A point in a stream.
 
@@ -319,7 +328,7 @@ cdef class Event:
         return check(cu.cuEventRecord(self.handle, stream), b"cuEventRecord")
 
     cdef int wait_nogil(self) except -1 nogil:
-        return check(cu.cuEventSynchronize(self.handle), b"cuEventSynchronize")
+        return await_event(self.handle)
 
     cdef int done_nogil(self) except -1 nogil:
         """1 when everything before the event is done, else 0."""

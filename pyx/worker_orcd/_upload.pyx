@@ -1,0 +1,357 @@
+# cython: language_level=3
+"""From files to device memory at the speed of the link: reader threads, a pinned ring, copies that overlap.
+
+Each reader takes the next chunk of the load, reads it with pread into one of its own pinned slots and queues the copy on
+its own stream; no lock of Python is held meanwhile. A file is never read through a mapping here, so one that is cut
+during the load is a short read and an error, never a signal.
+
+What is loaded is a list of `Piece`s. A piece with an address goes straight there. The others pass through a staging area
+on the device, cut into windows that are filled in turn; when a window is complete, `consume` queues whatever turns the
+raw bytes into their place (repacking kernels) behind the copies. This module knows no tensor, no layout and no kernel.
+"""
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+from cpython.exc cimport PyErr_CheckSignals
+from cuda.bindings cimport cydriver as cu
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
+from libcpp cimport bool as cbool
+from posix.types cimport off_t
+from posix.unistd cimport pread
+
+from .errors import CudaError, ModelLoadError
+
+from ._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event
+
+
+cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
+    cdef struct UploadChunk:
+        uint64_t offset
+        uint64_t to
+        uint32_t nbytes
+        uint32_t window
+        int32_t fd
+
+    cdef cppclass WindowGate:
+        void add(const UploadChunk& chunk) except +
+        size_t n_windows() noexcept
+        cbool take(UploadChunk* out) noexcept
+        void sent(const UploadChunk& chunk) noexcept
+        int wait_full(uint32_t window, double timeout_s) noexcept
+        void open(size_t n) noexcept
+        void stop() noexcept
+        uint64_t bytes_sent() noexcept
+
+
+#: readers where the caller names no number; more do not help (a reader brings 6-8 GB/s, the link carries 50)
+MAX_READERS = 16
+#: alignment of a piece in the staging area
+ALIGN = 256
+#: most page-locked memory of a load: with huge chunks there are fewer readers
+MAX_PINNED = 512 << 20
+#: pinned slots of a reader: one is read into while the copies of the others are on their way
+cdef enum:
+    SLOTS = 3
+    N_WINDOWS = 4       # of the staging area: one is being consumed while the others are filled
+#: seconds between looks at signals and the caller's progress
+cdef double TICK = 0.05
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of bytes of a file.
+
+    Attributes:
+        file: an open `GgufFile` (`fileno`, `path`, `check_unchanged`).
+        offset, nbytes: where in it.
+        to: the device address it belongs at, or None: it passes through staging and `consume`.
+        tag: what `consume` is told, for example (tensor, first row, rows).
+    """
+
+    file: object
+    offset: int
+    nbytes: int
+    to: int | None = None
+    tag: object = None
+
+
+@dataclass(frozen=True)
+class UploadStats:
+    """What a load was: bytes, seconds, reader threads."""
+
+    nbytes: int
+    seconds: float
+    n_readers: int
+
+    @property
+    def gb_per_s(self):
+        """10^9 bytes per second."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+
+cdef class _Reader:
+    """One thread's share of a load: its stream, its pinned slots, and what ended it."""
+
+    cdef Stream stream
+    cdef PinnedMemory ring
+    cdef list events            # one for each slot: its copy is done
+    cdef cu.CUevent copied[SLOTS]
+    cdef int fault_errno        # of a read that failed; 0 with fault_fd >= 0: the file ended early
+    cdef int fault_fd
+    cdef uint64_t fault_offset
+    cdef object error           # an exception of this thread, or None
+
+    def __init__(self, Context context, size_t chunk_bytes):
+        self.fault_fd = -1
+        self.stream = Stream(context)
+        self.ring = PinnedMemory(context, SLOTS * chunk_bytes)
+        self.events = [Event(context, False, True) for _ in range(SLOTS)]
+        for i in range(SLOTS):
+            self.copied[i] = (<Event>self.events[i]).handle
+
+    cdef int fill(self, char* slot, const UploadChunk* chunk) noexcept nogil:
+        """Read a chunk into `slot`. 0, or -1 with the fault noted."""
+        cdef size_t done = 0
+        cdef ssize_t got
+        while done < chunk.nbytes:
+            got = pread(chunk.fd, slot + done, chunk.nbytes - done, <off_t>(chunk.offset + done))
+            if got > 0:
+                done += got
+            elif got == 0 or errno != EINTR:
+                self.fault_errno = 0 if got == 0 else errno
+                self.fault_fd, self.fault_offset = chunk.fd, chunk.offset + done
+                return -1
+        return 0
+
+    def close(self):
+        """Free everything; the copies must be done. Idempotent; never raises."""
+        for event in self.events:
+            event.close()
+        self.ring.close()
+        self.stream.close()
+
+
+cdef class _Load:
+    """One load: the chunks, the readers, the windows and the events that say that a window was consumed."""
+
+    cdef WindowGate gate
+    cdef Context context
+    cdef size_t chunk_bytes
+    cdef list readers
+    cdef list windows           # of each window what is to be consumed: [(tag, address, bytes)]
+    cdef list events
+    cdef cu.CUevent consumed[N_WINDOWS]
+
+    def __init__(self, Context context, size_t chunk_bytes):
+        self.context, self.chunk_bytes = context, chunk_bytes
+        self.readers, self.windows = [], []
+        self.events = [Event(context, False, False) for _ in range(N_WINDOWS)]
+        for i in range(N_WINDOWS):
+            self.consumed[i] = (<Event>self.events[i]).handle
+
+    def plan(self, pieces, uintptr_t staging, size_t window_bytes):
+        """Lay the pieces out in windows and cut them into chunks.
+
+        Pieces that go straight to their place count towards a window's size too, so that progress is told meanwhile.
+        """
+        cdef size_t used = 0, counted = 0, need
+        cdef uint32_t window = 0
+        cdef uintptr_t to
+        members = []
+        for piece in pieces:
+            if piece.nbytes <= 0:
+                raise ValueError(f"a piece of {piece.nbytes} bytes")
+            staged = piece.to is None
+            need = (piece.nbytes + ALIGN - 1) // ALIGN * ALIGN if staged else 0
+            if need > window_bytes:
+                raise ValueError(f"a piece of {piece.nbytes} bytes does not fit a staging window of {window_bytes}")
+            if used + need > window_bytes or counted >= window_bytes > 0:
+                self.windows.append(members)
+                members, used, counted, window = [], 0, 0, window + 1
+            if staged:
+                to = staging + (window % N_WINDOWS) * window_bytes + used
+                members.append((piece.tag, to, piece.nbytes))
+            else:
+                to = piece.to
+            used += need
+            counted += piece.nbytes
+            self.cut(piece.file.fileno(), piece.offset, piece.nbytes, to, window)
+        self.windows.append(members)
+
+    cdef int cut(self, int fd, uint64_t offset, size_t nbytes, uintptr_t to, uint32_t window) except -1:
+        """Append the chunks of a piece."""
+        cdef UploadChunk chunk
+        cdef size_t done = 0
+        chunk.fd, chunk.window = fd, window
+        while done < nbytes:
+            chunk.offset, chunk.to = offset + done, to + done
+            chunk.nbytes = <uint32_t>min(self.chunk_bytes, nbytes - done)
+            self.gate.add(chunk)
+            done += chunk.nbytes
+        return 0
+
+    def read(self, _Reader reader):
+        """A reader thread: until nothing is left or the load has stopped."""
+        try:
+            self.context.activate()
+            with nogil:
+                self.pump(reader)
+        except BaseException as e:
+            reader.error = e
+        if reader.error is not None or reader.fault_fd >= 0:
+            self.gate.stop()
+
+    cdef int pump(self, _Reader reader) except -1 nogil:
+        cdef UploadChunk chunk
+        cdef char* slot
+        cdef int64_t uses = 0
+        cdef int i
+        cdef int64_t followed = -1
+        while self.gate.take(&chunk):
+            i = uses % SLOTS
+            if uses >= SLOTS:
+                await_event(reader.copied[i])
+            slot = <char*>reader.ring.host + i * self.chunk_bytes
+            if reader.fill(slot, &chunk):
+                return 0
+            if chunk.window >= N_WINDOWS and followed != chunk.window:
+                # the memory of this window is free once the window before in it was consumed
+                reader.stream.follow_nogil(self.consumed[chunk.window % N_WINDOWS])
+                followed = chunk.window
+            reader.stream.copy_in_nogil(<cu.CUdeviceptr>chunk.to, slot, chunk.nbytes)
+            reader.stream.mark_nogil(reader.copied[i])
+            self.gate.sent(chunk)
+            uses += 1
+        return 0
+
+    def run(self, int n_readers, consume, Stream consumer, progress):
+        """Load everything. Returns when all copies and all that `consume` queued are done, or raises."""
+        cdef uint32_t window
+        for _ in range(n_readers):
+            self.readers.append(_Reader(self.context, self.chunk_bytes))
+        threads = [threading.Thread(target=self.read, args=(r,), name=f"upload-{i}", daemon=True)
+                   for i, r in enumerate(self.readers)]
+        self.gate.open(N_WINDOWS)
+        try:
+            for thread in threads:
+                thread.start()
+            for window in range(self.gate.n_windows()):
+                if not self.wait(window, progress):
+                    break
+                self.consume(window, consume, consumer)
+                self.gate.open(window + 1 + N_WINDOWS)
+        finally:
+            self.gate.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+
+    cdef bint wait(self, uint32_t window, progress) except -1:
+        """Wait until a window is full. False: the load has stopped."""
+        cdef int state = 0
+        while state == 0:
+            with nogil:
+                state = self.gate.wait_full(window, TICK)
+            PyErr_CheckSignals()
+            if progress is not None:
+                progress(self.gate.bytes_sent())
+        return state > 0
+
+    cdef int consume(self, uint32_t window, consume, Stream consumer) except -1:
+        """Queue what turns a full window into its place, behind the copies into it."""
+        cdef cu.CUevent event = self.consumed[window % N_WINDOWS]
+        cdef _Reader reader
+        if self.windows[window]:
+            for reader in self.readers:
+                reader.stream.mark_nogil(event)
+                consumer.follow_nogil(event)
+            for tag, address, nbytes in self.windows[window]:
+                consume(tag, address, nbytes)
+        consumer.mark_nogil(event)
+        return 0
+
+    def finish(self, Stream consumer):
+        """Wait for everything that is queued."""
+        cdef _Reader reader
+        for reader in self.readers:
+            reader.stream.synchronize()
+        consumer.synchronize()
+
+    def raise_fault(self, paths):
+        """Raise what ended a reader, if something did: a CUDA error, or a file that could not be read to its end."""
+        cdef _Reader reader
+        for reader in self.readers:
+            if reader.error is not None:
+                raise reader.error
+        for reader in self.readers:
+            if reader.fault_fd >= 0:
+                reason = (f"cannot be read: {os.strerror(reader.fault_errno)}" if reader.fault_errno else
+                          "ended early: it was cut while it was being loaded")
+                raise ModelLoadError(reason, paths[reader.fault_fd], reader.fault_offset)
+
+    def close(self):
+        """Free everything, after what is queued has ended. Idempotent; never raises."""
+        try:
+            self.context.synchronize()
+        except CudaError:
+            pass    # a poisoned context: nothing runs any more
+        for resource in (*self.readers, *self.events):
+            resource.close()
+
+
+def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceMemory staging=None,
+           size_t chunk_bytes=1 << 20, int n_readers=0, progress=None):
+    """Bring bytes of files to the device, and wait until they are there.
+
+    Args:
+        context: the device's context; other streams of it may be busy meanwhile.
+        pieces: `Piece`s, in the order in which they are consumed (best the order of the file).
+        consume: called as consume(tag, address, nbytes) for each piece without an address, in order, once its bytes
+            are on their way to `address`. Work that it queues on `stream` finds them there; when that work is done the
+            memory is used for other pieces.
+        stream: where `consume` queues its work.
+        staging: device memory for pieces on their way to `consume`; a piece must fit a quarter of it.
+        chunk_bytes: bytes of one read and one copy, 4096 .. 2^30.
+        n_readers: reader threads; 0: one for each core, at most 16.
+        progress: called now and then with the bytes sent so far; what it raises ends the load.
+
+    Returns:
+        `UploadStats`.
+
+    Raises:
+        ModelLoadError: a file was cut, written to or replaced meanwhile, or cannot be read; path and offset.
+        CudaError: the driver refused something.
+    """
+    cdef size_t window_bytes = 0
+    pieces = list(pieces)
+    if not 4096 <= chunk_bytes <= 1 << 30:
+        raise ValueError(f"chunk_bytes must be 4096 to {1 << 30}, not {chunk_bytes}")
+    if any(piece.to is None for piece in pieces) and (consume is None or stream is None or staging is None):
+        raise ValueError("pieces without an address need consume, stream and staging")
+    start = time.monotonic()
+    files = {piece.file.fileno(): piece.file for piece in pieces}
+    total = sum(piece.nbytes for piece in pieces)
+    n_readers = n_readers or min(len(os.sched_getaffinity(0)), MAX_READERS)
+    n_readers = max(1, min(n_readers, MAX_PINNED // (SLOTS * chunk_bytes), total // chunk_bytes + 1))
+    if staging is not None:
+        window_bytes = staging.nbytes // N_WINDOWS // ALIGN * ALIGN
+    own = Stream(context) if stream is None else None
+    load = _Load(context, chunk_bytes)
+    try:
+        load.plan(pieces, staging.pointer if staging is not None else 0, window_bytes)
+        load.run(n_readers, consume, stream or own, progress)
+        load.raise_fault({fd: file.path for fd, file in files.items()})
+        load.finish(stream or own)
+        for file in files.values():
+            file.check_unchanged()
+        if progress is not None:
+            progress(total)
+    finally:
+        load.close()
+        if own is not None:
+            own.close()
+    return UploadStats(total, time.monotonic() - start, n_readers)
