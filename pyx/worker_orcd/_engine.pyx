@@ -167,7 +167,7 @@ cdef class CudaEngine:
     def _load(self, model_file, progress):
         """Every weight into its region: vectors widened to float32, matrices repacked on the device."""
         staging = self.context.allocate(cuda_memory.STAGING_BYTES, "staging")
-        done = 0
+        done, total = 0, sum(model_file.tensors[name].nbytes for name in self.plan.weights)
         try:
             for w in self.plan.weights.values():
                 info = model_file.tensors[w.name]
@@ -188,7 +188,7 @@ cdef class CudaEngine:
                             self.stream.synchronize()
                 done += info.nbytes
                 if progress is not None:
-                    progress(done)
+                    progress(done, total)
             for key, freqs in cuda_memory.rope_tables(self.plan).items():
                 self._write(f"freqs:{key}", np.asarray(freqs, np.float32))
         finally:
