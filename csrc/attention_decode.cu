@@ -304,7 +304,7 @@ DEVICE void attention_decode(const AttentionDecodeParams& p) {
 }
 
 #define INSTANTIATE(head_dim)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(32 * kWarps)                                                      \
+    extern "C" __global__ void __launch_bounds__(32 * kWarps, 1)                                                    \
         attention_decode_##head_dim(const __grid_constant__ AttentionDecodeParams p) {                             \
         attention_decode<head_dim>(p);                                                                             \
     }

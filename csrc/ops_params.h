@@ -65,7 +65,7 @@ HOST_DEVICE_INLINE int32_t norm_threads(int32_t n, int32_t is_scalar) {
 // rope_kv: grid (n_rows, any y >= 1), block 256.
 typedef struct {
     float* q;                    // [n_rows, n_head * head_dim], rotated in place; null: no rotation of q
-    float* k;                    // [n_rows, n_head_kv * head_dim], rotated in place
+    float* k;                    // [n_rows, n_head_kv * head_dim], rotated in place; null: q alone
     const float* v;              // [n_rows, n_head_kv * head_dim]; null: nothing goes to the cache
     const float* freqs;          // [n_rot / 2], radians per position
     uint16_t* kv;                // this layer's arena, float16

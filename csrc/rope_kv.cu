@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
     __syncthreads();
 
     const int n_q = p.q && p.n_rot > 0 ? p.n_head : 0;
-    const int n_v = p.v ? p.n_head_kv : 0;
+    const int n_k = p.k ? p.n_head_kv : 0, n_v = p.v ? p.n_head_kv : 0;
     uint16_t* cache = nullptr;  // K of head 0 in the row's block
     if (p.v) {
         const int block = p.block_table[(int64_t)slot * p.max_blocks + position / KV_BLOCK];
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
     }
     const int in_block = position % KV_BLOCK;
     const int head_halves = 2 * KV_BLOCK * p.head_dim;
-    const int n_items = (n_q + p.n_head_kv + n_v) * half_head;
+    const int n_items = (n_q + n_k + n_v) * half_head;
     for (int item = blockIdx.y * blockDim.x + threadIdx.x; item < n_items; item += gridDim.y * blockDim.x) {
         int head = item / half_head;
         const int pair = item % half_head;
@@ -51,8 +51,8 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
         // The pairs after the rotated ones stand for the dimensions n_rot .. head_dim - 1, two each.
         const int first = !rotated ? 2 * pair : p.pairing == ROPE_HALVES ? pair : 2 * pair;
         const int second = rotated && p.pairing == ROPE_HALVES ? pair + half_rot : first + 1;
-        if (head >= n_q + p.n_head_kv) {
-            head -= n_q + p.n_head_kv;
+        if (head >= n_q + n_k) {
+            head -= n_q + n_k;
             if (!cache) continue;
             const float* v = p.v + (int64_t)row * p.v_stride + head * p.head_dim;
             uint16_t* to = cache + (int64_t)head * head_halves + KV_BLOCK * p.head_dim + in_block;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from kernel_harness import available, params
@@ -45,10 +47,14 @@ class Decode:
         self.dsinks = gpu.buffer(self.sinks) if sinks else None
 
     def reference(self):
-        return np.stack([
-            attention_reference(self.q[s], self.cache.k[s], self.cache.v[s], n - 1, self.scale, self.window, self.sinks)
-            for s, n in enumerate(self.lengths)
-        ])
+        return np.stack(
+            [
+                attention_reference(
+                    self.q[s], self.cache.k[s], self.cache.v[s], n - 1, self.scale, self.window, self.sinks
+                )
+                for s, n in enumerate(self.lengths)
+            ]
+        )
 
     def run(self, seqs, grid_x=None, pdl=False, repeat=1):
         """Rows of `seqs` (a sequence, or -1 for a dead row). Returns [len(seqs), n_head, head_dim]."""
@@ -139,13 +145,17 @@ class Prompts:
         self.dsinks = gpu.buffer(self.sinks) if sinks else None
 
     def reference(self, seq):
-        return np.stack([
-            attention_reference(self.q[seq][t], self.cache.k[seq], self.cache.v[seq], t, self.scale, self.window, self.sinks)
-            for t in range(self.lengths[seq])
-        ])
+        return np.stack(
+            [
+                attention_reference(
+                    self.q[seq][t], self.cache.k[seq], self.cache.v[seq], t, self.scale, self.window, self.sinks
+                )
+                for t in range(self.lengths[seq])
+            ]
+        )
 
     def run(self, chunks, tiles=None, n_spare=1):
-        """Chunks (seq, first position, n rows), in one launch. Returns one array [n rows, n_head, head_dim] per chunk."""
+        """Chunks (seq, first position, n rows), in one launch. Returns an array [n rows, n_head, head_dim] of each."""
         gpu, (n_head, n_head_kv, head_dim, window, _) = self.gpu, self.shape
         width = n_head * head_dim + 4
         n_rows = sum(n for _, _, n in chunks) + 2  # a row before and one after belong to no tile
@@ -165,7 +175,7 @@ class Prompts:
         got = out.to_numpy()
         assert np.isnan(got[:, n_head * head_dim :]).all() and np.isnan(got[[0, -1]]).all(), "written outside the tiles"
         bounds = np.cumsum([1] + [n for _, _, n in chunks])
-        return [got[a:b, : n_head * head_dim].reshape(b - a, n_head, head_dim) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [got[a:b, : n_head * head_dim].reshape(b - a, n_head, head_dim) for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -193,7 +203,10 @@ def test_prefill_does_not_depend_on_chunks(gpu, window):
     whole = d.run([(0, 0, n), (1, 0, 70)])[0]
     for size in (1, 13, 64, 96):
         chunks = [(0, a, min(size, n - a)) for a in range(0, n, size)]
-        for group in (1, 3):  # chunks of a launch; the keys of later chunks are in the cache already, and must not count
+        for group in (
+            1,
+            3,
+        ):  # chunks of a launch; the keys of later chunks are in the cache already, and must not count
             parts = [part for i in range(0, len(chunks), group) for part in d.run(chunks[i : i + group])]
             assert np.array_equal(np.concatenate(parts), whole), f"chunks of {size} differ"
 

@@ -51,7 +51,9 @@ def test_norm(gpu, n, pad, kind, residual):
     assert np.array_equal(x_after, total), "x must hold the sum, and nothing else may change"
     assert np.isnan(got[:, n:]).all(), "columns outside the view were written"
     # the mean of 500 costs bits of the difference, whatever the algorithm
-    check_nmse(got[:, :n], norm_reference(kind, total[:, :n], weight, bias, 1e-5), 1e-9 if kind == LAYER else LIMIT, "norm")
+    check_nmse(
+        got[:, :n], norm_reference(kind, total[:, :n], weight, bias, 1e-5), 1e-9 if kind == LAYER else LIMIT, "norm"
+    )
 
 
 def test_norm_in_place_and_repeatable(gpu):
@@ -74,7 +76,18 @@ def test_norm_group(gpu, group, n_group):
     weight = rng.standard_normal(group).astype(np.float32)
     d, w = gpu.buffer(x), gpu.buffer(weight)
     stride = x.shape[1]
-    p = params(HEADER, "NormParams", x=d, weight=w, out=d, x_stride=stride, out_stride=stride, n=group, n_group=n_group, eps=1e-6)
+    p = params(
+        HEADER,
+        "NormParams",
+        x=d,
+        weight=w,
+        out=d,
+        x_stride=stride,
+        out_stride=stride,
+        n=group,
+        n_group=n_group,
+        eps=1e-6,
+    )
     gpu.launch(gpu.kernel("norm", "norm_group"), (-(-n_group // 8), 3), 256, p)
     got = d.to_numpy()
     want = norm_reference(RMS, x[:, : n_group * group].reshape(3, n_group, group), weight, 0.0, 1e-6)
@@ -86,7 +99,11 @@ def rope_reference(x, position, freqs, pairing, n_rot, mscale):
     x = x.astype(np.float64).copy()
     angle = position * freqs.astype(np.float64)
     cos, sin = np.cos(angle) * mscale, np.sin(angle) * mscale
-    a, b = (slice(0, n_rot, 2), slice(1, n_rot, 2)) if pairing == ADJACENT else (slice(0, n_rot // 2), slice(n_rot // 2, n_rot))
+    a, b = (
+        (slice(0, n_rot, 2), slice(1, n_rot, 2))
+        if pairing == ADJACENT
+        else (slice(0, n_rot // 2), slice(n_rot // 2, n_rot))
+    )
     xa, xb = x[..., a].copy(), x[..., b].copy()
     x[..., a], x[..., b] = xa * cos - xb * sin, xa * sin + xb * cos
     return x
@@ -95,7 +112,14 @@ def rope_reference(x, position, freqs, pairing, n_rot, mscale):
 @pytest.mark.parametrize("pairing", [ADJACENT, HALVES])
 @pytest.mark.parametrize(
     ("n_head", "n_head_kv", "head_dim", "n_rot", "mscale"),
-    [(14, 2, 64, 64, 1.0), (4, 4, 96, 96, 1.19), (8, 1, 128, 64, 1.0), (3, 3, 80, 32, 1.0), (2, 2, 64, 0, 1.0), (2, 1, 256, 256, 1.0)],
+    [
+        (14, 2, 64, 64, 1.0),
+        (4, 4, 96, 96, 1.19),
+        (8, 1, 128, 64, 1.0),
+        (3, 3, 80, 32, 1.0),
+        (2, 2, 64, 0, 1.0),
+        (2, 1, 256, 256, 1.0),
+    ],
 )
 def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing):
     rng = np.random.default_rng(head_dim + pairing)
@@ -114,8 +138,9 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing):
     buffers = [gpu.buffer(a) for a in (x, freqs, cache.arena, table, positions, slots)]
     dx, df, dkv, dt, dp, ds = buffers
     k0, v0 = n_head * head_dim, (n_head + n_head_kv) * head_dim
-    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, k0), v=view(dx, v0), freqs=df, kv=dkv, block_table=dt, positions=dp,
-               slots=ds, q_stride=width, k_stride=width, v_stride=width, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
+    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, k0), v=view(dx, v0), freqs=df, kv=dkv, block_table=dt,
+               positions=dp, slots=ds,
+               q_stride=width, k_stride=width, v_stride=width, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
                n_rot=n_rot, pairing=pairing, max_blocks=table.shape[1], mscale=mscale)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), (5, 3), 256, p)
     got, arena = dx.to_numpy(), dkv.to_numpy()
@@ -131,7 +156,9 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing):
         v = x[r, v0 : v0 + n_head_kv * head_dim].reshape(n_head_kv, head_dim)
         cache.v_at(r, at)[:] = np.clip(v, -65504, 65504).astype(np.float16)
     cache.arena = saved
-    assert np.array_equal(arena.view(np.uint16), expected.view(np.uint16)), "the cache differs from k and v, or was written elsewhere"
+    assert np.array_equal(arena.view(np.uint16), expected.view(np.uint16)), (
+        "the cache differs from k and v, or was written elsewhere"
+    )
 
 
 def test_rope_keeps_nan_visible(gpu):
@@ -140,8 +167,9 @@ def test_rope_keeps_nan_visible(gpu):
     x = np.full((1, 192), np.nan, np.float32)
     dx, df, dkv = gpu.buffer(x), gpu.buffer(np.ones(32, np.float32)), gpu.buffer(cache.arena)
     dt, dp, ds = gpu.buffer(cache.block_table), gpu.buffer(np.zeros(1, np.int32)), gpu.buffer(np.zeros(1, np.int32))
-    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, 64), v=view(dx, 128), freqs=df, kv=dkv, block_table=dt, positions=dp,
-               slots=ds, q_stride=192, k_stride=192, v_stride=192, n_head=1, n_head_kv=1, head_dim=64, n_rot=64, pairing=HALVES,
+    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, 64), v=view(dx, 128), freqs=df, kv=dkv, block_table=dt,
+               positions=dp, slots=ds,
+               q_stride=192, k_stride=192, v_stride=192, n_head=1, n_head_kv=1, head_dim=64, n_rot=64, pairing=HALVES,
                max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), 1, 256, p)
     cache.arena = dkv.to_numpy()
@@ -181,7 +209,9 @@ def test_glu(gpu, n, offset, kind):
 def test_glu_keeps_nan(gpu):
     x = np.array([[np.nan, 1.0, 1.0, np.nan]], np.float32)
     dx, out = gpu.buffer(x), gpu.empty((1, 2))
-    p = params(HEADER, "PointwiseParams", a=dx, b=view(dx, 2), out=out, a_stride=4, b_stride=4, out_stride=2, n=2, kind=2)
+    p = params(
+        HEADER, "PointwiseParams", a=dx, b=view(dx, 2), out=out, a_stride=4, b_stride=4, out_stride=2, n=2, kind=2
+    )
     gpu.launch(gpu.kernel("pointwise", "glu"), 1, 256, p)
     assert np.isnan(out.to_numpy()).all()
 
@@ -201,6 +231,11 @@ def test_act_add_gather(gpu, n, pad):
     gather = params(HEADER, "PointwiseParams", a=dx, out=out, rows=drows, **common)
     gpu.launch(gpu.kernel("pointwise", "gather_rows"), (grid[0], 3), 256, gather)
     got = out.to_numpy()
-    assert np.array_equal(got[:, :n], np.stack([x[3, :n], np.zeros(n, np.float32), x[0, :n]])) and np.isnan(got[:, n:]).all()
-    gpu.launch(gpu.kernel("pointwise", "act_gelu_tanh"), grid, 256, params(HEADER, "PointwiseParams", a=dx, out=dx, **common))
+    assert (
+        np.array_equal(got[:, :n], np.stack([x[3, :n], np.zeros(n, np.float32), x[0, :n]]))
+        and np.isnan(got[:, n:]).all()
+    )
+    gpu.launch(
+        gpu.kernel("pointwise", "act_gelu_tanh"), grid, 256, params(HEADER, "PointwiseParams", a=dx, out=dx, **common)
+    )
     check_nmse(dx.to_numpy()[:, :n], gelu(x[:, :n].astype(np.float64)), LIMIT, "gelu")

@@ -70,7 +70,9 @@ def reference(logits, position, slot, seen=()):
         target = float(f(s["top_p"])) * float(running[-1])
         target = min(max(int(np.ceil(target)), 1), int(running[-1]))
         # ends of the prefix, the last one aside, that lie next to the target
-        margin = min(margin, float(np.abs(running[:-1].astype(float) - target).min(initial=np.inf)) / float(running[-1]))
+        margin = min(
+            margin, float(np.abs(running[:-1].astype(float) - target).min(initial=np.inf)) / float(running[-1])
+        )
         order = order[: int(np.searchsorted(running, target)) + 1]
     if s["min_p"] > 0:
         limit = np.ceil(float(f(s["min_p"])) * ONE)
@@ -91,7 +93,14 @@ class Sampler:
         kind = structs(HEADER)["SampleSlot"]
         table = (kind * len(slots))()
         for entry, slot in zip(table, slots, strict=True):
-            values = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": 0, "seed": 0} | slot
+            values = {
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "top_k": 0,
+                "seed": 0,
+            } | slot
             for key, value in values.items():
                 setattr(entry, key, value)
         self.seen_words = -(-n_vocab // 32)
@@ -121,10 +130,11 @@ class Sampler:
     def run(self, advance=1, weigh=True, pdl=True):
         """One step. Returns the tokens of its row of `out`."""
         step = int(self.step.to_numpy()[0])
-        p = params(HEADER, "SampleParams", logits=self.logits, samples=self.samples, slots=self.slots, positions=self.positions,
-                   seen=self.seen, partial=self.partial, chunk_weights=self.chunk_weights, bin_weights=self.bin_weights,
-                   bin_counts=self.bin_counts, done=self.done, next_tokens=self.next_tokens, out=self.out, step=self.step,
-                   host_step=self.host_step, failed=self.failed, logits_stride=self.stride, n_vocab=self.n_vocab,
+        p = params(HEADER, "SampleParams", logits=self.logits, samples=self.samples, slots=self.slots,
+                   positions=self.positions, seen=self.seen, partial=self.partial, chunk_weights=self.chunk_weights,
+                   bin_weights=self.bin_weights, bin_counts=self.bin_counts, done=self.done,
+                   next_tokens=self.next_tokens, out=self.out, step=self.step, host_step=self.host_step,
+                   failed=self.failed, logits_stride=self.stride, n_vocab=self.n_vocab,
                    n_chunks=self.n_chunks, seen_words=self.seen_words, out_steps=self.out_steps,
                    out_stride=self.n_rows + 2, advance=advance)  # fmt: skip
         gpu, grid = self.gpu, (self.n_chunks, self.n_rows)
@@ -133,7 +143,11 @@ class Sampler:
             gpu.launch(gpu.kernel("sample", "sample_weigh"), grid, 256, p, pdl=pdl)
         gpu.launch(gpu.kernel("sample", "sample_draw"), self.n_rows, 1024, p, smem=DRAW_SMEM, pdl=pdl)
         out = self.out.to_numpy()
-        assert not self.done.to_numpy().any() and not self.bin_weights.to_numpy().any() and not self.bin_counts.to_numpy().any()
+        assert (
+            not self.done.to_numpy().any()
+            and not self.bin_weights.to_numpy().any()
+            and not self.bin_counts.to_numpy().any()
+        )
         assert int(self.step.to_numpy()[0]) == int(self.host_step.to_numpy()[0]) == step + 1
         for buffer in (self.partial, self.chunk_weights, self.logits, self.samples, self.seen):
             buffer.check_guards()
@@ -178,7 +192,8 @@ def make_logits(rng, n_rows, n_vocab, kind):
     ("n_vocab", "stride", "kind"),
     [
         (1, None, "normal"), (3, None, "normal"), (512, None, "normal"), (5000, 5003, "normal"), (4096, None, "flat"),
-        (8192, None, "ties"), (49152, None, "peaked"), (151936, None, "normal"), (32064, None, "ties"), (201088, None, "flat"),
+        (8192, None, "ties"), (49152, None, "peaked"), (151936, None, "normal"), (32064, None, "ties"),
+        (201088, None, "flat"),
     ],
 )  # fmt: skip
 def test_tokens_follow_the_rule(gpu, n_vocab, stride, kind):
@@ -196,7 +211,9 @@ def test_tokens_follow_the_rule(gpu, n_vocab, stride, kind):
         for row, slot in enumerate(order):
             want, margin = reference(logits[row], int(positions[row]), SLOTS[slot], seen[slot])
             skipped += margin < MARGIN
-            assert tokens[row] == want or margin < MARGIN, f"step {step}, {SLOTS[slot]}: {tokens[row]} != {want} (margin {margin:.1e})"
+            assert tokens[row] == want or margin < MARGIN, (
+                f"step {step}, {SLOTS[slot]}: {tokens[row]} != {want} (margin {margin:.1e})"
+            )
             seen[slot].add(int(tokens[row]))
         assert np.array_equal(sampler.positions.to_numpy(), positions + 1)
         assert np.array_equal(sampler.next_tokens.to_numpy(), tokens)
@@ -239,7 +256,11 @@ def test_dead_rows_and_failed_rows(gpu):
     sampler.set_logits(logits, [0, 1, 2, -1, 4, 5], [10] * 6)
     for step in range(5):  # the ring of four steps wraps
         tokens = sampler.run(advance=0)
-        assert tokens[0] == logits[0].argmax() and list(tokens[[1, 2, 4]]) == [-1, -1, -1] and tokens[5] == logits[5].argmax()
+        assert (
+            tokens[0] == logits[0].argmax()
+            and list(tokens[[1, 2, 4]]) == [-1, -1, -1]
+            and tokens[5] == logits[5].argmax()
+        )
         assert tokens[3] == -1, "poison of a dead row must stay"
         assert int(sampler.step.to_numpy()[0]) == step + 1
     assert list(sampler.positions.to_numpy()) == [10] * 6
