@@ -101,6 +101,10 @@ _CHECK_REASONS = {
 cdef class FileMapping:
     """Bytes [0, size) of an open file, mapped read-only until the last view of them is gone."""
 
+    cdef const uint8_t* base  # uint8 [size]
+    cdef uint64_t size
+    cdef int slot             # of mapping.h's table; -1: nothing mapped
+
     def __cinit__(self):
         self.slot = -1
 
