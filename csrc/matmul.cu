@@ -184,21 +184,29 @@ DEVICE void matmul(const MatmulParams& p) {
     }
     cp_async_wait<0>();
 
+    float bias[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int o = (strip0 + 2 * warp_m + i) * kStripRows + g + 8 * r;
-            if (o >= p.n_out) continue;
-            const float row_scale = __uint_as_float(inverse_bits(__float_as_uint(inverse[i][r])));
-            const float bias = p.bias != nullptr ? p.bias[o] : 0.0f;
+            bias[i][r] = p.bias != nullptr && o < p.n_out ? p.bias[o] : 0.0f;
+        }
 #pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile)
+    for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int row = row0 + (warp_n * kTiles + tile) * 8 + 2 * t + c;
-                    if (row >= p.n_rows) continue;
-                    const float v = acc[i][tile][2 * r + c] * p.x_scale[row] * row_scale + bias;
+        for (int c = 0; c < 2; ++c) {
+            const int row = row0 + (warp_n * kTiles + tile) * 8 + 2 * t + c;
+            if (row >= p.n_rows) continue;
+            const float x_scale = p.x_scale[row];
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int o = (strip0 + 2 * warp_m + i) * kStripRows + g + 8 * r;
+                    if (o >= p.n_out) continue;
+                    const float row_scale = __uint_as_float(inverse_bits(__float_as_uint(inverse[i][r])));
+                    const float v = acc[i][tile][2 * r + c] * x_scale * row_scale + bias[i][r];
                     float* to = p.out + row * p.out_stride + o;
                     *to = p.add ? *to + v : v;
                 }

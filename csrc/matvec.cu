@@ -23,7 +23,9 @@ template <class Q, int kTiles>
 struct Shape {
     static constexpr int kStageUnits = Q::kUnitK == 64 && !kDense<Q> ? 2 : 1;
     static constexpr int kStageBytes = kStageUnits * Q::kRecordBytes;
-    static constexpr int kStrips = kTiles >= 4 && kStageBytes <= 2304 && (Q::kUnitK == 64 || kTiles == 4) ? 2 : 1;
+    // Two strips share the loads of x where the ring and, with 8 tiles, the registers allow.
+    static constexpr bool kTwoFit = kTiles == 4 || (Q::kUnitK == 64 && !std::is_same_v<Q, Q5_1>);
+    static constexpr int kStrips = kTiles >= 4 && kStageBytes <= 2304 && kTwoFit ? 2 : 1;
     static constexpr int kSlotBytes = kStrips * kStageBytes;
     static constexpr int kFit = 10240 / kSlotBytes;
     static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
@@ -102,7 +104,7 @@ struct Activations {
     }
 };
 
-// The compiler would hoist the loads of all tiles above the first product and spill.
+// The compiler would hoist the loads of all blocks and tiles above the first product and spill.
 DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
 
 template <int kStrips, int kTiles>
@@ -112,7 +114,7 @@ using Sums = float[kStrips][kTiles][4];
 template <class Q, int kTiles, int kStrips>
 DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[kStrips],
                     int sub, int x_block0, const Activations<kTiles>& x, int lane) {
-    constexpr int kParts = Q::kScaleK == 16 ? 2 : 1;
+    constexpr int kParts = Q::kScaleK == 16 ? 2 : 1, kLoadTiles = kTiles == 8 ? 2 : 4;
     Codes<Q::kLowBits, Q::kHighBits> codes[kStrips];
     typename Q::Scales scales[kStrips];
 #pragma unroll
@@ -122,6 +124,7 @@ DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[k
     }
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
+        keep_loads_here();
         uint32_t a[kStrips][8];
         float scale[kStrips][2][2], min[kStrips][2][2];
 #pragma unroll
@@ -133,8 +136,7 @@ DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[k
         const int x_block = x_block0 + 2 * sub + b;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            if constexpr (kTiles >= 4)
-                if (tile % 4 == 0) keep_loads_here();
+            if (kTiles >= 4 && tile % kLoadTiles == 0) keep_loads_here();
             const uint4 high = x.high(tile, x_block), low = x.low(tile, x_block);
             float2 sums[2];
             if constexpr (Q::kHasMin) {
@@ -307,14 +309,19 @@ DEVICE void matvec(const MatvecParams& p) {
     cp_async_wait<0>();
 }
 
-// With the block count left open the compiler spends all registers on scheduling, or saves and spills.
-#define DEFINE_TILES(Type, name, tiles, bounds)                                                             \
-    extern "C" __global__ void bounds matvec_##name##_##tiles(const __grid_constant__ MatvecParams p) {     \
-        matvec<Type, tiles>(p);                                                                             \
+// With one block asked for the compiler spends all registers on scheduling, with none it saves them. Tried one by one:
+// the 8-tile kernels that would then spill get the other.
+template <class Q>
+constexpr int kBlocks8 = Shape<Q, 8>::kStrips == 1 && Q::kLowBits > 2 ? 1 : 0;
+
+#define DEFINE_TILES(Type, name, tiles, blocks)                                                    \
+    extern "C" __global__ void __launch_bounds__(256, blocks) matvec_##name##_##tiles(             \
+        const __grid_constant__ MatvecParams p) {                                                  \
+        matvec<Type, tiles>(p);                                                                    \
     }
-#define DEFINE(Type, name)                                 \
-    DEFINE_TILES(Type, name, 1, __launch_bounds__(256, 3)) \
-    DEFINE_TILES(Type, name, 2, __launch_bounds__(256, 2)) \
-    DEFINE_TILES(Type, name, 4, __launch_bounds__(256))    \
-    DEFINE_TILES(Type, name, 8, __launch_bounds__(256))
+#define DEFINE(Type, name)         \
+    DEFINE_TILES(Type, name, 1, 3) \
+    DEFINE_TILES(Type, name, 2, 2) \
+    DEFINE_TILES(Type, name, 4, 1) \
+    DEFINE_TILES(Type, name, 8, kBlocks8<Type>)
 FOR_EACH_TYPE(DEFINE)

@@ -101,7 +101,8 @@ def matvec_shape(type_id: int, tiles: int) -> MatvecShape:
     """The constants of matvec_<type>_<tiles>."""
     units = 2 if unit_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
     stage = units * record_bytes(type_id)
-    strips = 2 if tiles >= 4 and stage <= 2304 and (unit_k(type_id) == 64 or tiles == 4) else 1
+    two_fit = tiles == 4 or (unit_k(type_id) == 64 and quants.TYPES[type_id].name != "Q5_1")
+    strips = 2 if tiles >= 4 and stage <= 2304 and two_fit else 1
     slot = strips * stage
     return MatvecShape(units, strips, max(2, min(4, 10240 // slot)), slot)
 
