@@ -15,6 +15,7 @@ from fake_llm import FakeLLM
 
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
+from worker_orcd.wsgi import gunicorn_worker, stream
 from worker_orcd.wsgi.server import serve
 
 
@@ -30,7 +31,11 @@ def main():
     parser.add_argument("--grace", type=float, default=1.0)
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--api-key")
+    parser.add_argument("--ping-sec", type=float, default=stream.PING_SEC)
+    parser.add_argument("--read-limit-sec", type=float, default=gunicorn_worker.READ_LIMIT_SEC)
     args = parser.parse_args()
+    stream.PING_SEC = args.ping_sec
+    gunicorn_worker.READ_LIMIT_SEC = args.read_limit_sec
 
     def load(config, progress, on_fatal):
         end = time.monotonic() + args.load_seconds
