@@ -1,0 +1,558 @@
+# cython: language_level=3, boundscheck=True, wraparound=False
+"""The CPU engine: lowers a plan to flat C structs once, then runs steps in C++ with the GIL released.
+
+Implements `worker_orcd.engine.Engine`. Weights are read where they lie, in the mapping of the model file; vectors are
+widened to float32. Everything that comes from Python is checked here or in the C++ `prepare`, so that no call can take
+the process down. Knows no tokenizer, no scheduler and no HTTP.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.string cimport memcpy
+from libcpp cimport bool as cbool
+from posix.unistd cimport getpid
+
+from worker_orcd._ring cimport Control, TokenRing
+
+import os
+
+import numpy as np
+
+from worker_orcd.engine import BLOCK_SIZE
+from worker_orcd.errors import InternalError, InvalidRequest
+from worker_orcd.quants import TYPES
+
+_ACTIVATIONS = {"silu": <int>Activation.kSilu, "gelu": <int>Activation.kGelu,
+                "swiglu_oai": <int>Activation.kSwigluOai, "gelu_tanh": <int>Activation.kGeluTanh}
+_FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
+
+
+def cpu_features():
+    """What decides the speed here: `isa` (the kernels in use: "avx512", "avx2" or "baseline"), `available` (those this
+    processor runs) and `cores` (usable by this process)."""
+    names = [n for n in ("avx512", "avx2", "baseline") if kernels_by_name(n.encode()) is not NULL]
+    cdef const Kernels* chosen = choose_kernels()
+    return {"isa": chosen.name.decode() if chosen is not NULL else None, "available": names, "cores": usable_cores()}
+
+
+cdef const Kernels* _kernels(object isa) except NULL:
+    cdef const Kernels* k
+    if isa is None:
+        k = choose_kernels()
+        isa = os.environ.get("WORKER_ORCD_CPU_ISA")
+    else:
+        k = kernels_by_name(isa.encode())
+    if k is NULL:
+        raise InvalidRequest(f"instruction set {isa!r} is unknown or this processor lacks it; "
+                             f"it has {', '.join(cpu_features()['available'])}", field="WORKER_ORCD_CPU_ISA")
+    return k
+
+
+def dequantize(type_id, buffer, n_elements, isa=None):
+    """Exact float32 values of quantized blocks.
+
+    Args:
+        type_id: ggml type id, one of `quants.TYPES`.
+        buffer: the bytes, at least those of `n_elements`.
+        n_elements: a multiple of the type's block size.
+        isa: "avx512", "avx2" or "baseline"; by default the one in use. All give the same bits (NaN payloads excepted).
+
+    Returns:
+        float32 array [n_elements].
+
+    Raises:
+        InvalidRequest: unknown type or instruction set, a size that does not fit.
+    """
+    cdef const Kernels* k = _kernels(isa)
+    if type_id not in TYPES:
+        raise InvalidRequest(f"type id {type_id} is not supported", field="type_id")
+    quant = TYPES[type_id]
+    if n_elements < 0 or n_elements % quant.block_size:
+        raise InvalidRequest(f"{n_elements} elements are no multiple of the block of {quant.block_size}", field="n_elements")
+    out = np.empty(n_elements, np.float32)
+    if n_elements == 0:
+        return out
+    cdef const uint8_t[::1] src = memoryview(buffer).cast("B")
+    if src.shape[0] < quant.row_bytes(n_elements):
+        raise InvalidRequest(f"{src.shape[0]} bytes hold fewer than {n_elements} elements of {quant.name}", field="buffer")
+    cdef float[::1] dst = out
+    cdef int type_c = type_id
+    cdef int64_t n = n_elements
+    with nogil:
+        k.dequantize(type_c, &src[0], &dst[0], n)
+    return out
+
+
+def _int_array(values, dtype, field, size=None):
+    """`values` as a contiguous array of the integer type, or InvalidRequest naming the field."""
+    a = np.asarray(values)
+    if a.ndim != 1 or (a.size and a.dtype.kind not in "iub"):
+        raise InvalidRequest(f"{field} must be a flat array of integers", field=field)
+    info = np.iinfo(dtype)
+    if a.size and a.dtype != dtype and (int(a.min()) < info.min or int(a.max()) > info.max):
+        raise InvalidRequest(f"{field} has a number that is no {np.dtype(dtype).name}", field=field)
+    if size is not None and a.size != size:
+        raise InvalidRequest(f"{field} has {a.size} entries, not {size}", field=field)
+    return np.ascontiguousarray(a, dtype)
+
+
+cdef const int32_t* _int32s(const int32_t[::1] a) noexcept:
+    return &a[0] if a.shape[0] > 0 else NULL
+
+
+cdef class CpuEngine:
+    """A model on the CPU; see `worker_orcd.engine.Engine` for the protocol.
+
+    Args:
+        model_file: an open `ModelFile`; the engine keeps it alive and reads weights from its mapping.
+        plan: of that file.
+        config: sizes fixed at start-up; all memory is reserved here (pages cost memory when first used).
+        n_threads: 0 takes the cores this process may use.
+
+    Attributes:
+        n_vocab, config, block_tables: of the protocol.
+        n_threads: threads that work on a step, the caller's included.
+        isa: the kernels in use.
+        kv_bytes, workspace_bytes: reserved for the KV pools, and for activations and scratch.
+
+    Raises:
+        InvalidRequest: sizes out of range, an unknown WORKER_ORCD_CPU_ISA.
+        InternalError: a plan that does not fit its file or itself; no memory, no threads.
+    """
+
+    cdef Engine* engine
+    cdef readonly object config, block_tables, n_vocab, isa
+    cdef object model_file, plan, views, op_index, op_buffer, buffer_index
+    cdef int32_t[:, :, ::1] tables
+    cdef int pid
+    cdef cbool busy
+
+    def __cinit__(self, *args, **kwargs):
+        self.engine = NULL
+
+    def __init__(self, model_file, plan, config, n_threads=0):
+        if self.engine is not NULL:
+            raise InternalError("an engine is made once")
+        for field, low, high in (("max_seqs", 1, 65536), ("max_rows", config.max_seqs, 1 << 20),
+                                 ("context_length", 1, 1 << 26)):
+            if not low <= getattr(config, field) <= high:
+                raise InvalidRequest(f"{field} must be {low} to {high}, not {getattr(config, field)}", field=field)
+        if not 0 <= n_threads <= 1024:
+            raise InvalidRequest(f"n_threads must be 0 to 1024, not {n_threads}", field="n_threads")
+        if len(config.n_blocks) != len(plan.kv_groups) or any(not 1 <= n < 1 << 31 for n in config.n_blocks):
+            raise InvalidRequest(f"n_blocks must be one positive number for each of the {len(plan.kv_groups)} KV groups",
+                                 field="n_blocks")
+        if BLOCK_SIZE != kBlockPositions:
+            raise InternalError(f"the kernels are built for blocks of {kBlockPositions} positions")
+        self.pid = getpid()
+        self.model_file, self.plan, self.config, self.n_vocab = model_file, plan, config, plan.n_vocab
+        cdef const Kernels* kernels = _kernels(None)
+        self.isa = kernels.name.decode()
+        cdef EngineSizes sizes
+        sizes.max_seqs, sizes.max_rows = config.max_seqs, config.max_rows
+        sizes.context_length = min(config.context_length, plan.max_positions or config.context_length)
+        sizes.max_blocks_per_seq = config.max_blocks_per_seq
+        sizes.n_vocab, sizes.n_head_kv, sizes.head_dim = plan.n_vocab, plan.n_head_kv, plan.head_dim
+        cdef int threads = n_threads or usable_cores()
+        try:
+            self.engine = new Engine(sizes, threads, kernels)
+            _Lowering(self).run()
+            self.engine.finish(self.buffer_index["logits"])
+        except (MemoryError, RuntimeError) as e:
+            raise InternalError(f"the CPU engine could not be set up: {e or 'no memory'}") from None
+        self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
+        self.tables = self.block_tables
+
+    def __dealloc__(self):
+        # A forked child has none of the pool's threads: joining them would wait for ever.
+        if self.engine is not NULL and self.pid == getpid():
+            with nogil:
+                del self.engine
+
+    @property
+    def n_threads(self):
+        return self.engine.n_threads() if self.engine is not NULL else 0
+
+    @property
+    def kv_bytes(self):
+        return self.engine.kv_bytes() if self.engine is not NULL else 0
+
+    @property
+    def workspace_bytes(self):
+        return self.engine.workspace_bytes() if self.engine is not NULL else 0
+
+    cdef int _check_usable(self) except -1:
+        if self.engine is NULL:
+            raise InternalError("the engine is closed")
+        if self.busy:
+            raise InternalError("the engine is in use by another thread")
+        if self.pid != getpid():
+            raise InternalError("the engine was made before this process forked; it works in the parent only")
+        return 0
+
+    cdef int _prepare(self, tokens, positions, slots, out_rows, int32_t n_steps) except -1:
+        """Check and copy a batch; arrays as `_int_array` gives them."""
+        cdef BatchView batch
+        cdef BatchError error
+        batch.n_rows, batch.n_out, batch.n_steps = len(tokens), len(out_rows), n_steps
+        batch.tokens, batch.positions = _int32s(tokens), _int32s(positions)
+        batch.slots, batch.out_rows = _int32s(slots), _int32s(out_rows)
+        self.model_file.check_unchanged()
+        if not self.engine.prepare(batch, &self.tables[0, 0, 0], &error):
+            field, message = error.field.decode(), error.message.decode()
+            if field in ("tokens", "positions"):
+                raise InvalidRequest(message, field=field)
+            raise InternalError(message, field=field)
+        return 0
+
+    cdef int _prepare_batch(self, batch) except -1:
+        tokens = _int_array(batch.tokens, np.int32, "tokens")
+        n = len(tokens)
+        if not 0 <= batch.n_decode <= n:
+            raise InternalError(f"n_decode {batch.n_decode} is not 0 to {n}", field="n_decode")
+        return self._prepare(tokens, _int_array(batch.positions, np.int32, "positions", n),
+                             _int_array(batch.slots, np.int32, "slots", n),
+                             _int_array(batch.out_rows, np.int32, "out_rows"), 1)
+
+    def set_slot(self, slot, sampling):
+        """Give a slot to a new sequence: sets its `SlotSampling` and forgets the tokens of the one before.
+
+        Raises:
+            InternalError: slot out of range, or the engine is closed or busy.
+            InvalidRequest: a sampling number out of range.
+        """
+        self._check_usable()
+        if not 0 <= slot < self.config.max_seqs:
+            raise InternalError(f"slot {slot} is not below {self.config.max_seqs}", field="slot")
+        for field, low, high in (("temperature", 0, 1e30), ("top_p", 0, 1), ("min_p", 0, 1),
+                                 ("repetition_penalty", 0, 1e30), ("top_k", 0, (1 << 31) - 1), ("seed", 0, (1 << 64) - 1)):
+            value = getattr(sampling, field)
+            if not low <= value <= high or (field == "repetition_penalty" and value == 0):
+                raise InvalidRequest(f"{field} {value} is out of range", field=field)
+        cdef SamplingParams p
+        p.temperature, p.top_p, p.min_p = sampling.temperature, sampling.top_p, sampling.min_p
+        p.repetition_penalty, p.top_k, p.seed = sampling.repetition_penalty, sampling.top_k, sampling.seed
+        self.engine.set_slot(slot, p)
+
+    def step(self, batch, want_logits=False):
+        """Run one ragged step; releases the GIL while it works.
+
+        Returns:
+            (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled -1 means that the row's logits
+            hold a NaN or a +infinity or nothing else than -infinity: there is nothing to draw from.
+
+        Raises:
+            InvalidRequest: a token or position out of range; `fields["field"]` names the array.
+            InternalError: slots, out_rows or block tables that cannot be, or the engine is closed or busy.
+            ModelLoadError: the model file changed.
+        """
+        self._check_usable()
+        self._prepare_batch(batch)
+        cdef Py_ssize_t n_out = len(batch.out_rows)
+        sampled = np.empty(n_out, np.int32)
+        logits = np.empty((n_out, self.n_vocab), np.float32) if want_logits else None
+        cdef int32_t[::1] sampled_view = sampled
+        cdef float[:, ::1] logits_view = logits
+        cdef float* logits_data = &logits_view[0, 0] if logits is not None and n_out > 0 else NULL
+        cdef int32_t* sampled_data = &sampled_view[0] if n_out > 0 else NULL
+        self.busy = True
+        try:
+            with nogil:
+                self.engine.run(self.engine.n_ops(), logits_data)
+                if n_out > 0:
+                    self.engine.sample_rows(sampled_data)
+        finally:
+            self.busy = False
+        return sampled, logits
+
+    def forward(self, batch, stop_after=None):
+        """Run one step without sampling.
+
+        Args:
+            batch: the rows.
+            stop_after: name of a record of the plan.
+
+        Returns:
+            float32 logits [n_out, n_vocab]; with `stop_after` the whole buffer that record writes, [rows, width]
+            (`KvWrite`: the buffer of the keys it stored).
+
+        Raises:
+            as `step`; InternalError: no record has that name.
+        """
+        self._check_usable()
+        if stop_after is not None and stop_after not in self.op_index:
+            raise InternalError(f"the plan has no record {stop_after!r}", field="stop_after")
+        self._prepare_batch(batch)
+        cdef Py_ssize_t n_out = len(batch.out_rows)
+        cdef int32_t n_ops = self.engine.n_ops() if stop_after is None else self.op_index[stop_after] + 1
+        cdef int32_t buffer = self.buffer_index["logits"] if stop_after is None else self.op_buffer[stop_after]
+        cdef Py_ssize_t rows = self.engine.buffer_rows(buffer)
+        out = np.empty((rows, self.plan.buffers[list(self.buffer_index)[buffer]].width), np.float32)
+        cdef float[:, ::1] view = out
+        cdef size_t n_bytes = out.nbytes
+        cdef float* data = &view[0, 0] if n_bytes > 0 else NULL
+        cdef cbool is_logits = buffer == self.buffer_index["logits"]
+        self.busy = True
+        try:
+            with nogil:
+                self.engine.run(n_ops, data if is_logits else NULL)
+                if not is_logits and n_bytes > 0:
+                    memcpy(data, self.engine.buffer_data(buffer), n_bytes)
+        finally:
+            self.busy = False
+        return out
+
+    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control):
+        """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
+
+        See `worker_orcd.engine.Engine.decode`. At least one step runs. A token of -1 (nothing to draw from, see
+        `step`) also ends the call at that step; it goes into the result and not into the ring.
+
+        Raises:
+            as `step`; the positions and blocks of all `n_steps` steps are checked before the first.
+        """
+        self._check_usable()
+        slots_a = _int_array(slots, np.int32, "slots")
+        n = len(slots_a)
+        if not 1 <= n_steps < 1 << 26:
+            raise InternalError(f"n_steps must be at least 1, not {n_steps}", field="n_steps")
+        out_rows = np.arange(n, dtype=np.int32)
+        cdef int64_t[::1] seq_view = _int_array(seq_ids, np.int64, "seq_ids", n)
+        cdef int32_t[::1] stop_view = _int_array(stop_ids, np.int32, "stop_ids")
+        cdef uint8_t[::1] mask_view = _int_array(stop_mask, np.uint8, "stop_mask", n)
+        cdef TokenRing ring_c = ring
+        cdef Control control_c = control
+        if ring_c is None or control_c is None:
+            raise InternalError("decode needs a ring and a control")
+        self._prepare(_int_array(tokens, np.int32, "tokens", n), _int_array(positions, np.int32, "positions", n), slots_a,
+                      out_rows, n_steps)
+        out = np.empty((n_steps, n), np.int32)
+        cdef int32_t[:, ::1] out_view = out
+        cdef int32_t n_steps_c = n_steps, n_stop = <int32_t>stop_view.shape[0], done
+        cdef const int32_t* stop_data = &stop_view[0] if n_stop > 0 else NULL
+        self.busy = True
+        try:
+            with nogil:
+                done = self.engine.decode(n_steps_c, &seq_view[0], stop_data, n_stop, &mask_view[0], ring_c.queue,
+                                          control_c.flag, &out_view[0, 0])
+        finally:
+            self.busy = False
+        return out[:done]
+
+    def close(self):
+        """Free everything; the engine is dead afterwards. Idempotent.
+
+        Raises:
+            InternalError: another thread is in a call.
+        """
+        if self.engine is NULL:
+            return
+        self._check_usable()
+        cdef Engine* engine = self.engine
+        self.engine = NULL
+        with nogil:
+            del engine
+        self.views = self.model_file = None
+
+
+cdef class _Lowering:
+    """Turns the records of a plan into the engine's flat structs, checking every size that the kernels rely on."""
+
+    cdef CpuEngine owner
+    cdef Engine* engine
+    cdef object plan, model_file, matrices, vectors
+
+    def __init__(self, CpuEngine owner):
+        self.owner, self.engine = owner, owner.engine
+        self.plan, self.model_file = owner.plan, owner.model_file
+        self.matrices, self.vectors = {}, {}
+
+    cdef run(self):
+        cdef KvGroup group
+        cdef Op op
+        plan, owner = self.plan, self.owner
+        owner.views, owner.op_index, owner.op_buffer, owner.buffer_index = [], {}, {}, {}
+        for b in plan.buffers.values():
+            self.require(b.width > 0 and b.rows in ("tokens", "outputs"), f"buffer {b.name}")
+            owner.buffer_index[b.name] = self.engine.add_buffer(b.width, b.rows == "outputs")
+        logits = plan.buffers.get("logits")
+        self.require(logits is not None and logits.rows == "outputs" and logits.width == plan.n_vocab, "buffer logits")
+        for g, n_blocks in zip(plan.kv_groups, owner.config.n_blocks):
+            group.window, group.n_layers, group.n_blocks = g.window, 0, n_blocks
+            self.engine.add_kv_group(group)
+        group_of = {layer: i for i, g in enumerate(plan.kv_groups) for layer in g.layers}
+        for layer in range(plan.n_layer):
+            self.require(layer in group_of, f"KV group of layer {layer}")
+            self.engine.add_layer(group_of[layer])
+        for record in plan.ops:
+            op = Op()
+            target = self.lower(record, &op)
+            owner.op_index[record.name] = self.engine.n_ops()
+            owner.op_buffer[record.name] = owner.buffer_index[target.buf]
+            self.engine.add_op(op)
+
+    cdef require(self, condition, what):
+        if not condition:
+            raise InternalError(f"the plan is not consistent: {what}")
+
+    cdef View view(self, v, width, name) except *:
+        """A view that lies in its buffer and has the width the record needs."""
+        cdef View out
+        self.require(v.buf in self.plan.buffers, f"{name}: buffer {v.buf}")
+        self.require(0 <= v.offset and v.width == width > 0 and v.offset + v.width <= self.plan.buffers[v.buf].width,
+                     f"{name}: columns {v.offset} + {v.width} of {v.buf}, {width} wanted")
+        out.buffer, out.offset, out.width = self.owner.buffer_index[v.buf], v.offset, v.width
+        return out
+
+    def data(self, name, type_id, n_bytes):
+        """The tensor's bytes, kept alive by the engine."""
+        view = memoryview(self.model_file.view(name)).cast("B")
+        self.require(type_id in TYPES and view.nbytes == n_bytes, f"{name}: {view.nbytes} bytes, {n_bytes} wanted")
+        self.owner.views.append(view)
+        return view
+
+    def matrix(self, name):
+        """Index of a matrix [n_out][n_in]; of the first one for a tensor of experts."""
+        if name in self.matrices:
+            return self.matrices[name]
+        w = self.plan.weights[name]
+        self.require(w.type_id in TYPES and len(w.shape) in (2, 3) and all(n > 0 for n in w.shape)
+                     and w.shape[0] % TYPES[w.type_id].block_size == 0, f"{name}: shape {w.shape}")
+        n_in, n_out = w.shape[:2]
+        n_expert = w.shape[2] if len(w.shape) == 3 else 1
+        row_bytes = TYPES[w.type_id].row_bytes(n_in)
+        cdef const uint8_t[::1] data = self.data(name, w.type_id, row_bytes * n_out * n_expert)
+        cdef int64_t stride = row_bytes * n_out
+        cdef int e, index, first = -1, count = n_expert
+        for e in range(count):
+            index = self.engine.add_matrix(&data[0] + e * stride, w.type_id, n_in, n_out, row_bytes)
+            first = index if e == 0 else first
+        self.matrices[name] = first
+        return first
+
+    def vec(self, name, size):
+        """Index of a float vector of `size` elements; -1 for None."""
+        if name is None:
+            return -1
+        if name in self.vectors:
+            return self.vectors[name]
+        w = self.plan.weights[name]
+        n = 1
+        for k in w.shape:
+            n *= k
+        self.require(w.type_id in _FLOAT_TYPES and n == size, f"{name}: {w.shape} of type {w.type_id}, {size} floats wanted")
+        cdef const uint8_t[::1] data = self.data(name, w.type_id, TYPES[w.type_id].row_bytes(n))
+        self.vectors[name] = self.engine.add_vector(&data[0], w.type_id, n)
+        return self.vectors[name]
+
+    def shape(self, name, *expected):
+        """Require the GGUF shape of a weight."""
+        self.require(name in self.plan.weights and tuple(self.plan.weights[name].shape) == expected,
+                     f"{name}: shape {getattr(self.plan.weights.get(name), 'shape', None)}, {expected} wanted")
+
+    cdef lower(self, r, Op* op):
+        """Fill `op` from a record; returns the view whose buffer `forward(stop_after)` shows."""
+        cdef double[::1] freqs
+        kind, plan = type(r).__name__, self.plan
+        rows = lambda v: plan.buffers[v.buf].rows if v.buf in plan.buffers else None
+        if kind == "Embed":
+            op.kind = OpKind.kEmbed
+            n_embd = plan.weights[r.weight].shape[0]
+            self.shape(r.weight, n_embd, plan.n_vocab)
+            op.out, op.weight, op.scale = self.view(r.out, n_embd, r.name), self.matrix(r.weight), r.scale
+            if r.positions is not None:
+                n_positions = plan.weights[r.positions].shape[1]
+                self.shape(r.positions, n_embd, n_positions)
+                self.require(plan.max_positions is not None and plan.max_positions <= n_positions, f"{r.name}: max_positions")
+                op.positions = self.matrix(r.positions)
+            same = (r.out,)
+        elif kind == "Norm":
+            op.kind = OpKind.kNorm
+            n = r.group or r.inp.width
+            self.require(r.kind in ("rms", "layer") and n > 0 and r.inp.width % n == 0, f"{r.name}: {r.kind}, group {r.group}")
+            op.inp, op.out = self.view(r.inp, r.inp.width, r.name), self.view(r.out, r.inp.width, r.name)
+            op.vector, op.bias = self.vec(r.weight, n), self.vec(r.bias, n)
+            op.layer_norm, op.eps, op.group = r.kind == "layer", r.eps, r.group
+            same = (r.inp, r.out)
+        elif kind == "MatMul":
+            op.kind = OpKind.kMatMul
+            self.shape(r.weight, r.inp.width, r.out.width)
+            op.inp, op.out = self.view(r.inp, r.inp.width, r.name), self.view(r.out, r.out.width, r.name)
+            op.weight, op.bias = self.matrix(r.weight), self.vec(r.bias, r.out.width)
+            same = (r.inp, r.out)
+        elif kind == "Rope":
+            op.kind = OpKind.kRope
+            self.require(r.pairing in ("adjacent", "halves") and r.n_rot == 2 * len(r.freqs) and 0 < r.n_rot <= r.head_dim,
+                         f"{r.name}: {r.pairing}, {r.n_rot} of {r.head_dim}")
+            op.inp = self.view(r.x, r.n_head * r.head_dim, r.name)
+            op.n_head, op.head_dim, op.n_rot, op.adjacent = r.n_head, r.head_dim, r.n_rot, r.pairing == "adjacent"
+            freqs = np.array(r.freqs, np.float64)
+            op.rope_table = self.engine.add_rope_table(&freqs[0], <int32_t>freqs.shape[0], r.mscale)
+            same = (r.x,)
+        elif kind == "KvWrite" or kind == "Attention":
+            self.require(0 <= r.layer < plan.n_layer and r.n_head_kv == plan.n_head_kv and r.head_dim == plan.head_dim,
+                         f"{r.name}: layer or KV heads")
+            op.layer, op.n_head_kv, op.head_dim = r.layer, r.n_head_kv, r.head_dim
+            n_kv = r.n_head_kv * r.head_dim
+            if kind == "KvWrite":
+                op.kind = OpKind.kKvWrite
+                op.inp, op.inp2 = self.view(r.k, n_kv, r.name), self.view(r.v, n_kv, r.name)
+                same = (r.k, r.v)
+            else:
+                op.kind = OpKind.kAttention
+                group = next(g for g in plan.kv_groups if r.layer in g.layers)
+                self.require(r.n_head > 0 and r.n_head % r.n_head_kv == 0, f"{r.name}: heads")
+                self.require(r.window >= 0 and (group.window == 0 or 0 < r.window <= group.window), f"{r.name}: window {r.window}")
+                op.inp, op.out = self.view(r.q, r.n_head * r.head_dim, r.name), self.view(r.out, r.n_head * r.head_dim, r.name)
+                op.n_head, op.scale, op.window, op.vector = r.n_head, r.scale, r.window, self.vec(r.sinks, r.n_head)
+                same = (r.q, r.out)
+            self.require(all(rows(v) == "tokens" for v in same), f"{r.name}: rows")
+        elif kind == "Glu":
+            op.kind = OpKind.kGlu
+            self.require(r.kind in ("silu", "gelu", "swiglu_oai"), f"{r.name}: {r.kind}")
+            op.activation = _ACTIVATIONS[r.kind]
+            op.inp, op.inp2 = self.view(r.gate, r.out.width, r.name), self.view(r.up, r.out.width, r.name)
+            op.out = self.view(r.out, r.out.width, r.name)
+            same = (r.gate, r.up, r.out)
+        elif kind == "Act":
+            op.kind = OpKind.kAct
+            self.require(r.kind == "gelu_tanh", f"{r.name}: {r.kind}")
+            op.activation = _ACTIVATIONS[r.kind]
+            op.inp, op.out = self.view(r.inp, r.out.width, r.name), self.view(r.out, r.out.width, r.name)
+            same = (r.inp, r.out)
+        elif kind == "Add":
+            op.kind = OpKind.kAdd
+            op.inp, op.out = self.view(r.inp, r.out.width, r.name), self.view(r.out, r.out.width, r.name)
+            same = (r.inp, r.out)
+        elif kind == "Route":
+            op.kind = OpKind.kRoute
+            self.require(0 < r.n_used <= r.n_expert <= 1 << 20, f"{r.name}: {r.n_used} of {r.n_expert} experts")
+            self.shape(r.weight, r.inp.width, r.n_expert)
+            op.inp = self.view(r.inp, r.inp.width, r.name)
+            op.out, op.out2 = self.view(r.ids, r.n_used, r.name), self.view(r.gates, r.n_used, r.name)
+            op.weight, op.bias = self.matrix(r.weight), self.vec(r.bias, r.n_expert)
+            op.n_expert, op.n_used = r.n_expert, r.n_used
+            same = (r.inp, r.ids, r.gates)
+        elif kind == "ExpertMatMul":
+            op.kind = OpKind.kExpertMatMul
+            self.shape(r.weight, r.n_in, r.n_out, r.n_expert)
+            self.require(any(type(o).__name__ == "Route" and o.ids == r.ids and o.n_expert == r.n_expert and o.n_used == r.n_used
+                             for o in plan.ops), f"{r.name}: no router writes its ids")
+            op.inp = self.view(r.inp, r.n_in * (r.n_used if r.per_slot else 1), r.name)
+            op.inp2, op.out = self.view(r.ids, r.n_used, r.name), self.view(r.out, r.n_out * r.n_used, r.name)
+            op.weight, op.bias = self.matrix(r.weight), self.vec(r.bias, r.n_out * r.n_expert)
+            op.n_expert, op.n_used, op.per_slot = r.n_expert, r.n_used, r.per_slot
+            same = (r.inp, r.ids, r.out)
+        elif kind == "ExpertSum":
+            op.kind = OpKind.kExpertSum
+            op.inp, op.inp2 = self.view(r.inp, r.out.width * r.n_used, r.name), self.view(r.gates, r.n_used, r.name)
+            op.out, op.n_used = self.view(r.out, r.out.width, r.name), r.n_used
+            same = (r.inp, r.gates, r.out)
+        elif kind == "Gather":
+            op.kind = OpKind.kGather
+            op.inp, op.out = self.view(r.inp, r.out.width, r.name), self.view(r.out, r.out.width, r.name)
+            self.require(rows(r.inp) == "tokens" and rows(r.out) == "outputs", f"{r.name}: rows")
+            same = (r.out,)
+        else:
+            raise InternalError(f"the CPU engine has no record {kind}")
+        self.require(len({rows(v) for v in same}) == 1, f"{r.name}: mixes rows of tokens and of outputs")
+        return {"Rope": lambda: r.x, "KvWrite": lambda: r.k, "Route": lambda: r.gates}.get(kind, lambda: r.out)()
