@@ -194,7 +194,7 @@ HOST_DEVICE_INLINE int32_t sample_chunks(int32_t n_vocab) { return (n_vocab + SA
 // How one slot samples; csrc/sampling.h says what the numbers mean.
 typedef struct {
     uint64_t seed;
-    float temperature;  // 0: greedy
+    float temperature;  // below 1e-5: greedy
     float top_p;        // 1: off
     float min_p;        // 0: off
     float repetition_penalty;  // 1: off

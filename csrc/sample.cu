@@ -39,7 +39,7 @@ struct Row {
         is_aligned = (reinterpret_cast<uint64_t>(logits) & 15) == 0;
     }
 
-    __device__ __forceinline__ bool is_greedy() const { return slot.temperature == 0.f; }
+    __device__ __forceinline__ bool is_greedy() const { return sampling_is_greedy(slot.temperature); }
     __device__ __forceinline__ bool has_top_k() const { return slot.top_k > 0 && slot.top_k < n_vocab; }
     __device__ __forceinline__ bool has_filter() const { return has_top_k() || slot.top_p < 1.f; }
 
@@ -59,10 +59,10 @@ struct Row {
         return seen && first < n_vocab ? seen[first / 32] >> (first % 32) & 15u : 0u;
     }
 
-    // Temperature and penalty, by single roundings that are never fused with the arithmetic around them.
+    // Temperature and penalty; the product must not be fused with the difference that follows it.
     __device__ __forceinline__ float x(float logit, bool is_seen) const {
-        float v = is_greedy() ? logit : __fdiv_rn(logit, slot.temperature);
-        if (is_seen) v = v > 0.f ? __fdiv_rn(v, slot.repetition_penalty) : __fmul_rn(v, slot.repetition_penalty);
+        float v = is_greedy() ? logit : sampling_temper(logit, slot.temperature);
+        if (is_seen) v = v > 0.f ? sampling_penalize(v, slot.repetition_penalty) : __fmul_rn(v, slot.repetition_penalty);
         return v;
     }
 };
@@ -273,7 +273,6 @@ DEVICE int find_bin(DrawShared& s, const uint64_t* weights, const uint32_t* coun
 template <typename F>
 DEVICE void for_tokens(const Row& row, float max, float depth, int first, int last, int thread, int n_threads, F f) {
     // A multiplication tells most tokens apart from those that need the exact division.
-    const bool is_coarse = row.slot.temperature > 1e-30f;
     const float factor = 1.f / row.slot.temperature;
     const float floor = max - depth - (0.01f + 1e-6f * (fabsf(max) + 28.f));
 #pragma unroll 2
@@ -284,7 +283,7 @@ DEVICE void for_tokens(const Row& row, float max, float depth, int first, int la
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const bool is_seen = seen >> j & 1;
-            if (is_coarse && !is_seen && v[j] * factor < floor) continue;
+            if (!is_seen && v[j] * factor < floor) continue;
             const float x = row.x(v[j], is_seen);
             const uint64_t weight = sampling_weight(x, max);
             if (weight > 0) f(i + j, x, weight);

@@ -49,14 +49,16 @@ def reference(logits, position, slot, seen=()):
         if bad(logits):
             return -1, 1.0
         x = logits.astype(f)
-        if s["temperature"]:
-            x = x / f(s["temperature"])
+        greedy = s["temperature"] < 1e-5
+        temper = lambda v, t: np.minimum(v / f(t), np.finfo(f).max)  # noqa: E731
+        if not greedy:
+            x = temper(x, s["temperature"])
         seen = np.array(sorted(set(seen)), int)
-        x[seen] = np.where(x[seen] > 0, x[seen] / f(s["repetition_penalty"]), x[seen] * f(s["repetition_penalty"]))
+        x[seen] = np.where(x[seen] > 0, temper(x[seen], s["repetition_penalty"]), x[seen] * f(s["repetition_penalty"]))
         if bad(x):
             return -1, 1.0
         best = int(np.argmax(x))
-        if s["temperature"] == 0:
+        if greedy:
             return best, 1.0
         d = x - x.max()
         w = np.where(d > -28, np.floor(np.exp(d.astype(np.float64)).astype(f) * f(ONE)), 0).astype(np.uint64)
@@ -168,7 +170,8 @@ SLOTS = [
     {"temperature": 1.0, "repetition_penalty": 1.3, "top_p": 0.8, "seed": 10},
     {"temperature": 0.0, "repetition_penalty": 1.5},
     {"temperature": 1.0, "repetition_penalty": 0.5, "seed": 11},
-    {"temperature": 1e-30, "seed": 12},
+    {"temperature": 9e-6, "top_k": 3, "seed": 12},
+    {"temperature": 2e-5, "seed": 14},
     {"temperature": 1.0, "min_p": 1.0, "seed": 13},
 ]
 
@@ -243,6 +246,15 @@ def test_greedy_without_weighing(gpu):
     logits = make_logits(rng, 3, 10000, "ties")
     sampler.set_logits(logits, [0, 1, 2], [0, 1, 2])
     assert np.array_equal(sampler.run(weigh=False), logits.argmax(1))
+
+
+def test_temperature_that_overflows(gpu):
+    """The tokens that overflow share the top; nothing becomes a failure."""
+    logits = np.array([[1e34, -1e34, 2e34, 1.0, -np.inf]] * 8, np.float32)
+    slots = [{"temperature": 2e-5, "seed": s} for s in range(8)]
+    sampler = Sampler(gpu, 8, 5, slots)
+    sampler.set_logits(logits, range(8), [3] * 8)
+    assert list(sampler.run()) == [reference(logits[0], 3, slot)[0] for slot in slots]
 
 
 def test_dead_rows_and_failed_rows(gpu):
