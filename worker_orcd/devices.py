@@ -108,7 +108,7 @@ def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineCo
     """
     if device == "cpu":
         return _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
-    return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device),
+    return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device), chunk_bytes=chunk_bytes,
                                          progress=lambda done, total: progress(done))
 
 

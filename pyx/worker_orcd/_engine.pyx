@@ -13,13 +13,15 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_
 from libc.string cimport memcpy, memset
 
 from . import cuda_layout, cuda_memory, plan as plan_records
-from .engine import BLOCK_SIZE, EngineConfig
+from .engine import BLOCK_SIZE
 from .errors import CudaError, InsufficientVram, InternalError, InvalidRequest
 from .lowering import MatMulGroup, RopeKv, lower
 
 from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check
 from ._nodes cimport Node, Shape
 from ._ring cimport Control, TokenRing
+from ._driver import device_copy_gbps
+from ._upload import Piece, upload
 
 cdef extern from *:
     """
@@ -66,18 +68,6 @@ def plan_memory(plan, config):
             cuda_memory.workspace_arena(plan, config, splits, heads, sampling))
 
 
-def kv_bytes_that_fit(model_file, plan, int max_seqs, int max_rows, int device):
-    """Bytes left for the KV cache on a GPU beside weights, workspace and what the driver takes; 0 where nothing is."""
-    config = EngineConfig(min(max_seqs, MAX_BATCH), max_rows, plan.context_length, (0,) * len(plan.kv_groups))
-    context = Context(device)
-    try:
-        free, _ = context.memory()
-        taken = sum(arena.nbytes for arena in plan_memory(plan, config)) + cuda_memory.RESERVE_BYTES
-        return max(0, free - taken - cuda_memory.STAGING_BYTES - plan.n_layer * cuda_memory.ALIGN)
-    finally:
-        context.close()
-
-
 cdef class CudaEngine:
     """A model in the memory of one GPU.
 
@@ -108,7 +98,7 @@ cdef class CudaEngine:
     cdef int max_smem
     cdef size_t staged      # bytes of the staging area whose copies may still be under way
     cdef uint64_t steps     # steps sampled since the start, as the device counts them
-    cdef readonly double load_seconds
+    cdef readonly object load_stats     # `UploadStats` of the weights
 
     def __init__(self, model_file, plan, config, int device=0, size_t chunk_bytes=1 << 20, progress=None,
                  Context context=None):
@@ -123,7 +113,7 @@ cdef class CudaEngine:
         try:
             self.max_smem = self.context.max_smem
             self._allocate(model_file)
-            self._load(model_file, progress)
+            self._load(model_file, chunk_bytes, progress)
             self._build()
             self._capture()
         except BaseException:
@@ -164,38 +154,43 @@ cdef class CudaEngine:
         self.kernel_cache[name] = (kernel, smem)
         return kernel
 
-    def _load(self, model_file, progress):
+    def _load(self, model_file, size_t chunk_bytes, progress):
         """Every weight into its region: vectors widened to float32, matrices repacked on the device."""
         staging = self.context.allocate(cuda_memory.STAGING_BYTES, "staging")
-        done, total = 0, sum(model_file.tensors[name].nbytes for name in self.plan.weights)
+        pieces, total = [], sum(model_file.tensors[name].nbytes for name in self.plan.weights)
         try:
             for w in self.plan.weights.values():
-                info = model_file.tensors[w.name]
-                raw = model_file.view(w.name)
                 if w.kind in ("vector", "expert_vectors"):
-                    self._write(w.name, _widen(raw, w.type_id))
+                    self._write(w.name, _widen(model_file.view(w.name), w.type_id))
                 else:
-                    row_bytes = info.nbytes // (w.shape[1] * (w.shape[2] if len(w.shape) > 2 else 1))
-                    piece = staging.nbytes // row_bytes // 16 * 16
-                    n_out = w.shape[1]
-                    experts = w.shape[2] if len(w.shape) > 2 else 1
-                    for e in range(experts):
-                        for row in range(0, n_out, piece):
-                            n = min(piece, n_out - row)
-                            start = (e * n_out + row) * row_bytes
-                            staging.copy_from(raw[start:start + n * row_bytes])
-                            self._repack(w, staging.pointer, row_bytes, e, row, n)
-                            self.stream.synchronize()
-                done += info.nbytes
-                if progress is not None:
-                    progress(done, total)
+                    pieces += self._pieces(model_file, w)
             for key, freqs in cuda_memory.rope_tables(self.plan).items():
                 self._write(f"freqs:{key}", np.asarray(freqs, np.float32))
+            self.load_stats = upload(
+                self.context, pieces, consume=self._repack, stream=self.stream, staging=staging, chunk_bytes=chunk_bytes,
+                progress=None if progress is None else lambda done: progress(min(done, total), total))
+            if progress is not None:
+                progress(total, total)
         finally:
             staging.close()
 
-    def _repack(self, w, uintptr_t rows, int64_t row_bytes, int expert, int row0, int n_rows):
-        """Queue the repacking of raw rows [row0, row0 + n_rows) of a matrix (of one expert of it)."""
+    def _pieces(self, model_file, w):
+        """The rows of a matrix (of each expert's) in pieces of whole strips that fit a quarter of the staging area."""
+        info, part = model_file.tensors[w.name], model_file.part_of(w.name)
+        n_out, experts = w.shape[1], w.shape[2] if w.kind == "experts" else 1
+        row_bytes = info.nbytes // (n_out * experts)
+        most = cuda_memory.STAGING_BYTES // 4 // row_bytes // cuda_layout.STRIP_ROWS * cuda_layout.STRIP_ROWS
+        if most == 0:
+            raise InternalError(f"rows of {w.name} ({row_bytes} bytes) do not fit the staging area")
+        for expert in range(experts):
+            for row in range(0, n_out, most):
+                n = min(most, n_out - row)
+                yield Piece(part, info.offset + (expert * n_out + row) * row_bytes, n * row_bytes, None,
+                            (w, row_bytes, expert, row, n))
+
+    def _repack(self, tag, uintptr_t rows, size_t nbytes):
+        """Queue the repacking of a piece whose raw rows lie at `rows`."""
+        w, row_bytes, expert, row0, n_rows = tag
         cdef RepackParams p
         cdef Kernel kernel = self.kernel("repack", f"repack_{cuda_layout.kernel_suffix(w.type_id)}")
         cdef uintptr_t to = self.addresses[w.name] + expert * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
@@ -657,11 +652,10 @@ cdef class CudaEngine:
                 faults.append(f"{memory.label or 'unnamed'} ({memory.nbytes:,} bytes): {facts}")
         return faults
 
-    def facts(self):
-        """What `info` and /health say about the device."""
-        major, minor = self.context.capability
-        return {"gpu_name": self.context.name, "sm": major * 10 + minor,
-                "vram_bytes_used": sum(m.nbytes for m in self.context.allocations()), "load_seconds": self.load_seconds}
+    def copy_bandwidth(self):
+        """GB/s of a device-to-device copy, bytes read and written both counted."""
+        self._enter()
+        return device_copy_gbps(self.context)
 
     def close(self):
         """See `engine.Engine.close`."""
