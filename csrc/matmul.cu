@@ -14,25 +14,7 @@
 //
 // Bytes: weights ceil(rows / 64) times, x ceil(n_out / 128) times, mostly from L2.
 #include "matmul_params.h"
-#include "quant/types.cuh"
-
-// Mirrored by worker_orcd/cuda_layout.py: matmul_stages.
-template <class Q, int kWarpsM, int kWarpsN, int kTiles>
-struct Shape {
-    static constexpr int kWarps = kWarpsM * kWarpsN;
-    static constexpr int kStrips = 2 * kWarpsM;          // strips of a block
-    static constexpr int kRows = 8 * kTiles * kWarpsN;   // rows of x of a block
-    static constexpr int kXBytes = kRows * 2 * kSubK;    // one stage of x: 64 columns
-    static constexpr int kWBytes = kStrips * Q::kRecordBytes;
-    static constexpr int kBudget = kWarpsN == 1 ? 75776 : 49152;  // three or four blocks to a multiprocessor
-    static constexpr int slots(int stages) { return Q::kSubs > 1 ? 2 : stages; }
-    static constexpr int bytes(int stages) { return stages * kXBytes + slots(stages) * kWBytes; }
-    static constexpr int kStages = bytes(4) <= kBudget ? 4 : bytes(3) <= kBudget ? 3 : 2;
-    // A unit of several stages arrives with its first one, at most kStages - 1 <= kSubs - 1 stages early, when the unit
-    // two before it is done with: two slots serve.
-    static constexpr int kSlots = slots(kStages);
-    static_assert(Q::kSubs == 1 || kStages <= Q::kSubs);
-};
+#include "matmul_shapes.cuh"
 
 // A fragments of 32-column block b of a sub-unit, `block` of the unit; inverse[r] undoes the row scale.
 template <class Q>
@@ -83,7 +65,7 @@ DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* record, int sub, int 
 
 template <class Q, int kWarpsM, int kWarpsN, int kTiles>
 DEVICE void matmul(const MatmulParams& p) {
-    using S = Shape<Q, kWarpsM, kWarpsN, kTiles>;
+    using S = MatmulShape<Q, kWarpsM, kWarpsN, kTiles>;
     // [kStages][kRows][64 columns] fp16 x, its eight 16-byte chunks in exchanged halves in odd rows (bank conflicts);
     // [kSlots][kStrips][kRecordBytes] weights
     extern __shared__ __align__(128) uint8_t smem[];

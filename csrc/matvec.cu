@@ -16,21 +16,7 @@
 // Weights are in flight before the dependency wait.
 #include "activations.cuh"
 #include "matmul_params.h"
-#include "quant/types.cuh"
-
-// Mirrored by worker_orcd/cuda_layout.py: matvec_shape.
-template <class Q, int kTiles>
-struct Shape {
-    static constexpr int kStageUnits = Q::kUnitK == 64 && !kDense<Q> ? 2 : 1;
-    static constexpr int kStageBytes = kStageUnits * Q::kRecordBytes;
-    // Two strips share the loads of x where the ring and, with 8 tiles, the registers allow.
-    static constexpr bool kTwoFit = kTiles == 4 || (Q::kUnitK == 64 && !std::is_same_v<Q, Q5_1>);
-    static constexpr int kStrips = kTiles >= 4 && kStageBytes <= 2304 && kTwoFit ? 2 : 1;
-    static constexpr int kSlotBytes = kStrips * kStageBytes;
-    static constexpr int kFit = 10240 / kSlotBytes;
-    static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
-    static constexpr int kSums = kStrips * 128;  // float32 partial sums of a warp for 8 rows
-};
+#include "matmul_shapes.cuh"
 
 DEVICE int matrix_of(const MatvecParams& p, int strip) {
     int m = 0;
@@ -50,7 +36,7 @@ DEVICE const uint8_t* strip_records(const MatvecParams& p, int strip) {
 // The stream of one warp's stages over the strips of its block: always kDepth - 1 stages ahead of the sums.
 template <class Q, int kTiles>
 struct Loader {
-    using S = Shape<Q, kTiles>;
+    using S = MatvecShape<Q, kTiles>;
     const MatvecParams& p;
     const uint8_t* src[S::kStrips];
     uint32_t ring;
@@ -211,7 +197,7 @@ DEVICE void add_dense(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)
 
 template <class Q, int kTiles>
 DEVICE void matvec(const MatvecParams& p) {
-    using S = Shape<Q, kTiles>;
+    using S = MatvecShape<Q, kTiles>;
     // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [n_rows][split_bytes] rows (1 tile)
     extern __shared__ __align__(128) uint8_t smem[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
@@ -312,7 +298,7 @@ DEVICE void matvec(const MatvecParams& p) {
 // With one block asked for the compiler spends all registers on scheduling, with none it saves them. Tried one by one:
 // the 8-tile kernels that would then spill get the other.
 template <class Q>
-constexpr int kBlocks8 = Shape<Q, 8>::kStrips == 1 && Q::kLowBits > 2 ? 1 : 0;
+constexpr int kBlocks8 = MatvecShape<Q, 8>::kStrips == 1 && Q::kLowBits > 2 ? 1 : 0;
 
 #define DEFINE_TILES(Type, name, tiles, blocks)                                                    \
     extern "C" __global__ void __launch_bounds__(256, blocks) matvec_##name##_##tiles(             \

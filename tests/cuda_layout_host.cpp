@@ -1,6 +1,8 @@
-// The layout functions of csrc/quant compiled for the CPU: repack a matrix word by word, read it back as lanes do.
+// The layout functions of csrc/quant compiled for the CPU: repack a matrix word by word, read it back as lanes do; and the
+// sizes of the kernels.
 // Built and called by test_cuda_layout.py.
-#include "quant/types.cuh"
+#include "matmul_params.h"
+#include "matmul_shapes.cuh"
 
 template <class Q>
 static void repack(const uint8_t* raw, uint8_t* out, int n_out, int k) {
@@ -48,11 +50,30 @@ static void unpack(const uint8_t* w, float* out, int n_out, int k) {
                 }
 }
 
+// out [4]
+template <class S>
+static void matvec_numbers(int* out) {
+    out[0] = S::kStageUnits, out[1] = S::kStrips, out[2] = S::kDepth, out[3] = S::kSlotBytes;
+}
+template <class S>
+static void matmul_numbers(int* out) {
+    out[0] = S::kStages, out[1] = S::kSlots, out[2] = S::bytes(S::kStages), out[3] = S::kRows;
+}
+
 extern "C" {
 #define DEFINE(Type, name)                                                                              \
     int unit_k_##name() { return Type::kUnitK; }                                                        \
     int record_bytes_##name() { return Type::kRecordBytes; }                                            \
     int row_scaled_##name() { return kRowScaled<Type>; }                                                \
+    void matvec_##name(int tiles, int* out) {                                                           \
+        if (tiles == 1) matvec_numbers<MatvecShape<Type, 1>>(out);                                      \
+        if (tiles == 2) matvec_numbers<MatvecShape<Type, 2>>(out);                                      \
+        if (tiles == 4) matvec_numbers<MatvecShape<Type, 4>>(out);                                      \
+        if (tiles == 8) matvec_numbers<MatvecShape<Type, 8>>(out);                                      \
+    }                                                                                                   \
+    void matmul_##name(int small, int* out) {                                                           \
+        small ? matmul_numbers<MatmulShape<Type, 2, 2, 4>>(out) : matmul_numbers<MatmulShape<Type, 4, 1, 8>>(out); \
+    }                                                                                                   \
     void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); } \
     void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }
 FOR_EACH_TYPE(DEFINE)

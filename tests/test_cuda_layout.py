@@ -65,6 +65,18 @@ def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
         assert np.unpackbits(packed[:n_bytes]).sum() == np.unpackbits(raw).sum()
 
 
+@pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
+def test_launch_sizes_match_the_kernels(lib, type_id):
+    suffix, out = cuda_layout.kernel_suffix(type_id), (ctypes.c_int * 4)()
+    for tiles in cuda_layout.MATVEC_TILES:
+        getattr(lib, f"matvec_{suffix}")(tiles, out)
+        shape = cuda_layout.matvec_shape(type_id, tiles)
+        assert list(out) == [shape.stage_units, shape.strips, shape.depth, shape.slot_bytes]
+    for small in (False, True):
+        getattr(lib, f"matmul_{suffix}")(int(small), out)
+        assert list(out) == [*cuda_layout.matmul_stages(type_id, small), cuda_layout.MATMUL_TILE_ROWS]
+
+
 def test_activation_order_is_the_fragment_order(lib):
     """Lane t's eight stored values are the columns of its pairs 0, 2, 4, 6 (low, high)."""
     slots = [lib.x_slot_of(k) for k in range(32)]

@@ -85,6 +85,7 @@ def structs(header: str) -> dict[str, type[ctypes.Structure]]:
 
 
 def _set_fields(struct: ctypes.Structure, values: dict[str, Any]) -> None:
+    struct.values = values  # keeps the buffers alive as long as the struct
     for key, value in values.items():
         field = getattr(struct, key)  # AttributeError for a name that is no member
         if isinstance(value, Buffer):
@@ -217,7 +218,8 @@ class Gpu:
         self.device = check(driver.cuDeviceGet(ordinal), "cuDeviceGet")
         self._context = check(driver.cuDevicePrimaryCtxRetain(self.device), "cuDevicePrimaryCtxRetain")
         check(driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
-        self.stream = check(driver.cuStreamCreate(1), "cuStreamCreate")  # non-blocking
+        # A blocking stream: it waits for the copies and memsets of buffers, which go through the default stream.
+        self.stream = check(driver.cuStreamCreate(0), "cuStreamCreate")
         attribute = driver.CUdevice_attribute
         self.n_sm = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         #: dynamic shared memory bytes that a block may ask for

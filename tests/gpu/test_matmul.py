@@ -112,7 +112,7 @@ def test_decode_product(gpu, type_id):
 def test_a_row_does_not_depend_on_the_others(gpu, type_id, kernel):
     k = {"F32": 1088, "F16": 1088, "BF16": 1088}.get(quants.TYPES[type_id].name, 1280)
     n_out, most = 200, 64 if kernel == "decode" else 300
-    m, _ = make(gpu, type_id, n_out, k)
+    m, w = make(gpu, type_id, n_out, k)
     x = inputs(np.random.default_rng(1), most, k)
 
     def product(rows):
@@ -124,6 +124,8 @@ def test_a_row_does_not_depend_on_the_others(gpu, type_id, kernel):
         return out.to_numpy()
 
     everything = product(np.arange(most))
+    limit = DECODE_LIMIT if kernel == "decode" else PROMPT_LIMIT
+    nmse_by_row(everything, x.astype(np.float64) @ w.T, limit, f"{quants.TYPES[type_id].name} {most} rows")
     for n in (1, 2, 7, 8, 9, 16, 17, 25, 32, 33, 63):
         rows = np.random.default_rng(n).permutation(most)[:n]
         assert np.array_equal(product(rows), everything[rows]), f"{n} rows alone differ from the same among {most}"

@@ -1,0 +1,37 @@
+// Compile-time sizes of the decode and prompt kernels, by type. worker_orcd/cuda_layout.py computes the same numbers for
+// the launches, and a test compares the two on the CPU. Knows no kernel.
+#pragma once
+
+#include "quant/types.cuh"
+
+// One decode kernel: how a warp's ring is cut (cuda_layout.matvec_shape).
+template <class Q, int kTiles>
+struct MatvecShape {
+    static constexpr int kStageUnits = Q::kUnitK == 64 && !kDense<Q> ? 2 : 1;
+    static constexpr int kStageBytes = kStageUnits * Q::kRecordBytes;
+    // Two strips share the loads of x where the ring and, with 8 tiles, the registers allow.
+    static constexpr bool kTwoFit = kTiles == 4 || (Q::kUnitK == 64 && !std::is_same_v<Q, Q5_1>);
+    static constexpr int kStrips = kTiles >= 4 && kStageBytes <= 2304 && kTwoFit ? 2 : 1;
+    static constexpr int kSlotBytes = kStrips * kStageBytes;
+    static constexpr int kFit = 10240 / kSlotBytes;
+    static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
+    static constexpr int kSums = kStrips * 128;  // float32 partial sums of a warp for 8 rows
+};
+
+// One prompt kernel: its block tile and stages (cuda_layout.matmul_stages).
+template <class Q, int kWarpsM, int kWarpsN, int kTiles>
+struct MatmulShape {
+    static constexpr int kWarps = kWarpsM * kWarpsN;
+    static constexpr int kStrips = 2 * kWarpsM;          // strips of a block
+    static constexpr int kRows = 8 * kTiles * kWarpsN;   // rows of x of a block
+    static constexpr int kXBytes = kRows * 2 * kSubK;    // one stage of x: 64 columns
+    static constexpr int kWBytes = kStrips * Q::kRecordBytes;
+    static constexpr int kBudget = kWarpsN == 1 ? 75776 : 49152;  // three or four blocks to a multiprocessor
+    static constexpr int slots(int stages) { return Q::kSubs > 1 ? 2 : stages; }
+    static constexpr int bytes(int stages) { return stages * kXBytes + slots(stages) * kWBytes; }
+    static constexpr int kStages = bytes(4) <= kBudget ? 4 : bytes(3) <= kBudget ? 3 : 2;
+    // A unit of several stages arrives with its first one, at most kStages - 1 <= kSubs - 1 stages early, when the unit
+    // two before it is done with: two slots serve.
+    static constexpr int kSlots = slots(kStages);
+    static_assert(Q::kSubs == 1 || kStages <= Q::kSubs);
+};
