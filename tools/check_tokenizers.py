@@ -54,7 +54,8 @@ def check(goldens_dir: str | os.PathLike[str], models_dir: str | os.PathLike[str
     """
     rows = []
     for lines in sorted(pathlib.Path(goldens_dir, "tokenizers").glob("*.jsonl")):
-        source = pathlib.Path(models_dir, OF_MODELS[lines.stem]) if lines.stem in OF_MODELS else lines.with_suffix(".gguf")
+        of_model = OF_MODELS.get(lines.stem)
+        source = pathlib.Path(models_dir, of_model) if of_model else lines.with_suffix(".gguf")
         start = time.perf_counter()
         tokenizer = Tokenizer.from_file(source)
         row = Row(lines.stem, build_s=time.perf_counter() - start)
@@ -83,8 +84,8 @@ def main() -> int:
     models = sys.argv[2] if len(sys.argv) > 2 else os.path.expanduser("~/.cache/worker-orcd/models")
     rows = check(sys.argv[1], models)
     for row in rows:
-        right, trips = row.n_lines - row.wrong, row.n_lines - row.wrong_round_trips
-        print(f"{row.name:10} ids {right}/{row.n_lines}  round trips {trips}/{row.n_lines}  built in {row.build_s:.2f} s")
+        n, right, trips = row.n_lines, row.n_lines - row.wrong, row.n_lines - row.wrong_round_trips
+        print(f"{row.name:10} ids {right}/{n}  round trips {trips}/{n}  built in {row.build_s:.2f} s")
         for example in row.examples:
             print("   ", example)
     return int(not rows or any(r.wrong or r.wrong_round_trips for r in rows))

@@ -101,7 +101,8 @@ class ChatTemplate:
             return answer["text"]
         if not process.alive:
             self._process = None
-        raise InvalidRequest(f"the chat template of {self._path} {answer['error']}", field="messages")
+        reason = " ".join(answer["error"].split())
+        raise InvalidRequest(f"the chat template of {self._path} {reason}", field="messages")
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
@@ -115,7 +116,8 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
             raise InvalidRequest(f"{where} must be an object with role and content", field=where)
         role = message.get("role")
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            raise InvalidRequest(f"{where}.role must be 1 to 64 letters, digits, '_', '.' or '-'", field=f"{where}.role")
+            reason = "must be 1 to 64 letters, digits, '_', '.' or '-'"
+            raise InvalidRequest(f"{where}.role {reason}", field=f"{where}.role")
         if not isinstance(message.get("content"), str | list | tuple | None):
             raise InvalidRequest(f"{where}.content must be a string or a list of parts", field=f"{where}.content")
         if message.get("content") is None and role != "assistant":  # an assistant may only call tools

@@ -66,9 +66,9 @@ class ByteStreamDecoder:
 class WindowStreamDecoder:
     """For decoders that are not a table of bytes: re-decodes a window of the last tokens.
 
-    What a token adds is the difference of two decodes that start at the same earlier token, so that whatever the decoder
-    does at the start of a text happens in both. A window that ends in an unfinished character waits; after `MAX_WINDOW`
-    tokens it is emitted as it is, which keeps the work of a token bounded.
+    What a token adds is the difference of two decodes that start at the same earlier token, so that whatever the
+    decoder does at the start of a text happens in both. A window that ends in an unfinished character waits; after
+    `MAX_WINDOW` tokens it is emitted as it is, which keeps the work of a token bounded.
 
     Args:
         decode: ids -> text.

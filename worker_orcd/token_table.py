@@ -35,7 +35,7 @@ class TokenTable:
         blob: the bytes of all tokens, one after the other.
         lengths: bytes of each token, [n_vocab].
         control: ids that `skip_special` leaves out.
-        strip_space: whether a leading space of a whole text is the tokenizer's own and not the writer's (SentencePiece).
+        strip_space: whether a leading space of a whole text is the tokenizer's own and not the writer's.
     """
 
     def __init__(self, blob: bytes, lengths: Iterable[int], control: Collection[int], strip_space: bool) -> None:

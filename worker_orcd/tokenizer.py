@@ -98,13 +98,15 @@ class Tokenizer:
             The tokenizer, or None where there is none at all.
 
         Raises:
-            ModelLoadError: as `from_file`; or the tokenizer has more ids than the model has embeddings.
+            ModelLoadError: as `from_file`; the tokenizer has more ids than the model has embeddings; or the
+                tokenizer.json beside the model holds other tokens than the model's metadata.
         """
         beside = os.path.join(os.path.dirname(model_file.path), "tokenizer.json")
         if override is not None:
             tokenizer = cls.from_file(override)
         elif os.path.exists(beside):
             tokenizer = cls.from_file(beside)
+            _check_same_tokens(tokenizer, model_file)
         else:
             parts = tokenizer_gguf.load(model_file.metadata)
             if parts is None:
@@ -132,6 +134,11 @@ class Tokenizer:
         Raises:
             InvalidRequest: the text holds lone surrogates; BOS is asked for and there is none.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            reason = f"text holds a surrogate code point at character {e.start}, which no UTF-8 text can"
+            raise InvalidRequest(reason, field="text") from None
         ids: list[int] = []
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_id is None:
@@ -210,6 +217,22 @@ class Tokenizer:
         if self.add_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
+
+
+def _check_same_tokens(tokenizer: Tokenizer, model_file: ModelFile) -> None:
+    """Refuse a tokenizer.json of another model that happens to lie in the same directory: compare 256 tokens."""
+    tokens = model_file.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return
+    n = min(len(tokens), tokenizer.n_vocab)
+    ids = range(0, n, max(1, n // 256))
+    other = sum(tokenizer._parts.text_of(i) != tokens[i] for i in ids)
+    if other > len(ids) // 4:  # converters rename a few
+        raise ModelLoadError(
+            f"{other} of {len(ids)} tokens compared are not those of {model_file.path}, which lies beside it: move it "
+            "away, or name the model's own tokenizer",
+            tokenizer.path,
+        )
 
 
 def _completed(parts: TokenizerParts, metadata: Any) -> TokenizerParts:

@@ -1,9 +1,9 @@
 """`hf-json`: a tokenizer.json of the `tokenizers` library, beside a model or given by path.
 
 The library loads and runs it; this file bounds what is read, refuses what does not fit, tells control tokens from text
-and turns the vocabulary into bytes where the file's decoder allows, so that streaming costs nothing. What tokenizer.json
-does not say (which token begins a text, the chat template) is read from tokenizer_config.json and chat_template.jinja
-beside it, where they are.
+and turns the vocabulary into bytes where the file's decoder allows, so that streaming costs nothing. What
+tokenizer.json does not say (which token begins a text, the chat template) is read from tokenizer_config.json and
+chat_template.jinja beside it, where they are.
 """
 
 from __future__ import annotations

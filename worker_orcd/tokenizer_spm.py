@@ -50,13 +50,9 @@ class SpmEncoder:
         """Ids of a fragment of text; every fragment gets the space prefix, as it is first or follows a special token.
 
         Raises:
-            InvalidRequest: the text holds lone surrogates or is longer than 2^30 bytes.
+            InvalidRequest: the text is longer than 2^30 bytes.
         """
         try:
-            data = (self._prefix + text).replace(" ", SPM_SPACE).encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest("text holds surrogate code points, which no UTF-8 text can", field="text") from None
-        try:
-            return self._merger.encode(data)
+            return self._merger.encode((self._prefix + text).replace(" ", SPM_SPACE).encode())
         except OverflowError as e:
             raise InvalidRequest(str(e), field="text") from None
