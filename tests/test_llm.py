@@ -10,8 +10,6 @@ import pytest
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.job import Finished
 
-pytest.importorskip("worker_orcd._cpu", reason="the CPU engine is not built")
-
 TEXTS = ["Hello", "def fib(n):\n", "The quick brown fox", "1, 2, 3,", "Once upon a time", "Dear Sir or Madam,",
          "import numpy as np\n", "日本語", "A haiku:", "SELECT * FROM", "The capital of France is", "x",
          "To be, or not", "Water boils at", "In the beginning God created",
@@ -56,7 +54,7 @@ def test_sixteen_at_once_and_each_alone_tiny(tiny, params):
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_sixteen_at_once_and_each_alone_smollm2(smollm2, params):
-    check_crowd(smollm2, TEXTS, params, n_runs=2)
+    check_crowd(smollm2, TEXTS, params, n_runs=1)
 
 
 def test_ten_runs_are_identical(smollm2):
