@@ -25,11 +25,16 @@ cdef long _fail_at = 0          # fault injection: the n-th checked call from no
 
 
 def _fail_nth(long n):
-    """Make the n-th driver call from now fail (tests; only where WORKER_ORCD_FAULTS=1 is set)."""
+    """Make the n-th driver call from now fail (tests; only where WORKER_ORCD_FAULTS=1 is set). 0: none.
+
+    Returns:
+        how many calls the fault set before was still away; 0 when it has come.
+    """
     global _fail_at
     if os.environ.get("WORKER_ORCD_FAULTS") != "1":
         raise RuntimeError("fault injection needs WORKER_ORCD_FAULTS=1")
-    _fail_at = n
+    left, _fail_at = _fail_at, n
+    return left
 
 
 cdef int check(cu.CUresult status, const char* call) except -1 nogil:
@@ -128,9 +133,11 @@ cdef class Context:
         self.sm_count = _attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.max_smem = _attribute(self.handle, cu.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         check(cu.cuDeviceTotalMem(&self.total_bytes, self.handle), b"cuDeviceTotalMem")
+        cdef cu.CUresult status
         with nogil:
-            check(cu.cuDevicePrimaryCtxRetain(&self.ctx, self.handle), b"cuDevicePrimaryCtxRetain")
-            self.open = True
+            status = cu.cuDevicePrimaryCtxRetain(&self.ctx, self.handle)
+            self.open = self.ctx != NULL
+            check(status, b"cuDevicePrimaryCtxRetain")
             self.enter()
 
     cdef int enter(self) except -1 nogil:
@@ -263,6 +270,11 @@ cdef class Stream:
         self.context.require_open()
         with nogil:
             self.wait_nogil()
+
+    def copy(self, uintptr_t to, uintptr_t source, size_t nbytes):
+        """Queue a copy between two device addresses."""
+        self.context.require_open()
+        check(cu.cuMemcpyDtoDAsync(to, source, nbytes, self.handle), b"cuMemcpyDtoDAsync")
 
     def wait(self, Event event):
         """Let later work of this stream wait for `event`."""

@@ -98,8 +98,9 @@ cdef class _Reader:
 
     cdef Stream stream
     cdef PinnedMemory ring
-    cdef list events            # one for each slot: its copy is done
+    cdef list events            # one for each slot: its copy is done; one more for everything queued so far
     cdef cu.CUevent copied[SLOTS]
+    cdef cu.CUevent tail
     cdef int fault_errno        # of a read that failed; 0 with fault_fd >= 0: the file ended early
     cdef int fault_fd
     cdef uint64_t fault_offset
@@ -109,9 +110,10 @@ cdef class _Reader:
         self.fault_fd = -1
         self.stream = Stream(context)
         self.ring = PinnedMemory(context, SLOTS * chunk_bytes)
-        self.events = [Event(context, False, True) for _ in range(SLOTS)]
+        self.events = [Event(context, False, True) for _ in range(SLOTS + 1)]
         for i in range(SLOTS):
             self.copied[i] = (<Event>self.events[i]).handle
+        self.tail = (<Event>self.events[SLOTS]).handle
 
     cdef int fill(self, char* slot, const UploadChunk* chunk) noexcept nogil:
         """Read a chunk into `slot`. 0, or -1 with the fault noted."""
@@ -263,15 +265,14 @@ cdef class _Load:
 
     cdef int consume(self, uint32_t window, consume, Stream consumer) except -1:
         """Queue what turns a full window into its place, behind the copies into it."""
-        cdef cu.CUevent event = self.consumed[window % N_WINDOWS]
         cdef _Reader reader
         if self.windows[window]:
             for reader in self.readers:
-                reader.stream.mark_nogil(event)
-                consumer.follow_nogil(event)
+                reader.stream.mark_nogil(reader.tail)
+                consumer.follow_nogil(reader.tail)
             for tag, address, nbytes in self.windows[window]:
                 consume(tag, address, nbytes)
-        consumer.mark_nogil(event)
+        consumer.mark_nogil(self.consumed[window % N_WINDOWS])
         return 0
 
     def finish(self, Stream consumer):
