@@ -53,6 +53,13 @@ DEVICE void norm(const NormParams& p) {
     constexpr int kLoads = NORM_COLUMNS / kVec;
     __shared__ float scratch[2][32];
     pdl_launch_dependents();
+    // The weights are no kernel's output: their latency hides behind the kernel before.
+    float weight[kLoads][kVec];
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+        const int column = (i * blockDim.x + threadIdx.x) * kVec;
+        if (column < p.n) load<kVec>(weight[i], p.weight + column);
+    }
     pdl_wait();
     float* x = p.x + (int64_t)blockIdx.x * p.x_stride;
     float v[kLoads][kVec];
@@ -104,11 +111,10 @@ DEVICE void norm(const NormParams& p) {
     for (int i = 0; i < kLoads; i++) {
         const int column = (i * blockDim.x + threadIdx.x) * kVec;
         if (column < p.n) {
-            float w[kVec], b[kVec] = {};
-            load<kVec>(w, p.weight + column);
+            float b[kVec] = {};
             if (p.bias) load<kVec>(b, p.bias + column);
 #pragma unroll
-            for (int j = 0; j < kVec; j++) v[i][j] = v[i][j] * factor * w[j] + b[j];
+            for (int j = 0; j < kVec; j++) v[i][j] = v[i][j] * factor * weight[i][j] + b[j];
             store<kVec>(out + column, v[i]);
         }
     }

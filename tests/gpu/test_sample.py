@@ -129,21 +129,25 @@ class Sampler:
         self.slots = self.gpu.buffer(np.asarray(rows_slots, np.int32))
         self.positions = self.gpu.buffer(np.asarray(positions, np.int32))
 
-    def run(self, advance=1, weigh=True, pdl=True):
-        """One step. Returns the tokens of its row of `out`."""
-        step = int(self.step.to_numpy()[0])
+    def launch(self, advance=1, weigh=True, pdl=True):
+        """Queue the launches of one step."""
         p = params(HEADER, "SampleParams", logits=self.logits, samples=self.samples, slots=self.slots,
                    positions=self.positions, seen=self.seen, partial=self.partial, chunk_weights=self.chunk_weights,
                    bin_weights=self.bin_weights, bin_counts=self.bin_counts, done=self.done,
                    next_tokens=self.next_tokens, out=self.out, step=self.step, host_step=self.host_step,
-                   failed=self.failed, logits_stride=self.stride, n_vocab=self.n_vocab,
-                   n_chunks=self.n_chunks, seen_words=self.seen_words, out_steps=self.out_steps,
-                   out_stride=self.n_rows + 2, advance=advance)  # fmt: skip
+                   failed=self.failed, logits_stride=self.stride, n_vocab=self.n_vocab, n_chunks=self.n_chunks,
+                   seen_words=self.seen_words, out_steps=self.out_steps, out_stride=self.n_rows + 2,
+                   advance=advance)  # fmt: skip
         gpu, grid = self.gpu, (self.n_chunks, self.n_rows)
         gpu.launch(gpu.kernel("sample", "sample_max"), grid, 256, p, pdl=pdl)
         if weigh:
             gpu.launch(gpu.kernel("sample", "sample_weigh"), grid, 256, p, pdl=pdl)
         gpu.launch(gpu.kernel("sample", "sample_draw"), self.n_rows, 1024, p, smem=DRAW_SMEM, pdl=pdl)
+
+    def run(self, advance=1, weigh=True):
+        """One step. Returns the tokens of its row of `out`."""
+        step = int(self.step.to_numpy()[0])
+        self.launch(advance, weigh)
         out = self.out.to_numpy()
         assert (
             not self.done.to_numpy().any()
