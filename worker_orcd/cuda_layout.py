@@ -110,11 +110,12 @@ def matvec_shape(type_id: int, tiles: int) -> MatvecShape:
 def matvec_warps(type_id: int, k: int) -> int:
     """Warps of a block, which is also the number of parts that K is split into.
 
-    It fixes the order of summation, so it depends on type and K alone, never on the number of rows.
+    It fixes the order of summation, so it depends on type and K alone, never on the number of rows. The fewest warps
+    that need as few rounds as eight would.
     """
     stages = -(-n_units(type_id, k) // matvec_shape(type_id, 1).stage_units)
-    # the fewest idle warp-stages; of equals the most warps
-    return max(range(1, min(8, stages) + 1), key=lambda w: (min(w, 4), stages / (-(-stages // w) * w), w))
+    rounds = -(-stages // 8)
+    return -(-stages // rounds)
 
 
 @dataclass(frozen=True)
