@@ -56,6 +56,7 @@ cdef class Library:
 cdef class Kernel:
     cdef readonly Library library
     cdef readonly str name
+    cdef readonly size_t param_bytes    # of its one parameter
     cdef cu.CUfunction handle
     cdef int enqueue(self, cu.CUstream stream, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int block,
                      unsigned int smem, const void* params, bint pdl) except -1 nogil

@@ -427,6 +427,10 @@ cdef class Kernel:
         encoded = name.encode()
         check(cu.cuLibraryGetKernel(&kernel, library.handle, encoded), b"cuLibraryGetKernel")
         check(cu.cuKernelGetFunction(&self.handle, kernel), b"cuKernelGetFunction")
+        cdef size_t offset = 0
+        cdef cu.CUresult status = cu.cuFuncGetParamInfo(self.handle, 0, &offset, &self.param_bytes)
+        if status != cu.CUDA_ERROR_INVALID_VALUE:   # that is what a kernel without parameters says
+            check(status, b"cuFuncGetParamInfo")
         if max_dynamic_smem > 0:
             check(cu.cuFuncSetAttribute(self.handle, cu.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                         max_dynamic_smem), b"cuFuncSetAttribute")
@@ -468,9 +472,14 @@ cdef class Kernel:
             smem: bytes of dynamic shared memory.
             params: the parameter struct.
             pdl: allow programmatic dependent launch.
+
+        Raises:
+            ValueError: `params` has another size than the kernel's struct.
         """
         cdef unsigned int gx, gy, gz
         gx, gy, gz = grid
+        if <size_t>len(params) != self.param_bytes:
+            raise ValueError(f"{self.name} takes {self.param_bytes} bytes of parameters, not {len(params)}")
         self.library.context.require_open()
         self.enqueue(stream.handle, gx, gy, gz, block, smem, <const char*>params, pdl)
 

@@ -1,0 +1,66 @@
+"""The driver layer and the uploader on a machine with no GPU: on a stand-in libcuda.so.1 that is compiled here, and
+with no driver at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def fake_driver(tmp_path_factory) -> Path:
+    """The folder of the compiled stand-in."""
+    if shutil.which("gcc") is None:
+        pytest.skip("the stand-in driver needs gcc")
+    folder = tmp_path_factory.mktemp("driver")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1",
+                    HERE / "fake_driver" / "libcuda.c", "-lpthread"], check=True)
+    return folder
+
+
+def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, check=False,
+                          env={**os.environ, "LD_LIBRARY_PATH": path, "WORKER_ORCD_FAULTS": "1", **env})
+
+
+def test_driver_layer_and_uploader_on_the_stand_in(fake_driver: Path):
+    done = run(fake_driver, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "fake_driver" / "cases.py"))
+    print(done.stdout[-6000:])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+TRY = """
+import sys
+from worker_orcd import _driver, errors
+try:
+    _driver.Context(int(sys.argv[1]))
+except errors.CudaError as e:
+    print(e.fields["status_name"], "|", e)
+"""
+
+
+@pytest.mark.parametrize(("env", "index", "said"), [
+    ({"FAKE_CUDA_DEVICES": "0"}, "0", "CUDA_ERROR_NO_DEVICE | the NVIDIA driver finds no GPU"),
+    ({"FAKE_CUDA_DEVICES": "2"}, "2", "CUDA_ERROR_INVALID_DEVICE | GPU 2 does not exist: this machine has 2 (0..1)"),
+    ({}, "-1", "CUDA_ERROR_INVALID_DEVICE | GPU -1 does not exist: this machine has 1"),
+])
+def test_no_gpu_and_wrong_index(fake_driver: Path, env: dict[str, str], index: str, said: str):
+    done = run(fake_driver, "-c", TRY, index, **env)
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+def test_no_driver(tmp_path: Path):
+    (tmp_path / "libcuda.so.1").write_bytes(b"not a library")  # found first, where a real driver is installed too
+    done = run(tmp_path, "-c", TRY, "0")
+    assert done.stdout.startswith("NO_DRIVER | no NVIDIA driver"), done.stdout + done.stderr
+    assert "--device cpu" in done.stdout and len(done.stdout.strip().splitlines()) == 1
