@@ -505,7 +505,7 @@ cdef class CudaEngine:
         for (_, nodes), op in zip(self._nodes_of(records), records, strict=True):
             (self.output_nodes if self._is_output(plan_records.output_of(_last(op))) else self.nodes).extend(nodes)
         self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory[2]))
-        self.out_ring = self.context.pinned(_ring_offset(RING_STEPS))
+        self.out_ring = self.context.pinned(_ring_offset(0) + RING_STEPS * MAX_BATCH * 4)
         memset(self.out_ring.host, 0, self.out_ring.nbytes)
         self.greedy = [True] * self.config.max_seqs
         self.step_sampler = [self._sampler("out_slots", "out_positions", 0, False, False)]
@@ -683,7 +683,7 @@ cdef class CudaEngine:
 
 def _ring_offset(step):
     """Byte offset of a step's row in the pinned token ring; its first 256 bytes hold the step number."""
-    return 256 + step % RING_STEPS * (MAX_BATCH * 4) if step != RING_STEPS else 256 + RING_STEPS * MAX_BATCH * 4
+    return 256 + step % RING_STEPS * (MAX_BATCH * 4)
 
 
 def _last(op):
