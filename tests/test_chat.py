@@ -1,5 +1,6 @@
 """Chat templates: what models ship works, what a hostile file holds ends in one error, users' text stays text."""
 
+import functools
 import gc
 import json
 import os
@@ -35,6 +36,12 @@ def refused(source, messages=HELLO):
     return caught.value.message
 
 
+@pytest.fixture(scope="module")
+def real(model_path):
+    """A function: name -> tokenizer of a real model, loaded once."""
+    return functools.cache(lambda name: Tokenizer.from_file(model_path(name)))
+
+
 # --- real templates ------------------------------------------------------------------------------------------------
 
 CONVERSATIONS = [
@@ -48,8 +55,8 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("name", ["qwen", "smollm2"])
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(3))
 @pytest.mark.parametrize("prompt", [False, True])
-def test_templates_of_real_models(name, messages, prompt, model_path):
-    tokenizer = Tokenizer.from_file(model_path(name))
+def test_templates_of_real_models(name, messages, prompt, real):
+    tokenizer = real(name)
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.chat_template)
     text = plain.render(messages=messages, add_generation_prompt=prompt, tools=None)
     ids = tokenizer.apply_chat(messages, prompt)
@@ -64,16 +71,16 @@ def test_template_of_phi3(goldens_dir):
     assert ids[:3] == [1, 32010, 7251]
 
 
-def test_tool_calls_reach_the_template(model_path):
-    tokenizer = Tokenizer.from_file(model_path("qwen"))
+def test_tool_calls_reach_the_template(real):
+    tokenizer = real("qwen")
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, 2.5, None, True, "é"]}}}
     messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
     text = tokenizer.decode(tokenizer.apply_chat(messages))
     assert '{"name": "f", "arguments": {"x": [1, 2.5, null, true, "é"]}}' in text
 
 
-def test_sha256_of_the_template(model_path, goldens_dir):
-    assert Tokenizer.from_file(model_path("qwen")).chat_template_sha256.startswith("cd8e9439")  # C3
+def test_sha256_of_the_template(real, goldens_dir):
+    assert real("qwen").chat_template_sha256.startswith("cd8e9439")  # C3
     assert Tokenizer.from_file(goldens_dir / "tokenizers" / "gpt-2.gguf").chat_template_sha256 is None
 
 
@@ -92,8 +99,8 @@ INJECTIONS = [
 
 @pytest.mark.parametrize("text", INJECTIONS)
 @pytest.mark.parametrize("name", ["qwen", "smollm2"])
-def test_control_tokens_of_a_message_are_text(name, text, model_path):  # T7
-    tokenizer = Tokenizer.from_file(model_path(name))
+def test_control_tokens_of_a_message_are_text(name, text, real):  # T7
+    tokenizer = real(name)
     controls = {t.token for t in tokenizer._parts.special.tokens if t.control}
     wanted = [i for i in tokenizer.apply_chat(HELLO) if i in controls]
     ids = tokenizer.apply_chat([{"role": "user", "content": text}])

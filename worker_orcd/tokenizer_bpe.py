@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from worker_orcd.errors import InvalidRequest, ModelLoadError
+from worker_orcd.errors import ModelLoadError
+from worker_orcd.tokenizer_library import encode_with, failing_as
 from worker_orcd.tokenizer_metadata import TokenizerMetadata
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -80,10 +81,6 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 #: a word that is a token as it stands is that token, whatever the merges would make of it
 _WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
 
-#: From this length on the library's batch call is used, which leaves out character offsets (0.3 s instead of 0.5 s for
-#: 10^6 characters). Not for shorter text: it starts a thread pool, which warns about every later fork.
-_LONG_TEXT = 1 << 16
-
 
 class BpeEncoder:
     """Text without special tokens -> ids. Safe to use from several threads.
@@ -106,10 +103,8 @@ class BpeEncoder:
             )
         # of a merge given twice the first, better rank counts; the library would take the last
         merges = meta.merges if len(set(meta.merges)) == len(meta.merges) else list(dict.fromkeys(meta.merges))
-        try:
+        with failing_as(lambda reason: ModelLoadError(f"tokenizer.ggml.merges: {reason}", meta.path)):
             model = models.BPE(vocab=meta.vocab, merges=merges, ignore_merges=meta.pre in _WHOLE_WORDS_FIRST)
-        except Exception as e:  # the library raises bare Exception
-            raise ModelLoadError(f"tokenizer.ggml.merges: {e}", meta.path, field="tokenizer.ggml.merges") from None
         self._tokenizer = Tokenizer(model)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(r), "isolated") for r in splits]
@@ -119,17 +114,3 @@ class BpeEncoder:
     def encode(self, text: str, first: bool) -> list[int]:
         """Ids of a fragment of text (`first`: it starts the whole text; no matter here)."""
         return encode_with(self._tokenizer, text)
-
-
-def encode_with(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of `text` from a `tokenizers.Tokenizer`, without its template's special tokens.
-
-    Raises:
-        InvalidRequest: the library gives up on the text.
-    """
-    try:
-        if len(text) < _LONG_TEXT:
-            return tokenizer.encode(text, add_special_tokens=False).ids
-        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    except Exception as e:  # the library raises bare Exception
-        raise InvalidRequest(f"text cannot be tokenized: {e}", field="text") from None

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
 from worker_orcd.token_table import SPM_SPACE, TokenTable, byte_level_bytes, spm_bytes
-from worker_orcd.tokenizer_bpe import encode_with
+from worker_orcd.tokenizer_library import decode_with, encode_with, failing_as
 from worker_orcd.tokenizer_metadata import MAX_TEMPLATE_CHARS, MAX_TOKENS
 from worker_orcd.tokenizer_parts import TokenizerParts
 
@@ -76,7 +76,8 @@ def load(path: str) -> TokenizerParts:
         text = text.get("content") if isinstance(text, dict) else text
         return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
-    begin = tokenizer.encode("", add_special_tokens=True).ids[:1]
+    with failing_as(lambda reason: ModelLoadError(f"cannot tokenize an empty text: {reason}", path)):
+        begin = tokenizer.encode("", add_special_tokens=True).ids[:1]
     add_bos = config.get("add_bos_token")
     bos_id = named("bos") if not begin else begin[0]
     return TokenizerParts(
@@ -86,7 +87,7 @@ def load(path: str) -> TokenizerParts:
         encode=JsonEncoder(tokenizer).encode,
         special=special,
         table=_table(tokenizer, tokens, control, added),
-        decode=lambda token_ids, skip: tokenizer.decode(token_ids, skip_special_tokens=skip),
+        decode=lambda token_ids, skip: decode_with(tokenizer, token_ids, skip),
         known_ids=find_known(tokenizer.token_to_id, added.__contains__),
         bos_id=bos_id,
         eos_id=named("eos"),
@@ -99,14 +100,8 @@ def load(path: str) -> TokenizerParts:
 
 
 def _parse(data: bytes, path: str) -> Tokenizer:
-    try:
+    with failing_as(lambda reason: ModelLoadError(f"is no tokenizer.json: {reason}", path)):
         tokenizer = Tokenizer.from_buffer(data)
-    except Exception as e:  # the library raises bare Exception
-        raise ModelLoadError(f"is no tokenizer.json: {str(e)[:200]}", path) from None
-    except BaseException as e:
-        if type(e).__name__ != "PanicException":  # a failed assertion inside the library, no kind of Exception
-            raise
-        raise ModelLoadError(f"is no tokenizer.json: {str(e)[:200]}", path) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # control tokens are cut out before the library sees the text; what is left of them there is text

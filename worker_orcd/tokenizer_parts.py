@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from worker_orcd.special_tokens import SpecialTokens
@@ -34,7 +34,7 @@ class TokenizerParts:
     encode: Callable[[str, bool], list[int]]
     special: SpecialTokens
     table: TokenTable | None
-    decode: Callable[[Sequence[int], bool], str] | None
+    decode: Callable[[list[int], bool], str] | None
     known_ids: Mapping[str, int]
     text_of: Callable[[int], str]
     bos_id: int | None = None
