@@ -4,7 +4,6 @@ import threading
 import time
 
 import pytest
-
 from worker_orcd._ring import Control, TokenRing
 
 
