@@ -1,0 +1,62 @@
+"""The VRAM plan: sums, limits and words."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker_orcd import cuda_memory
+from worker_orcd.errors import InsufficientVram
+from worker_orcd.vram import VramPlan
+
+PLAN = VramPlan(weights=12_000_000_000, kv=2_000_000_000, workspace=100_000_000, reserve=300, staging=200)
+
+
+def test_sums():
+    assert PLAN.resident == 14_100_000_000
+    assert PLAN.required == 14_100_000_300
+    assert VramPlan(1, 2, 3, reserve=10, staging=20).required == 26, "staging is freed before the reserve is taken"
+
+
+def test_of_arenas():
+    arenas = tuple(cuda_memory.Arena(name) for name in ("weights", "kv", "workspace"))
+    arenas[0].add("w", 1000)
+    arenas[1].add("k", 256)
+    arenas[2].add("x", 1)
+    arenas[2].add("y", 1)
+    assert VramPlan.of(arenas) == VramPlan(1024, 256, 512)
+
+
+def test_exactly_enough_is_enough_and_one_byte_less_is_not():
+    PLAN.check(PLAN.required, "cuda:0", "m.gguf")
+    with pytest.raises(InsufficientVram) as e:
+        PLAN.check(PLAN.required - 1, "cuda:3", "m.gguf")
+    fields = e.value.fields
+    assert (fields["bytes_required"], fields["bytes_available"]) == (PLAN.required, PLAN.required - 1)
+    assert fields["device"] == "cuda:3" and fields["path"] == "m.gguf"
+    for part in ("14,100,000,300", "14,100,000,299", "weights 12,000,000,000", "KV cache 2,000,000,000", "cuda:3"):
+        assert part in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("free", [0, 12_100_000_300, 12_100_000_556, 13_000_000_000, 20_000_000_000])
+def test_the_largest_kv_cache_fits_and_no_larger_one(free: int):
+    most = PLAN.largest_kv(free)
+    assert most % cuda_memory.ALIGN == 0
+    for kv, fits in ((most, free >= 12_100_000_300), (most + cuda_memory.ALIGN, False)):
+        plan = VramPlan(PLAN.weights, kv, PLAN.workspace, PLAN.reserve, PLAN.staging)
+        assert (plan.required <= free) == fits
+
+
+def test_the_error_says_what_kv_cache_would_fit():
+    with pytest.raises(InsufficientVram, match=r"KV cache of up to 899,999,488 bytes would fit"):
+        PLAN.check(13_000_000_000, "cuda:0", "m.gguf")
+    with pytest.raises(InsufficientVram) as e:
+        PLAN.check(1000, "cuda:0", "m.gguf")
+    assert "would fit" not in str(e.value)
+
+
+def test_table():
+    lines = PLAN.table(free=80_000_000_000).splitlines()
+    assert [line.split()[0] for line in lines] == ["weights", "KV", "workspace", "reserve", "required", "free"]
+    assert lines[4].split()[1:] == ["14,100,000,300", "B", "14,100.0", "MB"]
+    assert len({len(line) for line in lines}) == 1

@@ -1,0 +1,67 @@
+"""The VRAM plan: what a model takes on a GPU, known before anything is allocated, shown, compared with what is free.
+
+Pure arithmetic over the arenas of `cuda_memory`; knows no driver, no file and no engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker_orcd import cuda_memory
+from worker_orcd.errors import InsufficientVram
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """Device bytes of a loaded model.
+
+    Attributes:
+        weights, kv, workspace: the three arenas.
+        reserve: kernels, graphs and what the driver takes for them.
+        staging: taken only while weights are loaded; freed before the reserve is needed.
+    """
+
+    weights: int
+    kv: int
+    workspace: int
+    reserve: int = cuda_memory.RESERVE_BYTES
+    staging: int = cuda_memory.STAGING_BYTES
+
+    @classmethod
+    def of(cls, arenas: tuple[cuda_memory.Arena, cuda_memory.Arena, cuda_memory.Arena]) -> VramPlan:
+        """The plan of the arenas (weights, kv, workspace)."""
+        return cls(*(arena.nbytes for arena in arenas))
+
+    @property
+    def resident(self) -> int:
+        """What stays allocated by name while the model serves."""
+        return self.weights + self.kv + self.workspace
+
+    @property
+    def required(self) -> int:
+        """What must be free before loading starts."""
+        return self.resident + max(self.reserve, self.staging)
+
+    def largest_kv(self, free: int) -> int:
+        """Bytes the KV cache may have at most where `free` bytes are free, whatever this plan's KV cache is; >= 0."""
+        return max(0, free - (self.required - self.kv)) // cuda_memory.ALIGN * cuda_memory.ALIGN
+
+    def check(self, free: int, device: str, path: str) -> None:
+        """Raise InsufficientVram, with both numbers and the parts, where the plan does not fit `free` bytes."""
+        if self.required <= free:
+            return
+        most = self.largest_kv(free)
+        advice = f"; a KV cache of up to {most:,} bytes would fit" if most and self.kv else ""
+        raise InsufficientVram(
+            f"{path} needs {self.required:,} bytes of device memory (weights {self.weights:,}, KV cache {self.kv:,}, "
+            f"workspace {self.workspace:,}, reserve {max(self.reserve, self.staging):,}); {device} has {free:,} free"
+            f"{advice}", self.required, free, device=device, path=path)
+
+    def table(self, free: int | None = None) -> str:
+        """The plan as text of a few aligned lines, for people."""
+        rows = [("weights", self.weights), ("KV cache", self.kv), ("workspace", self.workspace),
+                ("reserve", max(self.reserve, self.staging)), ("required", self.required)]
+        if free is not None:
+            rows.append(("free", free))
+        width = max(len(f"{n:,}") for _, n in rows)
+        return "\n".join(f"{name:<10} {n:>{width},} B  {n / 1e6:>10,.1f} MB" for name, n in rows)
