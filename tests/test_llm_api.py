@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -20,6 +21,7 @@ from worker_orcd.errors import (
     CudaError,
     DuplicateJob,
     InsufficientVram,
+    InternalError,
     InvalidRequest,
     ModelLoadError,
     NotReady,
@@ -277,6 +279,21 @@ def test_a_progress_that_raises_ends_the_load(path, engines):
         LLM(path, device="cpu", progress=progress)
     gc.collect()
     assert all(e.closed for e in engines) and len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("which", ["orcd-engine", "orcd-output"])
+def test_no_thread_to_be_had(path, engines, monkeypatch, which):
+    start = threading.Thread.start
+
+    def failing(thread):
+        if thread.name == which:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(InternalError, match="no thread"):
+        LLM(path, device="cpu", progress=False)
+    assert engines[0].closed and not any(t.name.startswith("orcd-") for t in threading.enumerate())
 
 
 def test_no_gpu_is_said_with_advice(path):

@@ -106,14 +106,14 @@ class LLM:
                 **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,
                 max_seqs=max_seqs, max_rows=max_rows, **devices.engine_facts(engine))
+            self._loop = EngineLoop(engine, self._scheduler, TokenRing(), Control(), new_decoder=self._decoder_maker(),
+                                    max_queue=max_queue, on_fatal=on_fatal)
         except BaseException:
             if engine is not None:
                 engine.close()
             model_file.close()
             raise
         self._bar = progress is True
-        self._loop = EngineLoop(engine, self._scheduler, TokenRing(), Control(), new_decoder=self._decoder_maker(),
-                                max_queue=max_queue, on_fatal=on_fatal)
         self._close = weakref.finalize(self, _close, self._loop, engine, model_file)
 
     def __enter__(self) -> LLM:

@@ -105,8 +105,12 @@ class EngineLoop:
         scheduler.prompt_rows = min(64, scheduler.config.max_rows)
         self._threads = [threading.Thread(target=self._run, args=(body,), name=name, daemon=True)
                          for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._run_output))]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self.close()
+            raise InternalError(f"the system gives no thread: {error}") from error
 
     # -- from any thread
 
@@ -367,7 +371,7 @@ class EngineLoop:
         limit = self._scheduler.config.max_rows
         fit = int(n_rows * STEP_SECONDS / max(seconds, 1e-6))
         if n_prompt_rows >= MIN_PROMPT_ROWS:  # a shorter chunk says little about how fast a long one is
-            self._scheduler.prompt_rows = max(MIN_PROMPT_ROWS, min(fit // 16 * 16, limit))
+            self._scheduler.prompt_rows = max(MIN_PROMPT_ROWS, min(fit // 8 * 8, limit))
 
     def _mark_ends(self, ended: list[SequenceState]) -> None:
         for seq in ended:
@@ -437,7 +441,7 @@ def _as_worker_error(error: Exception, what: str) -> WorkerError:
 
 
 def _join(thread: threading.Thread) -> bool:
-    if thread is threading.current_thread():
+    if thread is threading.current_thread() or thread.ident is None:
         return True
     thread.join(JOIN_SECONDS)
     return not thread.is_alive()
