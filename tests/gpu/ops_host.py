@@ -81,12 +81,6 @@ class PagedCache:
                     self.k_at(s, position)[:] = k[position]
                     self.v_at(s, position)[:] = v[position]
 
-    def _parts(self) -> tuple[np.ndarray, np.ndarray]:
-        halves = self.arena.reshape(len(self.arena), self.n_head_kv, 2, -1)
-        k = halves[:, :, 0].reshape(len(self.arena), self.n_head_kv, KV_BLOCK, self.head_dim)
-        v = halves[:, :, 1].reshape(len(self.arena), self.n_head_kv, self.head_dim, KV_BLOCK)
-        return k, v
-
     def k_at(self, seq: int, position: int) -> np.ndarray:
         """K of a position as a view [n_head_kv, head_dim]."""
         block = self.block_table[seq, position // KV_BLOCK]
