@@ -64,3 +64,29 @@ def test_no_driver(tmp_path: Path):
     done = run(tmp_path, "-c", TRY, "0")
     assert done.stdout.startswith("NO_DRIVER | no NVIDIA driver"), done.stdout + done.stderr
     assert "--device cpu" in done.stdout and len(done.stdout.strip().splitlines()) == 1
+
+
+FAIL_CALL = """
+from worker_orcd import _driver, errors
+c = _driver.Context(0)
+s = c.stream()
+for call in (lambda: c.allocate(10), lambda: c.allocate(10), s.synchronize):
+    try:
+        call()
+        print("fine")
+    except errors.CudaError as e:
+        print(e.fields["call"], e.fields["status_name"], e.sticky)
+c.close()
+"""
+
+
+@pytest.mark.parametrize(("status", "said"), [
+    ("700", ["fine", "cuMemAlloc CUDA_ERROR_ILLEGAL_ADDRESS True", "cuCtxSetCurrent CUDA_ERROR_ILLEGAL_ADDRESS True"]),
+    ("2", ["fine", "cuMemAlloc CUDA_ERROR_OUT_OF_MEMORY False", "fine"]),
+])
+def test_a_fault_set_by_the_environment(fake_driver: Path, status: str, said: list[str]):
+    """A call fails when its turn has come; where the status poisons a context, so does everything after it."""
+    done = run(fake_driver, "-c", FAIL_CALL, WORKER_ORCD_FAIL_CALL=f"cuMemAlloc:2:{status}")
+    assert done.stdout.splitlines() == said, done.stderr
+    done = run(fake_driver, "-c", FAIL_CALL, WORKER_ORCD_FAIL_CALL=f"cuMemAlloc:2:{status}", WORKER_ORCD_FAULTS="0")
+    assert done.stdout.splitlines() == ["fine"] * 3, done.stderr

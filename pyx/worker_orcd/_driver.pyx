@@ -12,7 +12,7 @@ import weakref
 
 from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport uintptr_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, strcmp
 from posix.unistd cimport getpid
 
 from .errors import CudaError
@@ -21,7 +21,12 @@ from .errors import CudaError
 _STICKY = frozenset({214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719})
 
 cdef int _init_pid = 0
-cdef long _fail_at = 0          # fault injection: the n-th checked call from now fails (0: never)
+# fault injection: the n-th checked call from now fails (0: never), or the n-th of the call of that name
+cdef long _fail_at = 0
+cdef bytes _fail_name = b""     # keeps _fail_call alive
+cdef const char* _fail_call = NULL
+cdef cu.CUresult _fail_status = cu.CUDA_ERROR_UNKNOWN
+cdef bint _fail_for_good = False    # with a sticky status every later call fails too
 
 
 def _fail_nth(long n):
@@ -37,13 +42,39 @@ def _fail_nth(long n):
     return left
 
 
-cdef int check(cu.CUresult status, const char* call) except -1 nogil:
-    """Raise CudaError for a status other than success, naming the call."""
+cdef int _faults_from_environment() except -1:
+    """Take a fault from WORKER_ORCD_FAIL_CALL="cuGraphLaunch:5:700" (call, which one, status); tests of processes."""
+    global _fail_at, _fail_name, _fail_call, _fail_status, _fail_for_good
+    text = os.environ.get("WORKER_ORCD_FAIL_CALL", "")
+    if not text or os.environ.get("WORKER_ORCD_FAULTS") != "1":
+        return 0
+    try:
+        name, n, status = text.split(":")
+        _fail_name, _fail_at, _fail_status = name.encode(), int(n), <cu.CUresult><int>int(status)
+    except ValueError:
+        raise RuntimeError(f"WORKER_ORCD_FAIL_CALL is call:number:status, not {text!r}") from None
+    _fail_call = _fail_name
+    _fail_for_good = int(status) in _STICKY
+    return 0
+
+
+cdef cu.CUresult _injected(cu.CUresult status, const char* call) noexcept nogil:
+    """The status of a call while a fault is set."""
     global _fail_at
-    if _fail_at > 0:
+    if _fail_at < 0:
+        return _fail_status
+    if _fail_call == NULL or strcmp(_fail_call, call) == 0:
         _fail_at -= 1
         if _fail_at == 0:
-            status = cu.CUDA_ERROR_UNKNOWN
+            _fail_at = -1 if _fail_for_good else 0
+            return _fail_status
+    return status
+
+
+cdef int check(cu.CUresult status, const char* call) except -1 nogil:
+    """Raise CudaError for a status other than success, naming the call."""
+    if _fail_at != 0:
+        status = _injected(status, call)
     if status == cu.CUDA_SUCCESS:
         return 0
     with gil:
@@ -76,6 +107,7 @@ cdef int _init() except -1:
     if status == cu.CUDA_ERROR_NO_DEVICE:
         raise CudaError("the NVIDIA driver finds no GPU; choose --device cpu", call="cuInit",
                         status_name="CUDA_ERROR_NO_DEVICE")
+    _faults_from_environment()
     check(status, b"cuInit")
     _init_pid = os.getpid()
     return 0
@@ -294,11 +326,20 @@ cdef class Stream:
         """
         cdef cu.CUgraph graph = NULL
         self.context.require_open()
-        check(cu.cuStreamEndCapture(self.handle, &graph), b"cuStreamEndCapture")
         try:
+            check(cu.cuStreamEndCapture(self.handle, &graph), b"cuStreamEndCapture")
             return _instantiate(self.context, <uintptr_t>graph)
         finally:
-            cu.cuGraphDestroy(graph)
+            if graph != NULL:
+                cu.cuGraphDestroy(graph)
+
+    def abandon_capture(self):
+        """Stop recording and forget what was recorded, after a fault between begin and end. Never raises."""
+        cdef cu.CUgraph graph = NULL
+        if self.handle != NULL and self.context.usable():
+            cu.cuStreamEndCapture(self.handle, &graph)
+            if graph != NULL:
+                cu.cuGraphDestroy(graph)
 
     def close(self):
         """Let go of the stream; what is queued still runs. Idempotent; never raises."""
