@@ -14,8 +14,9 @@ from libc.string cimport memcpy, memset
 
 from . import cuda_layout, cuda_memory, plan as plan_records
 from .engine import BLOCK_SIZE
-from .errors import CudaError, InsufficientVram, InternalError, InvalidRequest
+from .errors import CudaError, InternalError, InvalidRequest
 from .lowering import MatMulGroup, RopeKv, lower
+from .vram import VramPlan
 
 from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check
 from ._nodes cimport Node, Shape
@@ -46,9 +47,15 @@ cdef extern from "ops_params.h" nogil:
         float temperature, top_p, min_p, repetition_penalty
         int32_t top_k, reserved
 
+    enum: SAMPLE_MAX_VOCAB
+
 from ._nodes import (AttentionNode, EmbedNode, MatMulNode, NormNode, PointwiseNode, RopeKvNode, SampleNode,
                      attention_heads, decode_max_splits, sample_sizes)
 
+#: head widths that the attention kernels are built for
+HEAD_DIMS = (32, 64, 80, 96, 128)
+#: columns of a row that the product kernels take at once
+ROW_STEP = 32
 #: batch sizes for which a decode step is captured; a batch runs in the smallest that holds it
 DECODE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64)
 #: steps whose tokens may be on their way to the host at once
@@ -68,6 +75,25 @@ def plan_memory(plan, config):
             cuda_memory.workspace_arena(plan, config, splits, heads, sampling))
 
 
+def check_supported(model_file, plan):
+    """Refuse a model whose shapes no kernel is built for.
+
+    Raises:
+        ModelLoadError: names the head width, the vocabulary or the tensor.
+    """
+    def refuse(reason, field):
+        raise ModelLoadError(f"{reason}; the CPU engine takes it (--device cpu)", model_file.path, field=field)
+
+    if plan.head_dim not in HEAD_DIMS:
+        refuse(f"heads of width {plan.head_dim} are not supported on a GPU (supported: {', '.join(map(str, HEAD_DIMS))})",
+               "attention.key_length")
+    if plan.n_vocab > SAMPLE_MAX_VOCAB:
+        refuse(f"a vocabulary of {plan.n_vocab} is past the {SAMPLE_MAX_VOCAB} that a GPU samples", "vocab_size")
+    for w in plan.weights.values():
+        if w.kind in ("matrix", "embedding", "experts") and w.shape[0] % ROW_STEP:
+            refuse(f"tensor {w.name!r}: rows of {w.shape[0]} are no multiple of {ROW_STEP}, which a GPU needs", w.name)
+
+
 cdef class CudaEngine:
     """A model in the memory of one GPU.
 
@@ -78,14 +104,15 @@ cdef class CudaEngine:
         device: index of the GPU.
         progress: called with (bytes done, bytes in all) while weights are loaded, or None.
         context: a `Context` to use instead of opening one (tests); not closed by the engine.
+        on_plan: called with (`VramPlan`, free bytes) before anything is allocated, also where it does not fit.
 
     Raises:
         InsufficientVram: weights, KV cache and workspace need more than is free; carries both numbers.
         CudaError: the driver refused something.
-        ModelLoadError: the file changed while it was read.
+        ModelLoadError: a shape that no kernel is built for, or the file changed while it was read.
     """
 
-    cdef readonly object plan, config, block_tables, model_file, memory
+    cdef readonly object plan, config, block_tables, model_file, memory, vram_plan
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
@@ -101,18 +128,19 @@ cdef class CudaEngine:
     cdef readonly object load_stats     # `UploadStats` of the weights
 
     def __init__(self, model_file, plan, config, int device=0, size_t chunk_bytes=1 << 20, progress=None,
-                 Context context=None):
+                 Context context=None, on_plan=None):
         if not 1 <= config.max_seqs <= MAX_BATCH:
             raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
         self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
         self.libraries, self.kernel_cache, self.addresses, self.graphs = {}, {}, {}, {}
+        check_supported(model_file, plan)
         self.memory = plan_memory(plan, config)
         self.own_context = context is None
         self.context = Context(device) if context is None else context
         self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         try:
             self.max_smem = self.context.max_smem
-            self._allocate(model_file)
+            self._allocate(model_file, on_plan)
             self._load(model_file, chunk_bytes, progress)
             self._build()
             self._capture()
@@ -122,17 +150,14 @@ cdef class CudaEngine:
 
     # ---- memory and weights
 
-    def _allocate(self, model_file):
+    def _allocate(self, model_file, on_plan):
         """The three arenas, checked against what is free before the first byte is taken."""
         weights, kv, workspace = self.memory
-        needed = sum(arena.nbytes for arena in self.memory)
+        self.vram_plan = VramPlan.of(self.memory)
         free, _ = self.context.memory()
-        if needed + cuda_memory.RESERVE_BYTES > free:
-            raise InsufficientVram(
-                f"{model_file.path} needs {needed + cuda_memory.RESERVE_BYTES:,} bytes of device memory "
-                f"(weights {weights.nbytes:,}, KV cache {kv.nbytes:,}, workspace {workspace.nbytes:,}, "
-                f"kernels and graphs {cuda_memory.RESERVE_BYTES:,}), {free:,} are free on cuda:{self.context.device}",
-                needed + cuda_memory.RESERVE_BYTES, free, device=f"cuda:{self.context.device}", path=model_file.path)
+        if on_plan is not None:
+            on_plan(self.vram_plan, free)
+        self.vram_plan.check(free, f"cuda:{self.context.device}", model_file.path)
         self.weights = self.context.allocate(weights.nbytes, "weights")
         self.kv = self.context.allocate(kv.nbytes, "kv")
         self.workspace = self.context.allocate(workspace.nbytes, "workspace")
@@ -444,6 +469,7 @@ cdef class CudaEngine:
             raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
         words = (self.n_vocab + 31) // 32
         record = <SampleSlot*>self.staging.host
+        self.staged = sizeof(SampleSlot)
         record.seed, record.temperature, record.top_p = sampling.seed, sampling.temperature, sampling.top_p
         record.min_p, record.repetition_penalty = sampling.min_p, sampling.repetition_penalty
         record.top_k, record.reserved = sampling.top_k, 0
@@ -526,14 +552,15 @@ cdef class CudaEngine:
             shape.n_rows = shape.n_decode = shape.n_out = n
             shape.n_tiles = 0
             for greedy in (True, False):
-                self.stream.begin_capture()
                 try:
+                    self.stream.begin_capture()
                     self._enqueue(self.nodes, &shape)
                     self._enqueue(self.output_nodes, &shape)
                     self._enqueue([self.decode_samplers[greedy]], &shape)
-                finally:
-                    graph = self.stream.end_capture()
-                self.graphs[n, greedy] = graph
+                except BaseException:
+                    self.stream.abandon_capture()
+                    raise
+                self.graphs[n, greedy] = self.stream.end_capture()
             if n >= self.config.max_seqs:
                 break
 
@@ -634,6 +661,13 @@ cdef class CudaEngine:
     # ---- the rest of the protocol
 
     def _enter(self):
+        """Begin a call that queues work: the engine is open, and nothing of a call that failed is still under way."""
+        self._require_open()
+        if self.staged:
+            self._finish()
+            self.steps = (<uint64_t*>self.out_ring.host)[0]
+
+    def _require_open(self):
         if self.closed:
             raise InternalError("the engine is closed")
         self.context.require_open()
@@ -645,7 +679,7 @@ cdef class CudaEngine:
             what is wrong, as lines; empty when everything is plain device memory.
         """
         faults = []
-        self._enter()
+        self._require_open()
         for memory in self.context.allocations():
             facts = memory.residency()
             if facts["memory_type"] != "device" or facts["managed"] or facts["host_alias"]:
@@ -654,7 +688,7 @@ cdef class CudaEngine:
 
     def copy_bandwidth(self):
         """GB/s of a device-to-device copy, bytes read and written both counted."""
-        self._enter()
+        self._require_open()
         return device_copy_gbps(self.context)
 
     def close(self):
