@@ -14,7 +14,7 @@ from libc.string cimport memcpy, memset
 
 from . import cuda_layout, cuda_memory, plan as plan_records
 from .engine import BLOCK_SIZE
-from .errors import CudaError, InternalError, InvalidRequest
+from .errors import CudaError, InternalError, InvalidRequest, ModelLoadError
 from .lowering import MatMulGroup, RopeKv, lower
 from .vram import VramPlan
 
