@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from worker_orcd import cuda_memory
 from worker_orcd.config import check_device
 from worker_orcd.engine import Engine, EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, InternalError
 from worker_orcd.plan import Plan
+from worker_orcd.vram import VramPlan
 
 if TYPE_CHECKING:
     from worker_orcd.model_file import ModelFile
@@ -81,35 +81,45 @@ def kv_budget(device: str, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget
 
 
 def _cuda_kv_budget(index: int, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget:
-    config = EngineConfig(max_seqs, max_rows, plan.context_length, (0,) * len(plan.kv_groups))
-    weights, _, workspace = _module("_engine").plan_memory(plan, config)
-    # every layer's region is aligned
-    rest = (weights.nbytes + workspace.nbytes + cuda_memory.RESERVE_BYTES + cuda_memory.STAGING_BYTES
-            + plan.n_layer * cuda_memory.ALIGN)
+    without_kv = vram_plan(plan, EngineConfig(max_seqs, max_rows, plan.context_length, (0,) * len(plan.kv_groups)))
     context = _module("_driver").Context(index)
     try:
         free, _ = context.memory()
     finally:
         context.close()
-    if rest >= free:
-        raise InsufficientVram(f"the model needs {rest} bytes of device memory besides its KV cache; cuda:{index} has "
-                               f"{free} free", rest, free, device=f"cuda:{index}")
-    return KvBudget(free - rest, free - rest)
+    room = without_kv.largest_kv(free)
+    if room == 0:
+        raise InsufficientVram(
+            f"the model needs {without_kv.required:,} bytes of device memory besides its KV cache (weights "
+            f"{without_kv.weights:,}, workspace {without_kv.workspace:,}); cuda:{index} has {free:,} free",
+            without_kv.required, free, device=f"cuda:{index}")
+    return KvBudget(room, room)
+
+
+def vram_plan(plan: Plan, config: EngineConfig) -> VramPlan:
+    """What the model takes on a GPU. Needs the CUDA modules of the package, but neither a driver nor a GPU.
+
+    Raises:
+        CudaError: this installation has no CUDA modules.
+    """
+    return VramPlan.of(_module("_engine").plan_memory(plan, config))
 
 
 def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineConfig, *, n_threads: int,
-                chunk_bytes: int, progress: Callable[[int], None]) -> Engine:
+                chunk_bytes: int, progress: Callable[[int], None],
+                on_plan: Callable[[VramPlan, int], object] | None = None) -> Engine:
     """Load the model on a resolved device.
 
     Args:
         n_threads: of the CPU engine, 0: one per core.
         chunk_bytes: bytes of one host-to-device copy; nothing is copied on the CPU.
         progress: called with the bytes loaded so far; what it raises ends the load, and everything is freed.
+        on_plan: called on a GPU with its `VramPlan` and the free bytes, before anything is allocated.
     """
     if device == "cpu":
         return _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
     return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device), chunk_bytes=chunk_bytes,
-                                         progress=lambda done, total: progress(done))
+                                         progress=lambda done, total: progress(done), on_plan=on_plan)
 
 
 def engine_facts(engine: Any) -> dict[str, object]:
@@ -118,7 +128,7 @@ def engine_facts(engine: Any) -> dict[str, object]:
     if context is None:
         return {}
     major, minor = context.capability
-    return {"vram_bytes": sum(arena.nbytes for arena in engine.memory), "sm": f"sm_{major}{minor}",
+    return {"vram_bytes": engine.vram_plan.resident, "sm": f"sm_{major}{minor}",
             "cuda_runtime_version": ".".join(map(str, _module("_driver").driver_version()))}
 
 

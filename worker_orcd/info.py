@@ -30,6 +30,7 @@ class ModelInfo:
         vram_bytes: device memory in use, 0 on the CPU.
         sm: compute capability as in "sm_90", None on the CPU.
         cuda_runtime_version: of the driver in use, None on the CPU.
+        sha256: digest of the file's bytes (of all parts, one after another), None until it is known.
     """
 
     path: str
@@ -51,6 +52,7 @@ class ModelInfo:
     vram_bytes: int = 0
     sm: str | None = None
     cuda_runtime_version: str | None = None
+    sha256: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""

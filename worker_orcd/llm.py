@@ -6,6 +6,7 @@ It knows no HTTP; what the parts know of each other is only what is passed here.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 import sys
@@ -22,12 +23,13 @@ from worker_orcd.engine import Engine
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.info import ModelInfo, model_facts
 from worker_orcd.job import Completion, Job, Piece
-from worker_orcd.loading import LoadProgress, Progress, check_digest, engine_config, no_progress
+from worker_orcd.loading import LoadProgress, Progress, check_digest, engine_config, file_digest, no_progress
 from worker_orcd.loop import EngineLoop
 from worker_orcd.model_file import ModelFile
 from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
 from worker_orcd.scheduler import Scheduler
 from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.vram import VramPlan
 
 MAX_STOP_TOKENS = 32
 
@@ -54,6 +56,8 @@ class LLM:
         expect_sha256: hexadecimal digest that the file must have (of a split model: of its parts one after another).
         chunk_bytes: bytes of one copy to the GPU.
         on_fatal: called with the error when the engine has died; every job has ended by then.
+        on_plan: called on a GPU with what the model will take (`vram.VramPlan`) and the bytes that are free, before
+            anything is allocated; also where it does not fit.
 
     Attributes:
         info: what is loaded, a `ModelInfo`.
@@ -70,7 +74,8 @@ class LLM:
                  kv_cache_bytes: int | None = None, max_seqs: int = 64, max_rows: int | None = None,
                  max_queue: int = 64, n_threads: int = 0, tokenizer: str | os.PathLike[str] | None = None,
                  check_tensors: bool = True, progress: bool | Progress = True, expect_sha256: str | None = None,
-                 chunk_bytes: int = 1 << 20, on_fatal: Callable[[WorkerError], None] | None = None) -> None:
+                 chunk_bytes: int = 1 << 20, on_fatal: Callable[[WorkerError], None] | None = None,
+                 on_plan: Callable[[VramPlan, int], object] | None = None) -> None:
         _check_count("max_seqs", max_seqs, 1, 1024)
         _check_count("max_rows", max_rows, max_seqs, 1 << 16, optional=True)
         _check_count("max_queue", max_queue, 0, 1 << 20)
@@ -96,7 +101,7 @@ class LLM:
                 self.tokenizer = Tokenizer.from_model(model_file, tokenizer)
                 upload = phases.next() if device != "cpu" else no_progress
                 engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
-                                             chunk_bytes=chunk_bytes, progress=upload)
+                                             chunk_bytes=chunk_bytes, progress=upload, on_plan=on_plan)
                 model_file.check_unchanged()
                 phases.done()
             stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
@@ -105,7 +110,7 @@ class LLM:
             self.info = ModelInfo(
                 **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,
-                max_seqs=max_seqs, max_rows=max_rows, **devices.engine_facts(engine))
+                max_seqs=max_seqs, max_rows=max_rows, sha256=expect_sha256, **devices.engine_facts(engine))
             self._loop = EngineLoop(engine, self._scheduler, TokenRing(), Control(), new_decoder=self._decoder_maker(),
                                     max_queue=max_queue, on_fatal=on_fatal)
         except BaseException:
@@ -114,6 +119,8 @@ class LLM:
             model_file.close()
             raise
         self._bar = progress is True
+        self._model_file = model_file
+        self._residency_faults: Callable[[], list[str]] | None = getattr(engine, "check_residency", None)
         self._close = weakref.finalize(self, _close, self._loop, engine, model_file)
 
     def __enter__(self) -> LLM:
@@ -236,6 +243,30 @@ class LLM:
     def error(self) -> WorkerError | None:
         """What the engine died of; None while it lives."""
         return self._loop.error
+
+    def check_residency(self) -> list[str]:
+        """Ask the GPU's driver whether all memory of the model is still plain device memory. From any thread.
+
+        Returns:
+            What is wrong, a line for each fault; nothing on the CPU.
+
+        Raises:
+            CudaError: the driver does not answer.
+        """
+        return self._residency_faults() if self._residency_faults is not None else []
+
+    def digest(self, progress: Callable[[int], None] = no_progress) -> str:
+        """SHA-256 of the model file's bytes (of all parts, one after another); from then on `info` has it too.
+
+        Args:
+            progress: called with the bytes done; what it raises ends the work.
+
+        Raises:
+            ModelLoadError: the file was changed since it was loaded.
+        """
+        if self.info.sha256 is None:
+            self.info = dataclasses.replace(self.info, sha256=file_digest(self._model_file, progress))
+        return self.info.sha256
 
     def shutdown(self, grace: float = 0.0) -> None:
         """Take no new jobs, let running ones go on for up to `grace` seconds, end the rest with `NotReady`."""

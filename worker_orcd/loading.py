@@ -107,8 +107,15 @@ def engine_config(device: str, plan: Plan, asked: int | None, kv_cache_bytes: in
     return EngineConfig(max_seqs, max_rows, context, n_blocks)
 
 
-def check_digest(model_file: ModelFile, expected: str, progress: Callable[[int], None]) -> None:
-    """Raise `ModelLoadError` where the SHA-256 of all parts' bytes, one part after another, is not `expected`."""
+def file_digest(model_file: ModelFile, progress: Callable[[int], None]) -> str:
+    """SHA-256 of all parts' bytes, one part after another, as they are in the files that were opened.
+
+    Args:
+        progress: called with the bytes done; what it raises ends the work.
+
+    Raises:
+        ModelLoadError: a file was changed since it was opened.
+    """
     digest, done = hashlib.sha256(), 0
     for part in model_file.parts:
         at = 0
@@ -117,5 +124,12 @@ def check_digest(model_file: ModelFile, expected: str, progress: Callable[[int],
             at += len(chunk)
             progress(done + at)
         done += at
-    if digest.hexdigest() != expected:
-        raise ModelLoadError(f"SHA-256 is {digest.hexdigest()}, not {expected}", model_file.path)
+    model_file.check_unchanged(same_path=False)
+    return digest.hexdigest()
+
+
+def check_digest(model_file: ModelFile, expected: str, progress: Callable[[int], None]) -> None:
+    """Raise `ModelLoadError` where `file_digest` is not `expected`."""
+    found = file_digest(model_file, progress)
+    if found != expected:
+        raise ModelLoadError(f"SHA-256 is {found}, not {expected}", model_file.path)
