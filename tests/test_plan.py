@@ -127,3 +127,39 @@ def test_weight_bytes_per_token_counts_used_experts_and_one_embedding_row(golden
     embd = sizes["token_embd.weight"]
     whole = sum(sizes[n] for n in p.weights)
     assert p.weight_bytes_per_token(sizes) == pytest.approx(whole - experts / 2 - embd * (1 - 1 / 512), abs=2)
+
+
+def phi3_long(context: int = 131072, original: int = 4096) -> FakeFile:
+    """A phi3 file with LongRoPE divisors: 1 for short contexts, 2 for long ones."""
+    mf = FakeFile("phi3", context_length=context, rope__scaling__original_context_length=original)
+    for layer in range(2):
+        for name in ("attn_q", "attn_k", "attn_v", "ffn_gate"):
+            del mf.tensors[f"blk.{layer}.{name}.weight"]
+        mf.tensors[f"blk.{layer}.attn_qkv.weight"] = type(mf.tensors["token_embd.weight"])(
+            shape=(64, 128), type_id=0, offset=32)  # fmt: skip
+        mf.tensors[f"blk.{layer}.ffn_up.weight"].shape = (64, 192)
+    mf.data = {}
+    for name, value in (("rope_factors_short.weight", 1.0), ("rope_factors_long.weight", 2.0)):
+        mf.tensors[name] = type(mf.tensors["token_embd.weight"])(shape=(8,), type_id=0, offset=32)
+        mf.data[name] = np.full(8, value, np.float32).tobytes()
+    return mf
+
+
+def test_long_rope_takes_its_factors_by_the_context_that_is_served():
+    """LongRoPE: per-pair divisors, and cos and sin times sqrt(1 + ln(131072/4096) / ln(4096))."""
+    short, long = (arch.hparams(phi3_long(), served) for served in (4096, 8192))
+    assert short.freqs[1] == pytest.approx(10000 ** (-2 / 16))
+    assert np.allclose(np.array(short.freqs) / 2, long.freqs)
+    assert short.rope_mscale == long.rope_mscale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+    assert [op.out.width for op in plan.build(phi3_long()).ops if op.name == "blk.0.attn_qkv"] == [128]
+
+
+def test_long_rope_divisors_must_be_there_and_positive():
+    mf = phi3_long()
+    del mf.tensors["rope_factors_short.weight"]
+    with pytest.raises(ModelLoadError, match="rope_factors_short"):
+        arch.hparams(mf, 4096)
+    mf = phi3_long()
+    mf.data["rope_factors_long.weight"] = np.zeros(8, np.float32).tobytes()
+    with pytest.raises(ModelLoadError, match="rope_factors_long"):
+        arch.hparams(mf)
