@@ -34,6 +34,10 @@ def create_app(service: Service) -> falcon.App:
             known = http_errors.from_falcon(error)
         else:
             known = http_errors.from_exception(error)
+        if req.method == "POST":
+            # no message: a misquoted body can make a field's name of a prompt
+            service.events.emit("refused", path=req.path, status=known.status, code=known.code,
+                                correlation_id=req.context.correlation_id)
         if known is not error and known.status >= 500:
             # where it happened, not what it said: the text of a foreign exception may hold a prompt
             frame = traceback.extract_tb(error.__traceback__)[-1]

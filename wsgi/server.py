@@ -166,6 +166,8 @@ class _Application(BaseApplication):
         if worker.stop_requested.is_set():
             self._stopped.wait(self._config.grace_sec + EXIT_SLACK_SEC)
         else:
+            # its load failed, its engine died, gunicorn found it silent, or the master is gone
+            service.exit_code = service.exit_code or EXIT_FAILED
             _exit_after(EXIT_SLACK_SEC, lambda: service.exit_code)
             service.stop(0.0)
         _leave(service.exit_code)

@@ -16,9 +16,11 @@ from worker_orcd.config import ServeConfig
 from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
 from worker_orcd.events import EventLog
 from worker_orcd.wsgi.http_errors import from_exception
+from worker_orcd.wsgi.watch import Watch
 
 if TYPE_CHECKING:
     from worker_orcd.llm import LLM
+    from worker_orcd.vram import VramPlan
 
 #: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
@@ -28,19 +30,20 @@ _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
 Fatal = Callable[[WorkerError], None]
-Loader = Callable[[ServeConfig, Progress, Fatal], "LLM"]
+OnPlan = Callable[["VramPlan", int], None]
+Loader = Callable[[ServeConfig, Progress, Fatal, OnPlan], "LLM"]
 
 
-def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal) -> LLM:
-    """The `LLM` that `config` asks for. `progress(done, total)` is called with bytes while it loads, and `on_fatal`
-    should the engine die later."""
+def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: OnPlan) -> LLM:
+    """The `LLM` that `config` asks for. `progress(done, total)` is called with bytes while it loads, `on_plan` with the
+    VRAM plan and the free bytes before it takes memory of a GPU, and `on_fatal` should the engine die later."""
     from worker_orcd.llm import LLM  # opens compiled modules, which a server with another model does not need
 
     return LLM(config.model, device=config.device, context_length=config.context_length,
                kv_cache_bytes=config.kv_cache_bytes, max_seqs=config.max_streams, max_queue=config.max_queue,
                n_threads=config.n_threads, tokenizer=config.tokenizer, check_tensors=config.check_tensors,
                expect_sha256=config.expect_sha256, chunk_bytes=config.chunk_bytes,
-               progress=True if config.progress_bar else progress, on_fatal=on_fatal)
+               progress=True if config.progress_bar else progress, on_fatal=on_fatal, on_plan=on_plan)
 
 
 class Service:
@@ -70,6 +73,7 @@ class Service:
         self._state = "loading"
         self._percent = 0
         self._llm: LLM | None = None
+        self._watch: Watch | None = None
         self._started_at = time.monotonic()
         self._facts: dict[str, Any] = {"worker_id": config.worker_id, "model": os.path.basename(config.model),
                                        "device": config.device}
@@ -135,7 +139,7 @@ class Service:
     def engine_died(self, error: WorkerError) -> None:
         """The engine is of no more use: health goes unhealthy, streams send their last event, the process ends."""
         with self._lock:
-            if self._state in ("unhealthy", "stopping"):
+            if self._state == "stopping" or self.exit_code == EXIT_DEAD:
                 return
             self._state = "unhealthy"
             self.exit_code = EXIT_DEAD
@@ -158,7 +162,7 @@ class Service:
                 return
             self._state = "stopping"
             self.stop_deadline = time.monotonic() + grace
-            llm, n_streams = self._llm, len(self._streams)
+            llm, watch, n_streams = self._llm, self._watch, len(self._streams)
         self.events.emit("shutdown", grace_sec=grace, streams=n_streams)
         if llm is not None:
             try:
@@ -167,6 +171,8 @@ class Service:
                 self.events.emit("error", "error", **error.details())
             # what has been generated may still be on its way to a slow reader
             self._wait_for_streams(max(FLUSH_SEC, self.stop_deadline - time.monotonic()))
+            if watch is not None:
+                watch.stop()
             llm.close()
 
     def _leave_dead(self) -> None:
@@ -184,7 +190,7 @@ class Service:
         self._show_progress(0)
         began = time.monotonic()
         try:
-            llm = self._load_llm(config, self._progress, self.engine_died)
+            llm = self._load_llm(config, self._progress, self.engine_died, self._show_plan)
         except Exception as error:
             self._load_failed(from_exception(error), error)
             return
@@ -200,14 +206,36 @@ class Service:
         self._advance(100)
         n_bytes = info.get("model_bytes") or size or 0
         events.emit("model_load_complete", bytes=n_bytes, seconds=seconds, gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
-                    quant_kind=info.get("quant_kind"), device=info.get("device"))
+                    **{k: info.get(k) for k in ("quant_kind", "device", "context_length", "kv_bytes", "vram_bytes")})
+        if config.expect_sha256 is not None:
+            events.emit("provenance", sha256=config.expect_sha256, expected=True)
+        watch = Watch(llm, events, config.residency_check_sec, self._not_resident, self.engine_died, self._know_digest)
         with self._lock:
             if self._state != "loading":
                 return
             self._state = "ready"
+            self._watch = watch
         events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
+        watch.start()
         if config.print_curl:
-            print(curl_line(self.url, config.api_key is not None), flush=True)
+            try:
+                print(curl_line(self.url, config.api_key is not None), flush=True)
+            except OSError:
+                pass  # nobody reads our standard output
+
+    def _not_resident(self, faults: list[str]) -> None:
+        """Memory of the model is not where it was put: no more jobs, and health says so."""
+        with self._lock:
+            self._facts = {**self._facts, "resident": False}
+            if self._state == "ready":
+                self._state = "unhealthy"
+
+    def _know_digest(self, digest: str) -> None:
+        with self._lock:
+            self._facts = {**self._facts, "sha256": digest}
+
+    def _show_plan(self, plan: VramPlan, free: int) -> None:
+        self.events.emit("vram_plan", **plan.to_dict(), bytes_free=free)
 
     def _load_failed(self, error: WorkerError, cause: BaseException) -> None:
         if self._state == "stopping":
@@ -257,4 +285,5 @@ def _facts(config: ServeConfig, info: dict[str, Any]) -> dict[str, Any]:
         "sm": info.get("sm"),
         "cuda_runtime_version": info.get("cuda_runtime_version"),
         "device": info.get("device"),
+        "sha256": info.get("sha256"),
     }

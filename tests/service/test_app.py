@@ -304,6 +304,13 @@ def test_s6_cancel_of_unknown_and_finished_jobs_is_202(app):
         error_of(app.client.simulate_post("/cancel", body=body))
 
 
+def test_a_refusal_is_logged_without_its_text(app):
+    error_of(app.execute('{"job_id":"j","secret words":1}', headers={"X-Correlation-Id": "c-1"}))
+    (refused,) = [e for e in app.log if e["event"] == "refused"]
+    assert refused["status"] == 400 and refused["code"] == "INVALID_REQUEST" and refused["correlation_id"] == "c-1"
+    assert refused["path"] == "/execute" and "secret" not in app.out.getvalue()
+
+
 def test_the_log_tells_the_life_of_a_job_and_never_its_text(app):
     events_of(app.execute(prompt="say sesame", stop=["open sesame"]))
     names = [e["event"] for e in app.log]

@@ -1,0 +1,104 @@
+"""Watch: what a ready worker does beside serving - see that the model's memory is still on the GPU, and hash its file.
+
+Two threads that never hold up a stream: one asks the driver every so often, one of low priority reads the file once.
+Both end within one chunk of a file or one question when told to. It knows the LLM and the log, no HTTP and no state.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from worker_orcd.errors import Cancelled, CudaError, WorkerError
+from worker_orcd.events import EventLog
+
+if TYPE_CHECKING:
+    from worker_orcd.llm import LLM
+
+#: how long `stop` waits for each thread; a read that hangs in a dead file system keeps its thread
+JOIN_SEC = 1.0
+_LOWEST_PRIORITY = 19
+
+
+class Watch:
+    """The background work of one loaded model, from `start` to `stop`.
+
+    Args:
+        llm: the model.
+        events: the narration log; gets `residency_check` and `provenance`.
+        residency_check_sec: seconds between checks; there are none on the CPU.
+        on_not_resident: called once with what is wrong when a check fails; no check follows.
+        on_fatal: called with the error when the driver says that the CUDA context is lost.
+        on_digest: called with the file's SHA-256 once it is known.
+    """
+
+    def __init__(self, llm: LLM, events: EventLog, residency_check_sec: float,
+                 on_not_resident: Callable[[list[str]], None], on_fatal: Callable[[WorkerError], None],
+                 on_digest: Callable[[str], None]) -> None:
+        self._llm = llm
+        self._events = events
+        self._interval = residency_check_sec
+        self._on_not_resident = on_not_resident
+        self._on_fatal = on_fatal
+        self._on_digest = on_digest
+        self._stop = threading.Event()
+        bodies = [("residency", self._check_residency)] if llm.info.device != "cpu" else []
+        bodies.append(("provenance", self._hash))
+        self._threads = [threading.Thread(target=body, name=name, daemon=True) for name, body in bodies]
+
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End both threads; afterwards the model may be closed. Idempotent."""
+        self._stop.set()
+        for thread in self._threads:
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join(JOIN_SEC)
+
+    def _check_residency(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                faults = self._llm.check_residency()
+            except WorkerError as error:
+                if self._stop.is_set():
+                    return
+                if isinstance(error, CudaError) and error.sticky:
+                    self._on_fatal(error)
+                    return
+                faults = [f"the check failed: {error.message}"]
+            if faults:
+                self._events.emit("residency_check", "error", resident=False, faults=faults)
+                self._on_not_resident(faults)
+                return
+            self._events.emit("residency_check", resident=True, seconds=time.monotonic() - began)
+            self._stop.wait(self._interval)
+
+    def _hash(self) -> None:
+        try:
+            # of this thread alone, on Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        except OSError:
+            pass
+        began = time.monotonic()
+        try:
+            digest = self._llm.digest(self._go_on)
+        except Cancelled:
+            return
+        except (WorkerError, OSError, ValueError) as error:
+            if not self._stop.is_set():  # else the file was closed under a read that had hung
+                message = error.message if isinstance(error, WorkerError) else str(error)
+                self._events.emit("provenance", "error", message=message)
+            return
+        self._on_digest(digest)
+        self._events.emit("provenance", sha256=digest, seconds=time.monotonic() - began)
+
+    def _go_on(self, done: int) -> None:
+        if self._stop.is_set():
+            raise Cancelled("the worker is shutting down")
