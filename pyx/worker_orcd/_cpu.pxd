@@ -62,6 +62,17 @@ cdef extern from "sample.h" namespace "worker_orcd" nogil:
         int32_t top_k
         uint64_t seed
 
+    cdef cppclass SampledSet:
+        SampledSet(int64_t n_vocab, int64_t context_length) except +
+        void insert(int32_t token) except +
+
+    cdef cppclass SampleScratch:
+        SampleScratch(int64_t n_vocab) except +
+
+    int32_t draw_token "worker_orcd::sample"(const float* logits, int64_t n_vocab, int32_t position,
+                                             const SamplingParams& params, const SampledSet& sampled,
+                                             SampleScratch& scratch) except +
+
 
 cdef extern from "threads.h" namespace "worker_orcd" nogil:
     int usable_cores "worker_orcd::ThreadPool::usable_cores"() noexcept

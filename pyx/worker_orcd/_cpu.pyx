@@ -19,6 +19,7 @@ import numpy as np
 
 from worker_orcd.engine import BLOCK_SIZE
 from worker_orcd.errors import InternalError, InvalidRequest
+from worker_orcd.plan import output_of
 from worker_orcd.quants import TYPES
 
 _ACTIVATIONS = {"silu": <int>Activation.kSilu, "gelu": <int>Activation.kGelu,
@@ -80,6 +81,55 @@ def dequantize(type_id, buffer, n_elements, isa=None):
     with nogil:
         k.dequantize(type_c, &src[0], &dst[0], n)
     return out
+
+
+cdef SamplingParams _sampling_params(sampling) except *:
+    """The C struct of a `SlotSampling`, or InvalidRequest naming the field that is out of range."""
+    cdef SamplingParams p
+    for field, low, high in (("temperature", 0, 1e30), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 1e30),
+                             ("top_k", 0, (1 << 31) - 1), ("seed", 0, (1 << 64) - 1)):
+        value = getattr(sampling, field)
+        if not low <= value <= high or (field == "repetition_penalty" and value == 0):
+            raise InvalidRequest(f"{field} {value} is out of range", field=field)
+    p.temperature, p.top_p, p.min_p = sampling.temperature, sampling.top_p, sampling.min_p
+    p.repetition_penalty, p.top_k, p.seed = sampling.repetition_penalty, sampling.top_k, sampling.seed
+    return p
+
+
+def sample_token(logits, position, sampling, sampled=()):
+    """Draw one token by the rule of `csrc/sampling.h`, as `step` does for each output row.
+
+    Args:
+        logits: float32 [n_vocab].
+        position: of the row; the drawn token's is one further.
+        sampling: a `SlotSampling`.
+        sampled: token ids drawn before in the slot, for the repetition penalty.
+
+    Returns:
+        The token id; -1 where the row has a NaN, a +infinity or nothing above -infinity.
+
+    Raises:
+        InvalidRequest: names the argument or sampling field that is out of range.
+    """
+    cdef SamplingParams p = _sampling_params(sampling)
+    cdef float[::1] row = np.array(logits, np.float32).reshape(-1)
+    cdef int64_t n_vocab = row.shape[0]
+    if not 0 < n_vocab < 1 << 24:
+        raise InvalidRequest(f"logits of {n_vocab} tokens", field="logits")
+    if not 0 <= position < (1 << 31) - 1:
+        raise InvalidRequest(f"position {position} is out of range", field="position")
+    cdef SampledSet* history = new SampledSet(n_vocab, n_vocab)
+    cdef SampleScratch* scratch = NULL
+    try:
+        scratch = new SampleScratch(n_vocab)
+        for token in sampled:
+            if not 0 <= token < n_vocab:
+                raise InvalidRequest(f"sampled token {token} is not in the vocabulary of {n_vocab}", field="sampled")
+            history.insert(token)
+        return draw_token(&row[0], n_vocab, position, p, history[0], scratch[0])
+    finally:
+        del history
+        del scratch
 
 
 def _int_array(values, dtype, field, size=None):
@@ -223,14 +273,7 @@ cdef class CpuEngine:
         self._check_usable()
         if not 0 <= slot < self.config.max_seqs:
             raise InternalError(f"slot {slot} is not below {self.config.max_seqs}", field="slot")
-        for field, low, high in (("temperature", 0, 1e30), ("top_p", 0, 1), ("min_p", 0, 1),
-                                 ("repetition_penalty", 0, 1e30), ("top_k", 0, (1 << 31) - 1), ("seed", 0, (1 << 64) - 1)):
-            value = getattr(sampling, field)
-            if not low <= value <= high or (field == "repetition_penalty" and value == 0):
-                raise InvalidRequest(f"{field} {value} is out of range", field=field)
-        cdef SamplingParams p
-        p.temperature, p.top_p, p.min_p = sampling.temperature, sampling.top_p, sampling.min_p
-        p.repetition_penalty, p.top_k, p.seed = sampling.repetition_penalty, sampling.top_k, sampling.seed
+        cdef SamplingParams p = _sampling_params(sampling)
         self.engine.set_slot(slot, p)
 
     def step(self, batch, want_logits=False):
@@ -385,9 +428,9 @@ cdef class _Lowering:
             self.engine.add_layer(group_of[layer])
         for record in plan.ops:
             op = Op()
-            target = self.lower(record, &op)
+            self.lower(record, &op)
             owner.op_index[record.name] = self.engine.n_ops()
-            owner.op_buffer[record.name] = owner.buffer_index[target.buf]
+            owner.op_buffer[record.name] = owner.buffer_index[output_of(record).buf]
             self.engine.add_op(op)
 
     cdef require(self, condition, what):
@@ -450,7 +493,7 @@ cdef class _Lowering:
                      f"{name}: shape {getattr(self.plan.weights.get(name), 'shape', None)}, {expected} wanted")
 
     cdef lower(self, r, Op* op):
-        """Fill `op` from a record; returns the view whose buffer `forward(stop_after)` shows."""
+        """Fill `op` from a record."""
         cdef double[::1] freqs
         kind, plan = type(r).__name__, self.plan
         rows = lambda v: plan.buffers[v.buf].rows if v.buf in plan.buffers else None
@@ -555,4 +598,3 @@ cdef class _Lowering:
         else:
             raise InternalError(f"the CPU engine has no record {kind}")
         self.require(len({rows(v) for v in same}) == 1, f"{r.name}: mixes rows of tokens and of outputs")
-        return {"Rope": lambda: r.x, "KvWrite": lambda: r.k, "Route": lambda: r.gates}.get(kind, lambda: r.out)()

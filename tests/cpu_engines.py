@@ -1,0 +1,46 @@
+"""Making CPU engines and batches for tests: blocks are handed out once, spread over the pool so that order shows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from worker_orcd import plan as P
+from worker_orcd._cpu import CpuEngine, cpu_features
+from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.model_file import ModelFile
+
+ISAS = cpu_features()["available"]
+
+
+def sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0) -> SlotSampling:
+    return SlotSampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+
+
+def make_engine(model_file, plan, n_threads=2, max_seqs=4, max_rows=256, context_length=192) -> CpuEngine:
+    n_blocks = -(-context_length // BLOCK_SIZE)
+    config = EngineConfig(max_seqs, max_rows, context_length, (max_seqs * n_blocks,) * len(plan.kv_groups))
+    engine = CpuEngine(model_file, plan, config, n_threads)
+    for g in range(len(plan.kv_groups)):
+        order = np.random.default_rng(g).permutation(max_seqs * n_blocks)
+        engine.block_tables[g] = order.reshape(max_seqs, n_blocks)
+    return engine
+
+
+def open_engine(path, **kwargs) -> CpuEngine:
+    model_file = ModelFile(str(path))
+    return make_engine(model_file, P.build(model_file), **kwargs)
+
+
+def rows(*parts, out="all") -> Batch:
+    """A batch of (slot, first position, tokens) parts; `out`: "all" rows, the "last" of each part, or "none"."""
+    tokens = np.concatenate([np.asarray(t, np.int32) for _, _, t in parts])
+    positions = np.concatenate([np.arange(p, p + len(t), dtype=np.int32) for _, p, t in parts])
+    slots = np.concatenate([np.full(len(t), s, np.int32) for s, _, t in parts])
+    ends = np.cumsum([len(t) for _, _, t in parts]) - 1
+    out_rows = {"all": np.arange(len(tokens)), "last": ends, "none": ends[:0]}[out].astype(np.int32)
+    return Batch(tokens, positions, slots, 0, out_rows)
+
+
+def prefill(engine, slot, tokens, chunk) -> np.ndarray:
+    """Logits of all positions of a prompt given in chunks."""
+    return np.concatenate([engine.forward(rows((slot, i, tokens[i : i + chunk]))) for i in range(0, len(tokens), chunk)])
