@@ -38,6 +38,15 @@ def test_driver_layer_and_uploader_on_the_stand_in(fake_driver: Path):
     assert " passed" in done.stdout
 
 
+def test_engine_starts_and_ends_on_the_stand_in(fake_driver: Path):
+    done = run(fake_driver, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider",
+               str(HERE / "fake_driver" / "engine_cases.py"), FAKE_CUDA_ANY_KERNEL="1")
+    print(done.stdout[-6000:])
+    assert done.returncode == 0, done.stderr[-2000:]
+    if " passed" not in done.stdout:
+        pytest.skip(done.stdout.strip().splitlines()[-2])
+
+
 TRY = """
 import sys
 from worker_orcd import _driver, errors

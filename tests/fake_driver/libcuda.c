@@ -3,7 +3,8 @@
 // a copy outside an allocation poisons the context. Enough of the driver for worker_orcd._driver and _upload.
 //
 // Environment: FAKE_CUDA_DEVICES (1), FAKE_CUDA_CAPABILITY ("9.0"), FAKE_CUDA_MEMORY (bytes, 1 GiB),
-// FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_DELAY_US (longest delay of an operation, 50).
+// FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_ANY_KERNEL (every name is a kernel, which does nothing),
+// FAKE_CUDA_DELAY_US (longest delay of an operation, 50).
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -302,7 +303,7 @@ Status cuLibraryLoadData(void **out, const void *code, void *a, void *b, unsigne
 }
 Status cuLibraryUnload(void *l) { __sync_fetch_and_sub(&live_libraries, 1); return OK; }
 Status cuLibraryGetKernel(void **out, void *l, const char *name) {
-    if (strcmp(name, "copy") && strcmp(name, "fault") && strcmp(name, "nothing")) return NOT_FOUND;
+    if (strcmp(name, "copy") && strcmp(name, "fault") && !getenv("FAKE_CUDA_ANY_KERNEL")) return NOT_FOUND;
     *out = strdup(name);
     return OK;
 }

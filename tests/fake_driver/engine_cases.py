@@ -1,0 +1,98 @@
+"""The CUDA engine's start and end on the stand-in driver: memory as planned, and nothing left at any failing call.
+
+Kernels do nothing here, so no step is run: results are the business of tests/gpu.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from cases import FAKE, NOTHING, leftovers
+
+import worker_orcd
+from worker_orcd import _driver, _engine, cuda_memory, plan
+from worker_orcd.engine import EngineConfig
+from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
+from worker_orcd.model_file import ModelFile
+
+pytestmark = pytest.mark.skipif(not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
+                                reason="no kernel images are installed")
+
+
+@pytest.fixture
+def tiny(goldens_dir):
+    """(open file, plan, config) of a tiny model."""
+    with ModelFile(goldens_dir / "llama-Q4_K_M.gguf") as file:
+        built = plan.build(file)
+        yield file, built, EngineConfig(4, 64, 256, tuple(16 for _ in built.kv_groups))
+
+
+@pytest.fixture(autouse=True)
+def faults_off():
+    yield
+    _driver._fail_nth(0)
+
+
+def test_memory_is_what_was_planned_and_comes_back(tiny):
+    engine = _engine.CudaEngine(*tiny, chunk_bytes=65_536)
+    assert FAKE.fake_device_bytes() == sum(arena.nbytes for arena in _engine.plan_memory(tiny[1], tiny[2]))
+    assert all(m.residency()["memory_type"] == "device" for m in engine.context.allocations())
+    engine.close()
+    engine.close()
+    del engine
+    assert leftovers() == NOTHING
+
+
+def test_a_model_that_does_not_fit_takes_nothing(tiny, monkeypatch):
+    needed = sum(arena.nbytes for arena in _engine.plan_memory(tiny[1], tiny[2])) + cuda_memory.RESERVE_BYTES
+    monkeypatch.setenv("FAKE_CUDA_MEMORY", str(needed - 1))
+    with pytest.raises(InsufficientVram) as e:
+        _engine.CudaEngine(*tiny)
+    assert (e.value.fields["bytes_required"], e.value.fields["bytes_available"]) == (needed, needed - 1)
+    assert leftovers() == NOTHING
+
+
+def test_a_file_cut_while_it_is_loaded(tiny, goldens_dir, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes((goldens_dir / "llama-Q4_K_M.gguf").read_bytes())
+    with ModelFile(path) as file:
+        os.truncate(path, file.size // 2)
+        with pytest.raises(ModelLoadError):
+            _engine.CudaEngine(file, tiny[1], tiny[2])
+    assert leftovers() == NOTHING
+
+
+def test_progress_may_end_the_load(tiny):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        raise Stop
+
+    with pytest.raises(Stop):
+        _engine.CudaEngine(*tiny, progress=stop)
+    assert leftovers() == NOTHING
+
+
+def test_any_call_may_fail_and_nothing_is_left(tiny, monkeypatch):
+    """The n-th driver call of a start fails, for a spread of n over all of them."""
+    monkeypatch.setenv("FAKE_CUDA_DELAY_US", "0")
+    n, refused = 1, 0
+    while True:
+        _driver._fail_nth(n)
+        try:
+            engine = _engine.CudaEngine(*tiny, chunk_bytes=1 << 20)
+        except CudaError as e:
+            refused += 1
+            assert e.fields["call"].startswith("cu")
+        else:
+            engine.close()
+            del engine
+            if _driver._fail_nth(0) != 0:
+                break
+        assert leftovers() == NOTHING, f"call {n}"
+        n += 1 if n < 60 else n // 8
+    print(f"{refused} faults spread over fewer than {n} driver calls")
+    assert refused > 60
