@@ -37,6 +37,8 @@ _D = ServeConfig(model="", worker_id="")
 @threads_option
 @option("--chunk-bytes", type=click.IntRange(4096, 1 << 30), default=_D.chunk_bytes, metavar="N",
         help="Bytes of one host-to-device copy.")
+@option("--residency-check-sec", type=click.FloatRange(0.1), default=_D.residency_check_sec, metavar="S",
+        help="Time between looks at whether the model's memory is still on the GPU.")
 @option("--api-key", metavar="KEY",
         help="Ask for 'Authorization: Bearer KEY' on everything but /health and /ready. Better given as variable.")
 @option("--log-format", type=click.Choice(["json", "text"]),
@@ -47,8 +49,8 @@ _D = ServeConfig(model="", worker_id="")
 def serve(model: str, worker_id: str | None, device: str, gpu_device: int | None, host: str, port: int,
           max_tokens_in: int | None, max_tokens_out: int, inference_timeout_sec: float, context_length: int | None,
           kv_cache_size_mb: int | None, tokenizer: str | None, check_tensors: bool, expect_sha256: str | None,
-          max_streams: int, max_queue: int, threads: int, chunk_bytes: int, api_key: str | None,
-          log_format: str | None, grace_sec: float, print_curl: bool) -> None:
+          max_streams: int, max_queue: int, threads: int, chunk_bytes: int, residency_check_sec: float,
+          api_key: str | None, log_format: str | None, grace_sec: float, print_curl: bool) -> None:
     """Serve one model over HTTP until told to stop.
 
     POST /execute streams a completion as server-sent events, POST /cancel ends one, GET /health and /ready tell how
@@ -69,6 +71,7 @@ def serve(model: str, worker_id: str | None, device: str, gpu_device: int | None
         max_tokens_in=max_tokens_in, max_tokens_out=max_tokens_out, inference_timeout_sec=inference_timeout_sec,
         kv_cache_bytes=kv_bytes(kv_cache_size_mb), context_length=context_length, max_streams=max_streams,
         max_queue=max_queue, n_threads=threads, chunk_bytes=chunk_bytes, tokenizer=tokenizer,
-        check_tensors=check_tensors, expect_sha256=expect_sha256, api_key=api_key, log_format=log_format,
+        check_tensors=check_tensors, expect_sha256=expect_sha256, residency_check_sec=residency_check_sec,
+        api_key=api_key, log_format=log_format,
         grace_sec=grace_sec, print_curl=print_curl or (on_terminal and log_format == "text"),
         progress_bar=on_terminal and log_format == "text"))

@@ -44,6 +44,7 @@ class ServeConfig:
         tokenizer: a tokenizer.json that takes the place of the file's vocabulary.
         check_tensors: look for NaN and infinity in norms, biases and block scales while loading.
         expect_sha256: lowercase hex digest the file must have.
+        residency_check_sec: seconds between looks at whether the model's memory is still on the GPU.
         api_key: bearer token that /execute, /cancel and /shutdown then ask for.
         log_format: "json" or "text".
         grace_sec: time running jobs get after SIGTERM.
@@ -68,6 +69,7 @@ class ServeConfig:
     tokenizer: str | None = None
     check_tensors: bool = True
     expect_sha256: str | None = None
+    residency_check_sec: float = 60.0
     api_key: str | None = None
     log_format: str = "json"
     grace_sec: float = 4.0
@@ -109,6 +111,7 @@ class ServeConfig:
         _within("max_queue", self.max_queue, 0, 4096)
         _within("n_threads", self.n_threads, 0, 4096)
         _within("chunk_bytes", self.chunk_bytes, 4096, 1 << 30)
+        _within("residency_check_sec", self.residency_check_sec, 0.1, 1e6)
         _within("grace_sec", self.grace_sec, 0.0, EXIT_LIMIT_SEC - 1.0)
         if self.expect_sha256 is not None:
             check_sha256("expect_sha256", self.expect_sha256)
