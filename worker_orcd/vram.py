@@ -57,6 +57,11 @@ class VramPlan:
             f"workspace {self.workspace:,}, reserve {max(self.reserve, self.staging):,}); {device} has {free:,} free"
             f"{advice}", self.required, free, device=device, path=path)
 
+    def to_dict(self) -> dict[str, int]:
+        """The numbers by name, for the log and for JSON."""
+        return {"weights_bytes": self.weights, "kv_bytes": self.kv, "workspace_bytes": self.workspace,
+                "reserve_bytes": max(self.reserve, self.staging), "bytes_required": self.required}
+
     def table(self, free: int | None = None) -> str:
         """The plan as text of a few aligned lines, for people."""
         rows = [("weights", self.weights), ("KV cache", self.kv), ("workspace", self.workspace),

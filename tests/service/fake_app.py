@@ -37,7 +37,7 @@ def main():
     stream.PING_SEC = args.ping_sec
     gunicorn_worker.READ_LIMIT_SEC = args.read_limit_sec
 
-    def load(config, progress, on_fatal):
+    def load(config, progress, on_fatal, on_plan):
         end = time.monotonic() + args.load_seconds
         while time.monotonic() < end:
             progress(int(1000 - 1000 * (end - time.monotonic()) / args.load_seconds), 1000)

@@ -5,6 +5,7 @@ The first word of a prompt says how it behaves; see `FakeLLM._speak`. Ids are th
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ class FakeLLM:
         self.n_seq = 0
         self.lock = threading.Lock()
         self.closing = False
+        self.faults = []
 
     def submit(self, prompt, params, *, job_id=None, deadline=None, special=False):
         params.check(n_vocab=N_VOCAB)
@@ -100,6 +102,13 @@ class FakeLLM:
             return "finished"
         job.cancel()
         return "cancelling"
+
+    def digest(self, progress):
+        progress(0)
+        return hashlib.sha256(b"fake").hexdigest()
+
+    def check_residency(self):
+        return list(self.faults)
 
     def shutdown(self, grace):
         self.closing = True

@@ -18,7 +18,7 @@ from worker_orcd.wsgi.service import Service
 
 
 class App:
-    def __init__(self, load=lambda config, progress, on_fatal: FakeLLM(config, on_fatal), **config):
+    def __init__(self, load=lambda config, progress, on_fatal, on_plan: FakeLLM(config, on_fatal), **config):
         self.out = io.StringIO()
         config = {"model": "/models/fake.gguf", "device": "cpu", **config}
         self.config = ServeConfig(**config)
@@ -276,7 +276,7 @@ def test_health_of_a_ready_worker(app):
     health = app.client.simulate_get("/health")
     assert health.status_code == 200
     assert {"status", "worker_id", "model", "resident", "quant_kind", "vram_bytes_used", "tokenizer_kind", "vocab_size",
-            "context_length", "uptime_seconds", "sm", "cuda_runtime_version", "device"} == set(health.json)
+            "context_length", "uptime_seconds", "sm", "cuda_runtime_version", "device", "sha256"} == set(health.json)
     assert health.json["status"] == "healthy" and health.json["quant_kind"] == "Q4_K_M"
     assert app.client.simulate_get("/ready").json == {"ready": True, "status": "ready"}
 
