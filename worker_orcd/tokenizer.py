@@ -29,6 +29,8 @@ class Tokenizer:
     Attributes:
         kind: "gguf-bpe", "gguf-spm" or "hf-json".
         path: the file it came from.
+        sha256: which tokenizer it is: of a tokenizer.json the SHA-256 of its bytes, of a GGUF file that of the keys
+            ``tokenizer.ggml.*`` in a canonical form (`tokenizer_gguf.metadata_sha256`).
         n_vocab: ids are below this.
         bos_id, eos_id, eot_id, unk_id, pad_id: special ids, or None.
         add_bos: whether `encode` begins with `bos_id` unless told otherwise.
@@ -40,6 +42,7 @@ class Tokenizer:
         self._parts = parts
         self.kind: Literal["gguf-bpe", "gguf-spm", "hf-json"] = parts.kind
         self.path = parts.path
+        self.sha256 = parts.sha256
         self.n_vocab = parts.n_vocab
         self.bos_id = parts.bos_id
         self.unk_id = parts.unk_id

@@ -6,6 +6,7 @@ the file at all, and that it is sound, is tokenizer_metadata.py's matter.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
@@ -29,10 +30,27 @@ def load(metadata: Any) -> TokenizerParts | None:
         ModelLoadError: the tokenizer's keys are unsound, or name a pre-tokenizer that is not known.
     """
     meta = validate(metadata)
-    return None if meta is None else _build(meta, metadata.get("general.architecture") == "phi3")
+    if meta is None:
+        return None
+    return _build(meta, metadata.get("general.architecture") == "phi3", metadata_sha256(metadata))
 
 
-def _build(meta: TokenizerMetadata, phi3: bool) -> TokenizerParts:
+def metadata_sha256(metadata: Any) -> str:
+    """Which vocabulary, merges and rules a file holds: SHA-256 over its keys ``tokenizer.ggml.*`` in order of name.
+
+    Each key adds the line ``key type length`` (length of an array, else 1; spaces between, a newline behind) and its
+    value as GGUF stores it, array headers left out.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(k for k in metadata if k.startswith("tokenizer.ggml.")):
+        kind = metadata.value_type(key)
+        length = metadata.array_len(key) if kind.startswith("array") else 1
+        digest.update(f"{key} {kind} {length}\n".encode())
+        digest.update(metadata.raw(key))
+    return digest.hexdigest()
+
+
+def _build(meta: TokenizerMetadata, phi3: bool, sha256: str) -> TokenizerParts:
     spm = meta.model == "llama"
     known = find_known(meta.vocab.get, lambda i: meta.types[i] in (CONTROL, USER_DEFINED))
     control = {i for i, kind in enumerate(meta.types) if kind in (CONTROL, UNKNOWN)} | set(known.values())
@@ -54,6 +72,7 @@ def _build(meta: TokenizerMetadata, phi3: bool) -> TokenizerParts:
     return TokenizerParts(
         kind="gguf-spm" if spm else "gguf-bpe",
         path=meta.path,
+        sha256=sha256,
         n_vocab=meta.n_vocab,
         encode=encode,
         special=special,

@@ -8,10 +8,10 @@ chat_template.jinja beside it, where they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import stat
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 
 from worker_orcd.errors import ModelLoadError
+from worker_orcd.regular_file import read_regular_file
 from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
 from worker_orcd.token_table import SPM_SPACE, TokenTable, byte_level_bytes, spm_bytes
 from worker_orcd.tokenizer_library import decode_with, encode_with, failing_as
@@ -33,27 +34,6 @@ MAX_CONFIG_BYTES = 4 << 20
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def read_regular_file(path: str, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes.
-
-    Raises:
-        ModelLoadError: it cannot be read, is no regular file (a FIFO would block), or is larger.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelLoadError("is not a regular file", path)
-        if status.st_size > limit:
-            raise ModelLoadError(f"has {status.st_size} bytes, limit {limit}", path)
-        with open(path, "rb") as f:
-            data = f.read(limit + 1)
-    except OSError as e:
-        raise ModelLoadError(f"cannot be read: {e.strerror}", path) from None
-    if len(data) > limit:  # it grew since
-        raise ModelLoadError(f"has more than {limit} bytes", path)
-    return data
-
-
 def load(path: str) -> TokenizerParts:
     """Build a tokenizer from a tokenizer.json.
 
@@ -61,7 +41,8 @@ def load(path: str) -> TokenizerParts:
         ModelLoadError: the file cannot be read, is too large or no tokenizer of the library; or its ids are not the
             dense numbering of a vocabulary.
     """
-    tokenizer = _parse(read_regular_file(path, MAX_JSON_BYTES), path)
+    data = read_regular_file(path, MAX_JSON_BYTES)
+    tokenizer = _parse(data, path)
     added = tokenizer.get_added_tokens_decoder()
     tokens = _texts(tokenizer, added, path)
     control = {i for i, t in added.items() if t.special}
@@ -83,6 +64,7 @@ def load(path: str) -> TokenizerParts:
     return TokenizerParts(
         kind="hf-json",
         path=path,
+        sha256=hashlib.sha256(data).hexdigest(),
         n_vocab=len(tokens),
         encode=JsonEncoder(tokenizer).encode,
         special=special,

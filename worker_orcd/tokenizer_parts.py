@@ -16,6 +16,7 @@ class TokenizerParts:
     Attributes:
         kind: "gguf-bpe", "gguf-spm" or "hf-json".
         path: the file it came from, for messages.
+        sha256: digest of what it was made from, see `Tokenizer.sha256`.
         n_vocab: ids are below this.
         encode: (text without special tokens, whether it starts the whole text) -> ids.
         special: finds control tokens, and user-defined ones where `encode` does not.
@@ -30,6 +31,7 @@ class TokenizerParts:
 
     kind: str
     path: str
+    sha256: str
     n_vocab: int
     encode: Callable[[str, bool], list[int]]
     special: SpecialTokens

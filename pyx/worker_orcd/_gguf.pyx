@@ -319,6 +319,13 @@ cdef class Metadata:
         """Byte offset of a value in the file; of an array that of its first element."""
         return self.find(key).offset
 
+    def raw(self, str key not None) -> bytes:
+        """A value as it is stored: of an array its elements one after another, strings with their lengths."""
+        cdef Value* v = self.find(key)
+        if self.mapping is None:
+            raise ValueError(f"{self.path} is closed")
+        return (<const char*>self.mapping.base + v.offset)[:v.end - v.offset]
+
 
 Mapping.register(Metadata)
 
