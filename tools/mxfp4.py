@@ -5,9 +5,9 @@ and of elements 16-31 in the high nibbles. The magnitudes are 0, 0.5, 1, 1.5, 2,
 Source of the format: OCP Microscaling Formats (MX) v1.0. It knows no file and no model.
 
 Which scale is best: let k be the exponent with max|x| / 2^k in [4, 8). Grid values of the scales above k + 1 that are
-below 8 * 2^k lie on the grid of k + 1 too, so none of them is better than k + 1. Below k - 1 the largest element is cut by
-at least 2.5 * 2^k, and the other 31 cannot make up for its square: up to 1.5 * 2^k the grid of k is at most 0.25 * 2^k off,
-and beyond that it is never further off than the cut. So the best of k - 1, k and k + 1 is the best of all.
+below 8 * 2^k lie on the grid of k + 1 too, so none of them is better than k + 1. Below k - 1 the largest element is cut
+by at least 2.5 * 2^k, and the other 31 cannot make up for its square: up to 1.5 * 2^k the grid of k is at most
+0.25 * 2^k off, and beyond that it is never further off than the cut. So the best of k - 1, k and k + 1 is the best.
 """
 
 from __future__ import annotations
