@@ -150,20 +150,22 @@ def test_a_file_that_cannot_be_read(context, make_file, tmp_path: Path):
 @pytest.mark.parametrize("where", ["progress", "consume"])
 def test_what_a_callback_raises_ends_the_load(context, make_file, where: str):
     file, _ = make_file(4 * MIB)
-    before = context.memory()[0]
     n_threads = threading.active_count()
 
     def stop(*args) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        staging, stream = context.allocate(MIB), context.stream()
-        callbacks = {"consume": lambda *a: None, where: stop}
-        upload(context, [Piece(file, i * 65_536, 65_536) for i in range(64)], stream=stream, staging=staging,
-               chunk_bytes=4096, **callbacks)
-    staging.close()
-    stream.close()
-    assert context.memory()[0] == before
+    free = []
+    for _ in range(3):  # what a driver keeps after the first time (streams) is no leak; what grows is
+        with pytest.raises(KeyboardInterrupt):
+            staging, stream = context.allocate(MIB), context.stream()
+            callbacks = {"consume": lambda *a: None, where: stop}
+            upload(context, [Piece(file, i * 65_536, 65_536) for i in range(64)], stream=stream, staging=staging,
+                   chunk_bytes=4096, **callbacks)
+        staging.close()
+        stream.close()
+        free.append(context.memory()[0])
+    assert free[1] == free[2]
     assert threading.active_count() == n_threads
 
 
