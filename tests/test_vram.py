@@ -60,3 +60,18 @@ def test_table():
     assert [line.split()[0] for line in lines] == ["weights", "KV", "workspace", "reserve", "required", "free"]
     assert lines[4].split()[1:] == ["14,100,000,300", "B", "14,100.0", "MB"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_the_numbers_by_name():
+    assert PLAN.to_dict() == {"weights_bytes": PLAN.weights, "kv_bytes": PLAN.kv, "workspace_bytes": PLAN.workspace,
+                              "reserve_bytes": 300, "bytes_required": PLAN.required}
+
+
+def test_inspect_shows_the_plan_of_every_model_a_gpu_can_run(goldens_dir):
+    from worker_orcd import inspect
+
+    facts = inspect.inspect(str(goldens_dir / "qwen2-Q4_K_M.gguf"))
+    vram = facts["memory"]["vram_plan"]
+    parts = [vram[f"{part}_bytes"] for part in ("weights", "kv", "workspace", "reserve")]
+    assert vram["bytes_required"] == sum(parts) and min(parts) > 0
+    assert f"{vram['bytes_required']:,d}" in inspect.as_text(facts)

@@ -21,6 +21,7 @@ from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine import BLOCK_SIZE, Batch, Engine, EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.model_file import ModelFile
+from worker_orcd.vram import VramPlan
 
 #: tokens of one call of the decode loop; the ring is emptied between calls
 DECODE_CHUNK = 64
@@ -83,12 +84,14 @@ class Bench:
         n_positions: positions a sequence must be able to reach.
         max_batch: sequences that decode together.
         n_threads: threads of the CPU engine, 0: one per core.
+        on_plan: as of `devices.open_engine`.
 
     Raises:
         WorkerError: whatever loading raises; `InvalidRequest` where the model has fewer positions.
     """
 
-    def __init__(self, model: str, device: str, n_positions: int, max_batch: int = 1, n_threads: int = 0) -> None:
+    def __init__(self, model: str, device: str, n_positions: int, max_batch: int = 1, n_threads: int = 0,
+                 on_plan: Callable[[VramPlan, int], object] | None = None) -> None:
         self.device = devices.resolve(device)
         self.n_threads = n_threads or len(os.sched_getaffinity(0))
         began = time.perf_counter()
@@ -104,7 +107,7 @@ class Bench:
             self.config = EngineConfig(max_batch, max_rows, n_positions, n_blocks)
             self.engine: Engine = devices.open_engine(
                 self.device, self.model_file, self.plan, self.config, n_threads=n_threads, chunk_bytes=1 << 20,
-                progress=lambda done: None)
+                progress=lambda done: None, on_plan=on_plan)
         except BaseException:
             self.model_file.close()
             raise
@@ -161,7 +164,8 @@ class Bench:
 
 
 def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches: Sequence[int], repeat: int,
-        n_threads: int = 0, progress: Callable[[str], None] = lambda text: None) -> Report:
+        n_threads: int = 0, progress: Callable[[str], None] = lambda text: None,
+        on_plan: Callable[[VramPlan, int], object] | None = None) -> Report:
     """Measure everything once asked for.
 
     Args:
@@ -170,6 +174,7 @@ def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches:
         batches: numbers of sequences to decode together.
         repeat: how often each test is timed, after one untimed run.
         progress: called with the name of each test before it runs.
+        on_plan: as of `devices.open_engine`.
 
     Raises:
         WorkerError: the model or the device cannot do it.
@@ -181,7 +186,8 @@ def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches:
     if not tests:
         raise InvalidRequest("there is nothing to measure", field="n_gen")
     progress("load")
-    with Bench(model, device, max(n for _, n, _ in tests), max(b for _, _, b in tests), n_threads) as bench:
+    with Bench(model, device, max(n for _, n, _ in tests), max(b for _, _, b in tests), n_threads,
+               on_plan) as bench:
         progress("bandwidth")
         bandwidth = measure_bandwidth(bench.engine, bench.device, bench.n_threads)
         facts = devices.engine_facts(bench.engine)

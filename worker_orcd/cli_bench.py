@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worker_orcd.cli_options import device_option, json_option, model_option, option, parse_ids, threads_option
+from worker_orcd.cli_options import (
+    device_option,
+    json_option,
+    model_option,
+    option,
+    parse_ids,
+    plan_printer,
+    threads_option,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
     from worker_orcd.bench import Report
@@ -22,8 +31,9 @@ if TYPE_CHECKING:
 @option("--repeat", type=click.IntRange(1), default=5, metavar="N", help="Timed runs of each test, after one untimed.")
 @device_option
 @threads_option
+@verbose_option
 @json_option
-def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device: str, threads: int,
+def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device: str, threads: int, verbose: bool,
           as_json: bool) -> None:
     """Measure prefill and decode speed on random token ids. Needs no tokenizer.
 
@@ -46,7 +56,7 @@ def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device
             bar.update()
 
     try:
-        report = measuring.run(model, device, prompts, n_gen, batches, repeat, threads, progress)
+        report = measuring.run(model, device, prompts, n_gen, batches, repeat, threads, progress, plan_printer(verbose))
     finally:
         if bar is not None:
             bar.close()

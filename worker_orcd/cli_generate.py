@@ -17,7 +17,9 @@ from worker_orcd.cli_options import (
     model_option,
     option,
     parse_ids,
+    plan_printer,
     threads_option,
+    verbose_option,
 )
 from worker_orcd.errors import InvalidRequest
 
@@ -40,11 +42,12 @@ if TYPE_CHECKING:
 @device_option
 @threads_option
 @load_options
+@verbose_option
 @json_option
 def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temperature: float, top_p: float, top_k: int,
              min_p: float, repetition_penalty: float, stop: tuple[str, ...], seed: int | None, device: str,
              threads: int, context_length: int | None, kv_cache_size_mb: int | None, tokenizer: str | None,
-             check_tensors: bool, expect_sha256: str | None, as_json: bool) -> None:
+             check_tensors: bool, expect_sha256: str | None, verbose: bool, as_json: bool) -> None:
     """Continue a prompt and stream the text to the terminal."""
     from worker_orcd.llm import LLM
     from worker_orcd.sampling import SamplingParams
@@ -57,7 +60,8 @@ def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temper
     if not prompt:
         raise InvalidRequest("the prompt is empty", field="prompt")
     with LLM(model, device=device, context_length=context_length, kv_cache_bytes=kv_bytes(kv_cache_size_mb), max_seqs=1,
-             n_threads=threads, tokenizer=tokenizer, check_tensors=check_tensors, expect_sha256=expect_sha256) as llm:
+             n_threads=threads, tokenizer=tokenizer, check_tensors=check_tensors, expect_sha256=expect_sha256,
+             on_plan=plan_printer(verbose)) as llm:
         text_or_ids: str | list[int] = prompt
         if chat:
             if llm.tokenizer is None:

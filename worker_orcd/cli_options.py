@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from worker_orcd.vram import VramPlan
 
 ENV_PREFIX = "WORKER_ORCD_"
 
@@ -40,6 +44,19 @@ def threads_option(command: Any) -> Any:
 def json_option(command: Any) -> Any:
     """--json."""
     return option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
+
+
+def verbose_option(command: Any) -> Any:
+    """--verbose."""
+    return option("-v", "--verbose", is_flag=True,
+                  help="Say what the model takes on the GPU before it is loaded; on a terminal always.")(command)
+
+
+def plan_printer(verbose: bool) -> Callable[[VramPlan, int], None] | None:
+    """What prints a VRAM plan on stderr for whoever looks; None where nobody does."""
+    if not (verbose or sys.stderr.isatty()):
+        return None
+    return lambda plan, free: click.echo(plan.table(free), err=True)
 
 
 def load_options(command: Any) -> Any:

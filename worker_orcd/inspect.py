@@ -12,11 +12,14 @@ import math
 from collections import Counter
 from typing import Any
 
-from worker_orcd import arch, kv_pool, plan, quants
+from worker_orcd import arch, devices, kv_pool, plan, quants
+from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import WorkerError
 from worker_orcd.model_file import ModelFile
 from worker_orcd.tokenizer import Tokenizer
 
+#: sequences for which the VRAM plan is shown: what a server takes by default
+VRAM_SEQS = 32
 #: arrays longer than this are told by type and length only
 MAX_ARRAY = 16
 _MAX_TEXT = 100
@@ -123,7 +126,16 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
         "kv_bytes_per_1k_tokens": 1000 * p.kv_bytes_per_token(),
         "kv_bytes_full_context": full,
         "activation_bytes_per_row": sum(4 * b.width for b in p.buffers.values()),
+        "vram_plan": _told(lambda: _vram_plan(p)),
     }
+
+
+def _vram_plan(p: plan.Plan) -> dict[str, Any]:
+    """What a GPU must have free for `VRAM_SEQS` sequences and a KV cache of one full context."""
+    context = min(p.context_length, p.max_positions or p.context_length)
+    blocks = tuple(kv_pool.reservation(g, context) for g in p.kv_groups)
+    rows = devices.default_max_rows("cuda:0", VRAM_SEQS)
+    return devices.vram_plan(p, EngineConfig(VRAM_SEQS, rows, context, blocks)).to_dict()
 
 
 # -- as text
@@ -155,6 +167,9 @@ def as_text(facts: dict[str, Any]) -> str:
                 f"  KV cache, full context  {_size(memory['kv_bytes_full_context'])}  "
                 f"({facts['plan']['context_length']:,d} positions of one sequence)",
                 f"  activations, one row    {_size(memory['activation_bytes_per_row'])}"]
+        vram = memory["vram_plan"]
+        title = "on a GPU" if "error" in vram else f"on a GPU, {VRAM_SEQS} sequences, KV cache of one full context"
+        _section(out, title, vram if "error" in vram else {k: f"{n:>16,d}" for k, n in vram.items()})
     return "\n".join(out)
 
 
