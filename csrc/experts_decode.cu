@@ -1,0 +1,187 @@
+// Decode: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of up to 64 rows, e = ids[r, s].
+//
+// expert_matvec_<type>_<tiles>(ExpertMatvecParams), one or two matrices of one shape and input (gate and up): tiles 1
+// converts float32 x itself into shared memory, for few rows; tiles 2 reads rows by convert_split. An item is an expert
+// and up to 8 * tiles of its pairs; a block takes one item and every so-many-th strip of 16 outputs, so that with any
+// number of items all blocks of the grid have about equal work. Items are known on the device only: the grid is what the
+// GPU holds at once, whatever they are.
+//
+// As in matvec.cu, K is cut into stages, stage i belonging to warp i % warps, each warp with a ring of its own, and the
+// warps' sums are added in order of the warp: a pair's result has the same bits alone and in any company.
+//
+// Bytes: the chosen experts' weights once per item from memory; x once per block (1 tile) or from L1 (2 tiles).
+#include "activations.cuh"
+#include "experts_params.h"
+#include "fragments.cuh"
+#include "matmul_shapes.cuh"
+
+// The stream of one warp's stages over the strips of its block: always kDepth - 1 stages ahead of the sums.
+template <class Q>
+struct StripStream {
+    using S = MatvecShape<Q, 1>;
+    static_assert(S::kStrips == 1);
+    const ExpertMatvecParams& p;
+    uint32_t ring;
+    int lane, warp, n_warps, n_stages, n_strips, slot;
+    const uint8_t* src;
+    int64_t expert_at;
+    int strip, strip_step, stage;
+
+    DEVICE_MEMBER void find_strip() {
+        if (strip >= p.n_matrices * n_strips) return;
+        const int m = strip >= n_strips;
+        src = p.m[m].w + expert_at + static_cast<int64_t>(strip - m * n_strips) * p.n_units * Q::kRecordBytes;
+    }
+
+    DEVICE_MEMBER void begin(int expert, int first_strip, int step) {
+        expert_at = expert * p.matrix_bytes;
+        strip = first_strip, strip_step = step, stage = warp;
+        find_strip();
+#pragma unroll
+        for (int i = 0; i < S::kDepth - 1; ++i) issue();
+    }
+
+    // Starts the copy of the next stage (nothing after the last) and commits one group either way.
+    DEVICE_MEMBER void issue() {
+        if (strip < p.n_matrices * n_strips) {
+            const int unit = stage * S::kStageUnits, n = min(S::kStageUnits, p.n_units - unit) * Q::kRecordBytes;
+            const uint8_t* from = src + static_cast<int64_t>(unit) * Q::kRecordBytes;
+            const uint32_t to = ring + slot * S::kSlotBytes;
+#pragma unroll
+            for (int at = 0; at < S::kStageBytes; at += 512)
+                if (at + lane * 16 < n) cp_async_16(to + at + lane * 16, from + at + lane * 16);
+            slot = slot + 1 == S::kDepth ? 0 : slot + 1;
+            stage += n_warps;
+            if (stage >= n_stages) {
+                stage = warp;
+                strip += strip_step;
+                find_strip();
+            }
+        }
+        cp_async_commit();
+    }
+};
+
+template <class Q, int kTiles>
+DEVICE void expert_matvec(const ExpertMatvecParams& p) {
+    using S = MatvecShape<Q, 1>;
+    constexpr int kSums = 128;
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [rows of an item][split_bytes] (1 tile)
+    extern __shared__ __align__(128) uint8_t smem[];
+    __shared__ int pairs[8 * kTiles];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
+    const int n_stages = (p.n_units + S::kStageUnits - 1) / S::kStageUnits;
+    const int n_strips = (p.n_out + kStripRows - 1) / kStripRows, n_x_blocks = p.n_units * (Q::kUnitK / 32);
+    const uint8_t* ring = smem + warp * (S::kDepth * S::kSlotBytes);
+    float* partial = reinterpret_cast<float*>(smem + p.ring_bytes);
+    StripStream<Q> stream{p, smem_address(ring), lane, warp, n_warps, n_stages, n_strips, 0};
+    int slot = 0, parity = 0;
+
+    pdl_launch_dependents();
+    pdl_wait();
+    // Block b has item b % n_items and, of the blocks that share it, is number b / n_items.
+    const int n_items = *p.list.n_items, n_blocks = gridDim.x;
+    if (n_items == 0) return;
+    const int part = static_cast<int>(blockIdx.x) / n_items;
+    for (int i = static_cast<int>(blockIdx.x) % n_items; i < n_items; i += n_blocks) {
+        const ExpertItem item = p.list.items[i];
+        const int n_parts = max(1, (n_blocks - i + n_items - 1) / n_items);
+        stream.begin(item.expert, part, n_parts);
+        __syncthreads();  // the item before is done with
+        if (threadIdx.x < item.n) pairs[threadIdx.x] = p.list.pairs[item.first + threadIdx.x];
+        __syncthreads();
+
+        // Columns of rows that do not exist are computed from row 0 and dropped: they touch no other column.
+        SplitRows<kTiles> x;
+        x.n_tiles = (item.n + 7) / 8;
+        const auto set_rows = [&](auto byte_of_row) {
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                x.fragments[tile] = static_cast<uint32_t>(byte_of_row(8 * tile + g)) + t * 16;
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    x.sums[tile][c] =
+                        static_cast<uint32_t>(byte_of_row(8 * tile + 2 * t + c)) + split_sums_offset(n_x_blocks);
+            }
+        };
+        if constexpr (kTiles == 1) {
+            uint8_t* const rows = smem + p.ring_bytes + 2 * n_warps * kSums * 4;
+            const int n_lanes = (4 * n_x_blocks + 31) & ~31;
+            for (int r = 0; r < item.n; ++r) {
+                const float* from = p.x + pairs[r] / p.n_used * p.x_stride + pairs[r] % p.n_used * p.x_slot_stride;
+                for (int at = threadIdx.x; at < n_lanes; at += blockDim.x)
+                    split_item(rows + r * p.split_bytes, from, at, n_x_blocks, p.k / 32);
+            }
+            __syncthreads();
+            x.rows = rows;
+            set_rows([&](int r) { return (r < item.n ? r : 0) * p.split_bytes; });
+        } else {
+            x.rows = p.split;
+            set_rows([&](int r) {
+                const int pair = pairs[r < item.n ? r : 0];
+                return (pair / p.n_used + pair % p.n_used * p.split_slot_rows) * p.split_bytes;
+            });
+        }
+
+        for (int strip = part; strip < p.n_matrices * n_strips; strip += n_parts) {
+            float acc[kTiles][4] = {};
+            for (int stage = warp; stage < n_stages; stage += n_warps) {
+                cp_async_wait<S::kDepth - 2>();
+                __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled next
+                stream.issue();
+#pragma unroll
+                for (int u = 0; u < S::kStageUnits; ++u) {
+                    const int unit = stage * S::kStageUnits + u;
+                    if (unit >= p.n_units) break;
+                    const uint8_t* record = ring + slot * S::kSlotBytes + u * Q::kRecordBytes;
+                    const int x_block0 = unit * (Q::kUnitK / 32);
+                    if constexpr (kDense<Q>) {
+                        add_dense<Q>(acc, record, x_block0, x, lane);
+                    } else {
+#pragma unroll 1
+                        for (int sub = 0; sub < Q::kSubs; ++sub) add_quantized<Q>(acc, record, sub, x_block0, x, lane);
+                    }
+                }
+                slot = slot + 1 == S::kDepth ? 0 : slot + 1;
+            }
+
+            // partial[warp][row of the strip][row of the tile], two sets: one barrier a round suffices.
+            const ExpertMatrix& m = p.m[strip >= n_strips];
+            const int o0 = (strip >= n_strips ? strip - n_strips : strip) * kStripRows;
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                const int n_here = min(8, item.n - 8 * tile);
+                if (n_here <= 0) break;
+                float* set = partial + parity * n_warps * kSums;
+                float* to = set + warp * kSums + g * 8 + 2 * t;
+                *reinterpret_cast<float2*>(to) = make_float2(acc[tile][0], acc[tile][1]);
+                *reinterpret_cast<float2*>(to + 64) = make_float2(acc[tile][2], acc[tile][3]);
+                __syncthreads();
+                for (int at = threadIdx.x; at < n_here * kStripRows; at += blockDim.x) {
+                    const int n = at / kStripRows, o = o0 + at % kStripRows, pair = pairs[8 * tile + n];
+                    if (o >= p.n_out) continue;
+                    float sum = 0.0f;
+                    for (int w = 0; w < n_warps; ++w) sum += set[w * kSums + at % kStripRows * 8 + n];
+                    if (m.bias != nullptr) sum += m.bias[static_cast<int64_t>(item.expert) * p.n_out + o];
+                    m.out[pair / p.n_used * m.out_stride + static_cast<int64_t>(pair % p.n_used) * p.n_out + o] = sum;
+                }
+                parity ^= 1;
+            }
+        }
+    }
+    cp_async_wait<0>();
+}
+
+// Q5_1 spills with the registers of three blocks.
+template <class Q>
+constexpr int kBlocks1 = std::is_same_v<Q, Q5_1> ? 2 : 3;
+
+#define DEFINE_TILES(Type, name, tiles, blocks)                                                         \
+    extern "C" __global__ void __launch_bounds__(256, blocks) expert_matvec_##name##_##tiles(           \
+        const __grid_constant__ ExpertMatvecParams p) {                                                 \
+        expert_matvec<Type, tiles>(p);                                                                  \
+    }
+#define DEFINE(Type, name)                      \
+    DEFINE_TILES(Type, name, 1, kBlocks1<Type>) \
+    DEFINE_TILES(Type, name, 2, 2)
+FOR_EACH_TYPE(DEFINE)

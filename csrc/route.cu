@@ -1,0 +1,222 @@
+// From the router to the lists of the expert products, and the weighted sum of their results.
+//
+// route_logits_<type>(RouteParams): sums of x W^T over each of ROUTE_SLICES parts of K, float32. A warp takes one strip
+//   (16 experts) and one part for ROUTE_ROWS rows. Grid (strips * ROUTE_SLICES / 8, rows / ROUTE_ROWS), 256 threads.
+// route_choose(RouteParams): logits = the parts in order + bias; the n_used largest (ties: the lower id); softmax over
+//   those. A warp a row; grid any, 1024 threads. With item_rows a single block, which also makes the list.
+// route_list(RouteParams): the list alone, for more rows. One block of 1024 threads.
+// expert_sum(ExpertSumParams): grid (n / 1024, rows), 256 threads.
+//
+// A row's logits are the same bits in a decode step and in any chunk of a prompt: its experts do not depend on how it
+// came. Exact weights, float32 products. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per strip.
+#include "experts_params.h"
+#include "quant/types.cuh"
+
+constexpr uint32_t kAll = 0xffffffffu;
+
+// The 16 weights of rows g and g + 8 (pair & 1) that a lane holds of one sub-unit, times the rows' x.
+template <class Q>
+DEVICE void add_sub_unit(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, const uint8_t* record, int unit, int sub,
+                         int row0, int lane) {
+    const auto codes = load_codes<Q>(record, sub, lane);
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        asm volatile("" ::: "memory");  // or the loads of all rows come first, and registers run out
+        const int column0 = unit * Q::kUnitK + sub * kSubK + 32 * b;
+        if (column0 >= p.k) break;
+        float w[8][2];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            Q::values(codes, 8 * b + i, w[i][0], w[i][1]);
+            if constexpr (!kDense<Q>) {
+                float scale[2][2], min[2][2] = {};
+                Q::scales(Q::load_scales(record, lane), 2 * sub + b, scale, min);
+                const int j = Q::kScaleK == 16 ? i >> 2 : 0;
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    w[i][c] = __fmul_rn(scale[j][i & 1], w[i][c]);
+                    if constexpr (Q::kHasMin) w[i][c] = __fadd_rn(w[i][c], min[j][i & 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < ROUTE_ROWS; ++n) {
+            if (row0 + n >= p.n_rows) break;
+            const float* x = p.x + (row0 + n) * p.x_stride + column0 + 4 * (lane & 3);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const float4 v = *reinterpret_cast<const float4*>(x + 16 * j);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float& s = sum[n][r];
+                    s = fmaf(w[4 * j + r][0], v.x, s), s = fmaf(w[4 * j + r][1], v.y, s);
+                    s = fmaf(w[4 * j + 2 + r][0], v.z, s), s = fmaf(w[4 * j + 2 + r][1], v.w, s);
+                }
+            }
+        }
+    }
+}
+
+template <class Q>
+DEVICE void route_logits(const RouteParams& p) {
+    const int lane = threadIdx.x % 32, warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    const int strip = warp / ROUTE_SLICES, slice = warp % ROUTE_SLICES, row0 = blockIdx.y * ROUTE_ROWS;
+    const int n_pad = (p.n_expert + kStripRows - 1) / kStripRows * kStripRows;
+    const uint8_t* records = p.w + static_cast<int64_t>(strip) * p.n_units * Q::kRecordBytes;
+    const bool exists = strip * kStripRows < p.n_expert;
+
+    pdl_launch_dependents();
+    // The router's weights depend on nothing: they come nearer while the kernel before ends.
+    if (exists)
+        for (int unit = slice; unit < p.n_units; unit += ROUTE_SLICES)
+            for (int at = lane * 128; at < Q::kRecordBytes; at += 32 * 128)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(records + unit * Q::kRecordBytes + at));
+    pdl_wait();
+    if (!exists) return;
+
+    float sum[ROUTE_ROWS][2] = {};
+    for (int unit = slice; unit < p.n_units; unit += ROUTE_SLICES)
+#pragma unroll 1
+        for (int sub = 0; sub < Q::kSubs; ++sub)
+            add_sub_unit<Q>(sum, p, records + unit * Q::kRecordBytes, unit, sub, row0, lane);
+#pragma unroll
+    for (int n = 0; n < ROUTE_ROWS; ++n) {
+        if (row0 + n >= p.n_rows) break;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float s = sum[n][r];
+            s += __shfl_xor_sync(kAll, s, 1);
+            s += __shfl_xor_sync(kAll, s, 2);
+            if (lane % 4 == 0)
+                p.partial[(static_cast<int64_t>(row0 + n) * ROUTE_SLICES + slice) * n_pad + strip * kStripRows +
+                          lane / 4 + 8 * r] = s;
+        }
+    }
+}
+
+// A number that orders as the logit does, lower ids first; 0 is below all. NaN has a place, so that ids stay ids.
+DEVICE uint64_t order_key(float logit, int id) {
+    const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 becomes 0
+    const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - id);
+}
+
+DEVICE float logit_of(uint64_t key) {
+    const uint32_t ordered = key >> 32;
+    return __uint_as_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
+}
+
+// One row by one warp.
+DEVICE void choose(const RouteParams& p, int row, int lane) {
+    constexpr int kPerLane = EXPERTS_MAX / 32;
+    const int n_pad = (p.n_expert + kStripRows - 1) / kStripRows * kStripRows;
+    const float* partial = p.partial + static_cast<int64_t>(row) * ROUTE_SLICES * n_pad;
+    uint64_t keys[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        const int e = lane + 32 * i;
+        keys[i] = 0;
+        if (e >= p.n_expert) continue;
+        float parts[ROUTE_SLICES], logit = 0.0f;
+#pragma unroll
+        for (int s = 0; s < ROUTE_SLICES; ++s) parts[s] = partial[s * n_pad + e];
+#pragma unroll
+        for (int s = 0; s < ROUTE_SLICES; ++s) logit += parts[s];
+        keys[i] = order_key(p.bias != nullptr ? logit + p.bias[e] : logit, e);
+    }
+    float mine = 0.0f, largest = 0.0f, total = 0.0f;
+    for (int slot = 0; slot < p.n_used; ++slot) {
+        uint64_t best = 0;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) best = keys[i] > best ? keys[i] : best;
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) {
+            const uint64_t other = __shfl_xor_sync(kAll, best, d);
+            best = other > best ? other : best;
+        }
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i)
+            if (keys[i] == best) keys[i] = 0;
+        const float logit = logit_of(best);
+        if (slot == 0) largest = logit;
+        const float weight = expf(logit - largest);
+        total += weight;
+        if (slot == lane) mine = weight;
+        if (lane == 0) p.ids[row * p.n_used + slot] = static_cast<float>(0xffffffffu - static_cast<uint32_t>(best));
+    }
+    if (lane < p.n_used) p.gates[row * p.n_used + lane] = mine / total;
+}
+
+// A stable counting sort of the pairs by expert, and its cut into items. The whole block.
+DEVICE void make_list(const RouteParams& p) {
+    __shared__ int count[EXPERTS_MAX], first_pair[EXPERTS_MAX], first_item[EXPERTS_MAX];
+    const int n_pairs = p.n_rows * p.n_used, lane = threadIdx.x % 32;
+    for (int e = threadIdx.x; e < p.n_expert; e += blockDim.x) count[e] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_pairs; i += blockDim.x) atomicAdd(&count[static_cast<int>(p.ids[i])], 1);
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int pairs = 0, items = 0;
+        for (int base = 0; base < p.n_expert; base += 32) {
+            const int e = base + lane, n = e < p.n_expert ? count[e] : 0, n_items = (n + p.item_rows - 1) / p.item_rows;
+            int pairs_to = n, items_to = n_items;
+            for (int d = 1; d < 32; d *= 2) {
+                const int a = __shfl_up_sync(kAll, pairs_to, d), b = __shfl_up_sync(kAll, items_to, d);
+                if (lane >= d) pairs_to += a, items_to += b;
+            }
+            if (e < p.n_expert) first_pair[e] = pairs + pairs_to - n, first_item[e] = items + items_to - n_items;
+            pairs += __shfl_sync(kAll, pairs_to, 31), items += __shfl_sync(kAll, items_to, 31);
+        }
+        if (lane == 0) *p.list.n_items = items;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x / 32; e < p.n_expert; e += blockDim.x / 32) {
+        const int n = count[e];
+        for (int i = lane; i * p.item_rows < n; i += 32)
+            p.list.items[first_item[e] + i] = {e, first_pair[e] + i * p.item_rows, min(p.item_rows, n - i * p.item_rows), 0};
+        for (int base = 0, found = 0; found < n; base += 32) {
+            const bool is = base + lane < n_pairs && static_cast<int>(p.ids[base + lane]) == e;
+            const uint32_t who = __ballot_sync(kAll, is);
+            if (is) p.list.pairs[first_pair[e] + found + __popc(who & ((1u << lane) - 1u))] = base + lane;
+            found += __popc(who);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) route_choose(const __grid_constant__ RouteParams p) {
+    pdl_launch_dependents();
+    pdl_wait();
+    const int n_warps = blockDim.x / 32;
+    for (int row = blockIdx.x * n_warps + threadIdx.x / 32; row < p.n_rows; row += gridDim.x * n_warps)
+        choose(p, row, threadIdx.x % 32);
+    if (p.item_rows == 0) return;
+    __syncthreads();
+    make_list(p);
+}
+
+extern "C" __global__ void __launch_bounds__(1024) route_list(const __grid_constant__ RouteParams p) {
+    pdl_launch_dependents();
+    pdl_wait();
+    make_list(p);
+}
+
+extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_constant__ ExpertSumParams p) {
+    pdl_launch_dependents();
+    pdl_wait();
+    const int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x), row = blockIdx.y;
+    if (i >= p.n) return;
+    float4 sum = {};
+    for (int slot = 0; slot < p.n_used; ++slot) {
+        const float gate = p.gates[row * p.n_used + slot];
+        const float4 v = *reinterpret_cast<const float4*>(p.x + row * p.x_stride + static_cast<int64_t>(slot) * p.n + i);
+        sum.x = fmaf(gate, v.x, sum.x), sum.y = fmaf(gate, v.y, sum.y);
+        sum.z = fmaf(gate, v.z, sum.z), sum.w = fmaf(gate, v.w, sum.w);
+    }
+    *reinterpret_cast<float4*>(p.out + row * p.out_stride + i) = sum;
+}
+
+#define DEFINE(Type, name)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256, 1) route_logits_##name(const __grid_constant__ RouteParams p) { \
+        route_logits<Type>(p);                                                                                     \
+    }
+FOR_EACH_TYPE(DEFINE)
