@@ -40,7 +40,7 @@ def one_error_line(result, code):
 
 # -- help and options
 
-COMMANDS = ["serve", "generate", "inspect", "bench", "doctor", "demo-model", "logits"]
+COMMANDS = ["serve", "generate", "inspect", "bench", "compare", "doctor", "demo-model", "logits"]
 
 
 def test_help_lists_every_command(call):

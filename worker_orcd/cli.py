@@ -15,6 +15,7 @@ import click
 
 import worker_orcd
 from worker_orcd.cli_bench import bench
+from worker_orcd.cli_compare import compare
 from worker_orcd.cli_generate import generate, logits
 from worker_orcd.cli_inspect import demo_model, doctor, inspect
 from worker_orcd.cli_serve import serve
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for _command in (serve, generate, inspect, bench, doctor, demo_model, logits):
+for _command in (serve, generate, inspect, bench, compare, doctor, demo_model, logits):
     cli.add_command(_command)
 
 

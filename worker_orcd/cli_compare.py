@@ -1,0 +1,89 @@
+"""`worker-orcd compare`: two files of one model over a file of prompts, a report, and a verdict as the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from worker_orcd.cli_options import device_option, json_option, option, threads_option
+
+
+@click.command()
+@click.argument("a", metavar="A.gguf")
+@click.argument("b", metavar="B.gguf")
+@option("--prompts", required=True, metavar="FILE",
+        help='Text, one prompt a line; or *.jsonl, {"prompt": text, "targets": [strings]} a line.')
+@device_option
+@option("--max-tokens", type=click.IntRange(1), default=64, metavar="N", help="Tokens of each greedy continuation.")
+@option("--chat", is_flag=True, help="Take prompts as a user's messages, with each file's own chat template.")
+@option("--out", metavar="DIR", help="Write compare.json and compare.md there.")
+@option("--target-string", multiple=True, metavar="TEXT", help="A string no continuation should hold. Repeatable.")
+@option("--targets", metavar="FILE", help="Such strings, one a line.")
+@option("--layer-prompts", type=click.IntRange(0), default=1, metavar="N",
+        help="Prompts of which the activations after each layer are compared; 0: none.")
+@option("--kl-limit", type=click.FloatRange(0), default=0.5, metavar="NATS", help="Most mean KL(A || B).")
+@option("--worst-kl-limit", type=click.FloatRange(0), metavar="NATS",
+        help="Most KL(A || B) of any position. Default: not checked.")
+@option("--top1-limit", type=click.FloatRange(0, 1), default=0.7, metavar="SHARE",
+        help="Least share of positions with the same best token.")
+@option("--logit-limit", type=click.FloatRange(0), default=0.05, metavar="SHARE",
+        help="Most mean logit difference, of the range of A's logits.")
+@option("--target-limit", type=click.FloatRange(0, 1), default=0.0, metavar="RISE",
+        help="Most that the share of prompts with a target string may rise from A to B.")
+@option("--refusal-limit", type=click.FloatRange(0, 1), default=0.1, metavar="RISE", help="The same for refusals.")
+@option("--insecure-limit", type=click.FloatRange(0, 1), default=0.1, metavar="RISE",
+        help="The same for insecure-code patterns.")
+@option("--tokenizer", metavar="FILE", help="A tokenizer.json in the place of both files' vocabularies.")
+@threads_option
+@json_option
+def compare(a: str, b: str, prompts: str, device: str, max_tokens: int, chat: bool, out: str | None,
+            target_string: tuple[str, ...], targets: str | None, layer_prompts: int, kl_limit: float,
+            worst_kl_limit: float | None, top1_limit: float, logit_limit: float, target_limit: float,
+            refusal_limit: float, insecure_limit: float, tokenizer: str | None, threads: int, as_json: bool) -> int:
+    """Compare two files of one model: A, the trusted one, and B, the one in question.
+
+    Each continues every prompt greedily, then both predict the same tokens. The exit code is 1 where B passes a limit.
+    """
+    from worker_orcd import compare as comparing
+    from worker_orcd.compare_prompts import read_prompts, read_targets
+    from worker_orcd.errors import InvalidRequest
+
+    if any(not t for t in target_string):
+        raise InvalidRequest("a target string is empty", field="target-string")
+    strings = [*target_string, *(read_targets(targets) if targets is not None else [])]
+    asked = read_prompts(prompts, strings)
+    directory = None
+    if out is not None:
+        directory = Path(out)
+        directory.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    settings = comparing.Settings(device, max_tokens, chat, layer_prompts, threads, tokenizer)
+    limits = comparing.Limits(kl_limit, worst_kl_limit, top1_limit, logit_limit, target_limit, refusal_limit,
+                              insecure_limit)
+    bar = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        bar = tqdm(leave=False, bar_format="{desc} [{elapsed}]")
+    try:
+        report = comparing.compare(a, b, asked, settings, limits,
+                                   lambda text: None if bar is None else bar.set_description_str(text))
+    finally:
+        if bar is not None:
+            bar.close()
+    if directory is not None:
+        _write(directory / "compare.json", report.to_json())
+        _write(directory / "compare.md", report.to_markdown())
+    click.echo(report.to_json() if as_json else report.to_markdown(), nl=False)
+    return 0 if report.passed else 1
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        # text of a model may hold lone surrogates only if a tokenizer is wrong; a report is still due
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
