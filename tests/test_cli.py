@@ -40,7 +40,7 @@ def one_error_line(result, code):
 
 # -- help and options
 
-COMMANDS = ["serve", "generate", "inspect", "bench", "compare", "doctor", "demo-model", "logits"]
+COMMANDS = ["serve", "generate", "inspect", "bench", "compare", "doctor", "demo-model", "logits", "provenance"]
 
 
 def test_help_lists_every_command(call):
@@ -127,7 +127,8 @@ def test_a_value_that_breaks_its_rule_is_one_line(call, args):
 
 @pytest.mark.parametrize("args", [["--worker-id", "x"], ["--device", "cuda:x"], ["--inference-timeout-sec", "-1"],
                                   ["--expect-sha256", "abc"], ["--api-key", ""], ["--host", ""],
-                                  ["--device", "cpu", "--gpu-device", "1"], ["--host", "256.1.1.1"]])
+                                  ["--device", "cpu", "--gpu-device", "1"], ["--device", "cpu", "--vram-limit-mb", "9"],
+                                  ["--host", "256.1.1.1"]])
 def test_serve_refuses_before_it_starts(call, args):
     one_error_line(call("serve", "--model", "m.gguf", *args), "INVALID_REQUEST")
 

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from worker_orcd import devices, plan
+from worker_orcd import devices, kv_pool, plan, sizing
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine import BLOCK_SIZE, Batch, Engine, EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.model_file import ModelFile
+from worker_orcd.trusted_models import TrustedModels, verify
 from worker_orcd.vram import VramPlan
 
 #: tokens of one call of the decode loop; the ring is emptied between calls
@@ -84,19 +85,22 @@ class Bench:
         n_positions: positions a sequence must be able to reach.
         max_batch: sequences that decode together.
         n_threads: threads of the CPU engine, 0: one per core.
-        on_plan: as of `devices.open_engine`.
+        on_plan, trusted_models, vram_limit_bytes: as of `LLM`.
 
     Raises:
         WorkerError: whatever loading raises; `InvalidRequest` where the model has fewer positions.
     """
 
     def __init__(self, model: str, device: str, n_positions: int, max_batch: int = 1, n_threads: int = 0,
-                 on_plan: Callable[[VramPlan, int], object] | None = None) -> None:
+                 on_plan: Callable[[VramPlan, int], object] | None = None, trusted_models: str | None = None,
+                 vram_limit_bytes: int | None = None) -> None:
         self.device = devices.resolve(device)
         self.n_threads = n_threads or len(os.sched_getaffinity(0))
-        began = time.perf_counter()
+        trusted = None if trusted_models is None else TrustedModels(trusted_models)
         self.model_file = ModelFile(model)
         try:
+            verify(self.model_file, trusted, None)
+            began = time.perf_counter()
             self.plan = plan.build(self.model_file)
             limit = min(self.plan.context_length, self.plan.max_positions or self.plan.context_length)
             if n_positions > limit:
@@ -104,6 +108,8 @@ class Bench:
             per_sequence = -(-n_positions // BLOCK_SIZE)
             n_blocks = tuple(per_sequence * max_batch for _ in self.plan.kv_groups)
             max_rows = devices.default_max_rows(self.device, max_batch)
+            if vram_limit_bytes is not None:
+                max_rows = self._rows_within(vram_limit_bytes, n_positions, n_blocks, max_batch)
             self.config = EngineConfig(max_batch, max_rows, n_positions, n_blocks)
             self.engine: Engine = devices.open_engine(
                 self.device, self.model_file, self.plan, self.config, n_threads=n_threads, chunk_bytes=1 << 20,
@@ -118,6 +124,18 @@ class Bench:
         self._ids = np.random.default_rng(1).integers(0, self.plan.n_vocab, n_positions, dtype=np.int32)
         self._ring = TokenRing()
         self._control = Control()
+
+    def _rows_within(self, limit: int, n_positions: int, n_blocks: tuple[int, ...], max_batch: int) -> int:
+        """Rows of a step where everything together may take `limit` bytes of the GPU; refused where nothing fits."""
+        if self.device == "cpu":
+            raise sizing.limit_on_cpu()
+        kv_bytes = sum(n * b for n, b in zip(n_blocks, kv_pool.block_bytes(self.plan), strict=True))
+        free, path = devices.free_vram(self.device), self.model_file.path
+        room = sizing.gpu_room(self.device, self.plan, path, n_positions, lambda seqs, rows: kv_bytes, max_batch, None,
+                               free, limit)
+        config = EngineConfig(max_batch, room.max_rows, n_positions, n_blocks)
+        devices.vram_plan(self.plan, config).check(free, self.device, path, limit)
+        return room.max_rows
 
     def __enter__(self) -> Bench:
         return self
@@ -165,7 +183,8 @@ class Bench:
 
 def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches: Sequence[int], repeat: int,
         n_threads: int = 0, progress: Callable[[str], None] = lambda text: None,
-        on_plan: Callable[[VramPlan, int], object] | None = None) -> Report:
+        on_plan: Callable[[VramPlan, int], object] | None = None, trusted_models: str | None = None,
+        vram_limit_bytes: int | None = None) -> Report:
     """Measure everything once asked for.
 
     Args:
@@ -174,7 +193,7 @@ def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches:
         batches: numbers of sequences to decode together.
         repeat: how often each test is timed, after one untimed run.
         progress: called with the name of each test before it runs.
-        on_plan: as of `devices.open_engine`.
+        on_plan, trusted_models, vram_limit_bytes: as of `LLM`.
 
     Raises:
         WorkerError: the model or the device cannot do it.
@@ -187,7 +206,7 @@ def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches:
         raise InvalidRequest("there is nothing to measure", field="n_gen")
     progress("load")
     with Bench(model, device, max(n for _, n, _ in tests), max(b for _, _, b in tests), n_threads,
-               on_plan) as bench:
+               on_plan, trusted_models, vram_limit_bytes) as bench:
         progress("bandwidth")
         bandwidth = measure_bandwidth(bench.engine, bench.device, bench.n_threads)
         facts = devices.engine_facts(bench.engine)

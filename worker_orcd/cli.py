@@ -18,6 +18,7 @@ from worker_orcd.cli_bench import bench
 from worker_orcd.cli_compare import compare
 from worker_orcd.cli_generate import generate, logits
 from worker_orcd.cli_inspect import demo_model, doctor, inspect
+from worker_orcd.cli_provenance import provenance
 from worker_orcd.cli_serve import serve
 from worker_orcd.errors import InternalError, WorkerError
 
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for _command in (serve, generate, inspect, bench, compare, doctor, demo_model, logits):
+for _command in (serve, generate, inspect, bench, compare, doctor, demo_model, logits, provenance):
     cli.add_command(_command)
 
 

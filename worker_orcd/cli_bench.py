@@ -11,12 +11,15 @@ import click
 from worker_orcd.cli_options import (
     device_option,
     json_option,
+    mib,
     model_option,
     option,
     parse_ids,
     plan_printer,
     threads_option,
+    trusted_option,
     verbose_option,
+    vram_limit_option,
 )
 
 if TYPE_CHECKING:
@@ -31,10 +34,12 @@ if TYPE_CHECKING:
 @option("--repeat", type=click.IntRange(1), default=5, metavar="N", help="Timed runs of each test, after one untimed.")
 @device_option
 @threads_option
+@vram_limit_option
+@trusted_option
 @verbose_option
 @json_option
-def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device: str, threads: int, verbose: bool,
-          as_json: bool) -> None:
+def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device: str, threads: int,
+          vram_limit_mb: int | None, trusted_models: str | None, verbose: bool, as_json: bool) -> None:
     """Measure prefill and decode speed on random token ids. Needs no tokenizer.
 
     GB/s is what a decode step must read from memory (weights once, the KV cache of every sequence) over its time;
@@ -56,7 +61,8 @@ def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device
             bar.update()
 
     try:
-        report = measuring.run(model, device, prompts, n_gen, batches, repeat, threads, progress, plan_printer(verbose))
+        report = measuring.run(model, device, prompts, n_gen, batches, repeat, threads, progress, plan_printer(verbose),
+                               trusted_models, mib(vram_limit_mb))
     finally:
         if bar is not None:
             bar.close()

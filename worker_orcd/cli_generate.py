@@ -12,8 +12,8 @@ import click
 from worker_orcd.cli_options import (
     device_option,
     json_option,
-    kv_bytes,
     load_options,
+    mib,
     model_option,
     option,
     parse_ids,
@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 @json_option
 def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temperature: float, top_p: float, top_k: int,
              min_p: float, repetition_penalty: float, stop: tuple[str, ...], seed: int | None, device: str,
-             threads: int, context_length: int | None, kv_cache_size_mb: int | None, tokenizer: str | None,
-             check_tensors: bool, expect_sha256: str | None, verbose: bool, as_json: bool) -> None:
+             threads: int, context_length: int | None, kv_cache_size_mb: int | None, vram_limit_mb: int | None,
+             tokenizer: str | None, check_tensors: bool, expect_sha256: str | None, trusted_models: str | None,
+             verbose: bool, as_json: bool) -> None:
     """Continue a prompt and stream the text to the terminal."""
     from worker_orcd.llm import LLM
     from worker_orcd.sampling import SamplingParams
@@ -59,8 +60,9 @@ def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temper
         prompt = sys.stdin.read()
     if not prompt:
         raise InvalidRequest("the prompt is empty", field="prompt")
-    with LLM(model, device=device, context_length=context_length, kv_cache_bytes=kv_bytes(kv_cache_size_mb), max_seqs=1,
+    with LLM(model, device=device, context_length=context_length, kv_cache_bytes=mib(kv_cache_size_mb), max_seqs=1,
              n_threads=threads, tokenizer=tokenizer, check_tensors=check_tensors, expect_sha256=expect_sha256,
+             trusted_models=trusted_models, vram_limit_bytes=mib(vram_limit_mb),
              on_plan=plan_printer(verbose)) as llm:
         text_or_ids: str | list[int] = prompt
         if chat:

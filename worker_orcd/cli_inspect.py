@@ -15,15 +15,17 @@ from worker_orcd.cli_options import json_option, option
 @click.argument("model", metavar="FILE")
 @option("--tensors/--no-tensors", default=True, help="Show the table of tensors. Default: show.")
 @option("--tokenizer", metavar="FILE", help="A tokenizer.json in the place of the file's own vocabulary.")
+@option("--sha256", is_flag=True, help="Also read the whole file and show its SHA-256, and that of each part.")
 @json_option
-def inspect(model: str, tensors: bool, tokenizer: str | None, as_json: bool) -> None:
+def inspect(model: str, tensors: bool, tokenizer: str | None, sha256: bool, as_json: bool) -> None:
     """Show what a GGUF file holds: metadata, tensors, quant kind, tokenizer, plan, and the memory it will take.
 
-    Reads the file's head only, on any machine. Of a file with a vocabulary and no tensors it shows what there is.
+    Reads the file's head only (but see --sha256), on any machine. Of a file with a vocabulary and no tensors it shows
+    what there is.
     """
     from worker_orcd import inspect as report
 
-    facts = report.inspect(model, tokenizer)
+    facts = report.inspect(model, tokenizer, sha256)
     if not tensors:
         del facts["tensors"]
     click.echo(json.dumps(facts) if as_json else report.as_text(facts))

@@ -8,7 +8,7 @@ import uuid
 import click
 
 from worker_orcd import config as defaults
-from worker_orcd.cli_options import device_option, kv_bytes, load_options, model_option, option, threads_option
+from worker_orcd.cli_options import device_option, load_options, mib, model_option, option, threads_option
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InvalidRequest
 
@@ -48,9 +48,10 @@ _D = ServeConfig(model="", worker_id="")
 @option("--print-curl", is_flag=True, help="Print a ready curl line once jobs are accepted.")
 def serve(model: str, worker_id: str | None, device: str, gpu_device: int | None, host: str, port: int,
           max_tokens_in: int | None, max_tokens_out: int, inference_timeout_sec: float, context_length: int | None,
-          kv_cache_size_mb: int | None, tokenizer: str | None, check_tensors: bool, expect_sha256: str | None,
-          max_streams: int, max_queue: int, threads: int, chunk_bytes: int, residency_check_sec: float,
-          api_key: str | None, log_format: str | None, grace_sec: float, print_curl: bool) -> None:
+          kv_cache_size_mb: int | None, vram_limit_mb: int | None, tokenizer: str | None, check_tensors: bool,
+          expect_sha256: str | None, trusted_models: str | None, max_streams: int, max_queue: int, threads: int,
+          chunk_bytes: int, residency_check_sec: float, api_key: str | None, log_format: str | None, grace_sec: float,
+          print_curl: bool) -> None:
     """Serve one model over HTTP until told to stop.
 
     POST /execute streams a completion as server-sent events, POST /cancel ends one, GET /health and /ready tell how
@@ -69,9 +70,10 @@ def serve(model: str, worker_id: str | None, device: str, gpu_device: int | None
     server.serve(ServeConfig(
         model=model, worker_id=worker_id or str(uuid.uuid4()), device=device, host=host, port=port,
         max_tokens_in=max_tokens_in, max_tokens_out=max_tokens_out, inference_timeout_sec=inference_timeout_sec,
-        kv_cache_bytes=kv_bytes(kv_cache_size_mb), context_length=context_length, max_streams=max_streams,
+        kv_cache_bytes=mib(kv_cache_size_mb), context_length=context_length, max_streams=max_streams,
         max_queue=max_queue, n_threads=threads, chunk_bytes=chunk_bytes, tokenizer=tokenizer,
-        check_tensors=check_tensors, expect_sha256=expect_sha256, residency_check_sec=residency_check_sec,
+        check_tensors=check_tensors, expect_sha256=expect_sha256, trusted_models=trusted_models,
+        vram_limit_bytes=mib(vram_limit_mb), residency_check_sec=residency_check_sec,
         api_key=api_key, log_format=log_format,
         grace_sec=grace_sec, print_curl=print_curl or (on_terminal and log_format == "text"),
         progress_bar=on_terminal and log_format == "text"))

@@ -44,6 +44,8 @@ class ServeConfig:
         tokenizer: a tokenizer.json that takes the place of the file's vocabulary.
         check_tensors: look for NaN and infinity in norms, biases and block scales while loading.
         expect_sha256: lowercase hex digest the file must have.
+        trusted_models: JSON list of the models that may be loaded.
+        vram_limit_bytes: device memory that the model may take on a GPU in all; None: what is free.
         residency_check_sec: seconds between looks at whether the model's memory is still on the GPU.
         api_key: bearer token that /execute, /cancel and /shutdown then ask for.
         log_format: "json" or "text".
@@ -69,6 +71,8 @@ class ServeConfig:
     tokenizer: str | None = None
     check_tensors: bool = True
     expect_sha256: str | None = None
+    trusted_models: str | None = None
+    vram_limit_bytes: int | None = None
     residency_check_sec: float = 60.0
     api_key: str | None = None
     log_format: str = "json"
@@ -106,6 +110,9 @@ class ServeConfig:
         _within("max_tokens_out", self.max_tokens_out, 1, 1 << 30)
         _within("inference_timeout_sec", self.inference_timeout_sec, 0.001, 1e9)
         _within("kv_cache_bytes", self.kv_cache_bytes, 1, 1 << 50)
+        _within("vram_limit_bytes", self.vram_limit_bytes, 1, 1 << 50)
+        if self.vram_limit_bytes is not None and self.device == "cpu":
+            raise _refused("vram_limit_bytes", "is for a GPU, not for the CPU")
         _within("context_length", self.context_length, 1, 1 << 40)
         _within("max_streams", self.max_streams, 1, 1024)
         _within("max_queue", self.max_queue, 0, 4096)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import check_device
 from worker_orcd.engine import Engine, EngineConfig
-from worker_orcd.errors import CudaError, InsufficientVram, InternalError
+from worker_orcd.errors import CudaError, InternalError
 from worker_orcd.plan import Plan
 from worker_orcd.vram import VramPlan
 
@@ -60,40 +59,23 @@ def default_max_rows(device: str, max_seqs: int) -> int:
     return max(max_seqs, CPU_MAX_ROWS if device == "cpu" else CUDA_MAX_ROWS)
 
 
-@dataclass(frozen=True)
-class KvBudget:
-    """Bytes the KV cache may take: `default` where nobody says how many, `most` where one sequence needs more."""
-
-    default: int
-    most: int
+def cpu_kv_budget() -> tuple[int, int]:
+    """Bytes the KV cache takes on the CPU: where nobody says how many, and at most where one sequence needs more."""
+    free = free_memory()
+    return min(int(free * CPU_KV_SHARE), CPU_KV_LIMIT), free
 
 
-def kv_budget(device: str, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget:
-    """What the device has room for, besides the model.
+def free_vram(device: str) -> int:
+    """Bytes that a GPU has free beside the context of this process.
 
     Raises:
-        InsufficientVram: not even the model fits.
+        CudaError: the driver does not tell.
     """
-    if device == "cpu":
-        free = free_memory()
-        return KvBudget(min(int(free * CPU_KV_SHARE), CPU_KV_LIMIT), free)
-    return _cuda_kv_budget(_index(device), plan, max_seqs, max_rows)
-
-
-def _cuda_kv_budget(index: int, plan: Plan, max_seqs: int, max_rows: int) -> KvBudget:
-    without_kv = vram_plan(plan, EngineConfig(max_seqs, max_rows, plan.context_length, (0,) * len(plan.kv_groups)))
-    context = _module("_driver").Context(index)
+    context = _module("_driver").Context(_index(device))
     try:
-        free, _ = context.memory()
+        return context.memory()[0]
     finally:
         context.close()
-    room = without_kv.largest_kv(free)
-    if room == 0:
-        raise InsufficientVram(
-            f"the model needs {without_kv.required:,} bytes of device memory besides its KV cache (weights "
-            f"{without_kv.weights:,}, workspace {without_kv.workspace:,}); cuda:{index} has {free:,} free",
-            without_kv.required, free, device=f"cuda:{index}")
-    return KvBudget(room, room)
 
 
 def vram_plan(plan: Plan, config: EngineConfig) -> VramPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worker_orcd.model_file import ModelFile
@@ -31,6 +31,11 @@ class ModelInfo:
         sm: compute capability as in "sm_90", None on the CPU.
         cuda_runtime_version: of the driver in use, None on the CPU.
         sha256: digest of the file's bytes (of all parts, one after another), None until it is known.
+        tokenizer_sha256: digest of the tokenizer (`Tokenizer.sha256`), None for a model without one.
+        chat_template_sha256: digest of the chat template's text, None where there is none.
+        verified_by: "sha256" or "chunks" where the bytes were compared with demanded digests before they were loaded;
+            with "chunks", `sha256` is what the list of trusted models says. Else None.
+        trusted_name, trusted_source: of the entry in the list of trusted models, None without a list.
     """
 
     path: str
@@ -53,10 +58,21 @@ class ModelInfo:
     sm: str | None = None
     cuda_runtime_version: str | None = None
     sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    chat_template_sha256: str | None = None
+    verified_by: str | None = None
+    trusted_name: str | None = None
+    trusted_source: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+def provenance_facts(info: dict[str, Any]) -> dict[str, Any]:
+    """Those entries of `ModelInfo.to_dict()` that say where the model comes from."""
+    names = ("sha256", "tokenizer_sha256", "chat_template_sha256", "verified_by", "trusted_name", "trusted_source")
+    return {name: info.get(name) for name in names}
 
 
 def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, object]:
@@ -67,4 +83,6 @@ def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) 
         "n_embd": plan.n_embd, "n_layer": plan.n_layer,
         "n_params": sum(math.prod(t.shape) for t in model_file.tensors.values()),
         "trained_context_length": plan.context_length, "model_bytes": model_file.size,
+        "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
+        "chat_template_sha256": tokenizer.chat_template_sha256 if tokenizer is not None else None,
     }

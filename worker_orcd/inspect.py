@@ -7,7 +7,6 @@ Everything is read from the head of the file, without a GPU and without loading 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections import Counter
 from typing import Any
@@ -16,6 +15,7 @@ from worker_orcd import arch, devices, kv_pool, plan, quants
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import WorkerError
 from worker_orcd.model_file import ModelFile
+from worker_orcd.provenance import part_digests
 from worker_orcd.tokenizer import Tokenizer
 
 #: sequences for which the VRAM plan is shown: what a server takes by default
@@ -25,12 +25,13 @@ MAX_ARRAY = 16
 _MAX_TEXT = 100
 
 
-def inspect(path: str, tokenizer: str | None = None) -> dict[str, Any]:
+def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> dict[str, Any]:
     """All facts of a model file as a JSON-able dict.
 
     Args:
         path: the GGUF file; of a split model its first part.
         tokenizer: a tokenizer.json in the place of the file's vocabulary.
+        sha256: also read all of the file and digest it.
 
     Raises:
         ModelLoadError: the file is no good GGUF file.
@@ -47,6 +48,10 @@ def inspect(path: str, tokenizer: str | None = None) -> dict[str, Any]:
             "tokenizer": _told(lambda: _tokenizer(mf, tokenizer)),
         }
         facts.update(_told_plan(mf))
+        if sha256:
+            whole, parts = part_digests(mf)
+            facts["sha256"] = {"whole": whole} | ({p.path: d for p, d in zip(mf.parts, parts, strict=True)}
+                                                  if len(parts) > 1 else {})
     return facts
 
 
@@ -85,13 +90,11 @@ def _tokenizer(mf: ModelFile, override: str | None) -> dict[str, Any]:
     tokenizer = Tokenizer.from_model(mf, override)
     if tokenizer is None:
         return {"error": "the file has none"}
-    template = tokenizer.chat_template
     return {
         "kind": tokenizer.kind, "path": str(tokenizer.path), "n_vocab": tokenizer.n_vocab, "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id, "eot_id": tokenizer.eot_id, "unk_id": tokenizer.unk_id, "pad_id": tokenizer.pad_id,
         "add_bos": tokenizer.add_bos, "stop_ids": list(tokenizer.stop_ids),
-        "chat_template_sha256": None if template is None else
-        hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
+        "sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.chat_template_sha256,
     }
 
 
@@ -147,6 +150,8 @@ def as_text(facts: dict[str, Any]) -> str:
     out = [f"{_safe(facts['path'])}: {_safe(facts['name'])}",
            f"  {_safe(facts['arch'])}, {kind}, GGUF {facts['version']}, {_size(facts['bytes'])}"
            + (f" in {len(facts['parts'])} parts" if len(facts["parts"]) > 1 else "")]
+    if "sha256" in facts:
+        _section(out, "SHA-256", facts["sha256"])
     _section(out, "metadata", facts["metadata"])
     if "tensors" in facts:
         out += ["", f"tensors: {len(facts['tensors'])}"]

@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import devices, kv_pool, plan
+from worker_orcd import devices, kv_pool, plan, sizing
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import check_sha256
 from worker_orcd.engine import Engine
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.info import ModelInfo, model_facts
 from worker_orcd.job import Completion, Job, Piece
-from worker_orcd.loading import LoadProgress, Progress, check_digest, engine_config, file_digest, no_progress
+from worker_orcd.loading import LoadProgress, Progress, no_progress
 from worker_orcd.loop import EngineLoop
 from worker_orcd.model_file import ModelFile
+from worker_orcd.provenance import file_sha256
 from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
 from worker_orcd.scheduler import Scheduler
 from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.trusted_models import TrustedModels, verify
 from worker_orcd.vram import VramPlan
 
 MAX_STOP_TOKENS = 32
@@ -45,8 +47,9 @@ class LLM:
         context_length: positions a sequence may reach; None: as many as the file says and the KV cache holds.
         kv_cache_bytes: size of the KV cache; None: on a GPU what fits, on the CPU a quarter of the free memory, at
             most 1 GiB. Never more than `max_seqs` sequences can use.
-        max_seqs: sequences that run together.
-        max_rows: rows (prompt tokens and running sequences) of one step, at least `max_seqs`; None: by device.
+        max_seqs: sequences that run together; None: 64, fewer where memory of the GPU is short.
+        max_rows: rows (prompt tokens and running sequences) of one step, at least `max_seqs`; None: by device, fewer
+            where memory of the GPU is short.
         max_queue: jobs of `submit` that may wait for their turn.
         n_threads: threads of the CPU engine; 0: one per core.
         tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary.
@@ -54,6 +57,9 @@ class LLM:
         progress: show the load. True: a progress bar where stderr is a terminal; or a callable (bytes done, bytes in
             all), which may raise to end the load.
         expect_sha256: hexadecimal digest that the file must have (of a split model: of its parts one after another).
+        trusted_models: JSON list of the models that may be loaded, see docs/provenance.md; others are refused.
+        vram_limit_bytes: device memory that weights, KV cache, workspace and reserve may take together on a GPU; None:
+            what is free.
         chunk_bytes: bytes of one copy to the GPU.
         on_fatal: called with the error when the engine has died; every job has ended by then.
         on_plan: called on a GPU with what the model will take (`vram.VramPlan`) and the bytes that are free, before
@@ -65,39 +71,42 @@ class LLM:
 
     Raises:
         InvalidRequest: an argument breaks its rule.
-        ModelLoadError: the file is not a good model.
+        ModelLoadError: the file is not a good model, or not one that is expected or trusted.
         InsufficientVram: the memory does not hold what was asked for; both numbers.
         CudaError: the device is not there or fails.
     """
 
     def __init__(self, model: str | os.PathLike[str], *, device: str = "auto", context_length: int | None = None,
-                 kv_cache_bytes: int | None = None, max_seqs: int = 64, max_rows: int | None = None,
+                 kv_cache_bytes: int | None = None, max_seqs: int | None = None, max_rows: int | None = None,
                  max_queue: int = 64, n_threads: int = 0, tokenizer: str | os.PathLike[str] | None = None,
                  check_tensors: bool = True, progress: bool | Progress = True, expect_sha256: str | None = None,
+                 trusted_models: str | os.PathLike[str] | None = None, vram_limit_bytes: int | None = None,
                  chunk_bytes: int = 1 << 20, on_fatal: Callable[[WorkerError], None] | None = None,
                  on_plan: Callable[[VramPlan, int], object] | None = None) -> None:
-        _check_count("max_seqs", max_seqs, 1, 1024)
-        _check_count("max_rows", max_rows, max_seqs, 1 << 16, optional=True)
+        _check_count("max_seqs", max_seqs, 1, 1024, optional=True)
+        _check_count("max_rows", max_rows, max_seqs or 1, 1 << 16, optional=True)
         _check_count("max_queue", max_queue, 0, 1 << 20)
         _check_count("context_length", context_length, 1, 1 << 40, optional=True)
         _check_count("kv_cache_bytes", kv_cache_bytes, 1, 1 << 50, optional=True)
+        _check_count("vram_limit_bytes", vram_limit_bytes, 1, 1 << 50, optional=True)
         _check_count("n_threads", n_threads, 0, 4096)
         _check_count("chunk_bytes", chunk_bytes, 4096, 1 << 30)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
+        trusted = None if trusted_models is None else TrustedModels(trusted_models)
+        demanded = expect_sha256 is not None or trusted is not None
         device = devices.resolve(device)
-        max_rows = max_rows or devices.default_max_rows(device, max_seqs)
         model_file = ModelFile(model)
         engine: Engine | None = None
         try:
             the_plan = plan.build(model_file, context_length)
-            config = engine_config(device, the_plan, context_length, kv_cache_bytes, max_seqs, max_rows)
+            config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes, max_seqs,
+                                          max_rows, vram_limit_bytes)
             with LoadProgress(progress, model_file.size) as phases:
-                phases.expect(check_tensors, expect_sha256 is not None, device != "cpu")
+                phases.expect(demanded, check_tensors, device != "cpu")
+                verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
                 if check_tensors:
                     model_file.check_tensors(n_threads, phases.next())
-                if expect_sha256 is not None:
-                    check_digest(model_file, expect_sha256, phases.next())
                 self.tokenizer = Tokenizer.from_model(model_file, tokenizer)
                 upload = phases.next() if device != "cpu" else no_progress
                 engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
@@ -110,7 +119,7 @@ class LLM:
             self.info = ModelInfo(
                 **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,
-                max_seqs=max_seqs, max_rows=max_rows, sha256=expect_sha256, **devices.engine_facts(engine))
+                max_seqs=config.max_seqs, max_rows=config.max_rows, **verified.facts(), **devices.engine_facts(engine))
             self._loop = EngineLoop(engine, self._scheduler, TokenRing(), Control(), new_decoder=self._decoder_maker(),
                                     max_queue=max_queue, on_fatal=on_fatal)
         except BaseException:
@@ -265,7 +274,7 @@ class LLM:
             ModelLoadError: the file was changed since it was loaded.
         """
         if self.info.sha256 is None:
-            self.info = dataclasses.replace(self.info, sha256=file_digest(self._model_file, progress))
+            self.info = dataclasses.replace(self.info, sha256=file_sha256(self._model_file, progress))
         return self.info.sha256
 
     def shutdown(self, grace: float = 0.0) -> None:

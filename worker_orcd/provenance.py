@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
@@ -73,37 +73,54 @@ def range_digests(model_file: ModelFile, ranges: Sequence[tuple[int, int]], prog
         return [hashlib.sha256().hexdigest()] * len(ranges)
     n_threads = min(n_threads or len(os.sched_getaffinity(0)), _MAX_THREADS, len(ranges))
     reader = _Reader(model_file)
+    try:
+        if n_threads == 1:
+            digests = _one_by_one(reader, ranges, lambda done: progress(model_file.size * done // total))
+        else:
+            digests = _together(reader, ranges, n_threads, lambda done: progress(model_file.size * done // total))
+        model_file.check_unchanged(same_path=False)
+        return digests
+    finally:
+        reader.close()
+
+
+def _one_by_one(reader: _Reader, ranges: Sequence[tuple[int, int]], report: Progress) -> list[str]:
+    digests, before = [], 0
+    for start, end in ranges:
+        sha = hashlib.sha256()
+        for at in reader.feed(sha.update, start, end):
+            report(before + at - start)
+        before += end - start
+        digests.append(sha.hexdigest())
+    return digests
+
+
+def _together(reader: _Reader, ranges: Sequence[tuple[int, int]], n_threads: int, report: Progress) -> list[str]:
     stop = threading.Event()
     done = [0] * len(ranges)
 
     def digest(i: int) -> str:
-        sha, (at, end) = hashlib.sha256(), ranges[i]
-        buffer = memoryview(bytearray(min(_PIECE, end - at)))
-        while at < end and not stop.is_set():
-            n = reader.read_into(buffer[: end - at], at)
-            sha.update(buffer[:n])
-            at += n
-            done[i] += n
+        sha, (start, end) = hashlib.sha256(), ranges[i]
+        for at in reader.feed(sha.update, start, end):
+            done[i] = at - start
+            if stop.is_set():
+                break
         return sha.hexdigest()
 
-    try:
-        with ThreadPoolExecutor(n_threads, "sha256") as pool:
-            try:
-                futures = [pool.submit(digest, i) for i in range(len(ranges))]
-                waiting = set(futures)
-                while waiting:
-                    finished, waiting = wait(waiting, _TICK, FIRST_EXCEPTION)
-                    for future in finished:
-                        future.result()
-                    progress(model_file.size * sum(done) // total)
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-        model_file.check_unchanged(same_path=False)
-        return [future.result() for future in futures]
-    finally:
-        reader.close()
+    with ThreadPoolExecutor(n_threads, "sha256") as pool:
+        try:
+            futures = [pool.submit(digest, i) for i in range(len(ranges))]
+            waiting = set(futures)
+            while waiting:
+                finished, waiting = wait(waiting, _TICK, FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                report(sum(done))
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
 
 
 class _Reader:
@@ -123,15 +140,24 @@ class _Reader:
             self.close()
             raise
 
-    def read_into(self, buffer: memoryview, at: int) -> int:
-        """Read bytes from `at` on into the buffer, at least one; the number read. Never over the end of a part."""
-        start, end, path, fd = next(p for p in self._parts if at < p[1])
+    def feed(self, take: Callable[[memoryview], object], start: int, end: int) -> Iterator[int]:
+        """Give the bytes start .. end-1 to `take`, piece by piece; yields after each the position it has come to."""
+        buffer = memoryview(bytearray(min(_PIECE, end - start)))
+        while start < end:
+            n = self._read(buffer[: end - start], start)
+            take(buffer[:n])
+            start += n
+            yield start
+
+    def _read(self, buffer: memoryview, at: int) -> int:
+        """Read bytes from `at` on, at least one, none past the end of their part. Returns how many."""
+        first, end, path, fd = next(p for p in self._parts if at < p[1])
         try:
-            n = os.preadv(fd, [buffer[: end - at]], at - start)
+            n = os.preadv(fd, [buffer[: end - at]], at - first)
         except OSError as e:
-            raise ModelLoadError(f"cannot be read: {e.strerror}", path, at - start) from None
+            raise ModelLoadError(f"cannot be read: {e.strerror}", path, at - first) from None
         if n == 0:
-            raise ModelLoadError("was cut while it was read", path, at - start)
+            raise ModelLoadError("was cut while it was read", path, at - first)
         return n
 
     def close(self) -> None:

@@ -53,6 +53,12 @@ class Verified:
     by: str | None = None
     entry: TrustedModel | None = None
 
+    def facts(self) -> dict[str, str | None]:
+        """The same as arguments of `ModelInfo`."""
+        return {"sha256": self.sha256, "verified_by": self.by,
+                "trusted_name": None if self.entry is None else self.entry.name,
+                "trusted_source": None if self.entry is None else self.entry.source}
+
 
 class TrustedModels:
     """The entries of a list.

@@ -46,16 +46,24 @@ class VramPlan:
         """Bytes the KV cache may have at most where `free` bytes are free, whatever this plan's KV cache is; >= 0."""
         return max(0, free - (self.required - self.kv)) // cuda_memory.ALIGN * cuda_memory.ALIGN
 
-    def check(self, free: int, device: str, path: str) -> None:
-        """Raise InsufficientVram, with both numbers and the parts, where the plan does not fit `free` bytes."""
-        if self.required <= free:
+    def check(self, free: int, device: str, path: str, limit: int | None = None) -> None:
+        """Raise InsufficientVram, with both numbers and the parts, where the plan does not fit.
+
+        Args:
+            free: bytes that are free.
+            device, path: what has them and what needs them, for the message.
+            limit: bytes of them that may be taken, None: all.
+        """
+        available = free if limit is None else min(free, limit)
+        if self.required <= available:
             return
-        most = self.largest_kv(free)
+        most = self.largest_kv(available)
         advice = f"; a KV cache of up to {most:,} bytes would fit" if most and self.kv else ""
+        of_them = f", the limit is {limit:,}" if limit is not None else ""
         raise InsufficientVram(
             f"{path} needs {self.required:,} bytes of device memory (weights {self.weights:,}, KV cache {self.kv:,}, "
             f"workspace {self.workspace:,}, reserve {max(self.reserve, self.staging):,}); {device} has {free:,} free"
-            f"{advice}", self.required, free, device=device, path=path)
+            f"{of_them}{advice}", self.required, available, device=device, path=path)
 
     def to_dict(self) -> dict[str, int]:
         """The numbers by name, for the log and for JSON."""

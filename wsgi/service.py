@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
 from worker_orcd.events import EventLog
+from worker_orcd.info import provenance_facts
 from worker_orcd.wsgi.http_errors import from_exception
 from worker_orcd.wsgi.watch import Watch
 
@@ -42,7 +43,8 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
     return LLM(config.model, device=config.device, context_length=config.context_length,
                kv_cache_bytes=config.kv_cache_bytes, max_seqs=config.max_streams, max_queue=config.max_queue,
                n_threads=config.n_threads, tokenizer=config.tokenizer, check_tensors=config.check_tensors,
-               expect_sha256=config.expect_sha256, chunk_bytes=config.chunk_bytes,
+               expect_sha256=config.expect_sha256, trusted_models=config.trusted_models,
+               vram_limit_bytes=config.vram_limit_bytes, chunk_bytes=config.chunk_bytes,
                progress=True if config.progress_bar else progress, on_fatal=on_fatal, on_plan=on_plan)
 
 
@@ -207,8 +209,8 @@ class Service:
         n_bytes = info.get("model_bytes") or size or 0
         events.emit("model_load_complete", bytes=n_bytes, seconds=seconds, gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
                     **{k: info.get(k) for k in ("quant_kind", "device", "context_length", "kv_bytes", "vram_bytes")})
-        if config.expect_sha256 is not None:
-            events.emit("provenance", sha256=config.expect_sha256, expected=True)
+        if info.get("verified_by") is not None:
+            events.emit("provenance", **provenance_facts(info))
         watch = Watch(llm, events, config.residency_check_sec, self._not_resident, self.engine_died, self._know_digest)
         with self._lock:
             if self._state != "loading":
@@ -285,5 +287,5 @@ def _facts(config: ServeConfig, info: dict[str, Any]) -> dict[str, Any]:
         "sm": info.get("sm"),
         "cuda_runtime_version": info.get("cuda_runtime_version"),
         "device": info.get("device"),
-        "sha256": info.get("sha256"),
+        **provenance_facts(info),
     }

@@ -1,4 +1,5 @@
-"""Watch: what a ready worker does beside serving - see that the model's memory is still on the GPU, and hash its file.
+"""Watch: what a ready worker does beside serving - see that the model's memory is still on the GPU, and hash its file
+where that was not done before it was loaded.
 
 Two threads that never hold up a stream: one asks the driver every so often, one of low priority reads the file once.
 Both end within one chunk of a file or one question when told to. It knows the LLM and the log, no HTTP and no state.
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from worker_orcd.errors import Cancelled, CudaError, WorkerError
 from worker_orcd.events import EventLog
+from worker_orcd.info import provenance_facts
 
 if TYPE_CHECKING:
     from worker_orcd.llm import LLM
@@ -46,7 +48,8 @@ class Watch:
         self._on_digest = on_digest
         self._stop = threading.Event()
         bodies = [("residency", self._check_residency)] if llm.info.device != "cpu" else []
-        bodies.append(("provenance", self._hash))
+        if llm.info.sha256 is None:
+            bodies.append(("provenance", self._hash))
         self._threads = [threading.Thread(target=body, name=name, daemon=True) for name, body in bodies]
 
     def start(self) -> None:
@@ -97,7 +100,8 @@ class Watch:
                 self._events.emit("provenance", "error", message=message)
             return
         self._on_digest(digest)
-        self._events.emit("provenance", sha256=digest, seconds=time.monotonic() - began)
+        facts = provenance_facts({**self._llm.info.to_dict(), "sha256": digest})
+        self._events.emit("provenance", **facts, seconds=time.monotonic() - began)
 
     def _go_on(self, done: int) -> None:
         if self._stop.is_set():

@@ -35,7 +35,9 @@ class FakeLLM:
         self.on_fatal = on_fatal
         self.tokenizer = FakeTokenizer()
         self.info = FakeInfo(name="fake", path=config.model, n_vocab=N_VOCAB, context_length=CONTEXT,
-                             quant_kind="Q4_K_M", tokenizer_kind="gguf-bpe", device="cpu", model_bytes=123)
+                             quant_kind="Q4_K_M", tokenizer_kind="gguf-bpe", device="cpu", model_bytes=123,
+                             sha256=config.expect_sha256, verified_by=config.expect_sha256 and "sha256",
+                             tokenizer_sha256="70" * 32)
         self.limit = config.max_streams + config.max_queue
         self.jobs = {}
         self.n_seq = 0

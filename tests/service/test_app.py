@@ -276,7 +276,10 @@ def test_health_of_a_ready_worker(app):
     health = app.client.simulate_get("/health")
     assert health.status_code == 200
     assert {"status", "worker_id", "model", "resident", "quant_kind", "vram_bytes_used", "tokenizer_kind", "vocab_size",
-            "context_length", "uptime_seconds", "sm", "cuda_runtime_version", "device", "sha256"} == set(health.json)
+            "context_length", "uptime_seconds", "sm", "cuda_runtime_version", "device", "sha256",
+            "tokenizer_sha256", "chat_template_sha256", "verified_by", "trusted_name", "trusted_source",
+            } == set(health.json)
+    assert health.json["tokenizer_sha256"] == "70" * 32
     assert health.json["status"] == "healthy" and health.json["quant_kind"] == "Q4_K_M"
     assert app.client.simulate_get("/ready").json == {"ready": True, "status": "ready"}
 
