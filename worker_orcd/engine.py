@@ -92,7 +92,8 @@ class Engine(Protocol):
         """Run one ragged step.
 
         Returns:
-            (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). Releases the GIL while it works.
+            (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled token below 0 means that the
+            row had no distribution. Releases the GIL while it works. `out_rows` may be empty.
         """
 
     def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
@@ -105,7 +106,9 @@ class Engine(Protocol):
 
         The GIL is released throughout. After each step the pairs (seq_ids[j], token) go to `ring`. Returns early,
         at a step boundary, when a slot j with stop_mask[j] != 0 sampled one of `stop_ids` or `control` was
-        interrupted (the flag is cleared by the caller).
+        interrupted (the flag is cleared by the caller). An engine may run a step or two past that; their tokens are
+        returned too, but of a slot that has stopped nothing more goes to `ring`. A drawn token below 0 means that the
+        row had no distribution (NaN logits).
 
         Args:
             slots, seq_ids, tokens, positions: int32/int64/int32/int32 [n]; tokens[j] is the input of the first step
