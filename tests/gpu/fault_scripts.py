@@ -1,4 +1,4 @@
-"""What test_faults.py and test_vram.py run in processes of their own: things that may take a process down, and
+"""What test_faults.py and test_device_memory.py run in processes of their own: things that may take a process down, and
 measurements that need one that has done nothing else. Each prints one JSON object.
 
     python fault_scripts.py memory|sweep|poison MODEL DEVICE_INDEX [SECONDS]
