@@ -203,13 +203,16 @@ cdef class CpuEngine:
         sizes.max_blocks_per_seq = config.max_blocks_per_seq
         sizes.n_vocab, sizes.n_head_kv, sizes.head_dim = plan.n_vocab, plan.n_head_kv, plan.head_dim
         cdef int threads = n_threads or usable_cores()
+        shape = (len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq)
         try:
             self.engine = new Engine(sizes, threads, kernels)
             _Lowering(self).run()
             self.engine.finish(self.buffer_index["logits"])
+            # Backed by a bytearray, which cannot be resized while it is looked at; an array's own memory could be.
+            self.block_tables = np.frombuffer(bytearray(4 * shape[0] * shape[1] * shape[2]), np.int32).reshape(shape)
         except (MemoryError, RuntimeError) as e:
             raise InternalError(f"the CPU engine could not be set up: {e or 'no memory'}") from None
-        self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
+        self.block_tables[:] = -1
         self.tables = self.block_tables
 
     def __dealloc__(self):
@@ -476,13 +479,14 @@ cdef class _Lowering:
         """Index of a float vector of `size` elements; -1 for None."""
         if name is None:
             return -1
-        if name in self.vectors:
-            return self.vectors[name]
+        self.require(name in self.plan.weights, f"{name}: no such weight")
         w = self.plan.weights[name]
         n = 1
         for k in w.shape:
             n *= k
         self.require(w.type_id in _FLOAT_TYPES and n == size, f"{name}: {w.shape} of type {w.type_id}, {size} floats wanted")
+        if name in self.vectors:
+            return self.vectors[name]
         cdef const uint8_t[::1] data = self.data(name, w.type_id, TYPES[w.type_id].row_bytes(n))
         self.vectors[name] = self.engine.add_vector(&data[0], w.type_id, n)
         return self.vectors[name]
