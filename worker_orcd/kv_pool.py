@@ -67,14 +67,25 @@ def blocks_within(plan: Plan, budget: int, max_seqs: int, max_rows: int, context
     """How many blocks of each group `budget` bytes buy, never more than can be used.
 
     A windowed group gets as many as the full groups, up to what `max_seqs` sequences and the prompt rows of one step
-    fill. All counts are 0 where the budget holds no block of each group.
+    fill; fewer where a sequence of the whole context would not fit otherwise. All counts are 0 where the budget holds
+    no block of each group.
     """
     sizes = block_bytes(plan)
-    most = [max_seqs * reservation(g, context_length) for g in plan.kv_groups]
+    one = [reservation(g, context_length) for g in plan.kv_groups]
+    most = [max_seqs * n for n in one]
     for i, group in enumerate(plan.kv_groups):
         if group.window:
             most[i] = min(most[i] + max_rows // BLOCK_SIZE, max_seqs * blocks_of(context_length))
+    alike = _alike(sizes, budget, most)
+    rest = budget - sum(n * size for n, size in zip(one, sizes, strict=True))
+    if rest < 0 or all(n >= least for n, least in zip(alike, one, strict=True)):
+        return alike
+    more = _alike(sizes, rest, [m - n for m, n in zip(most, one, strict=True)])
+    return tuple(n + m for n, m in zip(one, more, strict=True))
 
+
+def _alike(sizes: Sequence[int], budget: int, most: Sequence[int]) -> tuple[int, ...]:
+    """The largest number of blocks, the same for each group but for what is `most` for it, that `budget` buys."""
     def counts(n: int) -> tuple[int, ...]:
         return tuple(min(n, m) for m in most)
 

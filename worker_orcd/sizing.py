@@ -8,7 +8,7 @@ plan; what a device has and takes is asked of `devices`. Knows no file, no engin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from worker_orcd import devices, kv_pool
 from worker_orcd.engine import EngineConfig
@@ -96,7 +96,8 @@ def gpu_room(device: str, plan: Plan, path: str, context: int, wanted: Callable[
     rows = [max_rows] if max_rows else [devices.default_max_rows(device, seqs[0]),
                                         *(max(n, seqs[0]) for n in LESS_ROWS)]
     for n_seqs, n_rows in [*((seqs[0], r) for r in rows), *((s, rows[-1]) for s in seqs[1:])]:
-        no_kv = devices.vram_plan(plan, EngineConfig(n_seqs, n_rows, context, (0,) * len(plan.kv_groups)))
+        none = EngineConfig(n_seqs, n_rows, context, (0,) * len(plan.kv_groups))
+        no_kv = replace(devices.vram_plan(plan, none), kv=0)  # empty regions are aligned
         room = Room(n_seqs, n_rows, no_kv.largest_kv(free if vram_limit is None else min(free, vram_limit)))
         if room.kv_bytes >= max(wanted(n_seqs, n_rows), 1):
             return room
