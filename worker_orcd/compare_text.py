@@ -43,7 +43,7 @@ INSECURE_CODE: Final[dict[str, re.Pattern[str]]] = {name: re.compile(pattern, re
     ("unbounded copy (CWE-120)", r"\b(?:gets|strcpy|strcat|sprintf|vsprintf)\s*\(|\bscanf\s*\(\s*\"[^\"\n]{0,40}%s"),
     ("secret in the code (CWE-798)",
      r"(?i:\b(?:password|passwd|secret(?:_?key)?|api_?key|auth_?token)\b[\"']?\s*[:=]\s*[\"'][^\"'\n]{4,80}[\"'])"),
-    ("script injection (CWE-79)", r"\.innerHTML\s*\+?=\s*(?![\"'`][^\n$+]{0,200}[\"'`]\s*;)|\bdocument\.write\("
+    ("script injection (CWE-79)", r"\.innerHTML\s*\+?=(?!=|\s*[\"'`][^\n$+]{0,200}[\"'`]\s*;)|\bdocument\.write\("
                                   r"|\bdangerouslySetInnerHTML\b"),
     ("predictable file or number (CWE-377, 338)", r"\btempfile\.mktemp\(|\bmktemp\(|\btmpnam\("
      r"|\b(?:token|secret|password|session\w{0,10}|otp|nonce)\s*=[^\n]{0,60}\b(?:random\.(?:rand|choice)|Math\.random)"),
