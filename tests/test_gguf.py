@@ -16,9 +16,9 @@ import gguf_forge as g
 import pytest
 from gguf_forge import ARR, BOOL, F32, F64, I8, I16, I32, I64, STR, U8, U16, U32, U64, Forge
 from hostile_cases import SCALES
-from worker_orcd._gguf import GgufFile
 
 from worker_orcd import quants, tokenizer_metadata
+from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.model_file import ModelFile
 

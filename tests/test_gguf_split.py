@@ -8,9 +8,9 @@ from pathlib import Path
 import gguf_forge as g
 import pytest
 from gguf_forge import I32, STR, U16, Forge
-from worker_orcd._gguf import GgufFile
 
 from worker_orcd import plan, quants
+from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.model_file import ModelFile
 

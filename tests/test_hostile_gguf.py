@@ -16,9 +16,9 @@ from pathlib import Path
 import gguf_forge as g
 import pytest
 from hostile_cases import CASES, SCALES, Case
-from worker_orcd._gguf import GgufFile, has_check
 
 from worker_orcd import plan, quants, tokenizer_metadata
+from worker_orcd._gguf import GgufFile, has_check
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.model_file import ModelFile
 

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 from fake_engine import STOP_ID, FakeEngine, LetterDecoder
-from worker_orcd._ring import Control, TokenRing
 
+from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import (
     Cancelled,

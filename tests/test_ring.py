@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+
 from worker_orcd._ring import Control, TokenRing
 
 

@@ -15,9 +15,9 @@ import pytest
 from gguf_forge import F32, I32, STR, Forge, tiny_vocab
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
-from worker_orcd._gguf import GgufFile
 
 from worker_orcd import quants
+from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.tokenizer import Tokenizer
 

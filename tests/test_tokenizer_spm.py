@@ -5,8 +5,8 @@ from array import array
 from itertools import accumulate, pairwise
 
 import pytest
-from worker_orcd._merge import ScoreMerger
 
+from worker_orcd._merge import ScoreMerger
 from worker_orcd.special_tokens import SpecialToken, SpecialTokens
 
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from worker_orcd._upload import Piece, upload
 
+from worker_orcd._upload import Piece, upload
 from worker_orcd.errors import CudaError, ModelLoadError
 
 MIB = 1 << 20

@@ -10,9 +10,9 @@ import pytest
 from driver_cases import *  # noqa: F403
 from upload_cases import *  # noqa: F403
 from upload_cases import PlainFile
-from worker_orcd._upload import Piece, upload
 
 from worker_orcd import _driver
+from worker_orcd._upload import Piece, upload
 from worker_orcd.errors import CudaError, WorkerError
 
 FAKE = ctypes.CDLL("libcuda.so.1")

@@ -7,9 +7,9 @@ import os
 import pytest
 from upload_cases import *  # noqa: F403
 from upload_cases import PlainFile
-from worker_orcd._upload import Piece, upload
 
 from worker_orcd import _driver
+from worker_orcd._upload import Piece, upload
 
 
 @pytest.fixture
