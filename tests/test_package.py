@@ -129,7 +129,8 @@ def test_only_the_driver_layer_calls_the_driver():
     ("_merge", set()),
     ("_nodes", {"_driver"}),
     ("_upload", {"_driver", "_gguf"}),
-    ("_engine", {"_driver", "_ring", "_upload", "_nodes"}),
+    ("_expert_nodes", {"_driver", "_nodes"}),
+    ("_engine", {"_driver", "_ring", "_upload", "_nodes", "_expert_nodes"}),
     ("_cpu", {"_ring", "_gguf"}),
 ])
 def test_compiled_modules_know_only_what_is_below_them(module: str, allowed: set[str]):

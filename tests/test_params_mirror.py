@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 harness = pytest.importorskip("kernel_harness")
 
 
-@pytest.mark.parametrize("header", ["matmul_params.h", "ops_params.h"])
+@pytest.mark.parametrize("header", ["experts_params.h", "matmul_params.h", "ops_params.h"])
 def test_structs_are_laid_out_as_in_c(header, tmp_path):
     if not shutil.which("gcc"):
         pytest.skip("no gcc")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from . import cuda_layout
+from . import cuda_layout, expert_layout
 from .engine import BLOCK_SIZE, EngineConfig
-from .plan import Attention, ExpertMatMul, MatMul, Plan, Rope, Weight
+from .plan import Attention, ExpertMatMul, MatMul, Op, Plan, Rope, Route, Weight
 
 ALIGN = 256
 #: most rows of one matvec launch, and of the output rows of one pass
@@ -103,11 +103,16 @@ def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int]
     partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
     arena.add("attention_partial", config.max_seqs * partial * 4)
     arena.add("attention_counters", config.max_seqs * heads * 4)
-    products = [(plan.weights[op.weight].type_id, plan.weights[op.weight].shape[0]) for op in plan.ops
-                if isinstance(op, MatMul | ExpertMatMul)]  # fmt: skip
-    arena.add("x_split", MAX_OUT * max(cuda_layout.x_split_bytes(*p) for p in products))
-    arena.add("x_half", rows * max(cuda_layout.x_f16_bytes(*p) for p in products))
-    arena.add("x_half_scale", rows * 4)
+    inputs = [_converted(plan, op) for op in plan.ops if isinstance(op, MatMul | ExpertMatMul)]
+    arena.add("x_split", MAX_OUT * max(n * split for n, split, _ in inputs))
+    arena.add("x_half", rows * max(n * half for n, _, half in inputs))
+    arena.add("x_half_scale", rows * max(n for n, _, _ in inputs) * 4)
+    routes = [(op.n_expert, op.n_used) for op in plan.ops if isinstance(op, Route)]
+    if routes:
+        n_expert, n_used = (max(sizes) for sizes in zip(*routes, strict=True))
+        arena.add("route_partial", expert_layout.route_partial_bytes(rows, n_expert))
+        arena.add("decode_list", expert_layout.list_bytes(MAX_OUT * n_used, n_expert))
+        arena.add("prompt_list", expert_layout.list_bytes(rows * n_used, n_expert))
     for name, nbytes in sample_bytes.items():
         arena.add(name, MAX_OUT * nbytes)
     arena.add("samples", config.max_seqs * SAMPLE_SLOT_BYTES)
@@ -118,6 +123,13 @@ def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int]
     arena.add("step", 8)
     arena.add("failed", 4)
     return arena
+
+
+def _converted(plan: Plan, op: Op) -> tuple[int, int, int]:
+    """Inputs that a row has in a product, and bytes of each as converted for decode and for prompts."""
+    w = plan.weights[op.weight]
+    n = op.n_used if isinstance(op, ExpertMatMul) and op.per_slot else 1
+    return n, cuda_layout.x_split_bytes(w.type_id, w.shape[0]), cuda_layout.x_f16_bytes(w.type_id, w.shape[0])
 
 
 def staging_bytes(workspace: Arena) -> int:

@@ -1,7 +1,7 @@
 """The CUDA expert kernels' view of a step: lists of pairs, converted rows, launch geometry.
 
 The Python mirror of the constants of csrc/experts_params.h, for the VRAM plan, the engine and the kernel tests. A pair
-is a row and one of its slots; an item is an expert with some of its pairs. Pure arithmetic: knows no driver and no file.
+is a row and one of its slots; an item is an expert with some of its pairs. Pure arithmetic: knows no driver, no file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Lowering: a plan rewritten into fewer, larger records for the CUDA engine. What is computed stays the same.
 
-Three rewrites, each local to neighbouring records:
+Four rewrites, each local to neighbouring records:
 - products of one weight type that read the same input become one `MatMulGroup` (q, k and v; gate and up);
+- expert products of one weight type that read the same input become one `ExpertGroup` (gate and up);
 - a product whose result is only added to the residual stream adds it itself (`residual`);
 - rotation of q and k and the cache write become one `RopeKv`.
 With `fuse=False` every record stays alone, so that any record's output can be looked at.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .plan import Add, KvWrite, MatMul, Op, Plan, Rope, View
+from .plan import Add, ExpertMatMul, KvWrite, MatMul, Op, Plan, Rope, View
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class MatMulGroup(Op):
     parts: tuple[MatMul, ...]
     inp: View
     residual: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertGroup(Op):
+    """The products of `parts`: of one input with the same experts, matrices of one type and shape."""
+
+    parts: tuple[ExpertMatMul, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
         max_group: most products in one group.
     """
     if not fuse:
-        return tuple(MatMulGroup(op.name, (op,), op.inp) if isinstance(op, MatMul) else op for op in plan.ops)
+        return tuple(_alone(op) for op in plan.ops)
     out: list[Op] = []
     ops, i = plan.ops, 0
     while i < len(ops):
@@ -60,6 +68,10 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
                 i += 1
             else:
                 out.append(MatMulGroup(op.name, tuple(group), op.inp))
+        elif isinstance(op, ExpertMatMul):
+            pair = ops[i : i + 2] if i + 1 < len(ops) and _pairs(plan, op, ops[i + 1]) else (op,)
+            out.append(ExpertGroup(op.name, tuple(pair)))
+            i += len(pair)
         elif [type(o) for o in ops[i : i + 3]] == [Rope, Rope, KvWrite]:
             out.append(RopeKv(ops[i + 2].name, op, ops[i + 1], ops[i + 2]))
             i += 3
@@ -70,6 +82,21 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
             out.append(op)
             i += 1
     return tuple(out)
+
+
+def _alone(op: Op) -> Op:
+    """The record as it is, in the form that engines run."""
+    if isinstance(op, MatMul):
+        return MatMulGroup(op.name, (op,), op.inp)
+    return ExpertGroup(op.name, (op,)) if isinstance(op, ExpertMatMul) else op
+
+
+def _pairs(plan: Plan, first: ExpertMatMul, op: Op) -> bool:
+    """Whether `op` can share a launch with `first`: same experts, input and shape, same weight type."""
+    if not isinstance(op, ExpertMatMul) or (op.ids, op.inp, op.per_slot) != (first.ids, first.inp, first.per_slot):
+        return False
+    a, b = plan.weights[first.weight], plan.weights[op.weight]
+    return (a.type_id, a.shape) == (b.type_id, b.shape)
 
 
 def _joins(plan: Plan, first: MatMul, op: Op) -> bool:

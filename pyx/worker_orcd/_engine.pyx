@@ -12,16 +12,17 @@ from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from . import cuda_layout, cuda_memory, plan as plan_records
+from . import cuda_layout, cuda_memory, expert_layout, plan as plan_records
 from .engine import BLOCK_SIZE
 from .errors import CudaError, InternalError, InvalidRequest, ModelLoadError
-from .lowering import MatMulGroup, RopeKv, lower
+from .lowering import ExpertGroup, MatMulGroup, RopeKv, lower
 from .vram import VramPlan
 
 from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check
 from ._nodes cimport Node, Shape
 from ._ring cimport Control, TokenRing
 from ._driver import device_copy_gbps
+from ._expert_nodes import ExpertProductNode, ExpertSumNode, RouteNode
 from ._upload import Piece, upload
 
 cdef extern from *:
@@ -67,6 +68,11 @@ cdef enum:
 
 def plan_memory(plan, config):
     """The three arenas (weights, kv, workspace) as `cuda_memory.Arena`s, before anything is allocated."""
+    for op in plan.ops:
+        if isinstance(op, plan_records.Route) and (op.n_expert > expert_layout.MAX_EXPERTS
+                                                   or op.n_used > expert_layout.MAX_USED):
+            raise ModelLoadError(f"{op.weight}: {op.n_used} of {op.n_expert} experts, a GPU takes at most "
+                                 f"{expert_layout.MAX_USED} of {expert_layout.MAX_EXPERTS}", field=op.weight)
     attention = [op for op in plan.ops if isinstance(op, plan_records.Attention)]
     splits = {op.window: decode_max_splits(config.context_length, op.window) for op in attention}
     heads = attention_heads(attention[0].n_head, attention[0].n_head_kv)
@@ -317,6 +323,38 @@ cdef class CudaEngine:
                               self.config.max_blocks_per_seq,
                               decode_max_splits(self.config.context_length, op.window), op.window, op.scale,
                               self.context.sm_count)]
+
+    def _make_route(self, op, tables):
+        x, x_stride = self._view(op.inp)
+        ids, gates = self._view(op.ids)[0], self._view(op.gates)[0]
+        w = self.plan.weights[op.weight]
+        return [RouteNode(op.name, self.kernel, cuda_layout, expert_layout, w.type_id, w.shape[0], op.n_expert, op.n_used,
+                          self.addresses[op.weight], self._weight(op.bias), x, x_stride, self.addresses["route_partial"],
+                          ids, gates, *self._expert_lists(op))]
+
+    def _make_expertgroup(self, op, tables):
+        first = op.parts[0]
+        x, x_stride = self._view(first.inp)
+        parts = []
+        for part in op.parts:
+            out, out_stride = self._view(part.out)
+            parts.append((self.addresses[part.weight], self._weight(part.bias), out, out_stride))
+        return [ExpertProductNode(op.name, self.kernel, cuda_layout, expert_layout, self.plan.weights[first.weight].type_id,
+                                  first.n_in, first.n_out, first.n_expert, first.n_used, parts, x, x_stride,
+                                  first.n_in if first.per_slot else 0, *self._expert_lists(first),
+                                  self.addresses["x_split"], self.addresses["x_half"], self.addresses["x_half_scale"],
+                                  self.context.sm_count, self.max_smem)]
+
+    def _make_expertsum(self, op, tables):
+        x, x_stride = self._view(op.inp)
+        out, out_stride = self._view(op.out)
+        return [ExpertSumNode(op.name, self.kernel("route", "expert_sum"), x, x_stride, self._view(op.gates)[0], out,
+                              out_stride, op.out.width, op.n_used)]
+
+    def _expert_lists(self, op):
+        """Addresses of the parts of the lists that routing leaves for the products: decode rows, prompt rows."""
+        n_rows = {"decode_list": MAX_BATCH, "prompt_list": -(-self.config.max_rows // 128) * 128}
+        return [expert_layout.list_parts(self.addresses[name], n * op.n_used, op.n_expert) for name, n in n_rows.items()]
 
     def _make_glu(self, op, tables):
         gate, gate_stride = self._view(op.gate)
@@ -722,7 +760,7 @@ def _ring_offset(step):
 
 def _last(op):
     """The plan record whose output a lowered record writes."""
-    if isinstance(op, MatMulGroup):
+    if isinstance(op, MatMulGroup | ExpertGroup):
         return op.parts[-1]
     return op.kv if isinstance(op, RopeKv) else op
 

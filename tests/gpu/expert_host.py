@@ -1,0 +1,179 @@
+"""Experts on the device: matrices, routing and products, launched as csrc/experts_params.h and expert_layout.py say.
+
+Shared by the tests of the expert kernels and benches of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from kernel_harness import Buffer, Gpu, params
+from matmul_host import HEADER as MATMUL_HEADER
+
+from worker_orcd import cuda_layout, expert_layout
+
+HEADER = "experts_params.h"
+
+
+@dataclass
+class Experts:
+    """Repacked matrices [n_out, k] of every expert, one after the other."""
+
+    type_id: int
+    n_expert: int
+    n_out: int
+    k: int
+    w: Buffer
+    bias: Buffer | None = None
+
+
+def repack_experts(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, bias: np.ndarray | None = None) -> Experts:
+    """Upload GGUF rows uint8 [n_expert, n_out, row bytes] and repack them; `bias` float32 [n_expert, n_out]."""
+    n_expert, n_out, row_bytes = raw.shape
+    size = cuda_layout.packed_bytes(type_id, n_out, k)
+    w = gpu.empty(n_expert * size, np.uint8)
+    kernel = gpu.kernel("repack", f"repack_{cuda_layout.kernel_suffix(type_id)}")
+    for e in range(n_expert):
+        rows = gpu.buffer(raw[e])
+        p = params(MATMUL_HEADER, "RepackParams", rows=rows, w=w.ptr + e * size, row_bytes=row_bytes, k=k, n_out=n_out,
+                   row0=0, n_rows=n_out)  # fmt: skip
+        gpu.launch(kernel, (cuda_layout.n_strips(n_out), 2), 256, p)
+        gpu.sync()
+    return Experts(type_id, n_expert, n_out, k, w, None if bias is None else gpu.buffer(bias))
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+
+class List:
+    """A list of pairs on the device; empty until `route` or `set` fills it."""
+
+    def __init__(self, gpu: Gpu, n_pairs: int, n_expert: int) -> None:
+        self.n_pairs = n_pairs
+        self.buffer = gpu.empty(expert_layout.list_bytes(n_pairs, n_expert) // 4, np.int32)
+        n_items, items, pairs = expert_layout.list_parts(self.buffer.ptr, n_pairs, n_expert)
+        self.fields = {"n_items": n_items, "items": items, "pairs": pairs}
+
+    def set(self, ids: np.ndarray, n_expert: int, item_rows: int) -> List:
+        """The list of `ids`, made on the host."""
+        items, pairs = host_list(ids, n_expert, item_rows)
+        whole = np.full(self.buffer.shape, -1, np.int32)
+        whole[0], whole[4 : 4 + items.size], whole[-pairs.size :] = len(items), items.ravel(), pairs
+        self.buffer.set(whole)
+        return self
+
+    def get(self) -> tuple[np.ndarray, np.ndarray]:
+        """(items [n, 4], pairs) as they are on the device."""
+        whole = self.buffer.to_numpy()
+        return whole[4 : 4 + 4 * whole[0]].reshape(-1, 4), whole[-self.n_pairs :]
+
+
+def host_list(ids: np.ndarray, n_expert: int, item_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items (expert, first, n, 0) and pairs of `ids` [n_rows, n_used]."""
+    flat = ids.ravel().astype(int)
+    pairs = np.argsort(flat, kind="stable").astype(np.int32)
+    items, first = [], 0
+    for e, n in enumerate(np.bincount(flat, minlength=n_expert)):
+        items += [(e, first + i, min(item_rows, n - i), 0) for i in range(0, n, item_rows)]
+        first += n
+    return np.array(items, np.int32).reshape(-1, 4), pairs
+
+
+class Route:
+    """Routing of `n_rows` rows x with the router `m` (an `Experts` of one); `run` queues it."""
+
+    def __init__(self, gpu: Gpu, router: Experts, x: Buffer, n_rows: int, n_used: int, item_rows: int) -> None:
+        n_expert = router.n_out
+        self.gpu, self.n_rows, self.n_expert, self.item_rows = gpu, n_rows, n_expert, item_rows
+        self.ids, self.gates = gpu.empty((n_rows, n_used)), gpu.empty((n_rows, n_used))
+        self.partial = gpu.empty(expert_layout.route_partial_bytes(n_rows, n_expert) // 4)
+        self.list = List(gpu, n_rows * n_used, n_expert)
+        self.logits = gpu.kernel("route", f"route_logits_{cuda_layout.kernel_suffix(router.type_id)}")
+        self.params = params(
+            HEADER, "RouteParams", x=x, w=router.w, bias=router.bias, partial=self.partial, ids=self.ids,
+            gates=self.gates, x_stride=x.shape[1], k=router.k, n_units=cuda_layout.n_units(router.type_id, router.k),
+            n_expert=n_expert, n_used=n_used, n_rows=n_rows, item_rows=0, list=self.list.fields)  # fmt: skip
+
+    def run(self, one_block: bool, pdl: bool = False) -> None:
+        """With `one_block` as for decode rows, else as for prompts."""
+        p, gpu = self.params, self.gpu
+        p.item_rows = self.item_rows if one_block else 0
+        gpu.launch(self.logits, expert_layout.route_grid(self.n_rows, self.n_expert), 256, p, pdl=pdl)
+        gpu.launch(gpu.kernel("route", "route_choose"), 1 if one_block else -(-self.n_rows // 32), 1024, p, pdl=pdl)
+        if not one_block:
+            p.item_rows = self.item_rows
+            gpu.launch(gpu.kernel("route", "route_list"), 1, 1024, p, pdl=pdl)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+class _Products:
+    def __init__(self, gpu: Gpu, experts: Sequence[Experts], x: Buffer, outs: Sequence[tuple[int, int]], n_rows: int,
+                 n_used: int, per_slot: bool) -> None:  # fmt: skip
+        m = experts[0]
+        self.gpu, self.m, self.n_rows, self.n_inputs, self.x = gpu, m, n_rows, n_used if per_slot else 1, x
+        self.stride = x.shape[1]
+        self.common = {
+            "m": [{"w": e.w, "bias": e.bias, "out": out, "out_stride": stride}
+                  for e, (out, stride) in zip(experts, outs, strict=True)],
+            "matrix_bytes": cuda_layout.packed_bytes(m.type_id, m.n_out, m.k), "n_out": m.n_out, "n_used": n_used,
+            "n_units": cuda_layout.n_units(m.type_id, m.k),
+        }  # fmt: skip
+
+    def convert(self, kernel: str, out: Buffer, scale: Buffer | None, pdl: bool) -> None:
+        """Slot by slot, each `n_rows` rows."""
+        m, n, k_pad = self.m, self.n_rows, cuda_layout.k_padded(self.m.type_id, self.m.k)
+        for i in range(self.n_inputs):
+            p = params(MATMUL_HEADER, "ConvertParams", x=self.x.ptr + 4 * i * m.k, out=out.ptr + i * n * out.shape[1],
+                       scale=scale and scale.ptr + 4 * i * n, x_stride=self.stride, out_bytes=out.shape[1], k=m.k,
+                       k_pad=k_pad, n_rows=n, n_pad_rows=n)  # fmt: skip
+            grid = (-(-k_pad // 2048), n) if kernel == "convert_split" else (n,)
+            self.gpu.launch(self.gpu.kernel("convert", kernel), grid, 256, p, pdl=pdl)
+
+
+class Decode(_Products):
+    """Products of decode rows. `outs`: (address, stride) of each matrix's result; `grid` None: as the layout says."""
+
+    def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, grid: int | None = None) -> None:
+        super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot)
+        m = self.m
+        launch = expert_layout.decode_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
+                                             n_sm=gpu.n_sm, max_smem=gpu.max_smem)  # fmt: skip
+        self.launch, self.grid = launch, grid or launch.grid
+        split_bytes = cuda_layout.x_split_bytes(m.type_id, m.k)
+        self.split = gpu.empty((self.n_inputs * n_rows, split_bytes), np.uint8) if launch.needs_split else None
+        self.params = params(
+            HEADER, "ExpertMatvecParams", **self.common, list=pairs.fields, x=x, split=self.split, x_stride=self.stride,
+            x_slot_stride=m.k if per_slot else 0, split_bytes=split_bytes, k=m.k, n_matrices=len(experts),
+            split_slot_rows=n_rows if per_slot else 0, ring_bytes=launch.ring_bytes)  # fmt: skip
+        self.kernel = gpu.kernel("experts_decode", launch.kernel)
+
+    def run(self, pdl: bool = False) -> None:
+        """Queue the conversion of x (where this launch needs one) and the products."""
+        if self.split:
+            self.convert("convert_split", self.split, None, pdl)
+        self.gpu.launch(self.kernel, self.grid, self.launch.block, self.params, self.launch.smem, pdl)
+
+
+class Prompt(_Products):
+    """Products of prompt rows in items of at most `item_rows` pairs."""
+
+    def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, item_rows: int) -> None:
+        super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot)
+        m = self.m
+        self.launch = expert_layout.prompt_launch(m.type_id, m.n_out, len(experts), n_rows, n_used, m.n_expert,
+                                                  item_rows)  # fmt: skip
+        self.half = gpu.empty((self.n_inputs * n_rows, cuda_layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
+        self.scale = gpu.empty(self.n_inputs * n_rows)
+        self.params = params(
+            HEADER, "ExpertMatmulParams", **self.common, list=pairs.fields, x=self.half, x_scale=self.scale,
+            x_bytes=self.half.shape[1], x_slot_rows=n_rows if per_slot else 0)  # fmt: skip
+        self.kernel = gpu.kernel("experts_prompt", self.launch.kernel)
+
+    def run(self, pdl: bool = False) -> None:
+        """Queue the conversion of x and the products."""
+        self.convert("convert_f16", self.half, self.scale, pdl)
+        self.gpu.launch(self.kernel, self.launch.grid, self.launch.block, self.params, self.launch.smem, pdl)

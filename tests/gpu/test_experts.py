@@ -1,0 +1,317 @@
+"""Expert kernels on the device: routing, lists, products of every type against float64, any load of the experts.
+
+Covered besides the numbers: guard bands and poisoned outputs (every buffer has them), odd sizes, and that a row has the
+same bits whatever other rows are in the launch and whichever variant computes it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from expert_host import HEADER, Decode, List, Prompt, Route, host_list, repack_experts
+from kernel_harness import available, params
+from ops_host import check_nmse, new_gpu
+from quant_blocks import dequantized, random_blocks
+
+from worker_orcd import expert_layout, quants
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
+
+TYPES = sorted(quants.TYPES)
+every_type = pytest.mark.parametrize("type_id", TYPES, ids=[quants.TYPES[t].name for t in TYPES])
+
+#: exact weights, activations in two bf16 terms, float32 sums
+DECODE_LIMIT = 1e-9
+#: weights and activations each rounded to fp16 once: 4e-8 each; types with minima round those, too
+PROMPT_LIMIT = 4e-7
+#: float32 logits of order 1 and one exp each
+GATE_LIMIT = 1e-10
+N_EXPERT, N_USED = 6, 3
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return new_gpu()
+
+
+def make(gpu, type_id, n_expert, n_out, k, seed=0, bias=True):
+    """Repacked random experts, their exact float64 weights [n_expert, n_out, k] and biases."""
+    rng = np.random.default_rng([seed, type_id, n_out, k])
+    raw = random_blocks(type_id, n_expert * n_out, k, rng)
+    b = rng.standard_normal((n_expert, n_out)).astype(np.float32) if bias else np.zeros((n_expert, n_out), np.float32)
+    experts = repack_experts(gpu, type_id, raw.reshape(n_expert, n_out, -1), k, b if bias else None)
+    return experts, dequantized(type_id, raw).astype(np.float64).reshape(n_expert, n_out, k), b
+
+
+def inputs(rng, n_rows, width):
+    """float32 rows of very different size, with outliers, as a residual stream has them."""
+    x = rng.standard_normal((n_rows, width)) * 2.0 ** rng.integers(-8, 8, (n_rows, 1))
+    x[:, rng.integers(0, width, 2)] *= 300
+    return x.astype(np.float32)
+
+
+def loads(rng, n_rows, n_expert=N_EXPERT, n_used=N_USED):
+    """Expert ids [n_rows, n_used] by name: any, the same for all, and all rows sharing one with the rest unused."""
+    free = np.stack([rng.permutation(n_expert)[:n_used] for _ in range(n_rows)])
+    same = np.tile(rng.permutation(n_expert)[:n_used], (n_rows, 1))
+    one = free.copy()
+    one[:, 0] = n_expert - 1
+    few = max(n_expert // 2, n_used - 1)
+    one[:, 1:] = np.stack([rng.permutation(few)[: n_used - 1] for _ in range(n_rows)])
+    return {"free": free, "same": same, "one": one}
+
+
+def reference(w, bias, x, ids, k, per_slot):
+    """float64 [n_rows, n_used, n_out]."""
+    x = x.astype(np.float64)
+    out = np.empty((*ids.shape, w.shape[1]))
+    for s in range(ids.shape[1]):
+        column = s * k if per_slot else 0
+        for e in np.unique(ids[:, s]):
+            rows = ids[:, s] == e
+            out[rows, s] = x[rows, column : column + k] @ w[e].T + bias[e]
+    return out
+
+
+def nmse_by_pair(got, want, limit, what):
+    """Each pair on its own scale."""
+    scale = np.sqrt((want**2).mean(-1, keepdims=True))
+    check_nmse(got / scale, want / scale, limit, what)
+
+
+def products(gpu, kind, experts, x, ids, per_slot, grid=None):
+    """Results [matrix, row, slot, output] of a decode launch, or of a prompt launch in items of `kind` rows."""
+    n_rows, n_used = ids.shape
+    m, width = experts[0], n_used * experts[0].n_out
+    stride = len(experts) * width + 3
+    out = gpu.empty((n_rows, stride))
+    outs = [(out.ptr + 4 * i * width, stride) for i in range(len(experts))]
+    item_rows = expert_layout.DECODE_ROWS if kind == "decode" else kind
+    pairs = List(gpu, ids.size, m.n_expert).set(ids, m.n_expert, item_rows)
+    args = (gpu, experts, gpu.buffer(x), outs, n_rows, n_used, per_slot, pairs)
+    run = Decode(*args, grid=grid) if kind == "decode" else Prompt(*args, item_rows=kind)
+    run.run()
+    got = out.to_numpy()
+    assert np.isnan(got[:, -3:]).all(), "columns outside the view were written"
+    return got[:, :-3].reshape(n_rows, len(experts), n_used, m.n_out).transpose(1, 0, 2, 3)
+
+
+def shapes_of(type_id, row_counts):
+    """((n_out, k), n_rows): every shape with two of the row counts."""
+    block, n = quants.TYPES[type_id].block_size, len(row_counts)
+    shapes = [s for s in [(5, 32), (100, 96), (33, 256), (130, 768), (48, 1056), (257, 1280)] if s[1] % block == 0]
+    return [(s, row_counts[j % n]) for i, s in enumerate(shapes) for j in (i, i + 3)]
+
+
+# ---- routing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "MXFP4", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize(("n_expert", "n_used", "k"), [(8, 4, 256), (32, 4, 2816), (5, 5, 256), (130, 8, 768),
+                                                       (256, 32, 256)])
+def test_route(gpu, name, n_expert, n_used, k):
+    type_id, rng = quants.BY_NAME[name].id, np.random.default_rng(n_expert)
+    router, w, bias = make(gpu, type_id, 1, n_expert, k)
+    for n_rows in (1, 9, 64, 300):
+        x = rng.standard_normal((n_rows, k)).astype(np.float32)
+        x /= np.sqrt((w[0] ** 2).sum(1)).mean()
+        item_rows = 16 if n_rows <= 64 else 64
+        route = Route(gpu, router, gpu.buffer(x), n_rows, n_used, item_rows)
+        route.run(one_block=n_rows <= 64)
+        ids, gates = route.ids.to_numpy().astype(int), route.gates.to_numpy()
+        logits = x.astype(np.float64) @ w[0].T + bias
+        chosen = np.take_along_axis(logits, ids, 1)
+        best = -np.sort(-logits, axis=1)[:, :n_used]
+        assert np.abs(chosen - best).max() < 1e-5, "other experts than the n_used best, in order"
+        assert all(len(set(row)) == n_used for row in ids)
+        e = np.exp(chosen - chosen.max(1, keepdims=True))
+        check_nmse(gates, e / e.sum(1, keepdims=True), GATE_LIMIT, f"{name} {n_used} of {n_expert}, {n_rows} rows")
+        items, pairs = route.list.get()
+        want_items, want_pairs = host_list(ids, n_expert, item_rows)
+        assert np.array_equal(items, want_items) and np.array_equal(pairs, want_pairs)
+        assert len(items) <= expert_layout.max_items(n_rows * n_used, n_expert, item_rows)
+        route.partial.check_guards()
+
+
+def test_route_of_a_row_does_not_depend_on_the_others(gpu):
+    type_id, k, rng = quants.BY_NAME["F32"].id, 2880, np.random.default_rng(0)
+    router, _, _ = make(gpu, type_id, 1, 32, k)
+    x = (rng.standard_normal((300, k)) / 50).astype(np.float32)
+
+    def run(rows, one_block):
+        route = Route(gpu, router, gpu.buffer(x[rows]), len(rows), 4, 16)
+        route.run(one_block)
+        return np.concatenate([route.ids.to_numpy(), route.gates.to_numpy()], 1)
+
+    everything = run(np.arange(300), False)
+    for n in (1, 2, 7, 8, 9, 33, 64):
+        rows = np.random.default_rng(n).permutation(300)[:n]
+        for one_block in (True, False):
+            assert np.array_equal(run(rows, one_block), everything[rows])
+
+
+def test_ties_take_the_lower_id_and_nan_takes_some(gpu):
+    k, n_expert, n_used = 64, 32, 4
+    raw = np.zeros((1, n_expert, 4 * k), np.uint8)
+    bias = np.full(n_expert, -1.0, np.float32)
+    bias[[3, 7, 20]] = 2.0, -0.0, 0.0
+    router = repack_experts(gpu, quants.BY_NAME["F32"].id, raw, k, bias[None])
+    x = np.ones((3, k), np.float32)
+    x[1], x[2] = np.nan, np.inf
+    route = Route(gpu, router, gpu.buffer(x), 3, n_used, 16)
+    route.run(one_block=True)
+    ids = route.ids.to_numpy()
+    assert ids[0].tolist() == [3, 7, 20, 0]
+    for row in ids[1:]:
+        assert len(set(row)) == n_used and row.min() >= 0 and row.max() < n_expert
+    assert np.array_equal(route.list.get()[1], host_list(ids, n_expert, 16)[1])
+
+
+@pytest.mark.parametrize(("n_rows", "n_used", "n_expert"), [(1, 1, 1), (64, 4, 32), (2048, 4, 32), (333, 8, 129)])
+@pytest.mark.parametrize("load", ["free", "same"])
+def test_list(gpu, n_rows, n_used, n_expert, load):
+    ids = loads(np.random.default_rng(n_rows), n_rows, n_expert, n_used)[load]
+    made = List(gpu, ids.size, n_expert)
+    for item_rows in (16, 64):
+        p = params(HEADER, "RouteParams", ids=gpu.buffer(ids.astype(np.float32)), n_rows=n_rows, n_used=n_used,
+                   n_expert=n_expert, item_rows=item_rows, list=made.fields)  # fmt: skip
+        gpu.launch(gpu.kernel("route", "route_list"), 1, 1024, p)
+        items, pairs = made.get()
+        want_items, want_pairs = host_list(ids, n_expert, item_rows)
+        assert np.array_equal(items, want_items) and np.array_equal(pairs, want_pairs)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@every_type
+@pytest.mark.parametrize("per_slot", [False, True])
+def test_decode_products(gpu, type_id, per_slot):
+    """One row converts its input itself, many read converted ones; one matrix and two."""
+    rng = np.random.default_rng(type_id)
+    for (n_out, k), n_rows in shapes_of(type_id, [1, 3, 4, 5, 17, 64]):
+        made = [make(gpu, type_id, N_EXPERT, n_out, k, seed=i) for i in range(1 if per_slot else 2)]
+        x = inputs(rng, n_rows, N_USED * k if per_slot else k)
+        for load, ids in loads(rng, n_rows).items():
+            got = products(gpu, "decode", [m for m, _, _ in made], x, ids, per_slot)
+            for (_, w, bias), out in zip(made, got, strict=True):
+                name = f"{quants.TYPES[type_id].name} {n_out} x {k}, {n_rows} rows, {load}"
+                nmse_by_pair(out, reference(w, bias, x, ids, k, per_slot), DECODE_LIMIT, name)
+
+
+@every_type
+@pytest.mark.parametrize("per_slot", [False, True])
+def test_prompt_products(gpu, type_id, per_slot):
+    rng = np.random.default_rng(type_id)
+    for (n_out, k), n_rows in shapes_of(type_id, [1, 7, 40, 65, 128, 200]):
+        made = [make(gpu, type_id, N_EXPERT, n_out, k, seed=i) for i in range(1 if per_slot else 2)]
+        x = inputs(rng, n_rows, N_USED * k if per_slot else k)
+        for load, ids in loads(rng, n_rows).items():
+            got, other = (products(gpu, rows, [m for m, _, _ in made], x, ids, per_slot) for rows in (64, 16))
+            assert np.array_equal(got, other), "the two variants differ"
+            for (_, w, bias), out in zip(made, got, strict=True):
+                name = f"{quants.TYPES[type_id].name} {n_out} x {k}, {n_rows} rows, {load}"
+                nmse_by_pair(out, reference(w, bias, x, ids, k, per_slot), PROMPT_LIMIT, name)
+
+
+@every_type
+@pytest.mark.parametrize("kind", ["decode", "prompt"])
+def test_a_row_does_not_depend_on_the_others(gpu, type_id, kind):
+    k, n_out, most = 768, 100, 64 if kind == "decode" else 300
+    made = [make(gpu, type_id, N_EXPERT, n_out, k, seed=i, bias=False)[0] for i in range(2)]
+    rng = np.random.default_rng(1)
+    x = inputs(rng, most, k)
+    ids = loads(rng, most)["one"]
+
+    def run(rows):
+        return products(gpu, 64 if kind == "prompt" else kind, made, x[rows], ids[rows], False)
+
+    everything = run(np.arange(most))
+    for n in (1, 2, 4, 5, 16, 17, 33, 63):
+        rows = np.random.default_rng(n).permutation(most)[:n]
+        assert np.array_equal(run(rows), everything[:, rows]), f"{n} rows alone differ from the same among {most}"
+    assert np.array_equal(run(np.arange(most)), everything), "two runs differ"
+
+
+@pytest.mark.parametrize("n_rows", [2, 40])
+def test_decode_results_do_not_depend_on_the_grid(gpu, n_rows):
+    """Fewer blocks than items, one block, one for each strip: the same bits."""
+    type_id, k, n_out = quants.BY_NAME["MXFP4"].id, 512, 200
+    experts, w, bias = make(gpu, type_id, N_EXPERT, n_out, k)
+    rng = np.random.default_rng(2)
+    x, ids = inputs(rng, n_rows, k), loads(rng, n_rows)["free"]
+    want = products(gpu, "decode", [experts], x, ids, False)
+    nmse_by_pair(want[0], reference(w, bias, x, ids, k, False), DECODE_LIMIT, f"{n_rows} rows")
+    for grid in (1, 2, 5, 7, 64, 500):
+        assert np.array_equal(products(gpu, "decode", [experts], x, ids, False, grid), want), f"grid {grid}"
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "Q8_0", "Q5_0", "F16"])
+def test_gpt_oss_shapes(gpu, name):
+    """2880 columns and outputs: a multiple of 64, not of 128."""
+    type_id, n, n_expert, n_used = quants.BY_NAME[name].id, 2880, 5, 4
+    made = [make(gpu, type_id, n_expert, n, n, seed=i) for i in range(2)]
+    rng = np.random.default_rng(3)
+    for kind, row_counts in (("decode", (1, 4, 20)), (16, (20,)), (64, (150,))):
+        limit = DECODE_LIMIT if kind == "decode" else PROMPT_LIMIT
+        for n_rows in row_counts:
+            ids = loads(rng, n_rows, n_expert, n_used)["free"]
+            x = inputs(rng, n_rows, n)
+            got = products(gpu, kind, [m for m, _, _ in made], x, ids, False)
+            for i, (_, w, bias) in enumerate(made):
+                nmse_by_pair(got[i], reference(w, bias, x, ids, n, False), limit, f"{name} {kind} {n_rows} rows")
+            x = inputs(rng, n_rows, n_used * n)
+            got = products(gpu, kind, [made[0][0]], x, ids, True)
+            nmse_by_pair(got[0], reference(*made[0][1:], x, ids, n, True), limit, f"{name} {kind} {n_rows} rows down")
+
+
+@pytest.mark.parametrize("kind", ["decode", 16, 64])
+def test_no_items_write_nothing(gpu, kind):
+    experts, _, _ = make(gpu, quants.BY_NAME["Q4_0"].id, N_EXPERT, 40, 64)
+    out, pairs = gpu.empty((5, N_USED * 40)), List(gpu, 5 * N_USED, N_EXPERT)
+    pairs.buffer.set(np.zeros(pairs.buffer.shape, np.int32))
+    x = gpu.buffer(np.ones((5, 64), np.float32))
+    args = (gpu, [experts], x, [(out.ptr, out.shape[1])], 5, N_USED, False, pairs)
+    (Decode(*args) if kind == "decode" else Prompt(*args, item_rows=kind)).run()
+    assert np.isnan(out.to_numpy()).all()
+
+
+def test_sum_is_in_slot_order(gpu):
+    rng = np.random.default_rng(4)
+    for n_rows, n_used, n in [(1, 4, 2880), (7, 3, 32), (300, 8, 1028)]:
+        x = rng.standard_normal((n_rows, n_used * n)).astype(np.float32)
+        gates = rng.random((n_rows, n_used)).astype(np.float32)
+        out = gpu.empty((n_rows, n + 4))
+        p = params(HEADER, "ExpertSumParams", x=gpu.buffer(x), gates=gpu.buffer(gates), out=out, x_stride=n_used * n,
+                   out_stride=n + 4, n=n, n_used=n_used)  # fmt: skip
+        gpu.launch(gpu.kernel("route", "expert_sum"), (-(-n // 1024), n_rows), 256, p)
+        got = out.to_numpy()
+        want = (gates.astype(np.float64)[:, :, None] * x.reshape(n_rows, n_used, n)).sum(1)
+        check_nmse(got[:, :n], want, 1e-12, f"{n_rows} rows, {n_used} of {n}")
+        assert np.isnan(got[:, n:]).all()
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 20])
+def test_dependent_launches_wait(gpu, n_rows):
+    """Routing, products of two layers and the lists between them, with and without programmatic launch."""
+    type_id, n, n_expert, n_used = quants.BY_NAME["MXFP4"].id, 512, 8, 4
+    router, _, _ = make(gpu, quants.BY_NAME["F32"].id, 1, n_expert, n)
+    up, _, _ = make(gpu, type_id, n_expert, n, n, seed=1)
+    down, _, _ = make(gpu, type_id, n_expert, n, n, seed=2)
+    x = np.random.default_rng(5).standard_normal((n_rows, n)).astype(np.float32)
+    results = []
+    for pdl in (False, True, True):
+        dx, hidden, out = gpu.buffer(x), gpu.empty((n_rows, n_used * n)), gpu.empty((n_rows, n_used * n))
+        route = Route(gpu, router, dx, n_rows, n_used, 16)
+        a = Decode(gpu, [up], dx, [(hidden.ptr, n_used * n)], n_rows, n_used, False, route.list)
+        b = Decode(gpu, [down], hidden, [(out.ptr, n_used * n)], n_rows, n_used, True, route.list)
+        p = params(HEADER, "ExpertSumParams", x=out, gates=route.gates, out=dx, x_stride=n_used * n, out_stride=n, n=n,
+                   n_used=n_used)  # fmt: skip
+        for _ in range(3):
+            route.run(True, pdl)
+            a.run(pdl)
+            b.run(pdl)
+            gpu.launch(gpu.kernel("route", "expert_sum"), (1, n_rows), 256, p, pdl=pdl)
+        results.append(dx.to_numpy())
+    assert np.isfinite(results[0]).all()
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
