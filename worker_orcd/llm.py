@@ -99,12 +99,13 @@ class LLM:
         model_file = ModelFile(model)
         engine: Engine | None = None
         try:
-            the_plan = plan.build(model_file, context_length)
-            config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes, max_seqs,
-                                          max_rows, vram_limit_bytes)
             with LoadProgress(progress, model_file.size) as phases:
                 phases.expect(demanded, check_tensors, device != "cpu")
+                # before anything is made of what the file says
                 verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
+                the_plan = plan.build(model_file, context_length)
+                config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes,
+                                              max_seqs, max_rows, vram_limit_bytes)
                 if check_tensors:
                     model_file.check_tensors(n_threads, phases.next())
                 self.tokenizer = Tokenizer.from_model(model_file, tokenizer)
