@@ -58,7 +58,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """All of a run. Bandwidth in GB/s (10^9), `load_s` without the page cache's share."""
+    """All of a run. Rates in GB/s (10^9). `load_s` is everything up to a ready engine, `load_gb_per_s` the rate of the
+    copies to the GPU alone; None on the CPU."""
 
     model: str
     arch: str
@@ -69,6 +70,7 @@ class Report:
     weight_bytes: int
     vram_bytes: int
     bandwidth_gb_per_s: float | None
+    load_gb_per_s: float | None = None
     results: list[Measured] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
@@ -209,11 +211,11 @@ def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches:
                on_plan, trusted_models, vram_limit_bytes) as bench:
         progress("bandwidth")
         bandwidth = measure_bandwidth(bench.engine, bench.device, bench.n_threads)
-        facts = devices.engine_facts(bench.engine)
+        facts, stats = devices.engine_facts(bench.engine), getattr(bench.engine, "load_stats", None)
         report = Report(bench.model_file.name, bench.plan.arch, bench.model_file.quant_kind, bench.device,
                         bench.n_threads if bench.device == "cpu" else None, bench.load_s,
                         sum(bench.model_file.tensors[name].nbytes for name in bench.plan.weights),
-                        int(facts.get("vram_bytes", 0)), bandwidth)
+                        int(facts.get("vram_bytes", 0)), bandwidth, None if stats is None else stats.gb_per_s)
         for name, n, batch in tests:
             progress(f"{name} {n} x {batch}" if name == "decode" else f"{name} {n}")
             timed = bench.prefill if name == "prefill" else lambda n, b=batch: bench.decode(n, b)

@@ -73,9 +73,10 @@ def as_text(report: Report) -> str:
     """The table for people."""
     threads = f", {report.n_threads} threads" if report.n_threads else ""
     bandwidth = f"{report.bandwidth_gb_per_s:.1f} GB/s" if report.bandwidth_gb_per_s else "not measured"
+    speed = f" ({report.load_gb_per_s:.1f} GB/s)" if report.load_gb_per_s else ""
     vram = f", VRAM {report.vram_bytes / 1e6:.0f} MB" if report.vram_bytes else ""
     out = [f"{report.model}: {report.arch} {report.quant_kind}, {report.weight_bytes / 1e6:.0f} MB of weights",
-           f"{report.device}{threads}; loaded in {report.load_s:.2f} s{vram}; memory bandwidth {bandwidth}", "",
+           f"{report.device}{threads}; loaded in {report.load_s:.2f} s{speed}{vram}; memory bandwidth {bandwidth}", "",
            f"{'test':18s} {'tokens/s':>10s} {'slowest':>10s} {'fastest':>10s} {'GB/s':>8s} {'of bandwidth':>13s}"]
     for r in report.results:
         name = f"{r.test} {r.n_tokens}" + (f" x {r.batch}" if r.test == "decode" else "")
