@@ -1,4 +1,4 @@
-"""Everything that is to be shown on a GPU, unattended: tests, reference values, sanitizers, benches; last a short table.
+"""Everything that is to be shown on a GPU, unattended: tests, reference values, sanitizers, benches, a table last.
 
     python tools/gpu_check.py --out DIR [--model FILE.gguf]... [--parts tests,goldens,sanitize,bench,kernels]
 
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+#: failures that the table names
+MOST_LINES = 25
 PARTS = ("tests", "goldens", "sanitize", "bench", "kernels")
 
 
@@ -78,6 +80,8 @@ def check_tests(args: argparse.Namespace, log: Path) -> Result:
         for case in suite.iter("testcase"):
             if case.find("failure") is not None or case.find("error") is not None:
                 lines.append(f"failed: {case.get('classname')}::{case.get('name')}")
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more, see {report}"]
     passed = counts.get("tests", 0) - sum(counts.get(name, 0) for name in ("failures", "errors", "skipped"))
     lines.insert(0, f"{passed} passed, {counts.get('failures', 0) + counts.get('errors', 0)} failed, "
                     f"{counts.get('skipped', 0)} skipped ({said(code)})")
@@ -113,7 +117,7 @@ def check_bench(args: argparse.Namespace, log: Path) -> Result:
     """worker-orcd bench on each model file."""
     total, ok, lines, figures = 0.0, True, [], []
     for model in args.model:
-        one = args.out / f"bench-{model.stem}.json.log"
+        one = args.out / f"bench-{model.stem}.log"
         one.unlink(missing_ok=True)
         code, seconds = run([sys.executable, "-m", "worker_orcd.cli", "bench", "--model", str(model), "--device",
                              args.device, "-p", args.prompts, "-n", str(args.n_gen), "--batch", args.batch, "--repeat",
