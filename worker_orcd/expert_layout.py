@@ -67,7 +67,7 @@ def decode_launch(
     ring = warps * cuda_layout.matvec_shape(type_id, 1).ring_bytes
     smem, tiles = ring + 2 * warps * 512, 2
     inside = smem + n_rows * cuda_layout.x_split_bytes(type_id, k)
-    if n_rows <= CONVERT_IN_BLOCK and inside <= max_smem:
+    if n_rows <= CONVERT_IN_BLOCK and inside + 4 * DECODE_ROWS <= max_smem:
         smem, tiles = inside, 1
     # What the GPU holds at once: registers, then shared memory.
     resident = max(1, min({1: 24, 2: 16}[tiles] // warps, 227 * 1024 // (smem + 2048)))
