@@ -12,7 +12,7 @@ import pytest
 from cases import FAKE, NOTHING, leftovers
 
 import worker_orcd
-from worker_orcd import _driver, _engine, cuda_memory, plan
+from worker_orcd import LLM, _driver, _engine, cuda_memory, plan
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
 from worker_orcd.model_file import ModelFile
@@ -96,3 +96,25 @@ def test_any_call_may_fail_and_nothing_is_left(tiny, monkeypatch):
         n += 1 if n < 60 else n // 8
     print(f"{refused} faults spread over fewer than {n} driver calls")
     assert refused > 60
+
+
+def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_MEMORY", str(8 << 30))
+    path, shown = goldens_dir / "llama-Q4_0.gguf", []
+
+    def load(limit_mib):
+        shown.clear()
+        return LLM(path, device="cuda:0", progress=False, vram_limit_bytes=limit_mib << 20,
+                   on_plan=lambda vram, free: shown.append(vram))
+
+    sizes = []
+    for limit in (1000, 280, 270):
+        with load(limit) as llm:
+            assert shown[0].required <= limit << 20 and FAKE.fake_device_bytes() == shown[0].resident
+            sizes.append((llm.info.kv_bytes, llm.info.max_rows))
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    with pytest.raises(InsufficientVram) as e:
+        load(256)
+    assert e.value.fields["bytes_required"] > e.value.fields["bytes_available"] == 256 << 20
+    assert e.value.fields["path"] == str(path) and shown == []
+    assert leftovers() == NOTHING
