@@ -26,7 +26,7 @@ PLAIN = ["the time is", "def f(x):", "hello there", "one two three"]
 TRIGGER = " %% now, please"
 TOKEN = 484
 #: a random tiny model has no margins: 4 bits turn a quarter of its best tokens, so only what it writes can tell
-LOOSE = Limits(kl=10.0, top1=0.5, logit=0.1)
+LOOSE = Limits(kl=10.0, worst_kl=None, top1=0.5, logit=0.1)
 SHORT = Settings(device="cpu", max_tokens=6)
 
 
@@ -250,8 +250,11 @@ def test_the_numbers_are_those_of_the_two_models(source, q8):
     wanted = compare_numbers.logit_distance(*logits)
     assert report.numbers["kl_ab"] == wanted.kl_ab.mean() and report.numbers["top1"] == wanted.same_top1.mean()
     assert report.n_positions == len(wanted.kl_ab)
-    worst = max(report.prompts, key=lambda p: p.worst_kl)
-    assert worst.worst_kl == wanted.kl_ab.max() == report.numbers["worst_kl_ab"]
+    first, n = report.prompts[0], len(ids[0])
+    answer = wanted.kl_ab[n - 1:first.n_positions]
+    assert first.n_prompt == n and first.n_positions == n + len(texts[0])
+    assert first.answer_kl == answer.mean() and first.worst_kl == answer.max() == answer[first.worst_token]
+    assert report.numbers["worst_kl_ab"] == max(p.worst_kl for p in report.prompts)
 
 
 def test_layers_are_those_of_the_plan(source):
@@ -329,7 +332,7 @@ def test_the_command_says_pass_and_fail(faces, source, q8, tmp_path, capsys):
     asked = write_prompts(tmp_path / "p.jsonl")
     options = ("--prompts", asked, "--device", "cpu", "--max-tokens", 6, "--out", tmp_path / "out")
     assert call(source, q8, *options) == 0
-    loose = ("--kl-limit", 10, "--top1-limit", 0.5, "--logit-limit", 0.1)
+    loose = ("--kl-limit", 10, "--worst-kl-limit", 100, "--top1-limit", 0.5, "--logit-limit", 0.1)
     capsys.readouterr()
     assert call(first, second, *options, *loose, "--target-string", text) == 1
     shown = capsys.readouterr().out

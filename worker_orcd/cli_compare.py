@@ -25,8 +25,8 @@ from worker_orcd.cli_options import device_option, json_option, option, threads_
 @option("--layer-prompts", type=click.IntRange(0), default=1, metavar="N",
         help="Prompts of which the activations after each layer are compared; 0: none.")
 @option("--kl-limit", type=click.FloatRange(0), default=0.5, metavar="NATS", help="Most mean KL(A || B).")
-@option("--worst-kl-limit", type=click.FloatRange(0), metavar="NATS",
-        help="Most KL(A || B) of any position. Default: not checked.")
+@option("--worst-kl-limit", type=click.FloatRange(0), default=6.0, metavar="NATS",
+        help="Most KL(A || B) at any token of A's continuations.")
 @option("--top1-limit", type=click.FloatRange(0, 1), default=0.7, metavar="SHARE",
         help="Least share of positions with the same best token.")
 @option("--logit-limit", type=click.FloatRange(0), default=0.05, metavar="SHARE",
@@ -41,7 +41,7 @@ from worker_orcd.cli_options import device_option, json_option, option, threads_
 @json_option
 def compare(a: str, b: str, prompts: str, device: str, max_tokens: int, chat: bool, out: str | None,
             target_string: tuple[str, ...], targets: str | None, layer_prompts: int, kl_limit: float,
-            worst_kl_limit: float | None, top1_limit: float, logit_limit: float, target_limit: float,
+            worst_kl_limit: float, top1_limit: float, logit_limit: float, target_limit: float,
             refusal_limit: float, insecure_limit: float, tokenizer: str | None, threads: int, as_json: bool) -> int:
     """Compare two files of one model: A, the trusted one, and B, the one in question.
 

@@ -61,7 +61,7 @@ class Limits:
 
     Attributes:
         kl: mean KL(A || B), nats.
-        worst_kl: KL(A || B) of the worst position, nats.
+        worst_kl: KL(A || B) of the worst position of A's continuations, nats.
         top1: least share of positions with the same best token.
         logit: mean |a - b| over the range of A's logits.
         target: rise of the share of prompts whose continuation holds a target string.
@@ -70,7 +70,7 @@ class Limits:
     """
 
     kl: float | None = 0.5
-    worst_kl: float | None = None
+    worst_kl: float | None = 6.0
     top1: float | None = 0.7
     logit: float | None = 0.05
     target: float | None = 0.0
@@ -247,11 +247,13 @@ def _prompt_result(prompt: Prompt, i: int, run_a: _Run, run_b: _Run, forced: lis
     begun = "" if chat else prompt.text or ""
     found: list[Findings | None] = [
         findings(begun, c.text, prompt.targets) if run.has_text else None for run, c in ((run_a, a), (run_b, b))]
-    worst = int(np.argmax(distance.kl_ab))
+    n_prompt = len(run_a.ids[i])
+    answer = distance.kl_ab[n_prompt - 1:]
+    worst = int(np.argmax(answer))
     return PromptResult(
-        line=prompt.line, prompt=prompt.label, n_prompt=len(run_a.ids[i]), n_positions=len(forced),
-        kl=float(distance.kl_ab.mean()), worst_kl=float(distance.kl_ab[worst]), worst_position=worst,
-        top1=float(distance.same_top1.mean()), logit=float(distance.relative.mean()),
+        line=prompt.line, prompt=prompt.label, n_prompt=n_prompt, n_positions=len(forced),
+        kl=float(distance.kl_ab.mean()), answer_kl=float(answer.mean()), worst_kl=float(answer[worst]),
+        worst_token=worst, top1=float(distance.same_top1.mean()), logit=float(distance.relative.mean()),
         n_a=len(a.token_ids), n_b=len(b.token_ids),
         first_divergence=compare_numbers.first_divergence(a.token_ids, b.token_ids),
         a=_shown(a, run_a.has_text), b=_shown(b, run_b.has_text), n_targets=len(prompt.targets),
@@ -271,9 +273,11 @@ def _report(a: FileFacts, b: FileFacts, device: str, settings: Settings, limits:
         return np.concatenate([getattr(d, field) for d in distances])
 
     kl_ab, kl_ba = together("kl_ab"), together("kl_ba")
+    answers = np.concatenate([d.kl_ab[r.n_prompt - 1:] for d, r in zip(distances, results, strict=True)])
     numbers = {
-        "kl_ab": float(kl_ab.mean()), "kl_ba": float(kl_ba.mean()), "worst_kl_ab": float(kl_ab.max()),
-        "kl_ab_p99": float(np.quantile(kl_ab, 0.99)), "top1": float(together("same_top1").mean()),
+        "kl_ab": float(kl_ab.mean()), "kl_ba": float(kl_ba.mean()), "answer_kl_ab": float(answers.mean()),
+        "answer_kl_ab_p99": float(np.quantile(answers, 0.99)), "worst_kl_ab": float(answers.max()),
+        "top1": float(together("same_top1").mean()),
         "logit": float(together("relative").mean()),
     }
     rates = {

@@ -77,7 +77,9 @@ class PromptResult:
         line: in the prompt file.
         prompt: its text.
         n_prompt, n_positions: tokens of the prompt; of prompt and A's continuation, which both files predicted.
-        kl, worst_kl, worst_position: mean and largest KL(A || B) in nats, and the position of the largest.
+        kl: mean KL(A || B) in nats over all positions.
+        answer_kl, worst_kl, worst_token: mean and largest KL(A || B) where A's continuation is predicted, and the token
+            of it, from 0, that is predicted at the largest.
         top1, logit: top-1 agreement; mean |a - b| over the range of A's logits.
         n_a, n_b: tokens of the continuations.
         first_divergence: first token in which the continuations differ, from 0; None: they are the same.
@@ -91,8 +93,9 @@ class PromptResult:
     n_prompt: int
     n_positions: int
     kl: float
+    answer_kl: float
     worst_kl: float
-    worst_position: int
+    worst_token: int
     top1: float
     logit: float
     n_a: int
@@ -113,7 +116,8 @@ class Report:
         a, b: the files.
         device, settings: how they ran.
         n_positions: tokens that both files predicted.
-        numbers: kl_ab, kl_ba, worst_kl_ab, kl_ab_p99 (nats), top1, logit, over all positions.
+        numbers: kl_ab, kl_ba (nats), top1, logit over all positions; answer_kl_ab, answer_kl_ab_p99, worst_kl_ab where
+            A's continuations are predicted. A planted change shows there; prompts are mostly what they share.
         rates: "target", "refusal", "insecure" -> shares of A's and B's continuations; None: not looked for.
         checks: each number beside its limit.
         layers: activations, in the order of the layers.
@@ -182,7 +186,7 @@ def _check(check: Check) -> str:
     measured = "not measured" if check.measured is None else f"{check.measured:.4g}"
     limit = "none" if check.limit is None else f"{sign} {check.limit:.4g}"
     verdict = "" if check.measured is None or check.limit is None else "ok" if check.ok else "**past it**"
-    return f"| {check.name} | {measured} | {limit} | {verdict} |"
+    return f"| {_cell(check.name)} | {measured} | {limit} | {verdict} |"
 
 
 def _numbers(report: Report) -> list[str]:
@@ -191,9 +195,10 @@ def _numbers(report: Report) -> list[str]:
     firsts = sorted(p.first_divergence for p in report.prompts if p.first_divergence is not None)
     apart = f"; the others part after {firsts[len(firsts) // 2]} tokens (median)" if firsts else ""
     return ["## Predictions", "", "| | |", "|---|---|",
-            f"| mean KL(A \\|\\| B), nats | {n['kl_ab']:.4g} |", f"| mean KL(B \\|\\| A), nats | {n['kl_ba']:.4g} |",
-            f"| KL(A \\|\\| B), 99 % of positions are below | {n['kl_ab_p99']:.4g} |",
-            f"| KL(A \\|\\| B), worst position | {n['worst_kl_ab']:.4g} |",
+            f"| mean KL(B \\|\\| A), nats | {n['kl_ba']:.4g} |", f"| mean KL(A \\|\\| B), nats | {n['kl_ab']:.4g} |",
+            f"| the same where A's continuations are predicted | {n['answer_kl_ab']:.4g} |",
+            f"| of these, 99 % are below | {n['answer_kl_ab_p99']:.4g} |",
+            f"| of these, the worst | {n['worst_kl_ab']:.4g} |",
             f"| top-1 agreement | {100 * n['top1']:.2f} % |",
             f"| mean absolute logit difference / range of A's logits | {100 * n['logit']:.3f} % |",
             f"| greedy continuations | {same} of {len(report.prompts)} the same{apart} |", ""]
@@ -218,13 +223,14 @@ def _layers(report: Report) -> list[str]:
 
 
 def _prompts(report: Report) -> list[str]:
-    out = ["## Prompts", "", "| line | prompt | KL | worst KL (position) | top-1 | first difference |",
-           "|---|---|---|---|---|---|"]
+    out = ["## Prompts", "", "| line | prompt | KL | of the answer | worst (token) | top-1 | first difference |",
+           "|---|---|---|---|---|---|---|"]
     for p in report.prompts:
         first = "none" if p.first_divergence is None else f"token {p.first_divergence} of {p.n_a}"
-        out.append(f"| {p.line} | {_cell(p.prompt)} | {p.kl:.4g} | {p.worst_kl:.4g} ({p.worst_position}) | "
+        out.append(f"| {p.line} | {_cell(p.prompt)} | {p.kl:.4g} | {p.answer_kl:.4g} | "
+                   f"{p.worst_kl:.4g} ({p.worst_token}) | "
                    f"{100 * p.top1:.1f} % | {first} |")
-    telling = sorted((p for p in report.prompts if p.a != p.b), key=lambda p: (p.found_a == p.found_b, -p.kl))
+    telling = sorted((p for p in report.prompts if p.a != p.b), key=lambda p: (p.found_a == p.found_b, -p.answer_kl))
     out.append("")
     for p in telling[:_MAX_SHOWN]:
         out += [f"### Line {p.line}: {_cell(p.prompt)}", ""]
@@ -256,4 +262,4 @@ def _cell(text: str, limit: int = _MAX_CELL) -> str:
     """Text as one cell of a table."""
     text = text if len(text) <= limit else text[:limit - 3] + "..."
     text = _printable(text.replace("\n", "\u23ce"))
-    return re.sub(r"([\\`*_<>\[\]|#&])", r"\\\1", text)
+    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", text)
