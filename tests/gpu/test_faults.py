@@ -56,7 +56,7 @@ def test_f1_every_failing_call_is_one_clean_error(swept):
     print(f"{swept['tried']} of {swept['n_calls']} calls of load, generation and close made to fail: "
           f"{sum(swept['calls'].values())} CUDA errors in {len(swept['calls'])} different calls")
     assert swept["problems"] == []
-    assert sum(swept["calls"].values()) >= 0.9 * swept["tried"] > 20 and "None" not in swept["calls"]
+    assert sum(swept["calls"].values()) >= 0.9 * swept["tried"] > 10 and "None" not in swept["calls"]
     assert swept["threads"] == []
 
 
@@ -80,9 +80,9 @@ def test_f2_a_poisoned_context_ends_every_job(goldens_dir, gpu):
     assert result["seconds"] < 5
 
 
-def serve(model: Path, gpu: int, *args: object) -> Worker:
+def serve(model: Path, gpu: int, *args: object, wait: bool = True) -> Worker:
     return Worker([sys.executable, "-m", "worker_orcd.cli", "serve", "--model", str(model), "--device", f"cuda:{gpu}",
-                   "--port", "0", "--log-format", "json", *map(str, args)], timeout=90)
+                   "--port", "0", "--log-format", "json", *map(str, args)], wait, timeout=90)
 
 
 def test_f2_a_server_whose_context_is_lost_ends_with_70(goldens_dir, gpu, monkeypatch):
@@ -129,6 +129,23 @@ def test_a_healthy_server_checks_hashes_and_stops(goldens_dir, gpu):
         assert worker.stop()[0] == 0
     finally:
         worker.kill()
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.4, 0.7, 1.0, 1.5, 2.5])
+def test_f4_a_server_told_to_stop_while_it_loads(seconds, goldens_dir, gpu):
+    gc.collect()
+    with _driver.Context(gpu) as context:
+        before = context.memory()[0]
+        worker = serve(goldens_dir / MODEL, gpu, wait=False)
+        try:
+            time.sleep(seconds)
+            code, took = worker.stop()
+        finally:
+            worker.kill()
+        print(f"after {seconds} s, last event {worker.log[-1]['event']}: exit {code} in {took:.2f} s")
+        assert code == 0 and took < 5
+        assert not worker.events("error")
+        assert context.memory()[0] >= before - (2 << 20)
 
 
 def test_managed_memory_turns_health_unhealthy(goldens_dir, gpu):
