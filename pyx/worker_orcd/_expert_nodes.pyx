@@ -156,7 +156,7 @@ cdef class ExpertProductNode(Node):
     cdef ExpertMatvecParams v
     cdef ExpertMatmulParams m
     cdef ConvertParams to_split, to_half
-    cdef object layout, experts
+    cdef object experts
     cdef list launches, decode_kernels
     cdef Kernel convert_split, convert_f16, few_rows, many_rows
     cdef int type_id, n_expert, n_inputs
@@ -170,7 +170,7 @@ cdef class ExpertProductNode(Node):
         Node.__init__(self, name)
         if not 1 <= len(parts) <= experts.MAX_MATRICES:
             raise ValueError(f"{len(parts)} expert matrices in one launch")
-        self.layout, self.experts, self.type_id, self.n_expert = layout, experts, type_id, n_expert
+        self.experts, self.type_id, self.n_expert = experts, type_id, n_expert
         self.n_inputs = n_used if x_slot_stride else 1
         self.split, self.half, self.half_scale = split, half, half_scale
         for i, (w, bias, out, out_stride) in enumerate(parts):
