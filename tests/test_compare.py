@@ -15,10 +15,11 @@ from gguf.quants import dequantize
 from gguf_forge import F32, STR, U32, Forge, f32, tiny_llama
 
 from worker_orcd import LLM, SamplingParams, cli, compare_numbers, compare_text
-from worker_orcd.compare import Limits, Settings, check_same_model, compare
+from worker_orcd.compare import check_same_model, compare
 from worker_orcd.compare_layers import layer_activations
 from worker_orcd.compare_prompts import Prompt, read_prompts, read_targets
 from worker_orcd.compare_report import Check
+from worker_orcd.compare_settings import Limits, Settings
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.model_file import ModelFile
 
