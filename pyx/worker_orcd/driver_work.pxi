@@ -164,6 +164,17 @@ cdef class Event:
             cu.cuEventDestroy(self.handle)
 
 
+cdef int _check_image(Context context, str name, cu.CUresult status) except -1:
+    """Raise the error that names the compute capability where `status` says that no image fits the GPU."""
+    if status in (cu.CUDA_ERROR_NO_BINARY_FOR_GPU, cu.CUDA_ERROR_UNSUPPORTED_PTX_VERSION):
+        major, minor = context.capability
+        raise CudaError(f"kernel image {name!r} has no code for compute capability {major}.{minor} "
+                        f"({context.name}); rebuild with WORKER_ORCD_CUDA_ARCHS={major}{minor}",
+                        call="cuLibraryLoadData", status_name="CUDA_ERROR_NO_BINARY_FOR_GPU",
+                        compute_capability=f"{major}.{minor}")
+    return 0
+
+
 cdef class Library:
     """The kernels of one fatbin.
 
@@ -178,12 +189,7 @@ cdef class Library:
         context.require_open()
         with nogil:  # where only PTX fits, this compiles it, which takes seconds
             status = cu.cuLibraryLoadData(&self.handle, image, NULL, NULL, 0, NULL, NULL, 0)
-        if status in (cu.CUDA_ERROR_NO_BINARY_FOR_GPU, cu.CUDA_ERROR_UNSUPPORTED_PTX_VERSION):
-            major, minor = context.capability
-            raise CudaError(f"kernel image {name!r} has no code for compute capability {major}.{minor} "
-                            f"({context.name}); rebuild with WORKER_ORCD_CUDA_ARCHS={major}{minor}",
-                            call="cuLibraryLoadData", status_name="CUDA_ERROR_NO_BINARY_FOR_GPU",
-                            compute_capability=f"{major}.{minor}")
+        _check_image(context, name, status)
         check(status, b"cuLibraryLoadData")
         context.live.add(self)
 
@@ -210,10 +216,14 @@ cdef class Kernel:
         self.library, self.name = library, name
         library.context.require_open()
         encoded = name.encode()
-        check(cu.cuLibraryGetKernel(&kernel, library.handle, encoded), b"cuLibraryGetKernel")
-        check(cu.cuKernelGetFunction(&self.handle, kernel), b"cuKernelGetFunction")
+        cdef cu.CUresult status = cu.cuLibraryGetKernel(&kernel, library.handle, encoded)
+        _check_image(library.context, library.name, status)     # images are loaded when a kernel is first asked for
+        check(status, b"cuLibraryGetKernel")
+        status = cu.cuKernelGetFunction(&self.handle, kernel)
+        _check_image(library.context, library.name, status)
+        check(status, b"cuKernelGetFunction")
         cdef size_t offset = 0
-        cdef cu.CUresult status = cu.cuFuncGetParamInfo(self.handle, 0, &offset, &self.param_bytes)
+        status = cu.cuFuncGetParamInfo(self.handle, 0, &offset, &self.param_bytes)
         if status != cu.CUDA_ERROR_INVALID_VALUE:   # that is what a kernel without parameters says
             check(status, b"cuFuncGetParamInfo")
         if max_dynamic_smem > 0:

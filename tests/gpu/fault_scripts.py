@@ -89,7 +89,7 @@ def sweep(model: str, index: int, seconds: float) -> dict[str, object]:
     one = time.monotonic() - began
     stride = max(1, round(n_calls * one / (0.7 * seconds)))
     calls: collections.Counter[str] = collections.Counter()
-    problems, lost, tried, survived = [], 0, 0, 0
+    problems, most, tried, survived = [], 0, 0, 0
     for n in range(1, n_calls + 1, stride):
         _driver._fail_nth(n)
         tried += 1
@@ -103,7 +103,10 @@ def sweep(model: str, index: int, seconds: float) -> dict[str, object]:
             problems.append(f"call {n}: {type(error).__name__}: {error}")
         _driver._fail_nth(0)
         gc.collect()
-        lost = max(lost, baseline - outer.memory()[0])
+        most = max(most, baseline - outer.memory()[0])
+    whole()
+    gc.collect()
+    lost = baseline - outer.memory()[0]
     with open_llm(model, index) as llm:
         ids_of(llm)
         _driver._fail_nth(1 << 40)
@@ -121,7 +124,8 @@ def sweep(model: str, index: int, seconds: float) -> dict[str, object]:
             _driver._fail_nth(0)
             if ids_of(llm) != expected:
                 problems.append(f"generation, call {n}: wrong ids afterwards")
-    return {"n_calls": n_calls, "stride": stride, "tried": tried, "survived": survived, "calls": calls, "lost": lost,
+    return {"n_calls": n_calls, "stride": stride, "tried": tried, "survived": survived, "calls": calls,
+            "lost": lost, "most": most,
             "n_generate": n_generate, "refused": refused, "problems": problems[:20], "n_problems": len(problems),
             "threads": [t.name for t in threading.enumerate() if t.name.startswith(("orcd", "upload"))]}
 

@@ -86,10 +86,11 @@ def free_in_a_child(gpu: int) -> int:
 def ballast(gpu):
     """A function: take so much that another process finds about this many bytes free."""
     gc.collect()
+    taken = []
     with _driver.Context(gpu) as context:
 
         def leave(nbytes: int) -> None:
-            context.allocate(free_in_a_child(gpu) - nbytes, "ballast")
+            taken.append(context.allocate(free_in_a_child(gpu) - nbytes, "ballast"))
 
         yield leave
 

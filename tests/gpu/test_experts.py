@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CU
 TYPES = sorted(quants.TYPES)
 every_type = pytest.mark.parametrize("type_id", TYPES, ids=[quants.TYPES[t].name for t in TYPES])
 
-#: exact weights, activations in two bf16 terms, float32 sums
-DECODE_LIMIT = 1e-9
+#: exact weights, activations in two bf16 terms, float32 sums; of five outputs alone, where sums may cancel
+DECODE_LIMIT = 1e-8
 #: weights and activations each rounded to fp16 once: 4e-8 each; types with minima round those, too
-PROMPT_LIMIT = 4e-7
+PROMPT_LIMIT = 1e-6
 #: float32 logits of order 1 and one exp each
 GATE_LIMIT = 1e-10
 N_EXPERT, N_USED = 6, 3
