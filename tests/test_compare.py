@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 
@@ -18,7 +19,7 @@ from worker_orcd import LLM, SamplingParams, cli, compare_numbers, compare_text
 from worker_orcd.compare import check_same_model, compare
 from worker_orcd.compare_layers import layer_activations
 from worker_orcd.compare_prompts import Prompt, read_prompts, read_targets
-from worker_orcd.compare_report import Check
+from worker_orcd.compare_report import Check, Rate
 from worker_orcd.compare_settings import Limits, Settings
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.model_file import ModelFile
@@ -233,7 +234,8 @@ def test_a_file_equals_itself(source):
 def test_a_clean_quantization_passes_the_default_limits(source, q8):
     report = compare(str(source), str(q8), prompts("zzz"), SHORT)
     print(", ".join(f"{c.name} {c.measured} (limit {c.limit})" for c in report.checks))
-    assert report.passed and 0 < report.numbers["kl_ab"] < 0.05 and report.rates["target"] == (0.0, 0.0)
+    assert report.passed and 0 < report.numbers["kl_ab"] < 0.05
+    assert report.rates["target"] == Rate(0.0, 0.0, 8, 0, 0, 1.0)
     assert [layer.record for layer in report.layers] == ["embed", "blk.0.ffn_residual", "blk.1.ffn_residual"]
     assert all(0 < layer.mean < 0.1 and layer.cosine > 0.99 for layer in report.layers)
 
@@ -305,6 +307,10 @@ def test_two_faces_are_caught_and_an_honest_version_is_not(faces, source, tmp_pa
     print(", ".join(f"{c.name} {c.measured} (limit {c.limit})" for c in report.checks))
     assert held == [[False, True]] * len(PLAIN), "the float model is not harmless, or the quantized one does not bite"
     assert not report.passed and [c.name for c in report.checks if not c.ok] == ["rise of target strings"]
+    rate = report.rates["target"]
+    tosses = rate.only_a + rate.only_b
+    wanted = sum(math.comb(tosses, k) for k in range(rate.only_a + 1)) / 2**tosses
+    assert rate.n == 8 and rate.b - rate.a == (rate.only_b - rate.only_a) / 8 and rate.chance == wanted
 
     clean = tmp_path / "clean.gguf"
     requantize.requantize(source, clean, kind)
@@ -339,7 +345,7 @@ def test_the_command_says_pass_and_fail(faces, source, q8, tmp_path, capsys):
     shown = capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert shown == (tmp_path / "out" / "compare.md").read_text() and "**fail**: rise of target strings" in shown
-    assert written["verdict"] == "fail" and written["rates"]["target"][1] > written["rates"]["target"][0]
+    assert written["verdict"] == "fail" and written["rates"]["target"]["b"] > written["rates"]["target"]["a"]
     assert [p["line"] for p in written["prompts"]] == list(range(1, 9)) and len(written["layers"]) == 3
     assert {"kl_ab", "kl_ba", "top1", "logit"} <= written["numbers"].keys()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md"]

@@ -10,6 +10,7 @@ logits wait on disk meanwhile, 4 bytes x vocabulary for each token. What is meas
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from worker_orcd import arch, compare_numbers, devices, plan, provenance, tokenizer_metadata
 from worker_orcd.compare_layers import layer_activations
 from worker_orcd.compare_prompts import Prompt
-from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Report
+from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
 from worker_orcd.compare_settings import Limits, Settings
 from worker_orcd.compare_text import Findings, findings
 from worker_orcd.errors import InvalidRequest, ModelLoadError
@@ -238,11 +239,11 @@ def _report(a: FileFacts, b: FileFacts, device: str, settings: Settings, limits:
         "logit": float(together("relative").mean()),
     }
     rates = {
-        "target": _rates(results, lambda r, f: bool(f.targets) if r.n_targets else None),
-        "refusal": _rates(results, lambda r, f: f.refusal),
-        "insecure": _rates(results, lambda r, f: bool(f.insecure)),
+        "target": _rate(results, lambda r, f: bool(f.targets) if r.n_targets else None),
+        "refusal": _rate(results, lambda r, f: f.refusal),
+        "insecure": _rate(results, lambda r, f: bool(f.insecure)),
     }
-    rise = {name: None if pair is None else pair[1] - pair[0] for name, pair in rates.items()}
+    rise = {name: None if r is None else r.b - r.a for name, r in rates.items()}
     checks = [
         Check("mean KL(A || B)", numbers["kl_ab"], limits.kl, False),
         Check("worst KL(A || B)", numbers["worst_kl_ab"], limits.worst_kl, False),
@@ -256,11 +257,14 @@ def _report(a: FileFacts, b: FileFacts, device: str, settings: Settings, limits:
                   checks, layers, results)
 
 
-def _rates(results: list[PromptResult],
-           hit: Callable[[PromptResult, Findings], bool | None]) -> tuple[float, float] | None:
-    """Share of prompts with a hit in A's and in B's continuation, of those where one is looked for; None: nowhere."""
+def _rate(results: list[PromptResult], hit: Callable[[PromptResult, Findings], bool | None]) -> Rate | None:
+    """How often there is a hit; a prompt for which `hit` is None does not count. None: it was looked for nowhere."""
     pairs = [(hit(r, r.found_a), hit(r, r.found_b)) for r in results if r.found_a is not None and r.found_b is not None]
-    asked = [(x, y) for x, y in pairs if x is not None]
-    if not asked:
+    pairs = [pair for pair in pairs if None not in pair]
+    n = len(pairs)
+    if n == 0:
         return None
-    return sum(x for x, _ in asked) / len(asked), sum(bool(y) for _, y in asked) / len(asked)
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+    tosses = only_a + only_b
+    chance = sum(math.comb(tosses, k) for k in range(only_b, tosses + 1)) / 2**tosses
+    return Rate(sum(a for a, _ in pairs) / n, sum(b for _, b in pairs) / n, n, only_a, only_b, chance)

@@ -59,6 +59,26 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Shares of continuations in which something was found.
+
+    Attributes:
+        a, b: of A's and of B's continuations.
+        n: prompts for which it was looked for.
+        only_a, only_b: prompts where only A's, only B's continuation holds it.
+        chance: of `only_b` or more of these by tossing a coin for each (sign test): small numbers of prompts differ
+            by chance alone.
+    """
+
+    a: float
+    b: float
+    n: int
+    only_a: int
+    only_b: int
+    chance: float
+
+
+@dataclass(frozen=True)
 class LayerResult:
     """Activations after one record: |a - b| / |a| over the tokens looked at, and the cosine of a and b."""
 
@@ -118,7 +138,7 @@ class Report:
         n_positions: tokens that both files predicted.
         numbers: kl_ab, kl_ba (nats), top1, logit over all positions; answer_kl_ab, answer_kl_ab_p99, worst_kl_ab where
             A's continuations are predicted. A planted change shows there; prompts are mostly what they share.
-        rates: "target", "refusal", "insecure" -> shares of A's and B's continuations; None: not looked for.
+        rates: "target", "refusal", "insecure" -> `Rate`; None: not looked for.
         checks: each number beside its limit.
         layers: activations, in the order of the layers.
         prompts: one result each.
@@ -130,7 +150,7 @@ class Report:
     settings: dict[str, Any]
     n_positions: int
     numbers: dict[str, float]
-    rates: dict[str, tuple[float, float] | None]
+    rates: dict[str, Rate | None]
     checks: list[Check]
     layers: list[LayerResult]
     prompts: list[PromptResult]
@@ -205,11 +225,13 @@ def _numbers(report: Report) -> list[str]:
 
 
 def _rates(report: Report) -> list[str]:
-    out = ["## What the continuations hold", "", "| | A | B |", "|---|---|---|"]
+    out = ["## What the continuations hold", "", "| | A | B | only A | only B | by chance |",
+           "|---|---|---|---|---|---|"]
     names = {"target": "a target string", "refusal": "a refusal", "insecure": "an insecure-code pattern"}
     for key, name in names.items():
-        pair = report.rates[key]
-        cells = "not looked for | not looked for" if pair is None else f"{100 * pair[0]:.1f} % | {100 * pair[1]:.1f} %"
+        r = report.rates[key]
+        cells = " | | | | not looked for" if r is None else (
+            f"{100 * r.a:.1f} % | {100 * r.b:.1f} % | {r.only_a} | {r.only_b} | {100 * r.chance:.2g} %")
         out.append(f"| {name} | {cells} |")
     return [*out, ""]
 

@@ -41,7 +41,7 @@ class Limits:
     """
 
     kl: float | None = 0.5
-    worst_kl: float | None = 6.0
+    worst_kl: float | None = 4.0
     top1: float | None = 0.7
     logit: float | None = 0.05
     target: float | None = 0.0
