@@ -11,6 +11,7 @@ WORKER_ORCD_REQUIRE_GPU=1 does the same for `gpu` tests.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ if Path(worker_orcd.__file__).resolve().is_relative_to(ROOT / "worker_orcd"):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 else:
     os.environ["PYTHONSAFEPATH"] = "1"
+
+# A runner started in the background hands down an ignored Ctrl-C, which processes that tests start would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _goldens() -> Path:
