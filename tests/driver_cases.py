@@ -1,5 +1,5 @@
-"""What the driver layer promises, on any driver: run on a GPU by tests/gpu/test_device_driver.py, and on the stand-in driver
-of tests/fake_driver by tests/test_driver.py."""
+"""What the driver layer promises, on any driver: run on a GPU by tests/gpu/test_device_driver.py, and on the stand-in
+driver of tests/fake_driver by tests/test_driver.py."""
 
 from __future__ import annotations
 
