@@ -43,4 +43,5 @@ def rows(*parts, out="all") -> Batch:
 
 def prefill(engine, slot, tokens, chunk) -> np.ndarray:
     """Logits of all positions of a prompt given in chunks."""
-    return np.concatenate([engine.forward(rows((slot, i, tokens[i : i + chunk]))) for i in range(0, len(tokens), chunk)])
+    starts = range(0, len(tokens), chunk)
+    return np.concatenate([engine.forward(rows((slot, i, tokens[i : i + chunk]))) for i in starts])

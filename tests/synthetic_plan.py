@@ -33,7 +33,8 @@ class MemoryFile:
             x = self.rng.standard_normal(rows * shape[0]).astype(np.float32) * scale / shape[0] ** 0.5
             if len(shape) == 1:
                 x = 1 + x * shape[0] ** 0.5 / 4
-            raw = {"F32": x, "F16": x.astype(np.float16), "BF16": (x.view(np.uint32) >> 16).astype(np.uint16)}[type_name]
+            bf16 = (x.view(np.uint32) >> 16).astype(np.uint16)
+            raw = {"F32": x, "F16": x.astype(np.float16), "BF16": bf16}[type_name]
         else:
             raw = random_blocks(t.id, rows, shape[0], self.rng, (116, 122))
         self.data[name] = raw.tobytes()
@@ -60,7 +61,8 @@ def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
         buffers[name] = P.Buffer(name, width, rows)
         return P.View(name, 0, width)
 
-    x, h, qkv = buf("x", 100), buf("h", 100), buf("qkv", 200)
+    x, h = buf("x", 100), buf("h", 100)
+    buf("qkv", 200)
     q, k, v = P.View("qkv", 0, 120), P.View("qkv", 120, 40), P.View("qkv", 160, 40)
     ops += [
         P.Embed("embed", w("token_embd", "BF16", 100, N_VOCAB), x, 1.5, w("position_embd", "F16", 100, N_POSITIONS)),
@@ -96,7 +98,9 @@ def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
     hidden, down, routed = buf("hidden", 3 * 64), buf("down", 3 * 100), buf("routed", 3 * 19)
     ops += [
         P.Route("route", w("route.w", "F32", 100, 5), w("route.b", "F32", 5), h, ids, gates, 5, 3),
-        P.ExpertMatMul("up_exps", w("up.w", "F16", 100, 64, 5), w("up.b", "F32", 64, 5), ids, h, hidden, 100, 64, 5, 3, False),
+        P.ExpertMatMul(
+            "up_exps", w("up.w", "F16", 100, 64, 5), w("up.b", "F32", 64, 5), ids, h, hidden, 100, 64, 5, 3, False
+        ),
         P.ExpertMatMul("down_exps", w("down.w", "MXFP4", 64, 100, 5), None, ids, hidden, down, 64, 100, 5, 3, True),
         P.ExpertSum("expert_sum", gates, down, h, 3),
         P.ExpertMatMul("odd_exps", w("odd.w", "BF16", 100, 19, 5), None, ids, down, routed, 100, 19, 5, 3, True),
@@ -109,5 +113,7 @@ def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
         P.MatMul("logits", "token_embd", None, xo, logits),
     ]
     groups = (P.KvGroup(0, (0,)), P.KvGroup(WINDOW, (1,)))
-    plan = P.Plan("synthetic", N_VOCAB, 100, 2, 2, 20, N_POSITIONS, N_POSITIONS, buffers, weights, tuple(ops), groups, (0, 1))
+    sizes = {"n_embd": 100, "n_layer": 2, "n_head_kv": 2, "head_dim": 20, "n_vocab": N_VOCAB}
+    plan = P.Plan("synthetic", **sizes, context_length=N_POSITIONS, max_positions=N_POSITIONS, buffers=buffers,
+                  weights=weights, ops=tuple(ops), kv_groups=groups, kv_group_of=(0, 1))  # fmt: skip
     return mf, plan

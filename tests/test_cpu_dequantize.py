@@ -11,7 +11,7 @@ from worker_orcd import quants
 from worker_orcd._cpu import cpu_features, dequantize
 from worker_orcd.errors import InvalidRequest
 
-#: float16 bit patterns a scale can have: zeros, subnormals, the smallest normal, one, the largest, infinities, negatives
+#: float16 scales: zeros, subnormals, the smallest normal, one, the largest, infinities, each with its negative
 SCALES = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00],
                   np.uint16)  # fmt: skip
 TYPES = list(quants.TYPES.values())

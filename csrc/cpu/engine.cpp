@@ -140,21 +140,27 @@ static std::string at_row(int64_t row, const char* what, int64_t value) {
 
 bool Engine::check_rows(const BatchView& b, BatchError* error) const {
     if (b.n_rows < 1 || b.n_rows > sizes_.max_rows)
-        return refuse(error, "tokens", "a step has 1 to " + std::to_string(sizes_.max_rows) + " rows, not " + std::to_string(b.n_rows));
+        return refuse(error, "tokens",
+                      "a step has 1 to " + std::to_string(sizes_.max_rows) + " rows, not " + std::to_string(b.n_rows));
     for (int32_t r = 0; r < b.n_rows; ++r) {
         if (b.tokens[r] < 0 || b.tokens[r] >= sizes_.n_vocab)
-            return refuse(error, "tokens", at_row(r, "token", b.tokens[r]) + " is not in the vocabulary of " + std::to_string(sizes_.n_vocab));
+            return refuse(error, "tokens", at_row(r, "token", b.tokens[r]) + " is not in the vocabulary of " +
+                                               std::to_string(sizes_.n_vocab));
         if (b.positions[r] < 0 || (int64_t)b.positions[r] + b.n_steps > sizes_.context_length)
-            return refuse(error, "positions", at_row(r, "position", (int64_t)b.positions[r] + b.n_steps - 1) +
-                                                  " is not below the context length " + std::to_string(sizes_.context_length));
+            return refuse(error, "positions",
+                          at_row(r, "position", (int64_t)b.positions[r] + b.n_steps - 1) +
+                              " is not below the context length " + std::to_string(sizes_.context_length));
         if (b.slots[r] < 0 || b.slots[r] >= sizes_.max_seqs)
-            return refuse(error, "slots", at_row(r, "slot", b.slots[r]) + " is not below " + std::to_string(sizes_.max_seqs));
+            return refuse(error, "slots",
+                          at_row(r, "slot", b.slots[r]) + " is not below " + std::to_string(sizes_.max_seqs));
         if (r > 0 && b.slots[r] == b.slots[r - 1] && (b.n_steps > 1 || b.positions[r] <= b.positions[r - 1]))
-            return refuse(error, "positions", at_row(r, "position", b.positions[r]) + " does not follow the one before it");
+            return refuse(error, "positions",
+                          at_row(r, "position", b.positions[r]) + " does not follow the one before it");
     }
     for (int32_t j = 0; j < b.n_out; ++j)
         if (b.out_rows[j] < 0 || b.out_rows[j] >= b.n_rows || (j > 0 && b.out_rows[j] <= b.out_rows[j - 1]))
-            return refuse(error, "out_rows", "output " + std::to_string(j) + ": row " + std::to_string(b.out_rows[j]) + " is out of range or order");
+            return refuse(error, "out_rows", "output " + std::to_string(j) + ": row " + std::to_string(b.out_rows[j]) +
+                                                 " is out of range or order");
     return true;
 }
 
@@ -164,7 +170,8 @@ bool Engine::copy_blocks(const BatchView& b, const int32_t* tables, BatchError* 
     for (int32_t r0 = 0, r1; r0 < b.n_rows; r0 = r1) {
         for (r1 = r0 + 1; r1 < b.n_rows && b.slots[r1] == b.slots[r0];) ++r1;
         const size_t slot = (size_t)b.slots[r0];
-        if (slot_seen_[slot]) return refuse(error, "slots", at_row(r0, "slot", (int64_t)slot) + " has rows in two places");
+        if (slot_seen_[slot])
+            return refuse(error, "slots", at_row(r0, "slot", (int64_t)slot) + " has rows in two places");
         slot_seen_[slot] = 1;
         for (size_t g = 0; g < groups_.size(); ++g) {
             Group& group = groups_[g];
@@ -176,9 +183,10 @@ bool Engine::copy_blocks(const BatchView& b, const int32_t* tables, BatchError* 
             for (int32_t i = first; i <= last; ++i) {
                 const int32_t block = from[i];
                 if (block < 0 || block >= group.sizes.n_blocks)
-                    return refuse(error, "block_tables", "slot " + std::to_string(slot) + ", KV group " + std::to_string(g) +
-                                      ": entry " + std::to_string(i) + " is " + std::to_string(block) + ", not a block of the pool of " +
-                                      std::to_string(group.sizes.n_blocks));
+                    return refuse(error, "block_tables",
+                                  "slot " + std::to_string(slot) + ", KV group " + std::to_string(g) + ": entry " +
+                                      std::to_string(i) + " is " + std::to_string(block) +
+                                      ", not a block of the pool of " + std::to_string(group.sizes.n_blocks));
                 to[i] = block;
             }
         }

@@ -1,4 +1,5 @@
-// The kernels for AVX-512 (F, BW, DQ, VL), FMA and F16C. Compiled with that instruction set alone; called only after cpuid was asked.
+// The kernels for AVX-512 (F, BW, DQ, VL), FMA and F16C.
+// Compiled with that instruction set alone; called only after cpuid was asked.
 #include "kernels.h"
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// The kernels for any x86-64. Compiled with that instruction set alone; called only after cpuid was asked.
+// The kernels for any x86-64: the reference of the other two, and for processors without AVX2.
 #include "kernels.h"
 
 #define WO_INLINE inline __attribute__((always_inline))

@@ -97,22 +97,33 @@ static void matvec(const MatmulTask& task, int64_t o0, int64_t o1) {
     with_decoder(task.w.type, action);
 }
 
-// One tile: kTileRows rows of the panel (stride n) times T tokens; n a multiple of 16.
+#ifndef WO_OWN_TILE
+// acc[t][r] = lane sums of kTileRows rows of the panel (stride n, a multiple of 16) times T tokens.
 template <int T>
-WO_INLINE void tile(const float* panel, int64_t n, const float* const* x, const float* bias, float* const* y, int64_t o) {
-    F acc[T][kTileRows];
-    for (int t = 0; t < T; ++t)
-        for (int r = 0; r < kTileRows; ++r) acc[t][r] = zero();
+WO_INLINE void accumulate_tile(const float* panel, int64_t n, const float* const* x, F (*acc)[kTileRows]) {
+    F a[T][kTileRows];
     const float* xt[T];
-    for (int t = 0; t < T; ++t) xt[t] = x[t];
+    for (int t = 0; t < T; ++t) {
+        xt[t] = x[t];
+        for (int r = 0; r < kTileRows; ++r) a[t][r] = zero();
+    }
     for (int64_t k = 0; k < n; k += 16) {
         F w[kTileRows];
         for (int r = 0; r < kTileRows; ++r) w[r] = load(panel + r * n + k);
         for (int t = 0; t < T; ++t) {
             F v = load(xt[t] + k);
-            for (int r = 0; r < kTileRows; ++r) acc[t][r] = fma(w[r], v, acc[t][r]);
+            for (int r = 0; r < kTileRows; ++r) a[t][r] = fma(w[r], v, a[t][r]);
         }
     }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < kTileRows; ++r) acc[t][r] = a[t][r];
+}
+#endif
+
+template <int T>
+WO_INLINE void tile(const float* panel, int64_t n, const float* const* x, const float* bias, float* const* y, int64_t o) {
+    F acc[T][kTileRows];
+    accumulate_tile<T>(panel, n, x, acc);
     for (int t = 0; t < T; ++t) {
         float s[4];
         sum4(acc[t][0], acc[t][1], acc[t][2], acc[t][3], s);

@@ -182,7 +182,8 @@ void Engine::attention(const Op& op) noexcept {
     // Query heads of one KV head share the conversion of its keys; they part only where threads would be idle.
     const int32_t group = op.n_head / op.n_head_kv, n_tiles = (int32_t)tiles_.size();
     int32_t heads = group;
-    while (heads > 1 && (int64_t)n_tiles * op.n_head_kv * ((group + heads - 1) / heads) < n_threads()) heads = (heads + 1) / 2;
+    while (heads > 1 && (int64_t)n_tiles * op.n_head_kv * ((group + heads - 1) / heads) < n_threads())
+        heads = (heads + 1) / 2;
     const int32_t parts = (group + heads - 1) / heads;
     pool_.run((int64_t)n_tiles * op.n_head_kv * parts, [&](int64_t c, int thread) {
         const int32_t kv_head = (int32_t)(c / parts % op.n_head_kv), part = (int32_t)(c % parts);
@@ -190,13 +191,15 @@ void Engine::attention(const Op& op) noexcept {
         AttentionTask mine = task;
         mine.blocks = g.tables.data() + (int64_t)slots_[(size_t)tile.r0] * sizes_.max_blocks_per_seq;
         const int32_t h0 = kv_head * group + part * heads, h1 = std::min(h0 + heads, (kv_head + 1) * group);
-        kernels_->attention(mine, tile.r0, tile.r1, h0, h1, (float*)thread_scratch_.data() + thread * thread_scratch_floats_);
+        float* scratch = (float*)thread_scratch_.data() + thread * thread_scratch_floats_;
+        kernels_->attention(mine, tile.r0, tile.r1, h0, h1, scratch);
     });
 }
 
 void Engine::elementwise(const Op& op) noexcept {
     const Activation kind = (Activation)op.activation;
-    for_rows(buffer_rows(op.out.buffer), op.kind == OpKind::kAdd ? op.out.width : 4 * op.out.width, [&](int64_t r0, int64_t r1) {
+    const int64_t cost = op.kind == OpKind::kAdd ? op.out.width : 4 * op.out.width;
+    for_rows(buffer_rows(op.out.buffer), cost, [&](int64_t r0, int64_t r1) {
         for (int64_t r = r0; r < r1; ++r) {
             if (op.kind == OpKind::kGlu)
                 kernels_->glu(kind, at(op.inp, r), at(op.inp2, r), at(op.out, r), op.out.width);

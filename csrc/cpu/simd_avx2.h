@@ -11,9 +11,9 @@ struct I {
     __m256i lo, hi;
 };
 
-// Register tile of the matrix product: each accumulator takes two of the 16 registers.
+// Register tile of the matrix product: see accumulate_tile below.
 constexpr int kTileRows = 4;
-constexpr int kTileTokens = 1;
+constexpr int kTileTokens = 3;
 
 WO_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 WO_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -73,7 +73,8 @@ WO_INLINE I lanes_of_bits(uint32_t bits) {
 // Lane i is a where bit i of `bits` is set, else b.
 WO_INLINE F select(uint32_t bits, F a, F b) {
     I m = lanes_of_bits(bits);
-    return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(m.lo)), _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(m.hi))};
+    return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(m.lo)),
+            _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(m.hi))};
 }
 WO_INLINE F zero_below(F x, float limit, F value) {
     const __m256 l = _mm256_set1_ps(limit);
@@ -102,6 +103,31 @@ WO_INLINE float max_lane(F a) {
     __m128 u = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
     __m128 v = _mm_max_ps(u, _mm_movehl_ps(u, u));
     return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+
+// The sums of one tile, lanes 0-7 over all k and then lanes 8-15: a half takes 12 accumulators, 3 tokens and a weight,
+// which is all 16 registers, where whole lanes would spill.
+#define WO_OWN_TILE
+template <int T>
+WO_INLINE void accumulate_half(const float* panel, int64_t n, const float* const* x, int first, __m256 (*a)[kTileRows]) {
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < kTileRows; ++r) a[t][r] = _mm256_setzero_ps();
+    for (int64_t k = first; k < n; k += 16) {
+        __m256 v[T];
+        for (int t = 0; t < T; ++t) v[t] = _mm256_loadu_ps(x[t] + k);
+        for (int r = 0; r < kTileRows; ++r) {
+            __m256 w = _mm256_loadu_ps(panel + r * n + k);
+            for (int t = 0; t < T; ++t) a[t][r] = _mm256_fmadd_ps(w, v[t], a[t][r]);
+        }
+    }
+}
+template <int T>
+WO_INLINE void accumulate_tile(const float* panel, int64_t n, const float* const* x, F (*acc)[kTileRows]) {
+    __m256 lo[T][kTileRows], hi[T][kTileRows];
+    accumulate_half<T>(panel, n, x, 0, lo);
+    accumulate_half<T>(panel, n, x, 8, hi);
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < kTileRows; ++r) acc[t][r] = {lo[t][r], hi[t][r]};
 }
 
 // Codebooks: d * (q - base) - m. There is no cheap 16-entry permute here, so `pick` computes the value.
