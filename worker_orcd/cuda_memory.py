@@ -16,7 +16,7 @@ ALIGN = 256
 #: most rows of one matvec launch, and of the output rows of one pass
 MAX_OUT = 64
 #: device memory beside the arenas: kernels, graphs, and what the driver takes for them
-RESERVE_BYTES = 256 << 20
+RESERVE_BYTES = 32 << 20
 #: bytes of a slot's sampling parameters on the device
 SAMPLE_SLOT_BYTES = 32
 #: device memory through which raw tensor bytes pass on their way into the repacked layout
