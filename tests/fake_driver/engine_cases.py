@@ -16,6 +16,7 @@ from worker_orcd import LLM, _driver, _engine, cuda_memory, plan
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
 from worker_orcd.model_file import ModelFile
+from worker_orcd.vram import VramPlan
 
 pytestmark = pytest.mark.skipif(not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
                                 reason="no kernel images are installed")
@@ -46,7 +47,7 @@ def test_memory_is_what_was_planned_and_comes_back(tiny):
 
 
 def test_a_model_that_does_not_fit_takes_nothing(tiny, monkeypatch):
-    needed = sum(arena.nbytes for arena in _engine.plan_memory(tiny[1], tiny[2])) + cuda_memory.RESERVE_BYTES
+    needed = VramPlan.of(_engine.plan_memory(tiny[1], tiny[2])).required
     monkeypatch.setenv("FAKE_CUDA_MEMORY", str(needed - 1))
     with pytest.raises(InsufficientVram) as e:
         _engine.CudaEngine(*tiny)
@@ -108,13 +109,14 @@ def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):
                    on_plan=lambda vram, free: shown.append(vram))
 
     sizes = []
-    for limit in (1000, 280, 270):
+    floor = max(cuda_memory.RESERVE_BYTES, cuda_memory.STAGING_BYTES) >> 20  # what every model needs beside itself
+    for limit in (1000, floor + 24, floor + 14):
         with load(limit) as llm:
             assert shown[0].required <= limit << 20 and FAKE.fake_device_bytes() == shown[0].resident
             sizes.append((llm.info.kv_bytes, llm.info.max_rows))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     with pytest.raises(InsufficientVram) as e:
-        load(256)
-    assert e.value.fields["bytes_required"] > e.value.fields["bytes_available"] == 256 << 20
+        load(floor)
+    assert e.value.fields["bytes_required"] > e.value.fields["bytes_available"] == floor << 20
     assert e.value.fields["path"] == str(path) and shown == []
     assert leftovers() == NOTHING
