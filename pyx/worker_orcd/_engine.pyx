@@ -13,6 +13,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_
 from libc.string cimport memcpy, memset
 
 from . import cuda_layout, cuda_memory, expert_layout, plan as plan_records
+from .cuda_launches import Launches
 from .engine import BLOCK_SIZE
 from .errors import CudaError, InternalError, InvalidRequest, ModelLoadError
 from .lowering import ExpertGroup, MatMulGroup, RopeKv, lower
@@ -22,7 +23,6 @@ from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, Pinn
 from ._nodes cimport Node, Shape
 from ._ring cimport Control, TokenRing
 from ._driver import device_copy_gbps
-from ._expert_nodes import ExpertProductNode, ExpertSumNode, RouteNode
 from ._upload import Piece, upload
 
 cdef extern from *:
@@ -50,8 +50,7 @@ cdef extern from "ops_params.h" nogil:
 
     enum: SAMPLE_MAX_VOCAB
 
-from ._nodes import (AttentionNode, EmbedNode, MatMulNode, NormNode, PointwiseNode, RopeKvNode, SampleNode,
-                     attention_heads, decode_max_splits, sample_sizes)
+from ._nodes import SampleNode, attention_heads, decode_max_splits, sample_sizes
 
 #: head widths that the attention kernels are built for
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -122,13 +121,13 @@ cdef class CudaEngine:
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
-    cdef dict libraries, kernel_cache, addresses
+    cdef dict addresses
+    cdef object launches    # `Launches`
     cdef list nodes, output_nodes, named_nodes, step_sampler, greedy
     cdef Stream stream
     cdef PinnedMemory staging, out_ring
     cdef dict graphs, decode_samplers
     cdef bint own_context, closed
-    cdef int max_smem
     cdef size_t staged      # bytes of the staging area whose copies may still be under way
     cdef uint64_t steps     # steps sampled since the start, as the device counts them
     cdef readonly object load_stats     # `UploadStats` of the weights
@@ -138,14 +137,13 @@ cdef class CudaEngine:
         if not 1 <= config.max_seqs <= MAX_BATCH:
             raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
         self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
-        self.libraries, self.kernel_cache, self.addresses, self.graphs = {}, {}, {}, {}
+        self.addresses, self.graphs = {}, {}
         check_supported(model_file, plan)
         self.memory = plan_memory(plan, config)
         self.own_context = context is None
         self.context = Context(device) if context is None else context
         self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         try:
-            self.max_smem = self.context.max_smem
             self._allocate(model_file, on_plan)
             self._load(model_file, chunk_bytes, progress)
             self._build()
@@ -173,17 +171,7 @@ cdef class CudaEngine:
             for name, offset in arena.offsets.items():
                 self.addresses[name] = memory.pointer + offset
         self.stream = self.context.stream()
-
-    def kernel(self, str image, str name, unsigned int smem=0):
-        """The kernel `name` of the fatbin `image`, allowed at least `smem` bytes of dynamic shared memory."""
-        known = self.kernel_cache.get(name)
-        if known is not None and known[1] >= smem:
-            return known[0]
-        if image not in self.libraries:
-            self.libraries[image] = self.context.load(image)
-        kernel = self.libraries[image].kernel(name, smem)
-        self.kernel_cache[name] = (kernel, smem)
-        return kernel
+        self.launches = Launches(self.plan, self.config, self.context, self.addresses)
 
     def _load(self, model_file, size_t chunk_bytes, progress):
         """Every weight into its region: vectors widened to float32, matrices repacked on the device."""
@@ -223,7 +211,7 @@ cdef class CudaEngine:
         """Queue the repacking of a piece whose raw rows lie at `rows`."""
         w, row_bytes, expert, row0, n_rows = tag
         cdef RepackParams p
-        cdef Kernel kernel = self.kernel("repack", f"repack_{cuda_layout.kernel_suffix(w.type_id)}")
+        cdef Kernel kernel = self.launches.kernel("repack", f"repack_{cuda_layout.kernel_suffix(w.type_id)}")
         cdef uintptr_t to = self.addresses[w.name] + expert * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
         p.rows, p.w, p.row_bytes = <uint8_t*>rows, <uint8_t*>to, row_bytes
         p.k, p.n_out, p.row0, p.n_rows = w.shape[0], w.shape[1], row0, n_rows
@@ -237,159 +225,6 @@ cdef class CudaEngine:
                 memory.copy_from(np.ascontiguousarray(array).view(np.uint8).reshape(-1), arena.offsets[name])
                 return
         raise KeyError(name)
-
-    # ---- the launches of a step
-
-    def _view(self, view):
-        """(address, row stride in floats) of a plan view."""
-        return self.addresses[f"buffer:{view.buf}"] + 4 * view.offset, self.plan.buffers[view.buf].width
-
-    def _nodes_of(self, records):
-        """One or two launches per record, in order, as [(record name, [nodes])]."""
-        tables = {freqs: key for key, freqs in cuda_memory.rope_tables(self.plan).items()}
-        return [(op.name, self._node(op, tables)) for op in records]
-
-    def _weight(self, name):
-        return 0 if name is None else self.addresses[name]
-
-    def _node(self, op, tables):
-        make = getattr(self, f"_make_{type(op).__name__.lower()}", None)
-        if make is None:
-            raise InternalError(f"no CUDA launch for record {op.name!r} ({type(op).__name__})")
-        return make(op, tables)
-
-    def _is_output(self, view):
-        return self.plan.buffers[view.buf].rows == "outputs"
-
-    def _make_embed(self, op, tables):
-        out, stride = self._view(op.out)
-        nodes = []
-        for weight, index in ((op.weight, "tokens"), (op.positions, "positions")):
-            if weight is not None:
-                w = self.plan.weights[weight]
-                kernel = self.kernel("repack", f"rows_{cuda_layout.kernel_suffix(w.type_id)}")
-                nodes.append(EmbedNode(op.name, kernel, self.addresses[weight], self.addresses[index], out, stride,
-                                       op.scale if not nodes else 1.0, w.shape[0], w.shape[1], bool(nodes), 128))
-        return nodes
-
-    def _make_norm(self, op, tables):
-        x, x_stride = self._view(op.inp)
-        out, out_stride = self._view(op.out)
-        return [NormNode(op.name, self._image("norm"), op.kind, op.eps, x, x_stride, self._weight(op.weight),
-                         self._weight(op.bias), out, out_stride, op.inp.width, self._is_output(op.out), op.group)]
-
-    def _make_matmulgroup(self, op, tables):
-        x, x_stride = self._view(op.inp)
-        first = self.plan.weights[op.parts[0].weight]
-        parts = []
-        for part in op.parts:
-            out, out_stride = self._view(part.out)
-            parts.append((self.addresses[part.weight], self._weight(part.bias), out, out_stride, part.out.width))
-        return [MatMulNode(op.name, self.kernel, cuda_layout, first.type_id, first.shape[0], parts, x, x_stride,
-                           op.residual, self._is_output(op.parts[0].out), self.addresses["x_split"],
-                           self.addresses["x_half"], self.addresses["x_half_scale"], self.context.sm_count, self.max_smem)]
-
-    def _make_rope(self, op, tables):
-        x, stride = self._view(op.x)
-        return [RopeKvNode(op.name, self._image("rope_kv"), 0, 0, x, stride, 0, 0,
-                           self.addresses[f"freqs:{tables[op.freqs]}"], 0, 0, self.addresses["positions"],
-                           self.addresses["slots"], 0, op.n_head, op.head_dim, op.n_rot, op.pairing, 0, op.mscale)]
-
-    def _make_ropekv(self, op, tables):
-        k, k_stride = self._view(op.kv.k)
-        v, v_stride = self._view(op.kv.v)
-        q, q_stride, n_head, freqs, n_rot, pairing, mscale = 0, 0, 0, 0, 0, "", 1.0
-        if op.rope_q is not None:
-            r = op.rope_q
-            q, q_stride = self._view(r.x)
-            n_head, n_rot, pairing, mscale = r.n_head, r.n_rot, r.pairing, r.mscale
-            freqs = self.addresses[f"freqs:{tables[r.freqs]}"]
-        return [RopeKvNode(op.name, self._image("rope_kv"), q, q_stride, k, k_stride, v, v_stride, freqs,
-                           self.addresses[f"layer:{op.kv.layer}"], self._table(op.kv.layer), self.addresses["positions"],
-                           self.addresses["slots"], n_head, op.kv.n_head_kv, op.kv.head_dim, n_rot, pairing,
-                           self.config.max_blocks_per_seq, mscale)]
-
-    def _make_kvwrite(self, op, tables):
-        return self._make_ropekv(RopeKv(op.name, None, None, op), tables)
-
-    def _make_attention(self, op, tables):
-        q, q_stride = self._view(op.q)
-        out, out_stride = self._view(op.out)
-        return [AttentionNode(op.name, self._image("attention_decode"), self._image("attention_prefill"), q, q_stride, out,
-                              out_stride, self.addresses[f"layer:{op.layer}"], self._table(op.layer),
-                              self.addresses["positions"], self.addresses["slots"], self.addresses["tiles"],
-                              self._weight(op.sinks), self.addresses["attention_partial"],
-                              self.addresses["attention_counters"], op.n_head, op.n_head_kv, op.head_dim,
-                              self.config.max_blocks_per_seq,
-                              decode_max_splits(self.config.context_length, op.window), op.window, op.scale,
-                              self.context.sm_count)]
-
-    def _make_route(self, op, tables):
-        x, x_stride = self._view(op.inp)
-        ids, gates = self._view(op.ids)[0], self._view(op.gates)[0]
-        w = self.plan.weights[op.weight]
-        return [RouteNode(op.name, self.kernel, cuda_layout, expert_layout, w.type_id, w.shape[0], op.n_expert, op.n_used,
-                          self.addresses[op.weight], self._weight(op.bias), x, x_stride, self.addresses["route_partial"],
-                          ids, gates, *self._expert_lists(op))]
-
-    def _make_expertgroup(self, op, tables):
-        first = op.parts[0]
-        x, x_stride = self._view(first.inp)
-        parts = []
-        for part in op.parts:
-            out, out_stride = self._view(part.out)
-            parts.append((self.addresses[part.weight], self._weight(part.bias), out, out_stride))
-        return [ExpertProductNode(op.name, self.kernel, cuda_layout, expert_layout, self.plan.weights[first.weight].type_id,
-                                  first.n_in, first.n_out, first.n_expert, first.n_used, parts, x, x_stride,
-                                  first.n_in if first.per_slot else 0, *self._expert_lists(first),
-                                  self.addresses["x_split"], self.addresses["x_half"], self.addresses["x_half_scale"],
-                                  self.context.sm_count, self.max_smem)]
-
-    def _make_expertsum(self, op, tables):
-        x, x_stride = self._view(op.inp)
-        out, out_stride = self._view(op.out)
-        return [ExpertSumNode(op.name, self.kernel("route", "expert_sum"), x, x_stride, self._view(op.gates)[0], out,
-                              out_stride, op.out.width, op.n_used)]
-
-    def _expert_lists(self, op):
-        """Addresses of the parts of the lists that routing leaves for the products: decode rows, prompt rows."""
-        n_rows = {"decode_list": MAX_BATCH, "prompt_list": -(-self.config.max_rows // 128) * 128}
-        return [expert_layout.list_parts(self.addresses[name], n * op.n_used, op.n_expert) for name, n in n_rows.items()]
-
-    def _make_glu(self, op, tables):
-        gate, gate_stride = self._view(op.gate)
-        up, up_stride = self._view(op.up)
-        out, out_stride = self._view(op.out)
-        return [PointwiseNode(op.name, self._image("pointwise"), "glu", gate, gate_stride, up, up_stride, out, out_stride,
-                              0, op.out.width, op.kind)]
-
-    def _make_act(self, op, tables):
-        a, a_stride = self._view(op.inp)
-        out, out_stride = self._view(op.out)
-        return [PointwiseNode(op.name, self._image("pointwise"), f"act_{op.kind}", a, a_stride, 0, 0, out, out_stride, 0,
-                              op.out.width)]
-
-    def _make_add(self, op, tables):
-        a, a_stride = self._view(op.inp)
-        out, out_stride = self._view(op.out)
-        return [PointwiseNode(op.name, self._image("pointwise"), "add", a, a_stride, 0, 0, out, out_stride, 0,
-                              op.out.width)]
-
-    def _make_gather(self, op, tables):
-        a, a_stride = self._view(op.inp)
-        out, out_stride = self._view(op.out)
-        return [PointwiseNode(op.name, self._image("pointwise"), "gather_rows", a, a_stride, 0, 0, out, out_stride,
-                              self.addresses["out_rows"], op.out.width, "", True)]
-
-    def _image(self, str name):
-        if name not in self.libraries:
-            self.libraries[name] = self.context.load(name)
-        return self.libraries[name]
-
-    def _table(self, int layer):
-        """Address of the block table of a layer's KV group."""
-        group = self.plan.kv_group_of[layer]
-        return self.addresses["block_tables"] + 4 * group * self.config.max_seqs * self.config.max_blocks_per_seq
 
     # ---- one step
 
@@ -541,7 +376,7 @@ cdef class CudaEngine:
     def _forward_until(self, stop_after, int n_rows, int n_decode, int n_tiles, out_rows):
         cdef Shape shape
         if self.named_nodes is None:
-            self.named_nodes = self._nodes_of(lower(self.plan, fuse=False))
+            self.named_nodes = self.launches.nodes(lower(self.plan, fuse=False))
         names = [op.name for op in self.plan.ops]
         if stop_after not in names:
             raise InvalidRequest(f"the plan has no record {stop_after!r}", field="stop_after")
@@ -566,8 +401,8 @@ cdef class CudaEngine:
         """Everything a step needs: launches, sampling, the staging area and the token ring."""
         records = lower(self.plan)
         self.nodes, self.output_nodes = [], []
-        for (_, nodes), op in zip(self._nodes_of(records), records, strict=True):
-            (self.output_nodes if self._is_output(plan_records.output_of(_last(op))) else self.nodes).extend(nodes)
+        for (_, nodes), op in zip(self.launches.nodes(records), records, strict=True):
+            (self.output_nodes if self.launches.is_output(plan_records.output_of(_last(op))) else self.nodes).extend(nodes)
         self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory[2]))
         self.out_ring = self.context.pinned(_ring_offset(0) + RING_STEPS * MAX_BATCH * 4)
         memset(self.out_ring.host, 0, self.out_ring.nbytes)
@@ -580,7 +415,7 @@ cdef class CudaEngine:
         names = ("samples", "seen", "partial", "chunk_weights", "bin_weights", "bin_counts", "done", "step", "failed")
         addresses = {name: self.addresses[name] for name in names} | {"logits": self.addresses["buffer:logits"]}
         ring = self.out_ring.pointer
-        return SampleNode("sample", self._image("sample"), addresses, self.addresses[slots], self.addresses[positions],
+        return SampleNode("sample", self.launches.image("sample"), addresses, self.addresses[slots], self.addresses[positions],
                           next_tokens, ring + _ring_offset(0), ring, self.n_vocab, RING_STEPS, MAX_BATCH, advance, greedy)
 
     def _capture(self):
@@ -741,7 +576,7 @@ cdef class CudaEngine:
             pass        # the context is lost; freeing is all that is left
         for graph in self.graphs.values():
             graph.close()
-        self.graphs, self.kernel_cache, self.libraries = {}, {}, {}
+        self.graphs, self.launches = {}, None
         self.nodes = self.output_nodes = self.named_nodes = self.step_sampler = None
         self.decode_samplers = {}
         for memory in (self.weights, self.kv, self.workspace, self.staging, self.out_ring):
