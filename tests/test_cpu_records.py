@@ -58,7 +58,8 @@ def test_every_record_at_odd_sizes(isa, monkeypatch):
     engine = make_engine(mf, plan, n_threads=2)
     assert engine.isa == isa
     compare(engine, NumpyEngine(mf, plan), plan, prompts(N_VOCAB), {op.name for op in plan.ops})
-    assert {type(op).__name__ for op in plan.ops} == {c.__name__ for c in P.Op.__subclasses__() if c.__module__ == P.__name__}
+    records = {c.__name__ for c in P.Op.__subclasses__() if c.__module__ == P.__name__}
+    assert {type(op).__name__ for op in plan.ops} == records
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
