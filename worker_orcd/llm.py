@@ -107,15 +107,18 @@ class LLM:
                 the_plan = plan.build(model_file, context_length)
                 config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes,
                                               max_seqs, max_rows, vram_limit_bytes)
-                # the tokenizer is Python's work, the other two leave Python alone: they take as long as the longer
-                with ThreadPoolExecutor(1, "orcd-tokenizer") as pool:
-                    tokenizer_made = pool.submit(Tokenizer.from_model, model_file, tokenizer)
+                # tokenizer, check and upload keep different parts of the machine busy: they take as long as the longest
+                with ThreadPoolExecutor(2, "orcd-load") as pool:
+                    made = pool.submit(Tokenizer.from_model, model_file, tokenizer)
+                    checked = None
                     if check_tensors:
-                        model_file.check_tensors(n_threads, phases.next())
+                        checked = pool.submit(model_file.check_tensors, n_threads, phases.next())
                     upload = phases.next() if device != "cpu" else no_progress
                     engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
                                                  chunk_bytes=chunk_bytes, progress=upload, on_plan=on_plan)
-                    self.tokenizer = tokenizer_made.result()
+                    if checked is not None:
+                        checked.result()
+                    self.tokenizer = made.result()
                 model_file.check_unchanged()
                 phases.done()
             stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()

@@ -1,8 +1,12 @@
-"""Progress of a load over several passes through the model's bytes. Knows no file, no engine and no request."""
+"""Progress of a load over several passes through the model's bytes, which may run side by side.
+
+Knows no file, no engine and no request.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +19,9 @@ class LoadProgress:
 
     def __init__(self, progress: bool | Progress, size: int, verb: str = "loading") -> None:
         self._size = size
-        self._n_phases, self._phase = 1, -1
+        self._lock = threading.Lock()
+        self._n_phases = 1
+        self._done: list[int] = []  # bytes of each pass that has begun
         self._bar: Any = None
         self._report: Progress | None = progress if callable(progress) else None
         if progress is True and sys.stderr.isatty():
@@ -36,10 +42,16 @@ class LoadProgress:
         self._tell(0)
 
     def next(self) -> Callable[[int], None]:
-        """Begin the next pass; the result takes the bytes of it that are done."""
-        self._phase += 1
-        base = self._phase * self._size
-        return lambda done: self._tell((base + min(done, self._size)) // self._n_phases)
+        """Begin the next pass; the result takes the bytes of it that are done, from any thread."""
+        phase = len(self._done)
+        self._done.append(0)
+
+        def report(done: int) -> None:
+            with self._lock:
+                self._done[phase] = min(done, self._size)
+                self._tell(sum(self._done) // self._n_phases)
+
+        return report
 
     def done(self) -> None:
         """Everything is loaded."""
