@@ -100,7 +100,7 @@ class LLM:
         model_file = ModelFile(model)
         engine: Engine | None = None
         try:
-            with LoadProgress(progress, model_file.size) as phases:
+            with LoadProgress(progress, model_file.size) as phases, devices.held(device):
                 phases.expect(demanded, check_tensors, device != "cpu")
                 # before anything is made of what the file says
                 verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
