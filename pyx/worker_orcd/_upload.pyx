@@ -288,11 +288,14 @@ cdef class _Load:
         for reader in self.readers:
             if reader.error is not None:
                 raise reader.error
-        for reader in self.readers:
-            if reader.fault_fd >= 0:
-                reason = (f"cannot be read: {os.strerror(reader.fault_errno)}" if reader.fault_errno else
-                          "ended early: it was cut while it was being loaded")
-                raise ModelLoadError(reason, paths[reader.fault_fd], reader.fault_offset)
+        faults = [(reader.fault_offset, reader.fault_fd, reader.fault_errno) for reader in self.readers
+                  if reader.fault_fd >= 0]
+        if faults:
+            # chunks are taken in order, so the lowest offset is where the file really ends
+            offset, fd, number = min(faults)
+            reason = (f"cannot be read: {os.strerror(number)}" if number else
+                      "ended early: it was cut while it was being loaded")
+            raise ModelLoadError(reason, paths[fd], offset)
 
     def close(self):
         """Free everything, after what is queued has ended. Idempotent; never raises."""
