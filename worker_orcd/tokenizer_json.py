@@ -93,16 +93,18 @@ def _parse(data: bytes, path: str) -> Tokenizer:
 
 def _texts(tokenizer: Tokenizer, added: dict[int, Any], path: str) -> list[str]:
     """Text of every token by id; "" for an id that no token has."""
-    n = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
-    texts = [tokenizer.id_to_token(i) for i in range(min(n, MAX_TOKENS + 1))]
-    if sum(t is not None for t in texts) < tokenizer.get_vocab_size(with_added_tokens=True):
-        n = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # numbered with gaps
-        texts = [tokenizer.id_to_token(i) for i in range(min(n, MAX_TOKENS + 1))]
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    n = max([*vocab.values(), *added], default=-1) + 1
     if n > MAX_TOKENS:
         raise ModelLoadError(f"has token id {n - 1}, limit {MAX_TOKENS - 1}", path)
     if n == 0:
         raise ModelLoadError("has an empty vocabulary", path)
-    return [t or "" for t in texts]
+    texts = [""] * n
+    for text, token in vocab.items():
+        texts[token] = text
+    for token, of in added.items():
+        texts[token] = of.content  # also where the vocabulary has two texts for an id
+    return texts
 
 
 def _states(part: Any) -> list[dict[str, Any]]:
