@@ -25,8 +25,9 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
     if (slot < 0) return;
     const int position = p.positions[row];
     const int half_rot = p.n_rot / 2, half_head = p.head_dim / 2;
+    const float* freqs = p.long_slots && p.long_slots[slot] ? p.freqs + half_rot : p.freqs;
     for (int pair = threadIdx.x; pair < half_rot; pair += blockDim.x) {
-        double half_turns = (double)position * (double)p.freqs[pair] * 0.31830988618379067154;
+        double half_turns = (double)position * (double)freqs[pair] * 0.31830988618379067154;
         half_turns -= 2.0 * rint(0.5 * half_turns);
         float s, c;
         sincospif((float)half_turns, &s, &c);

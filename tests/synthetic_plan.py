@@ -73,7 +73,7 @@ def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
     ]
     freqs = tuple(0.7**i for i in range(6))
     ops += [
-        P.Rope("rope_q", q, 6, 20, 12, "halves", freqs, 1.25),
+        P.Rope("rope_q", q, 6, 20, 12, "halves", freqs, 1.25, tuple(0.5 * f for f in freqs)),
         P.Rope("rope_k", k, 2, 20, 12, "adjacent", freqs, 1.25),
     ]
     att = buf("att", 120)
@@ -115,5 +115,5 @@ def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
     groups = (P.KvGroup(0, (0,)), P.KvGroup(WINDOW, (1,)))
     sizes = {"n_embd": 100, "n_layer": 2, "n_head_kv": 2, "head_dim": 20, "n_vocab": N_VOCAB}
     plan = P.Plan("synthetic", **sizes, context_length=N_POSITIONS, max_positions=N_POSITIONS, buffers=buffers,
-                  weights=weights, ops=tuple(ops), kv_groups=groups, kv_group_of=(0, 1))  # fmt: skip
+                  weights=weights, ops=tuple(ops), kv_groups=groups, kv_group_of=(0, 1), long_from=128)  # fmt: skip
     return mf, plan

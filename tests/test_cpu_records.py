@@ -62,6 +62,17 @@ def test_every_record_at_odd_sizes(isa, monkeypatch):
     assert {type(op).__name__ for op in plan.ops} == records
 
 
+def test_slots_of_long_sequences_turn_by_the_long_frequencies():
+    mf, plan = every_record()
+    engine, oracle = make_engine(mf, plan, n_threads=2), NumpyEngine(mf, plan)
+    plain = engine.forward(prompts(N_VOCAB)[0])
+    engine.long_slots[2] = 1
+    oracle.long_slots.add(2)
+    compare(engine, oracle, plan, prompts(N_VOCAB), {"rope_q", "rope_k", "attention.1", "logits"})
+    long = engine.forward(prompts(N_VOCAB)[0])
+    assert (plain[:70] == long[:70]).all() and (plain[71:] != long[71:]).any(axis=1).all()
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_few_rows(n):
     """One row takes the kernel without panels, a few fill no tile."""

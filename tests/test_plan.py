@@ -145,20 +145,23 @@ def phi3_long(context: int = 131072, original: int = 4096) -> FakeFile:
     return mf
 
 
-def test_long_rope_takes_its_factors_by_the_context_that_is_served():
+def test_long_rope_has_frequencies_for_short_and_for_long_sequences():
     """LongRoPE: per-pair divisors, and cos and sin times sqrt(1 + ln(131072/4096) / ln(4096))."""
-    short, long = (arch.hparams(phi3_long(), served) for served in (4096, 8192))
-    assert short.freqs[1] == pytest.approx(10000 ** (-2 / 16))
-    assert np.allclose(np.array(short.freqs) / 2, long.freqs)
-    assert short.rope_mscale == long.rope_mscale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
-    assert [op.out.width for op in plan.build(phi3_long()).ops if op.name == "blk.0.attn_qkv"] == [128]
+    hp, the_plan = arch.hparams(phi3_long()), plan.build(phi3_long())
+    assert hp.freqs[1] == pytest.approx(10000 ** (-2 / 16))
+    assert np.allclose(np.array(hp.freqs) / 2, hp.long_freqs)
+    assert hp.rope_mscale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+    assert the_plan.long_from == hp.long_from == 4096
+    turns = {(op.freqs, op.long_freqs) for op in the_plan.ops if isinstance(op, plan.Rope)}
+    assert turns == {(hp.freqs, hp.long_freqs)}
+    assert [op.out.width for op in the_plan.ops if op.name == "blk.0.attn_qkv"] == [128]
 
 
 def test_long_rope_divisors_must_be_there_and_positive():
     mf = phi3_long()
     del mf.tensors["rope_factors_short.weight"]
     with pytest.raises(ModelLoadError, match="rope_factors_short"):
-        arch.hparams(mf, 4096)
+        arch.hparams(mf)
     mf = phi3_long()
     mf.data["rope_factors_long.weight"] = np.zeros(8, np.float32).tobytes()
     with pytest.raises(ModelLoadError, match="rope_factors_long"):

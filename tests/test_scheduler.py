@@ -37,25 +37,32 @@ class Control:
     interrupted = False
 
 
-def make(max_seqs=4, max_rows=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False):
+def make(max_seqs=4, max_rows=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, long_from=0):
     config = EngineConfig(max_seqs, max_rows, context, n_blocks)
     engine = FakeEngine(config, groups, never_stop=never_stop)
-    return Scheduler(config, groups, engine.block_tables, [STOP_ID]), engine
+    return Scheduler(config, groups, engine.block_tables, [STOP_ID], long_slots=engine.long_slots,
+                     long_from=long_from), engine
 
 
-def run(scheduler: Scheduler, engine: FakeEngine):
-    """Admit, run one piece of work, return (work, sequences that ended)."""
+def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | None = None):
+    """Admit, run one piece of work, return (work, sequences that ended). Tokens go to `ids` by the sequence's id."""
+    ids = ids or {}
     for seq in scheduler.admit():
         if seq.sampling is not None:
             engine.set_slot(seq.slot, seq.sampling)
     work = scheduler.next_work()
     check_ownership(scheduler)
     if isinstance(work, StepWork):
-        ended = scheduler.done_step(work, engine.step(work.batch, work.want_logits)[0])
+        sampled = engine.step(work.batch, work.want_logits)[0]
+        for seq, token in zip(work.outputs, sampled.tolist(), strict=True):
+            ids.get(seq.seq_id, []).append(token)
+        ended = scheduler.done_step(work, sampled)
     elif isinstance(work, DecodeWork):
-        ended = scheduler.done_decode(work, engine.decode(work.slots, work.seq_ids, work.tokens, work.positions,
-                                                          work.n_steps, np.array([STOP_ID], np.int32), work.stop_mask,
-                                                          Ring(), Control()))
+        sampled = engine.decode(work.slots, work.seq_ids, work.tokens, work.positions, work.n_steps,
+                                np.array([STOP_ID], np.int32), work.stop_mask, Ring(), Control())
+        for j, seq in enumerate(work.seqs):
+            ids.get(seq.seq_id, []).extend(sampled[:, j].tolist())
+        ended = scheduler.done_decode(work, sampled)
     elif isinstance(work, ForwardWork):
         engine.forward(work.batch)
         ended = scheduler.done_forward(work)
@@ -298,3 +305,54 @@ def test_blocks_within_a_budget():
 def test_window_blocks_cover_every_alignment(window, n_past):
     first = max(n_past - window + 1, 0) // 64
     assert blocks_of(n_past + 64) - first <= window_blocks(window)
+
+
+# -- LongRoPE: sequences that become long
+
+
+def drawn(prompt, max_tokens, long_from, groups=(FULL,), n_blocks=(64,), others=0):
+    """The ids that a sequence gets beside `others`; the engine checks at each step what every row sees."""
+    scheduler, engine = make(max_seqs=8, groups=groups, n_blocks=n_blocks, never_stop=True, long_from=long_from)
+    seq = SequenceState(100, np.array(prompt, np.int32), max_tokens, sampling())
+    for i in range(others):
+        scheduler.add(sequence(i, 20 + 30 * i, 60))
+    scheduler.add(seq)
+    ids = []
+    while seq.ended is None:
+        run(scheduler, engine, {100: ids})
+        assert {s.slot for s in scheduler.running if s.long} == set(np.flatnonzero(engine.long_slots)) & {
+            s.slot for s in scheduler.running}  # fmt: skip
+    assert seq.ended == "length" and seq.n_out == len(ids) == max_tokens
+    while scheduler.running or scheduler.n_waiting:
+        run(scheduler, engine)
+    check_empty(scheduler)
+    return ids
+
+
+@pytest.mark.parametrize("others", [0, 4])
+@pytest.mark.parametrize("groups", [(FULL,), (KvGroup(48, (0,)),), (FULL, KvGroup(48, (1,)))])
+def test_a_sequence_that_grows_long_is_computed_anew_by_the_long_frequencies(groups, others):
+    """Until then it is a short one, afterwards what a long one with the same tokens is; its neighbours see nothing."""
+    n_blocks, prompt, long_from = (64,) * len(groups), [3, 1, 4, 1, 5] * 14, 100
+    ids = drawn(prompt, 80, long_from, groups, n_blocks, others)
+    n_short = long_from - len(prompt) + 1
+    assert ids[:n_short] == drawn(prompt, n_short, 0, groups, n_blocks)
+    assert ids[n_short:] == drawn(prompt + ids[:n_short], 80 - n_short, long_from, groups, n_blocks)
+    assert ids[n_short:] != drawn(prompt + ids[:n_short], 80 - n_short, 0, groups, n_blocks)
+
+
+@pytest.mark.parametrize("n_prompt", [98, 99, 100, 101, 102])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_what_a_sequence_gets_does_not_depend_on_how_long_it_might_become(n_prompt, max_tokens):
+    prompt = [i % 48 + 1 for i in range(n_prompt)]
+    assert drawn(prompt, max_tokens, 100) == drawn(prompt, 30, 100)[:max_tokens]
+
+
+def test_a_teacher_forced_sequence_is_long_by_its_length():
+    scheduler, engine = make(long_from=100)
+    for seq_id, n in ((1, 100), (2, 101)):
+        scheduler.add(sequence(seq_id, n, 0))
+    scheduler.admit()
+    assert [(s.seq_id, s.long) for s in scheduler.running] == [(1, False), (2, True)]
+    while scheduler.running:
+        run(scheduler, engine)

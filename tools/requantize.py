@@ -90,7 +90,7 @@ def chosen_types(model: ModelFile, wanted: quants.QuantType) -> dict[str, quants
 def _write(model: ModelFile, path: pathlib.Path, types: dict[str, quants.QuantType], file_type: int) -> None:
     writer = gguf.GGUFWriter(path, model.arch)
     try:
-        _copy_metadata(model, writer)
+        copy_metadata(model, writer)
         writer.add_file_type(file_type)
         writer.add_quantization_version(_QUANTIZATION_VERSION)
         for name, kind in types.items():
@@ -106,7 +106,7 @@ def _write(model: ModelFile, path: pathlib.Path, types: dict[str, quants.QuantTy
         writer.close()
 
 
-def _copy_metadata(model: ModelFile, writer: gguf.GGUFWriter) -> None:
+def copy_metadata(model: ModelFile, writer: gguf.GGUFWriter) -> None:
     """All keys with their types. An empty array means the same as no key, and the writer has no way to write one."""
     kinds = {kind.name.lower(): kind for kind in gguf.GGUFValueType}
     for key in model.metadata:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import ModelLoadError
 
@@ -77,7 +77,7 @@ class HParams:
     """Hyperparameters of one model, checked against each other. Widths in elements, positions in tokens.
 
     `freqs` are the n_rot/2 rotary frequencies in radians per position, scaling applied; `rope_mscale` multiplies cos
-    and sin.
+    and sin. A LongRoPE model also has `long_freqs`, for sequences of more than `long_from` positions; 0: it has none.
     """
 
     arch: Arch
@@ -92,6 +92,8 @@ class HParams:
     n_rot: int
     rope_theta: float
     freqs: tuple[float, ...]
+    long_freqs: tuple[float, ...]
+    long_from: int
     rope_mscale: float
     window: int
     n_expert: int
@@ -121,7 +123,7 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
 
     Args:
         mf: the open file.
-        context_length: positions that will be served, where that is known; long-rope models choose their factors by it.
+        context_length: positions that will be served, where that is known: a window that is as wide masks nothing.
 
     Raises:
         ModelLoadError: a key is missing, of the wrong type, out of range or at odds with another; names it.
@@ -162,22 +164,32 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
     window = mf.get_int(f"{a}.attention.sliding_window", 0, MAX_CONTEXT, 0) if row.window != "none" else 0
     if window >= (context_length or trained):
         window = 0  # masks nothing
-    n_rot, theta, freqs, mscale = 0, 0.0, (), 1.0
+    n_rot, theta, rope = 0, 0.0, _RopeTable((), 1.0)
     if row.pairing:
         n_rot = mf.get_int(f"{a}.rope.dimension_count", 2, head_dim, head_dim)
         if n_rot % 2:
             raise bad("rope.dimension_count", f"{n_rot} is odd")
         theta = mf.get_float(f"{a}.rope.freq_base", 1.0, 1e12, 10000.0)
-        freqs, mscale = _rope_table(mf, row, n_rot, theta, trained, context_length or trained)
+        rope = _rope_table(mf, row, n_rot, theta, trained)
     return HParams(
         arch=row, n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
         context_length=trained, norm_eps=mf.get_float(f"{a}.{eps_key}", 0.0, 1.0), n_rot=n_rot, rope_theta=theta,
-        freqs=freqs, rope_mscale=mscale, window=window, n_expert=n_expert, n_expert_used=n_used,
+        freqs=rope.freqs, long_freqs=rope.long_freqs, long_from=rope.long_from, rope_mscale=rope.mscale, window=window,
+        n_expert=n_expert, n_expert_used=n_used,
     )  # fmt: skip
 
 
-def _rope_table(mf: ModelFile, row: Arch, n_rot: int, theta: float, trained: int, served: int):
-    """Frequencies [n_rot/2] and the factor on cos and sin, with the file's rope scaling applied.
+class _RopeTable(NamedTuple):
+    """Frequencies [n_rot/2] and the factor on cos and sin; LongRoPE: those of sequences past `long_from` positions."""
+
+    freqs: tuple[float, ...]
+    mscale: float
+    long_freqs: tuple[float, ...] = ()
+    long_from: int = 0
+
+
+def _rope_table(mf: ModelFile, row: Arch, n_rot: int, theta: float, trained: int) -> _RopeTable:
+    """The rotary frequencies with the file's rope scaling applied.
 
     Sources: linear (position interpolation), YaRN (Peng et al. 2023, eq. 17-22), LongRoPE (Ding et al. 2024) as in
     the models' published configurations; `rope_freqs.weight` holds Llama 3's per-pair divisors.
@@ -191,11 +203,12 @@ def _rope_table(mf: ModelFile, row: Arch, n_rot: int, theta: float, trained: int
     kind = mf.get_str(f"{a}.rope.scaling.type", "none")
     mscale = 1.0
     if "rope_factors_long.weight" in mf.tensors or "rope_factors_short.weight" in mf.tensors:
-        name = "rope_factors_long.weight" if served > original else "rope_factors_short.weight"
-        base = [f / d for f, d in zip(base, _divisors(mf, name, half), strict=True)]
+        divisors = (_divisors(mf, f"rope_factors_{name}.weight", half) for name in ("short", "long"))
+        short, long = (tuple(f / d for f, d in zip(base, ds, strict=True)) for ds in divisors)
         ratio = trained / original
         mscale = attn_factor or (math.sqrt(1.0 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0)
-    elif "rope_freqs.weight" in mf.tensors:
+        return _RopeTable(short, mscale, long, original)
+    if "rope_freqs.weight" in mf.tensors:
         base = [f / d for f, d in zip(base, _divisors(mf, "rope_freqs.weight", half), strict=True)]
     elif kind == "linear":
         base = [f / factor for f in base]
@@ -213,7 +226,7 @@ def _rope_table(mf: ModelFile, row: Arch, n_rot: int, theta: float, trained: int
     elif kind != "none":
         raise ModelLoadError(f"{a}.rope.scaling.type: unsupported {kind!r} (supported: none, linear, yarn)", mf.path,
                              field=f"{a}.rope.scaling.type")  # fmt: skip
-    return tuple(base), mscale
+    return _RopeTable(tuple(base), mscale)
 
 
 def _divisors(mf: ModelFile, name: str, n: int) -> list[float]:

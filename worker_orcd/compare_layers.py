@@ -61,6 +61,7 @@ def layer_activations(model_file: ModelFile, device: str, prompts: Sequence[Sequ
     with open_engine(model_file, device, max(map(len, cut)), n_threads) as (engine, the_plan):
         for ids in cut:
             n = len(ids)
+            engine.long_slots[0] = 0 < the_plan.long_from < n
             batch = Batch(ids, np.arange(n, dtype=np.int32), np.zeros(n, np.int32), 0, np.array([n - 1], np.int32))
             for record in layer_records(the_plan):
                 found.setdefault(record, []).append(engine.forward(batch, record))

@@ -141,6 +141,11 @@ class Launches:
             )
         ]
 
+    def _freqs(self, op: Any, tables: Tables) -> tuple[int, int]:
+        """Addresses of a record's frequencies, and of the slots that take the long ones; 0 where there are none."""
+        table = self.addresses[f"freqs:{tables[op.freqs + op.long_freqs]}"]
+        return table, self.addresses["long_slots"] if op.long_freqs else 0
+
     def _make_rope(self, op: Any, tables: Tables) -> list[Any]:
         x, stride = self._view(op.x)
         return [
@@ -153,7 +158,7 @@ class Launches:
                 stride,
                 0,
                 0,
-                self.addresses[f"freqs:{tables[op.freqs]}"],
+                *self._freqs(op, tables),
                 0,
                 0,
                 self.addresses["positions"],
@@ -171,12 +176,12 @@ class Launches:
     def _make_ropekv(self, op: Any, tables: Tables) -> list[Any]:
         k, k_stride = self._view(op.kv.k)
         v, v_stride = self._view(op.kv.v)
-        q, q_stride, n_head, freqs, n_rot, pairing, mscale = 0, 0, 0, 0, 0, "", 1.0
+        q, q_stride, n_head, freqs, n_rot, pairing, mscale = 0, 0, 0, (0, 0), 0, "", 1.0
         if op.rope_q is not None:
             r = op.rope_q
             q, q_stride = self._view(r.x)
             n_head, n_rot, pairing, mscale = r.n_head, r.n_rot, r.pairing, r.mscale
-            freqs = self.addresses[f"freqs:{tables[r.freqs]}"]
+            freqs = self._freqs(r, tables)
         return [
             RopeKvNode(
                 op.name,
@@ -187,7 +192,7 @@ class Launches:
                 k_stride,
                 v,
                 v_stride,
-                freqs,
+                *freqs,
                 self.addresses[f"layer:{op.kv.layer}"],
                 self._table(op.kv.layer),
                 self.addresses["positions"],

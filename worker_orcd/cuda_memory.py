@@ -61,8 +61,8 @@ def weights_arena(plan: Plan) -> Arena:
 
 
 def rope_tables(plan: Plan) -> dict[int, tuple[float, ...]]:
-    """The distinct rotary frequency tables, by number."""
-    return dict(enumerate(dict.fromkeys(op.freqs for op in plan.ops if isinstance(op, Rope))))
+    """The distinct rotary frequency tables, by number: the frequencies, then those of long sequences if there are."""
+    return dict(enumerate(dict.fromkeys(op.freqs + op.long_freqs for op in plan.ops if isinstance(op, Rope))))
 
 
 def kv_block_bytes(plan: Plan) -> int:
@@ -96,6 +96,7 @@ def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int]
     arena.add("positions", rows * 4)
     arena.add("slots", rows * 4)
     arena.add("out_rows", rows * 4)
+    arena.add("long_slots", config.max_seqs * 4)
     arena.add("tiles", (rows + config.max_seqs) * 16)
     groups = len(plan.kv_groups)
     arena.add("block_tables", groups * config.max_seqs * config.max_blocks_per_seq * 4)
@@ -134,6 +135,7 @@ def _converted(plan: Plan, op: Op) -> tuple[int, int, int]:
 
 def staging_bytes(workspace: Arena) -> int:
     """Pinned host memory through which the row tables of a step pass: each table once, the output rows in pieces."""
-    names = ("tokens", "positions", "slots", "out_rows", "tiles", "block_tables", "out_slots", "out_positions")
+    names = ("tokens", "positions", "slots", "out_rows", "tiles", "block_tables", "long_slots", "out_slots",
+             "out_positions")  # fmt: skip
     ends = sorted([*workspace.offsets.values(), workspace.nbytes])
     return sum(ends[ends.index(workspace.offsets[n]) + 1] - workspace.offsets[n] for n in names) + ALIGN

@@ -100,29 +100,31 @@ class LLM:
         model_file = ModelFile(model)
         engine: Engine | None = None
         try:
-            with LoadProgress(progress, model_file.size) as phases, devices.held(device):
+            with LoadProgress(progress, model_file.size) as phases, ThreadPoolExecutor(2, "orcd-load") as pool:
                 phases.expect(demanded, check_tensors, device != "cpu")
                 # before anything is made of what the file says
                 verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
-                the_plan = plan.build(model_file, context_length)
-                config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes,
-                                              max_seqs, max_rows, vram_limit_bytes)
-                # tokenizer, check and upload keep different parts of the machine busy: they take as long as the longest
-                with ThreadPoolExecutor(2, "orcd-load") as pool:
-                    made = pool.submit(Tokenizer.from_model, model_file, tokenizer)
+                # tokenizer, context, check and upload keep different parts of the machine busy; the tokenizer goes
+                # first because it holds the lock of Python for long, which making a context does not need
+                made = pool.submit(Tokenizer.from_model, model_file, tokenizer)
+                with devices.held(device):
+                    the_plan = plan.build(model_file, context_length)
+                    config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes,
+                                                  max_seqs, max_rows, vram_limit_bytes)
                     checked = None
                     if check_tensors:
                         checked = pool.submit(model_file.check_tensors, n_threads, phases.next())
                     upload = phases.next() if device != "cpu" else no_progress
                     engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
                                                  chunk_bytes=chunk_bytes, progress=upload, on_plan=on_plan)
-                    if checked is not None:
-                        checked.result()
-                    self.tokenizer = made.result()
+                if checked is not None:
+                    checked.result()
+                self.tokenizer = made.result()
                 model_file.check_unchanged()
                 phases.done()
             stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
-            self._scheduler = Scheduler(config, the_plan.kv_groups, engine.block_tables, stop_ids)
+            self._scheduler = Scheduler(config, the_plan.kv_groups, engine.block_tables, stop_ids,
+                                        long_slots=engine.long_slots, long_from=the_plan.long_from)
             block_bytes = kv_pool.block_bytes(the_plan)
             self.info = ModelInfo(
                 **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,

@@ -105,7 +105,8 @@ class Rope(Op):
     """Rotary embedding in place on `n_head` heads of `head_dim` columns of `x`; the first `n_rot` of each turn.
 
     Pair p (of n_rot/2) turns by angle pos * freqs[p]; cos and sin are multiplied by `mscale`. `pairing` "adjacent":
-    columns (2p, 2p+1); "halves": (p, p + n_rot/2).
+    columns (2p, 2p+1); "halves": (p, p + n_rot/2). Where `long_freqs` is not empty, it takes the place of `freqs` in
+    sequences of more than the plan's `long_from` positions.
     """
 
     x: View
@@ -115,6 +116,7 @@ class Rope(Op):
     pairing: str
     freqs: tuple[float, ...]
     mscale: float = 1.0
+    long_freqs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,8 @@ class Plan:
         buffers: activations by name.
         weights: needed tensors by name.
         ops: the records, in order; the last writes the buffer "logits" [outputs, n_vocab].
+        long_from: a sequence of more positions turns by the `long_freqs` of its `Rope` records, from its first
+            position on (LongRoPE); 0: there are none.
         kv_groups: see `KvGroup`; `kv_group_of[layer]` is the index of a layer's group.
     """
 
@@ -268,6 +272,7 @@ class Plan:
     ops: tuple[Op, ...]
     kv_groups: tuple[KvGroup, ...]
     kv_group_of: tuple[int, ...] = field(default=())
+    long_from: int = 0
 
     def kv_bytes_per_token(self) -> int:
         """float16 K and V of one position over all layers, in bytes."""
@@ -354,7 +359,7 @@ def build(mf: ModelFile, context_length: int | None = None) -> Plan:
 
     Args:
         mf: the open file; only metadata and the tensor table are read (and the divisor vectors of rotary scaling).
-        context_length: positions that will be served, where known (long-rope models choose their factors by it).
+        context_length: positions that will be served, where known (a window that is as wide masks nothing).
 
     Raises:
         ModelLoadError: unsupported architecture, hyperparameters out of range, tensors missing, left over or of
@@ -401,6 +406,7 @@ def build(mf: ModelFile, context_length: int | None = None) -> Plan:
         head_dim=hp.head_dim, context_length=hp.context_length, max_positions=max_positions, buffers=b.buffers,
         weights=b.weights, ops=tuple(b.ops), kv_groups=groups,
         kv_group_of=tuple(next(g for g, grp in enumerate(groups) if i in grp.layers) for i in range(hp.n_layer)),
+        long_from=hp.long_from,
     )  # fmt: skip
 
 
@@ -423,7 +429,7 @@ def _attention(b: _Builder, hp: HParams, layer: int, x: View, h: View) -> None:
     if row.pairing:
         for name, view, n in (("q", q, hp.n_head), ("k", k, hp.n_head_kv)):
             b.ops.append(Rope(f"{p}.rope_{name}", view, n, hp.head_dim, hp.n_rot, row.pairing, hp.freqs,
-                              hp.rope_mscale))  # fmt: skip
+                              hp.rope_mscale, hp.long_freqs))  # fmt: skip
     b.ops.append(KvWrite(f"{p}.kv_write", layer, k, v, hp.n_head_kv, hp.head_dim))
     att = b.buffer("att", n_q)
     sinks = b.weight(f"{p}.attn_sinks.weight", "vector", hp.n_head) if row.sinks else None

@@ -39,6 +39,8 @@ class SequenceState:
         slot: place in the engine, -1 while waiting.
         n_past: positions in the KV cache.
         n_out: tokens generated; `last_token` is the newest, not yet in the cache.
+        long: whether it turns by the plan's long frequencies (LongRoPE).
+        drawn: the tokens generated so far, kept while they may have to be computed anew.
         ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
     """
 
@@ -52,6 +54,8 @@ class SequenceState:
     n_past: int = 0
     n_out: int = 0
     last_token: int = -1
+    long: bool = False
+    drawn: list[int] = field(default_factory=list)
     ended: str | None = None
     blocks: list[dict[int, int]] = field(default_factory=list)  # per KV group: {block number: block of the pool}
     reserved: list[int] = field(default_factory=list)  # per KV group
@@ -117,10 +121,13 @@ class Scheduler:
         block_tables: the engine's int32 [n_groups, max_seqs, max_blocks_per_seq], written here and nowhere else.
         stop_ids: the model's end-of-text tokens.
         max_decode_steps: most steps of one `DecodeWork`.
+        long_slots: the engine's int32 [max_seqs], written here and nowhere else.
+        long_from: the plan's; 0: its frequencies are the same for every length.
     """
 
     def __init__(self, config: EngineConfig, groups: Sequence[KvGroup], block_tables: np.ndarray,
-                 stop_ids: Iterable[int] = (), max_decode_steps: int = 1024) -> None:
+                 stop_ids: Iterable[int] = (), max_decode_steps: int = 1024, *,
+                 long_slots: np.ndarray | None = None, long_from: int = 0) -> None:
         self.config = config
         self.groups = tuple(groups)
         self.pools = [BlockPool(n) for n in config.n_blocks]
@@ -132,6 +139,9 @@ class Scheduler:
         self._max_decode_steps = min(max_decode_steps, BLOCK_SIZE) if windowed else max_decode_steps
         self._tables = block_tables
         self._tables[...] = -1
+        self._long_slots = np.zeros(config.max_seqs, np.int32) if long_slots is None else long_slots
+        self._long_slots[...] = 0
+        self._long_from = long_from
         self._unreserved = list(config.n_blocks)
         self._free_slots = list(range(config.max_seqs - 1, -1, -1))
         self._waiting: OrderedDict[int, SequenceState] = OrderedDict()
@@ -198,6 +208,7 @@ class Scheduler:
             seq.slot = self._free_slots.pop()
             seq.reserved = need
             seq.blocks = [{} for _ in need]
+            self._set_long(seq, 0 < self._long_from < seq.n_prompt)
             for i, n in enumerate(need):
                 self._unreserved[i] -= n
             self._running[seq.seq_id] = seq
@@ -222,6 +233,8 @@ class Scheduler:
         """The next thing for the engine to do, its block tables written; None when nothing runs."""
         forced, sampled = [], []
         for seq in self._running.values():
+            if self._may_grow_long(seq) and seq.n_past == self._long_from:
+                self._start_again_long(seq)
             (sampled if seq.sampling is not None else forced).append(seq)
         if forced and (self._forward_next or not sampled):
             self._forward_next = False
@@ -240,6 +253,8 @@ class Scheduler:
         for seq, token in zip(work.outputs, sampled, strict=True):
             seq.n_out += 1
             seq.last_token = int(token)
+            if self._may_grow_long(seq):
+                seq.drawn.append(seq.last_token)
         return self._end_finished(seq for seq, _ in work.rows)
 
     def done_forward(self, work: ForwardWork) -> list[SequenceState]:
@@ -261,6 +276,8 @@ class Scheduler:
             seq.n_past += n
             seq.n_out += n
             seq.last_token = int(sampled[n - 1, j])
+            if self._may_grow_long(seq):
+                seq.drawn += sampled[:n, j].tolist()
         return self._end_finished(work.seqs)
 
     # -- inside
@@ -285,12 +302,32 @@ class Scheduler:
     def _free(self, seq: SequenceState, reason: str) -> None:
         del self._running[seq.seq_id]
         self._free_slots.append(seq.slot)
-        self._tables[:, seq.slot, :] = -1
-        for i, pool in enumerate(self.pools):
-            for block in reversed(seq.blocks[i].values()):
-                pool.give(block)
-            self._unreserved[i] += seq.reserved[i]
+        self._give_all_back(seq)
+        for i, n in enumerate(seq.reserved):
+            self._unreserved[i] += n
         seq.ended, seq.slot, seq.blocks, seq.reserved = reason, -1, [], []
+
+    def _give_all_back(self, seq: SequenceState) -> None:
+        """Return every block that a sequence owns; what is reserved for it stays."""
+        self._tables[:, seq.slot, :] = -1
+        for pool, owned in zip(self.pools, seq.blocks, strict=True):
+            for block in reversed(owned.values()):
+                pool.give(block)
+            owned.clear()
+
+    def _set_long(self, seq: SequenceState, long: bool) -> None:
+        seq.long = long
+        self._long_slots[seq.slot] = long
+
+    def _may_grow_long(self, seq: SequenceState) -> bool:
+        return self._long_from > 0 and not seq.long and seq.sampling is not None
+
+    def _start_again_long(self, seq: SequenceState) -> None:
+        """Its next position is the first of a long sequence, in which every position turns by other frequencies: what
+        it has so far becomes a prompt that is computed anew, in the blocks that are reserved for it."""
+        self._set_long(seq, True)
+        self._give_all_back(seq)
+        seq.prompt, seq.drawn, seq.n_past = np.append(seq.prompt, np.array(seq.drawn, np.int32)), [], 0
 
     def _take(self, seq: SequenceState, n: int) -> None:
         """Own the blocks that the next `n` rows write."""
@@ -363,7 +400,8 @@ class Scheduler:
         return ForwardWork(batch, seq)
 
     def _decode(self, seqs: list[SequenceState]) -> DecodeWork:
-        n_steps = min(self._max_decode_steps, *(s.max_tokens - s.n_out for s in seqs))
+        n_steps = min(self._max_decode_steps, *(s.max_tokens - s.n_out for s in seqs),
+                      *(self._long_from - s.n_past for s in seqs if self._may_grow_long(s)))
         for seq in seqs:
             self._take(seq, n_steps)
         return DecodeWork(

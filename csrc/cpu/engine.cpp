@@ -45,13 +45,14 @@ int32_t Engine::add_vector(const uint8_t* data, int type, int64_t n) {
     return (int32_t)vectors_.size() - 1;
 }
 
-int32_t Engine::add_rope_table(const double* freqs, int32_t n, double mscale) {
+int32_t Engine::add_rope_table(const double* freqs, int32_t n, int32_t n_sets, double mscale) {
+    const size_t total = (size_t)n * (size_t)n_sets;
     for (size_t i = 0; i < rope_tables_.size(); ++i) {
         const RopeTable& t = rope_tables_[i];
-        if (t.mscale == mscale && t.freqs.size() == (size_t)n && std::equal(freqs, freqs + n, t.freqs.begin()))
+        if (t.mscale == mscale && t.freqs.size() == total && std::equal(freqs, freqs + total, t.freqs.begin()))
             return (int32_t)i;
     }
-    rope_tables_.push_back(RopeTable{std::vector<double>(freqs, freqs + n), mscale, {}, {}});
+    rope_tables_.push_back(RopeTable{std::vector<double>(freqs, freqs + total), (size_t)n, mscale, {}, {}});
     return (int32_t)rope_tables_.size() - 1;
 }
 
@@ -84,8 +85,8 @@ void Engine::finish(int32_t logits_buffer) {
         g.tables.assign((size_t)sizes_.max_seqs * (size_t)sizes_.max_blocks_per_seq, -1);
     }
     for (RopeTable& t : rope_tables_) {
-        t.cos.resize(max_rows * t.freqs.size());
-        t.sin.resize(max_rows * t.freqs.size());
+        t.cos.resize(max_rows * t.n);
+        t.sin.resize(max_rows * t.n);
     }
     size_t pointers = max_rows, experts = 0, padding_rows = 0;
     for (const Op& op : ops_) {
@@ -202,6 +203,7 @@ bool Engine::prepare(const BatchView& b, const int32_t* tables, BatchError* erro
     positions_.assign(b.positions, b.positions + b.n_rows);
     slots_.assign(b.slots, b.slots + b.n_rows);
     out_rows_.assign(b.out_rows, b.out_rows + b.n_out);
+    long_slots_.assign(b.long_slots, b.long_slots + sizes_.max_seqs);
     make_tiles();
     return true;
 }

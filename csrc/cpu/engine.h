@@ -45,6 +45,7 @@ struct KvGroup {
 // The rows of a step; arrays of the caller.
 struct BatchView {
     const int32_t *tokens = nullptr, *positions = nullptr, *slots = nullptr, *out_rows = nullptr;
+    const int32_t* long_slots = nullptr;  // [max_seqs], not 0: the slot turns by the long frequencies
     int32_t n_rows = 0, n_out = 0;
     int32_t n_steps = 1;  // steps that follow each other with positions one further each (decode)
 };
@@ -64,7 +65,8 @@ public:
     int32_t add_matrix(const uint8_t* data, int type, int64_t n_in, int64_t n_out, int64_t row_bytes);
     // Copied; F32, F16 or BF16 (type ids 0, 1, 30).
     int32_t add_vector(const uint8_t* data, int type, int64_t n);
-    int32_t add_rope_table(const double* freqs, int32_t n, double mscale);
+    // `freqs` [n_sets][n]: for every sequence, or for short ones and for long ones.
+    int32_t add_rope_table(const double* freqs, int32_t n, int32_t n_sets, double mscale);
     void add_kv_group(const KvGroup& group);
     void add_layer(int32_t kv_group);  // the layer's place in its group is the order of adding
     void add_op(const Op& op) { ops_.push_back(op); }
@@ -99,9 +101,10 @@ private:
         Pages pages;
     };
     struct RopeTable {
-        std::vector<double> freqs;
+        std::vector<double> freqs;  // [1 or 2][n]
+        size_t n;
         double mscale;
-        std::vector<float> cos, sin;  // [max_rows][freqs]
+        std::vector<float> cos, sin;  // [max_rows][n]
     };
     struct Group {
         KvGroup sizes;
@@ -167,7 +170,7 @@ private:
     int32_t v_stride_ = 0;
 
     // The prepared batch.
-    std::vector<int32_t> tokens_, positions_, slots_, out_rows_;
+    std::vector<int32_t> tokens_, positions_, slots_, out_rows_, long_slots_;
     std::vector<RowTile> tiles_;
     std::vector<uint8_t> slot_seen_;  // [max_seqs]
 

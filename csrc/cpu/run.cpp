@@ -52,14 +52,17 @@ void Engine::run(int32_t n_ops, float* logits) noexcept {
 // Angles in double: at position 10^5 a float32 angle is off by 0.004.
 void Engine::fill_rope_tables() noexcept {
     for (RopeTable& t : rope_tables_) {
-        const int64_t n = (int64_t)t.freqs.size();
+        const int64_t n = (int64_t)t.n;
         for_rows(n_rows(), 64 * n, [&](int64_t r0, int64_t r1) {
-            for (int64_t r = r0; r < r1; ++r)
+            for (int64_t r = r0; r < r1; ++r) {
+                const bool is_long = t.freqs.size() > t.n && long_slots_[(size_t)slots_[(size_t)r]] != 0;
+                const double* freqs = t.freqs.data() + (is_long ? n : 0);
                 for (int64_t i = 0; i < n; ++i) {
-                    double angle = positions_[(size_t)r] * t.freqs[(size_t)i];
+                    double angle = positions_[(size_t)r] * freqs[i];
                     t.cos[(size_t)(r * n + i)] = (float)(std::cos(angle) * t.mscale);
                     t.sin[(size_t)(r * n + i)] = (float)(std::sin(angle) * t.mscale);
                 }
+            }
         });
     }
 }
@@ -140,7 +143,7 @@ void Engine::matmul(const Op& op) noexcept {
 
 void Engine::rope(const Op& op) noexcept {
     const RopeTable& t = rope_tables_[(size_t)op.rope_table];
-    const size_t n = t.freqs.size();
+    const size_t n = t.n;
     for_rows(n_rows(), op.inp.width, [&](int64_t r0, int64_t r1) {
         for (int64_t r = r0; r < r1; ++r)
             kernels_->rope(at(op.inp, r), op.n_head, op.head_dim, op.n_rot, op.adjacent, t.cos.data() + (size_t)r * n,

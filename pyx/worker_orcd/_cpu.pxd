@@ -90,6 +90,7 @@ cdef extern from "engine.h" namespace "worker_orcd" nogil:
         const int32_t* positions
         const int32_t* slots
         const int32_t* out_rows
+        const int32_t* long_slots
         int32_t n_rows, n_out, n_steps
 
     cdef cppclass BatchError:
@@ -100,7 +101,7 @@ cdef extern from "engine.h" namespace "worker_orcd" nogil:
         int32_t add_buffer(int64_t width, cbool outputs) except +
         int32_t add_matrix(const uint8_t* data, int type, int64_t n_in, int64_t n_out, int64_t row_bytes) except +
         int32_t add_vector(const uint8_t* data, int type, int64_t n) except +
-        int32_t add_rope_table(const double* freqs, int32_t n, double mscale) except +
+        int32_t add_rope_table(const double* freqs, int32_t n, int32_t n_sets, double mscale) except +
         void add_kv_group(const KvGroup& group) except +
         void add_layer(int32_t kv_group) except +
         void add_op(const Op& op) except +

@@ -134,12 +134,13 @@ cdef class _Lowering:
             same = (r.inp, r.out)
         elif kind == "Rope":
             op.kind = OpKind.kRope
-            self.require(r.pairing in ("adjacent", "halves") and r.n_rot == 2 * len(r.freqs) and 0 < r.n_rot <= r.head_dim,
+            self.require(r.pairing in ("adjacent", "halves") and r.n_rot == 2 * len(r.freqs) and 0 < r.n_rot <= r.head_dim
+                         and len(r.long_freqs) in (0, len(r.freqs)),
                          f"{r.name}: {r.pairing}, {r.n_rot} of {r.head_dim}")
             op.inp = self.view(r.x, r.n_head * r.head_dim, r.name)
             op.n_head, op.head_dim, op.n_rot, op.adjacent = r.n_head, r.head_dim, r.n_rot, r.pairing == "adjacent"
-            freqs = np.array(r.freqs, np.float64)
-            op.rope_table = self.engine.add_rope_table(&freqs[0], <int32_t>freqs.shape[0], r.mscale)
+            freqs = np.array(r.freqs + r.long_freqs, np.float64)
+            op.rope_table = self.engine.add_rope_table(&freqs[0], r.n_rot // 2, 2 if r.long_freqs else 1, r.mscale)
             same = (r.x,)
         elif kind == "KvWrite" or kind == "Attention":
             self.require(0 <= r.layer < plan.n_layer and r.n_head_kv == plan.n_head_kv and r.head_dim == plan.head_dim,

@@ -117,7 +117,7 @@ cdef class CudaEngine:
         ModelLoadError: a shape that no kernel is built for, or the file changed while it was read.
     """
 
-    cdef readonly object plan, config, block_tables, model_file, memory, vram_plan
+    cdef readonly object plan, config, block_tables, long_slots, model_file, memory, vram_plan
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
@@ -143,6 +143,7 @@ cdef class CudaEngine:
         self.own_context = context is None
         self.context = Context(device) if context is None else context
         self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
+        self.long_slots = np.zeros(config.max_seqs, np.int32)
         try:
             self._allocate(model_file, on_plan)
             self._load(model_file, chunk_bytes, progress)
@@ -303,6 +304,8 @@ cdef class CudaEngine:
         self._send("out_rows", out_rows)
         self._send("tiles", tiles)
         self._send("block_tables", self.block_tables)
+        if self.plan.long_from:
+            self._send("long_slots", self.long_slots)
         return len(tiles)
 
     def step(self, batch, want_logits=False):

@@ -9,6 +9,7 @@ import gc
 import threading
 import time
 
+import long_rope
 import numpy as np
 import pytest
 from oracle.numpy_engine import NumpyEngine
@@ -296,6 +297,11 @@ def test_a_counting_thread_keeps_half_its_speed(goldens_dir):
         thread.join()
     print(f"counted {busy} while generating, {free} alone")
     assert busy >= free / 2
+
+
+def test_long_rope_across_the_limit(goldens_dir, tmp_path):
+    """Teacher-forced and generated sequences turn by the frequencies of their length."""
+    long_rope.check(long_rope.write(goldens_dir / "phi3-Q8_0.gguf", tmp_path / "long.gguf"), "cuda:0")
 
 
 def test_block_size_is_that_of_the_kernels():

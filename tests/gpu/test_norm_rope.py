@@ -121,7 +121,8 @@ def rope_reference(x, position, freqs, pairing, n_rot, mscale):
         (2, 1, 256, 256, 1.0),
     ],
 )
-def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing):
+@pytest.mark.parametrize("long", [False, True])
+def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing, long):
     rng = np.random.default_rng(head_dim + pairing)
     lengths = [65, 131072, 129, 40]
     cache = PagedCache(rng, [65, 64, 129, 40], n_head_kv, head_dim, filled=False)
@@ -135,11 +136,13 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing):
     x = rng.standard_normal((5, width)).astype(np.float32)
     x[0, (n_head + n_head_kv) * head_dim] = 1e6  # a value float16 cannot hold
     freqs = (10000.0 ** (-np.arange(max(n_rot // 2, 1)) / max(n_rot // 2, 1))).astype(np.float32)
-    buffers = [gpu.buffer(a) for a in (x, freqs, cache.arena, table, positions, slots)]
-    dx, df, dkv, dt, dp, ds = buffers
+    long_slots = np.array([1, 0, 1, 0], np.int32)
+    both = np.concatenate([freqs, freqs / 3])
+    buffers = [gpu.buffer(a) for a in (x, both, cache.arena, table, positions, slots, long_slots)]
+    dx, df, dkv, dt, dp, ds, dl = buffers
     k0, v0 = n_head * head_dim, (n_head + n_head_kv) * head_dim
     p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, k0), v=view(dx, v0), freqs=df, kv=dkv, block_table=dt,
-               positions=dp, slots=ds,
+               positions=dp, slots=ds, long_slots=dl if long else 0,
                q_stride=width, k_stride=width, v_stride=width, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
                n_rot=n_rot, pairing=pairing, max_blocks=table.shape[1], mscale=mscale)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), (5, 3), 256, p)
@@ -149,7 +152,8 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing):
     expected = cache.arena.copy()
     saved, cache.arena = cache.arena, expected
     for r in range(4):
-        want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), freqs, pairing, n_rot, mscale)
+        mine = both[len(freqs):] if long and long_slots[r] else freqs
+        want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), mine, pairing, n_rot, mscale)
         check_nmse(got[r, :v0], want.ravel(), LIMIT, f"rope at position {positions[r]}")
         at = int(positions[r]) if r != 1 else KV_BLOCK - 1
         cache.k_at(r, at)[:] = got[r, k0:v0].reshape(n_head_kv, head_dim).astype(np.float16)

@@ -42,6 +42,7 @@ class NumpyEngine:
     def __init__(self, model_file, plan: P.Plan, kv_dtype=np.float16) -> None:
         self.mf, self.plan, self.kv_dtype = model_file, plan, kv_dtype
         self.weights: dict[str, np.ndarray] = {}
+        self.long_slots: set[int] = set()  # slots whose sequences are longer than plan.long_from
         self.kv = defaultdict(dict)  # (layer, slot) -> {position: (k, v)} each [n_head_kv, head_dim]
 
     def w(self, name: str) -> np.ndarray:
@@ -88,7 +89,8 @@ class NumpyEngine:
 
     def rope(self, op):
         x = self.get(op.x).reshape(-1, op.n_head, op.head_dim)
-        angle = self.pos[:, None] * np.asarray(op.freqs)[None]
+        freqs = [op.long_freqs if op.long_freqs and int(slot) in self.long_slots else op.freqs for slot in self.slots]
+        angle = self.pos[:, None] * np.asarray(freqs)
         cos, sin = (f(angle)[:, None] * op.mscale for f in (np.cos, np.sin))
         n = op.n_rot
         a, b = (slice(0, n, 2), slice(1, n, 2)) if op.pairing == "adjacent" else (slice(0, n // 2), slice(n // 2, n))

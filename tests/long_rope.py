@@ -1,0 +1,69 @@
+"""A tiny LongRoPE model, and what it must answer by the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import requantize
+from oracle.numpy_engine import NumpyEngine
+
+from worker_orcd import LLM, SamplingParams, plan
+from worker_orcd.model_file import ModelFile
+
+#: positions from which on a sequence is a long one
+LONG_FROM = 64
+KEY = "phi3.rope.scaling.original_context_length"
+
+
+def write(source: Path, target: Path) -> Path:
+    """A copy of a phi3 file with divisors of 1 for short sequences and of up to 16 for long ones."""
+    with ModelFile(source) as model:
+        n_rot = model.get_int("phi3.rope.dimension_count", 2, 1024)
+        tensors = {name: (t.shape, t.type_id, np.frombuffer(model.view(name), np.uint8).copy())
+                   for name, t in model.tensors.items()}  # fmt: skip
+        for name, factors in (("short", np.ones(n_rot // 2)), ("long", np.linspace(1, 16, n_rot // 2))):
+            tensors[f"rope_factors_{name}.weight"] = ((n_rot // 2,), 0, factors.astype(np.float32).view(np.uint8))
+        writer = gguf.GGUFWriter(target, model.arch)
+        requantize.copy_metadata(model, writer)
+        writer.kv_data[0][KEY].value = LONG_FROM
+        for name, (shape, type_id, data) in tensors.items():
+            rows = data.reshape(*reversed(shape[1:]), -1)
+            writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType(type_id))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return target
+
+
+def exact_logits(model: ModelFile, ids: list[int]) -> np.ndarray:
+    """float64 [n, n_vocab] of all positions of one sequence."""
+    oracle = NumpyEngine(model, plan.build(model))
+    if len(ids) > LONG_FROM:
+        oracle.long_slots.add(0)
+    n = len(ids)
+    return oracle.run(ids, np.arange(n), np.zeros(n, int), np.arange(n))
+
+
+def check(path: Path, device: str) -> None:
+    """Teacher-forced and greedy across the limit, alone and in a crowd."""
+    rng = np.random.default_rng(5)
+    with LLM(path, device=device, context_length=256, progress=False) as llm, ModelFile(path) as model:
+        ids = rng.integers(3, llm.info.n_vocab, LONG_FROM + 20).tolist()
+        for n in (LONG_FROM - 1, LONG_FROM, LONG_FROM + 1, LONG_FROM + 20):
+            exact = exact_logits(model, ids[:n])
+            error = ((llm.logits(ids[:n]) - exact) ** 2).mean() / (exact**2).mean()
+            assert error < 2e-5, f"{n} positions: NMSE {error:.1e}"
+        short, long = exact_logits(model, ids[:LONG_FROM]), exact_logits(model, ids[:LONG_FROM + 1])
+        assert ((short - long[:-1]) ** 2).mean() / (short**2).mean() > 1e-3, "the divisors make no difference"
+
+        params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+        prompts = [ids[:50], ids[:LONG_FROM], ids[:LONG_FROM + 1], ids[5:70], ids[:10]]
+        alone = [llm.generate([p], params)[0].token_ids for p in prompts]
+        assert [c.token_ids for c in llm.generate(prompts, params)] == alone
+        for prompt, answer in zip(prompts[:3], alone, strict=False):
+            for i, token in enumerate(answer):
+                best = exact_logits(model, [*prompt, *answer[:i]])[-1]
+                assert best.max() - best[token] < 1e-2 * best.std(), f"prompt of {len(prompt)}, token {i}"
