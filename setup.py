@@ -34,7 +34,7 @@ import build_cuda  # noqa: E402
 
 SANITIZE = os.environ.get("WORKER_ORCD_SANITIZE", "")
 #: sources in csrc/cpu of an extension, as globs; an extension not named here has none
-CPP_SOURCES = {"_cpu": "*.cpp", "_gguf": "check*.cpp"}
+CPP_SOURCES = {"_cpu": "*.cpp", "_gguf": "check*.cpp", "_upload": "check*.cpp"}
 #: a file compiled for an instruction set is only ever called after cpuid was asked; all else runs on any x86-64
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],

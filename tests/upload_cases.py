@@ -136,6 +136,49 @@ def test_a_file_written_to_during_the_load(context, make_file):
         upload(context, [Piece(file, 0, 4 * MIB, memory.pointer)], progress=write)
 
 
+@pytest.mark.parametrize(("type_id", "block", "reason"), [
+    (39, 17, "E8M0 scale 255"), (2, 18, "NaN or infinity in a block scale"), (0, 4, "holds NaN or infinity"),
+    (14, 210, "NaN or infinity in a block scale")])
+@pytest.mark.parametrize("chunk", [4096, 65_536])
+def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: int, reason: str, chunk: int):
+    """The first bad block of two is named, in a piece that begins anywhere; without a type any bytes are good."""
+    n = 200_000 // block * block
+    file, _ = make_file(n + 5)
+    data = bytearray(n + 5)
+    places = [5 + block * (n // block - 3), 5 + block * (n // block // 2)]
+    for place in places:
+        data[place:place + block] = b"\xff" * block if type_id != 39 else b"\xff" + b"\0" * (block - 1)
+    with open(file.path, "r+b") as f:
+        f.write(data)
+    file.first = os.fstat(file.fd)
+    memory = context.allocate(n)
+
+    def load(type_id: int | None) -> None:
+        upload(context, [Piece(file, 5, n, memory.pointer, None, type_id, "blk.7.w")], chunk_bytes=chunk, n_readers=4)
+
+    load(None)
+    assert contents(memory) == bytes(data[5:])
+    with pytest.raises(ModelLoadError, match=f"tensor 'blk.7.w' .*{reason}") as e:
+        load(type_id)
+    assert e.value.fields["path"] == file.path and e.value.fields["tensor"] == "blk.7.w"
+    assert places[1] <= e.value.fields["offset"] < places[1] + block
+    for place in places:
+        data[place:place + block] = bytes(block)
+    with open(file.path, "r+b") as f:
+        f.write(data)
+    file.first = os.fstat(file.fd)
+    load(type_id)
+    assert contents(memory) == bytes(data[5:])
+
+
+def test_a_checked_piece_is_whole_blocks(context, make_file):
+    file, _ = make_file(1000)
+    memory = context.allocate(1000)
+    for type_id, n in ((39, 16), (2, 19)):
+        with pytest.raises(ValueError, match="no run of blocks"):
+            upload(context, [Piece(file, 0, n, memory.pointer, None, type_id, "w")])
+
+
 def test_a_file_that_cannot_be_read(context, make_file, tmp_path: Path):
     class Folder(PlainFile):
         pass

@@ -106,7 +106,7 @@ def vram_plan(plan: Plan, config: EngineConfig) -> VramPlan:
 
 
 def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineConfig, *, n_threads: int,
-                chunk_bytes: int, progress: Callable[[int], None],
+                chunk_bytes: int, progress: Callable[[int], None], check_tensors: bool = False,
                 on_plan: Callable[[VramPlan, int], object] | None = None) -> Engine:
     """Load the model on a resolved device.
 
@@ -114,12 +114,15 @@ def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineCo
         n_threads: of the CPU engine, 0: one per core.
         chunk_bytes: bytes of one host-to-device copy; nothing is copied on the CPU.
         progress: called with the bytes loaded so far; what it raises ends the load, and everything is freed.
+        check_tensors: on a GPU, refuse NaN and infinity in what is loaded, as `ModelFile.check_tensors`, which is for
+            the CPU.
         on_plan: called on a GPU with its `VramPlan` and the free bytes, before anything is allocated.
     """
     if device == "cpu":
         return _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
     return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device), chunk_bytes=chunk_bytes,
-                                         progress=lambda done, total: progress(done), on_plan=on_plan)
+                                         progress=lambda done, total: progress(done), check=check_tensors,
+                                         on_plan=on_plan)
 
 
 def engine_facts(engine: Any) -> dict[str, object]:

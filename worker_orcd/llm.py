@@ -101,10 +101,10 @@ class LLM:
         engine: Engine | None = None
         try:
             with LoadProgress(progress, model_file.size) as phases, ThreadPoolExecutor(2, "orcd-load") as pool:
-                phases.expect(demanded, check_tensors, device != "cpu")
+                phases.expect(demanded, check_tensors or device != "cpu")
                 # before anything is made of what the file says
                 verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
-                # tokenizer, context, check and upload keep different parts of the machine busy; the tokenizer goes
+                # tokenizer, context and check or upload keep different parts of the machine busy; the tokenizer goes
                 # first because it holds the lock of Python for long, which making a context does not need
                 made = pool.submit(Tokenizer.from_model, model_file, tokenizer)
                 with devices.held(device):
@@ -112,11 +112,12 @@ class LLM:
                     config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes,
                                                   max_seqs, max_rows, vram_limit_bytes)
                     checked = None
-                    if check_tensors:
-                        checked = pool.submit(model_file.check_tensors, n_threads, phases.next())
-                    upload = phases.next() if device != "cpu" else no_progress
+                    read = phases.next()
+                    if check_tensors and device == "cpu":
+                        checked = pool.submit(model_file.check_tensors, n_threads, read)
                     engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
-                                                 chunk_bytes=chunk_bytes, progress=upload, on_plan=on_plan)
+                                                 chunk_bytes=chunk_bytes, progress=read, check_tensors=check_tensors,
+                                                 on_plan=on_plan)
                 if checked is not None:
                     checked.result()
                 self.tokenizer = made.result()

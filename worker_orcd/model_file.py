@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -153,19 +153,21 @@ class ModelFile:
         """The error that refuses the file for `key`, to be raised: names the key and its byte offset."""
         return _key_error(self.metadata, key, reason)
 
-    def check_tensors(self, n_threads: int = 0, progress: Callable[[int], object] | None = None) -> None:
+    def check_tensors(self, n_threads: int = 0, progress: Callable[[int], object] | None = None,
+                      names: Iterable[str] | None = None) -> None:
         """Refuse NaN and infinity in unquantized tensors and block scales, and E8M0 scales of 255.
 
         Args:
             n_threads: 0: all cores, at most 8.
             progress: called with the bytes checked so far now and then; what it raises ends the check.
+            names: the tensors to check; None: all.
 
         Raises:
             ModelLoadError: names tensor and byte offset; also if a file was cut or changed meanwhile.
         """
         n_threads = n_threads or min(len(os.sched_getaffinity(0)), 8)
         done = 0
-        for batch in self._check_batches():
+        for batch in self._check_batches(self.tensors if names is None else names):
             found = check_pieces([(part.fileno(), t.type_id, offset, n) for part, t, offset, n in batch], n_threads)
             if found is not None:
                 index, offset, reason = found
@@ -176,11 +178,12 @@ class ModelFile:
                 progress(done)
         self.check_unchanged()
 
-    def _check_batches(self) -> Iterator[list[tuple[GgufFile, TensorInfo, int, int]]]:
-        """(part, tensor, offset, nbytes) runs of whole blocks over all tensors, about `_CHECK_BATCH` bytes a batch."""
+    def _check_batches(self, names: Iterable[str]) -> Iterator[list[tuple[GgufFile, TensorInfo, int, int]]]:
+        """(part, tensor, offset, nbytes) runs of whole blocks over the tensors, about `_CHECK_BATCH` bytes a batch."""
         batch: list[tuple[GgufFile, TensorInfo, int, int]] = []
         room = _CHECK_BATCH
-        for name, tensor in self.tensors.items():
+        for name in names:
+            tensor = self.tensors[name]
             step = _CHECK_BATCH // quants.TYPES[tensor.type_id].type_size * quants.TYPES[tensor.type_id].type_size
             for start in range(0, tensor.nbytes, step):
                 n = min(step, tensor.nbytes - start)

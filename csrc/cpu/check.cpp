@@ -120,10 +120,9 @@ struct Work {
             if (n == 0) return {kShort, 0, 0, c.offset + have};
             have += static_cast<size_t>(n);
         }
-        const Rule& r = *rule_of(p.type);
-        const size_t bad = r.scan(buffer, c.nbytes);
-        if (bad == c.nbytes) return {};
-        return {r.kind, 0, 0, c.offset + bad};
+        size_t at = 0;
+        const Kind kind = check::look(p.type, buffer, c.nbytes, &at);
+        return {kind, 0, 0, c.offset + at};
     }
 
     void drain(uint8_t* buffer) {
@@ -137,6 +136,12 @@ struct Work {
 }  // namespace
 
 bool knows(uint32_t type) noexcept { return rule_of(type) != nullptr; }
+
+Kind look(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept {
+    const Rule& r = *rule_of(type);
+    *at = r.scan(data, nbytes);
+    return *at == nbytes ? kFine : r.kind;
+}
 
 Fault run(const Piece* pieces, size_t n_pieces, int n_threads) noexcept try {
     Work work;

@@ -22,6 +22,7 @@ struct UploadChunk {
     uint32_t nbytes;   // at most the chunk size of the load
     uint32_t window;   // ascending over the list
     int32_t fd;
+    int32_t type;      // ggml type of its blocks, to be checked; -1: any bytes
 };
 
 class WindowGate {

@@ -6,6 +6,10 @@ A decode step is one CUDA graph per batch size, captured at start-up; between st
 the host. Implements `worker_orcd.engine.Engine`. Knows no tokenizer, no scheduler and no HTTP.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+
 import numpy as np
 
 from cuda.bindings cimport cydriver as cu
@@ -52,6 +56,8 @@ cdef extern from "ops_params.h" nogil:
 
 from ._nodes import SampleNode, attention_heads, decode_max_splits, sample_sizes
 
+#: type id of vectors that need no widening
+F32 = 0
 #: head widths that the attention kernels are built for
 HEAD_DIMS = (32, 64, 80, 96, 128)
 #: columns of a row that the product kernels take at once
@@ -108,13 +114,15 @@ cdef class CudaEngine:
         config: `EngineConfig`; max_seqs at most 64.
         device: index of the GPU.
         progress: called with (bytes done, bytes in all) while weights are loaded, or None.
+        check: refuse NaN and infinity in values and block scales, as `ModelFile.check_tensors`.
         context: a `Context` to use instead of opening one (tests); not closed by the engine.
         on_plan: called with (`VramPlan`, free bytes) before anything is allocated, also where it does not fit.
 
     Raises:
         InsufficientVram: weights, KV cache and workspace need more than is free; carries both numbers.
         CudaError: the driver refused something.
-        ModelLoadError: a shape that no kernel is built for, or the file changed while it was read.
+        ModelLoadError: a shape that no kernel is built for, or the file changed while it was read, or `check` found
+            something.
     """
 
     cdef readonly object plan, config, block_tables, long_slots, model_file, memory, vram_plan
@@ -133,7 +141,7 @@ cdef class CudaEngine:
     cdef readonly object load_stats     # `UploadStats` of the weights
 
     def __init__(self, model_file, plan, config, int device=0, size_t chunk_bytes=1 << 20, progress=None,
-                 Context context=None, on_plan=None):
+                 Context context=None, on_plan=None, bint check=False):
         if not 1 <= config.max_seqs <= MAX_BATCH:
             raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
         self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
@@ -146,9 +154,12 @@ cdef class CudaEngine:
         self.long_slots = np.zeros(config.max_seqs, np.int32)
         try:
             self._allocate(model_file, on_plan)
-            self._load(model_file, chunk_bytes, progress)
-            self._build()
-            self._capture()
+            pieces = self._pieces(model_file, check)
+            # launches need no weights: they are made while those are on their way
+            with ThreadPoolExecutor(1, "orcd-build") as pool:
+                built = pool.submit(self._prepare)
+                self._load(pieces, chunk_bytes, progress)
+                built.result()
         except BaseException:
             self.close()
             raise
@@ -174,27 +185,25 @@ cdef class CudaEngine:
         self.stream = self.context.stream()
         self.launches = Launches(self.plan, self.config, self.context, self.addresses)
 
-    def _load(self, model_file, size_t chunk_bytes, progress):
-        """Every weight into its region: vectors widened to float32, matrices repacked on the device."""
-        staging = self.context.allocate(cuda_memory.STAGING_BYTES, "staging")
-        pieces, total = [], sum(model_file.tensors[name].nbytes for name in self.plan.weights)
-        try:
-            for w in self.plan.weights.values():
-                if w.kind in ("vector", "expert_vectors"):
-                    self._write(w.name, _widen(model_file.view(w.name), w.type_id))
-                else:
-                    pieces += self._pieces(model_file, w)
-            for key, freqs in cuda_memory.rope_tables(self.plan).items():
-                self._write(f"freqs:{key}", np.asarray(freqs, np.float32))
-            self.load_stats = upload(
-                self.context, pieces, consume=self._repack, stream=self.stream, staging=staging, chunk_bytes=chunk_bytes,
-                progress=None if progress is None else lambda done: progress(min(done, total), total))
-            if progress is not None:
-                progress(total, total)
-        finally:
-            staging.close()
+    def _pieces(self, model_file, bint check):
+        """What is to be loaded; small things that the host has to convert are written at once."""
+        pieces = []
+        for w in self.plan.weights.values():
+            if w.kind not in ("vector", "expert_vectors"):
+                pieces += self._matrix_pieces(model_file, w, check)
+            elif w.type_id == F32:
+                info = model_file.tensors[w.name]
+                pieces.append(Piece(model_file.part_of(w.name), info.offset, info.nbytes, self.addresses[w.name], None,
+                                    F32 if check else None, w.name))
+            else:
+                if check:
+                    model_file.check_tensors(names=[w.name])
+                self._write(w.name, _widen(model_file.view(w.name), w.type_id))
+        for key, freqs in cuda_memory.rope_tables(self.plan).items():
+            self._write(f"freqs:{key}", np.asarray(freqs, np.float32))
+        return pieces
 
-    def _pieces(self, model_file, w):
+    def _matrix_pieces(self, model_file, w, bint check):
         """The rows of a matrix (of each expert's) in pieces of whole strips that fit a quarter of the staging area."""
         info, part = model_file.tensors[w.name], model_file.part_of(w.name)
         n_out, experts = w.shape[1], w.shape[2] if w.kind == "experts" else 1
@@ -206,9 +215,19 @@ cdef class CudaEngine:
             for row in range(0, n_out, most):
                 n = min(most, n_out - row)
                 yield Piece(part, info.offset + (expert * n_out + row) * row_bytes, n * row_bytes, None,
-                            (w, row_bytes, expert, row, n))
+                            (w, row_bytes, expert, row, n), w.type_id if check else None, w.name)
 
-    def _repack(self, tag, uintptr_t rows, size_t nbytes):
+    def _load(self, pieces, size_t chunk_bytes, progress):
+        """The pieces into their regions, matrices repacked on the device."""
+        total = sum(piece.nbytes for piece in pieces)
+        with (closing(self.context.allocate(cuda_memory.STAGING_BYTES, "staging")) as staging,
+              closing(self.context.stream()) as stream):
+            self.load_stats = upload(
+                self.context, pieces, consume=partial(self._repack, stream), stream=stream, staging=staging,
+                chunk_bytes=chunk_bytes,
+                progress=None if progress is None else lambda done: progress(min(done, total), total))
+
+    def _repack(self, Stream stream, tag, uintptr_t rows, size_t nbytes):
         """Queue the repacking of a piece whose raw rows lie at `rows`."""
         w, row_bytes, expert, row0, n_rows = tag
         cdef RepackParams p
@@ -217,7 +236,7 @@ cdef class CudaEngine:
         p.rows, p.w, p.row_bytes = <uint8_t*>rows, <uint8_t*>to, row_bytes
         p.k, p.n_out, p.row0, p.n_rows = w.shape[0], w.shape[1], row0, n_rows
         words = cuda_layout.n_units(w.type_id, w.shape[0]) * cuda_layout.record_bytes(w.type_id) // 4
-        kernel.enqueue(self.stream.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048)), 1, 256, 0, &p, False)
+        kernel.enqueue(stream.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048)), 1, 256, 0, &p, False)
 
     def _write(self, name, array):
         """Copy a small host array into the region `name`, and wait."""
@@ -399,6 +418,12 @@ cdef class CudaEngine:
 
 
     # ---- the decode loop
+
+    def _prepare(self):
+        """Make the launches and record the graphs, in a thread of its own."""
+        self.context.activate()
+        self._build()
+        self._capture()
 
     def _build(self):
         """Everything a step needs: launches, sampling, the staging area and the token ring."""
@@ -604,9 +629,7 @@ def _last(op):
 
 
 def _widen(raw, int type_id):
-    """A vector of F32, F16 or BF16 as float32."""
-    if type_id == 0:
-        return np.frombuffer(raw, np.float32)
+    """A vector of F16 or BF16 as float32."""
     if type_id == 1:
         return np.frombuffer(raw, np.float16).astype(np.float32)
     return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -92,7 +92,8 @@ _TYPE_NAMES = {
     U8: "uint8", I8: "int8", U16: "uint16", I16: "int16", U32: "uint32", I32: "int32", F32: "float32", BOOL: "bool",
     STRING: "string", ARRAY: "array", U64: "uint64", I64: "int64", F64: "float64",
 }  # fmt: skip
-_CHECK_REASONS = {
+#: what `check_pieces` says of a fault, by its kind
+CHECK_REASONS = {
     1: "holds NaN or infinity", 2: "holds NaN or infinity in a block scale", 3: "holds the E8M0 scale 255 (NaN)",
     4: "is cut: the file ends inside it", 6: "is of a type that cannot be checked",
 }  # fmt: skip
@@ -522,5 +523,5 @@ def check_pieces(pieces, int n_threads) -> tuple[int, int, str] | None:
         fault = check_run(todo.data(), todo.size(), n_threads)
     if fault.kind == 0:
         return None
-    reason = _CHECK_REASONS.get(fault.kind) or f"cannot be read: {os.strerror(fault.error)}"
+    reason = CHECK_REASONS.get(fault.kind) or f"cannot be read: {os.strerror(fault.error)}"
     return fault.piece, fault.offset, reason

@@ -10,6 +10,7 @@ on the device, cut into windows that are filled in turn; when a window is comple
 raw bytes into their place (repacking kernels) behind the copies. This module knows no tensor, no layout and no kernel.
 """
 
+import math
 import os
 import threading
 import time
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from cpython.exc cimport PyErr_CheckSignals
 from cuda.bindings cimport cydriver as cu
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libcpp cimport bool as cbool
 from posix.types cimport off_t
 from posix.unistd cimport pread
 
+from . import quants
+from ._gguf import CHECK_REASONS
 from .errors import CudaError, ModelLoadError
 
 from ._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event
@@ -35,6 +38,7 @@ cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
         uint32_t nbytes
         uint32_t window
         int32_t fd
+        int32_t type
 
     cdef cppclass WindowGate:
         void add(const UploadChunk& chunk) except +
@@ -45,6 +49,11 @@ cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
         void open(size_t n) noexcept
         void stop() noexcept
         uint64_t bytes_sent() noexcept
+
+
+cdef extern from "check.h" namespace "check" nogil:
+    int check_look "check::look"(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept
+    cbool check_knows "check::knows"(uint32_t type) noexcept
 
 
 #: readers where the caller names no number; more do not help (a reader brings 6-8 GB/s, the link carries 50)
@@ -70,6 +79,8 @@ class Piece:
         offset, nbytes: where in it.
         to: the device address it belongs at, or None: it passes through staging and `consume`.
         tag: what `consume` is told, for example (tensor, first row, rows).
+        type_id: ggml type of the bytes, whole blocks of it, if NaN and infinity in them are an error; None: any bytes.
+        name: what the error calls them.
     """
 
     file: object
@@ -77,6 +88,8 @@ class Piece:
     nbytes: int
     to: int | None = None
     tag: object = None
+    type_id: int | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,7 @@ cdef class _Reader:
     cdef int fault_errno        # of a read that failed; 0 with fault_fd >= 0: the file ended early
     cdef int fault_fd
     cdef uint64_t fault_offset
+    cdef int fault_check        # what was found in the bytes, a key of CHECK_REASONS; 0: nothing
     cdef object error           # an exception of this thread, or None
 
     def __init__(self, Context context, size_t chunk_bytes):
@@ -129,6 +143,17 @@ cdef class _Reader:
                 return -1
         return 0
 
+    cdef int look(self, const char* slot, const UploadChunk* chunk) noexcept nogil:
+        """Check the numbers of a chunk while they are in the cache. 0, or -1 with the fault noted."""
+        cdef size_t at = 0
+        if chunk.type < 0:
+            return 0
+        self.fault_check = check_look(chunk.type, <const uint8_t*>slot, chunk.nbytes, &at)
+        if self.fault_check == 0:
+            return 0
+        self.fault_fd, self.fault_offset = chunk.fd, chunk.offset + at
+        return -1
+
     def close(self):
         """Free everything; the copies must be done. Idempotent; never raises."""
         for event in self.events:
@@ -142,14 +167,15 @@ cdef class _Load:
 
     cdef WindowGate gate
     cdef Context context
+    cdef Stream consumer        # where windows are consumed
     cdef size_t chunk_bytes
     cdef list readers
     cdef list windows           # of each window what is to be consumed: [(tag, address, bytes)]
     cdef list events
     cdef cu.CUevent consumed[N_WINDOWS]
 
-    def __init__(self, Context context, size_t chunk_bytes):
-        self.context, self.chunk_bytes = context, chunk_bytes
+    def __init__(self, Context context, Stream consumer, size_t chunk_bytes):
+        self.context, self.consumer, self.chunk_bytes = context, consumer, chunk_bytes
         self.readers, self.windows = [], []
         self.events = [Event(context, False, False) for _ in range(N_WINDOWS)]
         for i in range(N_WINDOWS):
@@ -181,17 +207,25 @@ cdef class _Load:
                 to = piece.to
             used += need
             counted += piece.nbytes
-            self.cut(piece.file.fileno(), piece.offset, piece.nbytes, to, window)
+            self.cut(piece, to, window)
         self.windows.append(members)
 
-    cdef int cut(self, int fd, uint64_t offset, size_t nbytes, uintptr_t to, uint32_t window) except -1:
-        """Append the chunks of a piece."""
+    cdef int cut(self, piece, uintptr_t to, uint32_t window) except -1:
+        """Append the chunks of a piece; of one that is checked they are whole blocks."""
         cdef UploadChunk chunk
-        cdef size_t done = 0
-        chunk.fd, chunk.window = fd, window
+        cdef size_t done = 0, nbytes = piece.nbytes, most = self.chunk_bytes
+        cdef uint64_t offset = piece.offset
+        chunk.fd, chunk.window, chunk.type = piece.file.fileno(), window, -1
+        if piece.type_id is not None:
+            block = quants.TYPES[piece.type_id].type_size
+            if not check_knows(piece.type_id) or nbytes % block:
+                raise ValueError(f"a piece of {nbytes} bytes is no run of blocks of type {piece.type_id}")
+            chunk.type = piece.type_id
+            unit = math.lcm(block, ALIGN)   # copies to aligned addresses, where a chunk is large enough
+            most = most // unit * unit if unit <= most else most // block * block
         while done < nbytes:
             chunk.offset, chunk.to = offset + done, to + done
-            chunk.nbytes = <uint32_t>min(self.chunk_bytes, nbytes - done)
+            chunk.nbytes = <uint32_t>min(most, nbytes - done)
             self.gate.add(chunk)
             done += chunk.nbytes
         return 0
@@ -218,7 +252,7 @@ cdef class _Load:
             if uses >= SLOTS:
                 await_event(reader.copied[i])
             slot = <char*>reader.ring.host + i * self.chunk_bytes
-            if reader.fill(slot, &chunk):
+            if reader.fill(slot, &chunk) or reader.look(slot, &chunk):
                 return 0
             if chunk.window >= N_WINDOWS and followed != chunk.window:
                 # the memory of this window is free once the window before in it was consumed
@@ -230,7 +264,7 @@ cdef class _Load:
             uses += 1
         return 0
 
-    def run(self, int n_readers, consume, Stream consumer, progress):
+    def run(self, int n_readers, consume, progress):
         """Load everything. Returns when all copies and all that `consume` queued are done, or raises."""
         cdef uint32_t window
         for _ in range(n_readers):
@@ -244,7 +278,7 @@ cdef class _Load:
             for window in range(self.gate.n_windows()):
                 if not self.wait(window, progress):
                     break
-                self.consume(window, consume, consumer)
+                self.consume(window, consume)
                 self.gate.open(window + 1 + N_WINDOWS)
         finally:
             self.gate.stop()
@@ -263,46 +297,57 @@ cdef class _Load:
                 progress(self.gate.bytes_sent())
         return state > 0
 
-    cdef int consume(self, uint32_t window, consume, Stream consumer) except -1:
+    cdef int consume(self, uint32_t window, consume) except -1:
         """Queue what turns a full window into its place, behind the copies into it."""
         cdef _Reader reader
         if self.windows[window]:
             for reader in self.readers:
                 reader.stream.mark_nogil(reader.tail)
-                consumer.follow_nogil(reader.tail)
+                self.consumer.follow_nogil(reader.tail)
             for tag, address, nbytes in self.windows[window]:
                 consume(tag, address, nbytes)
-        consumer.mark_nogil(self.consumed[window % N_WINDOWS])
+        self.consumer.mark_nogil(self.consumed[window % N_WINDOWS])
         return 0
 
-    def finish(self, Stream consumer):
+    def finish(self):
         """Wait for everything that is queued."""
         cdef _Reader reader
         for reader in self.readers:
             reader.stream.synchronize()
-        consumer.synchronize()
+        self.consumer.synchronize()
 
-    def raise_fault(self, paths):
-        """Raise what ended a reader, if something did: a CUDA error, or a file that could not be read to its end."""
+    def raise_fault(self, pieces):
+        """Raise what ended a reader, if something did: a CUDA error, a file that could not be read to its end, or a
+        number that no weight may be."""
         cdef _Reader reader
         for reader in self.readers:
             if reader.error is not None:
                 raise reader.error
-        faults = [(reader.fault_offset, reader.fault_fd, reader.fault_errno) for reader in self.readers
-                  if reader.fault_fd >= 0]
+        faults = [(reader.fault_offset, reader.fault_fd, reader.fault_errno, reader.fault_check)
+                  for reader in self.readers if reader.fault_fd >= 0]
         if faults:
-            # chunks are taken in order, so the lowest offset is where the file really ends
-            offset, fd, number = min(faults)
+            # chunks are taken in order, so the lowest offset is the first fault whichever reader saw it
+            offset, fd, number, found = min(faults)
+            piece = next(p for p in pieces if p.file.fileno() == fd and p.offset <= offset < p.offset + p.nbytes)
+            if found:
+                raise ModelLoadError(f"tensor {piece.name!r} {CHECK_REASONS[found]}", piece.file.path, offset,
+                                     tensor=piece.name)
             reason = (f"cannot be read: {os.strerror(number)}" if number else
                       "ended early: it was cut while it was being loaded")
-            raise ModelLoadError(reason, paths[fd], offset)
+            raise ModelLoadError(reason, piece.file.path, offset)
 
     def close(self):
         """Free everything, after what is queued has ended. Idempotent; never raises."""
-        try:
-            self.context.synchronize()
-        except CudaError:
-            pass    # a poisoned context: nothing runs any more
+        cdef _Reader reader
+        # not the context: somebody may be recording a graph, which a wait for all streams would spoil
+        streams = [self.consumer]
+        for reader in self.readers:
+            streams.append(reader.stream)
+        for stream in streams:
+            try:
+                stream.synchronize()
+            except CudaError:
+                pass    # a poisoned context: nothing runs any more
         for resource in (*self.readers, *self.events):
             resource.close()
 
@@ -327,7 +372,8 @@ def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceM
         `UploadStats`.
 
     Raises:
-        ModelLoadError: a file was cut, written to or replaced meanwhile, or cannot be read; path and offset.
+        ModelLoadError: a file was cut, written to or replaced meanwhile, or cannot be read, or a piece with a type
+            holds NaN or infinity; path and offset.
         CudaError: the driver refused something.
     """
     cdef size_t window_bytes = 0
@@ -344,12 +390,12 @@ def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceM
     if staging is not None:
         window_bytes = staging.nbytes // N_WINDOWS // ALIGN * ALIGN
     own = Stream(context) if stream is None else None
-    load = _Load(context, chunk_bytes)
+    load = _Load(context, stream or own, chunk_bytes)
     try:
         load.plan(pieces, staging.pointer if staging is not None else 0, window_bytes)
-        load.run(n_readers, consume, stream or own, progress)
-        load.raise_fault({fd: file.path for fd, file in files.items()})
-        load.finish(stream or own)
+        load.run(n_readers, consume, progress)
+        load.raise_fault(pieces)
+        load.finish()
         for file in files.values():
             file.check_unchanged()
         if progress is not None:

@@ -65,6 +65,24 @@ def test_a_file_cut_while_it_is_loaded(tiny, goldens_dir, tmp_path):
     assert leftovers() == NOTHING
 
 
+@pytest.mark.parametrize("tensor", ["blk.1.attn_q.weight", "blk.0.ffn_norm.weight", "token_embd.weight"])
+def test_infinity_is_refused_while_it_is_loaded(tensor, goldens_dir, tmp_path):
+    """In a vector, in a product's matrix and in the embedding; where nobody asks, it loads."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes((goldens_dir / "llama-F16.gguf").read_bytes())
+    with ModelFile(path) as file:
+        offset, step = file.tensors[tensor].offset, 4 if file.tensors[tensor].type_id == 0 else 2
+    with open(path, "r+b") as raw:
+        raw.seek(offset + 7 * step)
+        raw.write(b"\0\0\x80\x7f" if step == 4 else b"\0\x7c")
+    with pytest.raises(ModelLoadError, match=tensor) as e:
+        LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1)
+    assert e.value.fields["offset"] == offset + 7 * step and e.value.fields["path"] == str(path)
+    assert leftovers() == NOTHING
+    LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1, check_tensors=False).close()
+    assert leftovers() == NOTHING
+
+
 def test_progress_may_end_the_load(tiny):
     class Stop(Exception):
         pass
