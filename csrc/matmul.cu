@@ -13,55 +13,9 @@
 // two per output (quant/types.cuh, kRowScaled).
 //
 // Bytes: weights ceil(rows / 64) times, x ceil(n_out / 128) times, mostly from L2.
+#include "fragments.cuh"
 #include "matmul_params.h"
 #include "matmul_shapes.cuh"
-
-// A fragments of 32-column block b of a sub-unit, `block` of the unit; inverse[r] undoes the row scale.
-template <class Q>
-DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* record, int sub, int b, int lane, const float (&inverse)[2]) {
-    const auto codes = load_codes<Q>(record, sub, lane);
-    if constexpr (std::is_same_v<Q, F16>) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) a[i] = codes.low[8 * b + i];
-    } else if constexpr (kDense<Q>) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            float low, high;
-            Q::values(codes, 8 * b + i, low, high);
-            a[i] = pack_f16(low * inverse[i & 1], high * inverse[i & 1]);
-        }
-    } else {
-        const auto s = Q::load_scales(record, lane);
-        if constexpr (Q::kHalfScale) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const uint32_t q = Q::f16_pair(codes, 8 * b + i), d = Q::half_scale(s, b, i & 1);
-                if constexpr (Q::kHasMin)
-                    a[i] = fma_f16x2(q, d, Q::half_min(s, b, i & 1));
-                else
-                    a[i] = mul_f16x2(q, d);
-            }
-        } else {
-            float scale[2][2], min[2][2];
-            Q::scales(s, 2 * sub + b, scale, min);
-            if constexpr (kRowScaled<Q>) {
-                uint32_t d[2];
-#pragma unroll
-                for (int r = 0; r < 2; ++r) d[r] = pack_f16(scale[0][r] * inverse[r], scale[0][r] * inverse[r]);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) a[i] = mul_f16x2(Q::f16_pair(codes, 8 * b + i), d[i & 1]);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const uint32_t q = Q::f16_pair(codes, 8 * b + i);
-                    const int j = Q::kScaleK == 16 ? i >> 2 : 0, r = i & 1;
-                    const float m = Q::kHasMin ? min[j][r] : 0.0f;
-                    a[i] = pack_f16(fmaf(f16_low(q), scale[j][r], m), fmaf(f16_high(q), scale[j][r], m));
-                }
-            }
-        }
-    }
-}
 
 template <class Q, int kWarpsM, int kWarpsN, int kTiles>
 DEVICE void matmul(const MatmulParams& p) {

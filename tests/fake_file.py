@@ -44,5 +44,8 @@ class FakeFile:
     def get_str(self, key, default=None):
         return self.metadata.get(key, default)
 
+    def error(self, key, reason):
+        return ModelLoadError(f"{key} {reason}", self.path, field=key)
+
     def view(self, name):
         return self.data[name]

@@ -72,7 +72,7 @@ def test_no_driver(tmp_path: Path):
     (tmp_path / "libcuda.so.1").write_bytes(b"not a library")  # found first, where a real driver is installed too
     done = run(tmp_path, "-c", TRY, "0")
     assert done.stdout.startswith("NO_DRIVER | no NVIDIA driver"), done.stdout + done.stderr
-    assert "--device cpu" in done.stdout and len(done.stdout.strip().splitlines()) == 1
+    assert "libcuda.so.1" in done.stdout and len(done.stdout.strip().splitlines()) == 1
 
 
 FAIL_CALL = """

@@ -59,7 +59,7 @@ def test_sinks_in_a_quantized_type():
     ({"expert_count": 31}, "hyperparameters say [2880, 31]"), ({"expert_count": 64}, "hyperparameters say [2880, 64]"),
     ({"expert_count": 0}, "gpt-oss.expert_count"), ({"expert_count": 1 << 20}, "gpt-oss.expert_count"),
     ({"expert_used_count": 0}, "gpt-oss.expert_used_count"),
-    ({"expert_used_count": 33}, "gpt-oss.expert_used_count: 33 of 32 experts"),
+    ({"expert_used_count": 33}, "gpt-oss.expert_used_count is 33, of 32 experts"),
     ({"expert_feed_forward_length": 2816}, "hyperparameters say [2880, 2816, 32]"),
 ])
 def test_a_wrong_expert_count(changes, text):

@@ -132,21 +132,21 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
     a = row.name
 
     def bad(key: str, why: str) -> ModelLoadError:
-        return ModelLoadError(f"{a}.{key}: {why}", mf.path, field=f"{a}.{key}")
+        return mf.error(f"{a}.{key}", why)
 
     n_layer = mf.get_int(f"{a}.block_count", 1, MAX_LAYERS)
     n_embd = mf.get_int(f"{a}.embedding_length", 1, MAX_WIDTH)
     n_head = mf.get_int(f"{a}.attention.head_count", 1, 4096)
     n_head_kv = mf.get_int(f"{a}.attention.head_count_kv", 1, 4096, n_head)
     if n_head_kv > n_head or n_head % n_head_kv:
-        raise bad("attention.head_count_kv", f"{n_head_kv} does not divide head_count {n_head}")
+        raise bad("attention.head_count_kv", f"is {n_head_kv}, which does not divide head_count {n_head}")
     if n_embd % n_head and f"{a}.attention.key_length" not in mf.metadata:
-        raise bad("embedding_length", f"{n_embd} is no multiple of head_count {n_head}")
+        raise bad("embedding_length", f"is {n_embd}, no multiple of head_count {n_head}")
     head_dim = mf.get_int(f"{a}.attention.key_length", 1, 1024, n_embd // n_head)
     if mf.get_int(f"{a}.attention.value_length", 1, 1024, head_dim) != head_dim:
         raise bad("attention.value_length", f"differs from the key length {head_dim}")
     if head_dim % 2:
-        raise bad("attention.key_length", f"head width {head_dim} is odd")
+        raise bad("attention.key_length", f"makes heads of width {head_dim}, which is odd")
     eps_key = "attention.layer_norm_rms_epsilon" if row.norm == "rms" else "attention.layer_norm_epsilon"
     n_expert = n_used = 0
     n_ff = 0
@@ -154,12 +154,12 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
         n_expert = mf.get_int(f"{a}.expert_count", 1, 1024)
         n_used = mf.get_int(f"{a}.expert_used_count", 1, 64)
         if n_used > n_expert:
-            raise bad("expert_used_count", f"{n_used} of {n_expert} experts")
+            raise bad("expert_used_count", f"is {n_used}, of {n_expert} experts")
         n_ff = mf.get_int(f"{a}.expert_feed_forward_length", 1, MAX_WIDTH)
     else:
         n_ff = mf.get_int(f"{a}.feed_forward_length", 1, MAX_WIDTH)
         if mf.get_int(f"{a}.expert_count", 0, 1024, 0):
-            raise bad("expert_count", f"experts are not supported for architecture {a}")
+            raise bad("expert_count", f"is set, but architecture {a} has no experts")
     trained = mf.get_int(f"{a}.context_length", 1, MAX_CONTEXT)
     window = mf.get_int(f"{a}.attention.sliding_window", 0, MAX_CONTEXT, 0) if row.window != "none" else 0
     if window >= (context_length or trained):
@@ -168,7 +168,7 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
     if row.pairing:
         n_rot = mf.get_int(f"{a}.rope.dimension_count", 2, head_dim, head_dim)
         if n_rot % 2:
-            raise bad("rope.dimension_count", f"{n_rot} is odd")
+            raise bad("rope.dimension_count", f"is {n_rot}, which is odd")
         theta = mf.get_float(f"{a}.rope.freq_base", 1.0, 1e12, 10000.0)
         rope = _rope_table(mf, row, n_rot, theta, trained)
     return HParams(
@@ -224,8 +224,7 @@ def _rope_table(mf: ModelFile, row: Arch, n_rot: int, theta: float, trained: int
         base = [f * (1 - r) + f / factor * r for f, r in zip(base, ramp, strict=True)]
         mscale = attn_factor or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
     elif kind != "none":
-        raise ModelLoadError(f"{a}.rope.scaling.type: unsupported {kind!r} (supported: none, linear, yarn)", mf.path,
-                             field=f"{a}.rope.scaling.type")  # fmt: skip
+        raise mf.error(f"{a}.rope.scaling.type", f"is {kind!r}, which is not supported (supported: none, linear, yarn)")
     return _RopeTable(tuple(base), mscale)
 
 

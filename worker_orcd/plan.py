@@ -373,8 +373,7 @@ def build(mf: ModelFile, context_length: int | None = None) -> Plan:
     n_vocab = embd.shape[1]
     claimed = mf.get_int(f"{hp.arch.name}.vocab_size", 1, 1 << 24, n_vocab)
     if claimed != n_vocab:
-        raise ModelLoadError(f"{hp.arch.name}.vocab_size: {claimed}, but token_embd.weight holds {n_vocab} rows",
-                             mf.path, embd.offset, field=f"{hp.arch.name}.vocab_size")  # fmt: skip
+        raise mf.error(f"{hp.arch.name}.vocab_size", f"is {claimed}, but token_embd.weight holds {n_vocab} rows")
     x = b.buffer("x", hp.n_embd)
     h = b.buffer("h", hp.n_embd)
     positions, max_positions = None, None

@@ -105,11 +105,10 @@ cdef int _init() except -1:
         with nogil:
             status = cu.cuInit(0)
     except (RuntimeError, ImportError, OSError):
-        raise CudaError("no NVIDIA driver on this machine (libcuda.so.1 cannot be loaded); choose --device cpu, or "
-                        "install the driver", call="cuInit", status_name="NO_DRIVER") from None
+        raise CudaError("no NVIDIA driver is installed on this machine (libcuda.so.1 cannot be loaded)",
+                        call="cuInit", status_name="NO_DRIVER") from None
     if status == cu.CUDA_ERROR_NO_DEVICE:
-        raise CudaError("the NVIDIA driver finds no GPU; choose --device cpu", call="cuInit",
-                        status_name="CUDA_ERROR_NO_DEVICE")
+        raise CudaError("the NVIDIA driver finds no GPU", call="cuInit", status_name="CUDA_ERROR_NO_DEVICE")
     _faults_from_environment()
     check(status, b"cuInit")
     _init_pid = os.getpid()
