@@ -1,6 +1,6 @@
 """Everything that is to be shown on a GPU, unattended: tests, reference values, sanitizers, benches, a table last.
 
-    python tools/gpu_check.py --out DIR [--model FILE.gguf]... [--parts tests,goldens,sanitize,bench,kernels]
+    python tools/gpu_check.py --out DIR [--model FILE.gguf]... [--parts tests,goldens,sanitize,bench,calls,kernels]
 
 Builds nothing: it runs what the interpreter that runs it finds as worker_orcd. Each part is a process of its own with a
 time limit; what it says goes to DIR/<part>.log, the figures to DIR/gpu_check.json. A part that fails does not keep the
@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 #: failures that the table names
 MOST_LINES = 25
-PARTS = ("tests", "goldens", "sanitize", "bench", "kernels")
+PARTS = ("tests", "goldens", "sanitize", "bench", "calls", "kernels")
 
 
 @dataclass
@@ -145,6 +145,18 @@ def check_bench(args: argparse.Namespace, log: Path) -> Result:
     return Result("bench", ok, total, lines, figures)
 
 
+def check_calls(args: argparse.Namespace, log: Path) -> Result:
+    """Driver calls of a generation with the first model: one graph launch a step, hardly a wait."""
+    if not args.model:
+        return Result("calls", True, 0.0, ["no --model was given"])
+    report = args.out / "calls.json"
+    code, seconds = run([sys.executable, "tools/trace_calls.py", "--model", str(args.model[0]), "--json", str(report)],
+                        log, args.limit, {})
+    figures = json.loads(report.read_text()) if report.exists() else None
+    lines = log.read_text(errors="replace").rstrip().splitlines()
+    return Result("calls", code == 0, seconds, [said(code), *lines], figures)
+
+
 def check_kernels(args: argparse.Namespace, log: Path) -> Result:
     """Single kernels on the shapes of real models."""
     report = args.out / "kernels.json"
@@ -157,7 +169,7 @@ def check_kernels(args: argparse.Namespace, log: Path) -> Result:
 
 CHECKS: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
     "tests": check_tests, "goldens": check_goldens, "sanitize": check_sanitize, "bench": check_bench,
-    "kernels": check_kernels,
+    "calls": check_calls, "kernels": check_kernels,
 }
 
 
