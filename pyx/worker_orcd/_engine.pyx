@@ -6,9 +6,7 @@ A decode step is one CUDA graph per batch size, captured at start-up; between st
 the host. Implements `worker_orcd.engine.Engine`. Knows no tokenizer, no scheduler and no HTTP.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 
 import numpy as np
 
@@ -154,12 +152,9 @@ cdef class CudaEngine:
         self.long_slots = np.zeros(config.max_seqs, np.int32)
         try:
             self._allocate(model_file, on_plan)
-            pieces = self._pieces(model_file, check)
-            # launches need no weights: they are made while those are on their way
-            with ThreadPoolExecutor(1, "orcd-build") as pool:
-                built = pool.submit(self._prepare)
-                self._load(pieces, chunk_bytes, progress)
-                built.result()
+            self._load(self._pieces(model_file, check), chunk_bytes, progress)
+            self._build()
+            self._capture()
         except BaseException:
             self.close()
             raise
@@ -220,14 +215,12 @@ cdef class CudaEngine:
     def _load(self, pieces, size_t chunk_bytes, progress):
         """The pieces into their regions, matrices repacked on the device."""
         total = sum(piece.nbytes for piece in pieces)
-        with (closing(self.context.allocate(cuda_memory.STAGING_BYTES, "staging")) as staging,
-              closing(self.context.stream()) as stream):
+        with closing(self.context.allocate(cuda_memory.STAGING_BYTES, "staging")) as staging:
             self.load_stats = upload(
-                self.context, pieces, consume=partial(self._repack, stream), stream=stream, staging=staging,
-                chunk_bytes=chunk_bytes,
+                self.context, pieces, consume=self._repack, stream=self.stream, staging=staging, chunk_bytes=chunk_bytes,
                 progress=None if progress is None else lambda done: progress(min(done, total), total))
 
-    def _repack(self, Stream stream, tag, uintptr_t rows, size_t nbytes):
+    def _repack(self, tag, uintptr_t rows, size_t nbytes):
         """Queue the repacking of a piece whose raw rows lie at `rows`."""
         w, row_bytes, expert, row0, n_rows = tag
         cdef RepackParams p
@@ -236,7 +229,7 @@ cdef class CudaEngine:
         p.rows, p.w, p.row_bytes = <uint8_t*>rows, <uint8_t*>to, row_bytes
         p.k, p.n_out, p.row0, p.n_rows = w.shape[0], w.shape[1], row0, n_rows
         words = cuda_layout.n_units(w.type_id, w.shape[0]) * cuda_layout.record_bytes(w.type_id) // 4
-        kernel.enqueue(stream.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048)), 1, 256, 0, &p, False)
+        kernel.enqueue(self.stream.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048)), 1, 256, 0, &p, False)
 
     def _write(self, name, array):
         """Copy a small host array into the region `name`, and wait."""
@@ -418,12 +411,6 @@ cdef class CudaEngine:
 
 
     # ---- the decode loop
-
-    def _prepare(self):
-        """Make the launches and record the graphs, in a thread of its own."""
-        self.context.activate()
-        self._build()
-        self._capture()
 
     def _build(self):
         """Everything a step needs: launches, sampling, the staging area and the token ring."""

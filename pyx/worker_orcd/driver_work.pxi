@@ -216,10 +216,14 @@ cdef class Kernel:
         self.library, self.name = library, name
         library.context.require_open()
         encoded = name.encode()
-        cdef cu.CUresult status = cu.cuLibraryGetKernel(&kernel, library.handle, encoded)
-        _check_image(library.context, library.name, status)     # images are loaded when a kernel is first asked for
+        cdef const char* text = encoded
+        cdef cu.CUresult status
+        with nogil:     # images are loaded when a kernel is first asked for
+            status = cu.cuLibraryGetKernel(&kernel, library.handle, text)
+        _check_image(library.context, library.name, status)
         check(status, b"cuLibraryGetKernel")
-        status = cu.cuKernelGetFunction(&self.handle, kernel)
+        with nogil:
+            status = cu.cuKernelGetFunction(&self.handle, kernel)
         _check_image(library.context, library.name, status)
         check(status, b"cuKernelGetFunction")
         cdef size_t offset = 0
