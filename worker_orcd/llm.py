@@ -24,7 +24,7 @@ from worker_orcd.engine import Engine
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.info import ModelInfo, model_facts
 from worker_orcd.job import Completion, Job, Piece
-from worker_orcd.loading import LoadProgress, Progress, no_progress
+from worker_orcd.loading import Later, LoadProgress, Progress, no_progress
 from worker_orcd.loop import EngineLoop
 from worker_orcd.model_file import ModelFile
 from worker_orcd.provenance import file_sha256
@@ -104,20 +104,26 @@ class LLM:
                 phases.expect(demanded, check_tensors or device != "cpu")
                 # before anything is made of what the file says
                 verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
-                # tokenizer, context and check or upload keep different parts of the machine busy; the tokenizer goes
-                # first because it holds the lock of Python for long, which making a context does not need
-                made = pool.submit(Tokenizer.from_model, model_file, tokenizer)
+                # an upload and a check need no lock of Python while they run, and making a tokenizer holds it for
+                # most of a second: it begins when they are under way
+                made = Later(pool, Tokenizer.from_model, model_file, tokenizer)
+                read = phases.next()
+
+                def reading(done: int) -> None:
+                    made.start()
+                    read(done)
+
                 with devices.held(device):
                     the_plan = plan.build(model_file, context_length)
                     config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes,
                                                   max_seqs, max_rows, vram_limit_bytes)
                     checked = None
-                    read = phases.next()
                     if check_tensors and device == "cpu":
                         checked = pool.submit(model_file.check_tensors, n_threads, read)
+                        made.start()
                     engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
-                                                 chunk_bytes=chunk_bytes, progress=read, check_tensors=check_tensors,
-                                                 on_plan=on_plan)
+                                                 chunk_bytes=chunk_bytes, progress=reading,
+                                                 check_tensors=check_tensors, on_plan=on_plan)
                 if checked is not None:
                     checked.result()
                 self.tokenizer = made.result()

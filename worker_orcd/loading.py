@@ -1,4 +1,4 @@
-"""Progress of a load over several passes through the model's bytes, which may run side by side.
+"""What a load does side by side, and its progress over several passes through the model's bytes.
 
 Knows no file, no engine and no request.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any
 
 #: called with (bytes done, bytes in all)
@@ -63,6 +64,24 @@ class LoadProgress:
 
     def _move_bar(self, done: int, total: int) -> None:
         self._bar.update(done - self._bar.n)
+
+
+class Later:
+    """A call in another thread that begins once, when it is first told to or asked for."""
+
+    def __init__(self, pool: Executor, call: Callable[..., Any], *args: Any) -> None:
+        self._begin = lambda: pool.submit(call, *args)
+        self._future: Future[Any] | None = None
+
+    def start(self) -> None:
+        """Begin, if it has not begun."""
+        if self._future is None:
+            self._future = self._begin()
+
+    def result(self) -> Any:
+        """What the call returned; raises what it raised."""
+        self.start()
+        return self._future.result()
 
 
 def no_progress(done: int) -> None:

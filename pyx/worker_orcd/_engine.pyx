@@ -13,6 +13,7 @@ import numpy as np
 from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
+from libcpp.vector cimport vector
 
 from . import cuda_layout, cuda_memory, expert_layout, plan as plan_records
 from .cuda_launches import Launches
@@ -21,9 +22,10 @@ from .errors import CudaError, InternalError, InvalidRequest, ModelLoadError
 from .lowering import ExpertGroup, MatMulGroup, RopeKv, lower
 from .vram import VramPlan
 
-from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check
+from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check, launch_nogil
 from ._nodes cimport Node, Shape
 from ._ring cimport Control, TokenRing
+from ._upload cimport Consumer
 from ._driver import device_copy_gbps
 from ._upload import Piece, upload
 
@@ -103,6 +105,38 @@ def check_supported(model_file, plan):
             refuse(f"tensor {w.name!r}: rows of {w.shape[0]} are no multiple of {ROW_STEP}, which a GPU needs", w.name)
 
 
+cdef struct RepackLaunch:
+    cu.CUfunction kernel
+    unsigned int gx, gy
+    RepackParams p
+
+
+cdef class _Repack(Consumer):
+    """Turns the raw rows of a piece into strips at the tensor's place. Tags: (weight, row bytes, expert, row, rows)."""
+
+    cdef object launches, addresses
+    cdef vector[RepackLaunch] todo
+
+    def __init__(self, launches, addresses):
+        self.launches, self.addresses = launches, addresses
+
+    cdef int prepare(self, tag, uintptr_t address, size_t nbytes) except -1:
+        cdef RepackLaunch launch
+        w, row_bytes, expert, row0, n_rows = tag
+        cdef Kernel kernel = self.launches.kernel("repack", f"repack_{cuda_layout.kernel_suffix(w.type_id)}")
+        cdef uintptr_t to = self.addresses[w.name] + expert * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
+        words = cuda_layout.n_units(w.type_id, w.shape[0]) * cuda_layout.record_bytes(w.type_id) // 4
+        launch.kernel, launch.gx, launch.gy = kernel.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048))
+        launch.p.rows, launch.p.w, launch.p.row_bytes = <uint8_t*>address, <uint8_t*>to, row_bytes
+        launch.p.k, launch.p.n_out, launch.p.row0, launch.p.n_rows = w.shape[0], w.shape[1], row0, n_rows
+        self.todo.push_back(launch)
+        return 0
+
+    cdef int queue(self, size_t index, cu.CUstream stream) except -1 nogil:
+        cdef RepackLaunch* launch = &self.todo[index]
+        return launch_nogil(launch.kernel, stream, launch.gx, launch.gy, 1, 256, 0, &launch.p, False)
+
+
 cdef class CudaEngine:
     """A model in the memory of one GPU.
 
@@ -111,7 +145,7 @@ cdef class CudaEngine:
         plan: its `Plan`.
         config: `EngineConfig`; max_seqs at most 64.
         device: index of the GPU.
-        progress: called with (bytes done, bytes in all) while weights are loaded, or None.
+        progress: called with (bytes done, bytes in all) while weights are loaded, first when that is under way; or None.
         check: refuse NaN and infinity in values and block scales, as `ModelFile.check_tensors`.
         context: a `Context` to use instead of opening one (tests); not closed by the engine.
         on_plan: called with (`VramPlan`, free bytes) before anything is allocated, also where it does not fit.
@@ -217,19 +251,8 @@ cdef class CudaEngine:
         total = sum(piece.nbytes for piece in pieces)
         with closing(self.context.allocate(cuda_memory.STAGING_BYTES, "staging")) as staging:
             self.load_stats = upload(
-                self.context, pieces, consume=self._repack, stream=self.stream, staging=staging, chunk_bytes=chunk_bytes,
-                progress=None if progress is None else lambda done: progress(min(done, total), total))
-
-    def _repack(self, tag, uintptr_t rows, size_t nbytes):
-        """Queue the repacking of a piece whose raw rows lie at `rows`."""
-        w, row_bytes, expert, row0, n_rows = tag
-        cdef RepackParams p
-        cdef Kernel kernel = self.launches.kernel("repack", f"repack_{cuda_layout.kernel_suffix(w.type_id)}")
-        cdef uintptr_t to = self.addresses[w.name] + expert * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
-        p.rows, p.w, p.row_bytes = <uint8_t*>rows, <uint8_t*>to, row_bytes
-        p.k, p.n_out, p.row0, p.n_rows = w.shape[0], w.shape[1], row0, n_rows
-        words = cuda_layout.n_units(w.type_id, w.shape[0]) * cuda_layout.record_bytes(w.type_id) // 4
-        kernel.enqueue(self.stream.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048)), 1, 256, 0, &p, False)
+                self.context, pieces, consume=_Repack(self.launches, self.addresses), stream=self.stream, staging=staging,
+                chunk_bytes=chunk_bytes, progress=None if progress is None else lambda done: progress(min(done, total), total))
 
     def _write(self, name, array):
         """Copy a small host array into the region `name`, and wait."""

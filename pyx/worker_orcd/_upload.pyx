@@ -2,11 +2,11 @@
 """From files to device memory at the speed of the link: reader threads, a pinned ring, copies that overlap.
 
 Each reader takes the next chunk of the load, reads it with pread into one of its own pinned slots and queues the copy on
-its own stream; no lock of Python is held meanwhile. A file is never read through a mapping here, so one that is cut
+its own stream. No lock of Python is needed meanwhile, so a load does not wait for other Python threads. A file is never read through a mapping here, so one that is cut
 during the load is a short read and an error, never a signal.
 
 What is loaded is a list of `Piece`s. A piece with an address goes straight there. The others pass through a staging area
-on the device, cut into windows that are filled in turn; when a window is complete, `consume` queues whatever turns the
+on the device, cut into windows that are filled in turn; when a window is complete, a `Consumer` queues whatever turns the
 raw bytes into their place (repacking kernels) behind the copies. This module knows no tensor, no layout and no kernel.
 """
 
@@ -21,6 +21,7 @@ from cuda.bindings cimport cydriver as cu
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libcpp cimport bool as cbool
+from libcpp.vector cimport vector
 from posix.types cimport off_t
 from posix.unistd cimport pread
 
@@ -28,7 +29,7 @@ from . import quants
 from ._gguf import CHECK_REASONS
 from .errors import CudaError, ModelLoadError
 
-from ._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event
+from ._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, check
 
 
 cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
@@ -47,6 +48,11 @@ cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
         void sent(const UploadChunk& chunk) noexcept
         int wait_full(uint32_t window, double timeout_s) noexcept
         void open(size_t n) noexcept
+        void began() noexcept
+        void consumed(size_t n) noexcept
+        int wait_began(size_t n, double timeout_s) noexcept
+        int wait_consumed(size_t n, double timeout_s) noexcept
+        size_t n_consumed() noexcept
         void stop() noexcept
         uint64_t bytes_sent() noexcept
 
@@ -104,6 +110,38 @@ class UploadStats:
     def gb_per_s(self):
         """10^9 bytes per second."""
         return self.nbytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+
+cdef class Consumer:
+    """What is done with the pieces in staging."""
+
+    cdef int prepare(self, tag, uintptr_t address, size_t nbytes) except -1:
+        """Called for each piece without an address, in order, before anything is read: it will lie at `address`."""
+        raise NotImplementedError
+
+    cdef int queue(self, size_t index, cu.CUstream stream) except -1 nogil:
+        """Queue what turns piece `index` (in the order of `prepare`) into its place: its bytes are on their way."""
+        with gil:
+            raise NotImplementedError
+
+
+cdef class _Calls(Consumer):
+    """A Python callable as a consumer: called as (tag, address, nbytes) when the bytes are on their way."""
+
+    cdef object call
+    cdef list pieces
+
+    def __init__(self, call):
+        self.call, self.pieces = call, []
+
+    cdef int prepare(self, tag, uintptr_t address, size_t nbytes) except -1:
+        self.pieces.append((tag, address, nbytes))
+        return 0
+
+    cdef int queue(self, size_t index, cu.CUstream stream) except -1 nogil:
+        with gil:
+            self.call(*self.pieces[index])
+        return 0
 
 
 cdef class _Reader:
@@ -170,13 +208,17 @@ cdef class _Load:
     cdef Stream consumer        # where windows are consumed
     cdef size_t chunk_bytes
     cdef list readers
-    cdef list windows           # of each window what is to be consumed: [(tag, address, bytes)]
+    cdef Consumer consume
+    cdef vector[size_t] staged  # of each window the number of staged pieces up to its end
     cdef list events
     cdef cu.CUevent consumed[N_WINDOWS]
+    cdef vector[cu.CUstream] streams    # of the readers
+    cdef vector[cu.CUevent] tails
+    cdef object error           # an exception of the coordinator, or None
 
-    def __init__(self, Context context, Stream consumer, size_t chunk_bytes):
-        self.context, self.consumer, self.chunk_bytes = context, consumer, chunk_bytes
-        self.readers, self.windows = [], []
+    def __init__(self, Context context, Stream consumer, Consumer consume, size_t chunk_bytes):
+        self.context, self.consumer, self.consume, self.chunk_bytes = context, consumer, consume, chunk_bytes
+        self.readers = []
         self.events = [Event(context, False, False) for _ in range(N_WINDOWS)]
         for i in range(N_WINDOWS):
             self.consumed[i] = (<Event>self.events[i]).handle
@@ -186,10 +228,9 @@ cdef class _Load:
 
         Pieces that go straight to their place count towards a window's size too, so that progress is told meanwhile.
         """
-        cdef size_t used = 0, counted = 0, need
+        cdef size_t used = 0, counted = 0, n_staged = 0, need
         cdef uint32_t window = 0
         cdef uintptr_t to
-        members = []
         for piece in pieces:
             if piece.nbytes <= 0:
                 raise ValueError(f"a piece of {piece.nbytes} bytes")
@@ -198,17 +239,18 @@ cdef class _Load:
             if need > window_bytes:
                 raise ValueError(f"a piece of {piece.nbytes} bytes does not fit a staging window of {window_bytes}")
             if used + need > window_bytes or counted >= window_bytes > 0:
-                self.windows.append(members)
-                members, used, counted, window = [], 0, 0, window + 1
+                self.staged.push_back(n_staged)
+                used, counted, window = 0, 0, window + 1
             if staged:
                 to = staging + (window % N_WINDOWS) * window_bytes + used
-                members.append((piece.tag, to, piece.nbytes))
+                self.consume.prepare(piece.tag, to, piece.nbytes)
+                n_staged += 1
             else:
                 to = piece.to
             used += need
             counted += piece.nbytes
             self.cut(piece, to, window)
-        self.windows.append(members)
+        self.staged.push_back(n_staged)
 
     cdef int cut(self, piece, uintptr_t to, uint32_t window) except -1:
         """Append the chunks of a piece; of one that is checked they are whole blocks."""
@@ -235,6 +277,7 @@ cdef class _Load:
         try:
             self.context.activate()
             with nogil:
+                self.gate.began()
                 self.pump(reader)
         except BaseException as e:
             reader.error = e
@@ -264,49 +307,78 @@ cdef class _Load:
             uses += 1
         return 0
 
-    def run(self, int n_readers, consume, progress):
-        """Load everything. Returns when all copies and all that `consume` queued are done, or raises."""
+    def coordinate(self):
+        """The coordinator's thread: until every window is consumed or the load has stopped."""
+        try:
+            self.context.activate()
+            with nogil:
+                self.gate.began()
+                self.consume_windows()
+        except BaseException as e:
+            self.error = e
+            self.gate.stop()
+
+    cdef int consume_windows(self) except -1 nogil:
         cdef uint32_t window
+        cdef size_t i, done = 0
+        cdef int state
+        for window in range(self.gate.n_windows()):
+            state = 0
+            while state == 0:
+                state = self.gate.wait_full(window, 1.0)
+            if state < 0:
+                return 0
+            if done < self.staged[window]:
+                for i in range(self.streams.size()):    # behind all copies so far
+                    check(cu.cuEventRecord(self.tails[i], self.streams[i]), b"cuEventRecord")
+                    self.consumer.follow_nogil(self.tails[i])
+            while done < self.staged[window]:
+                self.consume.queue(done, self.consumer.handle)
+                done += 1
+            self.consumer.mark_nogil(self.consumed[window % N_WINDOWS])
+            self.gate.open(window + 1 + N_WINDOWS)
+            self.gate.consumed(window + 1)
+        return 0
+
+    def run(self, int n_readers, progress):
+        """Load everything. Returns when all copies and all that is done with them are queued, or something failed."""
+        cdef _Reader reader
         for _ in range(n_readers):
-            self.readers.append(_Reader(self.context, self.chunk_bytes))
+            reader = _Reader(self.context, self.chunk_bytes)
+            self.readers.append(reader)
+            self.streams.push_back(reader.stream.handle)
+            self.tails.push_back(reader.tail)
         threads = [threading.Thread(target=self.read, args=(r,), name=f"upload-{i}", daemon=True)
                    for i, r in enumerate(self.readers)]
+        threads.append(threading.Thread(target=self.coordinate, name="upload", daemon=True))
         self.gate.open(N_WINDOWS)
         try:
             for thread in threads:
                 thread.start()
-            for window in range(self.gate.n_windows()):
-                if not self.wait(window, progress):
-                    break
-                self.consume(window, consume)
-                self.gate.open(window + 1 + N_WINDOWS)
+            self.attend(len(threads), progress)
         finally:
             self.gate.stop()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
 
-    cdef bint wait(self, uint32_t window, progress) except -1:
-        """Wait until a window is full. False: the load has stopped."""
+    cdef int attend(self, size_t n_threads, progress) except -1:
+        """Wait for the threads, with an eye on signals, and tell how far they are: first when all are at work."""
+        cdef size_t seen = 0
         cdef int state = 0
         while state == 0:
             with nogil:
-                state = self.gate.wait_full(window, TICK)
+                state = self.gate.wait_began(n_threads, TICK)
             PyErr_CheckSignals()
+        while state >= 0:
             if progress is not None:
                 progress(self.gate.bytes_sent())
-        return state > 0
-
-    cdef int consume(self, uint32_t window, consume) except -1:
-        """Queue what turns a full window into its place, behind the copies into it."""
-        cdef _Reader reader
-        if self.windows[window]:
-            for reader in self.readers:
-                reader.stream.mark_nogil(reader.tail)
-                self.consumer.follow_nogil(reader.tail)
-            for tag, address, nbytes in self.windows[window]:
-                consume(tag, address, nbytes)
-        self.consumer.mark_nogil(self.consumed[window % N_WINDOWS])
+            seen = self.gate.n_consumed()
+            if seen == self.gate.n_windows():
+                break
+            with nogil:
+                state = self.gate.wait_consumed(seen, TICK)
+            PyErr_CheckSignals()
         return 0
 
     def finish(self):
@@ -320,6 +392,8 @@ cdef class _Load:
         """Raise what ended a reader, if something did: a CUDA error, a file that could not be read to its end, or a
         number that no weight may be."""
         cdef _Reader reader
+        if self.error is not None:
+            raise self.error
         for reader in self.readers:
             if reader.error is not None:
                 raise reader.error
@@ -339,7 +413,7 @@ cdef class _Load:
     def close(self):
         """Free everything, after what is queued has ended. Idempotent; never raises."""
         cdef _Reader reader
-        # not the context: somebody may be recording a graph, which a wait for all streams would spoil
+        # not the context: what its other streams do is not the business of a load
         streams = [self.consumer]
         for reader in self.readers:
             streams.append(reader.stream)
@@ -359,14 +433,15 @@ def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceM
     Args:
         context: the device's context; other streams of it may be busy meanwhile.
         pieces: `Piece`s, in the order in which they are consumed (best the order of the file).
-        consume: called as consume(tag, address, nbytes) for each piece without an address, in order, once its bytes
-            are on their way to `address`. Work that it queues on `stream` finds them there; when that work is done the
-            memory is used for other pieces.
+        consume: a `Consumer`, or a callable: called from another thread as consume(tag, address, nbytes) for each piece
+            without an address, in order, once its bytes are on their way to `address`. Work that it queues on `stream`
+            finds them there; when that work is done the memory is used for other pieces.
         stream: where `consume` queues its work.
         staging: device memory for pieces on their way to `consume`; a piece must fit a quarter of it.
         chunk_bytes: bytes of one read and one copy, 4096 .. 2^30.
         n_readers: reader threads; 0: one for each core, at most 16.
-        progress: called now and then with the bytes sent so far; what it raises ends the load.
+        progress: called with the bytes sent so far, first when all threads are at work, then now and then; what it
+            raises ends the load.
 
     Returns:
         `UploadStats`.
@@ -386,14 +461,15 @@ def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceM
     files = {piece.file.fileno(): piece.file for piece in pieces}
     total = sum(piece.nbytes for piece in pieces)
     n_readers = n_readers or min(len(os.sched_getaffinity(0)), MAX_READERS)
-    n_readers = max(1, min(n_readers, MAX_PINNED // (SLOTS * chunk_bytes), total // chunk_bytes + 1))
+    n_readers = max(1, min(n_readers, MAX_READERS, MAX_PINNED // (SLOTS * chunk_bytes), total // chunk_bytes + 1))
     if staging is not None:
         window_bytes = staging.nbytes // N_WINDOWS // ALIGN * ALIGN
     own = Stream(context) if stream is None else None
-    load = _Load(context, stream or own, chunk_bytes)
+    consumer = consume if isinstance(consume, Consumer) else _Calls(consume)
+    load = _Load(context, stream or own, consumer, chunk_bytes)
     try:
         load.plan(pieces, staging.pointer if staging is not None else 0, window_bytes)
-        load.run(n_readers, consume, progress)
+        load.run(n_readers, progress)
         load.raise_fault(pieces)
         load.finish()
         for file in files.values():

@@ -208,6 +208,26 @@ cdef class Library:
             cu.cuLibraryUnload(self.handle)
 
 
+cdef int launch_nogil(cu.CUfunction kernel, cu.CUstream stream, unsigned int gx, unsigned int gy, unsigned int gz,
+                      unsigned int block, unsigned int smem, const void* params, bint pdl) except -1 nogil:
+    """Queue a launch; with `pdl` it may start before the kernel in front of it in the stream has ended."""
+    cdef cu.CUlaunchConfig config
+    cdef cu.CUlaunchAttribute attribute
+    cdef void* args[1]
+    args[0] = <void*>params
+    config.gridDimX, config.gridDimY, config.gridDimZ = gx, gy, gz
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes = smem
+    config.hStream = stream
+    config.attrs = &attribute
+    config.numAttrs = 0
+    if pdl:
+        attribute.id = cu.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.numAttrs = 1
+    return check(cu.cuLaunchKernelEx(&config, kernel, args, NULL), b"cuLaunchKernelEx")
+
+
 cdef class Kernel:
     """One kernel; takes exactly one parameter, a struct by value."""
 
@@ -244,22 +264,8 @@ cdef class Kernel:
 
     cdef int enqueue(self, cu.CUstream stream, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int block,
                      unsigned int smem, const void* params, bint pdl) except -1 nogil:
-        """Queue a launch; with `pdl` it may start before the kernel in front of it in the stream has ended."""
-        cdef cu.CUlaunchConfig config
-        cdef cu.CUlaunchAttribute attribute
-        cdef void* args[1]
-        args[0] = <void*>params
-        config.gridDimX, config.gridDimY, config.gridDimZ = gx, gy, gz
-        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.sharedMemBytes = smem
-        config.hStream = stream
-        config.attrs = &attribute
-        config.numAttrs = 0
-        if pdl:
-            attribute.id = cu.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.numAttrs = 1
-        return check(cu.cuLaunchKernelEx(&config, self.handle, args, NULL), b"cuLaunchKernelEx")
+        """As `launch_nogil`."""
+        return launch_nogil(self.handle, stream, gx, gy, gz, block, smem, params, pdl)
 
     def launch(self, Stream stream, tuple grid, unsigned int block, unsigned int smem, bytes params, bint pdl=False):
         """Queue a launch.
