@@ -47,19 +47,23 @@ class Watch:
         self._on_fatal = on_fatal
         self._on_digest = on_digest
         self._stop = threading.Event()
+        self._starting = threading.Lock()
         bodies = [("residency", self._check_residency)] if llm.info.device != "cpu" else []
         if llm.info.sha256 is None:
             bodies.append(("provenance", self._hash))
         self._threads = [threading.Thread(target=body, name=name, daemon=True) for name, body in bodies]
 
     def start(self) -> None:
-        """Begin."""
-        for thread in self._threads:
-            thread.start()
+        """Begin, unless `stop` came first."""
+        with self._starting:
+            if not self._stop.is_set():
+                for thread in self._threads:
+                    thread.start()
 
     def stop(self) -> None:
         """End both threads; afterwards the model may be closed. Idempotent."""
-        self._stop.set()
+        with self._starting:
+            self._stop.set()
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(JOIN_SEC)

@@ -5,6 +5,7 @@ from cuda.bindings cimport cydriver as cu
 
 cdef int check(cu.CUresult status, const char* call) except -1 nogil
 cdef int await_event(cu.CUevent event) except -1 nogil
+cdef int mark_nogil(cu.CUstream stream, cu.CUevent event) except -1 nogil
 cdef int launch_nogil(cu.CUfunction kernel, cu.CUstream stream, unsigned int gx, unsigned int gy, unsigned int gz,
                       unsigned int block, unsigned int smem, const void* params, bint pdl) except -1 nogil
 

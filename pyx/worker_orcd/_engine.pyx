@@ -251,8 +251,9 @@ cdef class CudaEngine:
         total = sum(piece.nbytes for piece in pieces)
         with closing(self.context.allocate(cuda_memory.STAGING_BYTES, "staging")) as staging:
             self.load_stats = upload(
-                self.context, pieces, consume=_Repack(self.launches, self.addresses), stream=self.stream, staging=staging,
-                chunk_bytes=chunk_bytes, progress=None if progress is None else lambda done: progress(min(done, total), total))
+                self.context, pieces, consume=_Repack(self.launches, self.addresses), stream=self.stream,
+                staging=staging, chunk_bytes=chunk_bytes,
+                progress=None if progress is None else lambda done: progress(min(done, total), total))
 
     def _write(self, name, array):
         """Copy a small host array into the region `name`, and wait."""

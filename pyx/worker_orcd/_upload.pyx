@@ -1,13 +1,14 @@
 # cython: language_level=3
 """From files to device memory at the speed of the link: reader threads, a pinned ring, copies that overlap.
 
-Each reader takes the next chunk of the load, reads it with pread into one of its own pinned slots and queues the copy on
-its own stream. No lock of Python is needed meanwhile, so a load does not wait for other Python threads. A file is never read through a mapping here, so one that is cut
-during the load is a short read and an error, never a signal.
+Each reader takes the next chunk of the load, reads it with pread into one of its own pinned slots and queues the copy
+on its own stream. No lock of Python is needed meanwhile, so a load does not wait for other Python threads. A file is
+never read through a mapping here, so one that is cut during the load is a short read and an error, never a signal.
 
-What is loaded is a list of `Piece`s. A piece with an address goes straight there. The others pass through a staging area
-on the device, cut into windows that are filled in turn; when a window is complete, a `Consumer` queues whatever turns the
-raw bytes into their place (repacking kernels) behind the copies. This module knows no tensor, no layout and no kernel.
+What is loaded is a list of `Piece`s. A piece with an address goes straight there. The others pass through a staging
+area on the device, cut into windows that are filled in turn; when a window is complete, a `Consumer` queues whatever
+turns the raw bytes into their place (repacking kernels) behind the copies. This module knows no tensor, no layout and
+no kernel.
 """
 
 import math
@@ -29,7 +30,7 @@ from . import quants
 from ._gguf import CHECK_REASONS
 from .errors import CudaError, ModelLoadError
 
-from ._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, check
+from ._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
 
 
 cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
@@ -330,7 +331,7 @@ cdef class _Load:
                 return 0
             if done < self.staged[window]:
                 for i in range(self.streams.size()):    # behind all copies so far
-                    check(cu.cuEventRecord(self.tails[i], self.streams[i]), b"cuEventRecord")
+                    mark_nogil(self.streams[i], self.tails[i])
                     self.consumer.follow_nogil(self.tails[i])
             while done < self.staged[window]:
                 self.consume.queue(done, self.consumer.handle)

@@ -1,5 +1,10 @@
 # Part of _driver.pyx: what runs on a device, and in which order - streams, events, kernels, graphs.
 
+cdef int mark_nogil(cu.CUstream stream, cu.CUevent event) except -1 nogil:
+    """Let `event` stand for the present end of `stream`."""
+    return check(cu.cuEventRecord(event, stream), b"cuEventRecord")
+
+
 cdef class Stream:
     """An in-order queue of device work."""
 
@@ -27,7 +32,7 @@ cdef class Stream:
 
     cdef int mark_nogil(self, cu.CUevent event) except -1 nogil:
         """Let `event` stand for the present end of this stream."""
-        return check(cu.cuEventRecord(event, self.handle), b"cuEventRecord")
+        return mark_nogil(self.handle, event)
 
     cdef int wait_nogil(self) except -1 nogil:
         """Wait until everything queued so far is done."""
@@ -122,7 +127,7 @@ cdef class Event:
         context.live.add(self)
 
     cdef int record_nogil(self, cu.CUstream stream) except -1 nogil:
-        return check(cu.cuEventRecord(self.handle, stream), b"cuEventRecord")
+        return mark_nogil(stream, self.handle)
 
     cdef int wait_nogil(self) except -1 nogil:
         return await_event(self.handle)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from service.fake_llm import FakeLLM
 from service.test_app import App
 from worker_orcd.errors import CudaError
+from worker_orcd.events import EventLog
 from worker_orcd.vram import VramPlan
+from worker_orcd.wsgi.watch import Watch
 
 pytestmark = pytest.mark.timeout(30)
 DIGEST = hashlib.sha256(b"fake").hexdigest()
@@ -74,8 +78,10 @@ def test_a_digest_that_was_demanded_is_logged_before_ready():
 def test_stopping_does_not_wait_for_a_long_hash():
     class Slow(FakeLLM):
         ended = None
+        reading = False
 
         def digest(self, progress):
+            self.reading = True
             try:
                 while True:
                     progress(0)
@@ -89,11 +95,22 @@ def test_stopping_does_not_wait_for_a_long_hash():
             super().close()
 
     app = App(lambda config, progress, on_fatal, on_plan: Slow(config, on_fatal)).ready()
+    until(lambda: app.service.llm().reading)
     began = time.monotonic()
     app.service.stop(0)
     assert time.monotonic() - began < 1
     assert not [t for t in threading.enumerate() if t.name == "provenance"]
     assert not events(app, "provenance")
+
+
+def test_a_watch_that_was_stopped_does_not_begin():
+    """The worker may be told to stop between the moment it is ready and the start of its watch."""
+    log = io.StringIO()
+    llm = FakeLLM(SimpleNamespace(model="m.gguf", expect_sha256=None, max_streams=1, max_queue=1), print)
+    watch = Watch(llm, EventLog(log), 0.1, print, print, print)
+    watch.stop()
+    watch.start()
+    assert not [t for t in threading.enumerate() if t.name == "provenance"] and not log.getvalue()
 
 
 def test_a_file_that_cannot_be_hashed_is_told():
