@@ -1,7 +1,7 @@
 // One 16-row strip of weights, as a warp multiplies it: A fragments from codes, and sums over a few rows of x.
 //
-// The sums are for kernels that take one strip at a time (matvec.cu takes several). Records and converted x are in fragment order (quant/layout.cuh,
-// activations.cuh). Knows no kernel and no way of loading.
+// The sums are for kernels that take one strip at a time (matvec.cu takes several). Records and converted x are in
+// fragment order (quant/layout.cuh, activations.cuh). Knows no kernel and no way of loading.
 #pragma once
 
 #include "quant/types.cuh"

@@ -171,6 +171,26 @@ def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: 
     assert contents(memory) == bytes(data[5:])
 
 
+def test_the_first_fault_in_the_order_of_the_pieces_is_told(context, make_file):
+    """Not that of the reader that was quicker, nor the first in the file: the same error every time."""
+    file, _ = make_file(16 * MIB)
+    data = bytearray(16 * MIB)
+    data[:4] = data[2 * MIB - 4:2 * MIB] = b"\xff" * 4
+    with open(file.path, "r+b") as f:
+        f.write(data)
+    file.first = os.fstat(file.fd)
+    memory = context.allocate(16 * MIB)
+
+    def piece(name: str, offset: int, nbytes: int) -> Piece:
+        return Piece(file, offset, nbytes, memory.pointer + offset, None, 0, name)
+
+    pieces = [piece("good", 2 * MIB, 14 * MIB), piece("bad at its end", MIB, MIB), piece("bad at once", 0, 4096)]
+    for _ in range(20):
+        with pytest.raises(ModelLoadError, match="'bad at its end'") as e:
+            upload(context, pieces, n_readers=4)
+        assert e.value.fields["offset"] == 2 * MIB - 4
+
+
 def test_a_checked_piece_is_whole_blocks(context, make_file):
     file, _ = make_file(1000)
     memory = context.allocate(1000)

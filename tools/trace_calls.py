@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which calls of the CUDA driver a generation makes: counted by CUPTI, between the first token and the last.
+"""Which calls of the CUDA driver a generation makes, its prompt included: counted by CUPTI after a first generation.
 
     python tools/trace_calls.py --model M.gguf [--steps 200] [--batch 1]
 

@@ -238,8 +238,8 @@ cdef class RopeKvNode(Node):
     cdef unsigned int split
 
     def __init__(self, str name, lib, uintptr_t q, int q_stride, uintptr_t k, int k_stride, uintptr_t v, int v_stride,
-                 uintptr_t freqs, uintptr_t long_slots, uintptr_t kv, uintptr_t block_table, uintptr_t positions, uintptr_t slots,
-                 int n_head, int n_head_kv, int head_dim, int n_rot, str pairing, int max_blocks, float mscale):
+                 uintptr_t freqs, uintptr_t long_slots, uintptr_t kv, uintptr_t block_table, uintptr_t positions,
+                 uintptr_t slots, int n_head, int n_head_kv, int head_dim, int n_rot, str pairing, int max_blocks, float mscale):
         Node.__init__(self, name)
         self.kernel = lib.kernel("rope_kv")
         self.p.q, self.p.k, self.p.v = <float*>q, <float*>k, <float*>v

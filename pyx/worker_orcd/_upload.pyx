@@ -398,12 +398,16 @@ cdef class _Load:
         for reader in self.readers:
             if reader.error is not None:
                 raise reader.error
-        faults = [(reader.fault_offset, reader.fault_fd, reader.fault_errno, reader.fault_check)
-                  for reader in self.readers if reader.fault_fd >= 0]
+        # chunks are taken in the order of the pieces, so the first fault in that order is always among those seen
+        faults = []
+        for reader in self.readers:
+            if reader.fault_fd >= 0:
+                index = next(i for i, p in enumerate(pieces) if p.file.fileno() == reader.fault_fd
+                             and p.offset <= reader.fault_offset < p.offset + p.nbytes)
+                faults.append((index, reader.fault_offset, reader.fault_errno, reader.fault_check))
         if faults:
-            # chunks are taken in order, so the lowest offset is the first fault whichever reader saw it
-            offset, fd, number, found = min(faults)
-            piece = next(p for p in pieces if p.file.fileno() == fd and p.offset <= offset < p.offset + p.nbytes)
+            index, offset, number, found = min(faults)
+            piece = pieces[index]
             if found:
                 raise ModelLoadError(f"tensor {piece.name!r} {CHECK_REASONS[found]}", piece.file.path, offset,
                                      tensor=piece.name)
