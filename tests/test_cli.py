@@ -16,7 +16,7 @@ import pytest
 from worker_orcd import cli, cli_options
 from worker_orcd.errors import CudaError, ModelLoadError
 
-PROGRAM = [sys.executable, "-m", "worker_orcd.cli"]
+PROGRAM = [sys.executable, "-m", "worker_orcd"]
 
 
 @pytest.fixture

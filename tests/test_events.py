@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from worker_orcd.events import EventLog, text_facts
+from worker_orcd.observe.events import EventLog, text_facts
 
 
 def lines(stream):

@@ -119,7 +119,7 @@ def check_bench(args: argparse.Namespace, log: Path) -> Result:
     for model in args.model:
         one = args.out / f"bench-{model.stem}.log"
         one.unlink(missing_ok=True)
-        code, seconds = run([sys.executable, "-m", "worker_orcd.cli", "bench", "--model", str(model), "--device",
+        code, seconds = run([sys.executable, "-m", "worker_orcd", "bench", "--model", str(model), "--device",
                              args.device, "-p", args.prompts, "-n", str(args.n_gen), "--batch", args.batch, "--repeat",
                              "5", "--json"], one, args.limit, {})
         total += seconds

@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import ModelLoadError
+from worker_orcd.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from .model_file import ModelFile
+    from worker_orcd.model_file import ModelFile
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import cuda_layout, cuda_memory, expert_layout
-from ._expert_nodes import ExpertProductNode, ExpertSumNode, RouteNode
-from ._nodes import AttentionNode, EmbedNode, MatMulNode, NormNode, PointwiseNode, RopeKvNode, decode_max_splits
-from .engine import EngineConfig
-from .errors import InternalError
-from .lowering import RopeKv
-from .plan import Op, Plan, View
+from worker_orcd import cuda_layout, cuda_memory, expert_layout
+from worker_orcd._expert_nodes import ExpertProductNode, ExpertSumNode, RouteNode
+from worker_orcd._nodes import (
+    AttentionNode,
+    EmbedNode,
+    MatMulNode,
+    NormNode,
+    PointwiseNode,
+    RopeKvNode,
+    decode_max_splits,
+)
+from worker_orcd.engine import EngineConfig
+from worker_orcd.errors import InternalError
+from worker_orcd.lowering import RopeKv
+from worker_orcd.plan import Op, Plan, View
 
 #: rotary frequency table -> its number in the weights arena
 Tables = dict[tuple[float, ...], int]

@@ -6,8 +6,8 @@ is a row and one of its slots; an item is an expert with some of its pairs. Pure
 
 from __future__ import annotations
 
-from . import cuda_layout
-from .cuda_layout import SMEM_SMALL, Launch
+from worker_orcd import cuda_layout
+from worker_orcd.cuda_layout import SMEM_SMALL, Launch
 
 #: most experts of a layer, and most that a row uses
 MAX_EXPERTS, MAX_USED = 256, 32

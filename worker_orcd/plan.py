@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .arch import HParams, hparams
-from .errors import ModelLoadError
+from worker_orcd.arch import HParams, hparams
+from worker_orcd.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from .model_file import ModelFile
+    from worker_orcd.model_file import ModelFile
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import falcon
 import msgspec
 
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.events import text_facts
+from worker_orcd.observe.events import text_facts
 from worker_orcd.sampling import DEFAULT_MAX_TOKENS
 from worker_orcd.wsgi import requests
 from worker_orcd.wsgi.service import Service

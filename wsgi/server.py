@@ -26,7 +26,7 @@ from gunicorn.errors import HaltServer
 import worker_orcd
 from worker_orcd.config import EXIT_LIMIT_SEC, ServeConfig
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.events import EventLog
+from worker_orcd.observe.events import EventLog
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm

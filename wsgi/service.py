@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
-from worker_orcd.events import EventLog
 from worker_orcd.info import provenance_facts
+from worker_orcd.observe.events import EventLog
 from worker_orcd.wsgi.http_errors import from_exception
 from worker_orcd.wsgi.watch import Watch
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from worker_orcd.errors import Cancelled, CudaError, WorkerError
-from worker_orcd.events import EventLog
 from worker_orcd.info import provenance_facts
+from worker_orcd.observe.events import EventLog
 
 if TYPE_CHECKING:
     from worker_orcd.llm import LLM

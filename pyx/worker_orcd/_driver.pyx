@@ -18,7 +18,7 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, strcmp
 from posix.unistd cimport getpid
 
-from .errors import CudaError
+from worker_orcd.errors import CudaError
 
 #: statuses after which the context can never be used again
 _STICKY = frozenset({214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719})

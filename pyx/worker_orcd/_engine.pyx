@@ -15,19 +15,19 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_
 from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
-from . import cuda_layout, cuda_memory, expert_layout, plan as plan_records
-from .cuda_launches import Launches
-from .engine import BLOCK_SIZE
-from .errors import CudaError, InternalError, InvalidRequest, ModelLoadError
-from .lowering import ExpertGroup, MatMulGroup, RopeKv, lower
-from .vram import VramPlan
+from worker_orcd import cuda_layout, cuda_memory, expert_layout, plan as plan_records
+from worker_orcd.cuda_launches import Launches
+from worker_orcd.engine import BLOCK_SIZE
+from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
+from worker_orcd.vram import VramPlan
 
-from ._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check, launch_nogil
-from ._nodes cimport Node, Shape
-from ._ring cimport Control, TokenRing
-from ._upload cimport Consumer
-from ._driver import device_copy_gbps
-from ._upload import Piece, upload
+from worker_orcd._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check, launch_nogil
+from worker_orcd._nodes cimport Node, Shape
+from worker_orcd._ring cimport Control, TokenRing
+from worker_orcd._upload cimport Consumer
+from worker_orcd._driver import device_copy_gbps
+from worker_orcd._upload import Piece, upload
 
 cdef extern from *:
     """
@@ -54,7 +54,7 @@ cdef extern from "ops_params.h" nogil:
 
     enum: SAMPLE_MAX_VOCAB
 
-from ._nodes import SampleNode, attention_heads, decode_max_splits, sample_sizes
+from worker_orcd._nodes import SampleNode, attention_heads, decode_max_splits, sample_sizes
 
 #: type id of vectors that need no widening
 F32 = 0

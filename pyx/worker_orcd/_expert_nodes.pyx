@@ -9,8 +9,8 @@ can be recorded in a graph. Like `_nodes`, this module knows parameter structs, 
 from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 
-from ._driver cimport Kernel
-from ._nodes cimport Node, Shape
+from worker_orcd._driver cimport Kernel
+from worker_orcd._nodes cimport Node, Shape
 
 
 cdef extern from "experts_params.h" nogil:

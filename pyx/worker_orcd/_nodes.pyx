@@ -9,7 +9,7 @@ This module knows the parameter structs of the kernels, and no plan, file or tok
 from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from ._driver cimport Kernel
+from worker_orcd._driver cimport Kernel
 
 
 cdef extern from "ops_params.h" nogil:

@@ -26,11 +26,11 @@ from libcpp.vector cimport vector
 from posix.types cimport off_t
 from posix.unistd cimport pread
 
-from . import quants
-from ._gguf import CHECK_REASONS
-from .errors import CudaError, ModelLoadError
+from worker_orcd import quants
+from worker_orcd._gguf import CHECK_REASONS
+from worker_orcd.errors import CudaError, ModelLoadError
 
-from ._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
+from worker_orcd._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
 
 
 cdef extern from "window_gate.h" namespace "worker_orcd" nogil:

@@ -22,5 +22,5 @@ def run_script(what: str, model: Path, gpu: int, seconds: int = 60, **env: str) 
 
 def run_cli(*args: object, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """`worker-orcd ARGS`."""
-    return subprocess.run([sys.executable, "-m", "worker_orcd.cli", *map(str, args)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "worker_orcd", *map(str, args)], capture_output=True, text=True,
                           timeout=timeout, check=False, env={**os.environ, **env})

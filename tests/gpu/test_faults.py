@@ -82,7 +82,7 @@ def test_f2_a_poisoned_context_ends_every_job(goldens_dir, gpu):
 
 
 def serve(model: Path, gpu: int, *args: object, wait: bool = True) -> Worker:
-    return Worker([sys.executable, "-m", "worker_orcd.cli", "serve", "--model", str(model), "--device", f"cuda:{gpu}",
+    return Worker([sys.executable, "-m", "worker_orcd", "serve", "--model", str(model), "--device", f"cuda:{gpu}",
                    "--port", "0", "--log-format", "json", *map(str, args)], wait, timeout=90)
 
 

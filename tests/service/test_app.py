@@ -12,7 +12,7 @@ from falcon import testing
 
 from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
-from worker_orcd.events import EventLog
+from worker_orcd.observe.events import EventLog
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.service import Service
 

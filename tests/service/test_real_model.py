@@ -16,7 +16,7 @@ from service.client import Worker
 
 pytestmark = pytest.mark.timeout(120)
 
-COMMAND = [sys.executable, "-m", "worker_orcd.cli", "serve", "--device", "cpu", "--port", "0"]
+COMMAND = [sys.executable, "-m", "worker_orcd", "serve", "--device", "cpu", "--port", "0"]
 PROMPT = "Once upon a time, there was a little robot who"
 
 
