@@ -6,7 +6,7 @@ import types
 
 from fake_file import FakeFile
 
-from worker_orcd import quants
+from worker_orcd.gguf import quants
 
 _IDS = {t.name: i for i, t in quants.TYPES.items()}
 

@@ -10,7 +10,7 @@ import requantize
 from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams, plan
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf.model_file import ModelFile
 
 #: positions from which on a sequence is a long one
 LONG_FROM = 64

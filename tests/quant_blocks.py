@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from worker_orcd import quants
+from worker_orcd.gguf import quants
 
 #: where the float16 numbers of a block are
 _HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],

@@ -12,7 +12,7 @@ import numpy as np
 from quant_blocks import random_blocks
 
 from worker_orcd import plan as P
-from worker_orcd import quants
+from worker_orcd.gguf import quants
 
 N_VOCAB, N_POSITIONS, WINDOW = 77, 200, 40
 

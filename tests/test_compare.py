@@ -22,7 +22,7 @@ from worker_orcd.compare_prompts import Prompt, read_prompts, read_targets
 from worker_orcd.compare_report import Check, Rate
 from worker_orcd.compare_settings import Limits, Settings
 from worker_orcd.errors import InvalidRequest, ModelLoadError
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf.model_file import ModelFile
 
 PLAIN = ["the time is", "def f(x):", "hello there", "one two three"]
 TRIGGER = " %% now, please"

@@ -7,9 +7,9 @@ import pytest
 from cpu_engines import ISAS
 from quant_blocks import _HALVES, dequantized, random_blocks
 
-from worker_orcd import quants
 from worker_orcd._cpu import cpu_features, dequantize
 from worker_orcd.errors import InvalidRequest
+from worker_orcd.gguf import quants
 
 #: float16 scales: zeros, subnormals, the smallest normal, one, the largest, infinities, each with its negative
 SCALES = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00],

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from quant_blocks import dequantized, random_blocks
 
-from worker_orcd import cuda_layout, quants
+from worker_orcd import cuda_layout
+from worker_orcd.gguf import quants
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = sorted(quants.TYPES)

@@ -17,10 +17,11 @@ import pytest
 from gguf_forge import ARR, BOOL, F32, F64, I8, I16, I32, I64, STR, U8, U16, U32, U64, Forge
 from hostile_cases import SCALES
 
-from worker_orcd import quants, tokenizer_metadata
+from worker_orcd import tokenizer_metadata
 from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import ModelLoadError
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf import quants
+from worker_orcd.gguf.model_file import ModelFile
 
 GOLDENS = [
     "llama-F16",
@@ -351,7 +352,7 @@ def test_the_check_names_the_first_fault_whatever_the_threads(write):
 
 
 def test_the_check_tells_how_far_it_is_and_can_be_stopped(write, monkeypatch):
-    monkeypatch.setattr("worker_orcd.model_file._CHECK_BATCH", 4096)
+    monkeypatch.setattr("worker_orcd.gguf.model_file._CHECK_BATCH", 4096)
     seen: list[int] = []
     with ModelFile(write(g.tiny_llama())) as mf:
         mf.check_tensors(progress=seen.append)

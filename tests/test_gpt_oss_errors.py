@@ -9,9 +9,10 @@ import types
 import pytest
 from gpt_oss_file import GptOssFile
 
-from worker_orcd import LLM, plan, quants
+from worker_orcd import LLM, plan
 from worker_orcd.errors import ModelLoadError
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf import quants
+from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.tokenizer import Tokenizer
 
 

@@ -17,10 +17,11 @@ import gguf_forge as g
 import pytest
 from hostile_cases import CASES, SCALES, Case
 
-from worker_orcd import plan, quants, tokenizer_metadata
+from worker_orcd import plan, tokenizer_metadata
 from worker_orcd._gguf import GgufFile, has_check
 from worker_orcd.errors import ModelLoadError
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf import quants
+from worker_orcd.gguf.model_file import ModelFile
 
 SECONDS = 1.0
 MEMORY_MIB = 64
@@ -263,7 +264,7 @@ def test_g19_no_permission(tmp_path):
     path.write_bytes(g.tiny_llama().build())
     path.chmod(0)
     done = run_child("""
-        from worker_orcd.model_file import ModelFile
+        from worker_orcd.gguf.model_file import ModelFile
         if os.geteuid() == 0:
             os.setgroups([])
             os.setgid(65534)
@@ -327,7 +328,7 @@ def run_with_open_model(code: str, tmp_path: Path) -> subprocess.CompletedProces
     opening = """
         import mmap, threading
         from worker_orcd.errors import ModelLoadError
-        from worker_orcd.model_file import ModelFile
+        from worker_orcd.gguf.model_file import ModelFile
         path = sys.argv[1]
         mf = ModelFile(path)
         view = mf.view("blk.0.ffn_down.weight")

@@ -9,7 +9,7 @@ import pytest
 from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import plan
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf.model_file import ModelFile
 
 LIMIT = {"gpt-oss": 2e-6, "": 5e-7}
 

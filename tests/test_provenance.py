@@ -12,11 +12,13 @@ import pytest
 from fake_engine import FakeEngine
 from gguf_forge import I32, STR, U16, Forge
 
-from worker_orcd import LLM, cli, devices, provenance, trusted_models
+from worker_orcd import LLM, cli, devices
 from worker_orcd.errors import Cancelled, InvalidRequest, ModelLoadError
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf import digests as provenance
+from worker_orcd.gguf import trusted_models
+from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.gguf.trusted_models import TrustedModels, verify
 from worker_orcd.tokenizer import Tokenizer
-from worker_orcd.trusted_models import TrustedModels, verify
 
 KIB64 = 64 << 10
 SHA = "ab" * 32

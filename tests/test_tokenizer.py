@@ -16,9 +16,9 @@ from gguf_forge import F32, I32, STR, Forge, tiny_vocab
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from worker_orcd import quants
 from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import InvalidRequest, ModelLoadError
+from worker_orcd.gguf import quants
 from worker_orcd.tokenizer import Tokenizer
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]

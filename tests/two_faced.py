@@ -18,7 +18,7 @@ import requantize
 
 from worker_orcd.compare_layers import open_engine
 from worker_orcd.engine import Batch
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf.model_file import ModelFile
 
 TENSOR = "token_embd.weight"
 

@@ -22,7 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 from kernel_harness import Gpu  # noqa: E402
 from matmul_host import Matmul, Matrix, Matvec  # noqa: E402
 
-from worker_orcd import cuda_layout, quants  # noqa: E402
+from worker_orcd import cuda_layout
+from worker_orcd.gguf import quants  # noqa: E402
 
 #: bytes of weights to rotate through: well over the L2 of the GPUs this is for
 ROTATE = 256 << 20

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from worker_orcd.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from worker_orcd.model_file import ModelFile
+    from worker_orcd.gguf.model_file import ModelFile
 
 
 @dataclass(frozen=True)

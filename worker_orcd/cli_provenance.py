@@ -21,9 +21,9 @@ def provenance(model: str, name: str | None, source: str, out: str | None) -> No
 
     Of a split model name the first part. A list for --trusted-models is one entry, or several in [ ].
     """
+    from worker_orcd.gguf.model_file import ModelFile
+    from worker_orcd.gguf.trusted_models import entry_of
     from worker_orcd.loading import LoadProgress
-    from worker_orcd.model_file import ModelFile
-    from worker_orcd.trusted_models import entry_of
 
     with ModelFile(model) as model_file, LoadProgress(sys.stderr.isatty(), model_file.size, "hashing") as bar:
         entry = entry_of(model_file, os.path.basename(model) if name is None else name, source, bar.next())

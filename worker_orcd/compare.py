@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import arch, compare_numbers, devices, plan, provenance, tokenizer_metadata
+from worker_orcd import arch, compare_numbers, devices, plan, tokenizer_metadata
 from worker_orcd.compare_layers import layer_activations
 from worker_orcd.compare_prompts import Prompt
 from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
 from worker_orcd.compare_settings import Limits, Settings
 from worker_orcd.compare_text import Findings, findings
 from worker_orcd.errors import InvalidRequest, ModelLoadError
+from worker_orcd.gguf import digests
+from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.job import Completion
 from worker_orcd.llm import LLM
-from worker_orcd.model_file import ModelFile
 from worker_orcd.sampling import SamplingParams
 
 #: sequences that decode together
@@ -83,7 +84,7 @@ def compare(a: str, b: str, prompts: Sequence[Prompt], settings: Settings | None
         for side, file, run in (("A", file_a, run_a), ("B", file_b, run_b)):
             progress(f"{side}: digest")
             facts.append(FileFacts(file.path, file.name, file.arch, file.quant_kind, file.size,
-                                   provenance.file_sha256(file), run.chat_template_sha256))
+                                   digests.file_sha256(file), run.chat_template_sha256))
             file.check_unchanged()
     results = [_prompt_result(p, i, run_a, run_b, forced[i], distances[i], settings.chat)
                for i, p in enumerate(prompts)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from worker_orcd import devices, plan
 from worker_orcd.engine import BLOCK_SIZE, Batch, Engine, EngineConfig
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf.model_file import ModelFile
 
 #: tokens of a prompt that are looked at
 MAX_ROWS: Final = 256

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker_orcd import quants
+from worker_orcd.gguf import quants
 
 #: rows of a strip, the unit of the layout along n_out
 STRIP_ROWS = 16

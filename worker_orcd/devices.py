@@ -19,7 +19,7 @@ from worker_orcd.plan import Plan
 from worker_orcd.vram import VramPlan
 
 if TYPE_CHECKING:
-    from worker_orcd.model_file import ModelFile
+    from worker_orcd.gguf.model_file import ModelFile
 
 #: rows of one step where the caller names no number
 CPU_MAX_ROWS, CUDA_MAX_ROWS = 256, 2048

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker_orcd.model_file import ModelFile
+    from worker_orcd.gguf.model_file import ModelFile
     from worker_orcd.plan import Plan
     from worker_orcd.tokenizer import Tokenizer
 

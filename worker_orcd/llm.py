@@ -22,16 +22,16 @@ from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import check_sha256
 from worker_orcd.engine import Engine
 from worker_orcd.errors import InvalidRequest, WorkerError
+from worker_orcd.gguf.digests import file_sha256
+from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.gguf.trusted_models import TrustedModels, verify
 from worker_orcd.info import ModelInfo, model_facts
 from worker_orcd.job import Completion, Job, Piece
 from worker_orcd.loading import Later, LoadProgress, Progress, no_progress
 from worker_orcd.loop import EngineLoop
-from worker_orcd.model_file import ModelFile
-from worker_orcd.provenance import file_sha256
 from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
 from worker_orcd.scheduler import Scheduler
 from worker_orcd.tokenizer import Tokenizer
-from worker_orcd.trusted_models import TrustedModels, verify
 from worker_orcd.vram import VramPlan
 
 MAX_STOP_TOKENS = 32

@@ -20,7 +20,7 @@ from worker_orcd.arch import HParams, hparams
 from worker_orcd.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from worker_orcd.model_file import ModelFile
+    from worker_orcd.gguf.model_file import ModelFile
 
 
 @dataclass(frozen=True)

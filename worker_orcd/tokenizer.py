@@ -20,7 +20,7 @@ from worker_orcd.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowS
 from worker_orcd.tokenizer_parts import TokenizerParts
 
 if TYPE_CHECKING:
-    from worker_orcd.model_file import ModelFile
+    from worker_orcd.gguf.model_file import ModelFile
 
 
 class Tokenizer:
@@ -75,8 +75,8 @@ class Tokenizer:
             path = os.path.join(path, "tokenizer.json")
         if path.endswith(".json"):
             return cls(tokenizer_json.load(path))
-        from worker_orcd import quants
         from worker_orcd._gguf import GgufFile
+        from worker_orcd.gguf import quants
 
         file = GgufFile(path, quants.BLOCK_SIZES)
         try:

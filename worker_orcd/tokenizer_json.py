@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 
 from worker_orcd.errors import ModelLoadError
-from worker_orcd.regular_file import read_regular_file
+from worker_orcd.gguf.regular_file import read_regular_file
 from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
 from worker_orcd.token_table import SPM_SPACE, TokenTable, byte_level_bytes, spm_bytes
 from worker_orcd.tokenizer_library import decode_with, encode_with, failing_as

@@ -26,7 +26,7 @@ from libcpp.vector cimport vector
 from posix.types cimport off_t
 from posix.unistd cimport pread
 
-from worker_orcd import quants
+from worker_orcd.gguf import quants
 from worker_orcd._gguf import CHECK_REASONS
 from worker_orcd.errors import CudaError, ModelLoadError
 

@@ -15,7 +15,7 @@ import worker_orcd
 from worker_orcd import LLM, _driver, _engine, cuda_memory, plan
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.vram import VramPlan
 
 pytestmark = pytest.mark.skipif(not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),

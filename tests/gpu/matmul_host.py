@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from kernel_harness import Buffer, Gpu, params
 
-from worker_orcd import cuda_layout, quants
+from worker_orcd import cuda_layout
+from worker_orcd.gguf import quants
 
 HEADER = "matmul_params.h"
 

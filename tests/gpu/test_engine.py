@@ -16,7 +16,7 @@ from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams, plan
 from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
-from worker_orcd.model_file import ModelFile
+from worker_orcd.gguf.model_file import ModelFile
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,8 @@ from matmul_host import HEADER, Matmul, Matvec, repack, row_lengths
 from ops_host import check_nmse, new_gpu
 from quant_blocks import dequantized, random_blocks
 
-from worker_orcd import cuda_layout, quants
+from worker_orcd import cuda_layout
+from worker_orcd.gguf import quants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 

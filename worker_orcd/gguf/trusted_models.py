@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.errors import InvalidRequest, ModelLoadError
-from worker_orcd.provenance import CHUNK_BYTES, chunk_ranges, file_sha256, range_digests
-from worker_orcd.regular_file import read_regular_file
+from worker_orcd.gguf.digests import CHUNK_BYTES, chunk_ranges, file_sha256, range_digests
+from worker_orcd.gguf.regular_file import read_regular_file
 
 if TYPE_CHECKING:
-    from worker_orcd.model_file import ModelFile
+    from worker_orcd.gguf.model_file import ModelFile
 
 #: a model of 1 TB has 16,000 chunks, which take 1.1 MB
 MAX_LIST_BYTES = 16 << 20

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from worker_orcd.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from worker_orcd.model_file import ModelFile
+    from worker_orcd.gguf.model_file import ModelFile
 
 #: bytes of a chunk that has its own digest
 CHUNK_BYTES = 64 << 20

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from worker_orcd import quants
 from worker_orcd._gguf import GgufFile, Metadata, TensorInfo, check_pieces
 from worker_orcd.errors import ModelLoadError
+from worker_orcd.gguf import quants
 
 REQUIRED: Final[Any] = object()
 
