@@ -12,8 +12,8 @@ import jinja2
 import pytest
 from gguf_forge import I32, STR, U32, Forge
 
-from worker_orcd import chat
-from worker_orcd.chat import ChatTemplate
+from worker_orcd.chat import template as chat
+from worker_orcd.chat.template import ChatTemplate
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.tokenizer import Tokenizer
 

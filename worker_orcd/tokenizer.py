@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from worker_orcd import tokenizer_gguf, tokenizer_json
-from worker_orcd.chat import ChatTemplate
+from worker_orcd.chat.template import ChatTemplate
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.special_tokens import SpecialTokens, end_of_turn, stop_ids
 from worker_orcd.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder

@@ -1,0 +1,1 @@
+"""Chat templates: a conversation to the text of a prompt."""
