@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 
 from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
-from worker_orcd.plan import KvGroup
+from worker_orcd.models.plan import KvGroup
 
 STOP_ID = 0
 

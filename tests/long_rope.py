@@ -9,8 +9,9 @@ import numpy as np
 import requantize
 from oracle.numpy_engine import NumpyEngine
 
-from worker_orcd import LLM, SamplingParams, plan
+from worker_orcd import LLM, SamplingParams
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 #: positions from which on a sequence is a long one
 LONG_FROM = 64

@@ -11,8 +11,8 @@ import types
 import numpy as np
 from quant_blocks import random_blocks
 
-from worker_orcd import plan as P
 from worker_orcd.gguf import quants
+from worker_orcd.models import plan as P
 
 N_VOCAB, N_POSITIONS, WINDOW = 77, 200, 40
 

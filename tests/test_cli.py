@@ -237,8 +237,9 @@ def test_bench_measures_what_was_asked(call, golden):
 
 
 def test_bytes_per_step_counts_what_is_read(goldens_dir):
-    from worker_orcd import bench, plan
+    from worker_orcd import bench
     from worker_orcd.gguf.model_file import ModelFile
+    from worker_orcd.models import plan
 
     with ModelFile(goldens_dir / "qwen2-Q8_0.gguf") as mf:
         p = plan.build(mf)

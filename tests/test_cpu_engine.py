@@ -14,11 +14,11 @@ import pytest
 from cpu_engines import make_engine, open_engine, rows, sampling
 from synthetic_plan import N_POSITIONS, N_VOCAB, every_record
 
-from worker_orcd import plan as P
 from worker_orcd._cpu import CpuEngine
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine import Batch, EngineConfig
 from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError, WorkerError
+from worker_orcd.models import plan as P
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from cpu_engines import ISAS, make_engine, open_engine, rows
 from oracle.numpy_engine import NumpyEngine
 from synthetic_plan import N_VOCAB, every_record
 
-from worker_orcd import plan as P
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan as P
 
 #: normalized mean squared error of one record's output: float32 sums alone, and where keys and values were rounded to
 #: float16 (a float32 error can round the other way)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worker_orcd import cuda_layout, cuda_memory, expert_layout, lowering, plan
+from worker_orcd import cuda_layout, cuda_memory, expert_layout, lowering
 from worker_orcd.engine import EngineConfig
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = sorted(quants.TYPES)

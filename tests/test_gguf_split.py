@@ -9,11 +9,11 @@ import gguf_forge as g
 import pytest
 from gguf_forge import I32, STR, U16, Forge
 
-from worker_orcd import plan
 from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 
 def split(tmp_path: Path, n: int = 3, stem: str = "m") -> list[Path]:

@@ -9,10 +9,11 @@ import types
 import pytest
 from gpt_oss_file import GptOssFile
 
-from worker_orcd import LLM, plan
+from worker_orcd import LLM
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 from worker_orcd.tokenizer import Tokenizer
 
 

@@ -17,11 +17,12 @@ import gguf_forge as g
 import pytest
 from hostile_cases import CASES, SCALES, Case
 
-from worker_orcd import plan, tokenizer_metadata
+from worker_orcd import tokenizer_metadata
 from worker_orcd._gguf import GgufFile, has_check
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 SECONDS = 1.0
 MEMORY_MIB = 64

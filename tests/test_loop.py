@@ -25,7 +25,7 @@ from worker_orcd.errors import (
 )
 from worker_orcd.job import Finished, Piece
 from worker_orcd.loop import EngineLoop
-from worker_orcd.plan import KvGroup
+from worker_orcd.models.plan import KvGroup
 from worker_orcd.sampling import SamplingParams
 from worker_orcd.scheduler import Scheduler
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from fake_file import FakeFile
 
-from worker_orcd import plan
 from worker_orcd.lowering import MatMulGroup, RopeKv, lower
+from worker_orcd.models import plan
 
 
 def test_llama_layer_becomes_eight_records():

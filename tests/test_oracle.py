@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from oracle.numpy_engine import NumpyEngine
 
-from worker_orcd import plan
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 LIMIT = {"gpt-oss": 2e-6, "": 5e-7}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from fake_file import FakeFile
 
-from worker_orcd import arch, plan
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import arch, plan
 
 GOLDENS = [
     "llama-Q4_0", "llama-Q4_K_M", "qwen2-Q8_0", "phi3-Q8_0", "phi3-swa-Q8_0", "gpt2-Q8_0", "gpt-oss-MXFP4",

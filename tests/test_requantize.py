@@ -10,10 +10,10 @@ import requantize
 from gguf.quants import dequantize
 from gguf_forge import tiny_llama
 
-from worker_orcd import plan
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 RNG = np.random.default_rng(7)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from worker_orcd.engine import EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.kv_pool import blocks_of, blocks_within, reservation, window_blocks
-from worker_orcd.plan import KvGroup, Plan
+from worker_orcd.models.plan import KvGroup, Plan
 from worker_orcd.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
 
 FULL = KvGroup(0, (0,))

@@ -8,8 +8,9 @@ import pytest
 from fake_file import FakeFile
 from gpt_oss_file import GptOssFile
 
-from worker_orcd import cuda_memory, devices, kv_pool, plan, sizing
+from worker_orcd import cuda_memory, devices, kv_pool, sizing
 from worker_orcd.errors import InsufficientVram, InvalidRequest
+from worker_orcd.models import plan
 
 MIB = 1 << 20
 FREE = 80_000 * MIB

@@ -25,10 +25,10 @@ import numpy as np
 from gguf.quants import dequantize
 from gguf.quants import quantize as gguf_quantize
 
-from worker_orcd import plan
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import mxfp4

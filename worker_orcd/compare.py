@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import arch, compare_numbers, devices, plan, tokenizer_metadata
+from worker_orcd import compare_numbers, devices, tokenizer_metadata
 from worker_orcd.compare_layers import layer_activations
 from worker_orcd.compare_prompts import Prompt
 from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
@@ -30,6 +30,7 @@ from worker_orcd.gguf import digests
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.job import Completion
 from worker_orcd.llm import LLM
+from worker_orcd.models import arch, plan
 from worker_orcd.sampling import SamplingParams
 
 #: sequences that decode together

@@ -12,9 +12,10 @@ from typing import Final
 
 import numpy as np
 
-from worker_orcd import devices, plan
+from worker_orcd import devices
 from worker_orcd.engine import BLOCK_SIZE, Batch, Engine, EngineConfig
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 #: tokens of a prompt that are looked at
 MAX_ROWS: Final = 256

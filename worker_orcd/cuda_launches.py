@@ -22,7 +22,7 @@ from worker_orcd._nodes import (
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import InternalError
 from worker_orcd.lowering import RopeKv
-from worker_orcd.plan import Op, Plan, View
+from worker_orcd.models.plan import Op, Plan, View
 
 #: rotary frequency table -> its number in the weights arena
 Tables = dict[tuple[float, ...], int]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from worker_orcd import cuda_layout, expert_layout
 from worker_orcd.engine import BLOCK_SIZE, EngineConfig
-from worker_orcd.plan import Attention, ExpertMatMul, MatMul, Op, Plan, Rope, Route, Weight
+from worker_orcd.models.plan import Attention, ExpertMatMul, MatMul, Op, Plan, Rope, Route, Weight
 
 ALIGN = 256
 #: most rows of one matvec launch, and of the output rows of one pass

@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from typing import Any
 
-from worker_orcd import arch, devices, kv_pool, plan
+from worker_orcd import devices, kv_pool
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import WorkerError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.digests import part_digests
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import arch, plan
 from worker_orcd.tokenizer import Tokenizer
 
 #: sequences for which the VRAM plan is shown: what a server takes by default

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import devices, kv_pool, plan, sizing
+from worker_orcd import devices, kv_pool, sizing
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import check_sha256
 from worker_orcd.engine import Engine
@@ -29,6 +29,7 @@ from worker_orcd.info import ModelInfo, model_facts
 from worker_orcd.job import Completion, Job, Piece
 from worker_orcd.loading import Later, LoadProgress, Progress, no_progress
 from worker_orcd.loop import EngineLoop
+from worker_orcd.models import plan
 from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
 from worker_orcd.scheduler import Scheduler
 from worker_orcd.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker_orcd.plan import Add, ExpertMatMul, KvWrite, MatMul, Op, Plan, Rope, View
+from worker_orcd.models.plan import Add, ExpertMatMul, KvWrite, MatMul, Op, Plan, Rope, View
 
 
 @dataclass(frozen=True)

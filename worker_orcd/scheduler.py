@@ -19,7 +19,7 @@ import numpy as np
 from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.kv_pool import BlockPool, blocks_of, first_kept, longest_sequence, reservation
-from worker_orcd.plan import KvGroup
+from worker_orcd.models.plan import KvGroup
 
 #: rows of one teacher-forced step: each of them brings n_vocab float32 logits to the host
 FORWARD_ROWS = 64

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from worker_orcd import devices, kv_pool
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import InsufficientVram, InvalidRequest
-from worker_orcd.plan import Plan
+from worker_orcd.models.plan import Plan
 
 #: sequences where the caller names no number, and those tried where memory is short
 MAX_SEQS, LESS_SEQS = 64, (32, 16, 8)

@@ -1,4 +1,4 @@
-// The plan as flat structs: what worker_orcd/plan.py's records become when an engine is made.
+// The plan as flat structs: what worker_orcd/models/plan.py's records become when an engine is made.
 //
 // Field meanings are those of the records of the same name there. Buffers, matrices, vectors and rotation tables are
 // indices into the engine's lists; -1 is none. Knows no Python and no kernel.

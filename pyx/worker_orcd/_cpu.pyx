@@ -19,7 +19,7 @@ import numpy as np
 
 from worker_orcd.engine import BLOCK_SIZE
 from worker_orcd.errors import InternalError, InvalidRequest
-from worker_orcd.plan import output_of
+from worker_orcd.models.plan import output_of
 from worker_orcd.gguf.quants import TYPES
 
 _ACTIVATIONS = {"silu": <int>Activation.kSilu, "gelu": <int>Activation.kGelu,

@@ -1,7 +1,7 @@
 # Lowering of a plan into the structs of csrc/cpu/ops.h: a part of _cpu.pyx, in a file of its own for its length.
 #
 # The kernels trust these structs, so every size they rely on is checked here: shapes against tensors, views against
-# buffers, rows against rows. Knows the records of worker_orcd/plan.py by name; runs nothing.
+# buffers, rows against rows. Knows the records of worker_orcd/models/plan.py by name; runs nothing.
 
 cdef class _Lowering:
     """Turns the records of a plan into the engine's flat structs, checking every size that the kernels rely on."""

@@ -15,7 +15,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_
 from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
-from worker_orcd import cuda_layout, cuda_memory, expert_layout, plan as plan_records
+from worker_orcd import cuda_layout, cuda_memory, expert_layout
+from worker_orcd.models import plan as plan_records
 from worker_orcd.cuda_launches import Launches
 from worker_orcd.engine import BLOCK_SIZE
 from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError

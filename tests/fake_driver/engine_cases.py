@@ -12,10 +12,11 @@ import pytest
 from cases import FAKE, NOTHING, leftovers
 
 import worker_orcd
-from worker_orcd import LLM, _driver, _engine, cuda_memory, plan
+from worker_orcd import LLM, _driver, _engine, cuda_memory
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 from worker_orcd.vram import VramPlan
 
 pytestmark = pytest.mark.skipif(not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),

@@ -16,10 +16,11 @@ import time
 
 import numpy as np
 
-from worker_orcd import LLM, SamplingParams, _driver, plan
+from worker_orcd import LLM, SamplingParams, _driver
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import CudaError, NotReady, WorkerError
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7]]

@@ -12,12 +12,12 @@ import argparse
 
 import numpy as np
 
-from worker_orcd import plan
 from worker_orcd._engine import CudaEngine
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine import Batch, EngineConfig, SlotSampling
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 GREEDY = SlotSampling(0.0, 0, 1.0, 0.0, 1.0, 0)
 FILTERED = SlotSampling(0.8, 40, 0.95, 0.02, 1.1, 7)

@@ -10,10 +10,11 @@ import sys
 import pytest
 from scripts import run_cli, run_script
 
-from worker_orcd import _driver, cuda_memory, plan
+from worker_orcd import _driver, cuda_memory
 from worker_orcd.engine import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
 
 pytestmark = [pytest.mark.slow_gpu, pytest.mark.timeout(300)]
 #: how far what is used may be from what was planned

@@ -11,7 +11,7 @@ from collections import defaultdict
 import gguf
 import numpy as np
 
-from worker_orcd import plan as P
+from worker_orcd.models import plan as P
 
 
 def dequantize(info, data) -> np.ndarray:

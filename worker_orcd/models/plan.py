@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker_orcd.arch import HParams, hparams
 from worker_orcd.errors import ModelLoadError
+from worker_orcd.models.arch import HParams, hparams
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
