@@ -15,7 +15,7 @@ from gguf_forge import I32, STR, U32, Forge
 from worker_orcd.chat import template as chat
 from worker_orcd.chat.template import ChatTemplate
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
 CONTROL = ["<|im_start|>", "<|im_end|>", "[INST]"]

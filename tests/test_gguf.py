@@ -17,11 +17,11 @@ import pytest
 from gguf_forge import ARR, BOOL, F32, F64, I8, I16, I32, I64, STR, U8, U16, U32, U64, Forge
 from hostile_cases import SCALES
 
-from worker_orcd import tokenizer_metadata
 from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.tokenizer import metadata as tokenizer_metadata
 
 GOLDENS = [
     "llama-F16",

@@ -14,7 +14,7 @@ from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 
 def refused(mf) -> ModelLoadError:

@@ -17,12 +17,12 @@ import gguf_forge as g
 import pytest
 from hostile_cases import CASES, SCALES, Case
 
-from worker_orcd import tokenizer_metadata
 from worker_orcd._gguf import GgufFile, has_check
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
+from worker_orcd.tokenizer import metadata
 
 SECONDS = 1.0
 MEMORY_MIB = 64
@@ -35,7 +35,7 @@ def go_through(path: str, stage: str = "all") -> None:
         for key in mf.metadata if stage == "all" else ():
             mf.metadata.value_type(key), mf.metadata.head(key, 100), mf.metadata.offset(key)
         if stage in ("vocab", "all"):
-            tokenizer_metadata.validate(mf.metadata)
+            metadata.validate(mf.metadata)
         if stage in ("plan", "all"):
             plan.build(mf)
         if stage in ("check", "all"):
@@ -87,7 +87,7 @@ def test_the_unspoiled_files_load(tmp_path):
             path.write_bytes(forge.build())
             with ModelFile(path) as mf:
                 assert mf.parts[0].version == version
-                assert tokenizer_metadata.validate(mf.metadata) is not None
+                assert metadata.validate(mf.metadata) is not None
                 if mf.tensors:
                     plan.build(mf)
                     mf.check_tensors()

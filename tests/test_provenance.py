@@ -18,7 +18,7 @@ from worker_orcd.gguf import digests as provenance
 from worker_orcd.gguf import trusted_models
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 KIB64 = 64 << 10
 SHA = "ab" * 32

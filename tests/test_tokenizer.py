@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Library
 from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import quants
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
 
@@ -237,7 +237,7 @@ MEMORY_LIMIT_MIB = 150
 
 MEMORY_PROBE = """
 import sys
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 def anonymous():
     with open("/proc/self/status") as f:
         return next(int(l.split()[1]) for l in f if l.startswith("RssAnon")) / 1024

@@ -5,7 +5,7 @@ import random
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from worker_orcd import tokenizer_bpe as bpe
+from worker_orcd.tokenizer import bpe
 
 NAMES = ["qwen2", "llama-bpe", "llama3", "gpt-2", "smollm", "gpt-4o", "deepseek-coder", "deepseek-llm", "starcoder",
          "refact", "falcon", "mpt", "command-r", "default"]  # fmt: skip

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 import pytest
 
 from worker_orcd._merge import ScoreMerger
-from worker_orcd.special_tokens import SpecialToken, SpecialTokens
+from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens
 
 
 def merger(tokens, scores, byte_ids=(), unk_id=-1):

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.stream_decoder import ByteStreamDecoder, WindowStreamDecoder
-from worker_orcd.token_table import TokenTable
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.stream import ByteStreamDecoder, WindowStreamDecoder
+from worker_orcd.tokenizer.tokenizer import Tokenizer
+from worker_orcd.tokenizer.vocab import TokenTable
 
 #: text of many scripts, in which vocabularies have tokens for parts of a character
 MULTIBYTE = [

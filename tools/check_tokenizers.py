@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 #: reference file -> tokenizer in the models' folder; the others have a vocabulary-only .gguf beside them
 OF_MODELS = {"gpt-oss": "gpt-oss-tokenizer/tokenizer.json"}

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import compare_numbers, devices, tokenizer_metadata
+from worker_orcd import compare_numbers, devices
 from worker_orcd.compare_layers import layer_activations
 from worker_orcd.compare_prompts import Prompt
 from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
@@ -32,6 +32,7 @@ from worker_orcd.job import Completion
 from worker_orcd.llm import LLM
 from worker_orcd.models import arch, plan
 from worker_orcd.sampling import SamplingParams
+from worker_orcd.tokenizer import metadata
 
 #: sequences that decode together
 _MAX_SEQS = 8
@@ -123,7 +124,7 @@ def check_same_model(a: ModelFile, b: ModelFile, own_vocabulary: bool = True) ->
 
 
 def _check_same_vocabulary(a: ModelFile, b: ModelFile, different: Callable[..., ModelLoadError]) -> None:
-    meta_a, meta_b = tokenizer_metadata.validate(a.metadata), tokenizer_metadata.validate(b.metadata)
+    meta_a, meta_b = metadata.validate(a.metadata), metadata.validate(b.metadata)
     if meta_a is None or meta_b is None:
         if meta_a is not meta_b:
             raise different("the vocabulary", *("missing" if m is None else "there" for m in (meta_a, meta_b)))

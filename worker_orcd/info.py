@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
     from worker_orcd.models.plan import Plan
-    from worker_orcd.tokenizer import Tokenizer
+    from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

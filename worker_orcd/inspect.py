@@ -18,7 +18,7 @@ from worker_orcd.gguf import quants
 from worker_orcd.gguf.digests import part_digests
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import arch, plan
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 #: sequences for which the VRAM plan is shown: what a server takes by default
 VRAM_SEQS = 32

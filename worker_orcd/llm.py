@@ -32,7 +32,7 @@ from worker_orcd.loop import EngineLoop
 from worker_orcd.models import plan
 from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
 from worker_orcd.scheduler import Scheduler
-from worker_orcd.tokenizer import Tokenizer
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 from worker_orcd.vram import VramPlan
 
 MAX_STOP_TOKENS = 32

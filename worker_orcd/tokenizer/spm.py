@@ -14,8 +14,8 @@ from itertools import accumulate
 
 from worker_orcd._merge import ScoreMerger
 from worker_orcd.errors import InvalidRequest, ModelLoadError
-from worker_orcd.token_table import SPM_SPACE
-from worker_orcd.tokenizer_metadata import TokenizerMetadata
+from worker_orcd.tokenizer.metadata import TokenizerMetadata
+from worker_orcd.tokenizer.vocab import SPM_SPACE
 
 
 class SpmEncoder:

@@ -20,11 +20,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.regular_file import read_regular_file
-from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
-from worker_orcd.token_table import SPM_SPACE, TokenTable, byte_level_bytes, spm_bytes
-from worker_orcd.tokenizer_library import decode_with, encode_with, failing_as
-from worker_orcd.tokenizer_metadata import MAX_TEMPLATE_CHARS, MAX_TOKENS
-from worker_orcd.tokenizer_parts import TokenizerParts
+from worker_orcd.tokenizer.library import decode_with, encode_with, failing_as
+from worker_orcd.tokenizer.metadata import MAX_TEMPLATE_CHARS, MAX_TOKENS
+from worker_orcd.tokenizer.parts import TokenizerParts
+from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens, find_known
+from worker_orcd.tokenizer.vocab import SPM_SPACE, TokenTable, byte_level_bytes, spm_bytes
 
 #: published tokenizer.json files stay under 40 MB
 MAX_JSON_BYTES = 128 << 20

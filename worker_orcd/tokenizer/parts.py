@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from worker_orcd.special_tokens import SpecialTokens
-from worker_orcd.token_table import TokenTable
+from worker_orcd.tokenizer.special_tokens import SpecialTokens
+from worker_orcd.tokenizer.vocab import TokenTable
 
 
 @dataclass

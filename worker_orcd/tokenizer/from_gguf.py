@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from worker_orcd.special_tokens import SpecialToken, SpecialTokens, find_known
-from worker_orcd.token_table import TokenTable, byte_level_bytes, spm_bytes
-from worker_orcd.tokenizer_bpe import BpeEncoder
-from worker_orcd.tokenizer_metadata import CONTROL, UNKNOWN, USER_DEFINED, TokenizerMetadata, validate
-from worker_orcd.tokenizer_parts import TokenizerParts
-from worker_orcd.tokenizer_spm import SpmEncoder
+from worker_orcd.tokenizer.bpe import BpeEncoder
+from worker_orcd.tokenizer.metadata import CONTROL, UNKNOWN, USER_DEFINED, TokenizerMetadata, validate
+from worker_orcd.tokenizer.parts import TokenizerParts
+from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens, find_known
+from worker_orcd.tokenizer.spm import SpmEncoder
+from worker_orcd.tokenizer.vocab import TokenTable, byte_level_bytes, spm_bytes
 
 #: tokens of Phi-3 that white space may follow; it is taken with all others (its tokenizer.json says so, GGUF cannot)
 _PHI3_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})

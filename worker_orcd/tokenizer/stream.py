@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Callable
 from typing import Protocol
 
-from worker_orcd.token_table import TokenTable
+from worker_orcd.tokenizer.vocab import TokenTable
 
 
 class StreamDecoder(Protocol):

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from worker_orcd import tokenizer_gguf, tokenizer_json
 from worker_orcd.chat.template import ChatTemplate
 from worker_orcd.errors import InvalidRequest, ModelLoadError
-from worker_orcd.special_tokens import SpecialTokens, end_of_turn, stop_ids
-from worker_orcd.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
-from worker_orcd.tokenizer_parts import TokenizerParts
+from worker_orcd.tokenizer import from_gguf, from_json
+from worker_orcd.tokenizer.parts import TokenizerParts
+from worker_orcd.tokenizer.special_tokens import SpecialTokens, end_of_turn, stop_ids
+from worker_orcd.tokenizer.stream import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
@@ -30,7 +30,7 @@ class Tokenizer:
         kind: "gguf-bpe", "gguf-spm" or "hf-json".
         path: the file it came from.
         sha256: which tokenizer it is: of a tokenizer.json the SHA-256 of its bytes, of a GGUF file that of the keys
-            ``tokenizer.ggml.*`` in a canonical form (`tokenizer_gguf.metadata_sha256`).
+            ``tokenizer.ggml.*`` in a canonical form (`from_gguf.metadata_sha256`).
         n_vocab: ids are below this.
         bos_id, eos_id, eot_id, unk_id, pad_id: special ids, or None.
         add_bos: whether `encode` begins with `bos_id` unless told otherwise.
@@ -74,13 +74,13 @@ class Tokenizer:
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         if path.endswith(".json"):
-            return cls(tokenizer_json.load(path))
+            return cls(from_json.load(path))
         from worker_orcd._gguf import GgufFile
         from worker_orcd.gguf import quants
 
         file = GgufFile(path, quants.BLOCK_SIZES)
         try:
-            parts = tokenizer_gguf.load(file.metadata)
+            parts = from_gguf.load(file.metadata)
         finally:
             file.close()
         if parts is None:
@@ -111,7 +111,7 @@ class Tokenizer:
             tokenizer = cls.from_file(beside)
             _check_same_tokens(tokenizer, model_file)
         else:
-            parts = tokenizer_gguf.load(model_file.metadata)
+            parts = from_gguf.load(model_file.metadata)
             if parts is None:
                 return None
             tokenizer = cls(parts)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from worker_orcd.errors import ModelLoadError
-from worker_orcd.tokenizer_library import encode_with, failing_as
-from worker_orcd.tokenizer_metadata import TokenizerMetadata
+from worker_orcd.tokenizer.library import encode_with, failing_as
+from worker_orcd.tokenizer.metadata import TokenizerMetadata
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
