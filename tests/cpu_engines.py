@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from worker_orcd._cpu import CpuEngine, cpu_features
-from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan as P
 

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.models.plan import KvGroup
 
 STOP_ID = 0

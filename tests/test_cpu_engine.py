@@ -16,7 +16,7 @@ from synthetic_plan import N_POSITIONS, N_VOCAB, every_record
 
 from worker_orcd._cpu import CpuEngine
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.engine import Batch, EngineConfig
+from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError, WorkerError
 from worker_orcd.models import plan as P
 

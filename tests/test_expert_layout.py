@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from worker_orcd import cuda_layout, cuda_memory, expert_layout, lowering
-from worker_orcd.engine import EngineConfig
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan

@@ -10,7 +10,8 @@ import pytest
 from fake_engine import STOP_ID, FakeEngine, LetterDecoder
 
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.engine import EngineConfig
+from worker_orcd.engine.protocol import EngineConfig
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import (
     Cancelled,
     CudaError,
@@ -26,7 +27,6 @@ from worker_orcd.errors import (
 from worker_orcd.job import Finished, Piece
 from worker_orcd.loop import EngineLoop
 from worker_orcd.models.plan import KvGroup
-from worker_orcd.sampling import SamplingParams
 from worker_orcd.scheduler import Scheduler
 
 GROUPS = (KvGroup(0, (0,)), KvGroup(24, (1,)))

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.logprobs import top_logprobs
-from worker_orcd.sampling import SamplingParams
 
 
 @pytest.mark.parametrize("given", [

@@ -10,9 +10,9 @@ from fake_engine import STOP_ID, FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker_orcd.engine import EngineConfig, SlotSampling
+from worker_orcd.engine.kv_blocks import blocks_of, blocks_within, reservation, window_blocks
+from worker_orcd.engine.protocol import EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
-from worker_orcd.kv_pool import blocks_of, blocks_within, reservation, window_blocks
 from worker_orcd.models.plan import KvGroup, Plan
 from worker_orcd.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
 

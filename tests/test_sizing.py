@@ -8,7 +8,8 @@ import pytest
 from fake_file import FakeFile
 from gpt_oss_file import GptOssFile
 
-from worker_orcd import cuda_memory, devices, kv_pool, sizing
+from worker_orcd import cuda_memory, devices, sizing
+from worker_orcd.engine import kv_blocks
 from worker_orcd.errors import InsufficientVram, InvalidRequest
 from worker_orcd.models import plan
 
@@ -46,7 +47,7 @@ def test_gpt_oss_20b_with_8192_positions_inside_a_budget(gpt_oss, limit, seqs):
     assert vram.required <= limit * MIB
     assert (config.context_length, config.max_rows, config.max_seqs) == (8192, 2048, seqs or 64)
     assert 12.0e9 < vram.weights < 12.2e9, "as stored, not widened"
-    assert config.n_blocks[0] >= 128 and config.n_blocks[1] >= kv_pool.window_blocks(128)
+    assert config.n_blocks[0] >= 128 and config.n_blocks[1] >= kv_blocks.window_blocks(128)
     if seqs == 32:
         assert config.n_blocks[0] > 16 * 128, "room for more than 16 sequences of the whole context"
 
@@ -54,7 +55,7 @@ def test_gpt_oss_20b_with_8192_positions_inside_a_budget(gpt_oss, limit, seqs):
 def test_a_budget_is_used_up_and_not_passed(gpt_oss):
     for limit in (12_800, 13_579, 16_384):
         _, vram = size(gpt_oss, limit)
-        block = sum(kv_pool.block_bytes(gpt_oss))
+        block = sum(kv_blocks.block_bytes(gpt_oss))
         assert limit * MIB - block < vram.required <= limit * MIB
 
 
@@ -126,8 +127,8 @@ def test_a_limit_is_for_a_gpu(gpt_oss):
 def test_sliding_layers_keep_their_window_only(gpt_oss):
     full, sliding = 128, 4
     assert [g.window for g in gpt_oss.kv_groups] == [0, 128]
-    assert [kv_pool.reservation(g, 8192) for g in gpt_oss.kv_groups] == [full, sliding]
-    per_block = kv_pool.block_bytes(gpt_oss)
+    assert [kv_blocks.reservation(g, 8192) for g in gpt_oss.kv_groups] == [full, sliding]
+    per_block = kv_blocks.block_bytes(gpt_oss)
     assert per_block == (12 * 64 * 2 * 8 * 64 * 2,) * 2
     for seqs in (1, 4):
         config, vram = size(gpt_oss, kv=1 << 40, seqs=seqs)
@@ -142,12 +143,12 @@ def test_sliding_layers_keep_their_window_only(gpt_oss):
 
 def test_one_long_sequence_fits_where_its_cache_does(gpt_oss):
     exactly = sizing.sequence_bytes(gpt_oss, 8192)
-    assert kv_pool.blocks_within(gpt_oss, exactly, 8, 2048, 8192) == (128, 4)
-    assert min(kv_pool.blocks_within(gpt_oss, exactly - 1, 8, 2048, 8192)) < 128
+    assert kv_blocks.blocks_within(gpt_oss, exactly, 8, 2048, 8192) == (128, 4)
+    assert min(kv_blocks.blocks_within(gpt_oss, exactly - 1, 8, 2048, 8192)) < 128
     for extra in (0, 10**6, 10**7, 10**8, 10**9):
-        blocks = kv_pool.blocks_within(gpt_oss, exactly + extra, 8, 2048, 8192)
+        blocks = kv_blocks.blocks_within(gpt_oss, exactly + extra, 8, 2048, 8192)
         assert blocks[0] >= 128 and blocks[1] >= 4
-        assert sum(n * b for n, b in zip(blocks, kv_pool.block_bytes(gpt_oss), strict=True)) <= exactly + extra
+        assert sum(n * b for n, b in zip(blocks, kv_blocks.block_bytes(gpt_oss), strict=True)) <= exactly + extra
 
 
 def test_every_model_of_the_plan_fits_what_it_says(free):

@@ -17,7 +17,7 @@ import numpy as np
 import requantize
 
 from worker_orcd.compare_layers import open_engine
-from worker_orcd.engine import Batch
+from worker_orcd.engine.protocol import Batch
 from worker_orcd.gguf.model_file import ModelFile
 
 TENSOR = "token_embd.weight"

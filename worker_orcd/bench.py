@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from worker_orcd import devices, kv_pool, sizing
+from worker_orcd import devices, sizing
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.engine import BLOCK_SIZE, Batch, Engine, EngineConfig, SlotSampling
+from worker_orcd.engine import kv_blocks
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
@@ -132,7 +133,7 @@ class Bench:
         """Rows of a step where everything together may take `limit` bytes of the GPU; refused where nothing fits."""
         if self.device == "cpu":
             raise sizing.limit_on_cpu()
-        kv_bytes = sum(n * b for n, b in zip(n_blocks, kv_pool.block_bytes(self.plan), strict=True))
+        kv_bytes = sum(n * b for n, b in zip(n_blocks, kv_blocks.block_bytes(self.plan), strict=True))
         free, path = devices.free_vram(self.device), self.model_file.path
         room = sizing.gpu_room(self.device, self.plan, path, n_positions, lambda seqs, rows: kv_bytes, max_batch, None,
                                free, limit)

@@ -50,8 +50,8 @@ def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temper
              tokenizer: str | None, check_tensors: bool, expect_sha256: str | None, trusted_models: str | None,
              verbose: bool, as_json: bool) -> None:
     """Continue a prompt and stream the text to the terminal."""
+    from worker_orcd.engine.sampling import SamplingParams
     from worker_orcd.llm import LLM
-    from worker_orcd.sampling import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                             repetition_penalty=repetition_penalty, stop=stop, seed=seed)

@@ -25,13 +25,13 @@ from worker_orcd.compare_prompts import Prompt
 from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
 from worker_orcd.compare_settings import Limits, Settings
 from worker_orcd.compare_text import Findings, findings
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.job import Completion
 from worker_orcd.llm import LLM
 from worker_orcd.models import arch, plan
-from worker_orcd.sampling import SamplingParams
 from worker_orcd.tokenizer import metadata
 
 #: sequences that decode together

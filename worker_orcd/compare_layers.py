@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from worker_orcd import devices
-from worker_orcd.engine import BLOCK_SIZE, Batch, Engine, EngineConfig
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 

@@ -19,7 +19,7 @@ from worker_orcd._nodes import (
     RopeKvNode,
     decode_max_splits,
 )
-from worker_orcd.engine import EngineConfig
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
 from worker_orcd.lowering import RopeKv
 from worker_orcd.models.plan import Op, Plan, View

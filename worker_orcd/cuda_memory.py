@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from worker_orcd import cuda_layout, expert_layout
-from worker_orcd.engine import BLOCK_SIZE, EngineConfig
+from worker_orcd.engine.protocol import BLOCK_SIZE, EngineConfig
 from worker_orcd.models.plan import Attention, ExpertMatMul, MatMul, Op, Plan, Rope, Route, Weight
 
 ALIGN = 256

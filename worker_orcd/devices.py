@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import check_device
-from worker_orcd.engine import Engine, EngineConfig
+from worker_orcd.engine.protocol import Engine, EngineConfig
 from worker_orcd.errors import CudaError, InternalError
 from worker_orcd.models.plan import Plan
 from worker_orcd.vram import VramPlan

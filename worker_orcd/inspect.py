@@ -11,8 +11,9 @@ import math
 from collections import Counter
 from typing import Any
 
-from worker_orcd import devices, kv_pool
-from worker_orcd.engine import EngineConfig
+from worker_orcd import devices
+from worker_orcd.engine import kv_blocks
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import WorkerError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.digests import part_digests
@@ -124,8 +125,8 @@ def _plan(p: plan.Plan) -> dict[str, Any]:
 
 def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
     """What running it takes: weights, KV cache of 1,000 positions and of a full context, activations of one row."""
-    blocks = kv_pool.block_bytes(p)
-    full = sum(kv_pool.reservation(g, p.context_length) * b for g, b in zip(p.kv_groups, blocks, strict=True))
+    blocks = kv_blocks.block_bytes(p)
+    full = sum(kv_blocks.reservation(g, p.context_length) * b for g, b in zip(p.kv_groups, blocks, strict=True))
     return {
         "weight_bytes": sum(mf.tensors[name].nbytes for name in p.weights),
         "kv_bytes_per_1k_tokens": 1000 * p.kv_bytes_per_token(),
@@ -138,7 +139,7 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
 def _vram_plan(p: plan.Plan) -> dict[str, Any]:
     """What a GPU must have free for `VRAM_SEQS` sequences and a KV cache of one full context."""
     context = min(p.context_length, p.max_positions or p.context_length)
-    blocks = tuple(kv_pool.reservation(g, context) for g in p.kv_groups)
+    blocks = tuple(kv_blocks.reservation(g, context) for g in p.kv_groups)
     rows = devices.default_max_rows("cuda:0", VRAM_SEQS)
     return devices.vram_plan(p, EngineConfig(VRAM_SEQS, rows, context, blocks)).to_dict()
 

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import Cancelled, WorkerError
-from worker_orcd.sampling import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import devices, kv_pool, sizing
+from worker_orcd import devices, sizing
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import check_sha256
-from worker_orcd.engine import Engine
+from worker_orcd.engine import kv_blocks
+from worker_orcd.engine.protocol import Engine
+from worker_orcd.engine.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
 from worker_orcd.gguf.model_file import ModelFile
@@ -30,7 +32,6 @@ from worker_orcd.job import Completion, Job, Piece
 from worker_orcd.loading import Later, LoadProgress, Progress, no_progress
 from worker_orcd.loop import EngineLoop
 from worker_orcd.models import plan
-from worker_orcd.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
 from worker_orcd.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 from worker_orcd.vram import VramPlan
@@ -133,7 +134,7 @@ class LLM:
             stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
             self._scheduler = Scheduler(config, the_plan.kv_groups, engine.block_tables, stop_ids,
                                         long_slots=engine.long_slots, long_from=the_plan.long_from)
-            block_bytes = kv_pool.block_bytes(the_plan)
+            block_bytes = kv_blocks.block_bytes(the_plan)
             self.info = ModelInfo(
                 **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd.engine import Engine
+from worker_orcd.engine.protocol import Engine
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import (
     CudaError,
     DuplicateJob,
@@ -39,7 +40,6 @@ from worker_orcd.forward_job import ForwardJob
 from worker_orcd.job import Job
 from worker_orcd.job_text import Decoder, JobText
 from worker_orcd.logprobs import top_logprobs
-from worker_orcd.sampling import SamplingParams
 from worker_orcd.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
 
 #: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again. They are far from

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.kv_blocks import BlockPool, blocks_of, first_kept, longest_sequence, reservation
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
-from worker_orcd.kv_pool import BlockPool, blocks_of, first_kept, longest_sequence, reservation
 from worker_orcd.models.plan import KvGroup
 
 #: rows of one teacher-forced step: each of them brings n_vocab float32 logits to the host

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from worker_orcd import devices, kv_pool
-from worker_orcd.engine import EngineConfig
+from worker_orcd import devices
+from worker_orcd.engine import kv_blocks
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InsufficientVram, InvalidRequest
 from worker_orcd.models.plan import Plan
 
@@ -68,8 +69,8 @@ def engine_config(device: str, plan: Plan, path: str, context_length: int | None
     def wanted(seqs: int, rows: int) -> int:
         if kv_cache_bytes is None:
             return sequence_bytes(plan, context_length or min(context, CONTEXT_WORTH_ROOM))
-        blocks = kv_pool.blocks_within(plan, kv_cache_bytes, seqs, rows, context)
-        return sum(n * b for n, b in zip(blocks, kv_pool.block_bytes(plan), strict=True))
+        blocks = kv_blocks.blocks_within(plan, kv_cache_bytes, seqs, rows, context)
+        return sum(n * b for n, b in zip(blocks, kv_blocks.block_bytes(plan), strict=True))
 
     free = devices.free_vram(device)
     room = gpu_room(device, plan, path, context, wanted, max_seqs, max_rows, free, vram_limit)
@@ -107,8 +108,8 @@ def gpu_room(device: str, plan: Plan, path: str, context: int, wanted: Callable[
 
 def sequence_bytes(plan: Plan, n_positions: int) -> int:
     """Bytes of the KV cache that one sequence of `n_positions` needs; sliding layers keep their window only."""
-    return sum(kv_pool.reservation(g, n_positions) * b
-               for g, b in zip(plan.kv_groups, kv_pool.block_bytes(plan), strict=True))
+    return sum(kv_blocks.reservation(g, n_positions) * b
+               for g, b in zip(plan.kv_groups, kv_blocks.block_bytes(plan), strict=True))
 
 
 def limit_on_cpu() -> InvalidRequest:
@@ -119,12 +120,12 @@ def limit_on_cpu() -> InvalidRequest:
 def _filled(device: str, plan: Plan, asked: int | None, context: int, budget: int, max_seqs: int,
             max_rows: int) -> EngineConfig:
     """As many blocks as `budget` holds, and the context they allow where nobody asked for one."""
-    sizes = kv_pool.block_bytes(plan)
-    n_blocks = kv_pool.blocks_within(plan, budget, max_seqs, max_rows, context)
+    sizes = kv_blocks.block_bytes(plan)
+    n_blocks = kv_blocks.blocks_within(plan, budget, max_seqs, max_rows, context)
     if min(n_blocks) == 0:
-        raise InsufficientVram(f"the KV cache may take {budget} bytes; one block of {kv_pool.BLOCK_SIZE} positions "
+        raise InsufficientVram(f"the KV cache may take {budget} bytes; one block of {kv_blocks.BLOCK_SIZE} positions "
                                f"needs {sum(sizes)}", sum(sizes), budget, device=device)
-    longest = kv_pool.longest_sequence(plan.kv_groups, n_blocks)
+    longest = kv_blocks.longest_sequence(plan.kv_groups, n_blocks)
     if longest is not None and longest < context:
         if asked is not None:
             needed = sequence_bytes(plan, context)

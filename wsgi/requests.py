@@ -19,8 +19,8 @@ import falcon
 import msgspec
 
 from worker_orcd.config import MAX_BODY_BYTES, MAX_JOB_ID_CHARS, MAX_PROMPT_CHARS
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InferenceTimeout, InvalidRequest
-from worker_orcd.sampling import SamplingParams
 from worker_orcd.wsgi.http_errors import BodyTooLarge
 
 CORRELATION_HEADER = "X-Correlation-Id"

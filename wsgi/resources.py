@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import falcon
 import msgspec
 
+from worker_orcd.engine.sampling import DEFAULT_MAX_TOKENS
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.observe.events import text_facts
-from worker_orcd.sampling import DEFAULT_MAX_TOKENS
 from worker_orcd.wsgi import requests
 from worker_orcd.wsgi.service import Service
 from worker_orcd.wsgi.stream import JobStream

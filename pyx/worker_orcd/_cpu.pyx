@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=True, wraparound=False
 """The CPU engine: lowers a plan to flat C structs once, then runs steps in C++ with the GIL released.
 
-Implements `worker_orcd.engine.Engine`. Weights are read where they lie, in the mapping of the model file; vectors are
+Implements `worker_orcd.engine.protocol.Engine`. Weights are read where they lie, in the mapping of the model file; vectors are
 widened to float32. Everything that comes from Python is checked here or in the C++ `prepare`, so that no call can take
 the process down. Knows no tokenizer, no scheduler and no HTTP.
 """
@@ -17,7 +17,7 @@ import os
 
 import numpy as np
 
-from worker_orcd.engine import BLOCK_SIZE
+from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import InternalError, InvalidRequest
 from worker_orcd.models.plan import output_of
 from worker_orcd.gguf.quants import TYPES
@@ -153,7 +153,7 @@ cdef const int32_t* _int32s(const int32_t[::1] a) noexcept:
 
 
 cdef class CpuEngine:
-    """A model on the CPU; see `worker_orcd.engine.Engine` for the protocol.
+    """A model on the CPU; see `worker_orcd.engine.protocol.Engine` for the protocol.
 
     Args:
         model_file: an open `ModelFile`; the engine keeps it alive and reads weights from its mapping.
@@ -357,7 +357,7 @@ cdef class CpuEngine:
     def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control):
         """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
 
-        See `worker_orcd.engine.Engine.decode`. At least one step runs. A token of -1 (nothing to draw from, see
+        See `worker_orcd.engine.protocol.Engine.decode`. At least one step runs. A token of -1 (nothing to draw from, see
         `step`) also ends the call at that step; it goes into the result and not into the ring.
 
         Raises:

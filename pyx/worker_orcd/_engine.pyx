@@ -3,7 +3,7 @@
 
 All device memory is in three arenas that are allocated before the weights are read; nothing is allocated afterwards.
 A decode step is one CUDA graph per batch size, captured at start-up; between steps nothing but token ids crosses to
-the host. Implements `worker_orcd.engine.Engine`. Knows no tokenizer, no scheduler and no HTTP.
+the host. Implements `worker_orcd.engine.protocol.Engine`. Knows no tokenizer, no scheduler and no HTTP.
 """
 
 from contextlib import closing
@@ -18,7 +18,7 @@ from libcpp.vector cimport vector
 from worker_orcd import cuda_layout, cuda_memory, expert_layout
 from worker_orcd.models import plan as plan_records
 from worker_orcd.cuda_launches import Launches
-from worker_orcd.engine import BLOCK_SIZE
+from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
 from worker_orcd.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
 from worker_orcd.vram import VramPlan

@@ -13,7 +13,7 @@ from cases import FAKE, NOTHING, leftovers
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine, cuda_memory
-from worker_orcd.engine import EngineConfig
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from worker_orcd import LLM, SamplingParams, _driver
-from worker_orcd.engine import EngineConfig
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import CudaError, NotReady, WorkerError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan

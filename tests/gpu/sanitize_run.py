@@ -14,7 +14,7 @@ import numpy as np
 
 from worker_orcd._engine import CudaEngine
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.engine import Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import Batch, EngineConfig, SlotSampling
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan

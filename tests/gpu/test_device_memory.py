@@ -11,7 +11,7 @@ import pytest
 from scripts import run_cli, run_script
 
 from worker_orcd import _driver, cuda_memory
-from worker_orcd.engine import EngineConfig
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan

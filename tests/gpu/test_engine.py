@@ -15,7 +15,7 @@ import pytest
 from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams
-from worker_orcd.engine import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 

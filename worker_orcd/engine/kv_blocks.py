@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from worker_orcd.engine import BLOCK_SIZE
+from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.models.plan import KvGroup, Plan
 
 

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from worker_orcd.engine import SlotSampling
+from worker_orcd.engine.protocol import SlotSampling
 from worker_orcd.errors import InvalidRequest
 
 #: tokens generated where a request names no number, fewer where the context or the KV cache ends before

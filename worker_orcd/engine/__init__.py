@@ -1,0 +1,1 @@
+"""What engines and schedulers share: the protocol, sampling, the blocks of the KV cache."""
