@@ -1,4 +1,4 @@
-// Compile-time sizes of the decode and prompt kernels, by type. worker_orcd/cuda_layout.py computes the same numbers for
+// Compile-time sizes of the decode and prompt kernels, by type. worker_orcd/cuda/layout.py computes the same numbers for
 // the launches, and a test compares the two on the CPU. Knows no kernel.
 #pragma once
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from quant_blocks import dequantized, random_blocks
 
-from worker_orcd import cuda_layout
+from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +36,10 @@ def pointer(a: np.ndarray) -> ctypes.c_void_p:
 
 @pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
 def test_sizes_match_the_headers(lib, type_id):
-    suffix = cuda_layout.kernel_suffix(type_id)
-    assert getattr(lib, f"unit_k_{suffix}")() == cuda_layout.unit_k(type_id)
-    assert getattr(lib, f"record_bytes_{suffix}")() == cuda_layout.record_bytes(type_id)
-    assert bool(getattr(lib, f"row_scaled_{suffix}")()) == (quants.TYPES[type_id].name in cuda_layout.ROW_SCALED)
+    suffix = layout.kernel_suffix(type_id)
+    assert getattr(lib, f"unit_k_{suffix}")() == layout.unit_k(type_id)
+    assert getattr(lib, f"record_bytes_{suffix}")() == layout.record_bytes(type_id)
+    assert bool(getattr(lib, f"row_scaled_{suffix}")()) == (quants.TYPES[type_id].name in layout.ROW_SCALED)
 
 
 @pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
@@ -49,9 +49,9 @@ def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
         pytest.skip("no row of this type is that long")
     rng = np.random.default_rng([type_id, n_out, k])
     raw = random_blocks(type_id, n_out, k, rng, mxfp4_exponents=(0, 253))
-    suffix = cuda_layout.kernel_suffix(type_id)
-    strips, width = cuda_layout.n_strips(n_out), cuda_layout.k_padded(type_id, k)
-    n_bytes = strips * cuda_layout.n_units(type_id, k) * cuda_layout.record_bytes(type_id)
+    suffix = layout.kernel_suffix(type_id)
+    strips, width = layout.n_strips(n_out), layout.k_padded(type_id, k)
+    n_bytes = strips * layout.n_units(type_id, k) * layout.record_bytes(type_id)
     packed = np.full(n_bytes + 64, 0xA5, np.uint8)
     getattr(lib, f"repack_{suffix}")(pointer(raw), pointer(packed), n_out, k)
     assert (packed[n_bytes:] == 0xA5).all()
@@ -68,14 +68,14 @@ def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
 
 @pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
 def test_launch_sizes_match_the_kernels(lib, type_id):
-    suffix, out = cuda_layout.kernel_suffix(type_id), (ctypes.c_int * 4)()
-    for tiles in cuda_layout.MATVEC_TILES:
+    suffix, out = layout.kernel_suffix(type_id), (ctypes.c_int * 4)()
+    for tiles in layout.MATVEC_TILES:
         getattr(lib, f"matvec_{suffix}")(tiles, out)
-        shape = cuda_layout.matvec_shape(type_id, tiles)
+        shape = layout.matvec_shape(type_id, tiles)
         assert list(out) == [shape.stage_units, shape.strips, shape.depth, shape.slot_bytes]
     for small in (False, True):
         getattr(lib, f"matmul_{suffix}")(int(small), out)
-        assert list(out) == [*cuda_layout.matmul_stages(type_id, small), cuda_layout.MATMUL_TILE_ROWS]
+        assert list(out) == [*layout.matmul_stages(type_id, small), layout.MATMUL_TILE_ROWS]
 
 
 def test_activation_order_is_the_fragment_order(lib):
@@ -95,7 +95,7 @@ def test_padding_is_small(type_id):
                      (3072, 8192), (4096, 2880), (2880, 4096), (201088, 2880), (576, 1536), (49152, 576)]:  # fmt: skip
         if k % block == 0:
             in_file = n_out * quants.TYPES[type_id].row_bytes(k)
-            ratio = cuda_layout.packed_bytes(type_id, n_out, k) / in_file
+            ratio = layout.packed_bytes(type_id, n_out, k) / in_file
             assert 1 <= ratio <= 1.02, f"{n_out} x {k}: {ratio}"
 
 
@@ -103,11 +103,11 @@ def test_padding_is_small(type_id):
 def test_launches_fit_the_smallest_gpu(type_id):
     for n_outs, k in [((896, 128, 128), 896), ((896,), 4864), ((151936,), 896), ((3072,), 8192), ((48,), 32)]:
         k = -(-k // quants.TYPES[type_id].block_size) * quants.TYPES[type_id].block_size
-        strips = sum(map(cuda_layout.n_strips, n_outs))
-        warps = cuda_layout.matvec_warps(type_id, k)
+        strips = sum(map(layout.n_strips, n_outs))
+        warps = layout.matvec_warps(type_id, k)
         for n_rows in (1, 2, 8, 9, 16, 17, 32, 33, 64):
-            launch = cuda_layout.matvec_launch(type_id, k, n_outs, n_rows, n_sm=132)
-            assert launch.smem <= cuda_layout.SMEM_SMALL and launch.block == 32 * warps <= 256
+            launch = layout.matvec_launch(type_id, k, n_outs, n_rows, n_sm=132)
+            assert launch.smem <= layout.SMEM_SMALL and launch.block == 32 * warps <= 256
             assert 1 <= launch.grid[0] <= strips
     for small in (False, True):
-        assert cuda_layout.matmul_stages(type_id, small)[2] <= cuda_layout.SMEM_SMALL
+        assert layout.matmul_stages(type_id, small)[2] <= layout.SMEM_SMALL

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worker_orcd import cuda_layout, cuda_memory, expert_layout, lowering
+from worker_orcd.cuda import expert_layout, layout, lowering, memory
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
@@ -34,11 +34,11 @@ def lib(tmp_path_factory):
 
 @every_type
 def test_shared_memory_is_that_of_the_kernels(lib, type_id):
-    suffix = cuda_layout.kernel_suffix(type_id)
+    suffix = layout.kernel_suffix(type_id)
     for rows in expert_layout.PROMPT_ROWS:
         smem = expert_layout.prompt_smem(type_id, rows)
-        assert getattr(lib, f"prompt_smem_{suffix}")(rows) == smem <= cuda_layout.SMEM_SMALL
-    assert getattr(lib, f"decode_strips_{suffix}")() == cuda_layout.matvec_shape(type_id, 1).strips == 1
+        assert getattr(lib, f"prompt_smem_{suffix}")(rows) == smem <= layout.SMEM_SMALL
+    assert getattr(lib, f"decode_strips_{suffix}")() == layout.matvec_shape(type_id, 1).strips == 1
 
 
 def test_constants_are_those_of_the_header(lib):
@@ -76,11 +76,11 @@ def test_decode_launches_fit_the_smallest_gpu(type_id):
         k = -(-k // quants.TYPES[type_id].block_size) * quants.TYPES[type_id].block_size
         for n_rows in (1, 4, 5, 64):
             launch = expert_layout.decode_launch(type_id, k, n_out, 2, n_rows, 4, 32, n_sm=132)
-            assert launch.smem + 64 <= cuda_layout.SMEM_SMALL and launch.block <= 256 and launch.grid[0] >= 1
+            assert launch.smem + 64 <= layout.SMEM_SMALL and launch.block <= 256 and launch.grid[0] >= 1
             assert launch.needs_split == launch.kernel.endswith("_2")
             assert n_rows <= expert_layout.CONVERT_IN_BLOCK or launch.needs_split
             room = launch.smem - launch.ring_bytes - 2 * launch.block // 32 * 512
-            assert room == (0 if launch.needs_split else n_rows * cuda_layout.x_split_bytes(type_id, k))
+            assert room == (0 if launch.needs_split else n_rows * layout.x_split_bytes(type_id, k))
 
 
 def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
@@ -93,11 +93,11 @@ def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
     assert alone == [op.name for op in built.ops]
     config = EngineConfig(4, 100, 256, tuple(16 for _ in built.kv_groups))
     splits = {op.window: 4 for op in built.ops if isinstance(op, plan.Attention)}
-    arena = cuda_memory.workspace_arena(built, config, splits, 4, {})
+    arena = memory.workspace_arena(built, config, splits, 4, {})
     sizes = dict(zip(arena.offsets, np.diff([*arena.offsets.values(), arena.nbytes]), strict=True))
     down = next(op for op in built.ops if isinstance(op, plan.ExpertMatMul) and op.per_slot)
     type_id = built.weights[down.weight].type_id
-    assert sizes["x_split"] >= 64 * down.n_used * cuda_layout.x_split_bytes(type_id, down.n_in)
-    assert sizes["x_half"] >= 100 * down.n_used * cuda_layout.x_f16_bytes(type_id, down.n_in)
+    assert sizes["x_split"] >= 64 * down.n_used * layout.x_split_bytes(type_id, down.n_in)
+    assert sizes["x_half"] >= 100 * down.n_used * layout.x_f16_bytes(type_id, down.n_in)
     assert sizes["x_half_scale"] >= 100 * down.n_used * 4
     assert sizes["prompt_list"] >= expert_layout.list_bytes(128 * down.n_used, down.n_expert)

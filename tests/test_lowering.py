@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_file import FakeFile
 
-from worker_orcd.lowering import MatMulGroup, RopeKv, lower
+from worker_orcd.cuda.lowering import MatMulGroup, RopeKv, lower
 from worker_orcd.models import plan
 
 

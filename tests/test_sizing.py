@@ -8,7 +8,8 @@ import pytest
 from fake_file import FakeFile
 from gpt_oss_file import GptOssFile
 
-from worker_orcd import cuda_memory, devices, sizing
+from worker_orcd import devices, sizing
+from worker_orcd.cuda import memory
 from worker_orcd.engine import kv_blocks
 from worker_orcd.errors import InsufficientVram, InvalidRequest
 from worker_orcd.models import plan
@@ -161,6 +162,6 @@ def test_every_model_of_the_plan_fits_what_it_says(free):
     free[0] = vram.required
     assert sizing.engine_config("cuda:0", small, "m.gguf", None, None, None, None) == config
     without_kv = replace(vram, kv=0).required
-    free[0] = without_kv + cuda_memory.kv_block_bytes(small) - 1
+    free[0] = without_kv + memory.kv_block_bytes(small) - 1
     with pytest.raises(InsufficientVram):
         sizing.engine_config("cuda:0", small, "m.gguf", None, None, 64, 2048)

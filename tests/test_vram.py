@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from worker_orcd import cuda_memory
+from worker_orcd.cuda import memory
+from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.errors import InsufficientVram
-from worker_orcd.vram import VramPlan
 
 PLAN = VramPlan(weights=12_000_000_000, kv=2_000_000_000, workspace=100_000_000, reserve=300, staging=200)
 
@@ -18,7 +18,7 @@ def test_sums():
 
 
 def test_of_arenas():
-    arenas = tuple(cuda_memory.Arena(name) for name in ("weights", "kv", "workspace"))
+    arenas = tuple(memory.Arena(name) for name in ("weights", "kv", "workspace"))
     arenas[0].add("w", 1000)
     arenas[1].add("k", 256)
     arenas[2].add("x", 1)
@@ -41,8 +41,8 @@ def test_exactly_enough_is_enough_and_one_byte_less_is_not():
 @pytest.mark.parametrize("free", [0, 12_100_000_300, 12_100_000_556, 13_000_000_000, 20_000_000_000])
 def test_the_largest_kv_cache_fits_and_no_larger_one(free: int):
     most = PLAN.largest_kv(free)
-    assert most % cuda_memory.ALIGN == 0
-    for kv, fits in ((most, free >= 12_100_000_300), (most + cuda_memory.ALIGN, False)):
+    assert most % memory.ALIGN == 0
+    for kv, fits in ((most, free >= 12_100_000_300), (most + memory.ALIGN, False)):
         plan = VramPlan(PLAN.weights, kv, PLAN.workspace, PLAN.reserve, PLAN.staging)
         assert (plan.required <= free) == fits
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 from kernel_harness import Gpu  # noqa: E402
 from matmul_host import Matmul, Matrix, Matvec  # noqa: E402
 
-from worker_orcd import cuda_layout
+from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants  # noqa: E402
 
 #: bytes of weights to rotate through: well over the L2 of the GPUs this is for
@@ -57,7 +57,7 @@ PROMPT_ROWS = (64, 512, 2048)
 def copies(gpu: Gpu, type_name: str, n_outs: tuple[int, ...], k: int) -> tuple[list[list[Matrix]], int]:
     """Sets of matrices of random records that exceed the cache, and the bytes of one set."""
     type_id = quants.BY_NAME[type_name].id
-    sizes = [cuda_layout.packed_bytes(type_id, n, k) for n in n_outs]
+    sizes = [layout.packed_bytes(type_id, n, k) for n in n_outs]
     rng, sets = np.random.default_rng(0), []
     for _ in range(max(1, min(32, -(-ROTATE // sum(sizes))))):
         matrices = []

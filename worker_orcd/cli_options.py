@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from worker_orcd.vram import VramPlan
+    from worker_orcd.cuda.vram import VramPlan
 
 ENV_PREFIX = "WORKER_ORCD_"
 

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import check_device
+from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Engine, EngineConfig
 from worker_orcd.errors import CudaError, InternalError
 from worker_orcd.models.plan import Plan
-from worker_orcd.vram import VramPlan
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile

@@ -20,6 +20,7 @@ import numpy as np
 from worker_orcd import devices, sizing
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import check_sha256
+from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
@@ -34,7 +35,6 @@ from worker_orcd.loop import EngineLoop
 from worker_orcd.models import plan
 from worker_orcd.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
-from worker_orcd.vram import VramPlan
 
 MAX_STOP_TOKENS = 32
 

@@ -20,8 +20,8 @@ from worker_orcd.wsgi.http_errors import from_exception
 from worker_orcd.wsgi.watch import Watch
 
 if TYPE_CHECKING:
+    from worker_orcd.cuda.vram import VramPlan
     from worker_orcd.llm import LLM
-    from worker_orcd.vram import VramPlan
 
 #: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70

@@ -15,13 +15,15 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_
 from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
-from worker_orcd import cuda_layout, cuda_memory, expert_layout
+from worker_orcd.cuda import layout
+from worker_orcd.cuda import memory as cuda_memory
+from worker_orcd.cuda import expert_layout
 from worker_orcd.models import plan as plan_records
-from worker_orcd.cuda_launches import Launches
+from worker_orcd.cuda.launches import Launches
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
-from worker_orcd.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
-from worker_orcd.vram import VramPlan
+from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
+from worker_orcd.cuda.vram import VramPlan
 
 from worker_orcd._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check, launch_nogil
 from worker_orcd._nodes cimport Node, Shape
@@ -124,9 +126,9 @@ cdef class _Repack(Consumer):
     cdef int prepare(self, tag, uintptr_t address, size_t nbytes) except -1:
         cdef RepackLaunch launch
         w, row_bytes, expert, row0, n_rows = tag
-        cdef Kernel kernel = self.launches.kernel("repack", f"repack_{cuda_layout.kernel_suffix(w.type_id)}")
-        cdef uintptr_t to = self.addresses[w.name] + expert * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
-        words = cuda_layout.n_units(w.type_id, w.shape[0]) * cuda_layout.record_bytes(w.type_id) // 4
+        cdef Kernel kernel = self.launches.kernel("repack", f"repack_{layout.kernel_suffix(w.type_id)}")
+        cdef uintptr_t to = self.addresses[w.name] + expert * layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
+        words = layout.n_units(w.type_id, w.shape[0]) * layout.record_bytes(w.type_id) // 4
         launch.kernel, launch.gx, launch.gy = kernel.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048))
         launch.p.rows, launch.p.w, launch.p.row_bytes = <uint8_t*>address, <uint8_t*>to, row_bytes
         launch.p.k, launch.p.n_out, launch.p.row0, launch.p.n_rows = w.shape[0], w.shape[1], row0, n_rows
@@ -238,7 +240,7 @@ cdef class CudaEngine:
         info, part = model_file.tensors[w.name], model_file.part_of(w.name)
         n_out, experts = w.shape[1], w.shape[2] if w.kind == "experts" else 1
         row_bytes = info.nbytes // (n_out * experts)
-        most = cuda_memory.STAGING_BYTES // 4 // row_bytes // cuda_layout.STRIP_ROWS * cuda_layout.STRIP_ROWS
+        most = cuda_memory.STAGING_BYTES // 4 // row_bytes // layout.STRIP_ROWS * layout.STRIP_ROWS
         if most == 0:
             raise InternalError(f"rows of {w.name} ({row_bytes} bytes) do not fit the staging area")
         for expert in range(experts):

@@ -12,12 +12,13 @@ import pytest
 from cases import FAKE, NOTHING, leftovers
 
 import worker_orcd
-from worker_orcd import LLM, _driver, _engine, cuda_memory
+from worker_orcd import LLM, _driver, _engine
+from worker_orcd.cuda import memory
+from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
-from worker_orcd.vram import VramPlan
 
 pytestmark = pytest.mark.skipif(not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
                                 reason="no kernel images are installed")
@@ -128,7 +129,7 @@ def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):
                    on_plan=lambda vram, free: shown.append(vram))
 
     sizes = []
-    floor = max(cuda_memory.RESERVE_BYTES, cuda_memory.STAGING_BYTES) >> 20  # what every model needs beside itself
+    floor = max(memory.RESERVE_BYTES, memory.STAGING_BYTES) >> 20  # what every model needs beside itself
     for limit in (1000, floor + 24, floor + 14):
         with load(limit) as llm:
             assert shown[0].required <= limit << 20 and FAKE.fake_device_bytes() == shown[0].resident

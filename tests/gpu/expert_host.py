@@ -12,7 +12,7 @@ import numpy as np
 from kernel_harness import Buffer, Gpu, params
 from matmul_host import HEADER as MATMUL_HEADER
 
-from worker_orcd import cuda_layout, expert_layout
+from worker_orcd.cuda import expert_layout, layout
 
 HEADER = "experts_params.h"
 
@@ -32,14 +32,14 @@ class Experts:
 def repack_experts(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, bias: np.ndarray | None = None) -> Experts:
     """Upload GGUF rows uint8 [n_expert, n_out, row bytes] and repack them; `bias` float32 [n_expert, n_out]."""
     n_expert, n_out, row_bytes = raw.shape
-    size = cuda_layout.packed_bytes(type_id, n_out, k)
+    size = layout.packed_bytes(type_id, n_out, k)
     w = gpu.empty(n_expert * size, np.uint8)
-    kernel = gpu.kernel("repack", f"repack_{cuda_layout.kernel_suffix(type_id)}")
+    kernel = gpu.kernel("repack", f"repack_{layout.kernel_suffix(type_id)}")
     for e in range(n_expert):
         rows = gpu.buffer(raw[e])
         p = params(MATMUL_HEADER, "RepackParams", rows=rows, w=w.ptr + e * size, row_bytes=row_bytes, k=k, n_out=n_out,
                    row0=0, n_rows=n_out)  # fmt: skip
-        gpu.launch(kernel, (cuda_layout.n_strips(n_out), 2), 256, p)
+        gpu.launch(kernel, (layout.n_strips(n_out), 2), 256, p)
         gpu.sync()
     return Experts(type_id, n_expert, n_out, k, w, None if bias is None else gpu.buffer(bias))
 
@@ -90,10 +90,10 @@ class Route:
         self.ids, self.gates = gpu.empty((n_rows, n_used)), gpu.empty((n_rows, n_used))
         self.partial = gpu.empty(expert_layout.route_partial_bytes(n_rows, n_expert) // 4)
         self.list = List(gpu, n_rows * n_used, n_expert)
-        self.logits = gpu.kernel("route", f"route_logits_{cuda_layout.kernel_suffix(router.type_id)}")
+        self.logits = gpu.kernel("route", f"route_logits_{layout.kernel_suffix(router.type_id)}")
         self.params = params(
             HEADER, "RouteParams", x=x, w=router.w, bias=router.bias, partial=self.partial, ids=self.ids,
-            gates=self.gates, x_stride=x.shape[1], k=router.k, n_units=cuda_layout.n_units(router.type_id, router.k),
+            gates=self.gates, x_stride=x.shape[1], k=router.k, n_units=layout.n_units(router.type_id, router.k),
             n_expert=n_expert, n_used=n_used, n_rows=n_rows, item_rows=0, list=self.list.fields)  # fmt: skip
 
     def run(self, one_block: bool, pdl: bool = False) -> None:
@@ -119,13 +119,13 @@ class _Products:
         self.common = {
             "m": [{"w": e.w, "bias": e.bias, "out": out, "out_stride": stride}
                   for e, (out, stride) in zip(experts, outs, strict=True)],
-            "matrix_bytes": cuda_layout.packed_bytes(m.type_id, m.n_out, m.k), "n_out": m.n_out, "n_used": n_used,
-            "n_units": cuda_layout.n_units(m.type_id, m.k),
+            "matrix_bytes": layout.packed_bytes(m.type_id, m.n_out, m.k), "n_out": m.n_out, "n_used": n_used,
+            "n_units": layout.n_units(m.type_id, m.k),
         }  # fmt: skip
 
     def convert(self, kernel: str, out: Buffer, scale: Buffer | None, pdl: bool) -> None:
         """Slot by slot, each `n_rows` rows."""
-        m, n, k_pad = self.m, self.n_rows, cuda_layout.k_padded(self.m.type_id, self.m.k)
+        m, n, k_pad = self.m, self.n_rows, layout.k_padded(self.m.type_id, self.m.k)
         for i in range(self.n_inputs):
             p = params(MATMUL_HEADER, "ConvertParams", x=self.x.ptr + 4 * i * m.k, out=out.ptr + i * n * out.shape[1],
                        scale=scale and scale.ptr + 4 * i * n, x_stride=self.stride, out_bytes=out.shape[1], k=m.k,
@@ -143,7 +143,7 @@ class Decode(_Products):
         launch = expert_layout.decode_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
                                              n_sm=gpu.n_sm, max_smem=gpu.max_smem)  # fmt: skip
         self.launch, self.grid = launch, grid or launch.grid
-        split_bytes = cuda_layout.x_split_bytes(m.type_id, m.k)
+        split_bytes = layout.x_split_bytes(m.type_id, m.k)
         self.split = gpu.empty((self.n_inputs * n_rows, split_bytes), np.uint8) if launch.needs_split else None
         self.params = params(
             HEADER, "ExpertMatvecParams", **self.common, list=pairs.fields, x=x, split=self.split, x_stride=self.stride,
@@ -166,7 +166,7 @@ class Prompt(_Products):
         m = self.m
         self.launch = expert_layout.prompt_launch(m.type_id, m.n_out, len(experts), n_rows, n_used, m.n_expert,
                                                   item_rows)  # fmt: skip
-        self.half = gpu.empty((self.n_inputs * n_rows, cuda_layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
+        self.half = gpu.empty((self.n_inputs * n_rows, layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
         self.scale = gpu.empty(self.n_inputs * n_rows)
         self.params = params(
             HEADER, "ExpertMatmulParams", **self.common, list=pairs.fields, x=self.half, x_scale=self.scale,

@@ -1,4 +1,4 @@
-"""Matrices and products on the device, launched as csrc/matmul_params.h and worker_orcd/cuda_layout.py say.
+"""Matrices and products on the device, launched as csrc/matmul_params.h and worker_orcd/cuda/layout.py say.
 
 Shared by the tests of the matrix kernels and tools/bench_kernels.py.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from kernel_harness import Buffer, Gpu, params
 
-from worker_orcd import cuda_layout
+from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants
 
 HEADER = "matmul_params.h"
@@ -30,14 +30,14 @@ class Matrix:
 def repack(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, piece: int = 1 << 30) -> Matrix:
     """Upload GGUF rows uint8 [n_out, row bytes] and repack them, `piece` rows (a multiple of 16) at a time."""
     n_out = raw.shape[0]
-    w = gpu.empty(cuda_layout.packed_bytes(type_id, n_out, k), np.uint8)
-    kernel = gpu.kernel("repack", f"repack_{cuda_layout.kernel_suffix(type_id)}")
+    w = gpu.empty(layout.packed_bytes(type_id, n_out, k), np.uint8)
+    kernel = gpu.kernel("repack", f"repack_{layout.kernel_suffix(type_id)}")
     for row0 in range(0, n_out, piece):
         rows = gpu.buffer(raw[row0 : row0 + piece])
         n = min(piece, n_out - row0)
         p = params(HEADER, "RepackParams", rows=rows, w=w, row_bytes=raw.shape[1], k=k, n_out=n_out, row0=row0,
                    n_rows=n)  # fmt: skip
-        gpu.launch(kernel, (cuda_layout.n_strips(n), 2), 256, p)
+        gpu.launch(kernel, (layout.n_strips(n), 2), 256, p)
         gpu.sync()
         rows.check_guards()
     return Matrix(type_id, n_out, k, w)
@@ -47,7 +47,7 @@ def convert(gpu: Gpu, kernel: str, m: Matrix, x: Buffer, n_rows: int, stride: in
             pdl: bool = False) -> None:  # fmt: skip
     """Launch a conversion of x into `out` (all its rows)."""
     pad_rows, out_bytes = out.shape
-    k_pad = cuda_layout.k_padded(m.type_id, m.k)
+    k_pad = layout.k_padded(m.type_id, m.k)
     p = params(HEADER, "ConvertParams", x=x, out=out, scale=scale, x_stride=stride, out_bytes=out_bytes, k=m.k,
                k_pad=k_pad, n_rows=n_rows, n_pad_rows=pad_rows)  # fmt: skip
     grid = (-(-k_pad // 2048), pad_rows) if kernel == "convert_split" else (pad_rows,)
@@ -64,20 +64,20 @@ class Matvec:
         m = matrices[0]
         self.gpu, self.x, self.m, self.n_rows, self.x_stride = gpu, x, m, n_rows, x_stride or m.k
         n_outs = tuple(a.n_out for a in matrices)
-        self.launch = cuda_layout.matvec_launch(m.type_id, m.k, n_outs, n_rows, n_sm=gpu.n_sm, max_smem=gpu.max_smem)
+        self.launch = layout.matvec_launch(m.type_id, m.k, n_outs, n_rows, n_sm=gpu.n_sm, max_smem=gpu.max_smem)
         self.split = None
         if self.launch.needs_split:
             pad = 8 * int(self.launch.kernel.rsplit("_", 1)[1])
-            self.split = gpu.empty((pad, cuda_layout.x_split_bytes(m.type_id, m.k)), np.uint8)
+            self.split = gpu.empty((pad, layout.x_split_bytes(m.type_id, m.k)), np.uint8)
         parts, strip0 = [], 0
         for i, (a, out) in enumerate(zip(matrices, outs, strict=True)):
             parts.append({"w": a.w, "bias": biases[i] if biases else None, "out": out, "out_stride": out.shape[1],
                           "n_out": a.n_out, "strip0": strip0, "add": int(add)})  # fmt: skip
-            strip0 += cuda_layout.n_strips(a.n_out)
+            strip0 += layout.n_strips(a.n_out)
         self.params = params(
             HEADER, "MatvecParams", m=parts, x=x, split=self.split, x_stride=self.x_stride,
-            split_bytes=cuda_layout.x_split_bytes(m.type_id, m.k), n_matrices=len(parts), n_strips=strip0, k=m.k,
-            n_units=cuda_layout.n_units(m.type_id, m.k), n_rows=n_rows, ring_bytes=self.launch.ring_bytes)  # fmt: skip
+            split_bytes=layout.x_split_bytes(m.type_id, m.k), n_matrices=len(parts), n_strips=strip0, k=m.k,
+            n_units=layout.n_units(m.type_id, m.k), n_rows=n_rows, ring_bytes=self.launch.ring_bytes)  # fmt: skip
         self.kernel = gpu.kernel("matvec", self.launch.kernel)
 
     def run(self, pdl: bool = False, convert_x: bool = True) -> None:
@@ -95,14 +95,14 @@ class Matmul:
         self.gpu, self.m, self.x, self.n_rows, self.x_stride = gpu, m, x, n_rows, x_stride or m.k
         # 2^20 multiprocessors make every product a small one
         n_sm = gpu.n_sm if small is None else (1 << 20) * small
-        self.launch = cuda_layout.matmul_launch(m.type_id, m.n_out, n_rows, n_sm)
-        pad = -(-n_rows // cuda_layout.MATMUL_TILE_ROWS) * cuda_layout.MATMUL_TILE_ROWS
-        self.half = gpu.empty((pad, cuda_layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
+        self.launch = layout.matmul_launch(m.type_id, m.n_out, n_rows, n_sm)
+        pad = -(-n_rows // layout.MATMUL_TILE_ROWS) * layout.MATMUL_TILE_ROWS
+        self.half = gpu.empty((pad, layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
         self.scale = gpu.empty(pad)
         self.params = params(
             HEADER, "MatmulParams", w=m.w, x=self.half, x_scale=self.scale, bias=bias, out=out,
             x_bytes=self.half.shape[1], out_stride=out.shape[1], n_out=m.n_out,
-            n_units=cuda_layout.n_units(m.type_id, m.k), n_rows=n_rows, add=int(add))  # fmt: skip
+            n_units=layout.n_units(m.type_id, m.k), n_rows=n_rows, add=int(add))  # fmt: skip
         self.kernel = gpu.kernel("matmul", self.launch.kernel)
 
     def run(self, pdl: bool = False, convert_x: bool = True) -> None:

@@ -10,7 +10,8 @@ import sys
 import pytest
 from scripts import run_cli, run_script
 
-from worker_orcd import _driver, cuda_memory
+from worker_orcd import _driver
+from worker_orcd.cuda import memory
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram
 from worker_orcd.gguf.model_file import ModelFile
@@ -22,7 +23,7 @@ PLAN_LIMIT = 0.02
 #: what the driver may keep for itself of an engine that was closed: its own pools, once
 KEPT_LIMIT = 32 << 20
 #: what a ballast leaves free: too little for any model, since loading alone needs more
-LEFT = cuda_memory.STAGING_BYTES // 2
+LEFT = memory.STAGING_BYTES // 2
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,9 @@ def test_used_is_as_planned(measured):
         beside = r["used"] - r["resident"]
         off = abs(r["used"] - r["planned"]) / r["planned"]
         print(f"round {i}: planned {r['planned']:,}, used {r['used']:,}: {100 * off:.2f} % off (limit 2 %); beside the "
-              f"arenas {beside:,} of the {cuda_memory.RESERVE_BYTES:,} that are planned for it")
+              f"arenas {beside:,} of the {memory.RESERVE_BYTES:,} that are planned for it")
         assert off <= PLAN_LIMIT
-        assert 0 <= beside <= cuda_memory.RESERVE_BYTES
+        assert 0 <= beside <= memory.RESERVE_BYTES
         assert r["labels"] == ["kv", "weights", "workspace"], "staging is freed after the load"
         assert r["faults"] == []
 

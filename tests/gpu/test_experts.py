@@ -13,7 +13,7 @@ from kernel_harness import available, params
 from ops_host import check_nmse, new_gpu
 from quant_blocks import dequantized, random_blocks
 
-from worker_orcd import expert_layout
+from worker_orcd.cuda import expert_layout
 from worker_orcd.gguf import quants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]

@@ -13,7 +13,7 @@ from matmul_host import HEADER, Matmul, Matvec, repack, row_lengths
 from ops_host import check_nmse, new_gpu
 from quant_blocks import dequantized, random_blocks
 
-from worker_orcd import cuda_layout
+from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
@@ -65,7 +65,7 @@ def test_dequant_is_exact(gpu, type_id):
     raw = random_blocks(type_id, 7, k, np.random.default_rng(type_id), mxfp4_exponents=(0, 253))
     blocks, out = gpu.buffer(raw), gpu.empty((7, k))
     p = params(HEADER, "DequantParams", blocks=blocks, out=out, n_blocks=7 * k // t.block_size)
-    gpu.launch(gpu.kernel("dequant", f"dequant_{cuda_layout.kernel_suffix(type_id)}"), 3, 256, p)
+    gpu.launch(gpu.kernel("dequant", f"dequant_{layout.kernel_suffix(type_id)}"), 3, 256, p)
     assert np.array_equal(out.to_numpy().view(np.uint32), dequantized(type_id, raw).view(np.uint32))
 
 
@@ -80,7 +80,7 @@ def test_rows_of_a_repacked_matrix_are_exact(gpu, type_id, piece):
         out, stride = gpu.empty((6, k + 8)), k + 8
         p = params(HEADER, "RowsParams", w=m.w, index=gpu.buffer(index), out=out, out_stride=stride, scale=1.0, k=k,
                    n_table=n_out, n_rows=6)  # fmt: skip
-        kernel = gpu.kernel("repack", f"rows_{cuda_layout.kernel_suffix(type_id)}")
+        kernel = gpu.kernel("repack", f"rows_{layout.kernel_suffix(type_id)}")
         gpu.launch(kernel, 6, 128, p)
         got, want = out.to_numpy(), np.zeros((6, k), np.float32)
         exists = (index >= 0) & (index < n_out)

@@ -12,9 +12,9 @@ import pytest
 
 from service.fake_llm import FakeLLM
 from service.test_app import App
+from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.errors import CudaError
 from worker_orcd.observe.events import EventLog
-from worker_orcd.vram import VramPlan
 from worker_orcd.wsgi.watch import Watch
 
 pytestmark = pytest.mark.timeout(30)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker_orcd import cuda_memory
+from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.errors import InsufficientVram
 
 

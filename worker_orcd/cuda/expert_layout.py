@@ -6,8 +6,8 @@ is a row and one of its slots; an item is an expert with some of its pairs. Pure
 
 from __future__ import annotations
 
-from worker_orcd import cuda_layout
-from worker_orcd.cuda_layout import SMEM_SMALL, Launch
+from worker_orcd.cuda import layout
+from worker_orcd.cuda.layout import SMEM_SMALL, Launch
 
 #: most experts of a layer, and most that a row uses
 MAX_EXPERTS, MAX_USED = 256, 32
@@ -42,12 +42,12 @@ def list_parts(address: int, n_pairs: int, n_expert: int) -> tuple[int, int, int
 
 def route_partial_bytes(n_rows: int, n_expert: int) -> int:
     """Scratch of route_logits: float32 [n_rows, ROUTE_SLICES, n_expert rounded up to 16]."""
-    return 4 * n_rows * ROUTE_SLICES * cuda_layout.STRIP_ROWS * cuda_layout.n_strips(n_expert)
+    return 4 * n_rows * ROUTE_SLICES * layout.STRIP_ROWS * layout.n_strips(n_expert)
 
 
 def route_grid(n_rows: int, n_expert: int) -> tuple[int, int, int]:
     """Grid of route_logits, 256 threads: a warp for each strip and slice."""
-    return cuda_layout.n_strips(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
+    return layout.n_strips(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
 
 
 def decode_launch(
@@ -63,16 +63,16 @@ def decode_launch(
     Returns:
         `needs_split` says that the input must have been converted by convert_split; else the kernel takes float32.
     """
-    warps = cuda_layout.matvec_warps(type_id, k)
-    ring = warps * cuda_layout.matvec_shape(type_id, 1).ring_bytes
+    warps = layout.matvec_warps(type_id, k)
+    ring = warps * layout.matvec_shape(type_id, 1).ring_bytes
     smem, tiles = ring + 2 * warps * 512, 2
-    inside = smem + n_rows * cuda_layout.x_split_bytes(type_id, k)
+    inside = smem + n_rows * layout.x_split_bytes(type_id, k)
     if n_rows <= CONVERT_IN_BLOCK and inside + 4 * DECODE_ROWS <= max_smem:
         smem, tiles = inside, 1
     # What the GPU holds at once: registers, then shared memory.
     resident = max(1, min({1: 24, 2: 16}[tiles] // warps, 227 * 1024 // (smem + 2048)))
-    work = max_items(n_rows * n_used, n_expert, DECODE_ROWS) * n_matrices * cuda_layout.n_strips(n_out)
-    name = f"expert_matvec_{cuda_layout.kernel_suffix(type_id)}_{tiles}"
+    work = max_items(n_rows * n_used, n_expert, DECODE_ROWS) * n_matrices * layout.n_strips(n_out)
+    name = f"expert_matvec_{layout.kernel_suffix(type_id)}_{tiles}"
     return Launch(name, (min(work, n_sm * resident), 1, 1), 32 * warps, smem, ring, tiles > 1)
 
 
@@ -87,16 +87,16 @@ def prompt_launch(
     """The prompt launch; `item_rows` other than `prompt_rows` says gives the same bits."""
     item_rows = item_rows or prompt_rows(n_rows, n_used, n_expert)
     tiles = n_matrices * -(-n_out // 128)
-    name = f"expert_matmul_{cuda_layout.kernel_suffix(type_id)}_{item_rows}"
+    name = f"expert_matmul_{layout.kernel_suffix(type_id)}_{item_rows}"
     items = max_items(n_rows * n_used, n_expert, item_rows)
     return Launch(name, (tiles, items, 1), 128, prompt_smem(type_id, item_rows))
 
 
 def prompt_smem(type_id: int, item_rows: int) -> int:
     """Shared memory of a prompt kernel (csrc/matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
-    x, w, smem = item_rows * 128, 8 * cuda_layout.record_bytes(type_id), 0
+    x, w, smem = item_rows * 128, 8 * layout.record_bytes(type_id), 0
     for stages in (4, 3, 2):
-        smem = stages * x + (2 if cuda_layout.unit_k(type_id) == 256 else stages) * w
+        smem = stages * x + (2 if layout.unit_k(type_id) == 256 else stages) * w
         if smem <= 75776:
             break
     return smem

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from worker_orcd import cuda_layout, cuda_memory, expert_layout
 from worker_orcd._expert_nodes import ExpertProductNode, ExpertSumNode, RouteNode
 from worker_orcd._nodes import (
     AttentionNode,
@@ -19,9 +18,10 @@ from worker_orcd._nodes import (
     RopeKvNode,
     decode_max_splits,
 )
+from worker_orcd.cuda import expert_layout, layout, memory
+from worker_orcd.cuda.lowering import RopeKv
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
-from worker_orcd.lowering import RopeKv
 from worker_orcd.models.plan import Op, Plan, View
 
 #: rotary frequency table -> its number in the weights arena
@@ -61,7 +61,7 @@ class Launches:
 
     def nodes(self, records: tuple[Op, ...]) -> list[tuple[str, list[Any]]]:
         """One or two launches per record, in order, as [(record name, [nodes])]."""
-        tables = {freqs: key for key, freqs in cuda_memory.rope_tables(self.plan).items()}
+        tables = {freqs: key for key, freqs in memory.rope_tables(self.plan).items()}
         return [(op.name, self._node(op, tables)) for op in records]
 
     def _weight(self, name: str | None) -> int:
@@ -83,7 +83,7 @@ class Launches:
         for weight, index in ((op.weight, "tokens"), (op.positions, "positions")):
             if weight is not None:
                 w = self.plan.weights[weight]
-                kernel = self.kernel("repack", f"rows_{cuda_layout.kernel_suffix(w.type_id)}")
+                kernel = self.kernel("repack", f"rows_{layout.kernel_suffix(w.type_id)}")
                 nodes.append(
                     EmbedNode(
                         op.name,
@@ -324,7 +324,7 @@ class Launches:
 
     def _expert_lists(self, op: Any) -> Any:
         """Addresses of the parts of the lists that routing leaves for the products: decode rows, prompt rows."""
-        n_rows = {"decode_list": cuda_memory.MAX_OUT, "prompt_list": -(-self.config.max_rows // 128) * 128}
+        n_rows = {"decode_list": memory.MAX_OUT, "prompt_list": -(-self.config.max_rows // 128) * 128}
         return [
             expert_layout.list_parts(self.addresses[name], n * op.n_used, op.n_expert) for name, n in n_rows.items()
         ]

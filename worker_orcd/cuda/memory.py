@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from worker_orcd import cuda_layout, expert_layout
+from worker_orcd.cuda import expert_layout, layout
 from worker_orcd.engine.protocol import BLOCK_SIZE, EngineConfig
 from worker_orcd.models.plan import Attention, ExpertMatMul, MatMul, Op, Plan, Rope, Route, Weight
 
@@ -47,7 +47,7 @@ def weight_bytes(w: Weight) -> int:
             n *= size
         return n
     experts = w.shape[2] if w.kind == "experts" else 1
-    return experts * cuda_layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
+    return experts * layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
 
 
 def weights_arena(plan: Plan) -> Arena:
@@ -130,7 +130,7 @@ def _converted(plan: Plan, op: Op) -> tuple[int, int, int]:
     """Inputs that a row has in a product, and bytes of each as converted for decode and for prompts."""
     w = plan.weights[op.weight]
     n = op.n_used if isinstance(op, ExpertMatMul) and op.per_slot else 1
-    return n, cuda_layout.x_split_bytes(w.type_id, w.shape[0]), cuda_layout.x_f16_bytes(w.type_id, w.shape[0])
+    return n, layout.x_split_bytes(w.type_id, w.shape[0]), layout.x_f16_bytes(w.type_id, w.shape[0])
 
 
 def staging_bytes(workspace: Arena) -> int:

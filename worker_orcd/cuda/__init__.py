@@ -1,0 +1,1 @@
+"""The CUDA engine's view of a plan: lowering, layouts, memory, launches."""
