@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from worker_orcd import LLM, SamplingParams
-from worker_orcd.job import Finished
+from worker_orcd.serving.job import Finished
 
 TEXTS = ["Hello", "def fib(n):\n", "The quick brown fox", "1, 2, 3,", "Once upon a time", "Dear Sir or Madam,",
          "import numpy as np\n", "日本語", "A haiku:", "SELECT * FROM", "The capital of France is", "x",

@@ -28,7 +28,7 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
-from worker_orcd.job import Finished
+from worker_orcd.serving.job import Finished
 
 
 @pytest.fixture

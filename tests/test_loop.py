@@ -24,10 +24,10 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
-from worker_orcd.job import Finished, Piece
-from worker_orcd.loop import EngineLoop
 from worker_orcd.models.plan import KvGroup
-from worker_orcd.scheduler import Scheduler
+from worker_orcd.serving.engine_loop import EngineLoop
+from worker_orcd.serving.job import Finished, Piece
+from worker_orcd.serving.scheduler import Scheduler
 
 GROUPS = (KvGroup(0, (0,)), KvGroup(24, (1,)))
 LETTERS = LetterDecoder.LETTERS

@@ -9,7 +9,7 @@ import pytest
 
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.logprobs import top_logprobs
+from worker_orcd.serving.logprobs import top_logprobs
 
 
 @pytest.mark.parametrize("given", [

@@ -14,7 +14,7 @@ from worker_orcd.engine.kv_blocks import blocks_of, blocks_within, reservation, 
 from worker_orcd.engine.protocol import EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup, Plan
-from worker_orcd.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
+from worker_orcd.serving.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
 
 FULL = KvGroup(0, (0,))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker_orcd.stop_strings import StopMatcher
+from worker_orcd.serving.stop_strings import StopMatcher
 
 
 def feed(stops, pieces):

@@ -24,7 +24,7 @@ from worker_orcd.cli_options import (
 from worker_orcd.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from worker_orcd.job import Completion
+    from worker_orcd.serving.job import Completion
 
 
 @click.command()

@@ -29,9 +29,9 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.job import Completion
 from worker_orcd.llm import LLM
 from worker_orcd.models import arch, plan
+from worker_orcd.serving.job import Completion
 from worker_orcd.tokenizer import metadata
 
 #: sequences that decode together

@@ -29,11 +29,11 @@ from worker_orcd.gguf.digests import file_sha256
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
 from worker_orcd.info import ModelInfo, model_facts
-from worker_orcd.job import Completion, Job, Piece
 from worker_orcd.loading import Later, LoadProgress, Progress, no_progress
-from worker_orcd.loop import EngineLoop
 from worker_orcd.models import plan
-from worker_orcd.scheduler import Scheduler
+from worker_orcd.serving.engine_loop import EngineLoop
+from worker_orcd.serving.job import Completion, Job, Piece
+from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 MAX_STOP_TOKENS = 32

@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 import msgspec
 
 from worker_orcd.errors import NotReady, WorkerError
-from worker_orcd.job import Finished, Job, Piece
 from worker_orcd.observe.events import EventLog
+from worker_orcd.serving.job import Finished, Job, Piece
 from worker_orcd.wsgi.http_errors import from_exception, sse_event
 from worker_orcd.wsgi.service import Service
 

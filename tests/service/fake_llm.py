@@ -11,7 +11,7 @@ import time
 from types import SimpleNamespace
 
 from worker_orcd.errors import CudaError, DuplicateJob, InvalidRequest, NotReady, QueueFull
-from worker_orcd.job import Job
+from worker_orcd.serving.job import Job
 
 N_VOCAB = 512
 CONTEXT = 40_000

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from worker_orcd.job import Job
-from worker_orcd.stop_strings import StopMatcher
+from worker_orcd.serving.job import Job
+from worker_orcd.serving.stop_strings import StopMatcher
 
 
 class Decoder(Protocol):

@@ -36,11 +36,11 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
-from worker_orcd.forward_job import ForwardJob
-from worker_orcd.job import Job
-from worker_orcd.job_text import Decoder, JobText
-from worker_orcd.logprobs import top_logprobs
-from worker_orcd.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
+from worker_orcd.serving.detokenizer import Decoder, JobText
+from worker_orcd.serving.job import Job
+from worker_orcd.serving.logits_job import ForwardJob
+from worker_orcd.serving.logprobs import top_logprobs
+from worker_orcd.serving.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
 
 #: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again. They are far from
 #: the -1 by which an engine says that it could draw no token

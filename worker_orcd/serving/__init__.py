@@ -1,0 +1,1 @@
+"""Sequences on an engine: the scheduler, the loop, jobs and their text."""
