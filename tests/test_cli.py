@@ -146,7 +146,7 @@ def test_a_device_that_is_not_there_is_one_line(call, monkeypatch):
     def fail(device):
         raise CudaError("libcuda.so.1 was not found", device=device)
 
-    monkeypatch.setattr("worker_orcd.devices.resolve", fail)
+    monkeypatch.setattr("worker_orcd.runtime.devices.resolve", fail)
     one_error_line(call("generate", "--model", "m", "--prompt", "x", "--device", "cuda:0"), "CUDA_ERROR")
 
 

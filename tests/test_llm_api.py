@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fake_engine import FakeEngine
 
-from worker_orcd import LLM, SamplingParams, devices, doctor, llm
+from worker_orcd import LLM, SamplingParams, doctor
 from worker_orcd.errors import (
     Cancelled,
     CudaError,
@@ -28,6 +28,7 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
+from worker_orcd.runtime import devices, llm
 from worker_orcd.serving.job import Finished
 
 
@@ -370,7 +371,8 @@ def test_the_process_ends_while_a_model_is_open(path):
         import sys, time
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from fake_engine import FakeEngine
-        from worker_orcd import LLM, SamplingParams, devices
+        from worker_orcd import LLM, SamplingParams
+        from worker_orcd.runtime import devices
         devices.open_engine = lambda d, m, plan, config, **_: FakeEngine(config, plan.kv_groups, plan.n_vocab, 0.01)
         llm = LLM({str(path)!r}, device="cpu", progress=False)
         stream = llm.stream([1], SamplingParams(max_tokens=200, ignore_eos=True))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from worker_orcd.loading import Later
+from worker_orcd.runtime.progress import Later
 
 
 def test_a_later_call_begins_once_when_told_or_asked():

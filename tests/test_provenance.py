@@ -12,12 +12,13 @@ import pytest
 from fake_engine import FakeEngine
 from gguf_forge import I32, STR, U16, Forge
 
-from worker_orcd import LLM, cli, devices
+from worker_orcd import LLM, cli
 from worker_orcd.errors import Cancelled, InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests as provenance
 from worker_orcd.gguf import trusted_models
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
+from worker_orcd.runtime import devices
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 KIB64 = 64 << 10

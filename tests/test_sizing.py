@@ -8,11 +8,11 @@ import pytest
 from fake_file import FakeFile
 from gpt_oss_file import GptOssFile
 
-from worker_orcd import devices, sizing
 from worker_orcd.cuda import memory
 from worker_orcd.engine import kv_blocks
 from worker_orcd.errors import InsufficientVram, InvalidRequest
 from worker_orcd.models import plan
+from worker_orcd.runtime import devices, sizing
 
 MIB = 1 << 20
 FREE = 80_000 * MIB

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from worker_orcd import errors
     from worker_orcd.engine.sampling import SamplingParams
-    from worker_orcd.llm import LLM
+    from worker_orcd.runtime.llm import LLM
     from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "Tokenizer", "__version__", "errors"]
 
-_HOMES = {"LLM": "worker_orcd.llm", "SamplingParams": "worker_orcd.engine.sampling", "Tokenizer": "worker_orcd.tokenizer.tokenizer"}
+_HOMES = {"LLM": "worker_orcd.runtime.llm", "SamplingParams": "worker_orcd.engine.sampling", "Tokenizer": "worker_orcd.tokenizer.tokenizer"}
 
 
 def __getattr__(name: str) -> object:

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from worker_orcd import devices, sizing
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine import kv_blocks
@@ -25,6 +24,7 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
 from worker_orcd.models import plan
+from worker_orcd.runtime import devices, sizing
 
 #: tokens of one call of the decode loop; the ring is emptied between calls
 DECODE_CHUNK = 64

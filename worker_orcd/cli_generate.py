@@ -51,7 +51,7 @@ def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temper
              verbose: bool, as_json: bool) -> None:
     """Continue a prompt and stream the text to the terminal."""
     from worker_orcd.engine.sampling import SamplingParams
-    from worker_orcd.llm import LLM
+    from worker_orcd.runtime.llm import LLM
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                             repetition_penalty=repetition_penalty, stop=stop, seed=seed)
@@ -105,7 +105,7 @@ def logits(model: str, text: str, top: int, out: str | None, device: str, thread
     """Show what a model predicts after each of the given tokens. Needs no tokenizer."""
     import numpy as np
 
-    from worker_orcd.llm import LLM
+    from worker_orcd.runtime.llm import LLM
 
     ids = parse_ids(text)
     with LLM(model, device=device, max_seqs=1, n_threads=threads) as llm:

@@ -23,7 +23,7 @@ def provenance(model: str, name: str | None, source: str, out: str | None) -> No
     """
     from worker_orcd.gguf.model_file import ModelFile
     from worker_orcd.gguf.trusted_models import entry_of
-    from worker_orcd.loading import LoadProgress
+    from worker_orcd.runtime.progress import LoadProgress
 
     with ModelFile(model) as model_file, LoadProgress(sys.stderr.isatty(), model_file.size, "hashing") as bar:
         entry = entry_of(model_file, os.path.basename(model) if name is None else name, source, bar.next())

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import compare_numbers, devices
+from worker_orcd import compare_numbers
 from worker_orcd.compare_layers import layer_activations
 from worker_orcd.compare_prompts import Prompt
 from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
@@ -29,8 +29,9 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.llm import LLM
 from worker_orcd.models import arch, plan
+from worker_orcd.runtime import devices
+from worker_orcd.runtime.llm import LLM
 from worker_orcd.serving.job import Completion
 from worker_orcd.tokenizer import metadata
 

@@ -12,10 +12,10 @@ from typing import Final
 
 import numpy as np
 
-from worker_orcd import devices
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
+from worker_orcd.runtime import devices
 
 #: tokens of a prompt that are looked at
 MAX_ROWS: Final = 256

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from typing import Any
 
-from worker_orcd import devices
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import WorkerError
@@ -19,6 +18,7 @@ from worker_orcd.gguf import quants
 from worker_orcd.gguf.digests import part_digests
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import arch, plan
+from worker_orcd.runtime import devices
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 #: sequences for which the VRAM plan is shown: what a server takes by default

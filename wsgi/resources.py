@@ -20,7 +20,7 @@ from worker_orcd.wsgi.service import Service
 from worker_orcd.wsgi.stream import JobStream
 
 if TYPE_CHECKING:
-    from worker_orcd.llm import LLM
+    from worker_orcd.runtime.llm import LLM
 
 EVENT_STREAM = "text/event-stream"
 

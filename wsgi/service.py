@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
-from worker_orcd.info import provenance_facts
 from worker_orcd.observe.events import EventLog
+from worker_orcd.runtime.info import provenance_facts
 from worker_orcd.wsgi.http_errors import from_exception
 from worker_orcd.wsgi.watch import Watch
 
 if TYPE_CHECKING:
     from worker_orcd.cuda.vram import VramPlan
-    from worker_orcd.llm import LLM
+    from worker_orcd.runtime.llm import LLM
 
 #: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
@@ -38,7 +38,7 @@ Loader = Callable[[ServeConfig, Progress, Fatal, OnPlan], "LLM"]
 def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: OnPlan) -> LLM:
     """The `LLM` that `config` asks for. `progress(done, total)` is called with bytes while it loads, `on_plan` with the
     VRAM plan and the free bytes before it takes memory of a GPU, and `on_fatal` should the engine die later."""
-    from worker_orcd.llm import LLM  # opens compiled modules, which a server with another model does not need
+    from worker_orcd.runtime.llm import LLM  # opens compiled modules, which a server with another model does not need
 
     return LLM(config.model, device=config.device, context_length=config.context_length,
                kv_cache_bytes=config.kv_cache_bytes, max_seqs=config.max_streams, max_queue=config.max_queue,

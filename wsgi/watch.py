@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from worker_orcd.errors import Cancelled, CudaError, WorkerError
-from worker_orcd.info import provenance_facts
 from worker_orcd.observe.events import EventLog
+from worker_orcd.runtime.info import provenance_facts
 
 if TYPE_CHECKING:
-    from worker_orcd.llm import LLM
+    from worker_orcd.runtime.llm import LLM
 
 #: how long `stop` waits for each thread; a read that hangs in a dead file system keeps its thread
 JOIN_SEC = 1.0

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import devices, sizing
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import check_sha256
 from worker_orcd.cuda.vram import VramPlan
@@ -28,9 +27,10 @@ from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
-from worker_orcd.info import ModelInfo, model_facts
-from worker_orcd.loading import Later, LoadProgress, Progress, no_progress
 from worker_orcd.models import plan
+from worker_orcd.runtime import devices, sizing
+from worker_orcd.runtime.info import ModelInfo, model_facts
+from worker_orcd.runtime.progress import Later, LoadProgress, Progress, no_progress
 from worker_orcd.serving.engine_loop import EngineLoop
 from worker_orcd.serving.job import Completion, Job, Piece
 from worker_orcd.serving.scheduler import Scheduler

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from worker_orcd import devices
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InsufficientVram, InvalidRequest
 from worker_orcd.models.plan import Plan
+from worker_orcd.runtime import devices
 
 #: sequences where the caller names no number, and those tried where memory is short
 MAX_SEQS, LESS_SEQS = 64, (32, 16, 8)

@@ -1,0 +1,1 @@
+"""A model ready to be used: the device, the sizes, `LLM`."""
