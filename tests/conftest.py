@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _has_gpu() -> bool:
-    from worker_orcd import doctor
+    from worker_orcd.diagnose import doctor
 
     return doctor.has_gpu()
 

@@ -181,7 +181,7 @@ def test_inspect_of_a_vocabulary_goes_as_far_as_it_goes(call, goldens_dir):
 
 
 def test_inspect_escapes_what_a_file_says():
-    from worker_orcd import inspect
+    from worker_orcd.diagnose import inspect
 
     facts = {"path": "a\x1b[2J", "name": "b\n", "arch": "llama", "quant_kind": "F16", "version": 3, "bytes": 10,
              "parts": ["a"], "metadata": {"k\r": "v\x07" * 100}, "types": {}, "tensors": [],
@@ -237,7 +237,7 @@ def test_bench_measures_what_was_asked(call, golden):
 
 
 def test_bytes_per_step_counts_what_is_read(goldens_dir):
-    from worker_orcd import bench
+    from worker_orcd.diagnose import bench
     from worker_orcd.gguf.model_file import ModelFile
     from worker_orcd.models import plan
 
@@ -313,5 +313,5 @@ def test_demo_model_path(call, monkeypatch, tmp_path):
     target = tmp_path / "demo.gguf"
     target.write_bytes(b"x")
     assert stat.S_ISREG(target.stat().st_mode)
-    monkeypatch.setattr("worker_orcd.demo_model.path", lambda: target)
+    monkeypatch.setattr("worker_orcd.diagnose.demo_model.path", lambda: target)
     assert call("demo-model") == (0, f"{target}\n", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker_orcd import demo_model, doctor
+from worker_orcd.diagnose import demo_model, doctor
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "total": 85_000_000_000, "free": 80_000_000_000, "capability": [9, 0],
         "bus": "0000:00:00.0"}

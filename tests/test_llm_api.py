@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from fake_engine import FakeEngine
 
-from worker_orcd import LLM, SamplingParams, doctor
+from worker_orcd import LLM, SamplingParams
+from worker_orcd.diagnose import doctor
 from worker_orcd.errors import (
     Cancelled,
     CudaError,

@@ -68,7 +68,7 @@ def test_the_numbers_by_name():
 
 
 def test_inspect_shows_the_plan_of_every_model_a_gpu_can_run(goldens_dir):
-    from worker_orcd import inspect
+    from worker_orcd.diagnose import inspect
 
     facts = inspect.inspect(str(goldens_dir / "qwen2-Q4_K_M.gguf"))
     vram = facts["memory"]["vram_plan"]

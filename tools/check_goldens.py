@@ -17,7 +17,7 @@ import sys
 import numpy as np
 
 from worker_orcd import LLM, SamplingParams
-from worker_orcd.demo_model import models_dir
+from worker_orcd.diagnose.demo_model import models_dir
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import check_tokenizers

@@ -53,7 +53,7 @@ def main() -> None:
 
 def compare(llama: LlamaCpp, args: argparse.Namespace, tests: dict[str, int]) -> dict[str, object]:
     """Let the two take turns. One untimed round warms caches and clocks."""
-    from worker_orcd.bench import Bench
+    from worker_orcd.diagnose.bench import Bench
 
     seconds: dict[tuple[str, str], list[float]] = {}
     with Bench(args.model, "cpu", max(tests.values()), n_threads=args.threads) as ours:

@@ -175,7 +175,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
 
 def machine(device: str) -> dict[str, object]:
     """What the figures hold for: GPU, driver, commit, date."""
-    from worker_orcd import doctor
+    from worker_orcd.diagnose import doctor
 
     found = {f.name: f.detail for f in doctor.check()}
     git = subprocess.run(["git", "log", "-1", "--format=%h"], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -23,7 +23,7 @@ from worker_orcd.cli_options import (
 )
 
 if TYPE_CHECKING:
-    from worker_orcd.bench import Report
+    from worker_orcd.diagnose.bench import Report
 
 
 @click.command()
@@ -45,7 +45,7 @@ def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device
     GB/s is what a decode step must read from memory (weights once, the KV cache of every sequence) over its time;
     the last column compares it with the memory bandwidth measured in the same run.
     """
-    from worker_orcd import bench as measuring
+    from worker_orcd.diagnose import bench as measuring
 
     prompts = parse_ids(n_prompt) if n_prompt.strip() else []
     batches = parse_ids(batch)

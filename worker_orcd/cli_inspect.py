@@ -23,7 +23,7 @@ def inspect(model: str, tensors: bool, tokenizer: str | None, sha256: bool, as_j
     Reads the file's head only (but see --sha256), on any machine. Of a file with a vocabulary and no tensors it shows
     what there is.
     """
-    from worker_orcd import inspect as report
+    from worker_orcd.diagnose import inspect as report
 
     facts = report.inspect(model, tokenizer, sha256)
     if not tensors:
@@ -35,7 +35,7 @@ def inspect(model: str, tensors: bool, tokenizer: str | None, sha256: bool, as_j
 @json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine has, what is missing, and what to do about it."""
-    from worker_orcd import doctor as checks
+    from worker_orcd.diagnose import doctor as checks
 
     findings = checks.check()
     if as_json:
@@ -52,6 +52,6 @@ def doctor(as_json: bool) -> None:
 @click.command("demo-model")
 def demo_model() -> None:
     """Print the path of the demo model, SmolLM2-135M; fetch it where it is absent."""
-    from worker_orcd import demo_model as demo
+    from worker_orcd.diagnose import demo_model as demo
 
     click.echo(str(demo.path()))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker_orcd import demo_model
+from worker_orcd.diagnose import demo_model
 
 #: libraries of the package, as their distributions are called
 LIBRARIES = ("numpy", "cuda-bindings", "tokenizers", "falcon", "gunicorn", "msgspec", "click", "tqdm", "jinja2",
