@@ -13,7 +13,7 @@ import time
 import click
 import pytest
 
-from worker_orcd import cli, cli_options
+from worker_orcd.cli import main, options
 from worker_orcd.errors import CudaError, ModelLoadError
 
 PROGRAM = [sys.executable, "-m", "worker_orcd"]
@@ -24,7 +24,7 @@ def call(capsys):
     """A function: arguments -> (exit code, stdout, stderr)."""
 
     def run(*args):
-        code = cli.run([str(a) for a in args])
+        code = main.run([str(a) for a in args])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -45,14 +45,14 @@ COMMANDS = ["serve", "generate", "inspect", "bench", "compare", "doctor", "demo-
 
 def test_help_lists_every_command(call):
     code, out, _ = call("--help")
-    assert code == 0 and all(f"  {name} " in out for name in COMMANDS) and set(COMMANDS) == set(cli.cli.commands)
+    assert code == 0 and all(f"  {name} " in out for name in COMMANDS) and set(COMMANDS) == set(main.cli.commands)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_help_and_its_variable(call, name):
     code, out, _ = call(name, "--help")
     assert code == 0
-    for parameter in cli.cli.commands[name].params:
+    for parameter in main.cli.commands[name].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
             flag = next(o for o in parameter.opts if o.startswith("--"))
@@ -61,7 +61,7 @@ def test_every_option_has_help_and_its_variable(call, name):
 
 
 def test_help_is_quick_and_needs_no_compiled_module():
-    script = ("import sys; from worker_orcd import cli; code = cli.run(['serve', '--help']);"
+    script = ("import sys; from worker_orcd import cli; code = main.run(['serve', '--help']);"
               "assert not [m for m in sys.modules if m.startswith('worker_orcd._')], 'a compiled module was loaded';"
               "assert 'gunicorn' not in sys.modules and 'numpy' not in sys.modules; sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -88,9 +88,9 @@ def test_a_flag_can_come_from_the_environment(call, monkeypatch, tmp_path):
 
 
 def test_parse_ids():
-    assert cli_options.parse_ids("1,2, 3") == [1, 2, 3]
+    assert options.parse_ids("1,2, 3") == [1, 2, 3]
     with pytest.raises(click.BadParameter):
-        cli_options.parse_ids("1,,2")
+        options.parse_ids("1,,2")
 
 
 # -- one readable line

@@ -15,7 +15,8 @@ import two_faced
 from gguf.quants import dequantize
 from gguf_forge import F32, STR, U32, Forge, f32, tiny_llama
 
-from worker_orcd import LLM, SamplingParams, cli
+from worker_orcd import LLM, SamplingParams
+from worker_orcd.cli import main
 from worker_orcd.compare import findings, metrics
 from worker_orcd.compare.layers import layer_activations
 from worker_orcd.compare.prompts import Prompt, read_prompts, read_targets
@@ -332,7 +333,7 @@ def write_prompts(path, target: str | None = None):
 
 
 def call(*args: object) -> int:
-    return cli.run(["compare", *map(str, args)])
+    return main.run(["compare", *map(str, args)])
 
 
 def test_the_command_says_pass_and_fail(faces, source, q8, tmp_path, capsys):

@@ -12,7 +12,8 @@ import pytest
 from fake_engine import FakeEngine
 from gguf_forge import I32, STR, U16, Forge
 
-from worker_orcd import LLM, cli
+from worker_orcd import LLM
+from worker_orcd.cli import main
 from worker_orcd.errors import Cancelled, InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests as provenance
 from worker_orcd.gguf import trusted_models
@@ -353,7 +354,7 @@ def test_an_untrusted_model_never_gets_an_engine(path, listed, engines):
 @pytest.fixture
 def call(capsys):
     def run(*args):
-        code = cli.run([str(a) for a in args])
+        code = main.run([str(a) for a in args])
         out, err = capsys.readouterr()
         return code, out, err
 

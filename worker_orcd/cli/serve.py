@@ -8,7 +8,7 @@ import uuid
 import click
 
 from worker_orcd import config as defaults
-from worker_orcd.cli_options import device_option, load_options, mib, model_option, option, threads_option
+from worker_orcd.cli.options import device_option, load_options, mib, model_option, option, threads_option
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InvalidRequest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from worker_orcd.cli_options import device_option, json_option, option, threads_option
+from worker_orcd.cli.options import device_option, json_option, option, threads_option
 from worker_orcd.compare.settings import Limits, Settings
 
 

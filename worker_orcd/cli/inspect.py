@@ -8,7 +8,7 @@ import textwrap
 
 import click
 
-from worker_orcd.cli_options import json_option, option
+from worker_orcd.cli.options import json_option, option
 
 
 @click.command()

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from worker_orcd.cli_options import option
+from worker_orcd.cli.options import option
 
 
 @click.command()

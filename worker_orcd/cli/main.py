@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import click
 
 import worker_orcd
-from worker_orcd.cli_bench import bench
-from worker_orcd.cli_compare import compare
-from worker_orcd.cli_generate import generate, logits
-from worker_orcd.cli_inspect import demo_model, doctor, inspect
-from worker_orcd.cli_provenance import provenance
-from worker_orcd.cli_serve import serve
+from worker_orcd.cli.bench import bench
+from worker_orcd.cli.compare import compare
+from worker_orcd.cli.generate import generate, logits
+from worker_orcd.cli.inspect import demo_model, doctor, inspect
+from worker_orcd.cli.provenance import provenance
+from worker_orcd.cli.serve import serve
 from worker_orcd.errors import InternalError, WorkerError
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141

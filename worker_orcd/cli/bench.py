@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worker_orcd.cli_options import (
+from worker_orcd.cli.options import (
     device_option,
     json_option,
     mib,
