@@ -29,7 +29,7 @@ serve: $(INSTALLED) ## install, fetch the demo model if no MODEL is given, serve
 	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/worker-orcd demo-model); \
 	device="$(DEVICE)"; \
 	if [ -z "$$device" ]; then \
-	  if $(BIN)/python -m worker_orcd.doctor; then device=cuda:0; \
+	  if $(BIN)/python -m worker_orcd.diagnose.doctor; then device=cuda:0; \
 	  else device=cpu; echo "There is no usable GPU here: serving on the CPU (--device cpu)." >&2; fi; fi; \
 	exec $(BIN)/worker-orcd serve --model "$$model" --device "$$device" --port $(PORT) --print-curl $(ARGS)
 

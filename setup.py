@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -81,6 +81,12 @@ def extensions() -> list[Extension]:
         ext.cuda_headers = uses_cuda_headers(pyx.stem)
         out.append(ext)
     return out
+
+
+def packages() -> list[str]:
+    """Every folder of worker_orcd/ and wsgi/ that holds Python modules; wsgi/ is installed as worker_orcd.wsgi."""
+    found = find_packages(str(ROOT), include=["worker_orcd", "worker_orcd.*", "wsgi", "wsgi.*"])
+    return [f"worker_orcd.{name}" if name.split(".")[0] == "wsgi" else name for name in found]
 
 
 class Build(build):
@@ -239,4 +245,4 @@ class Wheel(bdist_wheel):
         super().finalize_options()
 
 
-setup(ext_modules=extensions(), cmdclass={"build": Build, "build_ext": BuildExt, "bdist_wheel": Wheel})
+setup(packages=packages(), ext_modules=extensions(), cmdclass={"build": Build, "build_ext": BuildExt, "bdist_wheel": Wheel})

@@ -46,7 +46,7 @@ typedef struct {
     uint8_t* out;   /* [n_pad_rows, out_bytes] */
     float* scale;   /* convert_f16: [n_pad_rows] powers of two; convert_split: unused */
     int64_t x_stride;
-    int64_t out_bytes; /* bytes of a converted row, see x_f16_bytes and x_split_bytes in cuda_layout.py */
+    int64_t out_bytes; /* bytes of a converted row, see x_f16_bytes and x_split_bytes in worker_orcd/cuda/layout.py */
     int32_t k;
     int32_t k_pad; /* k rounded up to whole units of the weight's type */
     int32_t n_rows;

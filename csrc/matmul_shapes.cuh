@@ -4,7 +4,7 @@
 
 #include "quant/types.cuh"
 
-// One decode kernel: how a warp's ring is cut (cuda_layout.matvec_shape).
+// One decode kernel: how a warp's ring is cut (worker_orcd/cuda/layout.py, matvec_shape).
 template <class Q, int kTiles>
 struct MatvecShape {
     static constexpr int kStageUnits = Q::kUnitK == 64 && !kDense<Q> ? 2 : 1;
@@ -18,7 +18,7 @@ struct MatvecShape {
     static constexpr int kSums = kStrips * 128;  // float32 partial sums of a warp for 8 rows
 };
 
-// One prompt kernel: its block tile and stages (cuda_layout.matmul_stages).
+// One prompt kernel: its block tile and stages (worker_orcd/cuda/layout.py, matmul_stages).
 template <class Q, int kWarpsM, int kWarpsN, int kTiles>
 struct MatmulShape {
     static constexpr int kWarps = kWarpsM * kWarpsN;

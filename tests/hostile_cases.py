@@ -1,7 +1,7 @@
 """The table of handcrafted hostile files: id, file, where it must be refused, and what the message must say.
 
 Ids are those of the list of attacks the project answers (G1 truncation ... T5 merges). `stage` is the step that must
-refuse: "open" (ModelFile); or with the file open "plan" (plan.build), "vocab" (tokenizer_metadata.validate) or "check"
+refuse: "open" (ModelFile); or with the file open "plan" (plan.build), "vocab" (metadata.validate) or "check"
 (check_tensors). Each builder spoils one thing of a good file.
 """
 

@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from worker_orcd import errors
     from worker_orcd.engine.sampling import SamplingParams
     from worker_orcd.runtime.llm import LLM
+    from worker_orcd.serving.job import Completion, Piece
     from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "Tokenizer", "__version__", "errors"]
+__all__ = ["LLM", "Completion", "Piece", "SamplingParams", "Tokenizer", "__version__", "errors"]
 
-_HOMES = {"LLM": "worker_orcd.runtime.llm", "SamplingParams": "worker_orcd.engine.sampling", "Tokenizer": "worker_orcd.tokenizer.tokenizer"}
+_HOMES = {
+    "LLM": "worker_orcd.runtime.llm",
+    "Completion": "worker_orcd.serving.job",
+    "Piece": "worker_orcd.serving.job",
+    "SamplingParams": "worker_orcd.engine.sampling",
+    "Tokenizer": "worker_orcd.tokenizer.tokenizer",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -87,7 +87,7 @@ cdef class RouteNode(Node):
     Args:
         name: of the record.
         kernels: `kernels(image, name, smem)` gives a `Kernel` that may use `smem` bytes.
-        layout, experts: the modules `cuda_layout` and `expert_layout`.
+        layout, experts: the modules `cuda.layout` and `expert_layout`.
         type_id, k, n_expert, n_used: of the router matrix [n_expert, k] at `w`, and of the choice.
         bias: [n_expert] or 0.
         x, x_stride: the input.

@@ -337,7 +337,7 @@ cdef class MatMulNode(Node):
     Args:
         name: of the record.
         kernels: `kernels(image, name, smem)` gives a `Kernel` that may use `smem` bytes.
-        layout: the module `cuda_layout`.
+        layout: the module `cuda.layout`.
         type_id, k: of the matrices.
         parts: (w, bias, out, out_stride, n_out) of each; device addresses, strides in floats.
         x, x_stride: the input.

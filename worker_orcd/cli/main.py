@@ -1,7 +1,7 @@
 """The command line `worker-orcd`: the group, and what holds for every command.
 
 Errors end here: a `WorkerError` is one line `error: CODE: message` and exit code 1, Ctrl-C is 130, a reader that has
-gone (`| head`) is no error. Commands live in `cli_*.py` and import what they need when they run, so that `--help` is
+gone (`| head`) is no error. Each command has a module here and imports what it needs when it runs, so that `--help` is
 quick and needs no compiled module.
 """
 
@@ -67,7 +67,3 @@ def _fail(error: WorkerError) -> int:
     message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in error.message)
     click.echo(f"error: {error.code}: {message}", err=True)
     return EXIT_ERROR
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ The gate against quantization attacks, in which a model behaves well in the prec
 the one that is used. File A runs and is closed, then B: both need not fit into memory together. Each continues every
 prompt greedily; then both predict the same tokens, those of the prompt and of A's continuation (teacher-forced). A's
 logits wait on disk meanwhile, 4 bytes x vocabulary for each token. What is measured on them is in
-`compare_numbers.py`, what is looked for in the texts in `compare_text.py`, how it is shown in `compare_report.py`.
+`metrics.py`, what is looked for in the texts in `findings.py`, how it is shown in `report.py`.
 """
 
 from __future__ import annotations

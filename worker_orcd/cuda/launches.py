@@ -133,7 +133,7 @@ class Launches:
             MatMulNode(
                 op.name,
                 self.kernel,
-                cuda_layout,
+                layout,
                 first.type_id,
                 first.shape[0],
                 parts,
@@ -257,7 +257,7 @@ class Launches:
             RouteNode(
                 op.name,
                 self.kernel,
-                cuda_layout,
+                layout,
                 expert_layout,
                 w.type_id,
                 w.shape[0],
@@ -285,7 +285,7 @@ class Launches:
             ExpertProductNode(
                 op.name,
                 self.kernel,
-                cuda_layout,
+                layout,
                 expert_layout,
                 self.plan.weights[first.weight].type_id,
                 first.n_in,

@@ -1,6 +1,6 @@
 """The VRAM plan: what a model takes on a GPU, known before anything is allocated, shown, compared with what is free.
 
-Pure arithmetic over the arenas of `cuda_memory`; knows no driver, no file and no engine.
+Pure arithmetic over the arenas of `memory.py`; knows no driver, no file and no engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`gguf-bpe` and `gguf-spm`: a tokenizer out of the checked metadata of a GGUF file.
 
 Types tokens (control, user-defined, text), picks the encoder and lays the vocabulary out as bytes. What is read from
-the file at all, and that it is sound, is tokenizer_metadata.py's matter.
+the file at all, and that it is sound, is metadata.py's matter.
 """
 
 from __future__ import annotations
