@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kernel_harness import Gpu  # noqa: E402
-from matmul_host import Matmul, Matrix, Matvec  # noqa: E402
+from gpu.kernel_harness import Gpu  # noqa: E402
+from gpu.matmul_host import Matmul, Matrix, Matvec  # noqa: E402
 
 from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants  # noqa: E402

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kernel_harness import Gpu, params  # noqa: E402
-from ops_host import HEADER, KV_BLOCK, rule  # noqa: E402
+from gpu.kernel_harness import Gpu, params  # noqa: E402
+from gpu.ops_host import HEADER, KV_BLOCK, rule  # noqa: E402
 from test_sample import Sampler  # noqa: E402
 
 #: bytes of KV cache to rotate through: well over the L2 of the GPUs this is for

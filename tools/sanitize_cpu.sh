@@ -21,5 +21,5 @@ export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0:allocator_ma
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export PYTHONPATH="$PWD/$site" PYTHONSAFEPATH=1 WORKER_ORCD_SANITIZED=1
 export WORKER_ORCD_REQUIRE_MODELS=0
-mapfile -t tests < <(ls tests/test_*hostile*.py tests/test_gguf*.py tests/test_tokenizer*.py tests/test_ring.py tests/test_driver.py)
+tests=(tests/gguf tests/tokenizer tests/compiled/test_ring.py tests/compiled/test_driver.py)
 LD_PRELOAD="$preload" .venv/bin/python -m pytest -p no:cacheprovider -q -k "not little_memory" "${tests[@]}" "$@"

@@ -21,7 +21,7 @@ for name in llama-Q4_K_M llama-F16 qwen2-Q8_0 qwen2-Q4_0 gpt-oss-MXFP4; do
 done
 [ ${#models[@]} -gt 0 ] || { echo "the reference models are not in $goldens (WORKER_ORCD_GOLDENS)" >&2; exit 1; }
 export WORKER_ORCD_REQUIRE_GPU=1 WORKER_ORCD_TEST_EVERY=${SANITIZE_EVERY:-9}
-export PYTHONPATH="$PWD/tests:$PWD/tests/gpu${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 
 failed=0
 summary=()

@@ -1,4 +1,4 @@
-"""Runs on the stand-in driver only, in a process that tests/test_driver.py starts: shared cases, faults and leaks."""
+"""Runs on the stand-in driver only, in a process that tests/compiled/test_driver.py starts: shared cases, faults, leaks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import gc
 import os
 
 import pytest
-from driver_cases import *  # noqa: F403
-from upload_cases import *  # noqa: F403
-from upload_cases import PlainFile
+from helpers.driver_cases import *  # noqa: F403
+from helpers.upload_cases import *  # noqa: F403
+from helpers.upload_cases import PlainFile
 
 from worker_orcd import _driver
 from worker_orcd._upload import Piece, upload

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from kernel_harness import Buffer, Gpu, params
-from matmul_host import HEADER as MATMUL_HEADER
+from gpu.kernel_harness import Buffer, Gpu, params
+from gpu.matmul_host import HEADER as MATMUL_HEADER
 
 from worker_orcd.cuda import expert_layout, layout
 

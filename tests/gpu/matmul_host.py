@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from kernel_harness import Buffer, Gpu, params
+from gpu.kernel_harness import Buffer, Gpu, params
 
 from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants

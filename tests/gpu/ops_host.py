@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from kernel_harness import CSRC, Gpu
+from gpu.kernel_harness import CSRC, Gpu
 
 HEADER = "ops_params.h"
 KV_BLOCK = 64

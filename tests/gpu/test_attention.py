@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-from kernel_harness import available, params
-from ops_host import HEADER, KV_BLOCK, PagedCache, attention_reference, check_nmse, new_gpu, rule
+from gpu.kernel_harness import available, params
+from gpu.ops_host import HEADER, KV_BLOCK, PagedCache, attention_reference, check_nmse, new_gpu, rule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from driver_cases import *  # noqa: F403
+from helpers.driver_cases import *  # noqa: F403
 
 import worker_orcd
 from worker_orcd import _driver

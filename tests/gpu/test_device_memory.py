@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from scripts import run_cli, run_script
+from gpu.scripts import run_cli, run_script
 
 from worker_orcd import _driver
 from worker_orcd.cuda import memory

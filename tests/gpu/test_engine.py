@@ -9,9 +9,9 @@ import gc
 import threading
 import time
 
-import long_rope
 import numpy as np
 import pytest
+from helpers import long_rope
 from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from expert_host import HEADER, Decode, List, Prompt, Route, host_list, repack_experts
-from kernel_harness import available, params
-from ops_host import check_nmse, new_gpu
-from quant_blocks import dequantized, random_blocks
+from gpu.expert_host import HEADER, Decode, List, Prompt, Route, host_list, repack_experts
+from gpu.kernel_harness import available, params
+from gpu.ops_host import check_nmse, new_gpu
+from helpers.quant_blocks import dequantized, random_blocks
 
 from worker_orcd.cuda import expert_layout
 from worker_orcd.gguf import quants

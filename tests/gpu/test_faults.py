@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from scripts import run_cli, run_script
+from gpu.scripts import run_cli, run_script
 from service.client import Worker
 from service.test_app import App
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_harness import available, params
-from matmul_host import HEADER, Matmul, Matvec, repack, row_lengths
-from ops_host import check_nmse, new_gpu
-from quant_blocks import dequantized, random_blocks
+from gpu.kernel_harness import available, params
+from gpu.matmul_host import HEADER, Matmul, Matvec, repack, row_lengths
+from gpu.ops_host import check_nmse, new_gpu
+from helpers.quant_blocks import dequantized, random_blocks
 
 from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants

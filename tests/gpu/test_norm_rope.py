@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_harness import available, params
-from ops_host import HEADER, KV_BLOCK, PagedCache, check_nmse, new_gpu, rule, view
+from gpu.kernel_harness import available, params
+from gpu.ops_host import HEADER, KV_BLOCK, PagedCache, check_nmse, new_gpu, rule, view
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 

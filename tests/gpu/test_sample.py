@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from kernel_harness import CSRC, available, params, structs
-from ops_host import HEADER, new_gpu
+from gpu.kernel_harness import CSRC, available, params, structs
+from gpu.ops_host import HEADER, new_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from upload_cases import *  # noqa: F403
-from upload_cases import PlainFile
+from helpers.upload_cases import *  # noqa: F403
+from helpers.upload_cases import PlainFile
 
 from worker_orcd import _driver
 from worker_orcd._upload import Piece, upload

@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fake_llm import FakeLLM
-
+from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
 from worker_orcd.wsgi import gunicorn_worker, stream

@@ -1,0 +1,86 @@
+"""A row's bits never depend on the rows beside it, on how the prompt was cut, on threads, or (AVX) on the processor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.cpu_engines import ISAS, make_engine, open_engine, prefill, rows, sampling
+from helpers.synthetic_plan import N_VOCAB, every_record
+
+from worker_orcd._ring import Control, TokenRing
+
+MODELS = ["llama-Q4_K_M", "qwen2-Q4_0", "gpt-oss-MXFP4_MOE"]
+
+
+def bits(a: np.ndarray) -> np.ndarray:
+    return a.view(np.uint32)
+
+
+def check(make, n_vocab):
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, n_vocab, n) for n in (150, 67, 1)]
+    whole = [make().forward(rows((0, 0, p))) for p in prompts]
+    assert all(np.isfinite(w).all() for w in whole)
+    for chunk in (1, 6, 64, 101):
+        np.testing.assert_array_equal(bits(prefill(make(), 1, prompts[0], chunk)), bits(whole[0]), f"chunks of {chunk}")
+    crowd = make().forward(rows(*((2 - i, 0, p) for i, p in enumerate(prompts))))
+    np.testing.assert_array_equal(bits(crowd), bits(np.concatenate(whole)), "in a crowd")
+    for n_threads in (1, 3, 5):
+        alone = make(n_threads=n_threads).forward(rows((3, 0, prompts[0])))
+        np.testing.assert_array_equal(bits(alone), bits(whole[0]), f"{n_threads} threads")
+    return whole[0]
+
+
+def test_synthetic():
+    mf, plan = every_record()
+    check(lambda **kw: make_engine(mf, plan, **kw), N_VOCAB)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_models(name, goldens_dir):
+    check(lambda **kw: open_engine(goldens_dir / f"{name}.gguf", **kw), 512)
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="needs a processor with AVX-512")
+def test_avx512_and_avx2_give_the_same_bits(monkeypatch):
+    results = []
+    for isa in ("avx512", "avx2"):
+        monkeypatch.setenv("WORKER_ORCD_CPU_ISA", isa)
+        mf, plan = every_record()
+        engine = make_engine(mf, plan)
+        assert engine.isa == isa
+        tokens = np.arange(140) % N_VOCAB
+        results.append([engine.forward(rows((0, 0, tokens))), engine.forward(rows((1, 0, tokens[:1])))])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def generate_by_steps(engine, slot, prompt, n, **kw):
+    engine.set_slot(slot, sampling(**kw))
+    out = [int(engine.step(rows((slot, 0, prompt), out="last"))[0][0])]
+    for i in range(n - 1):
+        out.append(int(engine.step(rows((slot, len(prompt) + i, out[-1:])))[0][0]))
+    return out
+
+
+@pytest.mark.parametrize("kw", [{}, {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "top_p": 0.95}])
+def test_decode_equals_steps_and_a_crowd_equals_each_alone(kw):
+    mf, plan = every_record()
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, N_VOCAB, n) for n in (70, 3, 30)]
+    n = 40
+    alone = [generate_by_steps(make_engine(mf, plan), 0, p, n, **kw) for p in prompts]
+    engine = make_engine(mf, plan)
+    for s in range(3):
+        engine.set_slot(s, sampling(**kw))
+    first, logits = engine.step(rows(*((s, 0, p) for s, p in enumerate(prompts)), out="last"), want_logits=True)
+    assert logits.shape == (3, N_VOCAB)
+    ring, control = TokenRing(), Control()
+    slots, seqs = np.arange(3, dtype=np.int32), np.array([100, 101, 2**40], np.int64)
+    positions = np.array([len(p) for p in prompts], np.int32)
+    a = engine.decode(slots, seqs, first, positions, 20, [], np.zeros(3, np.uint8), ring, control)
+    b = engine.decode(slots, seqs, a[-1], positions + 20, n - 21, [], np.zeros(3, np.uint8), ring, control)
+    together = np.concatenate([first[None], a, b])
+    assert together.T.tolist() == alone
+    assert ring.pop(0) == [(int(seqs[j]), int(t)) for step in np.concatenate([a, b]) for j, t in enumerate(step)]
+    assert len({t for tokens in alone for t in tokens}) > 5, "the test model says too little"

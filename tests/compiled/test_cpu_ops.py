@@ -1,0 +1,107 @@
+"""Every record of a plan on the CPU against the NumPy oracle, buffer by buffer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.cpu_engines import ISAS, make_engine, open_engine, rows
+from helpers.synthetic_plan import N_VOCAB, every_record
+from oracle.numpy_engine import NumpyEngine
+
+from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan as P
+
+#: normalized mean squared error of one record's output: float32 sums alone, and where keys and values were rounded to
+#: float16 (a float32 error can round the other way)
+LIMIT, LIMIT_AFTER_CACHE = 1e-11, 5e-7
+
+
+def error(ours: np.ndarray, exact: np.ndarray) -> float:
+    assert np.isfinite(exact).all() and ours.shape == exact.shape
+    return float(((ours - exact) ** 2).mean() / max((exact**2).mean(), 1e-30))
+
+
+def compare(engine, oracle, plan, batches, records):
+    """Run the batches on both; compare the view each record writes in the last batch."""
+    for batch in batches[:-1]:
+        engine.forward(batch)
+        oracle.run(batch.tokens, batch.positions, batch.slots, batch.out_rows)
+    last, worst, limit = batches[-1], {}, LIMIT
+    for op in plan.ops:
+        kind = type(op).__name__
+        limit = LIMIT_AFTER_CACHE if kind == "Attention" else limit
+        if op.name not in records:
+            continue
+        view = P.output_of(op)
+        columns = slice(view.offset, view.offset + view.width)
+        exact = oracle.run(last.tokens, last.positions, last.slots, last.out_rows, op.name)[:, columns]
+        ours = engine.forward(last, stop_after=op.name)
+        assert ours.dtype == np.float32 and ours.shape[1] == plan.buffers[view.buf].width
+        e = error(ours[:, columns], exact)
+        worst[kind] = max(worst.get(kind, 0), e)
+        assert e <= limit, f"{op.name}: NMSE {e:.3g}, limit {limit:.0e}"
+    print(", ".join(f"{k} {v:.1e}" for k, v in worst.items()), f"(limits {LIMIT:.0e}, {LIMIT_AFTER_CACHE:.0e})")
+
+
+def prompts(n_vocab):
+    """Three chunks of two sequences: ragged, crossing blocks of 64 and the window of 40, rows of both in each."""
+    rng = np.random.default_rng(11)
+    a, b = rng.integers(0, n_vocab, 150), rng.integers(0, n_vocab, 90)
+    return [rows((0, 0, a[:70]), (2, 0, b[:33])), rows((2, 33, b[33:89]), (0, 70, a[70:71])),
+            rows((2, 89, b[89:]), (0, 71, a[71:]))]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_record_at_odd_sizes(isa, monkeypatch):
+    monkeypatch.setenv("WORKER_ORCD_CPU_ISA", isa)
+    mf, plan = every_record()
+    engine = make_engine(mf, plan, n_threads=2)
+    assert engine.isa == isa
+    compare(engine, NumpyEngine(mf, plan), plan, prompts(N_VOCAB), {op.name for op in plan.ops})
+    records = {c.__name__ for c in P.Op.__subclasses__() if c.__module__ == P.__name__}
+    assert {type(op).__name__ for op in plan.ops} == records
+
+
+def test_slots_of_long_sequences_turn_by_the_long_frequencies():
+    mf, plan = every_record()
+    engine, oracle = make_engine(mf, plan, n_threads=2), NumpyEngine(mf, plan)
+    plain = engine.forward(prompts(N_VOCAB)[0])
+    engine.long_slots[2] = 1
+    oracle.long_slots.add(2)
+    compare(engine, oracle, plan, prompts(N_VOCAB), {"rope_q", "rope_k", "attention.1", "logits"})
+    long = engine.forward(prompts(N_VOCAB)[0])
+    assert (plain[:70] == long[:70]).all() and (plain[71:] != long[71:]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_few_rows(n):
+    """One row takes the kernel without panels, a few fill no tile."""
+    mf, plan = every_record(seed=n)
+    engine = make_engine(mf, plan, n_threads=1)
+    batch = rows((1, 0, np.arange(n) % N_VOCAB))
+    compare(engine, NumpyEngine(mf, plan), plan, [batch], {op.name for op in plan.ops})
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "qwen2-Q8_0", "phi3-swa-Q8_0", "gpt2-Q4_K_M", "gpt-oss-MXFP4_MOE"])
+def test_records_of_golden_models(name, goldens_dir):
+    with np.load(goldens_dir / f"{name}.npz") as z:
+        tokens = z["tokens"][0]
+    with ModelFile(str(goldens_dir / f"{name}.gguf")) as mf:
+        plan = P.build(mf)
+        engine = make_engine(mf, plan)
+        records = {op.name for op in plan.ops if not op.name.startswith("blk.1.")}
+        compare(engine, NumpyEngine(mf, plan), plan, [rows((0, 0, tokens[:30])), rows((0, 30, tokens[30:]))], records)
+        engine.close()
+
+
+@pytest.mark.parametrize(("name", "limit"), [
+    ("llama-F16", 5e-7), ("llama-Q4_0", 5e-7), ("qwen2-Q4_0", 5e-7), ("qwen2-Q4_K_M", 5e-7), ("phi3-Q4_K_M", 5e-7),
+    ("phi3-swa-Q8_0", 5e-7), ("gpt2-Q4_K_M", 5e-7), ("gpt-oss-MXFP4", 2e-6), ("gpt-oss-Q4_K_M", 2e-6),
+])  # fmt: skip
+def test_reference_logits(name, limit, goldens_dir):
+    with np.load(goldens_dir / f"{name}.npz") as z:
+        tokens, reference = z["tokens"][0], z["logits"][0]
+    engine = open_engine(goldens_dir / f"{name}.gguf")
+    e = error(engine.forward(rows((0, 0, tokens))), reference)
+    print(f"{name}: NMSE {e:.2e}, limit {limit:.0e}")
+    assert e <= limit

@@ -1,0 +1,82 @@
+// The layout functions of csrc/quant compiled for the CPU: repack a matrix word by word, read it back as lanes do; and the
+// sizes of the kernels.
+// Built and called by tests/cuda/test_layout.py.
+#include "matmul_params.h"
+#include "matmul_shapes.cuh"
+
+template <class Q>
+static void repack(const uint8_t* raw, uint8_t* out, int n_out, int k) {
+    const int n_units = (k + Q::kUnitK - 1) / Q::kUnitK, n_strips = (n_out + 15) / 16, n_blocks = k / Q::kBlockK;
+    const int64_t row_bytes = static_cast<int64_t>(n_blocks) * Q::kBlockBytes;
+    for (int s = 0; s < n_strips; ++s)
+        for (int u = 0; u < n_units; ++u) {
+            const int block0 = u * (Q::kUnitK / Q::kBlockK), left = n_out - 16 * s;
+            const RawStrip strip{raw + 16 * s * row_bytes + block0 * Q::kBlockBytes, row_bytes, left < 16 ? left : 16,
+                                 n_blocks - block0, Q::kBlockBytes};
+            uint8_t* record = out + (static_cast<int64_t>(s) * n_units + u) * Q::kRecordBytes;
+            for (int w = 0; w < Q::kRecordBytes / 4; ++w) {
+                const uint32_t word = record_word<Q>(strip, w);
+                memcpy(record + 4 * w, &word, 4);
+            }
+        }
+}
+
+// out [16 * n_strips, n_units * kUnitK]: every element as the fragments of a warp see it.
+template <class Q>
+static void unpack(const uint8_t* w, float* out, int n_out, int k) {
+    const int n_units = (k + Q::kUnitK - 1) / Q::kUnitK, n_strips = (n_out + 15) / 16;
+    const int64_t width = static_cast<int64_t>(n_units) * Q::kUnitK;
+    for (int s = 0; s < n_strips; ++s)
+        for (int u = 0; u < n_units; ++u)
+            for (int lane = 0; lane < 32; ++lane)
+                for (int sub = 0; sub < Q::kSubs; ++sub) {
+                    const uint8_t* record = w + (static_cast<int64_t>(s) * n_units + u) * Q::kRecordBytes;
+                    const auto codes = load_codes<Q>(record, sub, lane);
+                    for (int pair = 0; pair < 16; ++pair) {
+                        float low, high;
+                        Q::values(codes, pair, low, high);
+                        const int r = pair & 1;
+                        if constexpr (!kDense<Q>) {
+                            float scale[2][2], min[2][2] = {};
+                            Q::scales(Q::load_scales(record, lane), 2 * sub + (pair >> 3), scale, min);
+                            const int j = Q::kScaleK == 16 ? (pair >> 2) & 1 : 0;
+                            low = scale[j][r] * low, high = scale[j][r] * high;
+                            if constexpr (Q::kHasMin) low += min[j][r], high += min[j][r];
+                        }
+                        float* row = out + (16 * s + pair_row(lane, pair)) * width + u * Q::kUnitK + sub * kSubK;
+                        row[pair_column(lane, pair)] = low;
+                        row[pair_column(lane, pair) + 1] = high;
+                    }
+                }
+}
+
+// out [4]
+template <class S>
+static void matvec_numbers(int* out) {
+    out[0] = S::kStageUnits, out[1] = S::kStrips, out[2] = S::kDepth, out[3] = S::kSlotBytes;
+}
+template <class S>
+static void matmul_numbers(int* out) {
+    out[0] = S::kStages, out[1] = S::kSlots, out[2] = S::bytes(S::kStages), out[3] = S::kRows;
+}
+
+extern "C" {
+#define DEFINE(Type, name)                                                                              \
+    int unit_k_##name() { return Type::kUnitK; }                                                        \
+    int record_bytes_##name() { return Type::kRecordBytes; }                                            \
+    int row_scaled_##name() { return kRowScaled<Type>; }                                                \
+    void matvec_##name(int tiles, int* out) {                                                           \
+        if (tiles == 1) matvec_numbers<MatvecShape<Type, 1>>(out);                                      \
+        if (tiles == 2) matvec_numbers<MatvecShape<Type, 2>>(out);                                      \
+        if (tiles == 4) matvec_numbers<MatvecShape<Type, 4>>(out);                                      \
+        if (tiles == 8) matvec_numbers<MatvecShape<Type, 8>>(out);                                      \
+    }                                                                                                   \
+    void matmul_##name(int small, int* out) {                                                           \
+        small ? matmul_numbers<MatmulShape<Type, 2, 2, 4>>(out) : matmul_numbers<MatmulShape<Type, 4, 1, 8>>(out); \
+    }                                                                                                   \
+    void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); } \
+    void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }
+FOR_EACH_TYPE(DEFINE)
+int x_slot_of(int k) { return x_slot(k); }
+int column_of(int lane, int pair) { return pair_column(lane, pair); }
+}

@@ -1,0 +1,390 @@
+"""LLM on a fake engine: arguments, prompts, results, loading and ending. Files, plans and tokenizers are real."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.fake_engine import FakeEngine
+
+from worker_orcd import LLM, SamplingParams
+from worker_orcd.diagnose import doctor
+from worker_orcd.errors import (
+    Cancelled,
+    CudaError,
+    DuplicateJob,
+    InsufficientVram,
+    InternalError,
+    InvalidRequest,
+    ModelLoadError,
+    NotReady,
+    VramOom,
+    WorkerError,
+)
+from worker_orcd.runtime import devices, llm
+from worker_orcd.serving.job import Finished
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Every LLM of the test gets a fake engine; they are listed here."""
+    made: list[FakeEngine] = []
+
+    def open_engine(device, model_file, plan, config, **_):
+        made.append(FakeEngine(config, plan.kv_groups, plan.n_vocab))
+        return made[-1]
+
+    monkeypatch.setattr(devices, "open_engine", open_engine)
+    return made
+
+
+@pytest.fixture
+def path(goldens_dir, engines):
+    return goldens_dir / "llama-Q4_0.gguf"
+
+
+@pytest.fixture
+def model(path):
+    with LLM(path, device="cpu", progress=False) as loaded:
+        yield loaded
+
+
+# -- results
+
+def test_results_come_in_the_order_of_the_prompts(model):
+    prompts = ["one", [1, 2, 3], "a longer prompt than the others", np.array([5], np.int32)]
+    params = SamplingParams(max_tokens=12, seed=3)
+    together = model.generate(prompts, params)
+    for prompt, result in zip(prompts, together, strict=True):
+        alone, = model.generate([prompt], params)
+        assert alone.token_ids == result.token_ids and alone.text == result.text and result.seed == 3
+        n = len(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt)
+        assert result.tokens_in == n
+        assert result.text == model.tokenizer.decode(result.token_ids, continues=True)
+    assert model.generate("one", params)[0].token_ids == together[0].token_ids
+
+
+def test_a_seed_is_made_up_and_reported(model):
+    first, second = model.generate([[1, 2], [1, 2]], SamplingParams(max_tokens=8))
+    assert first.token_ids == second.token_ids and first.seed == second.seed
+    assert model.generate([[1, 2]], SamplingParams(max_tokens=8, seed=first.seed))[0].token_ids == first.token_ids
+    assert model.generate([[1, 2]], SamplingParams(max_tokens=8))[0].seed != first.seed
+
+
+def test_params_for_each(model):
+    short, long = model.generate(["a", "a"], [SamplingParams(max_tokens=n, seed=1, ignore_eos=True) for n in (3, 9)])
+    assert len(short.token_ids) == 3 and long.token_ids[:3] == short.token_ids and len(long.token_ids) == 9
+    assert short.finish_reason == "length"
+
+
+def test_max_tokens_left_out_fills_the_context(model):
+    result, = model.generate([[1] * 250], SamplingParams(ignore_eos=True))
+    assert len(result.token_ids) == 6 and result.finish_reason == "length"
+
+
+def test_stop_string(model):
+    params = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
+    whole, = model.generate(["x"], params)
+    stop = whole.text[10:13]
+    at = whole.text.find(stop)
+    cut, = model.generate(["x"], SamplingParams(max_tokens=60, seed=5, ignore_eos=True, stop=stop))
+    assert cut.text == whole.text[:at] and cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[:len(cut.token_ids)] and len(cut.token_ids) < 60
+
+
+@pytest.mark.parametrize(("prompts", "field"), [
+    ([], "prompts"), ([1, 2, 3], "prompts"), ([""], "prompt"), ([[]], "prompt"), ([[-1]], "prompt"),
+    ([[512]], "prompt"), ([[1.5]], "prompt"), ([[True]], "prompt"), ([None], "prompt"), ([5, "a"], "prompt"),
+    ([b"ab"], "prompt"), ([[1] * 300], "prompt"), ([["a"]], "prompt"), ([[10**30]], "prompt"),
+])
+def test_bad_prompts_are_refused_before_anything_runs(model, engines, prompts, field):
+    with pytest.raises(InvalidRequest) as caught:
+        model.generate(["good", *prompts] if prompts and field == "prompt" else prompts)
+    assert caught.value.fields["field"] == field and len(caught.value.message) < 160
+    assert engines[0].calls == []
+
+
+@pytest.mark.parametrize(("params", "field"), [
+    (SamplingParams(max_tokens=0), "max_tokens"), (SamplingParams(max_tokens=256), "max_tokens"),
+    (SamplingParams(top_k=513), "top_k"), (SamplingParams(stop="x" * 40), "stop"), ({"max_tokens": 3}, "params"),
+    ([{"max_tokens": 3}], "params"), ([SamplingParams()] * 2, "params"),
+])
+def test_bad_params_are_refused(model, params, field):
+    with pytest.raises(InvalidRequest) as caught:
+        model.generate(["good"], params)
+    assert caught.value.fields["field"] == field
+
+
+def test_without_a_tokenizer_ids_still_work(path, monkeypatch):
+    monkeypatch.setattr(llm.Tokenizer, "from_model", lambda *_: None)
+    with LLM(path, device="cpu", progress=False) as model:
+        assert model.tokenizer is None and model.info.tokenizer_kind is None
+        result, = model.generate([[1, 2, 3]], SamplingParams(max_tokens=5, seed=1))
+        assert result.text == "" and len(result.token_ids) == 5
+        assert [p.token_ids for p in model.stream([1, 2, 3], SamplingParams(max_tokens=5, seed=1))] == [
+            (t,) for t in result.token_ids]
+        assert model.logits([1, 2]).shape == (2, 512)
+        for call in (lambda: model.generate(["text"]), lambda: model.chat([{"role": "user", "content": "hi"}]),
+                     lambda: model.generate([[1]], SamplingParams(stop="x"))):
+            with pytest.raises(InvalidRequest, match="no tokenizer"):
+                call()
+
+
+def test_logits(model):
+    logits = model.logits(range(1, 201))
+    assert logits.shape == (200, 512) and logits.dtype == np.float32
+    assert np.array_equal(logits[:3], model.logits([1, 2, 3]))
+    with pytest.raises(InvalidRequest):
+        model.logits([])
+    with pytest.raises(InvalidRequest, match="the context has 256"):
+        model.logits([1] * 257)
+
+
+def test_chat_needs_a_template(model):
+    with pytest.raises(InvalidRequest, match="chat template"):
+        model.chat([{"role": "user", "content": "hi"}])
+
+
+# -- streams and jobs
+
+def test_stream_is_the_same_as_generate(model):
+    params = SamplingParams(max_tokens=30, seed=9)
+    whole, = model.generate(["abc"], params)
+    stream = model.stream("abc", params)
+    pieces = list(stream)
+    assert "".join(p.text for p in pieces) == whole.text and all(p.text for p in pieces)
+    assert [p.index for p in pieces] == list(range(len(pieces)))
+    assert stream.job.completion().token_ids == whole.token_ids
+    assert list(stream) == []
+
+
+def test_leaving_a_stream_cancels(model, engines):
+    engines[0].step_seconds = 0.005
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    left = model.stream([1], params)
+    next(left)
+    left.close()
+    with pytest.raises(Cancelled):
+        list(left)
+    with model.stream([1], params) as managed:
+        next(managed)
+    dropped = model.stream([1], params)
+    job = dropped.job
+    del dropped
+    gc.collect()
+    assert managed.job.finished and job.finished
+    time.sleep(0.05)
+    n_calls = len(engines[0].calls)
+    time.sleep(0.05)
+    assert len(engines[0].calls) == n_calls
+
+
+def test_submit(model, engines):
+    engines[0].step_seconds = 0.005
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    job = model.submit([1, 2], params, job_id="j")
+    assert model.job("j") is job and job.tokens_in == 2
+    with pytest.raises(DuplicateJob):
+        model.submit([1], params, job_id="j")
+    for bad in ("", "x" * 257, 5):
+        with pytest.raises(InvalidRequest):
+            model.submit([1], params, job_id=bad)
+    assert model.cancel("j") == "cancelling" and model.cancel("j") == "finished" and model.cancel("k") == "unknown"
+    assert model.job("j") is None
+    with pytest.raises(Cancelled):
+        job.completion()
+
+
+# -- loading
+
+def test_info(model, path):
+    info = model.info.to_dict()
+    assert info["arch"] == "llama" and info["quant_kind"] == "Q4_0" and info["device"] == "cpu"
+    assert info["n_vocab"] == 512 and info["context_length"] == info["trained_context_length"] == 256
+    assert info["model_bytes"] == path.stat().st_size and info["kv_bytes"] == 64 * 4 * 64 * 2 * 2 * 2 * 64 * 2
+    assert info["tokenizer_kind"] == "gguf-bpe" and info["max_seqs"] == 64 and info["vram_bytes"] == 0
+
+
+BLOCK = 64 * 2 * 2 * 2 * 64 * 2  # bytes of 64 positions of the tiny model
+
+
+def test_the_context_is_what_fits(path):
+    with LLM(path, device="cpu", progress=False, kv_cache_bytes=3 * BLOCK - 1) as model:
+        assert model.info.context_length == 128 and model.info.kv_bytes == 2 * BLOCK
+        assert len(model.generate([[1] * 100], SamplingParams(ignore_eos=True))[0].token_ids) == 28
+    with LLM(path, device="cpu", progress=False, context_length=70) as model:
+        assert model.info.context_length == 70
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), [
+    ({"kv_cache_bytes": BLOCK - 1}, InsufficientVram, f"one block of 64 positions needs {BLOCK}"),
+    ({"kv_cache_bytes": BLOCK, "context_length": 100}, InsufficientVram, "a context of 100 positions needs"),
+    ({"context_length": 257}, InvalidRequest, "past the 256 positions"),
+    ({"context_length": 0}, InvalidRequest, "context_length must be"),
+    ({"max_seqs": 0}, InvalidRequest, "max_seqs must be"),
+    ({"vram_limit_bytes": 0}, InvalidRequest, "vram_limit_bytes must be"),
+    ({"vram_limit_bytes": 1 << 30}, InvalidRequest, "is for a GPU"),
+    ({"trusted_models": "/nowhere/trusted.json"}, ModelLoadError, "/nowhere/trusted.json: cannot be read"),
+    ({"max_seqs": 8, "max_rows": 7}, InvalidRequest, "max_rows must be"),
+    ({"n_threads": -1}, InvalidRequest, "n_threads must be"),
+    ({"device": "tpu"}, InvalidRequest, "device must be"),
+    ({"expect_sha256": "12"}, InvalidRequest, "expect_sha256 must be"),
+    ({"expect_sha256": "0" * 64}, ModelLoadError, "SHA-256 is "),
+    ({"tokenizer": "/nowhere/tokenizer.json"}, ModelLoadError, "/nowhere/tokenizer.json"),
+])
+def test_bad_arguments(path, engines, arguments, error, text):
+    with pytest.raises(error) as caught:
+        LLM(path, **{"device": "cpu", "progress": False, **arguments})
+    assert text in caught.value.message and "\n" not in caught.value.message
+    if error is InsufficientVram:
+        assert caught.value.fields["bytes_required"] > caught.value.fields["bytes_available"]
+    assert all(e.closed for e in engines)
+
+
+def test_a_job_that_fits_the_context_but_not_the_cache(goldens_dir, engines, monkeypatch):
+    with LLM(goldens_dir / "llama-Q4_0.gguf", device="cpu", progress=False, context_length=256,
+             kv_cache_bytes=4 * BLOCK) as model:
+        monkeypatch.setattr(model._scheduler.pools[0], "n_blocks", 3)
+        with pytest.raises(VramOom, match="need 4 KV blocks"):
+            model.generate([[1] * 200], SamplingParams(max_tokens=50))
+        assert len(model.generate([[1]], SamplingParams(max_tokens=5, ignore_eos=True))[0].token_ids) == 5
+
+
+def test_expected_digest(path):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    LLM(path, device="cpu", progress=False, expect_sha256=digest).close()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"check_tensors": False}, {"expect_sha256": "right"}])
+def test_progress(path, arguments):
+    if arguments.get("expect_sha256"):
+        arguments = {"expect_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    seen = []
+    LLM(path, device="cpu", progress=lambda done, total: seen.append((done, total)), **arguments).close()
+    size = path.stat().st_size
+    assert seen[0] == (0, size) and seen[-1] == (size, size) and seen == sorted(seen)
+
+
+def test_a_progress_that_raises_ends_the_load(path, engines):
+    def progress(done, total):
+        if done == total:
+            raise Cancelled("stop")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Cancelled):
+        LLM(path, device="cpu", progress=progress)
+    gc.collect()
+    assert all(e.closed for e in engines) and len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("which", ["orcd-engine", "orcd-output"])
+def test_no_thread_to_be_had(path, engines, monkeypatch, which):
+    start = threading.Thread.start
+
+    def failing(thread):
+        if thread.name == which:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(InternalError, match="no thread"):
+        LLM(path, device="cpu", progress=False)
+    assert engines[0].closed and not any(t.name.startswith("orcd-") for t in threading.enumerate())
+
+
+def test_no_gpu_is_said_with_advice(path):
+    if doctor.has_gpu():
+        pytest.skip("there is a GPU")
+    for device in ("auto", "cuda:0", "cuda"):
+        with pytest.raises(CudaError, match='choose device "cpu"'):
+            LLM(path, device=device, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "text"])
+def test_what_is_no_model(tmp_path, engines, kind):
+    where = tmp_path if kind == "directory" else tmp_path / "m.gguf"
+    if kind == "text":
+        where.write_text("hello")
+    with pytest.raises(ModelLoadError) as caught:
+        LLM(where, device="cpu", progress=False)
+    assert str(where) in caught.value.message
+
+
+# -- ending
+
+def test_close(path, engines):
+    model = LLM(path, device="cpu", progress=False)
+    engines[0].step_seconds = 0.005
+    job = model.submit([1], SamplingParams(max_tokens=200, ignore_eos=True))
+    model.close()
+    model.close()
+    assert engines[0].closed
+    with pytest.raises(NotReady):
+        job.completion()
+    for call in (lambda: model.generate(["a"]), lambda: model.logits([1])):
+        with pytest.raises(NotReady):
+            call()
+    assert model.cancel("x") == "unknown"
+
+
+def test_shutdown_lets_running_jobs_end(path, engines):
+    with LLM(path, device="cpu", progress=False) as model:
+        engines[0].step_seconds = 0.002
+        job = model.submit([1], SamplingParams(max_tokens=50, ignore_eos=True))
+        model.shutdown(5)
+        assert job.completion().finish_reason == "length"
+        with pytest.raises(NotReady):
+            model.submit([1])
+
+
+def test_an_error_in_one_of_many_cancels_the_rest(path, engines):
+    with LLM(path, device="cpu", progress=False, max_seqs=2) as model:
+        engines[0].fail_with = ValueError("planted")
+        with pytest.raises(WorkerError, match="planted"):
+            model.generate([[1]] * 6, SamplingParams(max_tokens=200, ignore_eos=True))
+        assert isinstance(_last_event(model.submit([1], SamplingParams(max_tokens=2))), Finished)
+
+
+def _last_event(job):
+    while not isinstance(event := job.next_event(5), Finished):
+        assert event is not None
+    return event
+
+
+def test_a_forgotten_model_is_closed(path, engines):
+    model = LLM(path, device="cpu", progress=False)
+    model.generate(["a"], SamplingParams(max_tokens=3))
+    del model
+    gc.collect()
+    assert engines[0].closed
+
+
+def test_the_process_ends_while_a_model_is_open(path):
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {str(TESTS)!r})
+        from helpers.fake_engine import FakeEngine
+        from worker_orcd import LLM, SamplingParams
+        from worker_orcd.runtime import devices
+        devices.open_engine = lambda d, m, plan, config, **_: FakeEngine(config, plan.kv_groups, plan.n_vocab, 0.01)
+        llm = LLM({str(path)!r}, device="cpu", progress=False)
+        stream = llm.stream([1], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        print("leaving", flush=True)
+    """
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=30,
+                          check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
+    assert time.monotonic() - began < 10

@@ -1,0 +1,358 @@
+"""The scheduler against made-up tokens: order, budgets, ownership of blocks, and that nothing is ever left over."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers.fake_engine import STOP_ID, FakeEngine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker_orcd.engine.kv_blocks import blocks_of, blocks_within, reservation, window_blocks
+from worker_orcd.engine.protocol import EngineConfig, SlotSampling
+from worker_orcd.errors import InvalidRequest, VramOom
+from worker_orcd.models.plan import KvGroup, Plan
+from worker_orcd.serving.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
+
+FULL = KvGroup(0, (0,))
+
+
+def sampling(seed: int = 1) -> SlotSampling:
+    return SlotSampling(1.0, 0, 1.0, 0.0, 1.0, seed)
+
+
+def sequence(seq_id: int, n_prompt: int, max_tokens: int = 4, **kw) -> SequenceState:
+    prompt = np.array([(seq_id * 7 + i) % 49 + 1 for i in range(n_prompt)], np.int32)
+    return SequenceState(seq_id, prompt, max_tokens, sampling() if max_tokens else None, **kw)
+
+
+class Ring:
+    def put(self, seq_id, token):
+        pass
+
+
+class Control:
+    interrupted = False
+
+
+def make(max_seqs=4, max_rows=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, long_from=0):
+    config = EngineConfig(max_seqs, max_rows, context, n_blocks)
+    engine = FakeEngine(config, groups, never_stop=never_stop)
+    return Scheduler(config, groups, engine.block_tables, [STOP_ID], long_slots=engine.long_slots,
+                     long_from=long_from), engine
+
+
+def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | None = None):
+    """Admit, run one piece of work, return (work, sequences that ended). Tokens go to `ids` by the sequence's id."""
+    ids = ids or {}
+    for seq in scheduler.admit():
+        if seq.sampling is not None:
+            engine.set_slot(seq.slot, seq.sampling)
+    work = scheduler.next_work()
+    check_ownership(scheduler)
+    if isinstance(work, StepWork):
+        sampled = engine.step(work.batch, work.want_logits)[0]
+        for seq, token in zip(work.outputs, sampled.tolist(), strict=True):
+            ids.get(seq.seq_id, []).append(token)
+        ended = scheduler.done_step(work, sampled)
+    elif isinstance(work, DecodeWork):
+        sampled = engine.decode(work.slots, work.seq_ids, work.tokens, work.positions, work.n_steps,
+                                np.array([STOP_ID], np.int32), work.stop_mask, Ring(), Control())
+        for j, seq in enumerate(work.seqs):
+            ids.get(seq.seq_id, []).extend(sampled[:, j].tolist())
+        ended = scheduler.done_decode(work, sampled)
+    elif isinstance(work, ForwardWork):
+        engine.forward(work.batch)
+        ended = scheduler.done_forward(work)
+    else:
+        ended = []
+    check_ownership(scheduler)
+    return work, ended
+
+
+def check_ownership(scheduler: Scheduler) -> None:
+    """No block is owned twice or lost, tables name owned blocks only, reservations add up."""
+    for i, pool in enumerate(scheduler.pools):
+        owned = [b for s in scheduler.running for b in s.blocks[i].values()]
+        assert sorted(owned + pool._free) == list(range(pool.n_blocks))
+        assert scheduler._unreserved[i] + sum(s.reserved[i] for s in scheduler.running) == pool.n_blocks
+        table = scheduler._tables[i]
+        assert Counter(table[table >= 0].tolist()) == Counter(owned)
+        for seq in scheduler.running:
+            assert {n: int(table[seq.slot, n]) for n in np.flatnonzero(table[seq.slot] >= 0)} == seq.blocks[i]
+
+
+def check_empty(scheduler: Scheduler) -> None:
+    assert not scheduler.running and scheduler.n_waiting == 0
+    assert scheduler.n_free_slots == scheduler.config.max_seqs
+    assert [p.n_free for p in scheduler.pools] == list(scheduler.config.n_blocks)
+    assert np.all(scheduler._tables == -1)
+
+
+def drain(scheduler, engine, limit=10_000):
+    ended = []
+    for _ in range(limit):
+        work, done = run(scheduler, engine)
+        ended += done
+        if work is None:
+            check_empty(scheduler)
+            return ended
+    raise AssertionError("does not end")
+
+
+def test_a_prompt_is_chunked_and_decoded_in_one_run():
+    scheduler, engine = make(never_stop=True)
+    seq = sequence(1, 70, 9)
+    scheduler.add(seq)
+    rows = []
+    while (work := run(scheduler, engine)[0]) is not None:
+        rows.append(work.n_steps if isinstance(work, DecodeWork) else len(work.batch.tokens))
+    assert rows == [32, 32, 6, 8]  # the last prompt row brings the first token, 8 steps the rest
+    assert seq.ended == "length" and seq.n_out == 9
+    check_empty(scheduler)
+
+
+def test_running_sequences_go_first_and_prompts_fill_the_rest():
+    scheduler, engine = make(max_rows=16, never_stop=True)
+    scheduler.add(sequence(1, 4, 40))
+    run(scheduler, engine)
+    scheduler.add(sequence(2, 40, 4))
+    scheduler.add(sequence(3, 3, 4))
+    for n_second, n_third in ((15, 0), (15, 0), (10, 3)):
+        work, _ = run(scheduler, engine)
+        assert work.batch.n_decode == 1 and work.rows[0][0].seq_id == 1
+        assert [n for _, n in work.rows[1:]] == [n for n in (n_second, n_third) if n]
+    assert [s.seq_id for s in work.outputs] == [1, 2, 3]
+
+
+def test_prompt_rows_limit_keeps_steps_short():
+    scheduler, engine = make(max_rows=32)
+    scheduler.prompt_rows = 5
+    scheduler.add(sequence(1, 12))
+    assert len(run(scheduler, engine)[0].batch.tokens) == 5
+
+
+def test_first_come_first_served_even_if_a_later_one_would_fit():
+    scheduler, engine = make(n_blocks=(4,), never_stop=True)
+    scheduler.add(sequence(1, 100, 28))  # 2 of 4 blocks
+    scheduler.add(sequence(2, 150, 42))  # 3 blocks: waits
+    scheduler.add(sequence(3, 10, 4))  # 1 block: waits behind it
+    assert [s.seq_id for s in scheduler.admit()] == [1]
+    engine.set_slot(scheduler.running[0].slot, sampling())
+    assert [s.seq_id for s in drain(scheduler, engine)] == [1, 3, 2]
+
+
+def test_a_sequence_that_can_never_run_is_refused_with_numbers():
+    scheduler, _ = make(context=256, n_blocks=(3,))
+    scheduler.check(190, 2)
+    with pytest.raises(VramOom, match="need 4 KV blocks of 64 positions; the KV cache has 3"):
+        scheduler.check(190, 3)
+    with pytest.raises(InvalidRequest, match="need 257 positions; the context has 256") as caught:
+        scheduler.check(190, 67)
+    assert caught.value.fields["field"] == "max_tokens"
+    with pytest.raises(InvalidRequest) as caught:
+        scheduler.check(256, 1)
+    assert caught.value.fields["field"] == "prompt"
+    assert scheduler.room_for(100) == 92
+
+
+def test_logits_wanted_steps_one_token_at_a_time():
+    scheduler, engine = make(never_stop=True)
+    scheduler.add(sequence(1, 3, 4, want_logits=True))
+    scheduler.add(sequence(2, 3, 4))
+    works = []
+    while (work := run(scheduler, engine)[0]) is not None:
+        works.append(work)
+    assert [type(w) for w in works] == [StepWork] * 4 and all(w.want_logits for w in works)
+
+
+def test_forward_takes_turns_with_sampled_sequences():
+    scheduler, engine = make(max_rows=16, never_stop=True)
+    scheduler.add(sequence(1, 4, 20))
+    scheduler.add(sequence(2, 40, 0))
+    kinds = []
+    while (work := run(scheduler, engine)[0]) is not None:
+        kinds.append(type(work).__name__[0])
+    assert "".join(kinds[:6]) == "SFSFSF" and kinds[-1] == "D"
+    check_empty(scheduler)
+
+
+def test_an_early_return_of_decode_changes_nothing():
+    scheduler, engine = make()
+    scheduler.add(sequence(1, 4, 20, stops=False))
+    run(scheduler, engine)
+    work = scheduler.next_work()
+    assert scheduler.done_decode(work, np.empty((0, 1), np.int32)) == []
+    assert scheduler.next_work().positions.tolist() == work.positions.tolist()
+
+
+def test_tokens_past_the_end_do_not_count():
+    """An engine that runs ahead may return steps after a stop id, or after a step that drew no token."""
+    scheduler, engine = make(never_stop=True)
+    seqs = [sequence(1, 4, 20), sequence(2, 4, 20), sequence(3, 4, 20, stops=False), sequence(4, 4, 20)]
+    for seq in seqs:
+        scheduler.add(seq)
+    run(scheduler, engine)
+    work = scheduler.next_work()
+    ended = scheduler.done_decode(work, np.array([[5, STOP_ID, STOP_ID, 5], [6, 9, 9, -1], [7, 9, 9, 9]], np.int32))
+    assert [(s.seq_id, s.ended, s.n_out) for s in ended] == [(2, "stop", 2), (4, "failed", 3)]
+    assert [(s.n_past, s.n_out, s.last_token) for s in (seqs[0], seqs[2])] == [(7, 4, 7), (7, 4, 9)]
+    check_ownership(scheduler)
+
+
+@pytest.mark.parametrize("window", [1, 2, 24, 64, 65, 128, 300])
+def test_windowed_group_returns_what_fell_out_of_the_window(window):
+    group = KvGroup(window, (0,))
+    need = window_blocks(window)
+    scheduler, engine = make(max_rows=96, context=1024, n_blocks=(need, 16), groups=(group, FULL), never_stop=True)
+    seq = sequence(1, 500, 400)
+    assert reservation(group, seq.n_positions) == need
+    scheduler.add(seq)
+    most = 0
+    while run(scheduler, engine)[0] is not None:
+        most = max(most, len(seq.blocks[0]) if seq.blocks else 0)
+    assert seq.ended == "length" and most <= need
+    check_empty(scheduler)
+
+
+def test_a_chunk_borrows_spare_blocks_of_a_windowed_group():
+    group = KvGroup(24, (0,))
+    scheduler, engine = make(max_rows=256, context=1024, n_blocks=(8,), groups=(group,), never_stop=True)
+    scheduler.add(sequence(1, 600, 2))
+    assert len(run(scheduler, engine)[0].batch.tokens) == 256
+    scheduler, engine = make(max_rows=256, context=1024, n_blocks=(3,), groups=(group,), never_stop=True)
+    scheduler.add(sequence(1, 600, 2))
+    assert len(run(scheduler, engine)[0].batch.tokens) == 192
+
+
+GROUPS = st.lists(st.sampled_from([0, 1, 24, 64, 100]), min_size=1, max_size=2).map(
+    lambda ws: tuple(KvGroup(w, (i,)) for i, w in enumerate(ws)))
+ACTIONS = st.lists(st.one_of(
+    st.tuples(st.just("add"), st.integers(1, 200), st.integers(0, 90), st.booleans()),
+    st.tuples(st.just("run"), st.integers(1, 6)),
+    st.tuples(st.just("drop"), st.integers(0, 30)),
+    st.tuples(st.just("rows"), st.integers(1, 64)),
+), max_size=25)
+
+
+@settings(max_examples=120, deadline=None)
+@given(GROUPS, st.integers(1, 5), st.integers(5, 64), st.lists(st.integers(1, 12), min_size=2, max_size=2), ACTIONS)
+def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_rows, n_blocks, actions):
+    """Any mix of submissions, runs and cancels: ownership holds, order holds, budgets hold, all is freed, all end."""
+    scheduler, engine = make(max_seqs, max_rows, 256, tuple(n_blocks[:len(groups)]), groups)
+    all_seqs: list[SequenceState] = []
+    admitted_order = []
+
+    admit = scheduler.admit
+
+    def noting_admit():
+        admitted = admit()
+        admitted_order.extend(s.seq_id for s in admitted)
+        return admitted
+
+    scheduler.admit = noting_admit
+    for action in actions:
+        if action[0] == "add":
+            seq = sequence(len(all_seqs) + 1, *action[1:3], stops=action[3])
+            try:
+                scheduler.check(seq.n_prompt, seq.max_tokens)
+            except (InvalidRequest, VramOom):
+                continue
+            all_seqs.append(seq)
+            scheduler.add(seq)
+        elif action[0] == "run":
+            for _ in range(action[1]):
+                run(scheduler, engine)
+        elif action[0] == "drop" and all_seqs:
+            seq = all_seqs[action[1] % len(all_seqs)]
+            alive = seq.ended is None
+            assert scheduler.drop(seq.seq_id) == alive
+            check_ownership(scheduler)
+        elif action[0] == "rows":
+            scheduler.prompt_rows = action[1]
+    drain(scheduler, engine)
+    assert admitted_order == sorted(admitted_order)
+    assert engine.n_rows_seen <= max_rows
+    for seq in all_seqs:
+        assert seq.ended in ("stop", "length", "dropped")
+        if seq.ended == "length":
+            assert seq.n_out == seq.max_tokens
+        if seq.ended == "stop":
+            assert seq.stops and seq.last_token == STOP_ID
+
+
+def plan_of(*groups: KvGroup) -> Plan:
+    n_layer = sum(len(g.layers) for g in groups)
+    return Plan("x", 10, 8, n_layer, 2, 32, 1024, None, {}, {}, (), groups, ())
+
+
+def test_blocks_within_a_budget():
+    size = 64 * 2 * 2 * 32 * 2  # one layer
+    plan = plan_of(FULL)
+    assert blocks_within(plan, 10 * size, 4, 64, 1024) == (10,)
+    assert blocks_within(plan, 10 * size - 1, 4, 64, 1024) == (9,)
+    assert blocks_within(plan, 10**9, 4, 64, 1024) == (64,)  # 4 sequences of 16 blocks use no more
+    assert blocks_within(plan, size - 1, 4, 64, 1024) == (0,)
+    two = plan_of(KvGroup(0, (0,)), KvGroup(24, (1, 2)))
+    assert blocks_within(two, 10**9, 4, 128, 1024) == (64, 4 * window_blocks(24) + 2)
+    full, windowed = blocks_within(two, 30 * size, 4, 128, 1024)
+    assert full * size + windowed * 2 * size <= 30 * size and full >= windowed > 0
+
+
+@given(st.integers(1, 400), st.integers(0, 2000))
+def test_window_blocks_cover_every_alignment(window, n_past):
+    first = max(n_past - window + 1, 0) // 64
+    assert blocks_of(n_past + 64) - first <= window_blocks(window)
+
+
+# -- LongRoPE: sequences that become long
+
+
+def drawn(prompt, max_tokens, long_from, groups=(FULL,), n_blocks=(64,), others=0):
+    """The ids that a sequence gets beside `others`; the engine checks at each step what every row sees."""
+    scheduler, engine = make(max_seqs=8, groups=groups, n_blocks=n_blocks, never_stop=True, long_from=long_from)
+    seq = SequenceState(100, np.array(prompt, np.int32), max_tokens, sampling())
+    for i in range(others):
+        scheduler.add(sequence(i, 20 + 30 * i, 60))
+    scheduler.add(seq)
+    ids = []
+    while seq.ended is None:
+        run(scheduler, engine, {100: ids})
+        assert {s.slot for s in scheduler.running if s.long} == set(np.flatnonzero(engine.long_slots)) & {
+            s.slot for s in scheduler.running}  # fmt: skip
+    assert seq.ended == "length" and seq.n_out == len(ids) == max_tokens
+    while scheduler.running or scheduler.n_waiting:
+        run(scheduler, engine)
+    check_empty(scheduler)
+    return ids
+
+
+@pytest.mark.parametrize("others", [0, 4])
+@pytest.mark.parametrize("groups", [(FULL,), (KvGroup(48, (0,)),), (FULL, KvGroup(48, (1,)))])
+def test_a_sequence_that_grows_long_is_computed_anew_by_the_long_frequencies(groups, others):
+    """Until then it is a short one, afterwards what a long one with the same tokens is; its neighbours see nothing."""
+    n_blocks, prompt, long_from = (64,) * len(groups), [3, 1, 4, 1, 5] * 14, 100
+    ids = drawn(prompt, 80, long_from, groups, n_blocks, others)
+    n_short = long_from - len(prompt) + 1
+    assert ids[:n_short] == drawn(prompt, n_short, 0, groups, n_blocks)
+    assert ids[n_short:] == drawn(prompt + ids[:n_short], 80 - n_short, long_from, groups, n_blocks)
+    assert ids[n_short:] != drawn(prompt + ids[:n_short], 80 - n_short, 0, groups, n_blocks)
+
+
+@pytest.mark.parametrize("n_prompt", [98, 99, 100, 101, 102])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_what_a_sequence_gets_does_not_depend_on_how_long_it_might_become(n_prompt, max_tokens):
+    prompt = [i % 48 + 1 for i in range(n_prompt)]
+    assert drawn(prompt, max_tokens, 100) == drawn(prompt, 30, 100)[:max_tokens]
+
+
+def test_a_teacher_forced_sequence_is_long_by_its_length():
+    scheduler, engine = make(long_from=100)
+    for seq_id, n in ((1, 100), (2, 101)):
+        scheduler.add(sequence(seq_id, n, 0))
+    scheduler.admit()
+    assert [(s.seq_id, s.long) for s in scheduler.running] == [(1, False), (2, True)]
+    while scheduler.running:
+        run(scheduler, engine)

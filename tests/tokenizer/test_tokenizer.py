@@ -1,0 +1,477 @@
+"""The tokenizer as users meet it: reference ids, special tokens, BOS, stop ids, long inputs, which file is taken."""
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import check_tokenizers
+import pytest
+from helpers.gguf_forge import F32, I32, STR, Forge, tiny_vocab
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
+from worker_orcd._gguf import GgufFile
+from worker_orcd.errors import InvalidRequest, ModelLoadError
+from worker_orcd.gguf import quants
+from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
+
+
+@pytest.fixture(scope="session")
+def vocabulary(goldens_dir):
+    """A function: name -> tokenizer of a reference vocabulary, loaded once."""
+    loaded = {}
+
+    def get(name):
+        if name not in loaded:
+            loaded[name] = Tokenizer.from_file(goldens_dir / "tokenizers" / f"{name}.gguf")
+        return loaded[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def gpt_oss(model_path):
+    path = model_path("qwen").parent / "gpt-oss-tokenizer"
+    if not (path / "tokenizer.json").is_file():
+        pytest.skip(f"{path} is not there")
+    return Tokenizer.from_file(path)
+
+
+def _named(name, request):
+    return request.getfixturevalue("gpt_oss") if name == "gpt-oss" else request.getfixturevalue("vocabulary")(name)
+
+
+@pytest.mark.parametrize("name", [*VOCABULARIES, "gpt-oss"])
+def test_every_reference_line_is_exact(name, goldens_dir, request):
+    tokenizer = _named(name, request)
+    row = check_tokenizers.Row(name)
+    for line in (goldens_dir / "tokenizers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        check_tokenizers.compare(tokenizer, json.loads(line), row)
+    print(f"{name}: {row.n_lines} lines, {row.wrong} wrong ids, {row.wrong_round_trips} wrong round trips (limit 0)")
+    assert row.n_lines >= 447
+    assert (row.wrong, row.wrong_round_trips) == (0, 0), row.examples
+
+
+def test_check_sees_what_is_wrong(vocabulary):
+    row = check_tokenizers.Row("spoiled")
+    check_tokenizers.compare(vocabulary("gpt-2"), {"text": "Hello world", "ids": [15496, 996]}, row)
+    assert (row.wrong, row.wrong_round_trips) == (1, 1)
+    assert len(row.examples) == 2
+
+
+# --- control and user-defined tokens -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*VOCABULARIES, "gpt-oss"])
+def test_control_tokens_in_text_are_text_unless_asked(name, request):  # T7
+    tokenizer = _named(name, request)
+    controls = [t for t in tokenizer._parts.special.tokens if t.control]
+    assert controls
+    for token in controls:
+        text = f"a {token.text} b"
+        plain = tokenizer.encode(text, add_bos=False)
+        assert token.token not in plain, token
+        assert tokenizer.decode(plain) == text
+        assert token.token in tokenizer.encode(text, special=True, add_bos=False), token
+
+
+def test_user_defined_tokens_are_matched_in_any_text(model_path):
+    tokenizer = Tokenizer.from_file(model_path("qwen"))
+    assert tokenizer.encode("<tool_call>") == [151657]
+    assert tokenizer.encode("a<tool_call>b</tool_call>")[1::2] == [151657, 151658]
+
+
+def test_phi3_control_tokens_take_white_space_with_them(vocabulary):
+    tokenizer = vocabulary("phi-3")
+    assert tokenizer.encode("<|user|> \n\t hi", special=True, add_bos=False) == [32010, 7251]
+    assert tokenizer.encode("<s> hi", special=True, add_bos=False)[0] == 1
+    assert len(tokenizer.encode("<s> hi", special=True, add_bos=False)) == 3  # the space is kept
+
+
+def test_longest_special_token_wins():
+    tokens = [chr(c) for c in range(ord("a"), ord("z"))] + ["<ab>", "<ab><cd>", "<cd>e"]
+    path = _write(_bpe(tokens, types=[1] * 25 + [4, 4, 4]))
+    tokenizer = Tokenizer.from_file(path)
+    assert tokenizer.encode("x<ab><cd>ey<ab>") == [23, 26, 4, 24, 25]
+
+
+# --- BOS and the ids that end generation ---------------------------------------------------------------------------
+
+
+def test_bos_as_the_file_says_and_as_asked(vocabulary):
+    llama, qwen = vocabulary("llama-bpe"), vocabulary("qwen2")
+    assert llama.add_bos
+    assert not qwen.add_bos
+    assert llama.encode("hi")[0] == llama.bos_id == 128000
+    assert llama.encode("hi", add_bos=False)[0] != 128000
+    assert qwen.encode("hi") == qwen.encode("hi", add_bos=False)
+    assert qwen.encode("hi", add_bos=True)[0] == qwen.bos_id
+    assert llama.encode("") == [128000]
+    assert vocabulary("llama-spm").encode("") == [1]
+
+
+def test_bos_that_is_not_there_is_refused():
+    tokenizer = Tokenizer.from_file(_write(_bpe(["a", "b"])))
+    assert tokenizer.bos_id is None
+    with pytest.raises(InvalidRequest, match="no BOS token"):
+        tokenizer.encode("a", add_bos=True)
+
+
+def test_stop_ids(vocabulary, gpt_oss, model_path):
+    assert vocabulary("gpt-2").stop_ids == (50256,)
+    assert vocabulary("llama-bpe").stop_ids == (128001, 128009)
+    assert vocabulary("llama-spm").stop_ids == (2,)
+    assert vocabulary("phi-3").stop_ids == (2, 32000, 32007)
+    assert vocabulary("qwen2").stop_ids == (151643, 151645)
+    assert gpt_oss.stop_ids == (200002, 200012), "harmony: <|return|> and <|call|>, never <|end|>"
+    qwen = Tokenizer.from_file(model_path("qwen"))
+    assert qwen.eos_id == qwen.eot_id == 151645
+    assert {151643, 151645} <= set(qwen.stop_ids)
+    assert qwen.decode([128247]) == "</s>", "an ordinary token in this vocabulary"
+    assert 128247 not in qwen.stop_ids
+
+
+# --- decoding ------------------------------------------------------------------------------------------------------
+
+
+def test_decode_leaves_control_tokens_out_on_request(vocabulary):
+    tokenizer = vocabulary("qwen2")
+    ids = tokenizer.encode("<|im_start|>user\nhi<|im_end|>", special=True)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|>"
+    assert tokenizer.decode(ids, skip_special=True) == "user\nhi"
+
+
+def test_sentencepiece_space_belongs_to_continued_text(vocabulary):
+    tokenizer = vocabulary("llama-spm")
+    ids = tokenizer.encode("Hello world", add_bos=False)
+    assert tokenizer.decode(ids) == "Hello world"
+    assert tokenizer.decode(ids[:1]) + tokenizer.decode(ids[1:], continues=True) == "Hello world"
+    assert tokenizer.decode(ids[1:]) == "world"
+    assert tokenizer.decode([1, *ids], skip_special=True) == "Hello world"
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-spm"])
+def test_ids_outside_the_vocabulary(name, vocabulary):
+    tokenizer = vocabulary(name)
+    assert tokenizer.decode([tokenizer.n_vocab, 2**31]) == ""
+    with pytest.raises(InvalidRequest, match="-1 is negative"):
+        tokenizer.decode([-1])
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-spm"])
+def test_text_that_is_no_unicode_is_refused(name, vocabulary):  # S3
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        vocabulary(name).encode("a\ud800b")
+
+
+def test_nul_and_noncharacters_survive(vocabulary):
+    for name in VOCABULARIES:
+        text = "a\0b\uffff\U0010ffff\ufeff"
+        tokenizer = vocabulary(name)
+        assert tokenizer.decode(tokenizer.encode(text, add_bos=False)) == text
+
+
+# --- long inputs ---------------------------------------------------------------------------------------------------
+
+#: seconds of processor time for any T6 input
+T6_LIMIT = 1.0
+
+
+@pytest.mark.parametrize("name", [*VOCABULARIES, "gpt-oss"])
+@pytest.mark.parametrize("what", ["a", " ", "\n", "\U0001f600"])
+def test_long_runs_are_quick_and_exact(name, what, request):  # T6
+    tokenizer = _named(name, request)
+    text = what * (32_768 if what > "\uffff" else 1_000_000)
+    seconds = float("inf")
+    for _ in range(3):  # the machine may be busy with other things
+        if seconds >= T6_LIMIT:
+            start = time.process_time()
+            ids = tokenizer.encode(text, add_bos=False)
+            seconds = time.process_time() - start
+    print(f"{name} {what!r} x {len(text)}: {len(ids)} tokens in {seconds:.2f} s (limit {T6_LIMIT})")
+    assert tokenizer.decode(ids) == text
+    assert seconds < T6_LIMIT
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_long_text_takes_the_same_ids_as_short(name, vocabulary):
+    """From a length on another call of the library is used; on both sides of it the ids must be the same."""
+    tokenizer = vocabulary(name)
+    line = "The naïve café — 東京, 123 emoji \U0001f600!\n"
+    short = tokenizer.encode(line * 100, add_bos=False)
+    long = tokenizer.encode(line * 4000, add_bos=False)
+    assert long[: len(short) - 20] == short[:-20]
+    assert tokenizer.decode(long) == line * 4000
+
+
+def test_many_threads_get_the_same_ids(vocabulary):
+    tokenizers = [vocabulary("qwen2"), vocabulary("llama-spm")]
+    texts = [f"thread {i} " * 50 + "\u00e9" * i for i in range(8)]
+    expected = [[t.encode(x) for x in texts] for t in tokenizers]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            for t, want in zip(tokenizers, expected, strict=True):
+                wrong.extend(x for x, w in zip(texts, want, strict=True) if t.encode(x) != w)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert wrong == []
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+MEMORY_LIMIT_MIB = 150
+
+MEMORY_PROBE = """
+import sys
+from worker_orcd.tokenizer.tokenizer import Tokenizer
+def anonymous():
+    with open("/proc/self/status") as f:
+        return next(int(l.split()[1]) for l in f if l.startswith("RssAnon")) / 1024
+before = anonymous()
+tokenizer = Tokenizer.from_file(sys.argv[1])
+print(anonymous() - before)
+"""
+
+
+def test_loading_qwen_keeps_little_memory(model_path):
+    command = [sys.executable, "-c", MEMORY_PROBE, model_path("qwen")]
+    out = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    print(f"anonymous memory of the tokenizer: {float(out.stdout):.0f} MiB (limit {MEMORY_LIMIT_MIB})")
+    assert float(out.stdout) < MEMORY_LIMIT_MIB
+
+
+# --- which file ----------------------------------------------------------------------------------------------------
+
+
+def _bpe(tokens, merges=(), types=None, **keys) -> Forge:
+    forge = Forge()
+    forge.put("general.architecture", STR, "llama").put("tokenizer.ggml.model", STR, "gpt2")
+    forge.put("tokenizer.ggml.pre", STR, keys.pop("pre", "gpt-2"))
+    forge.put_array("tokenizer.ggml.tokens", STR, tokens)
+    forge.put_array("tokenizer.ggml.token_type", I32, types or [1] * len(tokens))
+    forge.put_array("tokenizer.ggml.merges", STR, list(merges))
+    return forge
+
+
+_written: list[pathlib.Path] = []
+
+
+@pytest.fixture(autouse=True)
+def _directory(tmp_path):
+    _written.append(tmp_path)
+    yield
+    _written.pop()
+
+
+def _write(forge: Forge, name: str = "vocab.gguf") -> pathlib.Path:
+    path = _written[-1] / name
+    path.write_bytes(forge.build())
+    return path
+
+
+def _model(path, metadata, n_vocab):
+    embeddings = types.SimpleNamespace(shape=(64, n_vocab))
+    return types.SimpleNamespace(path=str(path), metadata=metadata, tensors={"token_embd.weight": embeddings})
+
+
+def _library(tokens=("a", "b", "c", "d"), special=("<|end|>",), decoder=None) -> Library:
+    library = Library(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    library.decoder = decoder or decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return library
+
+
+def test_from_model_without_tokenizer_is_none(tmp_path):
+    for forge in (Forge(), Forge().put("tokenizer.ggml.model", STR, "none")):
+        path = _write(forge.put("general.architecture", STR, "llama"))
+        with GgufFile(path, quants.BLOCK_SIZES) as file:
+            assert Tokenizer.from_model(_model(tmp_path / "m.gguf", file.metadata, 4)) is None
+        with pytest.raises(ModelLoadError, match="holds no tokenizer"):
+            Tokenizer.from_file(path)
+
+
+def test_from_model_takes_the_json_beside_it(tmp_path):
+    _library().save(str(tmp_path / "tokenizer.json"))
+    metadata = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.chat_template": "{{ eos_token }}"}
+    tokenizer = Tokenizer.from_model(_model(tmp_path / "m.gguf", metadata, 5))
+    assert (tokenizer.kind, tokenizer.n_vocab) == ("hf-json", 5)
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (3, (3, 4)), "what the json does not say is the model's"
+    assert tokenizer.apply_chat([{"role": "user", "content": "a"}]) == [3]
+
+
+def test_a_json_with_too_many_tokens_is_refused(tmp_path):
+    _library().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json: has 5 tokens, but .* has embeddings for 4"):
+        Tokenizer.from_model(_model(tmp_path / "m.gguf", {}, 4))
+
+
+def test_a_json_of_another_model_beside_is_refused(tmp_path):
+    _library().save(str(tmp_path / "tokenizer.json"))
+    model = _model(tmp_path / "m.gguf", {"tokenizer.ggml.tokens": ["w", "x", "c", "d", "<|end|>"]}, 5)
+    with pytest.raises(ModelLoadError, match="2 of 5 tokens compared are not those"):
+        Tokenizer.from_model(model)
+    assert Tokenizer.from_model(model, override=tmp_path).kind == "hf-json", "asked for by name, it is taken"
+
+
+def test_override_may_be_a_gguf_vocabulary(tmp_path):
+    path = _write(_bpe(["a", "b", "ab"], ["a b"]))
+    tokenizer = Tokenizer.from_model(_model(tmp_path / "m.gguf", {}, 10), override=path)
+    assert (tokenizer.kind, tokenizer.encode("aab")) == ("gguf-bpe", [0, 2])
+
+
+def test_unknown_pre_tokenizer_is_named():
+    with pytest.raises(ModelLoadError, match=r"unknown pre-tokenizer 'martian'; supported are .*llama-bpe.*qwen2"):
+        Tokenizer.from_file(_write(_bpe(["a"], pre="martian")))
+
+
+def test_of_a_merge_given_twice_the_first_counts():
+    tokens = ["a", "b", "c", "ab", "bc"]
+    assert Tokenizer.from_file(_write(_bpe(tokens, ["a b", "b c", "a b"]))).encode("abc") == [3, 2]
+
+
+def test_tokens_outside_the_byte_alphabet_stand_for_themselves():
+    path = _write(_bpe(["a", "日本", "Ġb", "<é>"], types=[1, 1, 1, 3]))
+    tokenizer = Tokenizer.from_file(path)
+    assert [tokenizer.decode([i]) for i in range(4)] == ["a", "日本", " b", "<é>"]
+
+
+def test_a_tiny_file_of_either_kind_loads():
+    for model in ("gpt2", "llama"):
+        tokenizer = Tokenizer.from_file(_write(tiny_vocab(model=model)))
+        assert tokenizer.kind == {"gpt2": "gguf-bpe", "llama": "gguf-spm"}[model]
+
+
+def test_no_way_to_spell_all_text_is_refused():
+    forge = Forge().put("general.architecture", STR, "llama").put("tokenizer.ggml.model", STR, "llama")
+    forge.put_array("tokenizer.ggml.tokens", STR, ["a", "b", "c"])
+    forge.put_array("tokenizer.ggml.token_type", I32, [1, 1, 1])
+    forge.put_array("tokenizer.ggml.scores", F32, [0.0, 0.0, 0.0])
+    unknown = Tokenizer.from_file(_write(forge))
+    assert unknown.encode("a\u00e9", add_bos=False) == [0, 0, 0], "no byte tokens: the unknown token, by default id 0"
+
+
+# --- damaged tokenizer.json ----------------------------------------------------------------------------------------
+
+
+def _json(tmp_path, data: bytes) -> pathlib.Path:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{}", b"null", b"[" * 100_000, b"\xff\xfe{}",
+     b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":-1},"merges":[]}}',
+     b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":["a b"]}}',
+     b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":[["a"]]}}',
+     b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{},"merges":[]}}',
+     b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":4000000000},"merges":[]}}'],
+    ids=["empty", "object", "null", "deep", "utf16", "negative", "merge-unknown", "merge-short", "no-tokens", "id-4e9"],
+)  # fmt: skip
+def test_damaged_json_is_one_error(data, tmp_path):
+    start = time.process_time()
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json: "):
+        Tokenizer.from_file(_json(tmp_path, data))
+    assert time.process_time() - start < 1.0
+
+
+def test_truncated_json_is_one_error(tmp_path):
+    whole = _library().to_str().encode()
+    for cut in random.Random(1).sample(range(len(whole) - 1), 40):
+        with pytest.raises(ModelLoadError):
+            Tokenizer.from_file(_json(tmp_path, whole[:cut]))
+
+
+def test_huge_json_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with open(path, "wb") as f:
+        f.truncate(1 << 30)
+    with pytest.raises(ModelLoadError, match="1073741824 bytes, limit 134217728"):
+        Tokenizer.from_file(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ModelLoadError, match="No such file"):
+        Tokenizer.from_file(tmp_path)  # a directory without tokenizer.json
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ModelLoadError, match="not a regular file"):
+        Tokenizer.from_file(tmp_path)
+
+
+def test_json_settings_for_training_are_off(tmp_path):
+    library = _library()
+    library.enable_truncation(2)
+    library.enable_padding(length=16)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_file(tmp_path).encode("abcd") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{", b"[" * 10_000], ids=["list", "cut", "deep"])
+def test_damaged_config_is_one_error(data, tmp_path):
+    _library().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_bytes(data)
+    with pytest.raises(ModelLoadError, match=r"tokenizer_config\.json"):
+        Tokenizer.from_file(tmp_path)
+
+
+def test_config_beside_names_special_tokens_and_template(tmp_path):
+    _library(special=("<s>", "<|end|>")).save(str(tmp_path / "tokenizer.json"))
+    templates = [{"name": "x", "template": "no"}, {"name": "default", "template": "{{ 'a' }}"}]
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "<|end|>", "add_bos_token": True}
+    config["chat_template"] = templates
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_file(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (4, 5, True, (5,))
+    assert tokenizer.encode("ab") == [4, 0, 1]
+    assert tokenizer.chat_template == "{{ 'a' }}"
+    (tmp_path / "chat_template.jinja").write_text("{{ 'b' }}")
+    assert Tokenizer.from_file(tmp_path).apply_chat([{"role": "user", "content": "x"}]) == [4, 1]
+
+
+def test_ids_with_gaps_are_counted(tmp_path):
+    data = json.loads(_library(special=()).to_str())
+    data["model"]["vocab"] = {"a": 0, "b": 9}
+    tokenizer = Tokenizer.from_file(_json(tmp_path, json.dumps(data).encode()))
+    assert (tokenizer.n_vocab, tokenizer.decode([0, 5, 9])) == (10, "ab")
+
+
+def test_space_before_the_first_word_only(tmp_path):
+    """Metaspace "first": a fragment behind a control token is not the start of the text."""
+    library = Library(models.BPE(vocab={"\u2581": 0, "a": 1, "b": 2}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    library.decoder = decoders.Metaspace(prepend_scheme="first")
+    library.add_special_tokens([AddedToken("<x>", special=True, normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(tmp_path)
+    assert tokenizer.encode("a<x>b", special=True) == [0, 1, 3, 2] == library.encode("a<x>b").ids
+    assert tokenizer.encode("<x>b", special=True) == [3, 2] == library.encode("<x>b").ids
+    assert tokenizer.decode([0, 1, 0, 2]) == "a b" == library.decode([0, 1, 0, 2])
+
+
+def test_from_file_reads_no_tensor_and_leaves_nothing_open(model_path):
+    before = len(os.listdir("/proc/self/fd"))
+    Tokenizer.from_file(model_path("smollm2"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_import_needs_no_engine():
+    code = "import sys, worker_orcd.tokenizer; print([m for m in ('worker_orcd._cpu', 'cuda') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
