@@ -33,8 +33,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 import build_cuda  # noqa: E402
 
 SANITIZE = os.environ.get("WORKER_ORCD_SANITIZE", "")
-#: sources in csrc/cpu of an extension, as globs; an extension not named here has none
-CPP_SOURCES = {"_cpu": "*.cpp", "_gguf": "check*.cpp", "_upload": "check*.cpp"}
+#: C++ sources of an extension, as globs in csrc; an extension not named here has none
+CPP_SOURCES = {
+    "_cpu": ("cpu/*.cpp", "host/tensor_check.cpp"),
+    "_gguf": ("host/tensor_check.cpp",),
+    "_upload": ("host/tensor_check.cpp",),
+}
 #: a file compiled for an instruction set is only ever called after cpuid was asked; all else runs on any x86-64
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -66,10 +70,10 @@ def extensions() -> list[Extension]:
     """One extension for each pyx/worker_orcd/_x.pyx. The folder mirrors the package, or Cython misses the .pxd."""
     out = []
     for pyx in sorted((ROOT / "pyx" / "worker_orcd").glob("_*.pyx")):
-        pattern = CPP_SOURCES.get(pyx.stem)
         # Baseline objects first: of an inline function that several objects define, the linker keeps the first, and
         # that must not be the one compiled for a newer processor.
-        cpp = sorted((ROOT / "csrc" / "cpu").glob(pattern), key=lambda p: (isa_of(p), p.name)) if pattern else []
+        found = (p for pattern in CPP_SOURCES.get(pyx.stem, ()) for p in (ROOT / "csrc").glob(pattern))
+        cpp = sorted(found, key=lambda p: (isa_of(p), p.name))
         ext = Extension(
             f"worker_orcd.{pyx.stem}",
             [str(pyx.relative_to(ROOT))],
@@ -179,7 +183,7 @@ class BuildExt(build_ext):
     def flags(self) -> list[str]:
         """Options of all C++: optimized, hidden symbols, no instruction set beyond baseline x86-64."""
         out = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unused-function",
-               "-DNDEBUG", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
+               "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
         if SANITIZE:
             return [*out, "-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
         return [*out, "-O3", "-g0"]

@@ -1,8 +1,8 @@
-"""Compile csrc/*.cu to worker_orcd/fatbins/*.fatbin with nvcc: one fatbin per source, all architectures in it.
+"""Compile csrc/cuda/*.cu to worker_orcd/fatbins/*.fatbin with nvcc: one fatbin per source, all architectures in it.
 
-Used by setup.py, and by hand while writing kernels: ``python tools/build_cuda.py --archs 90a csrc/ops.cu``.
-A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), csrc/spills.txt, the flags or
-the compiler changed. A kernel that spills registers fails the build unless csrc/spills.txt lists it with a reason.
+Used by setup.py, and by hand while writing kernels: ``python tools/build_cuda.py --archs 90a csrc/cuda/ops.cu``.
+A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), csrc/cuda/spills.txt, the flags or
+the compiler changed. A kernel that spills registers fails the build unless csrc/cuda/spills.txt lists it with a reason.
 This file knows no kernel, no setuptools and nothing of the package at run time except the manifest it leaves there.
 """
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
 #: machine code of a release; "90a" has Hopper's own instructions and runs on compute capability 9.0 only
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 #: PTX of a release: what later GPUs compile from
@@ -164,7 +165,7 @@ def spilling(ptxas_log: str) -> list[tuple[str, str, int]]:
 
 
 def allowed_spills(path: Path) -> list[tuple[re.Pattern[str], str, str]]:
-    """Rows (kernel regex, arch or "*", reason) of csrc/spills.txt; a row without a reason is an error."""
+    """Rows (kernel regex, arch or "*", reason) of csrc/cuda/spills.txt; a row without a reason is an error."""
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -187,11 +188,11 @@ class Compiler:
         self.version = _nvcc_version(self.nvcc)[1]
         self.targets = targets
         self.work_dir = work_dir
-        self.spills = ROOT / "csrc" / "spills.txt"
+        self.spills = KERNELS / "spills.txt"
 
     def flags(self) -> list[str]:
         """Options of every kernel. No fast math: denormals, NaN and division are those of the plan."""
-        return ["-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "-Xptxas", "-v", *self.targets.flags()]
+        return ["-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "-I", str(KERNELS), "-Xptxas", "-v", *self.targets.flags()]
 
     def stamp(self) -> str:
         """What a fatbin depends on besides its sources."""
@@ -224,7 +225,7 @@ class Compiler:
         if bad:
             made.unlink()
             listed = "\n".join(f"  {kernel} on sm_{arch}: {n} bytes" for kernel, arch, n in bad)
-            raise BuildError(f"{source.name}: kernels that spill registers (list them with a reason in csrc/spills.txt"
+            raise BuildError(f"{source.name}: kernels that spill registers (list them with a reason in csrc/cuda/spills.txt"
                              f" or make them smaller):\n{listed}")
         made.replace(out)
         mark_built(out, self.stamp())
@@ -233,7 +234,7 @@ class Compiler:
 
 def sources() -> list[Path]:
     """The kernel files."""
-    return sorted((ROOT / "csrc").glob("*.cu"))
+    return sorted(KERNELS.glob("*.cu"))
 
 
 def install(compiler: Compiler, names: list[str], out_dir: Path) -> None:
@@ -257,7 +258,7 @@ def install(compiler: Compiler, names: list[str], out_dir: Path) -> None:
 
 def main() -> int:
     """Compile kernels into the source tree; returns an exit code."""
-    parser = argparse.ArgumentParser(description="Compile csrc/*.cu into worker_orcd/fatbins.")
+    parser = argparse.ArgumentParser(description="Compile csrc/cuda/*.cu into worker_orcd/fatbins.")
     parser.add_argument("files", nargs="*", type=Path, help="sources (default: all)")
     parser.add_argument("--archs", default=os.environ.get("WORKER_ORCD_CUDA_ARCHS"),
                         help="all, ptx, or for example 90a,100 (default: the GPU that is present)")

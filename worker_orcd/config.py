@@ -1,6 +1,6 @@
 """ServeConfig: everything the HTTP worker is told at start-up, checked before anything else happens.
 
-Flags and environment variables are read in `cli_serve.py`; this module knows neither them nor what uses the values, and
+Flags and environment variables are read in `cli/serve.py`; this module knows neither them nor what uses the values, and
 imports nothing but the standard library and the error tree.
 """
 

@@ -14,7 +14,7 @@
 #include "ops.h"
 #include "sample.h"
 #include "threads.h"
-#include "token_queue.h"
+#include "host/token_queue.h"
 
 namespace worker_orcd {
 

@@ -1,4 +1,4 @@
-// See sample.h; the steps are numbered as in csrc/sampling.h.
+// See sample.h; the steps are numbered as in csrc/params/sampling.h.
 //
 // No full sort: top-k and top-p both want a prefix of the order, found by partitioning (quickselect by count and by sum
 // of weights), and weights below 2^-40 of the largest, which are most of a vocabulary, never become candidates.
@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../sampling.h"
+#include "params/sampling.h"
 
 namespace worker_orcd {
 

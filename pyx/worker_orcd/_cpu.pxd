@@ -6,7 +6,7 @@ from libcpp.string cimport string
 from worker_orcd._ring cimport ControlFlag, TokenQueue
 
 
-cdef extern from "kernels.h" namespace "worker_orcd" nogil:
+cdef extern from "cpu/kernels.h" namespace "worker_orcd" nogil:
     cdef enum:
         kBlockPositions
 
@@ -24,7 +24,7 @@ cdef extern from "kernels.h" namespace "worker_orcd" nogil:
         kGeluTanh
 
 
-cdef extern from "ops.h" namespace "worker_orcd" nogil:
+cdef extern from "cpu/ops.h" namespace "worker_orcd" nogil:
     cdef enum class OpKind:
         kEmbed
         kNorm
@@ -56,7 +56,7 @@ cdef extern from "ops.h" namespace "worker_orcd" nogil:
         cbool adjacent, layer_norm, per_slot
 
 
-cdef extern from "sample.h" namespace "worker_orcd" nogil:
+cdef extern from "cpu/sample.h" namespace "worker_orcd" nogil:
     cdef cppclass SamplingParams:
         float temperature, top_p, min_p, repetition_penalty
         int32_t top_k
@@ -74,11 +74,11 @@ cdef extern from "sample.h" namespace "worker_orcd" nogil:
                                              SampleScratch& scratch) except +
 
 
-cdef extern from "threads.h" namespace "worker_orcd" nogil:
+cdef extern from "cpu/threads.h" namespace "worker_orcd" nogil:
     int usable_cores "worker_orcd::ThreadPool::usable_cores"() noexcept
 
 
-cdef extern from "engine.h" namespace "worker_orcd" nogil:
+cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
     cdef cppclass EngineSizes:
         int32_t max_seqs, max_rows, context_length, max_blocks_per_seq, n_vocab, n_head_kv, head_dim
 

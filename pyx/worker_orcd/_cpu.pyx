@@ -100,7 +100,7 @@ cdef SamplingParams _sampling_params(sampling) except *:
 
 
 def sample_token(logits, position, sampling, sampled=()):
-    """Draw one token by the rule of `csrc/sampling.h`, as `step` does for each output row.
+    """Draw one token by the rule of `csrc/params/sampling.h`, as `step` does for each output row.
 
     Args:
         logits: float32 [n_vocab].

@@ -41,7 +41,7 @@ cdef extern from *:
     void cpu_relax "_mm_pause"() nogil
     void fence "orcd_fence"() nogil
 
-cdef extern from "matmul_params.h" nogil:
+cdef extern from "params/matmul_params.h" nogil:
     ctypedef struct RepackParams:
         const uint8_t* rows
         uint8_t* w
@@ -49,7 +49,7 @@ cdef extern from "matmul_params.h" nogil:
         int32_t k, n_out, row0, n_rows
 
 
-cdef extern from "ops_params.h" nogil:
+cdef extern from "params/ops_params.h" nogil:
     ctypedef struct SampleSlot:
         uint64_t seed
         float temperature, top_p, min_p, repetition_penalty

@@ -13,7 +13,7 @@ from worker_orcd._driver cimport Kernel
 from worker_orcd._nodes cimport Node, Shape
 
 
-cdef extern from "experts_params.h" nogil:
+cdef extern from "params/experts_params.h" nogil:
     ctypedef struct ExpertItem:
         pass
 
@@ -63,7 +63,7 @@ cdef extern from "experts_params.h" nogil:
         int32_t n, n_used
 
 
-cdef extern from "matmul_params.h" nogil:
+cdef extern from "params/matmul_params.h" nogil:
     ctypedef struct ConvertParams:
         const float* x
         uint8_t* out
@@ -196,8 +196,8 @@ cdef class ExpertProductNode(Node):
         self.decode_kernels = [None] + [kernels("experts_decode", at.kernel, at.smem) for at in self.launches[1:]]
         few, many = experts.PROMPT_ROWS
         suffix = layout.kernel_suffix(type_id)
-        self.few_rows = kernels("experts_prompt", f"expert_matmul_{suffix}_{few}", experts.prompt_smem(type_id, few))
-        self.many_rows = kernels("experts_prompt", f"expert_matmul_{suffix}_{many}", experts.prompt_smem(type_id, many))
+        self.few_rows = kernels("experts_prefill", f"expert_matmul_{suffix}_{few}", experts.prompt_smem(type_id, few))
+        self.many_rows = kernels("experts_prefill", f"expert_matmul_{suffix}_{many}", experts.prompt_smem(type_id, many))
 
     cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
         if shape.n_decode:

@@ -2,7 +2,7 @@
 """GGUF files: mapped read-only, parsed with bounds checked in one place, tensors as zero-copy views.
 
 What it is for: everything that reads a model starts here, and a model file is untrusted input. The parse and all its
-size arithmetic are C++ (csrc/gguf.h); this module maps the file (csrc/mapping.h: a cut file is an error, no SIGBUS),
+size arithmetic are C++ (csrc/host/gguf.h); this module maps the file (csrc/host/mapping.h: a cut file is an error, no SIGBUS),
 turns the result into Python objects, and decodes metadata when somebody asks. It must not know: CUDA, NumPy, what a
 key or a tensor means.
 """
@@ -24,7 +24,7 @@ from posix.unistd cimport close as posix_close
 from worker_orcd.errors import ModelLoadError
 
 
-cdef extern from "gguf.h" namespace "gguf" nogil:
+cdef extern from "host/gguf.h" namespace "gguf" nogil:
     enum:
         U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64
 
@@ -65,13 +65,13 @@ cdef extern from "gguf.h" namespace "gguf" nogil:
     cbool next_string(const uint8_t* base, uint64_t end, uint64_t* at, uint64_t* start, uint64_t* length) noexcept
 
 
-cdef extern from "mapping.h" namespace "mapping" nogil:
+cdef extern from "host/mapping.h" namespace "mapping" nogil:
     int map_file(int fd, uint64_t size, const uint8_t** base)
     void unmap(int slot, uint64_t size)
     cbool slot_was_cut "mapping::was_cut"(int slot) noexcept
 
 
-cdef extern from "check.h" namespace "check" nogil:
+cdef extern from "host/tensor_check.h" namespace "check" nogil:
     cppclass Piece:
         int fd
         uint32_t type

@@ -12,7 +12,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from worker_orcd._driver cimport Kernel
 
 
-cdef extern from "ops_params.h" nogil:
+cdef extern from "params/ops_params.h" nogil:
     ctypedef struct NormParams:
         float* x
         const float* residual
@@ -107,7 +107,7 @@ cdef extern from "ops_params.h" nogil:
     int32_t prefill_smem_bytes(int32_t head_dim)
 
 
-cdef extern from "matmul_params.h" nogil:
+cdef extern from "params/matmul_params.h" nogil:
     enum: MATVEC_MAX_MATRICES
 
     ctypedef struct RowsParams:

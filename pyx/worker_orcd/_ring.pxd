@@ -3,7 +3,7 @@ from libc.stdint cimport int32_t, int64_t
 from libcpp cimport bool as cbool
 
 
-cdef extern from "token_queue.h" namespace "worker_orcd" nogil:
+cdef extern from "host/token_queue.h" namespace "worker_orcd" nogil:
     cdef struct TokenEntry:
         int64_t seq_id
         int32_t token

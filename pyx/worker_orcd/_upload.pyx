@@ -33,7 +33,7 @@ from worker_orcd.errors import CudaError, ModelLoadError
 from worker_orcd._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
 
 
-cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
+cdef extern from "host/upload_queue.h" namespace "worker_orcd" nogil:
     cdef struct UploadChunk:
         uint64_t offset
         uint64_t to
@@ -58,7 +58,7 @@ cdef extern from "window_gate.h" namespace "worker_orcd" nogil:
         uint64_t bytes_sent() noexcept
 
 
-cdef extern from "check.h" namespace "check" nogil:
+cdef extern from "host/tensor_check.h" namespace "check" nogil:
     int check_look "check::look"(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept
     cbool check_knows "check::knows"(uint32_t type) noexcept
 

@@ -121,7 +121,7 @@ def test_only_the_driver_layer_calls_the_driver():
     ("_driver", set()),
     ("_gguf", set()),
     ("_ring", set()),
-    ("_merge", set()),
+    ("_spm", set()),
     ("_nodes", {"_driver"}),
     ("_upload", {"_driver", "_gguf"}),
     ("_expert_nodes", {"_driver", "_nodes"}),
@@ -168,7 +168,7 @@ def test_kernel_sources_include_only_kernel_sources():
         if path.suffix not in (".cu", ".cuh", ".h", ".cpp"):
             continue
         for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
-            homes = [path.parent / name, csrc / name, csrc / "cpu" / name]
+            homes = [path.parent / name, csrc / name, csrc / "cuda" / name]
             assert any(h.resolve().is_relative_to(csrc) and h.exists() for h in homes), f"{path.name}: {name}"
         assert not re.search(r"#\s*include\s+<(Python|cuda_runtime|torch|cublas)", path.read_text()), path.name
 
@@ -184,7 +184,7 @@ def test_the_installed_package_is_whole():
         assert (package / "wsgi" / path.name).is_file(), path.name
     for path in sources("pyx/worker_orcd", "_*.pyx"):
         assert (package / f"{path.stem}.abi3.so").is_file(), path.name
-    kernels = sorted(p.stem for p in (ROOT / "csrc").glob("*.cu"))
+    kernels = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
     fatbins = sorted(p.stem for p in (package / "fatbins").glob("*.fatbin"))
     assert fatbins == kernels
     manifest = json.loads((package / "fatbins" / "manifest.json").read_text()) if kernels else {}

@@ -1,4 +1,4 @@
-"""Drawing tokens on the CPU: the rule of csrc/sampling.h against a plain reference, bounds, and frequencies."""
+"""Drawing tokens on the CPU: the rule of csrc/params/sampling.h against a plain reference, bounds, and frequencies."""
 
 from __future__ import annotations
 

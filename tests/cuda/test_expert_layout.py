@@ -28,7 +28,7 @@ def lib(tmp_path_factory):
     out = tmp_path_factory.mktemp("experts") / "experts.so"
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     source = ROOT / "tests" / "helpers" / "expert_layout_host.cpp"
-    subprocess.run(["g++", *flags, "-I", str(ROOT / "csrc"), str(source), "-o", str(out)], check=True)
+    subprocess.run(["g++", *flags, "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "cuda"), str(source), "-o", str(out)], check=True)
     return ctypes.CDLL(str(out))
 
 

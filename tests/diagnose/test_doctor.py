@@ -109,7 +109,7 @@ def test_demo_model_download_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_manifest_of_images_that_are_not_there_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "fatbins").mkdir()
     (tmp_path / "fatbins" / "manifest.json").write_text(json.dumps(IMAGES))
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "diagnose" / "doctor.py"))
     assert doctor._images() == {}
     (tmp_path / "fatbins" / "ops.fatbin").write_bytes(b"x")
     assert doctor._images() == IMAGES

@@ -1,4 +1,4 @@
-"""Experts on the device: matrices, routing and products, launched as csrc/experts_params.h and expert_layout.py say.
+"""Experts on the device: matrices, routing and products, launched as csrc/params/experts_params.h and expert_layout.py say.
 
 Shared by the tests of the expert kernels and benches of them.
 """
@@ -14,7 +14,7 @@ from gpu.matmul_host import HEADER as MATMUL_HEADER
 
 from worker_orcd.cuda import expert_layout, layout
 
-HEADER = "experts_params.h"
+HEADER = "params/experts_params.h"
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Prompt(_Products):
         self.params = params(
             HEADER, "ExpertMatmulParams", **self.common, list=pairs.fields, x=self.half, x_scale=self.scale,
             x_bytes=self.half.shape[1], x_slot_rows=n_rows if per_slot else 0)  # fmt: skip
-        self.kernel = gpu.kernel("experts_prompt", self.launch.kernel)
+        self.kernel = gpu.kernel("experts_prefill", self.launch.kernel)
 
     def run(self, pdl: bool = False) -> None:
         """Queue the conversion of x and the products."""

@@ -7,7 +7,7 @@ context and one stream. Every driver call is checked. Knows no kernel.
     kernel = gpu.kernel("matvec", "matvec_q4_k_1")
     x = gpu.buffer(np_array)                      # a copy on the device, between guard bands
     out = gpu.empty((rows, n_out), np.float32)    # poisoned with NaN
-    p = params("matmul_params.h", "MatvecParams", n_rows=3, x=x, out=out)
+    p = params("params/matmul_params.h", "MatvecParams", n_rows=3, x=x, out=out)
     gpu.launch(kernel, grid=(64,), block=(256,), params=p, smem=0, pdl=False)
     out.to_numpy()                                # waits, checks the guard bands
 """
@@ -128,8 +128,9 @@ def fatbin_path(name: str, arch: str) -> Path:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     built.parent.mkdir(parents=True, exist_ok=True)
     target = f"arch=compute_{arch},code=sm_{arch}"
-    command = [nvcc, "-fatbin", "-std=c++17", "-O3", "-lineinfo", "-I", str(CSRC), "-gencode", target]
-    subprocess.run([*command, "-o", str(built), str(CSRC / f"{name}.cu")], check=True)
+    command = [nvcc, "-fatbin", "-std=c++17", "-O3", "-lineinfo", "-I", str(CSRC), "-I", str(CSRC / "cuda"),
+               "-gencode", target]
+    subprocess.run([*command, "-o", str(built), str(CSRC / "cuda" / f"{name}.cu")], check=True)
     return built
 
 

@@ -1,4 +1,4 @@
-"""Matrices and products on the device, launched as csrc/matmul_params.h and worker_orcd/cuda/layout.py say.
+"""Matrices and products on the device, launched as csrc/params/matmul_params.h and worker_orcd/cuda/layout.py say.
 
 Shared by the tests of the matrix kernels and tools/bench_kernels.py.
 """
@@ -14,7 +14,7 @@ from gpu.kernel_harness import Buffer, Gpu, params
 from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants
 
-HEADER = "matmul_params.h"
+HEADER = "params/matmul_params.h"
 
 
 @dataclass

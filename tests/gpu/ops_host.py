@@ -1,4 +1,4 @@
-"""What the tests of the smaller kernels share: rules of shape from csrc/ops_params.h, float64 errors, a paged cache.
+"""What the tests of the smaller kernels share: rules of shape from csrc/params/ops_params.h, float64 errors, a paged cache.
 
 The rules are compiled from the header itself, so that tests and kernels cannot drift apart.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from gpu.kernel_harness import CSRC, Gpu
 
-HEADER = "ops_params.h"
+HEADER = "params/ops_params.h"
 KV_BLOCK = 64
 
 _FUNCTIONS = {
@@ -25,7 +25,7 @@ _FUNCTIONS = {
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    source = '#include "ops_params.h"\n'
+    source = '#include "params/ops_params.h"\n'
     for name, n in _FUNCTIONS.items():
         args = ", ".join(f"int32_t a{i}" for i in range(n))
         source += f"int32_t host_{name}({args}) {{ return {name}({', '.join(f'a{i}' for i in range(n))}); }}\n"
@@ -37,7 +37,7 @@ def _library() -> ctypes.CDLL:
 
 
 def rule(name: str, *args: int) -> int:
-    """The host function `name` of csrc/ops_params.h."""
+    """The host function `name` of csrc/params/ops_params.h."""
     assert len(args) == _FUNCTIONS[name]
     return int(getattr(_library(), f"host_{name}")(*(ctypes.c_int32(int(a)) for a in args)))
 

@@ -1,4 +1,4 @@
-"""Sampling on the device against the rule of csrc/sampling.h in NumPy, and the feedback that it leaves."""
+"""Sampling on the device against the rule of csrc/params/sampling.h in NumPy, and the feedback that it leaves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-// The layout functions of csrc/quant compiled for the CPU: repack a matrix word by word, read it back as lanes do; and the
+// The layout functions of csrc/cuda/quant compiled for the CPU: repack a matrix word by word, read it back as lanes do; and the
 // sizes of the kernels.
 // Built and called by tests/cuda/test_layout.py.
-#include "matmul_params.h"
+#include "params/matmul_params.h"
 #include "matmul_shapes.cuh"
 
 template <class Q>

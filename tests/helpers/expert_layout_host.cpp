@@ -1,5 +1,5 @@
 // Numbers of the expert kernels, compiled for the CPU. Built and called by tests/cuda/test_expert_layout.py.
-#include "experts_params.h"
+#include "params/experts_params.h"
 #include "matmul_shapes.cuh"
 
 extern "C" {

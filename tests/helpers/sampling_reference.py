@@ -1,4 +1,4 @@
-"""The rule of csrc/sampling.h in plain Python: whole sums, full sorts."""
+"""The rule of csrc/params/sampling.h in plain Python: whole sums, full sorts."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 
-from worker_orcd._merge import ScoreMerger
+from worker_orcd._spm import ScoreMerger
 from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens
 
 

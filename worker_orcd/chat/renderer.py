@@ -1,4 +1,4 @@
-"""The process that renders chat templates: run as a script, fed by chat.py, limited in time and memory.
+"""The process that renders chat templates: run as a script, fed by template.py, limited in time and memory.
 
 A template is a program out of a model file. jinja2's sandbox keeps it from objects it must not touch, but cannot keep
 `{% set s = s ~ s %}` forty times from filling memory or two loops from running for days; a process of its own can be

@@ -1,6 +1,6 @@
 """Chat templates: messages -> the prompt text of the model file's template, with what users wrote kept apart.
 
-The template runs in a process of its own (chat_render.py) with limits on time, memory and output, so that no template
+The template runs in a process of its own (renderer.py) with limits on time, memory and output, so that no template
 can hang or fill this one. Users' text that looks like a control token is *marked* before rendering: one character that
 occurs nowhere else is put inside it, so that only control tokens which the template itself wrote are found in the
 result; `Tokenizer.apply_chat` takes the marks out again after looking. This module knows no tokenizer and no model.
@@ -38,7 +38,7 @@ MAX_DEPTH = 32
 _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 #: private-use characters that have no meaning in any text; the first that a conversation does not hold marks it
 _MARKS = [chr(c) for c in range(0x10FF00, 0x10FFF0)]
-_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat_render.py")
+_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "renderer.py")
 
 
 class ChatTemplate:
@@ -169,7 +169,7 @@ class _Marker:
 
 
 class _Process:
-    """A running chat_render.py. Used under the lock of its template."""
+    """A running renderer.py. Used under the lock of its template."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()

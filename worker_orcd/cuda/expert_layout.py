@@ -1,6 +1,6 @@
 """The CUDA expert kernels' view of a step: lists of pairs, converted rows, launch geometry.
 
-The Python mirror of the constants of csrc/experts_params.h, for the VRAM plan, the engine and the kernel tests. A pair
+The Python mirror of the constants of csrc/params/experts_params.h, for the VRAM plan, the engine and the kernel tests. A pair
 is a row and one of its slots; an item is an expert with some of its pairs. Pure arithmetic: knows no driver, no file.
 """
 
@@ -93,7 +93,7 @@ def prompt_launch(
 
 
 def prompt_smem(type_id: int, item_rows: int) -> int:
-    """Shared memory of a prompt kernel (csrc/matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
+    """Shared memory of a prompt kernel (csrc/cuda/matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
     x, w, smem = item_rows * 128, 8 * layout.record_bytes(type_id), 0
     for stages in (4, 3, 2):
         smem = stages * x + (2 if layout.unit_k(type_id) == 256 else stages) * w

@@ -1,6 +1,6 @@
 """The CUDA kernels' view of matrices: bytes of the repacked layouts, converted activations, launch geometry.
 
-The Python mirror of csrc/quant/layout.cuh and of the constants of csrc/matvec.cu and csrc/matmul.cu, for the VRAM plan,
+The Python mirror of csrc/cuda/quant/layout.cuh and of the constants of csrc/cuda/matvec.cu and csrc/cuda/matmul.cu, for the VRAM plan,
 the lowering and the kernel tests. Pure arithmetic: knows no driver and no file.
 """
 
@@ -84,7 +84,7 @@ def x_split_bytes(type_id: int, k: int) -> int:
 
 @dataclass(frozen=True)
 class MatvecShape:
-    """Compile-time constants of one decode kernel (csrc/matvec.cu, struct Shape)."""
+    """Compile-time constants of one decode kernel (csrc/cuda/matvec.cu, struct Shape)."""
 
     stage_units: int
     strips: int
@@ -172,7 +172,7 @@ MATMUL_TILE_ROWS = 64
 
 
 def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
-    """(activation stages, weight slots, shared memory bytes) of a prompt kernel (csrc/matmul.cu, struct Shape)."""
+    """(activation stages, weight slots, shared memory bytes) of a prompt kernel (csrc/cuda/matmul.cu, struct Shape)."""
     x, w = MATMUL_TILE_ROWS * 128, (4 if small else 8) * record_bytes(type_id)
     for stages in (4, 3, 2):
         slots = 2 if unit_k(type_id) == 256 else stages

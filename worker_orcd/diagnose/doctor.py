@@ -209,7 +209,7 @@ def _models() -> Iterator[Finding]:
 
 def _images() -> dict[str, dict[str, object]]:
     """The packaged kernel images: name -> {"sass": [arch, ...], "ptx": arch or None}."""
-    folder = Path(__file__).parent / "fatbins"
+    folder = Path(__file__).parents[1] / "fatbins"
     try:
         listed = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Collection
 from itertools import accumulate
 
-from worker_orcd._merge import ScoreMerger
+from worker_orcd._spm import ScoreMerger
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.tokenizer.metadata import TokenizerMetadata
 from worker_orcd.tokenizer.vocab import SPM_SPACE

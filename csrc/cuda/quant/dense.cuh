@@ -1,7 +1,7 @@
 // F32, F16 and BF16: unquantized matrices in the same records, one plane of whole elements and no scales.
 #pragma once
 
-#include "numbers.cuh"
+#include "dequant.cuh"
 
 struct F32 : Record<64, 1, 4, 32, 0> {
     static HD uint32_t raw_code(const uint8_t* element, int) { return raw_u32(element); }

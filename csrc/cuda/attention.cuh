@@ -1,8 +1,8 @@
 // What the attention kernels share: scores in base 2, float32 operands as two halves, the last step of the softmax.
 #pragma once
 
-#include "ops_params.h"
-#include "ptx.cuh"
+#include "params/ops_params.h"
+#include "common/ptx.cuh"
 
 // As DEVICE, for member functions.
 #define METHOD __device__ __forceinline__

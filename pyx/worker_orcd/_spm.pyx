@@ -1,14 +1,14 @@
 # distutils: language = c++
 """Score-ranked merging of neighbouring pieces (SentencePiece's BPE), O(n log n) in the text.
 
-The algorithm is in csrc/cpu/score_merge.h; this file checks the arguments, owns the vocabulary and lets other Python
+The algorithm is in csrc/host/spm_bpe.h; this file checks the arguments, owns the vocabulary and lets other Python
 threads run meanwhile. It knows no special tokens and no text encoding beyond UTF-8 lengths.
 """
 
 from libc.stdint cimport int32_t, uint32_t
 from libcpp.vector cimport vector
 
-cdef extern from "score_merge.h" namespace "worker_orcd" nogil:
+cdef extern from "host/spm_bpe.h" namespace "worker_orcd" nogil:
     cdef cppclass ScoreVocab:
         ScoreVocab() except +
         void build(const char *blob, const uint32_t *offsets, const float *scores, size_t n_vocab) except +

@@ -9,8 +9,8 @@
 // row, float32 accumulators.
 //
 // Bytes: an expert's weights once per item, x n_out / 128 times, mostly from L2.
-#include "experts_params.h"
-#include "fragments.cuh"
+#include "params/experts_params.h"
+#include "common/mma_tile.cuh"
 #include "matmul_shapes.cuh"
 
 template <class Q, int kTiles>

@@ -1,4 +1,4 @@
-/* Parameters of the expert kernels (route.cu, experts_decode.cu, experts_prompt.cu). Plain C: shared by the kernels, the
+/* Parameters of the expert kernels (route.cu, experts_decode.cu, experts_prefill.cu). Plain C: shared by the kernels, the
    engine's extension modules and the kernel tests. Every kernel takes one of these by value. Sizes are in elements,
    strides in elements of the row's type unless the name says bytes; pointers are device pointers.
 

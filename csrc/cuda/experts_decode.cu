@@ -10,9 +10,9 @@
 // warps' sums are added in order of the warp: a pair's result has the same bits alone and in any company.
 //
 // Bytes: the chosen experts' weights once per item from memory; x once per block (1 tile) or from L1 (2 tiles).
-#include "activations.cuh"
-#include "experts_params.h"
-#include "fragments.cuh"
+#include "common/activations.cuh"
+#include "params/experts_params.h"
+#include "common/mma_tile.cuh"
 #include "matmul_shapes.cuh"
 
 // The stream of one warp's stages over the strips of its block: always kDepth - 1 stages ahead of the sums.

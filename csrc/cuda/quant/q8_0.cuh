@@ -1,7 +1,7 @@
 // Q8_0: blocks of 32 in 34 bytes: float16 d, 32 int8 codes. w = d q.
 #pragma once
 
-#include "numbers.cuh"
+#include "dequant.cuh"
 
 struct Q8_0 : Record<64, 32, 34, 8, 0>, HalfScales<Q8_0> {
     static HD uint32_t raw_code(const uint8_t* block, int k) { return block[2 + k]; }

@@ -3,7 +3,7 @@
 // w = d scale q - dmin min.
 #pragma once
 
-#include "numbers.cuh"
+#include "dequant.cuh"
 
 struct Q2_K : Record<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
     static constexpr int kScaleK = 16;

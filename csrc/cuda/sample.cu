@@ -11,9 +11,9 @@
 //                 the step number for the host.
 // All sums are of integers, so they do not depend on order, and atomics are harmless. Bytes: 4 n_vocab per row in each
 // of the first two launches, again in the third once per filter and once more where there is one.
-#include "ops_params.h"
-#include "ptx.cuh"
-#include "sampling.h"
+#include "params/ops_params.h"
+#include "common/ptx.cuh"
+#include "params/sampling.h"
 
 static constexpr int kThreads = 256;
 static constexpr int kDrawThreads = 1024;

@@ -3,7 +3,7 @@
 // nibble s / 8 of byte s % 8, upper two in bits 2 (s / 4) of byte 8 + s % 4. w = d (scale - 32) (q - 4).
 #pragma once
 
-#include "numbers.cuh"
+#include "dequant.cuh"
 
 struct Q3_K : Record<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
     static constexpr int kScaleK = 16;

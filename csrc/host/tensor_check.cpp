@@ -1,7 +1,7 @@
 // The check of check.h: one table of where the scales of a block are, one scan, threads that take chunks in order.
 //
 // Bytes moved: every byte of the pieces once, into a buffer that stays in the level-2 cache.
-#include "check.h"
+#include "tensor_check.h"
 
 #include <errno.h>
 #include <pthread.h>

@@ -9,7 +9,7 @@
 //
 // A row's logits are the same bits in a decode step and in any chunk of a prompt: its experts do not depend on how it
 // came. Exact weights, float32 products. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per strip.
-#include "experts_params.h"
+#include "params/experts_params.h"
 #include "quant/types.cuh"
 
 constexpr uint32_t kAll = 0xffffffffu;

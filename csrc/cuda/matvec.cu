@@ -14,8 +14,8 @@
 //
 // Bytes: each weight once from memory; float32 x once per block (1 tile) or split x once per strip pair (else).
 // Weights are in flight before the dependency wait.
-#include "activations.cuh"
-#include "matmul_params.h"
+#include "common/activations.cuh"
+#include "params/matmul_params.h"
 #include "matmul_shapes.cuh"
 
 DEVICE int matrix_of(const MatvecParams& p, int strip) {

@@ -13,8 +13,8 @@
 // two per output (quant/types.cuh, kRowScaled).
 //
 // Bytes: weights ceil(rows / 64) times, x ceil(n_out / 128) times, mostly from L2.
-#include "fragments.cuh"
-#include "matmul_params.h"
+#include "common/mma_tile.cuh"
+#include "params/matmul_params.h"
 #include "matmul_shapes.cuh"
 
 template <class Q, int kWarpsM, int kWarpsN, int kTiles>

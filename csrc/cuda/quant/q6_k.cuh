@@ -3,7 +3,7 @@
 // upper bits 2q of byte 32n + l. w = d scale (q - 32).
 #pragma once
 
-#include "numbers.cuh"
+#include "dequant.cuh"
 
 struct Q6_K : Record<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
     static constexpr int kScaleK = 16;

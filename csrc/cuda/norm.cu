@@ -7,8 +7,8 @@
 // norm_vec4 / norm_scalar: one block a row, the row in registers, read once; the scalar form serves widths, strides
 // or addresses that are no multiple of 16 bytes. norm_group: one warp a group (per-head norms).
 // The order of every sum depends on n only. Bytes: 4 n (read) + 4 n (written), 16 n with the residual.
-#include "ops_params.h"
-#include "ptx.cuh"
+#include "params/ops_params.h"
+#include "common/ptx.cuh"
 
 static constexpr int kGroupWarps = 8;
 static constexpr int kGroupColumns = 32;  // columns of a group that one lane holds: groups of up to 1024

@@ -3,7 +3,7 @@
 // Q4_0: w = d (q - 8). Q4_1: w = d q + m.
 #pragma once
 
-#include "numbers.cuh"
+#include "dequant.cuh"
 
 HD uint32_t nibble_halves(const uint8_t* bytes, int k) { return k < 16 ? bytes[k] & 15u : bytes[k - 16] >> 4; }
 

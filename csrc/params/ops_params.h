@@ -192,7 +192,7 @@ typedef struct {
 
 HOST_DEVICE_INLINE int32_t sample_chunks(int32_t n_vocab) { return (n_vocab + SAMPLE_CHUNK - 1) / SAMPLE_CHUNK; }
 
-// How one slot samples; csrc/sampling.h says what the numbers mean.
+// How one slot samples; csrc/params/sampling.h says what the numbers mean.
 typedef struct {
     uint64_t seed;
     float temperature;  // below 1e-5: greedy

@@ -5,7 +5,7 @@
 // s = b[i+4] & 15 | b[i-4] >> 6 << 4, m = b[i+4] >> 4 | b[i] >> 6 << 4. w = d s q - dmin m.
 #pragma once
 
-#include "numbers.cuh"
+#include "dequant.cuh"
 
 HD uint32_t nibble_chunks(const uint8_t* bytes, int k) {
     return (bytes[k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4)) & 15u;

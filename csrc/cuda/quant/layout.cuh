@@ -21,7 +21,7 @@
 #include <string.h>
 
 #ifdef __CUDACC__
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 #define HD __host__ __device__ __forceinline__
 #else
 #define HD inline

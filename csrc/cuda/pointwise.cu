@@ -2,8 +2,8 @@
 //
 // Grid: y = row, x = columns / 1024; a thread has four neighbouring columns and moves them as 16 bytes where addresses,
 // strides and width allow it (the same for the whole launch). Clamps keep NaN.
-#include "ops_params.h"
-#include "ptx.cuh"
+#include "params/ops_params.h"
+#include "common/ptx.cuh"
 
 // The tanh form of GELU (Hendrycks & Gimpel 2016).
 DEVICE float gelu_tanh(float x) { return 0.5f * x * (1.f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
