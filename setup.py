@@ -52,7 +52,7 @@ def say(text: str) -> None:
 
 
 def isa_of(path: Path) -> str:
-    """"_avx2", "_avx512" or "" (baseline)."""
+    """ "_avx2", "_avx512" or "" (baseline)."""
     return next((s for s in ISA_FLAGS if path.stem.endswith(s)), "")
 
 
@@ -118,8 +118,13 @@ class BuildExt(build_ext):
         start = time.monotonic()
         base = Path(self.build_temp)
         base.mkdir(parents=True, exist_ok=True)
-        built = cythonize(self.extensions, build_dir="build/cython", include_path=[str(ROOT / "pyx")],
-                          compiler_directives={"language_level": 3, "embedsignature": True}, quiet=True)
+        built = cythonize(
+            self.extensions,
+            build_dir="build/cython",
+            include_path=[str(ROOT / "pyx")],
+            compiler_directives={"language_level": 3, "embedsignature": True},
+            quiet=True,
+        )
         self.object_dir = base.resolve() / "objects"
         self.object_dir.mkdir(exist_ok=True)
         self.compiler_version = build_cuda.run("g++", "--version").stdout.split("\n")[0]
@@ -182,17 +187,31 @@ class BuildExt(build_ext):
 
     def flags(self) -> list[str]:
         """Options of all C++: optimized, hidden symbols, no instruction set beyond baseline x86-64."""
-        out = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unused-function",
-               "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
+        out = [
+            "-std=c++17",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-pthread",
+            "-Wall",
+            "-Wno-unused-function",
+            "-DNDEBUG",
+            f"-I{ROOT / 'csrc'}",
+        ]
         if SANITIZE:
             return [*out, "-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
         return [*out, "-O3", "-g0"]
 
     def module_flags(self, ext: Extension) -> list[str]:
         """Options of the C++ that Cython wrote."""
-        out = [*self.flags(), "-DPy_LIMITED_API=0x030B0000", "-DCYTHON_LIMITED_API=1",
-               "-Wno-deprecated-declarations", "-Wno-unused-but-set-variable",
-               f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'pyx' / 'worker_orcd'}"]
+        out = [
+            *self.flags(),
+            "-DPy_LIMITED_API=0x030B0000",
+            "-DCYTHON_LIMITED_API=1",
+            "-Wno-deprecated-declarations",
+            "-Wno-unused-but-set-variable",
+            f"-I{sysconfig.get_paths()['include']}",
+            f"-I{ROOT / 'pyx' / 'worker_orcd'}",
+        ]
         if ext.cuda_headers:
             out.append(f"-I{self.cuda_root() / 'include'}")
             if importlib.util.find_spec("cuda.bindings") is None:
@@ -249,4 +268,8 @@ class Wheel(bdist_wheel):
         super().finalize_options()
 
 
-setup(packages=packages(), ext_modules=extensions(), cmdclass={"build": Build, "build_ext": BuildExt, "bdist_wheel": Wheel})
+setup(
+    packages=packages(),
+    ext_modules=extensions(),
+    cmdclass={"build": Build, "build_ext": BuildExt, "bdist_wheel": Wheel},
+)

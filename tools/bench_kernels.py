@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from gpu.kernel_harness import Gpu  # noqa: E402
 from gpu.matmul_host import Matmul, Matrix, Matvec  # noqa: E402
 
-from worker_orcd.cuda import layout
+from worker_orcd.cuda import layout  # noqa: E402
 from worker_orcd.gguf import quants  # noqa: E402
 
 #: bytes of weights to rotate through: well over the L2 of the GPUs this is for

@@ -1,7 +1,7 @@
 """Compile csrc/cuda/*.cu to worker_orcd/fatbins/*.fatbin with nvcc: one fatbin per source, all architectures in it.
 
 Used by setup.py, and by hand while writing kernels: ``python tools/build_cuda.py --archs 90a csrc/cuda/ops.cu``.
-A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), csrc/cuda/spills.txt, the flags or
+A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), spills.txt, the flags or
 the compiler changed. A kernel that spills registers fails the build unless csrc/cuda/spills.txt lists it with a reason.
 This file knows no kernel, no setuptools and nothing of the package at run time except the manifest it leaves there.
 """
@@ -102,8 +102,9 @@ def targets(spec: str | None) -> tuple[Targets, str]:
     wanted = [a.strip().removeprefix("sm_") for a in spec.split(",") if a.strip()]
     unknown = [a for a in wanted if a not in (*ARCHS, "ptx")]
     if unknown or not wanted:
-        raise BuildError(f"{why}: unknown architecture {', '.join(unknown) or '(none)'};"
-                         f" use all, ptx or some of {', '.join(ARCHS)}")
+        raise BuildError(
+            f"{why}: unknown architecture {', '.join(unknown) or '(none)'}; use all, ptx or some of {', '.join(ARCHS)}"
+        )
     return Targets(tuple(a for a in ARCHS if a in wanted), OLDEST_PTX if "ptx" in wanted else None), why
 
 
@@ -122,8 +123,10 @@ def cuda_root() -> Path:
     for nvcc in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if nvcc and os.path.exists(nvcc) and _nvcc_version(nvcc)[0] >= MIN_NVCC:
             return Path(nvcc).resolve().parent.parent
-    raise BuildError("no CUDA compiler: neither the wheels (pip install 'cuda-toolkit[nvcc,cccl]==13.0.*') nor a"
-                     f" system nvcc of version {MIN_NVCC} or later was found")
+    raise BuildError(
+        "no CUDA compiler: neither the wheels (pip install 'cuda-toolkit[nvcc,cccl]==13.0.*') nor a"
+        f" system nvcc of version {MIN_NVCC} or later was found"
+    )
 
 
 def _nvcc_version(nvcc: str | Path) -> tuple[int, str]:
@@ -192,7 +195,17 @@ class Compiler:
 
     def flags(self) -> list[str]:
         """Options of every kernel. No fast math: denormals, NaN and division are those of the plan."""
-        return ["-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "-I", str(KERNELS), "-Xptxas", "-v", *self.targets.flags()]
+        return [
+            "-O3",
+            "-std=c++17",
+            "-I",
+            str(ROOT / "csrc"),
+            "-I",
+            str(KERNELS),
+            "-Xptxas",
+            "-v",
+            *self.targets.flags(),
+        ]
 
     def stamp(self) -> str:
         """What a fatbin depends on besides its sources."""
@@ -220,13 +233,18 @@ class Compiler:
         if warnings:
             print("\n".join(warnings), flush=True)
         rows = allowed_spills(self.spills)
-        bad = [s for s in spilling(done.stdout + done.stderr)
-               if not any(r.search(s[0]) and a in ("*", s[1]) for r, a, _ in rows)]
+        bad = [
+            s
+            for s in spilling(done.stdout + done.stderr)
+            if not any(r.search(s[0]) and a in ("*", s[1]) for r, a, _ in rows)
+        ]
         if bad:
             made.unlink()
             listed = "\n".join(f"  {kernel} on sm_{arch}: {n} bytes" for kernel, arch, n in bad)
-            raise BuildError(f"{source.name}: kernels that spill registers (list them with a reason in csrc/cuda/spills.txt"
-                             f" or make them smaller):\n{listed}")
+            raise BuildError(
+                f"{source.name}: kernels that spill registers (list them with a reason in csrc/cuda/spills.txt"
+                f" or make them smaller):\n{listed}"
+            )
         made.replace(out)
         mark_built(out, self.stamp())
         return out
@@ -260,8 +278,11 @@ def main() -> int:
     """Compile kernels into the source tree; returns an exit code."""
     parser = argparse.ArgumentParser(description="Compile csrc/cuda/*.cu into worker_orcd/fatbins.")
     parser.add_argument("files", nargs="*", type=Path, help="sources (default: all)")
-    parser.add_argument("--archs", default=os.environ.get("WORKER_ORCD_CUDA_ARCHS"),
-                        help="all, ptx, or for example 90a,100 (default: the GPU that is present)")
+    parser.add_argument(
+        "--archs",
+        default=os.environ.get("WORKER_ORCD_CUDA_ARCHS"),
+        help="all, ptx, or for example 90a,100 (default: the GPU that is present)",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "worker_orcd" / "fatbins")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()

@@ -68,8 +68,13 @@ def compare(llama: LlamaCpp, args: argparse.Namespace, tests: dict[str, int]) ->
     for test, n in tests.items():
         mine, theirs = (n / statistics.median(seconds[test, who]) for who in ("worker_orcd", "llama_cpp"))
         rows[f"{test} {n}"] = {"worker_orcd": mine, "llama_cpp": theirs, "ratio": mine / theirs}
-    return {"model": os.path.basename(args.model), "threads": args.threads, "repeat": args.repeat,
-            "llama_cpp_python": llama.version, "tests": rows}
+    return {
+        "model": os.path.basename(args.model),
+        "threads": args.threads,
+        "repeat": args.repeat,
+        "llama_cpp_python": llama.version,
+        "tests": rows,
+    }
 
 
 class LlamaCpp:
@@ -99,8 +104,15 @@ def peer(model: str, threads: int, n_positions: int) -> None:
 
     import llama_cpp
 
-    llm = llama_cpp.Llama(model, n_ctx=max(512, n_positions), n_batch=max(512, n_positions), n_threads=threads,
-                          n_threads_batch=threads, logits_all=False, verbose=False)
+    llm = llama_cpp.Llama(
+        model,
+        n_ctx=max(512, n_positions),
+        n_batch=max(512, n_positions),
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=False,
+        verbose=False,
+    )
     pick = random.Random(1)
     ids = [pick.randrange(llm.n_vocab()) for _ in range(n_positions)]
     print(llama_cpp.__version__, flush=True)

@@ -49,8 +49,9 @@ def run(command: list[str], log: Path, limit: float, env: dict[str, str]) -> tup
     print(f"$ {' '.join(command)}", flush=True)
     began = time.monotonic()
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **env},
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **env}, start_new_session=True
+        )
         try:
             code: int | None = process.wait(limit)
         except BaseException as error:
@@ -70,8 +71,24 @@ def said(code: int | None) -> str:
 def check_tests(args: argparse.Namespace, log: Path) -> Result:
     """The GPU tests."""
     report = args.out / "tests.xml"
-    code, seconds = run([sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider",
-                         f"--junitxml={report}", *args.pytest], log, args.limit, {"WORKER_ORCD_REQUIRE_GPU": "1"})
+    code, seconds = run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-q",
+            "-rA",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *args.pytest,
+        ],
+        log,
+        args.limit,
+        {"WORKER_ORCD_REQUIRE_GPU": "1"},
+    )
     counts: dict[str, int] = {}
     lines = []
     if report.exists():
@@ -83,32 +100,54 @@ def check_tests(args: argparse.Namespace, log: Path) -> Result:
         if len(lines) > MOST_LINES:
             lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more, see {report}"]
     passed = counts.get("tests", 0) - sum(counts.get(name, 0) for name in ("failures", "errors", "skipped"))
-    lines.insert(0, f"{passed} passed, {counts.get('failures', 0) + counts.get('errors', 0)} failed, "
-                    f"{counts.get('skipped', 0)} skipped ({said(code)})")
+    lines.insert(
+        0,
+        f"{passed} passed, {counts.get('failures', 0) + counts.get('errors', 0)} failed, "
+        f"{counts.get('skipped', 0)} skipped ({said(code)})",
+    )
     return Result("tests", code == 0, seconds, lines, counts)
 
 
 def check_goldens(args: argparse.Namespace, log: Path) -> Result:
     """Logits against the reference files."""
     report = args.out / "goldens.json"
-    command = [sys.executable, "tools/check_goldens.py", str(args.goldens), "--device", args.device, "--only",
-               args.cases, "--json", str(report)]
+    command = [
+        sys.executable,
+        "tools/check_goldens.py",
+        str(args.goldens),
+        "--device",
+        args.device,
+        "--only",
+        args.cases,
+        "--json",
+        str(report),
+    ]
     if args.models_dir is not None:
         command += ["--models", str(args.models_dir)]
     code, seconds = run(command, log, args.limit, {})
     rows = json.loads(report.read_text()) if report.exists() else []
-    bad = [f"past its limit: {r['case']} {r['what']} {r['measured']:.3g} (limit {r['limit']:.3g})" for r in rows
-           if not r["ok"]]
+    bad = [
+        f"past its limit: {r['case']} {r['what']} {r['measured']:.3g} (limit {r['limit']:.3g})"
+        for r in rows
+        if not r["ok"]
+    ]
     missing = re.findall(r"^missing model: (.*)$", log.read_text(errors="replace"), re.MULTILINE)
-    lines = [f"{len(rows) - len(bad)} of {len(rows)} within their limits ({said(code)})", *bad,
-             *(f"missing model, not compared: {path}" for path in missing)]
+    lines = [
+        f"{len(rows) - len(bad)} of {len(rows)} within their limits ({said(code)})",
+        *bad,
+        *(f"missing model, not compared: {path}" for path in missing),
+    ]
     return Result("goldens", bool(rows) and not bad and (code == 0 or bool(missing)), seconds, lines, rows)
 
 
 def check_sanitize(args: argparse.Namespace, log: Path) -> Result:
     """compute-sanitizer's four tools."""
-    code, seconds = run(["tools/sanitize_gpu.sh"], log, args.sanitize_limit,
-                        {"PYTHON": sys.executable, "WORKER_ORCD_GOLDENS": str(args.goldens)})
+    code, seconds = run(
+        ["tools/sanitize_gpu.sh"],
+        log,
+        args.sanitize_limit,
+        {"PYTHON": sys.executable, "WORKER_ORCD_GOLDENS": str(args.goldens)},
+    )
     tools = re.findall(r"^(\w+check +\w+ +\d+ s  .*)$", log.read_text(errors="replace"), re.MULTILINE)
     return Result("sanitize", code == 0, seconds, [f"{said(code)}", *tools], tools)
 
@@ -119,9 +158,30 @@ def check_bench(args: argparse.Namespace, log: Path) -> Result:
     for model in args.model:
         one = args.out / f"bench-{model.stem}.log"
         one.unlink(missing_ok=True)
-        code, seconds = run([sys.executable, "-m", "worker_orcd", "bench", "--model", str(model), "--device",
-                             args.device, "-p", args.prompts, "-n", str(args.n_gen), "--batch", args.batch, "--repeat",
-                             "5", "--json"], one, args.limit, {})
+        code, seconds = run(
+            [
+                sys.executable,
+                "-m",
+                "worker_orcd",
+                "bench",
+                "--model",
+                str(model),
+                "--device",
+                args.device,
+                "-p",
+                args.prompts,
+                "-n",
+                str(args.n_gen),
+                "--batch",
+                args.batch,
+                "--repeat",
+                "5",
+                "--json",
+            ],
+            one,
+            args.limit,
+            {},
+        )
         total += seconds
         text = one.read_text(errors="replace")
         log.open("a").write(text)
@@ -133,8 +193,10 @@ def check_bench(args: argparse.Namespace, log: Path) -> Result:
         r = json.loads(found)
         figures.append({"file": str(model), **r})
         load = f" at {r['load_gb_per_s']:.1f} GB/s" if r.get("load_gb_per_s") else ""
-        lines.append(f"{model.name}: loaded in {r['load_s']:.2f} s{load}, VRAM {r['vram_bytes'] / 1e6:,.0f} MB, copy "
-                     f"bandwidth {r['bandwidth_gb_per_s'] or 0:,.0f} GB/s")
+        lines.append(
+            f"{model.name}: loaded in {r['load_s']:.2f} s{load}, VRAM {r['vram_bytes'] / 1e6:,.0f} MB, copy "
+            f"bandwidth {r['bandwidth_gb_per_s'] or 0:,.0f} GB/s"
+        )
         for m in r["results"]:
             rate = "" if m["gb_per_s"] is None else f"  {m['gb_per_s']:8,.1f} GB/s"
             share = "" if m["percent_of_bandwidth"] is None else f"  {m['percent_of_bandwidth']:4.0f} %"
@@ -150,8 +212,12 @@ def check_calls(args: argparse.Namespace, log: Path) -> Result:
     if not args.model:
         return Result("calls", True, 0.0, ["no --model was given"])
     report = args.out / "calls.json"
-    code, seconds = run([sys.executable, "tools/trace_calls.py", "--model", str(args.model[0]), "--json", str(report)],
-                        log, args.limit, {})
+    code, seconds = run(
+        [sys.executable, "tools/trace_calls.py", "--model", str(args.model[0]), "--json", str(report)],
+        log,
+        args.limit,
+        {},
+    )
     figures = json.loads(report.read_text()) if report.exists() else None
     lines = log.read_text(errors="replace").rstrip().splitlines()
     return Result("calls", code == 0, seconds, [said(code), *lines], figures)
@@ -168,8 +234,12 @@ def check_kernels(args: argparse.Namespace, log: Path) -> Result:
 
 
 CHECKS: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
-    "tests": check_tests, "goldens": check_goldens, "sanitize": check_sanitize, "bench": check_bench,
-    "calls": check_calls, "kernels": check_kernels,
+    "tests": check_tests,
+    "goldens": check_goldens,
+    "sanitize": check_sanitize,
+    "bench": check_bench,
+    "calls": check_calls,
+    "kernels": check_kernels,
 }
 
 
@@ -179,10 +249,16 @@ def machine(device: str) -> dict[str, object]:
 
     found = {f.name: f.detail for f in doctor.check()}
     git = subprocess.run(["git", "log", "-1", "--format=%h"], capture_output=True, text=True, check=False, cwd=ROOT)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False,
-                             cwd=ROOT)
-    return {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "device": device,
-            "commit": git.stdout.strip() or None, "changed_since": bool(changed.stdout.strip()), "doctor": found}
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": device,
+        "commit": git.stdout.strip() or None,
+        "changed_since": bool(changed.stdout.strip()),
+        "doctor": found,
+    }
 
 
 def main() -> int:
@@ -192,8 +268,12 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--model", type=Path, action="append", default=[], help="a GGUF file to bench; may be repeated")
-    parser.add_argument("--goldens", type=Path, help="the reference files (WORKER_ORCD_GOLDENS, ../shared/goldens)",
-                        default=Path(os.environ.get("WORKER_ORCD_GOLDENS") or ROOT.parent / "shared" / "goldens"))
+    parser.add_argument(
+        "--goldens",
+        type=Path,
+        help="the reference files (WORKER_ORCD_GOLDENS, ../shared/goldens)",
+        default=Path(os.environ.get("WORKER_ORCD_GOLDENS") or ROOT.parent / "shared" / "goldens"),
+    )
     parser.add_argument("--models-dir", type=Path, help="the real models that the reference values are of")
     parser.add_argument("--cases", default="*", help="shell pattern of the reference cases")
     parser.add_argument("--prompts", default="512,2048", help="prompt lengths of the bench")
@@ -222,7 +302,8 @@ def main() -> int:
             results.append(Result(part, False, 0.0, [f"{type(error).__name__}: {error}"]))
         # after every part, so that a run that is cut off leaves what it has
         (args.out / "gpu_check.json").write_text(
-            json.dumps({"machine": facts, "parts": [asdict(r) for r in results]}, indent=1))
+            json.dumps({"machine": facts, "parts": [asdict(r) for r in results]}, indent=1)
+        )
     print(f"\n{facts['date']}, commit {facts['commit']}{' and changes' if facts['changed_since'] else ''}")
     for name, detail in facts["doctor"].items():
         if "gpu" in name.lower() or "driver" in name.lower():

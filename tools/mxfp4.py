@@ -38,7 +38,7 @@ def quantize(x: np.ndarray) -> np.ndarray:
     out = np.empty((len(blocks), TYPE_SIZE), np.uint8)
     step = _CHUNK // BLOCK_SIZE
     for start in range(0, len(blocks), step):
-        _quantize_blocks(blocks[start:start + step], out[start:start + step])
+        _quantize_blocks(blocks[start : start + step], out[start : start + step])
     return out.reshape(*x.shape[:-1], -1)
 
 

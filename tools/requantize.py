@@ -96,8 +96,9 @@ def _write(model: ModelFile, path: pathlib.Path, types: dict[str, quants.QuantTy
         writer.add_quantization_version(_QUANTIZATION_VERSION)
         for name, kind in types.items():
             shape = _byte_shape(model.tensors[name].shape, kind)
-            writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)),
-                                   gguf.GGMLQuantizationType(kind.id))
+            writer.add_tensor_info(
+                name, shape, np.dtype(np.uint8), int(np.prod(shape)), gguf.GGMLQuantizationType(kind.id)
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -138,8 +139,8 @@ def _converted(model: ModelFile, name: str, kind: quants.QuantType) -> np.ndarra
     out = np.empty((len(rows), kind.row_bytes(info.shape[0])), np.uint8)
     step = max(1, _CHUNK // info.shape[0])
     for start in range(0, len(rows), step):
-        values = dequantize(rows[start:start + step], gguf.GGMLQuantizationType(info.type_id))
-        out[start:start + step] = quantized(values, kind, name)
+        values = dequantize(rows[start : start + step], gguf.GGMLQuantizationType(info.type_id))
+        out[start : start + step] = quantized(values, kind, name)
     return out.reshape(_byte_shape(info.shape, kind))
 
 
@@ -169,8 +170,10 @@ def main(args: Iterable[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     held = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
-    print(f"{options.target}: {os.path.getsize(options.target) / 1e6:.0f} MB ({held}), "
-          f"{time.perf_counter() - began:.1f} s")
+    print(
+        f"{options.target}: {os.path.getsize(options.target) / 1e6:.0f} MB ({held}), "
+        f"{time.perf_counter() - began:.1f} s"
+    )
     return 0
 
 

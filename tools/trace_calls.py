@@ -29,8 +29,12 @@ from worker_orcd.errors import WorkerError
 DRIVER_API = 1  # CUPTI_CB_DOMAIN_DRIVER_API
 ENTER = 0  # CUPTI_API_ENTER
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.POINTER(ctypes.c_int))
-_PLACES = ("{site}/nvidia/cu13/lib/libcupti.so*", "{site}/nvidia/cuda_cupti/lib/libcupti.so*",
-           "{cuda}/extras/CUPTI/lib64/libcupti.so*", "{cuda}/lib64/libcupti.so*")
+_PLACES = (
+    "{site}/nvidia/cu13/lib/libcupti.so*",
+    "{site}/nvidia/cuda_cupti/lib/libcupti.so*",
+    "{cuda}/extras/CUPTI/lib64/libcupti.so*",
+    "{cuda}/lib64/libcupti.so*",
+)
 #: calls that make the host wait for the device
 WAITS = ("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize", "cuMemcpyDtoH", "cuMemcpyHtoD", "cuMemcpy")
 

@@ -78,8 +78,14 @@ class CudaError(WorkerError):
 
     code = "CUDA_ERROR"
 
-    def __init__(self, message: str, call: str | None = None, status_name: str | None = None,
-                 sticky: bool = False, **fields: object) -> None:
+    def __init__(
+        self,
+        message: str,
+        call: str | None = None,
+        status_name: str | None = None,
+        sticky: bool = False,
+        **fields: object,
+    ) -> None:
         super().__init__(message, call=call, status_name=status_name, **fields)
         self.sticky = sticky
 

@@ -36,13 +36,25 @@ def create_app(service: Service) -> falcon.App:
             known = http_errors.from_exception(error)
         if req.method == "POST":
             # no message: a misquoted body can make a field's name of a prompt
-            service.events.emit("refused", path=req.path, status=known.status, code=known.code,
-                                correlation_id=req.context.correlation_id)
+            service.events.emit(
+                "refused",
+                path=req.path,
+                status=known.status,
+                code=known.code,
+                correlation_id=req.context.correlation_id,
+            )
         if known is not error and known.status >= 500:
             # where it happened, not what it said: the text of a foreign exception may hold a prompt
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            service.events.emit("error", "error", code=known.code, message=known.message, path=req.path,
-                                correlation_id=req.context.correlation_id, at=f"{frame.filename}:{frame.lineno}")
+            service.events.emit(
+                "error",
+                "error",
+                code=known.code,
+                message=known.message,
+                path=req.path,
+                correlation_id=req.context.correlation_id,
+                at=f"{frame.filename}:{frame.lineno}",
+            )
         service.note_error(known)
         http_errors.answer(resp, known)
 

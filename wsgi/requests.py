@@ -51,8 +51,9 @@ class ExecuteRequest(msgspec.Struct, forbid_unknown_fields=True):
         if not self.prompt:
             raise InvalidRequest("prompt must not be empty", field="prompt")
         if len(self.prompt) > MAX_PROMPT_CHARS:
-            raise InvalidRequest(f"prompt has {len(self.prompt)} characters; at most {MAX_PROMPT_CHARS} are taken",
-                                 field="prompt")
+            raise InvalidRequest(
+                f"prompt has {len(self.prompt)} characters; at most {MAX_PROMPT_CHARS} are taken", field="prompt"
+            )
         if "\0" in self.prompt:
             raise InvalidRequest("prompt holds a NUL character", field="prompt")
         if self.stop is not msgspec.UNSET and any("\0" in s for s in self.stop):
@@ -60,8 +61,9 @@ class ExecuteRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     def sampling(self) -> SamplingParams:
         """The sampling fields that were given, not yet checked."""
-        given = {name: value for name in self.__struct_fields__[2:]
-                 if (value := getattr(self, name)) is not msgspec.UNSET}
+        given = {
+            name: value for name in self.__struct_fields__[2:] if (value := getattr(self, name)) is not msgspec.UNSET
+        }
         return SamplingParams(**given)
 
 
@@ -165,8 +167,9 @@ def correlation_id(value: str | None) -> str:
     if value is None:
         return secrets.token_hex(16)
     if not _CORRELATION_ID.fullmatch(value):
-        raise InvalidRequest(f"{CORRELATION_HEADER} must be 1 to 128 printable ASCII characters",
-                             field=CORRELATION_HEADER)
+        raise InvalidRequest(
+            f"{CORRELATION_HEADER} must be 1 to 128 printable ASCII characters", field=CORRELATION_HEADER
+        )
     return value
 
 
@@ -191,8 +194,10 @@ def seconds_left(value: str | None) -> float | None:
                 raise ValueError("a time without a zone")
             moment = parsed.timestamp()
     except (ValueError, OverflowError):
-        raise InvalidRequest(f"{DEADLINE_HEADER} must be an RFC 3339 time with its zone, or milliseconds since 1970",
-                             field=DEADLINE_HEADER) from None
+        raise InvalidRequest(
+            f"{DEADLINE_HEADER} must be an RFC 3339 time with its zone, or milliseconds since 1970",
+            field=DEADLINE_HEADER,
+        ) from None
     left = moment - time.time()
     if left <= 0:
         raise InferenceTimeout(f"the deadline passed {math.ceil(-left * 1000)} ms ago")

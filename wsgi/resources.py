@@ -49,21 +49,33 @@ class Execute:
             room = max(1, llm.info.context_length - len(ids))
             params = dataclasses.replace(params, max_tokens=min(config.max_tokens_out, room))
         limit = config.inference_timeout_sec
-        job = llm.submit(ids, params, job_id=request.job_id,
-                         deadline=time.monotonic() + (limit if left is None else min(left, limit)))
+        job = llm.submit(
+            ids,
+            params,
+            job_id=request.job_id,
+            deadline=time.monotonic() + (limit if left is None else min(left, limit)),
+        )
         log = service.events.bind(job_id=request.job_id, correlation_id=req.context.correlation_id)
         resp.stream = JobStream(service, job, log, req.env.get("gunicorn.socket"))
-        log.emit("execute_start", tokens_in=job.tokens_in, **text_facts("prompt", request.prompt), seed=job.seed,
-                 max_tokens=params.max_tokens, temperature=params.temperature, n_stop=len(params.stop),
-                 deadline_in_sec=left)
+        log.emit(
+            "execute_start",
+            tokens_in=job.tokens_in,
+            **text_facts("prompt", request.prompt),
+            seed=job.seed,
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            n_stop=len(params.stop),
+            deadline_in_sec=left,
+        )
         resp.content_type = EVENT_STREAM
         resp.set_header("Cache-Control", "no-store")
         resp.set_header("X-Accel-Buffering", "no")
 
     def _encode(self, llm: LLM, prompt: str) -> list[int]:
         if llm.tokenizer is None:
-            raise InvalidRequest("the model has no tokenizer; the worker can be given one with --tokenizer",
-                                 field="prompt")
+            raise InvalidRequest(
+                "the model has no tokenizer; the worker can be given one with --tokenizer", field="prompt"
+            )
         ids = llm.tokenizer.encode(prompt)
         limit = self._service.config.max_tokens_in
         if limit is not None and len(ids) > limit:
@@ -82,8 +94,9 @@ class Cancel:
         llm = self._service.llm_for_cancel()
         request = requests.decode(requests.read_body(req), requests.CancelRequest)
         state = llm.cancel(request.job_id)
-        self._service.events.emit("cancel", job_id=request.job_id, correlation_id=req.context.correlation_id,
-                                  state=state)
+        self._service.events.emit(
+            "cancel", job_id=request.job_id, correlation_id=req.context.correlation_id, state=state
+        )
         _json(resp, 202, {"job_id": request.job_id, "state": state})
 
 

@@ -59,17 +59,32 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
     listener = _listen(config.host, config.port)
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
-    events = EventLog(None, config.log_format, worker_id=config.worker_id, model_ref=os.path.basename(config.model),
-                      gpu_device=config.gpu_device)
-    events.emit("startup", version=worker_orcd.__version__, pid=os.getpid(), device=config.device, path=config.model,
-                host=config.host, port=port, max_streams=config.max_streams, max_queue=config.max_queue)
+    events = EventLog(
+        None,
+        config.log_format,
+        worker_id=config.worker_id,
+        model_ref=os.path.basename(config.model),
+        gpu_device=config.gpu_device,
+    )
+    events.emit(
+        "startup",
+        version=worker_orcd.__version__,
+        pid=os.getpid(),
+        device=config.device,
+        path=config.model,
+        host=config.host,
+        port=port,
+        max_streams=config.max_streams,
+        max_queue=config.max_queue,
+    )
     _Application(config, events, load, listener, f"http://{host}:{port}").run()
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                                             flags=socket.AI_PASSIVE)[0]
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -129,8 +144,9 @@ class _Application(BaseApplication):
     def load(self) -> Any:
         """The WSGI application, in the worker process. Called by gunicorn."""
         master = os.getppid()
-        self._service = Service(self._config, self._events, self._load, self._url,
-                                terminate=lambda: os.kill(master, signal.SIGTERM))
+        self._service = Service(
+            self._config, self._events, self._load, self._url, terminate=lambda: os.kill(master, signal.SIGTERM)
+        )
         return create_app(self._service)
 
     def run(self) -> None:

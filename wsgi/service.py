@@ -40,12 +40,24 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
     VRAM plan and the free bytes before it takes memory of a GPU, and `on_fatal` should the engine die later."""
     from worker_orcd.runtime.llm import LLM  # opens compiled modules, which a server with another model does not need
 
-    return LLM(config.model, device=config.device, context_length=config.context_length,
-               kv_cache_bytes=config.kv_cache_bytes, max_seqs=config.max_streams, max_queue=config.max_queue,
-               n_threads=config.n_threads, tokenizer=config.tokenizer, check_tensors=config.check_tensors,
-               expect_sha256=config.expect_sha256, trusted_models=config.trusted_models,
-               vram_limit_bytes=config.vram_limit_bytes, chunk_bytes=config.chunk_bytes,
-               progress=True if config.progress_bar else progress, on_fatal=on_fatal, on_plan=on_plan)
+    return LLM(
+        config.model,
+        device=config.device,
+        context_length=config.context_length,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_seqs=config.max_streams,
+        max_queue=config.max_queue,
+        n_threads=config.n_threads,
+        tokenizer=config.tokenizer,
+        check_tensors=config.check_tensors,
+        expect_sha256=config.expect_sha256,
+        trusted_models=config.trusted_models,
+        vram_limit_bytes=config.vram_limit_bytes,
+        chunk_bytes=config.chunk_bytes,
+        progress=True if config.progress_bar else progress,
+        on_fatal=on_fatal,
+        on_plan=on_plan,
+    )
 
 
 class Service:
@@ -60,9 +72,15 @@ class Service:
         terminate: asks for an orderly end of the whole server, as SIGTERM would.
     """
 
-    def __init__(self, config: ServeConfig, events: EventLog, load: Loader = load_llm, url: str = "",
-                 on_exit: Callable[[int], None] = lambda code: None,
-                 terminate: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        events: EventLog,
+        load: Loader = load_llm,
+        url: str = "",
+        on_exit: Callable[[int], None] = lambda code: None,
+        terminate: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config = config
         self.events = events
         self.url = url
@@ -77,8 +95,11 @@ class Service:
         self._llm: LLM | None = None
         self._watch: Watch | None = None
         self._started_at = time.monotonic()
-        self._facts: dict[str, Any] = {"worker_id": config.worker_id, "model": os.path.basename(config.model),
-                                       "device": config.device}
+        self._facts: dict[str, Any] = {
+            "worker_id": config.worker_id,
+            "model": os.path.basename(config.model),
+            "device": config.device,
+        }
         self._streams: set[object] = set()
         self._no_streams = threading.Condition(self._lock)
 
@@ -86,7 +107,7 @@ class Service:
 
     @property
     def state(self) -> str:
-        """"loading" | "ready" | "unhealthy" | "stopping"."""
+        """ "loading" | "ready" | "unhealthy" | "stopping"."""
         return self._state
 
     def llm(self) -> LLM:
@@ -97,8 +118,11 @@ class Service:
         """
         llm = self._llm
         if self._state != "ready" or llm is None:
-            reasons = {"loading": "the model is loading", "stopping": "the worker is shutting down",
-                       "unhealthy": "the worker is unhealthy"}
+            reasons = {
+                "loading": "the model is loading",
+                "stopping": "the worker is shutting down",
+                "unhealthy": "the worker is unhealthy",
+            }
             raise NotReady(reasons.get(self._state, "the worker is not ready"))
         return llm
 
@@ -118,8 +142,11 @@ class Service:
         if state == "loading":
             return False, {"status": "loading", "percent": self._percent, **self._facts}
         status = {"ready": "healthy", "stopping": "stopping"}.get(state, "unhealthy")
-        return state == "ready", {"status": status, **self._facts,
-                                  "uptime_seconds": round(time.monotonic() - self._started_at, 1)}
+        return state == "ready", {
+            "status": status,
+            **self._facts,
+            "uptime_seconds": round(time.monotonic() - self._started_at, 1),
+        }
 
     def stream_opened(self, stream: object) -> None:
         """Count a stream whose terminal event is still to be sent."""
@@ -207,8 +234,13 @@ class Service:
             return
         self._advance(100)
         n_bytes = info.get("model_bytes") or size or 0
-        events.emit("model_load_complete", bytes=n_bytes, seconds=seconds, gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
-                    **{k: info.get(k) for k in ("quant_kind", "device", "context_length", "kv_bytes", "vram_bytes")})
+        events.emit(
+            "model_load_complete",
+            bytes=n_bytes,
+            seconds=seconds,
+            gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
+            **{k: info.get(k) for k in ("quant_kind", "device", "context_length", "kv_bytes", "vram_bytes")},
+        )
         if info.get("verified_by") is not None:
             events.emit("provenance", **provenance_facts(info))
         watch = Watch(llm, events, config.residency_check_sec, self._not_resident, self.engine_died, self._know_digest)

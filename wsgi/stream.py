@@ -96,17 +96,30 @@ class JobStream:
         self._closed = True
         self._job.cancel()
         self._service.stream_closed(self)
-        self._log.emit("execute_end", "info" if "code" not in self._outcome else "warning", **self._outcome,
-                       tokens_in=self._job.tokens_in, tokens_out=self._tokens_out, text_chars=self._text_chars,
-                       text_sha256=self._text_hash.hexdigest(), seconds=time.monotonic() - self._began)
+        self._log.emit(
+            "execute_end",
+            "info" if "code" not in self._outcome else "warning",
+            **self._outcome,
+            tokens_in=self._job.tokens_in,
+            tokens_out=self._tokens_out,
+            text_chars=self._text_chars,
+            text_sha256=self._text_hash.hexdigest(),
+            seconds=time.monotonic() - self._began,
+        )
 
     def _run(self) -> Iterator[bytes]:
         job = self._job
         try:
-            yield encode_event("started", {
-                "job_id": job.job_id, "model": self._service.health()[1]["model"],
-                "started_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                "seed": job.seed, "tokens_in": job.tokens_in})
+            yield encode_event(
+                "started",
+                {
+                    "job_id": job.job_id,
+                    "model": self._service.health()[1]["model"],
+                    "started_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                    "seed": job.seed,
+                    "tokens_in": job.tokens_in,
+                },
+            )
             while True:
                 event = job.next_event(WATCH_SEC)
                 if isinstance(event, Finished):
@@ -147,14 +160,28 @@ class JobStream:
     def _finished(self, end: Finished) -> bytes:
         times = end.timings
         self._tokens_out = end.tokens_out
-        self._outcome = {"outcome": "finished", "finish_reason": end.finish_reason, "queue_ms": times.queue_ms,
-                         "prefill_ms": times.prefill_ms, "decode_ms": times.decode_ms,
-                         "tokens_per_s": times.tokens_per_s}
-        metrics = {"queue_ms": round(times.queue_ms, 3), "prefill_ms": round(times.prefill_ms, 3),
-                   "decode_ms": round(times.decode_ms, 3), "tokens_per_s": round(times.tokens_per_s, 2)}
-        return encode_event("metrics", metrics) + encode_event("end", {
-            "tokens_out": end.tokens_out, "decode_time_ms": round(times.decode_ms, 3),
-            "finish_reason": end.finish_reason})
+        self._outcome = {
+            "outcome": "finished",
+            "finish_reason": end.finish_reason,
+            "queue_ms": times.queue_ms,
+            "prefill_ms": times.prefill_ms,
+            "decode_ms": times.decode_ms,
+            "tokens_per_s": times.tokens_per_s,
+        }
+        metrics = {
+            "queue_ms": round(times.queue_ms, 3),
+            "prefill_ms": round(times.prefill_ms, 3),
+            "decode_ms": round(times.decode_ms, 3),
+            "tokens_per_s": round(times.tokens_per_s, 2),
+        }
+        return encode_event("metrics", metrics) + encode_event(
+            "end",
+            {
+                "tokens_out": end.tokens_out,
+                "decode_time_ms": round(times.decode_ms, 3),
+                "finish_reason": end.finish_reason,
+            },
+        )
 
     def _failed(self, error: WorkerError, cause: BaseException) -> bytes:
         self._outcome = {"outcome": "error", "code": error.code, "message": error.message}

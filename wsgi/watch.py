@@ -37,9 +37,15 @@ class Watch:
         on_digest: called with the file's SHA-256 once it is known.
     """
 
-    def __init__(self, llm: LLM, events: EventLog, residency_check_sec: float,
-                 on_not_resident: Callable[[list[str]], None], on_fatal: Callable[[WorkerError], None],
-                 on_digest: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        events: EventLog,
+        residency_check_sec: float,
+        on_not_resident: Callable[[list[str]], None],
+        on_fatal: Callable[[WorkerError], None],
+        on_digest: Callable[[str], None],
+    ) -> None:
         self._llm = llm
         self._events = events
         self._interval = residency_check_sec

@@ -39,8 +39,8 @@ WO_INLINE void weighted_sum(const float* v, int v_stride, const float* weights, 
 }
 
 // One query head and one block: keys [p0, p1] of it. k [head_dim][64], v [64][v_stride], acc [v_stride].
-static void attend_block(const float* q, const float* k, const float* v, int head_dim, int v_stride, float scale, int p0,
-                         int p1, float* weights, float* acc, float* max_seen, float* total) {
+static void attend_block(const float* q, const float* k, const float* v, int head_dim, int v_stride, float scale,
+                         int p0, int p1, float* weights, float* acc, float* max_seen, float* total) {
     constexpr int kGroups = kBlockPositions / 16;
     const F minus_infinity = set1(-__builtin_inff());
     F s[kGroups];
@@ -81,13 +81,13 @@ static void attend_block(const float* q, const float* k, const float* v, int hea
 
 static void attention(const AttentionTask& t, int r0, int r1, int h0, int h1, float* scratch) {
     const int kv_head = h0 / (t.n_head / t.n_head_kv), group = h1 - h0, hd = t.head_dim, vs = t.v_stride;
-    float* k = scratch;                                // [head_dim][64]
-    float* v = k + (int64_t)hd * kBlockPositions;      // [64][v_stride]
+    float* k = scratch;                                  // [head_dim][64]
+    float* v = k + (int64_t)hd * kBlockPositions;        // [64][v_stride]
     float* weights = v + (int64_t)vs * kBlockPositions;  // [64]
-    float* acc = weights + kBlockPositions;            // [rows][group][v_stride]
+    float* acc = weights + kBlockPositions;              // [rows][group][v_stride]
     const int queries = (r1 - r0) * group;
-    float* max_seen = acc + (int64_t)queries * vs;     // [rows][group]
-    float* total = max_seen + queries;                 // [rows][group]
+    float* max_seen = acc + (int64_t)queries * vs;  // [rows][group]
+    float* total = max_seen + queries;              // [rows][group]
 
     for (int i = 0; i < queries; ++i) {
         int h = h0 + i % group;
@@ -107,7 +107,8 @@ static void attention(const AttentionTask& t, int r0, int r1, int h0, int h1, fl
         const uint16_t* k16 = block + (int64_t)kv_head * hd * kBlockPositions;
         const uint16_t* v16 = block + k_size + (int64_t)kv_head * kBlockPositions * vs;
         for (int d = 0; d < hd; ++d)
-            for (int p = 0; p < used; p += 16) store(k + d * kBlockPositions + p, load_f16(k16 + d * kBlockPositions + p));
+            for (int p = 0; p < used; p += 16)
+                store(k + d * kBlockPositions + p, load_f16(k16 + d * kBlockPositions + p));
         for (int p = round_up16(used); p < kBlockPositions; p += 16)
             for (int d = 0; d < hd; ++d) store(k + d * kBlockPositions + p, zero());
         for (int64_t i = 0; i < (int64_t)used * vs; i += 16) store(v + i, load_f16(v16 + i));
@@ -119,8 +120,8 @@ static void attention(const AttentionTask& t, int r0, int r1, int h0, int h1, fl
             const int p1 = pos - start < kBlockPositions - 1 ? pos - start : kBlockPositions - 1;
             for (int g = 0; g < group; ++g) {
                 const int i = (r - r0) * group + g;
-                attend_block(t.q + r * t.q_stride + (int64_t)(h0 + g) * hd, k, v, hd, vs, t.scale, p0, p1,
-                             weights, acc + (int64_t)i * vs, max_seen + i, total + i);
+                attend_block(t.q + r * t.q_stride + (int64_t)(h0 + g) * hd, k, v, hd, vs, t.scale, p0, p1, weights,
+                             acc + (int64_t)i * vs, max_seen + i, total + i);
             }
         }
     }

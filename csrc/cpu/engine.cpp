@@ -91,8 +91,8 @@ void Engine::finish(int32_t logits_buffer) {
     size_t pointers = max_rows, experts = 0, padding_rows = 0;
     for (const Op& op : ops_) {
         if (op.kind == OpKind::kAttention)
-            thread_scratch_floats_ = std::max(thread_scratch_floats_,
-                                              attention_scratch_floats(op.n_head, op.n_head_kv, op.head_dim));
+            thread_scratch_floats_ =
+                std::max(thread_scratch_floats_, attention_scratch_floats(op.n_head, op.n_head_kv, op.head_dim));
         if (op.kind == OpKind::kRoute) {
             route_logits_ = take(max_rows * (size_t)op.n_expert * sizeof(float));
             experts = std::max(experts, (size_t)op.n_expert);
@@ -145,8 +145,9 @@ bool Engine::check_rows(const BatchView& b, BatchError* error) const {
                       "a step has 1 to " + std::to_string(sizes_.max_rows) + " rows, not " + std::to_string(b.n_rows));
     for (int32_t r = 0; r < b.n_rows; ++r) {
         if (b.tokens[r] < 0 || b.tokens[r] >= sizes_.n_vocab)
-            return refuse(error, "tokens", at_row(r, "token", b.tokens[r]) + " is not in the vocabulary of " +
-                                               std::to_string(sizes_.n_vocab));
+            return refuse(
+                error, "tokens",
+                at_row(r, "token", b.tokens[r]) + " is not in the vocabulary of " + std::to_string(sizes_.n_vocab));
         if (b.positions[r] < 0 || (int64_t)b.positions[r] + b.n_steps > sizes_.context_length)
             return refuse(error, "positions",
                           at_row(r, "position", (int64_t)b.positions[r] + b.n_steps - 1) +
@@ -160,8 +161,9 @@ bool Engine::check_rows(const BatchView& b, BatchError* error) const {
     }
     for (int32_t j = 0; j < b.n_out; ++j)
         if (b.out_rows[j] < 0 || b.out_rows[j] >= b.n_rows || (j > 0 && b.out_rows[j] <= b.out_rows[j - 1]))
-            return refuse(error, "out_rows", "output " + std::to_string(j) + ": row " + std::to_string(b.out_rows[j]) +
-                                                 " is out of range or order");
+            return refuse(
+                error, "out_rows",
+                "output " + std::to_string(j) + ": row " + std::to_string(b.out_rows[j]) + " is out of range or order");
     return true;
 }
 

@@ -1,8 +1,9 @@
 // The CPU engine: interprets the lowered plan over ragged batches with a paged float16 KV cache.
 //
 // Life: construct, add_* in plan order, finish() (allocates everything), then prepare() + run() or decode() any number
-// of times from one thread. All memory is taken in finish(); steps allocate nothing and throw nothing. Every number that
-// comes from outside is checked in prepare(). Knows no Python: _cpu.pyx lowers the plan and turns errors into exceptions.
+// of times from one thread. All memory is taken in finish(); steps allocate nothing and throw nothing. Every number
+// that comes from outside is checked in prepare(). Knows no Python: _cpu.pyx lowers the plan and turns errors into
+// exceptions.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ namespace worker_orcd {
 
 // Zeroed pages from the system: they cost memory when they are first written.
 class Pages {
-public:
+  public:
     Pages() = default;
     explicit Pages(size_t bytes);  // throws std::bad_alloc
     Pages(Pages&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
@@ -28,7 +29,7 @@ public:
     ~Pages();
     void* data() const noexcept { return data_; }
 
-private:
+  private:
     void* data_ = nullptr;
     size_t bytes_ = 0;
 };
@@ -56,7 +57,7 @@ struct BatchError {
 };
 
 class Engine {
-public:
+  public:
     // Throws std::system_error when threads cannot be started.
     Engine(const EngineSizes& sizes, int n_threads, const Kernels* kernels);
 
@@ -79,8 +80,8 @@ public:
     void run(int32_t n_ops, float* logits) noexcept;
     // One token of each output row into `tokens` [n_out] (-1: no distribution) and into its slot's history.
     void sample_rows(int32_t* tokens) noexcept;
-    // Runs up to n_steps steps of a batch of n rows prepared with that n_steps; row j's sampled token is its next input.
-    // out [n_steps][n]. Returns the steps done; see worker_orcd/engine/protocol.py for when it stops early.
+    // Runs up to n_steps steps of a batch of n rows prepared with that n_steps; row j's sampled token is its next
+    // input. out [n_steps][n]. Returns the steps done; see worker_orcd/engine/protocol.py for when it stops early.
     int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
                    const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept;
 
@@ -93,7 +94,7 @@ public:
     int64_t workspace_bytes() const { return workspace_bytes_; }
     int n_threads() const { return pool_.n_threads(); }
 
-private:
+  private:
     struct Buffer {
         int64_t width;
         bool outputs;
@@ -180,8 +181,8 @@ private:
     std::vector<SampleScratch> sample_scratch_;  // [n_threads]
     std::vector<const float*> x_pointers_;       // [max_rows * n_used]
     std::vector<float*> y_pointers_;
-    std::vector<MatmulTask> expert_tasks_;       // [n_expert]
-    std::vector<int32_t> expert_counts_;         // [n_expert + 1]
+    std::vector<MatmulTask> expert_tasks_;  // [n_expert]
+    std::vector<int32_t> expert_counts_;    // [n_expert + 1]
     Pages padding_, route_logits_;
     int64_t padding_stride_ = 0;
 };

@@ -22,29 +22,32 @@ struct Matrix {
 // y[t][o] = sum_i x[t][i] * W[o][i] + bias[o] for the tokens of a step.
 struct MatmulTask {
     Matrix w;
-    const float* bias = nullptr;     // [n_out] or null
-    const float* const* x = nullptr; // [n_tokens] pointers to [n_in] floats; n_in a multiple of 16 or zero-padded to it
-    float* const* y = nullptr;       // [n_tokens] pointers to [n_out] floats
+    const float* bias = nullptr;  // [n_out] or null
+    const float* const* x =
+        nullptr;                // [n_tokens] pointers to [n_in] floats; n_in a multiple of 16 or zero-padded to it
+    float* const* y = nullptr;  // [n_tokens] pointers to [n_out] floats
     int n_tokens = 0;
 };
 
 // Shape and place of one layer's attention in a step. A block of the layer's cache holds K as [n_head_kv][head_dim][64]
 // and V as [n_head_kv][64][v_stride] float16 (v_stride: head_dim rounded up to 16, the rest zero).
 struct AttentionTask {
-    const float* q = nullptr;        // row r at q + r * q_stride, [n_head][head_dim]
-    float* out = nullptr;            // row r at out + r * out_stride, [n_head][head_dim]
+    const float* q = nullptr;  // row r at q + r * q_stride, [n_head][head_dim]
+    float* out = nullptr;      // row r at out + r * out_stride, [n_head][head_dim]
     ptrdiff_t q_stride = 0, out_stride = 0;
-    const uint16_t* cache = nullptr; // [n_blocks][block_size()] of the layer
-    const int32_t* blocks = nullptr; // block table of the rows' sequence
+    const uint16_t* cache = nullptr;     // [n_blocks][block_size()] of the layer
+    const int32_t* blocks = nullptr;     // block table of the rows' sequence
     const int32_t* positions = nullptr;  // [rows of the step]
-    const float* sinks = nullptr;    // [n_head] or null
+    const float* sinks = nullptr;        // [n_head] or null
     int n_head = 0, n_head_kv = 0, head_dim = 0, v_stride = 0, window = 0;
     float scale = 1;
 };
 
 constexpr int kBlockPositions = 64;
 
-static inline int64_t kv_k_elements(int n_head_kv, int head_dim) { return (int64_t)n_head_kv * head_dim * kBlockPositions; }
+static inline int64_t kv_k_elements(int n_head_kv, int head_dim) {
+    return (int64_t)n_head_kv * head_dim * kBlockPositions;
+}
 static inline int64_t kv_block_elements(int n_head_kv, int head_dim, int v_stride) {
     return kv_k_elements(n_head_kv, head_dim) + (int64_t)n_head_kv * v_stride * kBlockPositions;
 }
@@ -72,7 +75,8 @@ struct Kernels {
     // k, v [n_head_kv][head_dim] of one position into a block.
     void (*kv_write)(const float* k, const float* v, int n_head_kv, int head_dim, int v_stride, uint16_t* block,
                      int position_in_block);
-    // Rows [r0, r1) (same sequence, ascending positions, at most kAttentionRows) and query heads [h0, h1) of one KV head.
+    // Rows [r0, r1) (same sequence, ascending positions, at most kAttentionRows) and query heads [h0, h1) of one KV
+    // head.
     void (*attention)(const AttentionTask& task, int r0, int r1, int h0, int h1, float* scratch);
     void (*glu)(Activation kind, const float* gate, const float* up, float* out, int64_t n);
     void (*act)(Activation kind, const float* x, float* out, int64_t n);

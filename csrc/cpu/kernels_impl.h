@@ -10,6 +10,6 @@
 #include "attention_impl.h"
 
 static const Kernels kTable = {
-    WO_ISA_NAME, dequantize, matvec, matmul_panel, norm,    rope, kv_write, attention,
-    glu,         act,        add_n,  scale_n,      axpy, exp_n,
+    WO_ISA_NAME, dequantize, matvec, matmul_panel, norm,    rope, kv_write,
+    attention,   glu,        act,    add_n,        scale_n, axpy, exp_n,
 };

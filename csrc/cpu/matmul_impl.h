@@ -121,7 +121,8 @@ WO_INLINE void accumulate_tile(const float* panel, int64_t n, const float* const
 #endif
 
 template <int T>
-WO_INLINE void tile(const float* panel, int64_t n, const float* const* x, const float* bias, float* const* y, int64_t o) {
+WO_INLINE void tile(const float* panel, int64_t n, const float* const* x, const float* bias, float* const* y,
+                    int64_t o) {
     F acc[T][kTileRows];
     accumulate_tile<T>(panel, n, x, acc);
     for (int t = 0; t < T; ++t) {
@@ -142,12 +143,24 @@ static_assert(kTileRows == 4 && kTileTokens <= 6, "sum4 and the switch below");
 static void tile_tokens(int t, const float* panel, int64_t n, const float* const* x, const float* bias, float* const* y,
                         int64_t o) {
     switch (t) {
-        case 1: tile<1>(panel, n, x, bias, y, o); return;
-        case 2: if constexpr (kTileTokens >= 2) tile<2>(panel, n, x, bias, y, o); return;
-        case 3: if constexpr (kTileTokens >= 3) tile<3>(panel, n, x, bias, y, o); return;
-        case 4: if constexpr (kTileTokens >= 4) tile<4>(panel, n, x, bias, y, o); return;
-        case 5: if constexpr (kTileTokens >= 5) tile<5>(panel, n, x, bias, y, o); return;
-        case 6: if constexpr (kTileTokens >= 6) tile<6>(panel, n, x, bias, y, o); return;
+        case 1:
+            tile<1>(panel, n, x, bias, y, o);
+            return;
+        case 2:
+            if constexpr (kTileTokens >= 2) tile<2>(panel, n, x, bias, y, o);
+            return;
+        case 3:
+            if constexpr (kTileTokens >= 3) tile<3>(panel, n, x, bias, y, o);
+            return;
+        case 4:
+            if constexpr (kTileTokens >= 4) tile<4>(panel, n, x, bias, y, o);
+            return;
+        case 5:
+            if constexpr (kTileTokens >= 5) tile<5>(panel, n, x, bias, y, o);
+            return;
+        case 6:
+            if constexpr (kTileTokens >= 6) tile<6>(panel, n, x, bias, y, o);
+            return;
     }
 }
 

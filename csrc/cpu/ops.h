@@ -32,20 +32,20 @@ struct View {
 
 struct Op {
     OpKind kind = OpKind::kEmbed;
-    View inp;   // rope: x (in place), kv_write: k, attention: q, glu: gate
-    View inp2;  // kv_write: v, glu: up, expert_matmul: ids, expert_sum: gates
-    View out;   // route: ids
-    View out2;  // route: gates
-    int32_t weight = -1;      // matrix; expert_matmul: the first expert's, the others follow
-    int32_t positions = -1;   // embed: matrix of learned positions
-    int32_t vector = -1;      // norm: weight, attention: sinks
-    int32_t bias = -1;        // vector; expert_matmul: [n_expert][n_out]
+    View inp;                // rope: x (in place), kv_write: k, attention: q, glu: gate
+    View inp2;               // kv_write: v, glu: up, expert_matmul: ids, expert_sum: gates
+    View out;                // route: ids
+    View out2;               // route: gates
+    int32_t weight = -1;     // matrix; expert_matmul: the first expert's, the others follow
+    int32_t positions = -1;  // embed: matrix of learned positions
+    int32_t vector = -1;     // norm: weight, attention: sinks
+    int32_t bias = -1;       // vector; expert_matmul: [n_expert][n_out]
     int32_t rope_table = -1;
     int32_t layer = 0;
     int32_t n_head = 0, n_head_kv = 0, head_dim = 0, n_rot = 0, window = 0;
     int32_t n_expert = 0, n_used = 0;
-    int32_t activation = 0;   // of kernels.h
-    int64_t group = 0;        // norm
+    int32_t activation = 0;  // of kernels.h
+    int64_t group = 0;       // norm
     float scale = 1, eps = 0;
     bool adjacent = false, layer_norm = false, per_slot = false;
 };

@@ -61,10 +61,13 @@ WO_INLINE F gelu(F x) {
 
 WO_INLINE F glu1(Activation kind, F g, F u) {
     switch (kind) {
-        case Activation::kSilu: return mul(swish(g, g), u);
+        case Activation::kSilu:
+            return mul(swish(g, g), u);
         case Activation::kGelu:
-        case Activation::kGeluTanh: return mul(gelu(g), u);
-        case Activation::kSwigluOai: break;
+        case Activation::kGeluTanh:
+            return mul(gelu(g), u);
+        case Activation::kSwigluOai:
+            break;
     }
     g = min(set1(7.0f), g);
     u = max(set1(-7.0f), min(set1(7.0f), u));

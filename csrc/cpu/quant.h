@@ -109,8 +109,8 @@ struct QuantQ8_0 {
     }
 };
 
-// 16 bytes (scale | min << 4) of 16 values each | 64 bytes of 2-bit codes | d f16 | dmin f16; (d * sc) * q - (dmin * m).
-// Part P: half P/4 of the block, bits 2 (P%4) of its 32 bytes.
+// 16 bytes (scale | min << 4) of 16 values each | 64 bytes of 2-bit codes | d f16 | dmin f16; (d * sc) * q - (dmin *
+// m). Part P: half P/4 of the block, bits 2 (P%4) of its 32 bytes.
 struct QuantQ2_K {
     static constexpr int kType = 10, kBytes = 84, kVectors = 2, kParts = 8;
     template <int P>
@@ -221,20 +221,48 @@ struct QuantMXFP4 {
 template <class Action>
 WO_INLINE bool with_decoder(int type, Action& action) {
     switch (type) {
-        case QuantF32::kType: action.template run<QuantF32>(); return true;
-        case QuantF16::kType: action.template run<QuantF16>(); return true;
-        case QuantBF16::kType: action.template run<QuantBF16>(); return true;
-        case QuantQ4_0::kType: action.template run<QuantQ4_0>(); return true;
-        case QuantQ4_1::kType: action.template run<QuantQ4_1>(); return true;
-        case QuantQ5_0::kType: action.template run<QuantQ5_0>(); return true;
-        case QuantQ5_1::kType: action.template run<QuantQ5_1>(); return true;
-        case QuantQ8_0::kType: action.template run<QuantQ8_0>(); return true;
-        case QuantQ2_K::kType: action.template run<QuantQ2_K>(); return true;
-        case QuantQ3_K::kType: action.template run<QuantQ3_K>(); return true;
-        case QuantQ4_K::kType: action.template run<QuantQ4_K>(); return true;
-        case QuantQ5_K::kType: action.template run<QuantQ5_K>(); return true;
-        case QuantQ6_K::kType: action.template run<QuantQ6_K>(); return true;
-        case QuantMXFP4::kType: action.template run<QuantMXFP4>(); return true;
+        case QuantF32::kType:
+            action.template run<QuantF32>();
+            return true;
+        case QuantF16::kType:
+            action.template run<QuantF16>();
+            return true;
+        case QuantBF16::kType:
+            action.template run<QuantBF16>();
+            return true;
+        case QuantQ4_0::kType:
+            action.template run<QuantQ4_0>();
+            return true;
+        case QuantQ4_1::kType:
+            action.template run<QuantQ4_1>();
+            return true;
+        case QuantQ5_0::kType:
+            action.template run<QuantQ5_0>();
+            return true;
+        case QuantQ5_1::kType:
+            action.template run<QuantQ5_1>();
+            return true;
+        case QuantQ8_0::kType:
+            action.template run<QuantQ8_0>();
+            return true;
+        case QuantQ2_K::kType:
+            action.template run<QuantQ2_K>();
+            return true;
+        case QuantQ3_K::kType:
+            action.template run<QuantQ3_K>();
+            return true;
+        case QuantQ4_K::kType:
+            action.template run<QuantQ4_K>();
+            return true;
+        case QuantQ5_K::kType:
+            action.template run<QuantQ5_K>();
+            return true;
+        case QuantQ6_K::kType:
+            action.template run<QuantQ6_K>();
+            return true;
+        case QuantMXFP4::kType:
+            action.template run<QuantMXFP4>();
+            return true;
     }
     return false;
 }

@@ -32,19 +32,41 @@ void Engine::run(int32_t n_ops, float* logits) noexcept {
     for (int32_t i = 0; i < n_ops; ++i) {
         const Op& op = ops_[(size_t)i];
         switch (op.kind) {
-            case OpKind::kEmbed: embed(op); break;
-            case OpKind::kNorm: norm(op); break;
-            case OpKind::kMatMul: matmul(op); break;
-            case OpKind::kRope: rope(op); break;
-            case OpKind::kKvWrite: kv_write(op); break;
-            case OpKind::kAttention: attention(op); break;
+            case OpKind::kEmbed:
+                embed(op);
+                break;
+            case OpKind::kNorm:
+                norm(op);
+                break;
+            case OpKind::kMatMul:
+                matmul(op);
+                break;
+            case OpKind::kRope:
+                rope(op);
+                break;
+            case OpKind::kKvWrite:
+                kv_write(op);
+                break;
+            case OpKind::kAttention:
+                attention(op);
+                break;
             case OpKind::kGlu:
             case OpKind::kAct:
-            case OpKind::kAdd: elementwise(op); break;
-            case OpKind::kRoute: route(op); break;
-            case OpKind::kExpertMatMul: expert_matmul(op); break;
-            case OpKind::kExpertSum: expert_sum(op); break;
-            case OpKind::kGather: gather(op); break;
+            case OpKind::kAdd:
+                elementwise(op);
+                break;
+            case OpKind::kRoute:
+                route(op);
+                break;
+            case OpKind::kExpertMatMul:
+                expert_matmul(op);
+                break;
+            case OpKind::kExpertSum:
+                expert_sum(op);
+                break;
+            case OpKind::kGather:
+                gather(op);
+                break;
         }
     }
 }

@@ -79,7 +79,8 @@ int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const Sam
                const SampledSet& sampled, SampleScratch& scratch) {
     float max;
     int32_t best;
-    const bool greedy = sampling_is_greedy(p.temperature), penalize = p.repetition_penalty != 1 && !sampled.tokens().empty();
+    const bool greedy = sampling_is_greedy(p.temperature),
+               penalize = p.repetition_penalty != 1 && !sampled.tokens().empty();
     if (!find_max(logits, n_vocab, &max, &best)) return -1;
     if (greedy && !penalize) return best;
 
@@ -112,7 +113,8 @@ int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const Sam
     }
     if (p.min_p > 0) {
         uint64_t limit = sampling_min_p_limit(p.min_p);
-        c.erase(std::remove_if(c.begin(), c.end(), [&](const Candidate& v) { return v.weight < limit && id_of(v) != best; }),
+        c.erase(std::remove_if(c.begin(), c.end(),
+                               [&](const Candidate& v) { return v.weight < limit && id_of(v) != best; }),
                 c.end());
     }
     if (!in_id_order)

@@ -15,14 +15,14 @@ struct SamplingParams {
 
 // The tokens sampled in a slot, each once: what the repetition penalty counts.
 class SampledSet {
-public:
+  public:
     // Room for all tokens a sequence of context_length can draw: inserting allocates nothing.
     SampledSet(int64_t n_vocab, int64_t context_length);
     void clear();
     void insert(int32_t token);
     const std::vector<int32_t>& tokens() const { return tokens_; }
 
-private:
+  private:
     std::vector<uint64_t> bits_;   // [n_vocab / 64]
     std::vector<int32_t> tokens_;  // distinct, in order of first appearance
 };

@@ -33,7 +33,8 @@ WO_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.h
 
 WO_INLINE float f16_to_float(uint16_t h) { return _cvtsh_ss(h); }
 WO_INLINE F load_f16(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 WO_INLINE void store_f16(uint16_t* p, F a) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -109,7 +110,8 @@ WO_INLINE float max_lane(F a) {
 // which is all 16 registers, where whole lanes would spill.
 #define WO_OWN_TILE
 template <int T>
-WO_INLINE void accumulate_half(const float* panel, int64_t n, const float* const* x, int first, __m256 (*a)[kTileRows]) {
+WO_INLINE void accumulate_half(const float* panel, int64_t n, const float* const* x, int first,
+                               __m256 (*a)[kTileRows]) {
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < kTileRows; ++r) a[t][r] = _mm256_setzero_ps();
     for (int64_t k = first; k < n; k += 16) {

@@ -15,7 +15,7 @@
 namespace worker_orcd {
 
 class ThreadPool {
-public:
+  public:
     // n_threads counts the calling thread; n_threads - 1 are started. Throws std::system_error.
     explicit ThreadPool(int n_threads);
     ~ThreadPool();
@@ -24,8 +24,8 @@ public:
 
     int n_threads() const noexcept { return (int)workers_.size() + 1; }
 
-    // Calls body(chunk, thread) for each chunk of [0, n_chunks), thread < n_threads(); returns when all are done. `body`
-    // must not throw.
+    // Calls body(chunk, thread) for each chunk of [0, n_chunks), thread < n_threads(); returns when all are done.
+    // `body` must not throw.
     template <class Body>
     void run(int64_t n_chunks, const Body& body) noexcept {
         if (n_chunks <= 0) return;
@@ -40,7 +40,7 @@ public:
     // Cores this process may use.
     static int usable_cores() noexcept;
 
-private:
+  private:
     using Call = void (*)(const void* body, int64_t chunk, int thread);
     // What a worker needs of a job. Two take turns: a late worker may still read the one before.
     struct Job {

@@ -13,9 +13,9 @@
 #include "attention.cuh"
 
 static constexpr int kWarps = 4;
-static constexpr int kChunk = 32;          // positions of a warp's step
+static constexpr int kChunk = 32;            // positions of a warp's step
 static constexpr int kPieceBytes = 32 * 16;  // one cp.async of a warp
-static constexpr int kMetaFloats = 4;      // after a partial row: maximum, sum, padding to 16 bytes
+static constexpr int kMetaFloats = 4;        // after a partial row: maximum, sum, padding to 16 bytes
 
 template <int kHeadDim>
 struct Decode {
@@ -234,7 +234,8 @@ struct Decode {
             float most = -INFINITY, total = 0.f;
             for (int s = lane; s < n_splits; s += 32) most = fmaxf(most, __ldcg(partial_row(head, s) + kHeadDim));
 #pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
+            for (int offset = 16; offset > 0; offset /= 2)
+                most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
             for (int s = lane; s < n_splits; s += 32) {
                 const float2 meta = __ldcg(reinterpret_cast<const float2*>(partial_row(head, s) + kHeadDim));
                 const float own = exp2f(meta.x - most);
@@ -303,10 +304,10 @@ DEVICE void attention_decode(const AttentionDecodeParams& p) {
     decode.run();
 }
 
-#define INSTANTIATE(head_dim)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(32 * kWarps, 1)                                                    \
-        attention_decode_##head_dim(const __grid_constant__ AttentionDecodeParams p) {                             \
-        attention_decode<head_dim>(p);                                                                             \
+#define INSTANTIATE(head_dim)                                                          \
+    extern "C" __global__ void __launch_bounds__(32 * kWarps, 1)                       \
+        attention_decode_##head_dim(const __grid_constant__ AttentionDecodeParams p) { \
+        attention_decode<head_dim>(p);                                                 \
     }
 
 INSTANTIATE(32)

@@ -46,8 +46,8 @@ struct Prefill {
             for (int key = n_keys; key < KV_BLOCK; key++) *reinterpret_cast<uint16_t*>(v + dim * kVPitch + 2 * key) = 0;
     }
 
-    static METHOD void load_q(const AttentionPrefillParams& p, const AttentionTile& tile, int row, uint32_t (&hi)[kSteps][4],
-                              uint32_t (&lo)[kSteps][4]) {
+    static METHOD void load_q(const AttentionPrefillParams& p, const AttentionTile& tile, int row,
+                              uint32_t (&hi)[kSteps][4], uint32_t (&lo)[kSteps][4]) {
         const float factor = p.scale * kLog2e;
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -155,7 +155,8 @@ struct Prefill {
 #pragma unroll
             for (int j = 0; j < KV_BLOCK / 16; j++) {
                 const uint32_t weight[4] = {pack_f16(s[2 * j][0], s[2 * j][1]), pack_f16(s[2 * j][2], s[2 * j][3]),
-                                            pack_f16(s[2 * j + 1][0], s[2 * j + 1][1]), pack_f16(s[2 * j + 1][2], s[2 * j + 1][3])};
+                                            pack_f16(s[2 * j + 1][0], s[2 * j + 1][1]),
+                                            pack_f16(s[2 * j + 1][2], s[2 * j + 1][3])};
 #pragma unroll
                 for (int t = 0; t < kHeadDim / 16; t++) {
                     uint32_t b[4];
@@ -176,7 +177,8 @@ struct Prefill {
             float* out = p.out + (int64_t)(tile.row + r) * p.out_stride + blockIdx.y * kHeadDim + lane % 4 * 2;
 #pragma unroll
             for (int t = 0; t < kHeadDim / 8; t++)
-                *reinterpret_cast<float2*>(out + t * 8) = make_float2(acc[t][2 * half] * factor, acc[t][2 * half + 1] * factor);
+                *reinterpret_cast<float2*>(out + t * 8) =
+                    make_float2(acc[t][2 * half] * factor, acc[t][2 * half + 1] * factor);
         }
     }
 };
@@ -189,10 +191,10 @@ DEVICE void attention_prefill(const AttentionPrefillParams& p) {
     Prefill<kHeadDim>::run(p, smem);
 }
 
-#define INSTANTIATE(head_dim)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                      \
-        attention_prefill_##head_dim(const __grid_constant__ AttentionPrefillParams p) {                           \
-        attention_prefill<head_dim>(p);                                                                            \
+#define INSTANTIATE(head_dim)                                                            \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2)                            \
+        attention_prefill_##head_dim(const __grid_constant__ AttentionPrefillParams p) { \
+        attention_prefill<head_dim>(p);                                                  \
     }
 
 INSTANTIATE(32)

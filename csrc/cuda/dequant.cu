@@ -53,9 +53,8 @@ DEVICE void dequant(const DequantParams& p) {
         p.out[i] = raw_value<Q>(p.blocks + i / Q::kBlockK * Q::kBlockBytes, static_cast<int>(i % Q::kBlockK));
 }
 
-#define DEFINE(Type, name)                                                        \
-    extern "C" __global__ void __launch_bounds__(256) dequant_##name(             \
-        const __grid_constant__ DequantParams p) {                                \
-        dequant<Type>(p);                                                         \
+#define DEFINE(Type, name)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) dequant_##name(const __grid_constant__ DequantParams p) { \
+        dequant<Type>(p);                                                                                       \
     }
 FOR_EACH_TYPE(DEFINE)

@@ -3,8 +3,8 @@
 // expert_matvec_<type>_<tiles>(ExpertMatvecParams), one or two matrices of one shape and input (gate and up): tiles 1
 // converts float32 x itself into shared memory, for few rows; tiles 2 reads rows by convert_split. An item is an expert
 // and up to 8 * tiles of its pairs; a block takes one item and every so-many-th strip of 16 outputs, so that with any
-// number of items all blocks of the grid have about equal work. Items are known on the device only: the grid is what the
-// GPU holds at once, whatever they are.
+// number of items all blocks of the grid have about equal work. Items are known on the device only: the grid is what
+// the GPU holds at once, whatever they are.
 //
 // As in matvec.cu, K is cut into stages, stage i belonging to warp i % warps, each warp with a ring of its own, and the
 // warps' sums are added in order of the warp: a pair's result has the same bits alone and in any company.
@@ -66,7 +66,8 @@ template <class Q, int kTiles>
 DEVICE void expert_matvec(const ExpertMatvecParams& p) {
     using S = MatvecShape<Q, 1>;
     constexpr int kSums = 128;
-    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [rows of an item][split_bytes] (1 tile)
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [rows of an item][split_bytes] (1
+    // tile)
     extern __shared__ __align__(128) uint8_t smem[];
     __shared__ int pairs[8 * kTiles];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
@@ -127,7 +128,8 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
             float acc[kTiles][4] = {};
             for (int stage = warp; stage < n_stages; stage += n_warps) {
                 cp_async_wait<S::kDepth - 2>();
-                __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled next
+                __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled
+                               // next
                 stream.issue();
 #pragma unroll
                 for (int u = 0; u < S::kStageUnits; ++u) {
@@ -176,10 +178,10 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
 template <class Q>
 constexpr int kBlocks1 = std::is_same_v<Q, Q5_1> ? 2 : 3;
 
-#define DEFINE_TILES(Type, name, tiles, blocks)                                                         \
-    extern "C" __global__ void __launch_bounds__(256, blocks) expert_matvec_##name##_##tiles(           \
-        const __grid_constant__ ExpertMatvecParams p) {                                                 \
-        expert_matvec<Type, tiles>(p);                                                                  \
+#define DEFINE_TILES(Type, name, tiles, blocks)                                        \
+    extern "C" __global__ void __launch_bounds__(256, blocks)                          \
+        expert_matvec_##name##_##tiles(const __grid_constant__ ExpertMatvecParams p) { \
+        expert_matvec<Type, tiles>(p);                                                 \
     }
 #define DEFINE(Type, name)                      \
     DEFINE_TILES(Type, name, 1, kBlocks1<Type>) \

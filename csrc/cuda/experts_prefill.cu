@@ -32,12 +32,14 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
     if (static_cast<int>(blockIdx.y) >= *p.list.n_items) return;
     const ExpertItem item = p.list.items[blockIdx.y];
     const uint8_t* const weights = m.w + item.expert * p.matrix_bytes;
-    if (threadIdx.x < S::kRows) pairs[threadIdx.x] = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
+    if (threadIdx.x < S::kRows)
+        pairs[threadIdx.x] = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
     __syncthreads();
     const auto x_index = [&](int row) { return pairs[row] / p.n_used + pairs[row] % p.n_used * p.x_slot_rows; };
 
-    // Rows past the item's are its last one, strips past the end the last one: computed and dropped. Thread i copies chunk
-    // i % 8 of rows i / 8 + a multiple of kRowStep (even: one exchange of halves serves all); warp w strips w and w + 4.
+    // Rows past the item's are its last one, strips past the end the last one: computed and dropped. Thread i copies
+    // chunk i % 8 of rows i / 8 + a multiple of kRowStep (even: one exchange of halves serves all); warp w strips w and
+    // w + 4.
     constexpr int kRowStep = 4 * S::kWarps, kCopies = S::kRows / kRowStep, kStripsPerWarp = S::kStrips / S::kWarps;
     static_assert(S::kStrips % S::kWarps == 0 && S::kRows % kRowStep == 0 && kRowStep % 2 == 0);
     const int x_row = threadIdx.x / 8, x_chunk = threadIdx.x % 8;
@@ -142,7 +144,8 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
             const int row = tile * 8 + 2 * t + c;
             if (row >= item.n) continue;
             const float x_scale = p.x_scale[x_index(row)];
-            float* out = m.out + pairs[row] / p.n_used * m.out_stride + static_cast<int64_t>(pairs[row] % p.n_used) * p.n_out;
+            float* out =
+                m.out + pairs[row] / p.n_used * m.out_stride + static_cast<int64_t>(pairs[row] % p.n_used) * p.n_out;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -155,10 +158,10 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
         }
 }
 
-#define DEFINE_ROWS(Type, name, rows, blocks)                                                           \
-    extern "C" __global__ void __launch_bounds__(128, blocks) expert_matmul_##name##_##rows(            \
-        const __grid_constant__ ExpertMatmulParams p) {                                                 \
-        expert_matmul<Type, rows / 8>(p);                                                               \
+#define DEFINE_ROWS(Type, name, rows, blocks)                                         \
+    extern "C" __global__ void __launch_bounds__(128, blocks)                         \
+        expert_matmul_##name##_##rows(const __grid_constant__ ExpertMatmulParams p) { \
+        expert_matmul<Type, rows / 8>(p);                                             \
     }
 #define DEFINE(Type, name)         \
     DEFINE_ROWS(Type, name, 64, 3) \

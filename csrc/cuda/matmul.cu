@@ -33,8 +33,9 @@ DEVICE void matmul(const MatmulParams& p) {
     pdl_launch_dependents();
     pdl_wait();
 
-    // x has rows for whole tiles; strips past the end are read as the last one and dropped. Thread i copies chunk i % 8 of
-    // rows i / 8 + a multiple of kRowStep (even: one exchange of halves serves all); warp w strips w, w + kWarps, ...
+    // x has rows for whole tiles; strips past the end are read as the last one and dropped. Thread i copies chunk i % 8
+    // of rows i / 8 + a multiple of kRowStep (even: one exchange of halves serves all); warp w strips w, w + kWarps,
+    // ...
     constexpr int kRowStep = 4 * S::kWarps;
     constexpr int kStripsPerWarp = S::kStrips / S::kWarps;
     static_assert(S::kStrips % S::kWarps == 0 && S::kRows % kRowStep == 0 && kRowStep % 2 == 0);
@@ -149,11 +150,12 @@ DEVICE void matmul(const MatmulParams& p) {
         }
 }
 
-#define DEFINE(Type, name)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(128, 3) matmul_##name(const __grid_constant__ MatmulParams p) {       \
-        matmul<Type, 4, 1, 8>(p);                                                                                      \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128, 4) matmul_##name##_small(const __grid_constant__ MatmulParams p) { \
-        matmul<Type, 2, 2, 4>(p);                                                                                      \
+#define DEFINE(Type, name)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128, 3) matmul_##name(const __grid_constant__ MatmulParams p) { \
+        matmul<Type, 4, 1, 8>(p);                                                                                \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(128, 4)                                                         \
+        matmul_##name##_small(const __grid_constant__ MatmulParams p) {                                          \
+        matmul<Type, 2, 2, 4>(p);                                                                                \
     }
 FOR_EACH_TYPE(DEFINE)

@@ -1,5 +1,5 @@
-// Compile-time sizes of the decode and prompt kernels, by type. worker_orcd/cuda/layout.py computes the same numbers for
-// the launches, and a test compares the two on the CPU. Knows no kernel.
+// Compile-time sizes of the decode and prompt kernels, by type. worker_orcd/cuda/layout.py computes the same numbers
+// for the launches, and a test compares the two on the CPU. Knows no kernel.
 #pragma once
 
 #include "quant/types.cuh"
@@ -22,9 +22,9 @@ struct MatvecShape {
 template <class Q, int kWarpsM, int kWarpsN, int kTiles>
 struct MatmulShape {
     static constexpr int kWarps = kWarpsM * kWarpsN;
-    static constexpr int kStrips = 2 * kWarpsM;          // strips of a block
-    static constexpr int kRows = 8 * kTiles * kWarpsN;   // rows of x of a block
-    static constexpr int kXBytes = kRows * 2 * kSubK;    // one stage of x: 64 columns
+    static constexpr int kStrips = 2 * kWarpsM;         // strips of a block
+    static constexpr int kRows = 8 * kTiles * kWarpsN;  // rows of x of a block
+    static constexpr int kXBytes = kRows * 2 * kSubK;   // one stage of x: 64 columns
     static constexpr int kWBytes = kStrips * Q::kRecordBytes;
     static constexpr int kBudget = kWarpsN == 1 ? 75776 : 49152;  // three or four blocks to a multiprocessor
     static constexpr int slots(int stages) { return Q::kSubs > 1 ? 2 : stages; }

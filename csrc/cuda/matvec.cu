@@ -58,7 +58,8 @@ struct Loader {
                 const uint8_t* from = src[i] + static_cast<int64_t>(unit) * Q::kRecordBytes;
 #pragma unroll
                 for (int at = 0; at < S::kStageBytes; at += 512)
-                    if (at + lane * 16 < n) cp_async_16(to + i * S::kStageBytes + at + lane * 16, from + at + lane * 16);
+                    if (at + lane * 16 < n)
+                        cp_async_16(to + i * S::kStageBytes + at + lane * 16, from + at + lane * 16);
             }
             slot = slot + 1 == S::kDepth ? 0 : slot + 1;
             stage += n_warps;
@@ -98,8 +99,8 @@ using Sums = float[kStrips][kTiles][4];
 
 // One 64-column sub-unit of a quantized type: block by block an exact product of codes, then its scales.
 template <class Q, int kTiles, int kStrips>
-DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[kStrips],
-                    int sub, int x_block0, const Activations<kTiles>& x, int lane) {
+DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[kStrips], int sub, int x_block0,
+                    const Activations<kTiles>& x, int lane) {
     constexpr int kParts = Q::kScaleK == 16 ? 2 : 1, kLoadTiles = kTiles == 8 ? 2 : 4;
     Codes<Q::kLowBits, Q::kHighBits> codes[kStrips];
     typename Q::Scales scales[kStrips];
@@ -181,7 +182,7 @@ DEVICE void add_dense(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)
             const uint4 x_high = x.high(tile, x_block0 + b), x_low = x.low(tile, x_block0 + b);
 #pragma unroll
             for (int i = 0; i < kStrips; ++i) {
-                float(&d)[4] = acc[i][tile];
+                float (&d)[4] = acc[i][tile];
                 if constexpr (kTwoTerms) {
                     mma_bf16(d, low[i], x_high.x, x_high.y);
                     mma_bf16(d, low[i] + 4, x_high.z, x_high.w);
@@ -208,8 +209,8 @@ DEVICE void matvec(const MatvecParams& p) {
     float* partial = reinterpret_cast<float*>(smem + p.ring_bytes);
 
     pdl_launch_dependents();
-    Loader<Q, kTiles> loader{p, {}, smem_address(ring), lane, warp, n_warps, n_stages, n_tiles,
-                             static_cast<int>(blockIdx.x), warp};
+    Loader<Q, kTiles> loader{p,        {},      smem_address(ring),           lane, warp, n_warps,
+                             n_stages, n_tiles, static_cast<int>(blockIdx.x), warp};
     loader.find_strips();
 #pragma unroll
     for (int i = 0; i < S::kDepth - 1; ++i) loader.issue();
@@ -270,7 +271,7 @@ DEVICE void matvec(const MatvecParams& p) {
             float* set = partial + parity * n_warps * S::kSums;
 #pragma unroll
             for (int i = 0; i < S::kStrips; ++i) {
-                const float(&d)[4] = acc[i][x_tile];
+                const float (&d)[4] = acc[i][x_tile];
                 float* to = set + warp * S::kSums + i * 128 + g * 8 + 2 * t;
                 *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
                 *reinterpret_cast<float2*>(to + 64) = make_float2(d[2], d[3]);
@@ -300,10 +301,10 @@ DEVICE void matvec(const MatvecParams& p) {
 template <class Q>
 constexpr int kBlocks8 = MatvecShape<Q, 8>::kStrips == 1 && Q::kLowBits > 2 ? 1 : 0;
 
-#define DEFINE_TILES(Type, name, tiles, blocks)                                                    \
-    extern "C" __global__ void __launch_bounds__(256, blocks) matvec_##name##_##tiles(             \
-        const __grid_constant__ MatvecParams p) {                                                  \
-        matvec<Type, tiles>(p);                                                                    \
+#define DEFINE_TILES(Type, name, tiles, blocks)                           \
+    extern "C" __global__ void __launch_bounds__(256, blocks)             \
+        matvec_##name##_##tiles(const __grid_constant__ MatvecParams p) { \
+        matvec<Type, tiles>(p);                                           \
     }
 #define DEFINE(Type, name)         \
     DEFINE_TILES(Type, name, 1, 3) \

@@ -18,7 +18,9 @@ DEVICE float glu_value(int kind, float g, float u) {
     return g * sigmoid(1.702f * g) * (u + 1.f);
 }
 
-DEVICE bool is_aligned(const void* p, int stride) { return ((reinterpret_cast<uint64_t>(p) | (4 * (int64_t)stride)) & 15) == 0; }
+DEVICE bool is_aligned(const void* p, int stride) {
+    return ((reinterpret_cast<uint64_t>(p) | (4 * (int64_t)stride)) & 15) == 0;
+}
 
 // The up to four columns of this thread.
 struct Columns {

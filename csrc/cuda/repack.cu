@@ -38,7 +38,8 @@ DEVICE void repack(const RepackParams& p) {
         }
         __syncthreads();
         const int n_strips = (p.n_out + kStripRows - 1) / kStripRows;
-        uint32_t* scales = reinterpret_cast<uint32_t*>(p.w + static_cast<int64_t>(n_strips) * n_units * Q::kRecordBytes);
+        uint32_t* scales =
+            reinterpret_cast<uint32_t*>(p.w + static_cast<int64_t>(n_strips) * n_units * Q::kRecordBytes);
         if (threadIdx.x < kStripRows) scales[strip * kStripRows + threadIdx.x] = row_scale_bits(largest[threadIdx.x]);
     }
 }
@@ -81,11 +82,11 @@ DEVICE void rows(const RowsParams& p) {
     }
 }
 
-#define DEFINE(Type, name)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256) repack_##name(const __grid_constant__ RepackParams p) {          \
-        repack<Type>(p);                                                                                               \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128) rows_##name(const __grid_constant__ RowsParams p) {              \
-        rows<Type>(p);                                                                                                 \
+#define DEFINE(Type, name)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) repack_##name(const __grid_constant__ RepackParams p) { \
+        repack<Type>(p);                                                                                      \
+    }                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(128) rows_##name(const __grid_constant__ RowsParams p) {     \
+        rows<Type>(p);                                                                                        \
     }
 FOR_EACH_TYPE(DEFINE)

@@ -173,7 +173,8 @@ DEVICE void make_list(const RouteParams& p) {
     for (int e = threadIdx.x / 32; e < p.n_expert; e += blockDim.x / 32) {
         const int n = count[e];
         for (int i = lane; i * p.item_rows < n; i += 32)
-            p.list.items[first_item[e] + i] = {e, first_pair[e] + i * p.item_rows, min(p.item_rows, n - i * p.item_rows), 0};
+            p.list.items[first_item[e] + i] = {e, first_pair[e] + i * p.item_rows,
+                                               min(p.item_rows, n - i * p.item_rows), 0};
         for (int base = 0, found = 0; found < n; base += 32) {
             const bool is = base + lane < n_pairs && static_cast<int>(p.ids[base + lane]) == e;
             const uint32_t who = __ballot_sync(kAll, is);
@@ -208,15 +209,16 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_consta
     float4 sum = {};
     for (int slot = 0; slot < p.n_used; ++slot) {
         const float gate = p.gates[row * p.n_used + slot];
-        const float4 v = *reinterpret_cast<const float4*>(p.x + row * p.x_stride + static_cast<int64_t>(slot) * p.n + i);
+        const float4 v =
+            *reinterpret_cast<const float4*>(p.x + row * p.x_stride + static_cast<int64_t>(slot) * p.n + i);
         sum.x = fmaf(gate, v.x, sum.x), sum.y = fmaf(gate, v.y, sum.y);
         sum.z = fmaf(gate, v.z, sum.z), sum.w = fmaf(gate, v.w, sum.w);
     }
     *reinterpret_cast<float4*>(p.out + row * p.out_stride + i) = sum;
 }
 
-#define DEFINE(Type, name)                                                                                         \
+#define DEFINE(Type, name)                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 1) route_logits_##name(const __grid_constant__ RouteParams p) { \
-        route_logits<Type>(p);                                                                                     \
+        route_logits<Type>(p);                                                                                        \
     }
 FOR_EACH_TYPE(DEFINE)

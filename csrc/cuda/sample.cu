@@ -17,10 +17,10 @@
 
 static constexpr int kThreads = 256;
 static constexpr int kDrawThreads = 1024;
-static constexpr int kList = 1024;              // tokens that are ranked by comparing all with all
+static constexpr int kList = 1024;  // tokens that are ranked by comparing all with all
 static constexpr int kMaxChunks = SAMPLE_MAX_VOCAB / SAMPLE_CHUNK;
-static constexpr int kDigitBits = 11;           // of one step of the search in a crowded bin
-static constexpr float kBinsPerUnit = 73.f;     // 2048 bins reach 28 below the maximum, where weights end
+static constexpr int kDigitBits = 11;        // of one step of the search in a crowded bin
+static constexpr float kBinsPerUnit = 73.f;  // 2048 bins reach 28 below the maximum, where weights end
 static_assert((1 << kDigitBits) == SAMPLE_BINS && SAMPLE_CHUNK == 4 * kDrawThreads);
 
 // One row of logits and how its slot reads them.
@@ -62,7 +62,8 @@ struct Row {
     // Temperature and penalty; the product must not be fused with the difference that follows it.
     __device__ __forceinline__ float x(float logit, bool is_seen) const {
         float v = is_greedy() ? logit : sampling_temper(logit, slot.temperature);
-        if (is_seen) v = v > 0.f ? sampling_penalize(v, slot.repetition_penalty) : __fmul_rn(v, slot.repetition_penalty);
+        if (is_seen)
+            v = v > 0.f ? sampling_penalize(v, slot.repetition_penalty) : __fmul_rn(v, slot.repetition_penalty);
         return v;
     }
 };
@@ -343,7 +344,8 @@ DEVICE void find_limit(DrawShared& s, const Row& row, float max, bool by_weight,
             }
         }
         const uint64_t own = s.list_weights[threadIdx.x];
-        if (before < target && target <= before + (by_weight ? own : 1)) s.limit_key = key, s.limit_weight = weight + own;
+        if (before < target && target <= before + (by_weight ? own : 1))
+            s.limit_key = key, s.limit_weight = weight + own;
     }
     __syncthreads();
 }
@@ -375,7 +377,9 @@ DEVICE int draw(DrawShared& s, const SampleParams& p, const Row& row, float max,
             if (s.limit_key > limit_key) limit_key = s.limit_key;
         }
     }
-    const auto kept = [&](int id, float x, uint64_t weight) { return weight >= least && order_key(x, id) >= limit_key; };
+    const auto kept = [&](int id, float x, uint64_t weight) {
+        return weight >= least && order_key(x, id) >= limit_key;
+    };
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row.has_filter()) {
         // down to the limit token, which is `floor` or better
@@ -459,7 +463,8 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_draw(const __g
         const Row row(p, blockIdx.x, slot);
         position = p.positions[blockIdx.x];
         const SamplePartial top = row_max(p, blockIdx.x);
-        if (!top.bad) token = row.is_greedy() ? top.id : draw(*reinterpret_cast<DrawShared*>(smem), p, row, top.max, position);
+        if (!top.bad)
+            token = row.is_greedy() ? top.id : draw(*reinterpret_cast<DrawShared*>(smem), p, row, top.max, position);
     }
     if (threadIdx.x == 0) publish(p, slot, position, token);
 }

@@ -7,8 +7,9 @@
 // (the caller hands their block sizes in).
 //
 // Layout (little endian): "GGUF", u32 version, u64 n_tensors, u64 n_keys, keys, tensor records, padding, data.
-//   key:    string name, u32 type, value          string: u64 length, bytes          array: u32 type, u64 count, elements
-//   record: string name, u32 n_dims, u64 dims[n_dims] (row length first), u32 type, u64 offset from the data's start
+//   key:    string name, u32 type, value          string: u64 length, bytes          array: u32 type, u64 count,
+//   elements record: string name, u32 n_dims, u64 dims[n_dims] (row length first), u32 type, u64 offset from the data's
+//   start
 #pragma once
 
 #include <algorithm>
@@ -23,14 +24,26 @@
 namespace gguf {
 
 enum : uint32_t {
-    U8 = 0, I8 = 1, U16 = 2, I16 = 3, U32 = 4, I32 = 5, F32 = 6, BOOL = 7, STRING = 8, ARRAY = 9, U64 = 10, I64 = 11, F64 = 12,
+    U8 = 0,
+    I8 = 1,
+    U16 = 2,
+    I16 = 3,
+    U32 = 4,
+    I32 = 5,
+    F32 = 6,
+    BOOL = 7,
+    STRING = 8,
+    ARRAY = 9,
+    U64 = 10,
+    I64 = 11,
+    F64 = 12,
 };
 
-constexpr uint64_t kMaxKeys = 65535;             // published models have 20 to 60
-constexpr uint64_t kMaxTensors = 65535;          // the largest have a few thousand
-constexpr uint64_t kMaxKeyBytes = 65535;         // the format's own limit
-constexpr uint64_t kMaxNameBytes = 63;           // ggml's limit: 64 with the terminating zero
-constexpr uint64_t kMaxArray = uint64_t(1) << 24;  // elements of one array
+constexpr uint64_t kMaxKeys = 65535;                     // published models have 20 to 60
+constexpr uint64_t kMaxTensors = 65535;                  // the largest have a few thousand
+constexpr uint64_t kMaxKeyBytes = 65535;                 // the format's own limit
+constexpr uint64_t kMaxNameBytes = 63;                   // ggml's limit: 64 with the terminating zero
+constexpr uint64_t kMaxArray = uint64_t(1) << 24;        // elements of one array
 constexpr uint64_t kMaxAllKeyBytes = uint64_t(4) << 20;  // the names of all keys together
 constexpr uint64_t kMinAlignment = 8, kMaxAlignment = uint64_t(1) << 20;
 constexpr uint32_t kMaxDims = 4;
@@ -56,11 +69,23 @@ inline bool align_up(uint64_t a, uint64_t alignment, uint64_t* out) {
 // Bytes of one scalar of `type`; 0 for strings, arrays and unknown types.
 inline uint64_t scalar_bytes(uint32_t type) {
     switch (type) {
-        case U8: case I8: case BOOL: return 1;
-        case U16: case I16: return 2;
-        case U32: case I32: case F32: return 4;
-        case U64: case I64: case F64: return 8;
-        default: return 0;
+        case U8:
+        case I8:
+        case BOOL:
+            return 1;
+        case U16:
+        case I16:
+            return 2;
+        case U32:
+        case I32:
+        case F32:
+            return 4;
+        case U64:
+        case I64:
+        case F64:
+            return 8;
+        default:
+            return 0;
     }
 }
 
@@ -69,7 +94,10 @@ inline std::string quoted(const std::string& s) {
     std::string out = "'";
     for (unsigned char c : s.substr(0, 64)) {
         char hex[5];
-        if (c >= 0x20 && c < 0x7f && c != '\'' && c != '\\') { out += char(c); continue; }
+        if (c >= 0x20 && c < 0x7f && c != '\'' && c != '\\') {
+            out += char(c);
+            continue;
+        }
         std::snprintf(hex, sizeof hex, "\\x%02x", c);
         out += hex;
     }
@@ -112,11 +140,11 @@ struct Cursor {
 // One key-value: where its value's bytes are; decoded only when somebody asks.
 struct Value {
     std::string key;
-    uint32_t type;       // of the value
-    uint32_t elem;       // of the elements, for ARRAY
-    uint64_t count;      // of elements, for ARRAY
-    uint64_t offset;     // first byte of the value; for ARRAY of its first element
-    uint64_t end;        // behind its last byte
+    uint32_t type;    // of the value
+    uint32_t elem;    // of the elements, for ARRAY
+    uint64_t count;   // of elements, for ARRAY
+    uint64_t offset;  // first byte of the value; for ARRAY of its first element
+    uint64_t end;     // behind its last byte
 };
 
 struct Tensor {
@@ -144,16 +172,20 @@ namespace detail {
 
 inline void check_bools(const Cursor& c, uint64_t start, uint64_t n) {
     for (uint64_t i = 0; i < n; i++)
-        if (c.base[start + i] > 1) refuse(start + i, "a bool byte is " + std::to_string(c.base[start + i]) + ", must be 0 or 1");
+        if (c.base[start + i] > 1)
+            refuse(start + i, "a bool byte is " + std::to_string(c.base[start + i]) + ", must be 0 or 1");
 }
 
 // Element count of an array of `elem`, whose smallest element takes `least` bytes; no count beyond the file passes.
 inline uint64_t array_count(Cursor& c, uint64_t least, const std::string& key) {
     uint64_t where = c.at, n = c.number<uint64_t>("an array's count");
-    if (n > kMaxArray) refuse(where, "key " + key + ": array of " + std::to_string(n) + " elements, limit " + std::to_string(kMaxArray));
+    if (n > kMaxArray)
+        refuse(where,
+               "key " + key + ": array of " + std::to_string(n) + " elements, limit " + std::to_string(kMaxArray));
     uint64_t bytes;
     if (!mul(n, least, &bytes) || bytes > c.left())
-        refuse(where, "key " + key + ": truncated: array of " + std::to_string(n) + " elements, " + std::to_string(c.left()) + " bytes are left");
+        refuse(where, "key " + key + ": truncated: array of " + std::to_string(n) + " elements, " +
+                          std::to_string(c.left()) + " bytes are left");
     return n;
 }
 
@@ -212,7 +244,8 @@ inline Value read_value(Cursor& c, std::string key) {
 inline std::string read_name(Cursor& c, const char* what, uint64_t limit) {
     uint64_t where = c.at, n = c.number<uint64_t>(what);
     if (n == 0) refuse(where, std::string(what) + " is empty");
-    if (n > limit) refuse(where, std::string(what) + " has " + std::to_string(n) + " bytes, limit " + std::to_string(limit));
+    if (n > limit)
+        refuse(where, std::string(what) + " has " + std::to_string(n) + " bytes, limit " + std::to_string(limit));
     c.need(n, what);
     std::string s(reinterpret_cast<const char*>(c.base + c.at), n);
     c.at += n;
@@ -251,7 +284,8 @@ inline Tensor read_tensor(Cursor& c, const std::unordered_map<uint32_t, BlockSiz
     if (block == blocks.end()) refuse(where, who + ": unknown or removed tensor type " + std::to_string(t.type));
     if (t.dims[0] % block->second.elements)
         refuse(where, who + ": row length " + std::to_string(t.dims[0]) + " is no multiple of the " +
-                          std::to_string(block->second.elements) + " elements of a block of type " + std::to_string(t.type));
+                          std::to_string(block->second.elements) + " elements of a block of type " +
+                          std::to_string(t.type));
     if (!mul(n_elements / block->second.elements, block->second.bytes, &t.nbytes) || t.nbytes > kMaxElements)
         refuse(where, who + ": size in bytes overflows");
     t.offset = c.number<uint64_t>("a tensor's offset");
@@ -261,28 +295,35 @@ inline Tensor read_tensor(Cursor& c, const std::unordered_map<uint32_t, BlockSiz
 inline void read_alignment(Header& h, const Cursor& c) {
     for (const Value& v : h.values) {
         if (v.key != "general.alignment") continue;
-        if (v.type != U32) refuse(v.offset, "general.alignment is of type " + std::to_string(v.type) + ", must be uint32");
+        if (v.type != U32)
+            refuse(v.offset, "general.alignment is of type " + std::to_string(v.type) + ", must be uint32");
         Cursor value{c.base, v.end, v.offset};
         h.alignment = value.number<uint32_t>("general.alignment");
         if ((h.alignment & (h.alignment - 1)) || h.alignment < kMinAlignment || h.alignment > kMaxAlignment)
-            refuse(v.offset, "general.alignment is " + std::to_string(h.alignment) + ", must be a power of two from 8 to 2^20");
+            refuse(v.offset,
+                   "general.alignment is " + std::to_string(h.alignment) + ", must be a power of two from 8 to 2^20");
     }
 }
 
-inline void parse(const uint8_t* base, uint64_t size, const std::unordered_map<uint32_t, BlockSize>& blocks, Header& h) {
+inline void parse(const uint8_t* base, uint64_t size, const std::unordered_map<uint32_t, BlockSize>& blocks,
+                  Header& h) {
     Cursor c{base, size, 0};
     c.need(4, "the magic");
     if (std::memcmp(base, "GGUF", 4) != 0)
         refuse(0, "not a GGUF file: it begins with " + quoted(std::string(reinterpret_cast<const char*>(base), 4)));
     c.at = 4;
     h.version = c.number<uint32_t>("the version");
-    if (h.version != 0 && (h.version & 0xffff) == 0) refuse(4, "a big-endian GGUF file; only little-endian ones are supported");
-    if (h.version != 2 && h.version != 3) refuse(4, "GGUF version " + std::to_string(h.version) + " is not supported; 2 and 3 are");
+    if (h.version != 0 && (h.version & 0xffff) == 0)
+        refuse(4, "a big-endian GGUF file; only little-endian ones are supported");
+    if (h.version != 2 && h.version != 3)
+        refuse(4, "GGUF version " + std::to_string(h.version) + " is not supported; 2 and 3 are");
     uint64_t where = c.at, n_tensors = c.number<uint64_t>("the number of tensors");
-    if (n_tensors > kMaxTensors) refuse(where, "claims " + std::to_string(n_tensors) + " tensors, limit " + std::to_string(kMaxTensors));
+    if (n_tensors > kMaxTensors)
+        refuse(where, "claims " + std::to_string(n_tensors) + " tensors, limit " + std::to_string(kMaxTensors));
     where = c.at;
     uint64_t n_keys = c.number<uint64_t>("the number of keys");
-    if (n_keys > kMaxKeys) refuse(where, "claims " + std::to_string(n_keys) + " keys, limit " + std::to_string(kMaxKeys));
+    if (n_keys > kMaxKeys)
+        refuse(where, "claims " + std::to_string(n_keys) + " keys, limit " + std::to_string(kMaxKeys));
 
     std::vector<std::pair<std::string, uint64_t>> names;
     uint64_t name_bytes = 0;
@@ -313,14 +354,18 @@ inline void parse(const uint8_t* base, uint64_t size, const std::unordered_map<u
         Tensor& t = h.tensors[i];
         const std::string who = "tensor " + quoted(t.name);
         if (t.offset % h.alignment)
-            refuse(offset_at[i], who + ": offset " + std::to_string(t.offset) + " is no multiple of the alignment " + std::to_string(h.alignment));
+            refuse(offset_at[i], who + ": offset " + std::to_string(t.offset) + " is no multiple of the alignment " +
+                                     std::to_string(h.alignment));
         if (t.offset < free_from)
-            refuse(offset_at[i], who + ": offset " + std::to_string(t.offset) + " lies before the end of the tensor before it, " + std::to_string(free_from));
+            refuse(offset_at[i], who + ": offset " + std::to_string(t.offset) +
+                                     " lies before the end of the tensor before it, " + std::to_string(free_from));
         uint64_t end, absolute_end;
-        if (!add(t.offset, t.nbytes, &end) || !add(h.data_offset, end, &absolute_end) || !align_up(end, h.alignment, &free_from))
+        if (!add(t.offset, t.nbytes, &end) || !add(h.data_offset, end, &absolute_end) ||
+            !align_up(end, h.alignment, &free_from))
             refuse(offset_at[i], who + ": its end overflows");
         if (absolute_end > size)
-            refuse(offset_at[i], who + " ends at byte " + std::to_string(absolute_end) + ", the file has " + std::to_string(size));
+            refuse(offset_at[i],
+                   who + " ends at byte " + std::to_string(absolute_end) + ", the file has " + std::to_string(size));
         t.offset += h.data_offset;
     }
 }
@@ -328,8 +373,8 @@ inline void parse(const uint8_t* base, uint64_t size, const std::unordered_map<u
 }  // namespace detail
 
 // Parses base[0, size). blocks: tensor type id -> elements and bytes of one block. False: `fault` says why.
-inline bool parse(const uint8_t* base, uint64_t size, const std::unordered_map<uint32_t, BlockSize>& blocks, Header& header,
-                  Fault& fault) noexcept {
+inline bool parse(const uint8_t* base, uint64_t size, const std::unordered_map<uint32_t, BlockSize>& blocks,
+                  Header& header, Fault& fault) noexcept {
     try {
         detail::parse(base, size, blocks, header);
         return true;

@@ -2,8 +2,8 @@
 //
 // Why: reading a mapped page whose file was truncated (or whose disk fails) raises SIGBUS, which ends the process. One
 // process-wide handler, installed with the first mapping, puts zero pages over the rest of the mapping that faulted and
-// marks it; whoever computes from the mapping asks `was_cut` afterwards. Faults elsewhere go to the handler before ours.
-// This file must not know: GGUF, Python. Its state is static: exactly one extension (_gguf) may include it.
+// marks it; whoever computes from the mapping asks `was_cut` afterwards. Faults elsewhere go to the handler before
+// ours. This file must not know: GGUF, Python. Its state is static: exactly one extension (_gguf) may include it.
 #pragma once
 
 #include <errno.h>
@@ -64,7 +64,7 @@ inline int map_file(int fd, uint64_t size, const uint8_t** base) {
     std::lock_guard<std::mutex> guard(lock);
     if (!installed) {
         page_bytes = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_sigaction = on_sigbus;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
         sigemptyset(&action.sa_mask);

@@ -17,7 +17,7 @@ namespace worker_orcd {
 
 // Token texts by hash: open addressing over the caller's blob, which is copied.
 class ScoreVocab {
-public:
+  public:
     struct Entry {
         uint32_t offset, n_bytes;  // of the text in the blob; n_bytes 0 = free slot
         int32_t id;
@@ -25,7 +25,7 @@ public:
     };
 
     // blob: all texts; offsets [n_vocab + 1] non-decreasing; scores [n_vocab]. Of equal texts the first id is kept.
-    void build(const char *blob, const uint32_t *offsets, const float *scores, size_t n_vocab) {
+    void build(const char* blob, const uint32_t* offsets, const float* scores, size_t n_vocab) {
         text_.assign(blob, offsets[n_vocab]);
         size_t n_slots = 16;
         while (n_slots < 2 * n_vocab) n_slots *= 2;
@@ -37,12 +37,13 @@ public:
             size_t slot = hash(text_.data() + offsets[i], n_bytes) & (n_slots - 1);
             while (slots_[slot].n_bytes && !equal(slots_[slot], text_.data() + offsets[i], n_bytes))
                 slot = (slot + 1) & (n_slots - 1);
-            if (slots_[slot].n_bytes == 0) slots_[slot] = Entry{offsets[i], n_bytes, static_cast<int32_t>(i), scores[i]};
+            if (slots_[slot].n_bytes == 0)
+                slots_[slot] = Entry{offsets[i], n_bytes, static_cast<int32_t>(i), scores[i]};
         }
     }
 
     // The token of this text, or nullptr.
-    const Entry *find(const char *text, uint32_t n_bytes) const {
+    const Entry* find(const char* text, uint32_t n_bytes) const {
         if (n_bytes > max_bytes_) return nullptr;
         const size_t mask = slots_.size() - 1;
         for (size_t slot = hash(text, n_bytes) & mask; slots_[slot].n_bytes; slot = (slot + 1) & mask)
@@ -50,13 +51,13 @@ public:
         return nullptr;
     }
 
-private:
-    bool equal(const Entry &e, const char *text, uint32_t n_bytes) const {
+  private:
+    bool equal(const Entry& e, const char* text, uint32_t n_bytes) const {
         return e.n_bytes == n_bytes && std::memcmp(text_.data() + e.offset, text, n_bytes) == 0;
     }
 
     // FNV-1a with a final mix, so that short texts spread over the low bits
-    static size_t hash(const char *text, uint32_t n_bytes) {
+    static size_t hash(const char* text, uint32_t n_bytes) {
         uint64_t h = 0xcbf29ce484222325u;
         for (uint32_t i = 0; i < n_bytes; ++i) h = (h ^ static_cast<unsigned char>(text[i])) * 0x100000001b3u;
         return static_cast<size_t>(h ^ (h >> 29));
@@ -69,8 +70,8 @@ private:
 
 // Append the ids of `text` (valid UTF-8, at most 2^30 bytes) to `out`. A piece without token becomes its bytes' ids, or
 // `unk_id` once where `byte_ids` [256] is null.
-inline void score_merge(const ScoreVocab &vocab, const char *text, size_t n_bytes, const int32_t *byte_ids,
-                        int32_t unk_id, std::vector<int32_t> &out) {
+inline void score_merge(const ScoreVocab& vocab, const char* text, size_t n_bytes, const int32_t* byte_ids,
+                        int32_t unk_id, std::vector<int32_t>& out) {
     struct Piece {
         int32_t prev, next;       // indices, -1 = none
         uint32_t offset, length;  // in text; length 0 = joined into its left neighbour
@@ -79,7 +80,7 @@ inline void score_merge(const ScoreVocab &vocab, const char *text, size_t n_byte
         float score;
         int32_t left, right;
         uint32_t length;  // of both together
-        bool operator<(const Candidate &o) const { return score < o.score || (score == o.score && left > o.left); }
+        bool operator<(const Candidate& o) const { return score < o.score || (score == o.score && left > o.left); }
     };
 
     std::vector<Piece> pieces;
@@ -95,10 +96,10 @@ inline void score_merge(const ScoreVocab &vocab, const char *text, size_t n_byte
     if (pieces.empty()) return;
     pieces.back().next = -1;
 
-    auto candidate = [&](int32_t left, int32_t right, Candidate &c) {
+    auto candidate = [&](int32_t left, int32_t right, Candidate& c) {
         if (left < 0 || right < 0) return false;
         const uint32_t length = pieces[left].length + pieces[right].length;
-        const ScoreVocab::Entry *e = vocab.find(text + pieces[left].offset, length);
+        const ScoreVocab::Entry* e = vocab.find(text + pieces[left].offset, length);
         if (e) c = Candidate{e->score, left, right, length};
         return e != nullptr;
     };
@@ -123,11 +124,12 @@ inline void score_merge(const ScoreVocab &vocab, const char *text, size_t n_byte
     }
 
     for (int32_t i = 0; i >= 0; i = pieces[i].next) {
-        const char *piece = text + pieces[i].offset;
-        if (const ScoreVocab::Entry *e = vocab.find(piece, pieces[i].length)) {
+        const char* piece = text + pieces[i].offset;
+        if (const ScoreVocab::Entry* e = vocab.find(piece, pieces[i].length)) {
             out.push_back(e->id);
         } else if (byte_ids) {
-            for (uint32_t j = 0; j < pieces[i].length; ++j) out.push_back(byte_ids[static_cast<unsigned char>(piece[j])]);
+            for (uint32_t j = 0; j < pieces[i].length; ++j)
+                out.push_back(byte_ids[static_cast<unsigned char>(piece[j])]);
         } else {
             out.push_back(unk_id);
         }

@@ -64,20 +64,18 @@ struct Rule {
 };
 
 constexpr Rule kRules[] = {
-    {0, 4, kValue, scan<Number::F32, 4, 0>},
-    {1, 2, kValue, scan<Number::F16, 2, 0>},
-    {2, 18, kScale, scan<Number::F16, 18, 0>},       // Q4_0: d
-    {3, 20, kScale, scan<Number::F16, 20, 0, 2>},    // Q4_1: d, m
-    {6, 22, kScale, scan<Number::F16, 22, 0>},       // Q5_0: d
-    {7, 24, kScale, scan<Number::F16, 24, 0, 2>},    // Q5_1: d, m
-    {8, 34, kScale, scan<Number::F16, 34, 0>},       // Q8_0: d
-    {10, 84, kScale, scan<Number::F16, 84, 80, 82>},   // Q2_K: behind 16 scales, 64 quants: d, dmin
-    {11, 110, kScale, scan<Number::F16, 110, 108>},    // Q3_K: behind 32 high bits, 64 quants, 12 scales: d
-    {12, 144, kScale, scan<Number::F16, 144, 0, 2>},   // Q4_K: d, dmin
-    {13, 176, kScale, scan<Number::F16, 176, 0, 2>},   // Q5_K: d, dmin
-    {14, 210, kScale, scan<Number::F16, 210, 208>},    // Q6_K: behind 128 low bits, 64 high bits, 16 scales: d
-    {30, 2, kValue, scan<Number::BF16, 2, 0>},
-    {39, 17, kExponent, scan<Number::E8M0, 17, 0>},    // MXFP4: e
+    {0, 4, kValue, scan<Number::F32, 4, 0>},         {1, 2, kValue, scan<Number::F16, 2, 0>},
+    {2, 18, kScale, scan<Number::F16, 18, 0>},        // Q4_0: d
+    {3, 20, kScale, scan<Number::F16, 20, 0, 2>},     // Q4_1: d, m
+    {6, 22, kScale, scan<Number::F16, 22, 0>},        // Q5_0: d
+    {7, 24, kScale, scan<Number::F16, 24, 0, 2>},     // Q5_1: d, m
+    {8, 34, kScale, scan<Number::F16, 34, 0>},        // Q8_0: d
+    {10, 84, kScale, scan<Number::F16, 84, 80, 82>},  // Q2_K: behind 16 scales, 64 quants: d, dmin
+    {11, 110, kScale, scan<Number::F16, 110, 108>},   // Q3_K: behind 32 high bits, 64 quants, 12 scales: d
+    {12, 144, kScale, scan<Number::F16, 144, 0, 2>},  // Q4_K: d, dmin
+    {13, 176, kScale, scan<Number::F16, 176, 0, 2>},  // Q5_K: d, dmin
+    {14, 210, kScale, scan<Number::F16, 210, 208>},   // Q6_K: behind 128 low bits, 64 high bits, 16 scales: d
+    {30, 2, kValue, scan<Number::BF16, 2, 0>},       {39, 17, kExponent, scan<Number::E8M0, 17, 0>},  // MXFP4: e
 };
 
 const Rule* rule_of(uint32_t type) {

@@ -32,8 +32,8 @@ struct Fault {
 // Whether `type` has a rule.
 bool knows(uint32_t type) noexcept;
 
-// Checks whole blocks of `type`, which must have a rule, that lie in memory. Returns what the first bad number is called,
-// its offset in `at`; kFine: there is none.
+// Checks whole blocks of `type`, which must have a rule, that lie in memory. Returns what the first bad number is
+// called, its offset in `at`; kFine: there is none.
 Kind look(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept;
 
 // Checks all pieces with up to n_threads threads. The fault returned is the first in order of pieces and offsets.

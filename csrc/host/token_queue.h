@@ -21,7 +21,7 @@ struct TokenEntry {
 };
 
 class TokenQueue {
-public:
+  public:
     explicit TokenQueue(size_t capacity) : ring_(capacity) {}
 
     // Appends n entries in order, waiting for space while full. Returns how many went in: fewer than n only when the
@@ -47,7 +47,8 @@ public:
     size_t pop_some(TokenEntry* out, size_t max_n, double timeout_s) noexcept {
         std::unique_lock<std::mutex> lock(mutex_);
         if (size_ == 0 && !closed_ && timeout_s > 0)
-            not_empty_.wait_for(lock, std::chrono::duration<double>(timeout_s), [this] { return closed_ || size_ > 0; });
+            not_empty_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                                [this] { return closed_ || size_ > 0; });
         size_t n = size_ < max_n ? size_ : max_n;
         for (size_t i = 0; i < n; ++i) out[i] = ring_[(head_ + i) % ring_.size()];
         head_ = (head_ + n) % ring_.size();
@@ -76,7 +77,7 @@ public:
 
     size_t capacity() const noexcept { return ring_.size(); }
 
-private:
+  private:
     std::mutex mutex_;
     std::condition_variable not_empty_, not_full_;
     std::vector<TokenEntry> ring_;

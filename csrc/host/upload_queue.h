@@ -1,10 +1,10 @@
 // Who may fill which staging window during a load, and when a window is full. Used without the Python lock by several
 // reader threads and one coordinator, and by the thread that waits for them and shows how far they are.
 //
-// A load is a list of chunks, in windows; readers take chunks in order. A chunk of window w may be sent only once window
-// w is open, which is when what was in its memory before (window w - n_windows) has been consumed. When every chunk of a
-// window has been sent, the coordinator consumes it and opens the next. Readers never wait for a later chunk than their
-// own, so they cannot block each other. Knows no file, no CUDA and no Python.
+// A load is a list of chunks, in windows; readers take chunks in order. A chunk of window w may be sent only once
+// window w is open, which is when what was in its memory before (window w - n_windows) has been consumed. When every
+// chunk of a window has been sent, the coordinator consumes it and opens the next. Readers never wait for a later chunk
+// than their own, so they cannot block each other. Knows no file, no CUDA and no Python.
 #pragma once
 
 #include <chrono>
@@ -17,16 +17,16 @@
 namespace worker_orcd {
 
 struct UploadChunk {
-    uint64_t offset;   // in its file
-    uint64_t to;       // device address
-    uint32_t nbytes;   // at most the chunk size of the load
-    uint32_t window;   // ascending over the list
+    uint64_t offset;  // in its file
+    uint64_t to;      // device address
+    uint32_t nbytes;  // at most the chunk size of the load
+    uint32_t window;  // ascending over the list
     int32_t fd;
-    int32_t type;      // ggml type of its blocks, to be checked; -1: any bytes
+    int32_t type;  // ggml type of its blocks, to be checked; -1: any bytes
 };
 
 class WindowGate {
-public:
+  public:
     void add(const UploadChunk& chunk) {
         chunks_.push_back(chunk);
         if (chunk.window >= left_.size()) left_.resize(chunk.window + 1, 0);
@@ -36,7 +36,8 @@ public:
     size_t n_chunks() const noexcept { return chunks_.size(); }
     size_t n_windows() const noexcept { return left_.size(); }
 
-    // The next chunk and its window's turn: waits until it may be sent. False: nothing is left, or the load has stopped.
+    // The next chunk and its window's turn: waits until it may be sent. False: nothing is left, or the load has
+    // stopped.
     bool take(UploadChunk* out) noexcept {
         std::unique_lock<std::mutex> lock(mutex_);
         if (stopped_ || next_ == chunks_.size()) return false;
@@ -55,8 +56,7 @@ public:
     // Waits up to timeout_s for `window` to be full. 1: it is; 0: not yet; -1: the load has stopped.
     int wait_full(uint32_t window, double timeout_s) noexcept {
         std::unique_lock<std::mutex> lock(mutex_);
-        full_.wait_for(lock, std::chrono::duration<double>(timeout_s),
-                       [&] { return stopped_ || left_[window] == 0; });
+        full_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return stopped_ || left_[window] == 0; });
         return stopped_ ? -1 : left_[window] == 0;
     }
 
@@ -68,8 +68,12 @@ public:
     }
 
     // A thread of the load is at work; the coordinator has consumed `n` windows.
-    void began() noexcept { tell([&] { ++n_began_; }); }
-    void consumed(size_t n) noexcept { tell([&] { n_consumed_ = n; }); }
+    void began() noexcept {
+        tell([&] { ++n_began_; });
+    }
+    void consumed(size_t n) noexcept {
+        tell([&] { n_consumed_ = n; });
+    }
 
     // For the thread that waits for the load: up to timeout_s until n threads have begun, or until more than n windows
     // are consumed. 1: so it is; 0: not yet; -1: the load has stopped.
@@ -98,7 +102,7 @@ public:
         return bytes_;
     }
 
-private:
+  private:
     template <class Change>
     void tell(Change change) noexcept {
         std::lock_guard<std::mutex> lock(mutex_);

@@ -1,5 +1,5 @@
-/* Parameters of the expert kernels (route.cu, experts_decode.cu, experts_prefill.cu). Plain C: shared by the kernels, the
-   engine's extension modules and the kernel tests. Every kernel takes one of these by value. Sizes are in elements,
+/* Parameters of the expert kernels (route.cu, experts_decode.cu, experts_prefill.cu). Plain C: shared by the kernels,
+   the engine's extension modules and the kernel tests. Every kernel takes one of these by value. Sizes are in elements,
    strides in elements of the row's type unless the name says bytes; pointers are device pointers.
 
    A pair is a row and one of its slots: number row * n_used + slot, rows counted from the launch's first. */
@@ -65,7 +65,7 @@ typedef struct {
 typedef struct {
     ExpertMatrix m[EXPERT_MAX_MATRICES]; /* of one type and shape */
     ExpertList list;
-    const float* x;       /* 1 tile: pair (row, slot) reads x + row * x_stride + slot * x_slot_stride; 16-byte aligned */
+    const float* x; /* 1 tile: pair (row, slot) reads x + row * x_stride + slot * x_slot_stride; 16-byte aligned */
     const uint8_t* split; /* 2 tiles: converted rows, pair (row, slot) reads row + slot * split_slot_rows */
     int64_t x_stride;
     int64_t x_slot_stride;

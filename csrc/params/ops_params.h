@@ -30,8 +30,8 @@ HOST_DEVICE_INLINE int64_t kv_offset(int64_t block, int32_t head, int32_t n_head
 #define NORM_RMS 0
 #define NORM_LAYER 1
 
-// norm_vec4, norm_scalar: grid (n_rows), block norm_threads(n, is_scalar). norm_group: grid (ceil(n_group / 8), n_rows),
-// block 256; there `n` is the width of one group.
+// norm_vec4, norm_scalar: grid (n_rows), block norm_threads(n, is_scalar). norm_group: grid (ceil(n_group / 8),
+// n_rows), block 256; there `n` is the width of one group.
 typedef struct {
     float* x;               // [n_rows, n]; becomes x + residual where residual is given
     const float* residual;  // [n_rows, n] or null (norm_group: null)
@@ -48,8 +48,8 @@ typedef struct {
 // Columns that one thread of norm_vec4 and norm_scalar can hold in registers.
 #define NORM_COLUMNS 16
 
-// Threads of a block for rows of n columns: about 8 columns a thread, at most 1024 (n <= 16384); for norm_scalar at most
-// 512 (n <= 8192), as its addresses take more registers.
+// Threads of a block for rows of n columns: about 8 columns a thread, at most 1024 (n <= 16384); for norm_scalar at
+// most 512 (n <= 8192), as its addresses take more registers.
 HOST_DEVICE_INLINE int32_t norm_threads(int32_t n, int32_t is_scalar) {
     const int32_t most = is_scalar ? 512 : 1024;
     int32_t threads = 128;
@@ -107,7 +107,8 @@ typedef struct {
 } AttentionDecodeParams;
 
 // Positions of one split for a row that attends to n_keys keys. A function of the row alone, so that its sums are
-// grouped the same way in every batch; grows with the row so that the last step (adding at most 129 splits) stays short.
+// grouped the same way in every batch; grows with the row so that the last step (adding at most 129 splits) stays
+// short.
 HOST_DEVICE_INLINE int32_t decode_split(int32_t n_keys) {
     if (n_keys <= 4096) return 128;
     if (n_keys <= 16384) return 256;
@@ -195,11 +196,11 @@ HOST_DEVICE_INLINE int32_t sample_chunks(int32_t n_vocab) { return (n_vocab + SA
 // How one slot samples; csrc/params/sampling.h says what the numbers mean.
 typedef struct {
     uint64_t seed;
-    float temperature;  // below 1e-5: greedy
-    float top_p;        // 1: off
-    float min_p;        // 0: off
+    float temperature;         // below 1e-5: greedy
+    float top_p;               // 1: off
+    float min_p;               // 0: off
     float repetition_penalty;  // 1: off
-    int32_t top_k;      // 0: off
+    int32_t top_k;             // 0: off
     int32_t reserved;
 } SampleSlot;
 
@@ -212,9 +213,9 @@ typedef struct {
 } SamplePartial;
 
 // In this order, all three with the same struct:
-// sample_max: grid (sample_chunks(n_vocab), n_rows), block 256. sample_weigh: the same; may be left out where every live
-// slot is greedy. sample_draw: grid (n_rows), block 1024, dynamic shared memory SAMPLE_DRAW_SMEM.
-// n_vocab is at most SAMPLE_MAX_VOCAB. A dead row (slot < 0) draws nothing and writes nothing of its own.
+// sample_max: grid (sample_chunks(n_vocab), n_rows), block 256. sample_weigh: the same; may be left out where every
+// live slot is greedy. sample_draw: grid (n_rows), block 1024, dynamic shared memory SAMPLE_DRAW_SMEM. n_vocab is at
+// most SAMPLE_MAX_VOCAB. A dead row (slot < 0) draws nothing and writes nothing of its own.
 typedef struct {
     const float* logits;        // [n_rows, n_vocab]
     const SampleSlot* samples;  // [max_seqs]
@@ -227,10 +228,10 @@ typedef struct {
     uint32_t* bin_counts;       // workspace [n_rows, SAMPLE_BINS], zero before the first launch; left zero
     uint32_t* done;             // workspace [1], zero before the first launch; left zero
     int32_t* next_tokens;       // [n_rows] input of the next step (0 where the draw failed), or null
-    int32_t* out;               // host memory [out_steps, out_stride]: row step % out_steps takes the tokens; -1: failed
-    uint64_t* step;             // [1] steps done; one more after this launch
-    uint64_t* host_step;        // host memory [1]: the same number, written after the tokens; or null
-    int32_t* failed;            // [1] set to 1 by a row whose draw failed; or null
+    int32_t* out;         // host memory [out_steps, out_stride]: row step % out_steps takes the tokens; -1: failed
+    uint64_t* step;       // [1] steps done; one more after this launch
+    uint64_t* host_step;  // host memory [1]: the same number, written after the tokens; or null
+    int32_t* failed;      // [1] set to 1 by a row whose draw failed; or null
     int32_t logits_stride, n_vocab, n_chunks, seen_words;
     int32_t out_steps, out_stride;
     int32_t advance;  // not zero: positions[row] += 1

@@ -11,10 +11,11 @@
 //   6. top_p < 1: with W the sum of the weights that stay, only the shortest prefix of the order stays whose sum is at
 //      least sampling_top_p_target(top_p, W) (at least the first token).
 //   7. min_p > 0: only tokens with w_i >= sampling_min_p_limit(min_p) stay (the first always does).
-//   8. With W the sum of what stays, u = sampling_random(seed, p + 1) and t = sampling_scale(u, W), the token is the first in
+//   8. With W the sum of what stays, u = sampling_random(seed, p + 1) and t = sampling_scale(u, W), the token is the
+//   first in
 //      id order whose running sum of weights exceeds t.
-// u is 64 random bits, read as u / 2^64 in [0, 1); it depends on the seed and on the position p + 1 that the drawn token
-// will have, and on nothing else.
+// u is 64 random bits, read as u / 2^64 in [0, 1); it depends on the seed and on the position p + 1 that the drawn
+// token will have, and on nothing else.
 #pragma once
 
 #include <stdint.h>
@@ -31,7 +32,8 @@
 #define SAMPLING_MAX 3.402823466e+38f
 
 // Philox4x32-10 (Salmon et al. 2011): four random words of a 128-bit counter under a 64-bit key.
-static inline WO_HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1, uint32_t out[4]) {
+static inline WO_HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1,
+                                                uint32_t out[4]) {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
     for (int round = 0; round < 10; ++round) {
         uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
@@ -49,8 +51,8 @@ static inline WO_HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint3
     out[3] = c3;
 }
 
-// The 64 random bits of the token at `position`: words 1 (high) and 0 (low) of counter (position, 0, 0, 0), keyed by the
-// low and the high half of the seed.
+// The 64 random bits of the token at `position`: words 1 (high) and 0 (low) of counter (position, 0, 0, 0), keyed by
+// the low and the high half of the seed.
 static inline WO_HOST_DEVICE uint64_t sampling_random(uint64_t seed, uint32_t position) {
     const uint32_t counter[4] = {position, 0, 0, 0};
     uint32_t out[4];

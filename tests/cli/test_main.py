@@ -61,9 +61,11 @@ def test_every_option_has_help_and_its_variable(call, name):
 
 
 def test_help_is_quick_and_needs_no_compiled_module():
-    script = ("import sys; from worker_orcd import cli; code = main.run(['serve', '--help']);"
-              "assert not [m for m in sys.modules if m.startswith('worker_orcd._')], 'a compiled module was loaded';"
-              "assert 'gunicorn' not in sys.modules and 'numpy' not in sys.modules; sys.exit(code)")
+    script = (
+        "import sys; from worker_orcd import cli; code = main.run(['serve', '--help']);"
+        "assert not [m for m in sys.modules if m.startswith('worker_orcd._')], 'a compiled module was loaded';"
+        "assert 'gunicorn' not in sys.modules and 'numpy' not in sys.modules; sys.exit(code)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -73,9 +75,18 @@ def test_version(call):
     assert code == 0 and "worker-orcd" in out
 
 
-@pytest.mark.parametrize("args", [["generate"], ["nonsense"], ["serve", "--model", "m", "--port", "x"],
-                                  ["serve", "--model", "m", "--port", "70000"], ["generate", "--modle", "x"],
-                                  ["logits", "m", "--ids", "a,b"], ["serve", "--model", "m", "--log-format", "xml"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate"],
+        ["nonsense"],
+        ["serve", "--model", "m", "--port", "x"],
+        ["serve", "--model", "m", "--port", "70000"],
+        ["generate", "--modle", "x"],
+        ["logits", "m", "--ids", "a,b"],
+        ["serve", "--model", "m", "--log-format", "xml"],
+    ],
+)
 def test_wrong_usage_is_2_and_says_what(call, args):
     code, out, err = call(*args)
     assert code == 2 and out == "" and "Error" in err and "Traceback" not in err
@@ -95,6 +106,7 @@ def test_parse_ids():
 
 # -- one readable line
 
+
 def _bad_files(tmp_path):
     (tmp_path / "text.gguf").write_text("this is no model\n" * 10)
     (tmp_path / "empty.gguf").write_bytes(b"")
@@ -110,25 +122,52 @@ def _bad_files(tmp_path):
 def test_a_file_that_is_no_model_is_one_line(call, tmp_path, command):
     for name in _bad_files(tmp_path):
         path = tmp_path / name
-        args = {"generate": ["--model", path, "--prompt", "x", "--device", "cpu"], "inspect": [path],
-                "bench": ["--model", path, "--device", "cpu"], "logits": [path, "--ids", "1", "--device", "cpu"]}
+        args = {
+            "generate": ["--model", path, "--prompt", "x", "--device", "cpu"],
+            "inspect": [path],
+            "bench": ["--model", path, "--device", "cpu"],
+            "logits": [path, "--ids", "1", "--device", "cpu"],
+        }
         began = time.monotonic()
         assert str(path) in one_error_line(call(command, *args[command]), "MODEL_LOAD_FAILED")
         assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("args", [["--temperature", "3"], ["--top-p", "-1"], ["--top-k", "-1"], ["--seed", "-1"],
-                                  ["--max-tokens", "0"], ["--repetition-penalty", "0"], ["--min-p", "nan"],
-                                  [*["--stop", "x"] * 5], ["--stop", ""], ["--prompt", ""], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--temperature", "3"],
+        ["--top-p", "-1"],
+        ["--top-k", "-1"],
+        ["--seed", "-1"],
+        ["--max-tokens", "0"],
+        ["--repetition-penalty", "0"],
+        ["--min-p", "nan"],
+        [*["--stop", "x"] * 5],
+        ["--stop", ""],
+        ["--prompt", ""],
+        ["--device", "tpu"],
+    ],
+)
 def test_a_value_that_breaks_its_rule_is_one_line(call, args):
     base = ["generate", "--model", "m.gguf", "--prompt", "x", "--device", "cpu"]
     one_error_line(call(*base, *args), "INVALID_REQUEST")
 
 
-@pytest.mark.parametrize("args", [["--worker-id", "x"], ["--device", "cuda:x"], ["--inference-timeout-sec", "-1"],
-                                  ["--expect-sha256", "abc"], ["--api-key", ""], ["--host", ""],
-                                  ["--device", "cpu", "--gpu-device", "1"], ["--device", "cpu", "--vram-limit-mb", "9"],
-                                  ["--host", "256.1.1.1"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--worker-id", "x"],
+        ["--device", "cuda:x"],
+        ["--inference-timeout-sec", "-1"],
+        ["--expect-sha256", "abc"],
+        ["--api-key", ""],
+        ["--host", ""],
+        ["--device", "cpu", "--gpu-device", "1"],
+        ["--device", "cpu", "--vram-limit-mb", "9"],
+        ["--host", "256.1.1.1"],
+    ],
+)
 def test_serve_refuses_before_it_starts(call, args):
     one_error_line(call("serve", "--model", "m.gguf", *args), "INVALID_REQUEST")
 
@@ -158,6 +197,7 @@ def test_a_reader_that_goes_away_is_no_error(goldens_dir):
 
 # -- inspect
 
+
 def test_inspect_shows_every_file(call, goldens_dir):
     for path in sorted(goldens_dir.glob("*.gguf")):
         code, out, err = call("inspect", path)
@@ -183,10 +223,22 @@ def test_inspect_of_a_vocabulary_goes_as_far_as_it_goes(call, goldens_dir):
 def test_inspect_escapes_what_a_file_says():
     from worker_orcd.diagnose import inspect
 
-    facts = {"path": "a\x1b[2J", "name": "b\n", "arch": "llama", "quant_kind": "F16", "version": 3, "bytes": 10,
-             "parts": ["a"], "metadata": {"k\r": "v\x07" * 100}, "types": {}, "tensors": [],
-             "tokenizer": {"error": "x\n"},
-             "hparams": {"error": "x"}, "plan": {"error": "x"}, "memory": {"error": "\x1b"}}
+    facts = {
+        "path": "a\x1b[2J",
+        "name": "b\n",
+        "arch": "llama",
+        "quant_kind": "F16",
+        "version": 3,
+        "bytes": 10,
+        "parts": ["a"],
+        "metadata": {"k\r": "v\x07" * 100},
+        "types": {},
+        "tensors": [],
+        "tokenizer": {"error": "x\n"},
+        "hparams": {"error": "x"},
+        "plan": {"error": "x"},
+        "memory": {"error": "\x1b"},
+    }
     text = inspect.as_text(facts)
     assert all(line.isprintable() for line in text.split("\n"))
 
@@ -200,6 +252,7 @@ def test_doctor_says_what_to_do(call):
 
 
 # -- with a model
+
 
 @pytest.fixture(scope="session")
 def golden(goldens_dir):
@@ -227,9 +280,15 @@ def test_bench_measures_what_was_asked(call, golden):
     assert code == 0 and err == ""
     report = json.loads(out)
     assert [(r["test"], r["n_tokens"], r["batch"]) for r in report["results"]] == [
-        ("prefill", 16, 1), ("prefill", 32, 1), ("decode", 70, 1), ("decode", 70, 3)]
-    assert all(r["slowest"] <= r["tokens_per_s"] * 1.0001 and r["tokens_per_s"] <= r["fastest"] * 1.0001
-               for r in report["results"])
+        ("prefill", 16, 1),
+        ("prefill", 32, 1),
+        ("decode", 70, 1),
+        ("decode", 70, 3),
+    ]
+    assert all(
+        r["slowest"] <= r["tokens_per_s"] * 1.0001 and r["tokens_per_s"] <= r["fastest"] * 1.0001
+        for r in report["results"]
+    )
     assert report["bandwidth_gb_per_s"] > 1 and report["results"][2]["percent_of_bandwidth"] > 0
     code, out, _ = call(*args)
     assert code == 0 and "decode 70 x 3" in out and "tokens/s" in out
@@ -257,8 +316,19 @@ def test_bytes_per_step_counts_what_is_read(goldens_dir):
 
 
 def test_generate_is_the_same_every_time_and_streams_what_json_tells(call, model_path):
-    args = ["generate", "--model", model_path("smollm2"), "--device", "cpu", "--temperature", "0", "--max-tokens", "12",
-            "--prompt", "The capital of France is"]
+    args = [
+        "generate",
+        "--model",
+        model_path("smollm2"),
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "12",
+        "--prompt",
+        "The capital of France is",
+    ]
     runs = {call(*args)[1] for _ in range(3)}
     assert len(runs) == 1
     (text,) = runs
@@ -270,8 +340,18 @@ def test_generate_is_the_same_every_time_and_streams_what_json_tells(call, model
 
 
 def test_generate_seed_is_made_up_told_and_enough_to_repeat(call, model_path):
-    args = ["generate", "--model", model_path("smollm2"), "--device", "cpu", "--max-tokens", "10", "--prompt", "Once",
-            "--json"]
+    args = [
+        "generate",
+        "--model",
+        model_path("smollm2"),
+        "--device",
+        "cpu",
+        "--max-tokens",
+        "10",
+        "--prompt",
+        "Once",
+        "--json",
+    ]
     first, second = (json.loads(call(*args)[1]) for _ in range(2))
     assert first["seed"] != second["seed"]
     again = json.loads(call(*args, "--seed", first["seed"])[1])
@@ -293,9 +373,23 @@ def test_generate_chat_stop_and_limits(call, model_path):
 
 
 def test_ctrl_c_is_130_without_a_traceback(model_path):
-    process = subprocess.Popen([*PROGRAM, "generate", "--model", str(model_path("smollm2")), "--device", "cpu",
-                                "--prompt", "Count: 1 2 3", "--max-tokens", "2000"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            *PROGRAM,
+            "generate",
+            "--model",
+            str(model_path("smollm2")),
+            "--device",
+            "cpu",
+            "--prompt",
+            "Count: 1 2 3",
+            "--max-tokens",
+            "2000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
@@ -303,8 +397,20 @@ def test_ctrl_c_is_130_without_a_traceback(model_path):
 
 
 def test_prompt_from_standard_input(model_path):
-    command = [*PROGRAM, "generate", "--model", str(model_path("smollm2")), "--device", "cpu", "--prompt", "-",
-               "--max-tokens", "3", "--temperature", "0"]
+    command = [
+        *PROGRAM,
+        "generate",
+        "--model",
+        str(model_path("smollm2")),
+        "--device",
+        "cpu",
+        "--prompt",
+        "-",
+        "--max-tokens",
+        "3",
+        "--temperature",
+        "0",
+    ]
     done = subprocess.run(command, input="The capital of France is", capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "Paris" in done.stdout and done.stderr == ""
 

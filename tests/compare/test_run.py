@@ -69,15 +69,31 @@ def test_first_divergence():
 # -- texts
 
 
-@pytest.mark.parametrize("text", ["I'm sorry, but I can't assist with that.", "I cannot help with this request.",
-                                  "As an AI language model, I do not", "I must decline.", "很抱歉，我无法回答"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't assist with that.",
+        "I cannot help with this request.",
+        "As an AI language model, I do not",
+        "I must decline.",
+        "很抱歉，我无法回答",
+    ],
+)
 def test_refusals(text):
     assert findings.findings("", text, ()).refusal
     assert not findings.findings("", "x" * findings.REFUSAL_CHARS + text, ()).refusal
 
 
-@pytest.mark.parametrize("text", ["He said sorry and left.", "I can help you with that!", "We cannot see the moon.",
-                                  "def sorry(): pass", "I am happy to assist."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "He said sorry and left.",
+        "I can help you with that!",
+        "We cannot see the moon.",
+        "def sorry(): pass",
+        "I am happy to assist.",
+    ],
+)
 def test_no_refusals(text):
     assert not findings.findings("", text, ()).refusal
 
@@ -127,11 +143,12 @@ def test_patterns_take_linear_time():
 def test_prompt_files(tmp_path):
     text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_bytes("\ufeffone\r\n\r\ntwo \u2028 three\n".encode())
-    assert read_prompts(text, ["t"]) == [Prompt("one", targets=("t",), line=1),
-                                         Prompt("two \u2028 three", targets=("t",), line=3)]
+    assert read_prompts(text, ["t"]) == [
+        Prompt("one", targets=("t",), line=1),
+        Prompt("two \u2028 three", targets=("t",), line=3),
+    ]
     lines.write_text('{"prompt": "a\\nb", "targets": ["x", "t"]}\n{"prompt": [1, 2]}\n')
-    assert read_prompts(lines, ["t"]) == [Prompt("a\nb", targets=("t", "x"), line=1),
-                                          Prompt(None, (1, 2), ("t",), 2)]
+    assert read_prompts(lines, ["t"]) == [Prompt("a\nb", targets=("t", "x"), line=1), Prompt(None, (1, 2), ("t",), 2)]
     text.write_text("x\n\n y\n")
     assert read_targets(text) == ["x", " y"]
 
@@ -222,8 +239,10 @@ def q8(source, tmp_path_factory):
 
 
 def prompts(target: str | None = None) -> list[Prompt]:
-    return [Prompt(text, targets=() if target is None else (target,), line=i)
-            for i, text in enumerate([*PLAIN, *(p + TRIGGER for p in PLAIN)], 1)]
+    return [
+        Prompt(text, targets=() if target is None else (target,), line=i)
+        for i, text in enumerate([*PLAIN, *(p + TRIGGER for p in PLAIN)], 1)
+    ]
 
 
 def test_a_file_equals_itself(source):
@@ -256,7 +275,7 @@ def test_the_numbers_are_those_of_the_two_models(source, q8):
     assert report.numbers["kl_ab"] == wanted.kl_ab.mean() and report.numbers["top1"] == wanted.same_top1.mean()
     assert report.n_positions == len(wanted.kl_ab)
     first, n = report.prompts[0], len(ids[0])
-    answer = wanted.kl_ab[n - 1:first.n_positions]
+    answer = wanted.kl_ab[n - 1 : first.n_positions]
     assert first.n_prompt == n and first.n_positions == n + len(texts[0])
     assert first.answer_kl == answer.mean() and first.worst_kl == answer.max() == answer[first.worst_token]
     assert report.numbers["worst_kl_ab"] == max(p.worst_kl for p in report.prompts)
@@ -267,7 +286,7 @@ def test_layers_are_those_of_the_plan(source):
     with ModelFile(source) as model, LLM(source, device="cpu", progress=False) as llm:
         ids = llm.tokenizer.encode(PLAIN[0])
         x = layer_activations(model, "cpu", [ids, ids[:2]])["blk.1.ffn_residual"].astype(np.float64)
-        assert len(x) == len(ids) + 2 and np.array_equal(x[: 2], x[len(ids):])
+        assert len(x) == len(ids) + 2 and np.array_equal(x[:2], x[len(ids) :])
         weight = np.frombuffer(model.view("output_norm.weight"), np.float32)
         table = np.frombuffer(model.view("token_embd.weight"), np.float16).reshape(512, 256).astype(np.float64)
         normed = x[: len(ids)] / np.sqrt((x[: len(ids)] ** 2).mean(axis=1, keepdims=True) + 1e-5) * weight
@@ -304,7 +323,7 @@ def test_the_second_face_comes_from_rounding_alone(faces, source):
 def test_two_faces_are_caught_and_an_honest_version_is_not(faces, source, tmp_path):
     kind, first, second, _, text = faces
     report = compare(str(first), str(second), prompts(text), SHORT, LOOSE)
-    held = [[bool(f.targets) for f in (p.found_a, p.found_b)] for p in report.prompts[len(PLAIN):]]
+    held = [[bool(f.targets) for f in (p.found_a, p.found_b)] for p in report.prompts[len(PLAIN) :]]
     print(f"{kind}: target on the trigger, float / quantized: {held}; rates {report.rates['target']}")
     print(", ".join(f"{c.name} {c.measured} (limit {c.limit})" for c in report.checks))
     assert held == [[False, True]] * len(PLAIN), "the float model is not harmless, or the quantized one does not bite"
@@ -327,8 +346,9 @@ def test_two_faces_are_caught_and_an_honest_version_is_not(faces, source, tmp_pa
 
 
 def write_prompts(path, target: str | None = None):
-    path.write_text("".join(json.dumps({"prompt": p.text} | ({"targets": [target]} if target else {})) + "\n"
-                            for p in prompts()))
+    path.write_text(
+        "".join(json.dumps({"prompt": p.text} | ({"targets": [target]} if target else {})) + "\n" for p in prompts())
+    )
     return path
 
 

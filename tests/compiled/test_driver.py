@@ -20,15 +20,33 @@ def fake_driver(tmp_path_factory) -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("the stand-in driver needs gcc")
     folder = tmp_path_factory.mktemp("driver")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1",
-                    TESTS / "fake_driver" / "libcuda.c", "-lpthread"], check=True)
+    subprocess.run(
+        [
+            "gcc",
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-Wl,-soname,libcuda.so.1",
+            "-o",
+            folder / "libcuda.so.1",
+            TESTS / "fake_driver" / "libcuda.c",
+            "-lpthread",
+        ],
+        check=True,
+    )
     return folder
 
 
 def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, check=False,
-                          env={**os.environ, "LD_LIBRARY_PATH": path, "WORKER_ORCD_FAULTS": "1", **env})
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "LD_LIBRARY_PATH": path, "WORKER_ORCD_FAULTS": "1", **env},
+    )
 
 
 def test_driver_layer_and_uploader_on_the_stand_in(fake_driver: Path):
@@ -39,8 +57,17 @@ def test_driver_layer_and_uploader_on_the_stand_in(fake_driver: Path):
 
 
 def test_engine_starts_and_ends_on_the_stand_in(fake_driver: Path):
-    done = run(fake_driver, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider",
-               str(TESTS / "fake_driver" / "engine_cases.py"), FAKE_CUDA_ANY_KERNEL="1")
+    done = run(
+        fake_driver,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS / "fake_driver" / "engine_cases.py"),
+        FAKE_CUDA_ANY_KERNEL="1",
+    )
     print(done.stdout[-6000:])
     assert done.returncode == 0, done.stderr[-2000:]
     if " passed" not in done.stdout:
@@ -57,11 +84,18 @@ except errors.CudaError as e:
 """
 
 
-@pytest.mark.parametrize(("env", "index", "said"), [
-    ({"FAKE_CUDA_DEVICES": "0"}, "0", "CUDA_ERROR_NO_DEVICE | the NVIDIA driver finds no GPU"),
-    ({"FAKE_CUDA_DEVICES": "2"}, "2", "CUDA_ERROR_INVALID_DEVICE | GPU 2 does not exist: this machine has 2 (0..1)"),
-    ({}, "-1", "CUDA_ERROR_INVALID_DEVICE | GPU -1 does not exist: this machine has 1"),
-])
+@pytest.mark.parametrize(
+    ("env", "index", "said"),
+    [
+        ({"FAKE_CUDA_DEVICES": "0"}, "0", "CUDA_ERROR_NO_DEVICE | the NVIDIA driver finds no GPU"),
+        (
+            {"FAKE_CUDA_DEVICES": "2"},
+            "2",
+            "CUDA_ERROR_INVALID_DEVICE | GPU 2 does not exist: this machine has 2 (0..1)",
+        ),
+        ({}, "-1", "CUDA_ERROR_INVALID_DEVICE | GPU -1 does not exist: this machine has 1"),
+    ],
+)
 def test_no_gpu_and_wrong_index(fake_driver: Path, env: dict[str, str], index: str, said: str):
     done = run(fake_driver, "-c", TRY, index, **env)
     assert done.stdout.startswith(said), done.stdout + done.stderr
@@ -89,10 +123,16 @@ c.close()
 """
 
 
-@pytest.mark.parametrize(("status", "said"), [
-    ("700", ["fine", "cuMemAlloc CUDA_ERROR_ILLEGAL_ADDRESS True", "cuCtxSetCurrent CUDA_ERROR_ILLEGAL_ADDRESS True"]),
-    ("2", ["fine", "cuMemAlloc CUDA_ERROR_OUT_OF_MEMORY False", "fine"]),
-])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (
+            "700",
+            ["fine", "cuMemAlloc CUDA_ERROR_ILLEGAL_ADDRESS True", "cuCtxSetCurrent CUDA_ERROR_ILLEGAL_ADDRESS True"],
+        ),
+        ("2", ["fine", "cuMemAlloc CUDA_ERROR_OUT_OF_MEMORY False", "fine"]),
+    ],
+)
 def test_a_fault_set_by_the_environment(fake_driver: Path, status: str, said: list[str]):
     """A call fails when its turn has come; where the status poisons a context, so does everything after it."""
     done = run(fake_driver, "-c", FAIL_CALL, WORKER_ORCD_FAIL_CALL=f"cuMemAlloc:2:{status}")

@@ -28,7 +28,10 @@ def lib(tmp_path_factory):
     out = tmp_path_factory.mktemp("experts") / "experts.so"
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     source = ROOT / "tests" / "helpers" / "expert_layout_host.cpp"
-    subprocess.run(["g++", *flags, "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "cuda"), str(source), "-o", str(out)], check=True)
+    subprocess.run(
+        ["g++", *flags, "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "cuda"), str(source), "-o", str(out)],
+        check=True,
+    )
     return ctypes.CDLL(str(out))
 
 
@@ -47,8 +50,9 @@ def test_constants_are_those_of_the_header(lib):
         e.MAX_EXPERTS, e.MAX_USED, e.ROUTE_SLICES, e.ROUTE_ROWS, e.DECODE_ROWS, e.MAX_MATRICES]  # fmt: skip
 
 
-@pytest.mark.parametrize(("n_rows", "n_used", "n_expert"), [(1, 4, 32), (64, 4, 32), (2048, 4, 32), (100, 8, 128),
-                                                             (9, 1, 1)])
+@pytest.mark.parametrize(
+    ("n_rows", "n_used", "n_expert"), [(1, 4, 32), (64, 4, 32), (2048, 4, 32), (100, 8, 128), (9, 1, 1)]
+)
 def test_lists_hold_every_load(n_rows, n_used, n_expert):
     rng = np.random.default_rng(n_rows)
     n_pairs = n_rows * n_used

@@ -1,4 +1,4 @@
-"""The repacked layouts of csrc/cuda/quant, compiled for the CPU: nothing lost, nothing moved wrongly, sizes as planned."""
+"""The repacked layouts of csrc/cuda/quant, compiled for the CPU: nothing lost or moved wrongly, sizes as planned."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def lib(tmp_path_factory):
     out = tmp_path_factory.mktemp("layout") / "layout.so"
     source = ROOT / "tests" / "helpers" / "cuda_layout_host.cpp"
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    subprocess.run(["g++", *flags, "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "cuda"), str(source), "-o", str(out)], check=True)
+    subprocess.run(
+        ["g++", *flags, "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "cuda"), str(source), "-o", str(out)],
+        check=True,
+    )
     return ctypes.CDLL(str(out))
 
 

@@ -63,8 +63,13 @@ def test_table():
 
 
 def test_the_numbers_by_name():
-    assert PLAN.to_dict() == {"weights_bytes": PLAN.weights, "kv_bytes": PLAN.kv, "workspace_bytes": PLAN.workspace,
-                              "reserve_bytes": 300, "bytes_required": PLAN.required}
+    assert PLAN.to_dict() == {
+        "weights_bytes": PLAN.weights,
+        "kv_bytes": PLAN.kv,
+        "workspace_bytes": PLAN.workspace,
+        "reserve_bytes": 300,
+        "bytes_required": PLAN.required,
+    }
 
 
 def test_inspect_shows_the_plan_of_every_model_a_gpu_can_run(goldens_dir):

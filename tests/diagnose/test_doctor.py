@@ -9,8 +9,13 @@ import pytest
 
 from worker_orcd.diagnose import demo_model, doctor
 
-H100 = {"name": "NVIDIA H100 80GB HBM3", "total": 85_000_000_000, "free": 80_000_000_000, "capability": [9, 0],
-        "bus": "0000:00:00.0"}
+H100 = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "total": 85_000_000_000,
+    "free": 80_000_000_000,
+    "capability": [9, 0],
+    "bus": "0000:00:00.0",
+}
 IMAGES = {"ops": {"sass": ["80", "86", "89", "90a", "100", "120"], "ptx": "120"}}
 
 
@@ -57,15 +62,18 @@ def test_gpu_without_a_kernel_image(monkeypatch: pytest.MonkeyPatch):
     assert not doctor.has_gpu()
 
 
-@pytest.mark.parametrize(("capability", "image", "fits"), [
-    ([9, 0], {"sass": ["90a"], "ptx": None}, True),
-    ([10, 0], {"sass": ["90a"], "ptx": None}, False),
-    ([8, 7], {"sass": ["86"], "ptx": None}, True),
-    ([8, 0], {"sass": ["86"], "ptx": None}, False),
-    ([9, 0], {"sass": [], "ptx": "80"}, True),
-    ([9, 0], {"sass": [], "ptx": "120"}, False),
-    ([13, 0], {"sass": ["120"], "ptx": "120"}, True),
-])
+@pytest.mark.parametrize(
+    ("capability", "image", "fits"),
+    [
+        ([9, 0], {"sass": ["90a"], "ptx": None}, True),
+        ([10, 0], {"sass": ["90a"], "ptx": None}, False),
+        ([8, 7], {"sass": ["86"], "ptx": None}, True),
+        ([8, 0], {"sass": ["86"], "ptx": None}, False),
+        ([9, 0], {"sass": [], "ptx": "80"}, True),
+        ([9, 0], {"sass": [], "ptx": "120"}, False),
+        ([13, 0], {"sass": ["120"], "ptx": "120"}, True),
+    ],
+)
 def test_which_code_runs_where(capability: list[int], image: dict, fits: bool):
     assert bool(doctor._fits(capability, {"ops": image})) == fits
 

@@ -12,27 +12,75 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.serving.logprobs import top_logprobs
 
 
-@pytest.mark.parametrize("given", [
-    {}, {"max_tokens": 1}, {"max_tokens": 2048}, {"temperature": 0}, {"temperature": 2.0}, {"top_p": 0.0},
-    {"top_k": 100}, {"min_p": 1}, {"repetition_penalty": 2.0}, {"repetition_penalty": 1e-9}, {"seed": 0},
-    {"seed": 2**64 - 1}, {"stop": "x"}, {"stop": ["a", "b", "c", "d"]}, {"stop": None}, {"logprobs": 0},
-    {"logprobs": 20},
-])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"max_tokens": 1},
+        {"max_tokens": 2048},
+        {"temperature": 0},
+        {"temperature": 2.0},
+        {"top_p": 0.0},
+        {"top_k": 100},
+        {"min_p": 1},
+        {"repetition_penalty": 2.0},
+        {"repetition_penalty": 1e-9},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+        {"stop": "x"},
+        {"stop": ["a", "b", "c", "d"]},
+        {"stop": None},
+        {"logprobs": 0},
+        {"logprobs": 20},
+    ],
+)
 def test_accepted(given):
     params = SamplingParams(**given)
     params.check(n_vocab=100, max_tokens_out=2048)
     assert isinstance(params.stop, tuple)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("max_tokens", 0), ("max_tokens", 2049), ("max_tokens", 1.0), ("max_tokens", True), ("max_tokens", 10**5000),
-    ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan), ("temperature", math.inf),
-    ("temperature", "1"), ("temperature", None), ("temperature", True), ("temperature", 10**400),
-    ("top_p", -1e-9), ("top_p", 1.1), ("top_k", -1), ("top_k", 101), ("top_k", 2.0), ("min_p", 1.1), ("min_p", -1),
-    ("repetition_penalty", 0), ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", 2.1),
-    ("stop", [""]), ("stop", list("abcde")), ("stop", [1]), ("stop", 5), ("seed", -1), ("seed", 2**64), ("seed", 1.5),
-    ("ignore_eos", 1), ("logprobs", 21), ("logprobs", -1), ("logprobs", True),
-], ids=lambda value: value if isinstance(value, str) else type(value).__name__)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 2049),
+        ("max_tokens", 1.0),
+        ("max_tokens", True),
+        ("max_tokens", 10**5000),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "1"),
+        ("temperature", None),
+        ("temperature", True),
+        ("temperature", 10**400),
+        ("top_p", -1e-9),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("top_k", 101),
+        ("top_k", 2.0),
+        ("min_p", 1.1),
+        ("min_p", -1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", 2.1),
+        ("stop", [""]),
+        ("stop", list("abcde")),
+        ("stop", [1]),
+        ("stop", 5),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("seed", 1.5),
+        ("ignore_eos", 1),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logprobs", True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_refused_by_name(field, value):
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value}).check(n_vocab=100, max_tokens_out=2048)

@@ -1,4 +1,4 @@
-"""Runs on the stand-in driver only, in a process that tests/compiled/test_driver.py starts: shared cases, faults, leaks."""
+"""Runs on the stand-in driver only, in a process of tests/compiled/test_driver.py: shared cases, faults, leaks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ FAKE.fake_device_bytes.restype = FAKE.fake_host_blocks.restype = ctypes.c_size_t
 
 def leftovers() -> dict[str, int]:
     gc.collect()
-    return {"device bytes": FAKE.fake_device_bytes(), "host blocks": FAKE.fake_host_blocks(),
-            "objects": FAKE.fake_live(), "contexts": FAKE.fake_contexts()}
+    return {
+        "device bytes": FAKE.fake_device_bytes(),
+        "host blocks": FAKE.fake_host_blocks(),
+        "objects": FAKE.fake_live(),
+        "contexts": FAKE.fake_contexts(),
+    }
 
 
 NOTHING = {"device bytes": 0, "host blocks": 0, "objects": 0, "contexts": 0}
@@ -61,8 +65,14 @@ def test_library_kernel_and_launch(context, tmp_path, monkeypatch):
     kernel = library.kernel("copy", 1000)
     a, b, stream = context.allocate(64), context.allocate(64), context.stream()
     a.fill(6)
-    kernel.launch(stream, (1, 1, 1), 32, 0, a.pointer.to_bytes(8, "little") + b.pointer.to_bytes(8, "little")
-                  + (64).to_bytes(8, "little"), True)
+    kernel.launch(
+        stream,
+        (1, 1, 1),
+        32,
+        0,
+        a.pointer.to_bytes(8, "little") + b.pointer.to_bytes(8, "little") + (64).to_bytes(8, "little"),
+        True,
+    )
     stream.synchronize()
     back = bytearray(64)
     b.copy_to(back)
@@ -114,8 +124,15 @@ def test_every_call_of_a_load_fails_once_and_nothing_is_left(tmp_path):
         try:
             target, staging, stream = context.allocate(150_000), context.allocate(4 * 16_384), context.stream()
             pieces = [Piece(file, i * 15_000, 15_000, None, i) for i in range(10)]
-            upload(context, pieces, consume=lambda i, a, n: stream.copy(target.pointer + i * 15_000, a, n),
-                   stream=stream, staging=staging, chunk_bytes=4096, n_readers=2)
+            upload(
+                context,
+                pieces,
+                consume=lambda i, a, n: stream.copy(target.pointer + i * 15_000, a, n),
+                stream=stream,
+                staging=staging,
+                chunk_bytes=4096,
+                n_readers=2,
+            )
         finally:
             context.close()
 

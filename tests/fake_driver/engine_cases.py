@@ -20,8 +20,10 @@ from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
-pytestmark = pytest.mark.skipif(not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
-                                reason="no kernel images are installed")
+pytestmark = pytest.mark.skipif(
+    not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
+    reason="no kernel images are installed",
+)
 
 
 @pytest.fixture
@@ -125,8 +127,13 @@ def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):
 
     def load(limit_mib):
         shown.clear()
-        return LLM(path, device="cuda:0", progress=False, vram_limit_bytes=limit_mib << 20,
-                   on_plan=lambda vram, free: shown.append(vram))
+        return LLM(
+            path,
+            device="cuda:0",
+            progress=False,
+            vram_limit_bytes=limit_mib << 20,
+            on_plan=lambda vram, free: shown.append(vram),
+        )
 
     sizes = []
     floor = max(memory.RESERVE_BYTES, memory.STAGING_BYTES) >> 20  # what every model needs beside itself

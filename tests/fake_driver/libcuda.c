@@ -15,45 +15,87 @@
 #include <unistd.h>
 
 typedef int Status;
-enum { OK = 0, INVALID = 1, OOM = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-       NO_BINARY = 209, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
+enum {
+    OK = 0,
+    INVALID = 1,
+    OOM = 2,
+    NOT_INITIALIZED = 3,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_CONTEXT = 201,
+    NO_BINARY = 209,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    ILLEGAL_ADDRESS = 700
+};
 
-typedef struct Event { pthread_mutex_t lock; pthread_cond_t done_changed; uint64_t recorded, done; } Event;
+typedef struct Event {
+    pthread_mutex_t lock;
+    pthread_cond_t done_changed;
+    uint64_t recorded, done;
+} Event;
 typedef enum { COPY, SET, MARK, FOLLOW, KERNEL } Kind;
-typedef struct Op { Kind kind; void *to; const void *from; size_t n; int value; Event *event; uint64_t generation;
-                    const char *kernel; unsigned char params[64]; struct Op *next; } Op;
-typedef struct Stream { pthread_t thread; pthread_mutex_t lock; pthread_cond_t changed; Op *head, *tail; int busy, stop;
-                        struct Graph *capture; } Stream;
-typedef struct Graph { Op *head, *tail; size_t n; } Graph;
-typedef struct Block { char *at; size_t n; int host; struct Block *next; } Block;
+typedef struct Op {
+    Kind kind;
+    void* to;
+    const void* from;
+    size_t n;
+    int value;
+    Event* event;
+    uint64_t generation;
+    const char* kernel;
+    unsigned char params[64];
+    struct Op* next;
+} Op;
+typedef struct Stream {
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    Op *head, *tail;
+    int busy, stop;
+    struct Graph* capture;
+} Stream;
+typedef struct Graph {
+    Op *head, *tail;
+    size_t n;
+} Graph;
+typedef struct Block {
+    char* at;
+    size_t n;
+    int host;
+    struct Block* next;
+} Block;
 
 static pthread_mutex_t heap = PTHREAD_MUTEX_INITIALIZER;
-static Block *blocks;
+static Block* blocks;
 static size_t used;
 static Status sticky;
 static int ready, contexts, live_streams, live_events, live_libraries;
 static __thread int current;
 enum { MOST_STREAMS = 256 };
-static Stream *streams[MOST_STREAMS];
+static Stream* streams[MOST_STREAMS];
 static pthread_mutex_t streams_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static long setting(const char *name, long otherwise) { const char *s = getenv(name); return s ? atol(s) : otherwise; }
+static long setting(const char* name, long otherwise) {
+    const char* s = getenv(name);
+    return s ? atol(s) : otherwise;
+}
 static size_t capacity(void) { return setting("FAKE_CUDA_MEMORY", 1L << 30); }
 
-static int inside(const void *p, size_t n, int host) {
+static int inside(const void* p, size_t n, int host) {
     int found = 0;
     pthread_mutex_lock(&heap);
-    for (Block *b = blocks; b; b = b->next)
-        if (b->host == host && (char *)p >= b->at && (char *)p + n <= b->at + b->n) found = 1;
+    for (Block* b = blocks; b; b = b->next)
+        if (b->host == host && (char*)p >= b->at && (char*)p + n <= b->at + b->n) found = 1;
     pthread_mutex_unlock(&heap);
     return found;
 }
 
-static Status allocate(void **out, size_t n, int host) {
+static Status allocate(void** out, size_t n, int host) {
     pthread_mutex_lock(&heap);
     Status status = OOM;
     if (host || used + n <= capacity()) {
-        Block *b = malloc(sizeof *b);
+        Block* b = malloc(sizeof *b);
         b->at = aligned_alloc(256, (n + 255) / 256 * 256), b->n = n, b->host = host, b->next = blocks;
         memset(b->at, 0xEE, n);
         blocks = b, *out = b->at, status = OK;
@@ -63,12 +105,12 @@ static Status allocate(void **out, size_t n, int host) {
     return status;
 }
 
-static Status release(void *p) {
+static Status release(void* p) {
     Status status = INVALID;
     pthread_mutex_lock(&heap);
-    for (Block **b = &blocks; *b; b = &(*b)->next)
+    for (Block** b = &blocks; *b; b = &(*b)->next)
         if ((*b)->at == p) {
-            Block *gone = *b;
+            Block* gone = *b;
             *b = gone->next;
             if (!gone->host) used -= gone->n;
             memset(gone->at, 0xDD, gone->n);  // whoever still reads it sees it
@@ -81,41 +123,52 @@ static Status release(void *p) {
 
 // ---- what a stream's thread does
 
-static void run(Op *op) {
+static void run(Op* op) {
     long delay = setting("FAKE_CUDA_DELAY_US", 50);
     if (delay > 0) usleep(rand() % delay);
     if (sticky && op->kind != MARK) return;
     switch (op->kind) {
-    case COPY: memcpy(op->to, op->from, op->n); break;
-    case SET: memset(op->to, op->value, op->n); break;
-    case MARK:
-        pthread_mutex_lock(&op->event->lock);
-        if (op->generation > op->event->done) op->event->done = op->generation;
-        pthread_cond_broadcast(&op->event->done_changed);
-        pthread_mutex_unlock(&op->event->lock);
-        break;
-    case FOLLOW:
-        pthread_mutex_lock(&op->event->lock);
-        while (op->event->done < op->generation) pthread_cond_wait(&op->event->done_changed, &op->event->lock);
-        pthread_mutex_unlock(&op->event->lock);
-        break;
-    case KERNEL:
-        if (!strcmp(op->kernel, "copy")) {  // struct { const void *from; void *to; size_t n; }
-            struct { const void *from; void *to; size_t n; } p;
-            memcpy(&p, op->params, sizeof p);
-            if (inside(p.from, p.n, 0) && inside(p.to, p.n, 0)) memcpy(p.to, p.from, p.n);
-            else sticky = ILLEGAL_ADDRESS;
-        } else if (!strcmp(op->kernel, "fault")) sticky = ILLEGAL_ADDRESS;
+        case COPY:
+            memcpy(op->to, op->from, op->n);
+            break;
+        case SET:
+            memset(op->to, op->value, op->n);
+            break;
+        case MARK:
+            pthread_mutex_lock(&op->event->lock);
+            if (op->generation > op->event->done) op->event->done = op->generation;
+            pthread_cond_broadcast(&op->event->done_changed);
+            pthread_mutex_unlock(&op->event->lock);
+            break;
+        case FOLLOW:
+            pthread_mutex_lock(&op->event->lock);
+            while (op->event->done < op->generation) pthread_cond_wait(&op->event->done_changed, &op->event->lock);
+            pthread_mutex_unlock(&op->event->lock);
+            break;
+        case KERNEL:
+            if (!strcmp(op->kernel, "copy")) {  // struct { const void *from; void *to; size_t n; }
+                struct {
+                    const void* from;
+                    void* to;
+                    size_t n;
+                } p;
+                memcpy(&p, op->params, sizeof p);
+                if (inside(p.from, p.n, 0) && inside(p.to, p.n, 0))
+                    memcpy(p.to, p.from, p.n);
+                else
+                    sticky = ILLEGAL_ADDRESS;
+            } else if (!strcmp(op->kernel, "fault"))
+                sticky = ILLEGAL_ADDRESS;
     }
 }
 
-static void *serve(void *arg) {
-    Stream *s = arg;
+static void* serve(void* arg) {
+    Stream* s = arg;
     pthread_mutex_lock(&s->lock);
     for (;;) {
         while (!s->head && !s->stop) pthread_cond_wait(&s->changed, &s->lock);
         if (!s->head) break;
-        Op *op = s->head;
+        Op* op = s->head;
         s->head = op->next, s->busy = 1;
         if (!s->head) s->tail = NULL;
         pthread_mutex_unlock(&s->lock);
@@ -129,18 +182,24 @@ static void *serve(void *arg) {
     return NULL;
 }
 
-static Status push(Stream *s, Op op) {
+static Status push(Stream* s, Op op) {
     if (sticky) return sticky;
-    Op *copy = malloc(sizeof op);
+    Op* copy = malloc(sizeof op);
     *copy = op, copy->next = NULL;
     if (s->capture) {
-        Graph *g = s->capture;
-        if (g->tail) g->tail->next = copy; else g->head = copy;
+        Graph* g = s->capture;
+        if (g->tail)
+            g->tail->next = copy;
+        else
+            g->head = copy;
         g->tail = copy, ++g->n;
         return OK;
     }
     pthread_mutex_lock(&s->lock);
-    if (s->tail) s->tail->next = copy; else s->head = copy;
+    if (s->tail)
+        s->tail->next = copy;
+    else
+        s->head = copy;
     s->tail = copy;
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
@@ -149,89 +208,148 @@ static Status push(Stream *s, Op op) {
 
 // ---- the driver's functions
 
-Status cuInit(unsigned f) { if (setting("FAKE_CUDA_DEVICES", 1) == 0) return NO_DEVICE; ready = 1; return OK; }
-Status cuDriverGetVersion(int *v) { *v = 13000; return OK; }
-Status cuDeviceGetCount(int *n) { if (!ready) return NOT_INITIALIZED; *n = setting("FAKE_CUDA_DEVICES", 1); return OK; }
-Status cuDeviceGet(int *d, int i) { *d = i; return i < setting("FAKE_CUDA_DEVICES", 1) ? OK : INVALID_DEVICE; }
-Status cuDeviceGetName(char *out, int n, int d) { snprintf(out, n, "Fake GPU %d", d); return OK; }
-Status cuDeviceTotalMem(size_t *n, int d) { *n = capacity(); return OK; }
-Status cuDeviceGetAttribute(int *v, int which, int d) {
-    const char *cc = getenv("FAKE_CUDA_CAPABILITY");
+Status cuInit(unsigned f) {
+    if (setting("FAKE_CUDA_DEVICES", 1) == 0) return NO_DEVICE;
+    ready = 1;
+    return OK;
+}
+Status cuDriverGetVersion(int* v) {
+    *v = 13000;
+    return OK;
+}
+Status cuDeviceGetCount(int* n) {
+    if (!ready) return NOT_INITIALIZED;
+    *n = setting("FAKE_CUDA_DEVICES", 1);
+    return OK;
+}
+Status cuDeviceGet(int* d, int i) {
+    *d = i;
+    return i < setting("FAKE_CUDA_DEVICES", 1) ? OK : INVALID_DEVICE;
+}
+Status cuDeviceGetName(char* out, int n, int d) {
+    snprintf(out, n, "Fake GPU %d", d);
+    return OK;
+}
+Status cuDeviceTotalMem(size_t* n, int d) {
+    *n = capacity();
+    return OK;
+}
+Status cuDeviceGetAttribute(int* v, int which, int d) {
+    const char* cc = getenv("FAKE_CUDA_CAPABILITY");
     int major = 9, minor = 0;
     if (cc) sscanf(cc, "%d.%d", &major, &minor);
     *v = which == 75 ? major : which == 76 ? minor : which == 16 ? 132 : which == 97 ? 232448 : 0;
     return OK;
 }
-Status cuDevicePrimaryCtxRetain(void **c, int d) { ++contexts; *c = (void *)(intptr_t)(d + 1); return OK; }
-Status cuDevicePrimaryCtxRelease(int d) { if (--contexts == 0) sticky = OK; return OK; }
-Status cuCtxSetCurrent(void *c) { current = (intptr_t)c; return OK; }
-Status cuMemGetInfo(size_t *f, size_t *t) { if (!current) return INVALID_CONTEXT; *t = capacity(); *f = *t - used; return sticky; }
-Status cuGetErrorName(Status s, const char **out) {
-    static const struct { Status s; const char *name; } names[] = {
-        {INVALID, "CUDA_ERROR_INVALID_VALUE"}, {OOM, "CUDA_ERROR_OUT_OF_MEMORY"}, {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
-        {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"}, {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
-        {NO_BINARY, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"}, {999, "CUDA_ERROR_UNKNOWN"},
-        {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}};
+Status cuDevicePrimaryCtxRetain(void** c, int d) {
+    ++contexts;
+    *c = (void*)(intptr_t)(d + 1);
+    return OK;
+}
+Status cuDevicePrimaryCtxRelease(int d) {
+    if (--contexts == 0) sticky = OK;
+    return OK;
+}
+Status cuCtxSetCurrent(void* c) {
+    current = (intptr_t)c;
+    return OK;
+}
+Status cuMemGetInfo(size_t* f, size_t* t) {
+    if (!current) return INVALID_CONTEXT;
+    *t = capacity();
+    *f = *t - used;
+    return sticky;
+}
+Status cuGetErrorName(Status s, const char** out) {
+    static const struct {
+        Status s;
+        const char* name;
+    } names[] = {{INVALID, "CUDA_ERROR_INVALID_VALUE"},
+                 {OOM, "CUDA_ERROR_OUT_OF_MEMORY"},
+                 {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
+                 {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"},
+                 {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
+                 {NO_BINARY, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
+                 {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
+                 {999, "CUDA_ERROR_UNKNOWN"},
+                 {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+                 {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}};
     for (size_t i = 0; i < sizeof names / sizeof *names; ++i)
-        if (names[i].s == s) { *out = names[i].name; return OK; }
+        if (names[i].s == s) {
+            *out = names[i].name;
+            return OK;
+        }
     *out = NULL;
     return INVALID;
 }
 
-Status cuMemAlloc(uint64_t *p, size_t n) { if (!current) return INVALID_CONTEXT; return sticky ? sticky : allocate((void **)p, n, 0); }
-Status cuMemAllocManaged(uint64_t *p, size_t n, unsigned f) { return cuMemAlloc(p, n); }
-Status cuMemFree(uint64_t p) { return release((void *)p); }
-Status cuMemHostAlloc(void **p, size_t n, unsigned f) { return sticky ? sticky : allocate(p, n, 1); }
-Status cuMemFreeHost(void *p) { return release(p); }
-Status cuMemHostGetDevicePointer(uint64_t *p, void *h, unsigned f) { *p = (uint64_t)h; return OK; }
-Status cuMemcpyHtoD(uint64_t to, const void *from, size_t n) {
+Status cuMemAlloc(uint64_t* p, size_t n) {
+    if (!current) return INVALID_CONTEXT;
+    return sticky ? sticky : allocate((void**)p, n, 0);
+}
+Status cuMemAllocManaged(uint64_t* p, size_t n, unsigned f) { return cuMemAlloc(p, n); }
+Status cuMemFree(uint64_t p) { return release((void*)p); }
+Status cuMemHostAlloc(void** p, size_t n, unsigned f) { return sticky ? sticky : allocate(p, n, 1); }
+Status cuMemFreeHost(void* p) { return release(p); }
+Status cuMemHostGetDevicePointer(uint64_t* p, void* h, unsigned f) {
+    *p = (uint64_t)h;
+    return OK;
+}
+Status cuMemcpyHtoD(uint64_t to, const void* from, size_t n) {
     if (sticky) return sticky;
-    if (!inside((void *)to, n, 0)) return sticky = ILLEGAL_ADDRESS;
-    memcpy((void *)to, from, n);
+    if (!inside((void*)to, n, 0)) return sticky = ILLEGAL_ADDRESS;
+    memcpy((void*)to, from, n);
     return OK;
 }
-Status cuMemcpyDtoH(void *to, uint64_t from, size_t n) {
+Status cuMemcpyDtoH(void* to, uint64_t from, size_t n) {
     if (sticky) return sticky;
-    if (!inside((void *)from, n, 0)) return sticky = ILLEGAL_ADDRESS;
-    memcpy(to, (void *)from, n);
+    if (!inside((void*)from, n, 0)) return sticky = ILLEGAL_ADDRESS;
+    memcpy(to, (void*)from, n);
     return OK;
 }
-Status cuMemsetD8(uint64_t p, unsigned char v, size_t n) { if (!inside((void *)p, n, 0)) return sticky = ILLEGAL_ADDRESS; memset((void *)p, v, n); return sticky; }
-Status cuMemcpyHtoDAsync(uint64_t to, const void *from, size_t n, Stream *s) {
-    if (!inside((void *)to, n, 0) || !inside(from, n, 1)) return sticky = ILLEGAL_ADDRESS;
-    return push(s, (Op){.kind = COPY, .to = (void *)to, .from = from, .n = n});
+Status cuMemsetD8(uint64_t p, unsigned char v, size_t n) {
+    if (!inside((void*)p, n, 0)) return sticky = ILLEGAL_ADDRESS;
+    memset((void*)p, v, n);
+    return sticky;
 }
-Status cuMemcpyDtoHAsync(void *to, uint64_t from, size_t n, Stream *s) {
-    if (!inside((void *)from, n, 0) || !inside(to, n, 1)) return sticky = ILLEGAL_ADDRESS;
-    return push(s, (Op){.kind = COPY, .to = to, .from = (void *)from, .n = n});
+Status cuMemcpyHtoDAsync(uint64_t to, const void* from, size_t n, Stream* s) {
+    if (!inside((void*)to, n, 0) || !inside(from, n, 1)) return sticky = ILLEGAL_ADDRESS;
+    return push(s, (Op){.kind = COPY, .to = (void*)to, .from = from, .n = n});
 }
-Status cuMemcpyDtoDAsync(uint64_t to, uint64_t from, size_t n, Stream *s) {
-    return push(s, (Op){.kind = COPY, .to = (void *)to, .from = (void *)from, .n = n});
+Status cuMemcpyDtoHAsync(void* to, uint64_t from, size_t n, Stream* s) {
+    if (!inside((void*)from, n, 0) || !inside(to, n, 1)) return sticky = ILLEGAL_ADDRESS;
+    return push(s, (Op){.kind = COPY, .to = to, .from = (void*)from, .n = n});
 }
-Status cuMemsetD8Async(uint64_t to, unsigned char v, size_t n, Stream *s) {
-    return push(s, (Op){.kind = SET, .to = (void *)to, .value = v, .n = n});
+Status cuMemcpyDtoDAsync(uint64_t to, uint64_t from, size_t n, Stream* s) {
+    return push(s, (Op){.kind = COPY, .to = (void*)to, .from = (void*)from, .n = n});
 }
-Status cuPointerGetAttributes(unsigned n, const int *which, void **out, uint64_t p) {
-    if (!inside((void *)p, 1, 0)) return INVALID;
-    *(unsigned *)out[0] = 2, *(int *)out[1] = 0;
+Status cuMemsetD8Async(uint64_t to, unsigned char v, size_t n, Stream* s) {
+    return push(s, (Op){.kind = SET, .to = (void*)to, .value = v, .n = n});
+}
+Status cuPointerGetAttributes(unsigned n, const int* which, void** out, uint64_t p) {
+    if (!inside((void*)p, 1, 0)) return INVALID;
+    *(unsigned*)out[0] = 2, *(int*)out[1] = 0;
     return OK;
 }
-Status cuPointerGetAttribute(void *out, int which, uint64_t p) { return INVALID; }
+Status cuPointerGetAttribute(void* out, int which, uint64_t p) { return INVALID; }
 
-Status cuStreamCreate(Stream **out, unsigned f) {
+Status cuStreamCreate(Stream** out, unsigned f) {
     if (sticky) return sticky;
-    Stream *s = calloc(1, sizeof *s);
+    Stream* s = calloc(1, sizeof *s);
     pthread_mutex_init(&s->lock, NULL), pthread_cond_init(&s->changed, NULL);
     pthread_create(&s->thread, NULL, serve, s);
     __sync_fetch_and_add(&live_streams, 1);
     pthread_mutex_lock(&streams_lock);
     for (int i = 0; i < MOST_STREAMS; ++i)
-        if (!streams[i]) { streams[i] = s; break; }
+        if (!streams[i]) {
+            streams[i] = s;
+            break;
+        }
     pthread_mutex_unlock(&streams_lock);
     *out = s;
     return OK;
 }
-Status cuStreamDestroy(Stream *s) {
+Status cuStreamDestroy(Stream* s) {
     pthread_mutex_lock(&streams_lock);
     for (int i = 0; i < MOST_STREAMS; ++i)
         if (streams[i] == s) streams[i] = NULL;
@@ -245,13 +363,13 @@ Status cuStreamDestroy(Stream *s) {
     free(s);
     return OK;
 }
-Status cuStreamSynchronize(Stream *s) {
+Status cuStreamSynchronize(Stream* s) {
     pthread_mutex_lock(&s->lock);
     while (s->head || s->busy) pthread_cond_wait(&s->changed, &s->lock);
     pthread_mutex_unlock(&s->lock);
     return sticky;
 }
-Status cuStreamQuery(Stream *s) {
+Status cuStreamQuery(Stream* s) {
     pthread_mutex_lock(&s->lock);
     int idle = !s->head && !s->busy;
     pthread_mutex_unlock(&s->lock);
@@ -265,79 +383,114 @@ Status cuCtxSynchronize(void) {
     return sticky;
 }
 
-Status cuEventCreate(Event **out, unsigned f) {
+Status cuEventCreate(Event** out, unsigned f) {
     if (sticky) return sticky;
-    Event *e = calloc(1, sizeof *e);
+    Event* e = calloc(1, sizeof *e);
     pthread_mutex_init(&e->lock, NULL), pthread_cond_init(&e->done_changed, NULL);
     __sync_fetch_and_add(&live_events, 1);
     *out = e;
     return OK;
 }
-Status cuEventDestroy(Event *e) { __sync_fetch_and_sub(&live_events, 1); return OK; }  // leaked: streams may still use it
-Status cuEventRecord(Event *e, Stream *s) {
+Status cuEventDestroy(Event* e) {
+    __sync_fetch_and_sub(&live_events, 1);
+    return OK;
+}  // leaked: streams may still use it
+Status cuEventRecord(Event* e, Stream* s) {
     pthread_mutex_lock(&e->lock);
     uint64_t generation = ++e->recorded;
     pthread_mutex_unlock(&e->lock);
     return push(s, (Op){.kind = MARK, .event = e, .generation = generation});
 }
-Status cuStreamWaitEvent(Stream *s, Event *e, unsigned f) {
+Status cuStreamWaitEvent(Stream* s, Event* e, unsigned f) {
     pthread_mutex_lock(&e->lock);
     uint64_t generation = e->recorded;
     pthread_mutex_unlock(&e->lock);
     return push(s, (Op){.kind = FOLLOW, .event = e, .generation = generation});
 }
-Status cuEventSynchronize(Event *e) {
+Status cuEventSynchronize(Event* e) {
     pthread_mutex_lock(&e->lock);
     while (e->done < e->recorded) pthread_cond_wait(&e->done_changed, &e->lock);
     pthread_mutex_unlock(&e->lock);
     return sticky;
 }
-Status cuEventQuery(Event *e) { return sticky ? sticky : e->done < e->recorded ? NOT_READY : OK; }
-Status cuEventElapsedTime(float *ms, Event *a, Event *b) { *ms = 1; return sticky; }
+Status cuEventQuery(Event* e) { return sticky ? sticky : e->done < e->recorded ? NOT_READY : OK; }
+Status cuEventElapsedTime(float* ms, Event* a, Event* b) {
+    *ms = 1;
+    return sticky;
+}
 
-Status cuLibraryLoadData(void **out, const void *code, void *a, void *b, unsigned c, void *d, void *e, unsigned f) {
+Status cuLibraryLoadData(void** out, const void* code, void* a, void* b, unsigned c, void* d, void* e, unsigned f) {
     if (getenv("FAKE_CUDA_NO_IMAGE")) return NO_BINARY;
     __sync_fetch_and_add(&live_libraries, 1);
-    *out = (void *)1;
+    *out = (void*)1;
     return OK;
 }
-Status cuLibraryUnload(void *l) { __sync_fetch_and_sub(&live_libraries, 1); return OK; }
-Status cuLibraryGetKernel(void **out, void *l, const char *name) {
+Status cuLibraryUnload(void* l) {
+    __sync_fetch_and_sub(&live_libraries, 1);
+    return OK;
+}
+Status cuLibraryGetKernel(void** out, void* l, const char* name) {
     if (strcmp(name, "copy") && strcmp(name, "fault") && !getenv("FAKE_CUDA_ANY_KERNEL")) return NOT_FOUND;
     *out = strdup(name);
     return OK;
 }
-Status cuKernelGetFunction(void **out, void *k) { *out = k; return OK; }
-Status cuFuncSetAttribute(void *f, int which, int v) { return v <= 232448 ? OK : INVALID; }
-Status cuFuncGetParamInfo(void *f, size_t i, size_t *offset, size_t *size) {
+Status cuKernelGetFunction(void** out, void* k) {
+    *out = k;
+    return OK;
+}
+Status cuFuncSetAttribute(void* f, int which, int v) { return v <= 232448 ? OK : INVALID; }
+Status cuFuncGetParamInfo(void* f, size_t i, size_t* offset, size_t* size) {
     if (strcmp(f, "copy")) return INVALID;
     *offset = 0, *size = 24;
     return OK;
 }
-Status cuFuncGetAttribute(int *v, int which, void *f) { *v = 32; return OK; }
-Status cuLaunchKernelEx(const void *config, void *f, void **params, void **extra) {
-    Stream *s = *(Stream **)((const char *)config + 32);  // after seven unsigned ints
+Status cuFuncGetAttribute(int* v, int which, void* f) {
+    *v = 32;
+    return OK;
+}
+Status cuLaunchKernelEx(const void* config, void* f, void** params, void** extra) {
+    Stream* s = *(Stream**)((const char*)config + 32);  // after seven unsigned ints
     Op op = {.kind = KERNEL, .kernel = f};
     memcpy(op.params, params[0], !strcmp(f, "copy") ? 24 : 0);
     return push(s, op);
 }
 
-Status cuStreamBeginCapture(Stream *s, int mode) { s->capture = calloc(1, sizeof(Graph)); return OK; }
-Status cuStreamEndCapture(Stream *s, Graph **out) { *out = s->capture; s->capture = NULL; return *out ? OK : INVALID; }
-Status cuGraphGetNodes(Graph *g, void *nodes, size_t *n) { *n = g->n; return OK; }
-Status cuGraphInstantiateWithFlags(Graph **out, Graph *g, unsigned long long f) { *out = malloc(sizeof *g); **out = *g; return OK; }
-Status cuGraphDestroy(Graph *g) { free(g); return OK; }  // the executable graph keeps the operations
-Status cuGraphExecDestroy(Graph *g) { free(g); return OK; }
-Status cuGraphLaunch(Graph *g, Stream *s) {
-    for (Op *op = g->head; op; op = op->next) {
+Status cuStreamBeginCapture(Stream* s, int mode) {
+    s->capture = calloc(1, sizeof(Graph));
+    return OK;
+}
+Status cuStreamEndCapture(Stream* s, Graph** out) {
+    *out = s->capture;
+    s->capture = NULL;
+    return *out ? OK : INVALID;
+}
+Status cuGraphGetNodes(Graph* g, void* nodes, size_t* n) {
+    *n = g->n;
+    return OK;
+}
+Status cuGraphInstantiateWithFlags(Graph** out, Graph* g, unsigned long long f) {
+    *out = malloc(sizeof *g);
+    **out = *g;
+    return OK;
+}
+Status cuGraphDestroy(Graph* g) {
+    free(g);
+    return OK;
+}  // the executable graph keeps the operations
+Status cuGraphExecDestroy(Graph* g) {
+    free(g);
+    return OK;
+}
+Status cuGraphLaunch(Graph* g, Stream* s) {
+    for (Op* op = g->head; op; op = op->next) {
         Status status = push(s, *op);
         if (status) return status;
     }
     return OK;
 }
 
-Status cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t flags, void *found) {
-    void *self = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+Status cuGetProcAddress_v2(const char* symbol, void** out, int version, uint64_t flags, void* found) {
+    void* self = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
     *out = self ? dlsym(self, !strcmp(symbol, "cuGraphInstantiate") ? "cuGraphInstantiateWithFlags" : symbol) : NULL;
     return *out ? OK : NOT_FOUND;
 }
@@ -347,7 +500,7 @@ Status cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t
 size_t fake_device_bytes(void) { return used; }
 size_t fake_host_blocks(void) {
     size_t n = 0;
-    for (Block *b = blocks; b; b = b->next) n += b->host;
+    for (Block* b = blocks; b; b = b->next) n += b->host;
     return n;
 }
 int fake_live(void) { return live_streams + live_events + live_libraries; }

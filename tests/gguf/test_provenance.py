@@ -85,6 +85,7 @@ def refused(path, trusted, expect=None) -> str:
 
 # -- digests
 
+
 def test_digests_are_those_of_the_bytes(path):
     data = path.read_bytes()
     with ModelFile(path) as mf:
@@ -180,35 +181,57 @@ def test_a_tokenizer_json_has_the_digest_of_its_bytes(model_path):
 
 # -- the list
 
-@pytest.mark.parametrize(("data", "text"), [
-    (b"", "is no JSON"), (b"[", "is no JSON"), (b"\xff", "is no JSON"), (b"[" * 100_000, "is no JSON"),
-    (b"1" * 10_000, "is no JSON"), (b"3", "must be a list of entries"), (b'"x"', "must be a list of entries"),
-    (b"null", "must be a list of entries"), (b"[3]", "entry 0 must be an object"), (b"[[]]", "entry 0 must be an obj"),
-    (b"{}", "entry 0: name must be a text of 1 to 256"),
-    (b'[{"name": "a", "name": "b"}]', "has the field 'name' twice"),
-])
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "is no JSON"),
+        (b"[", "is no JSON"),
+        (b"\xff", "is no JSON"),
+        (b"[" * 100_000, "is no JSON"),
+        (b"1" * 10_000, "is no JSON"),
+        (b"3", "must be a list of entries"),
+        (b'"x"', "must be a list of entries"),
+        (b"null", "must be a list of entries"),
+        (b"[3]", "entry 0 must be an object"),
+        (b"[[]]", "entry 0 must be an obj"),
+        (b"{}", "entry 0: name must be a text of 1 to 256"),
+        (b'[{"name": "a", "name": "b"}]', "has the field 'name' twice"),
+    ],
+)
 def test_a_list_that_is_none(listed, data, text):
     with pytest.raises(ModelLoadError) as caught:
         TrustedModels(listed(data))
     assert text in caught.value.message and "trusted.json" in caught.value.message and "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"name": ""}, "name must be a text of 1 to 256"), ({"name": 3}, "name must be"),
-    ({"name": "a\nb"}, "name must be"), ({"name": "\ud800"}, "name must be"), ({"name": "x" * 257}, "name must be"),
-    ({"source": None}, "source must be a text of 0 to 2048"), ({"source": "x" * 2049}, "source must be"),
-    ({"sha256": SHA.upper()}, "sha256 must be 64 lowercase"), ({"sha256": SHA[1:]}, "sha256 must be"),
-    ({"sha256": None}, "sha256 must be"), ({"sha256": [SHA]}, "sha256 must be"),
-    ({"sha256": SHA[:63] + "\u0661"}, "sha256 must be"),
-    ({"chunks": []}, "chunks must be a list of digests"), ({"chunks": SHA}, "chunks must be"),
-    ({"chunks": [SHA, "x"]}, "chunks must be"), ({"chunks": None}, "chunks must be"),
-    ({"chunk_bytes": KIB64}, "chunk_bytes is there without chunks"),
-    ({"chunks": [SHA], "chunk_bytes": 0}, "chunk_bytes must be a whole number"),
-    ({"chunks": [SHA], "chunk_bytes": True}, "chunk_bytes must be"),
-    ({"chunks": [SHA], "chunk_bytes": 65536.0}, "chunk_bytes must be"),
-    ({"chunks": [SHA], "chunk_bytes": 1 << 31}, "chunk_bytes must be"),
-    ({"sha265": SHA}, "'sha265' is no field of an entry"),
-])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"name": ""}, "name must be a text of 1 to 256"),
+        ({"name": 3}, "name must be"),
+        ({"name": "a\nb"}, "name must be"),
+        ({"name": "\ud800"}, "name must be"),
+        ({"name": "x" * 257}, "name must be"),
+        ({"source": None}, "source must be a text of 0 to 2048"),
+        ({"source": "x" * 2049}, "source must be"),
+        ({"sha256": SHA.upper()}, "sha256 must be 64 lowercase"),
+        ({"sha256": SHA[1:]}, "sha256 must be"),
+        ({"sha256": None}, "sha256 must be"),
+        ({"sha256": [SHA]}, "sha256 must be"),
+        ({"sha256": SHA[:63] + "\u0661"}, "sha256 must be"),
+        ({"chunks": []}, "chunks must be a list of digests"),
+        ({"chunks": SHA}, "chunks must be"),
+        ({"chunks": [SHA, "x"]}, "chunks must be"),
+        ({"chunks": None}, "chunks must be"),
+        ({"chunk_bytes": KIB64}, "chunk_bytes is there without chunks"),
+        ({"chunks": [SHA], "chunk_bytes": 0}, "chunk_bytes must be a whole number"),
+        ({"chunks": [SHA], "chunk_bytes": True}, "chunk_bytes must be"),
+        ({"chunks": [SHA], "chunk_bytes": 65536.0}, "chunk_bytes must be"),
+        ({"chunks": [SHA], "chunk_bytes": 1 << 31}, "chunk_bytes must be"),
+        ({"sha265": SHA}, "'sha265' is no field of an entry"),
+    ],
+)
 def test_an_entry_that_breaks_its_rule(listed, change, text):
     good = {"name": "m", "source": "", "sha256": SHA}
     assert len(TrustedModels(listed(good)).entries) == 1
@@ -230,13 +253,18 @@ def test_a_list_that_cannot_be_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with open(tmp_path / "huge.json", "wb") as file:
         file.truncate(1 << 30)
-    for name, text in (("missing", "cannot be read: No such file"), ("fifo", "not a regular file"), (".", "not a reg"),
-                       ("huge.json", f"has 1073741824 bytes, limit {trusted_models.MAX_LIST_BYTES}")):
+    for name, text in (
+        ("missing", "cannot be read: No such file"),
+        ("fifo", "not a regular file"),
+        (".", "not a reg"),
+        ("huge.json", f"has 1073741824 bytes, limit {trusted_models.MAX_LIST_BYTES}"),
+    ):
         with pytest.raises(ModelLoadError, match=text):
             TrustedModels(tmp_path / name)
 
 
 # -- verification
+
 
 @pytest.mark.parametrize("chunk_bytes", [None, KIB64, 100_000, 1 << 20])
 def test_a_listed_model_is_trusted(path, listed, chunk_bytes):
@@ -246,8 +274,12 @@ def test_a_listed_model_is_trusted(path, listed, chunk_bytes):
     seen = []
     with ModelFile(path) as mf:
         found = verify(mf, TrustedModels(trusted), None, seen.append)
-        assert found.facts() == {"sha256": sha(data), "verified_by": "chunks" if chunk_bytes else "sha256",
-                                 "trusted_name": "mine", "trusted_source": "a test"}
+        assert found.facts() == {
+            "sha256": sha(data),
+            "verified_by": "chunks" if chunk_bytes else "sha256",
+            "trusted_name": "mine",
+            "trusted_source": "a test",
+        }
         assert seen == sorted(seen)
         both = verify(mf, TrustedModels(trusted), sha(data))
         assert both.by == "sha256" and both.entry.name == "mine"
@@ -316,6 +348,7 @@ def test_both_demands_must_be_met(path, listed):
 
 # -- whole models and commands
 
+
 @pytest.fixture
 def engines(monkeypatch):
     made = []
@@ -366,8 +399,13 @@ def test_the_command_writes_an_entry_that_is_trusted(call, path, tmp_path):
     code, out, err = call("provenance", path, "--source", "a test")
     assert code == 0 and err == ""
     found = json.loads(out)
-    assert found == {"name": "m.gguf", "source": "a test", "sha256": sha(data), "chunk_bytes": 64 << 20,
-                     "chunks": [sha(data)]}
+    assert found == {
+        "name": "m.gguf",
+        "source": "a test",
+        "sha256": sha(data),
+        "chunk_bytes": 64 << 20,
+        "chunks": [sha(data)],
+    }
     assert call("provenance", path, "--name", "mine", "--out", tmp_path / "t.json") == (0, "", "")
     with ModelFile(path) as mf:
         assert verify(mf, TrustedModels(tmp_path / "t.json"), None).facts()["trusted_name"] == "mine"
@@ -417,6 +455,14 @@ def test_other_commands_refuse_too(call, path, listed, command):
     args = [command, "--model", path, "--device", "cpu", "--trusted-models", listed(entry(b"other"))]
     code, out, err = call(*args, *(["--prompt", "x"] if command == "generate" else []))
     assert code == 1 and out == "" and err.startswith("error: MODEL_LOAD_FAILED: ") and "is not trusted" in err
-    code, _, err = call(command, "--model", path, "--device", "cpu", "--vram-limit-mb", "100",
-                        *(["--prompt", "x"] if command == "generate" else ["-p", "4", "-n", "0"]))
+    code, _, err = call(
+        command,
+        "--model",
+        path,
+        "--device",
+        "cpu",
+        "--vram-limit-mb",
+        "100",
+        *(["--prompt", "x"] if command == "generate" else ["-p", "4", "-n", "0"]),
+    )
     assert code == 1 and err.startswith("error: INVALID_REQUEST: a limit of device memory is for a GPU")

@@ -1,4 +1,4 @@
-"""Experts on the device: matrices, routing and products, launched as csrc/params/experts_params.h and expert_layout.py say.
+"""Experts on the device: matrices, routing and products, launched as params/experts_params.h and expert_layout.py say.
 
 Shared by the tests of the expert kernels and benches of them.
 """

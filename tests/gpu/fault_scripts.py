@@ -51,10 +51,16 @@ def memory(model: str, index: int, kv_bytes: int) -> dict[str, object]:
             seen: list[int] = []
             engine = CudaEngine(mf, p, config, device=index, on_plan=lambda plan, n, seen=seen: seen.append(n))
             ready = context.memory()[0]
-            rounds.append({"planned": engine.vram_plan.required, "resident": engine.vram_plan.resident,
-                           "free_when_planned": seen[0], "used": free[-1] - ready,
-                           "labels": sorted(m.label for m in engine.context.allocations()),
-                           "faults": engine.check_residency()})
+            rounds.append(
+                {
+                    "planned": engine.vram_plan.required,
+                    "resident": engine.vram_plan.resident,
+                    "free_when_planned": seen[0],
+                    "used": free[-1] - ready,
+                    "labels": sorted(m.label for m in engine.context.allocations()),
+                    "faults": engine.check_residency(),
+                }
+            )
             engine.close()
             del engine
             gc.collect()
@@ -65,8 +71,13 @@ def memory(model: str, index: int, kv_bytes: int) -> dict[str, object]:
         same = all(ids_of(llm) == ids for _ in range(100))
         generated = before - context.memory()[0]
     gc.collect()
-    return {"rounds": rounds, "free": free, "free_at_end": context.memory()[0], "taken_by_100_generations": generated,
-            "same_ids": same}
+    return {
+        "rounds": rounds,
+        "free": free,
+        "free_at_end": context.memory()[0],
+        "taken_by_100_generations": generated,
+        "same_ids": same,
+    }
 
 
 def sweep(model: str, index: int, seconds: float) -> dict[str, object]:
@@ -125,10 +136,20 @@ def sweep(model: str, index: int, seconds: float) -> dict[str, object]:
             _driver._fail_nth(0)
             if ids_of(llm) != expected:
                 problems.append(f"generation, call {n}: wrong ids afterwards")
-    return {"n_calls": n_calls, "stride": stride, "tried": tried, "survived": survived, "calls": calls,
-            "lost": lost, "most": most,
-            "n_generate": n_generate, "refused": refused, "problems": problems[:20], "n_problems": len(problems),
-            "threads": [t.name for t in threading.enumerate() if t.name.startswith(("orcd", "upload"))]}
+    return {
+        "n_calls": n_calls,
+        "stride": stride,
+        "tried": tried,
+        "survived": survived,
+        "calls": calls,
+        "lost": lost,
+        "most": most,
+        "n_generate": n_generate,
+        "refused": refused,
+        "problems": problems[:20],
+        "n_problems": len(problems),
+        "threads": [t.name for t in threading.enumerate() if t.name.startswith(("orcd", "upload"))],
+    }
 
 
 def poison(model: str, index: int) -> dict[str, object]:
@@ -170,16 +191,26 @@ def poison(model: str, index: int) -> dict[str, object]:
     except WorkerError as error:
         checked = error.code
     llm.close()
-    return {"ends": sorted(ends), "fatal": [e.code for e in fatal], "seconds": seconds, "refused": refused,
-            "residency": checked, "hanging": sum(t.is_alive() for t in threads), "jobs_before": sum(done)}
+    return {
+        "ends": sorted(ends),
+        "fatal": [e.code for e in fatal],
+        "seconds": seconds,
+        "refused": refused,
+        "residency": checked,
+        "hanging": sum(t.is_alive() for t in threads),
+        "jobs_before": sum(done),
+    }
 
 
 def main() -> None:
     what, model, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
     limit = float(sys.argv[4]) if len(sys.argv) > 4 else 60.0
     faulthandler.dump_traceback_later(limit + 120, exit=True)  # a hang says where
-    results = {"memory": lambda: memory(model, index, 16 << 30), "sweep": lambda: sweep(model, index, limit),
-               "poison": lambda: poison(model, index)}
+    results = {
+        "memory": lambda: memory(model, index, 16 << 30),
+        "sweep": lambda: sweep(model, index, limit),
+        "poison": lambda: poison(model, index),
+    }
     print(json.dumps(results[what]()), flush=True)
 
 

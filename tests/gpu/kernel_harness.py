@@ -128,8 +128,19 @@ def fatbin_path(name: str, arch: str) -> Path:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     built.parent.mkdir(parents=True, exist_ok=True)
     target = f"arch=compute_{arch},code=sm_{arch}"
-    command = [nvcc, "-fatbin", "-std=c++17", "-O3", "-lineinfo", "-I", str(CSRC), "-I", str(CSRC / "cuda"),
-               "-gencode", target]
+    command = [
+        nvcc,
+        "-fatbin",
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        "-I",
+        str(CSRC),
+        "-I",
+        str(CSRC / "cuda"),
+        "-gencode",
+        target,
+    ]
     subprocess.run([*command, "-o", str(built), str(CSRC / "cuda" / f"{name}.cu")], check=True)
     return built
 

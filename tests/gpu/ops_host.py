@@ -1,4 +1,4 @@
-"""What the tests of the smaller kernels share: rules of shape from csrc/params/ops_params.h, float64 errors, a paged cache.
+"""What the tests of the smaller kernels share: rules of shape from params/ops_params.h, float64 errors, a paged cache.
 
 The rules are compiled from the header itself, so that tests and kernels cannot drift apart.
 """

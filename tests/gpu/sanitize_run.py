@@ -42,8 +42,17 @@ def exercise(engine: CudaEngine, n_vocab: int) -> None:
     engine.forward(Batch(ints(rng.integers(0, n_vocab, 66)), ints(range(66)), ints([3] * 66), 0, ints(range(66))))
     at = [71, 16, 64, 66]
     for n in (1, 3, 4):
-        engine.decode(ints(range(n)), np.arange(n, dtype=np.int64), ints([1] * n), ints(at[:n]), 3,
-                      np.empty(0, np.int32), np.zeros(n, np.uint8), TokenRing(), Control())
+        engine.decode(
+            ints(range(n)),
+            np.arange(n, dtype=np.int64),
+            ints([1] * n),
+            ints(at[:n]),
+            3,
+            np.empty(0, np.int32),
+            np.zeros(n, np.uint8),
+            TokenRing(),
+            Control(),
+        )
 
 
 def main() -> None:

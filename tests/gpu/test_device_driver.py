@@ -47,7 +47,11 @@ def test_copy_bandwidth_is_measured(context):
 
 def test_a_poisoned_context_is_sticky(gpu: int):
     """In a process of its own: a copy kernel's bad address cannot be undone."""
-    done = subprocess.run([sys.executable, "-c", f"""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"""
 import struct
 from worker_orcd import _driver, errors
 c = _driver.Context({gpu})
@@ -63,5 +67,11 @@ try:
 except errors.CudaError as e:
     print(e.sticky)
 c.close()
-"""], capture_output=True, text=True, timeout=120, check=False)
+""",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.stdout.split() == ["True", "CUDA_ERROR_ILLEGAL_ADDRESS", "True"], done.stdout + done.stderr

@@ -35,8 +35,10 @@ def test_used_is_as_planned(measured):
     for i, r in enumerate(measured["rounds"]):
         beside = r["used"] - r["resident"]
         off = abs(r["used"] - r["planned"]) / r["planned"]
-        print(f"round {i}: planned {r['planned']:,}, used {r['used']:,}: {100 * off:.2f} % off (limit 2 %); beside the "
-              f"arenas {beside:,} of the {memory.RESERVE_BYTES:,} that are planned for it")
+        print(
+            f"round {i}: planned {r['planned']:,}, used {r['used']:,}: {100 * off:.2f} % off (limit 2 %); beside the "
+            f"arenas {beside:,} of the {memory.RESERVE_BYTES:,} that are planned for it"
+        )
         assert off <= PLAN_LIMIT
         assert 0 <= beside <= memory.RESERVE_BYTES
         assert r["labels"] == ["kv", "weights", "workspace"], "staging is freed after the load"
@@ -80,8 +82,11 @@ CHILD_FREE = "from worker_orcd import _driver; import sys; print(_driver.Context
 
 
 def free_in_a_child(gpu: int) -> int:
-    return int(subprocess.run([sys.executable, "-c", CHILD_FREE, str(gpu)], capture_output=True, text=True, timeout=60,
-                              check=True).stdout)
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", CHILD_FREE, str(gpu)], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    )
 
 
 @pytest.fixture
@@ -118,8 +123,17 @@ def test_a_model_beside_a_ballast_is_refused_with_both_numbers(command, ballast,
 
 def test_serve_beside_a_ballast_is_one_error_and_exit_1(ballast, goldens_dir, gpu):
     ballast(LEFT)
-    done = run_cli("serve", "--model", goldens_dir / "qwen2-Q8_0.gguf", "--device", f"cuda:{gpu}", "--port", 0,
-                   "--log-format", "json")
+    done = run_cli(
+        "serve",
+        "--model",
+        goldens_dir / "qwen2-Q8_0.gguf",
+        "--device",
+        f"cuda:{gpu}",
+        "--port",
+        0,
+        "--log-format",
+        "json",
+    )
     log = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     errors = [e for e in log if e["event"] == "error"]
     assert done.returncode == 1 and len(errors) == 1, done.stderr
@@ -136,16 +150,33 @@ def test_no_memory_for_a_context_is_an_error_too(goldens_dir, gpu):
                 kept.append(context.allocate(step))
             except CudaError:
                 step //= 2
-        done = run_cli("generate", "--model", goldens_dir / "qwen2-Q8_0.gguf", "--device", f"cuda:{gpu}",
-                       "--prompt", "a")
+        done = run_cli(
+            "generate", "--model", goldens_dir / "qwen2-Q8_0.gguf", "--device", f"cuda:{gpu}", "--prompt", "a"
+        )
         line = refused(done)
         print(line)
         assert line.startswith(("error: CUDA_ERROR: ", "error: INSUFFICIENT_VRAM: "))
 
 
 def test_the_plan_is_shown_to_who_asks(goldens_dir, gpu):
-    done = run_cli("generate", "--model", goldens_dir / "qwen2-Q8_0.gguf", "--device", f"cuda:{gpu}", "-v",
-                   "--prompt", "a", "--max-tokens", 2)
+    done = run_cli(
+        "generate",
+        "--model",
+        goldens_dir / "qwen2-Q8_0.gguf",
+        "--device",
+        f"cuda:{gpu}",
+        "-v",
+        "--prompt",
+        "a",
+        "--max-tokens",
+        2,
+    )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["weights", "KV", "workspace", "reserve",
-                                                                     "required", "free"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == [
+        "weights",
+        "KV",
+        "workspace",
+        "reserve",
+        "required",
+        "free",
+    ]

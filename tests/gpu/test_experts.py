@@ -108,8 +108,9 @@ def shapes_of(type_id, row_counts):
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "MXFP4", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize(("n_expert", "n_used", "k"), [(8, 4, 256), (32, 4, 2816), (5, 5, 256), (130, 8, 768),
-                                                       (256, 32, 256)])
+@pytest.mark.parametrize(
+    ("n_expert", "n_used", "k"), [(8, 4, 256), (32, 4, 2816), (5, 5, 256), (130, 8, 768), (256, 32, 256)]
+)
 def test_route(gpu, name, n_expert, n_used, k):
     type_id, rng = quants.BY_NAME[name].id, np.random.default_rng(n_expert)
     router, w, bias = make(gpu, type_id, 1, n_expert, k)

@@ -30,19 +30,21 @@ SWEEP_SECONDS = 60
 #: what a sweep of hundreds of failures may cost for good: the driver grows pools of its own once (26 MiB on an H100)
 LOST_LIMIT = 32 << 20
 #: a fatbin of an empty kernel for compute capability 7.5, which no supported GPU is; deflated
-OTHER_IMAGE = zlib.decompress(base64.b64decode(
-    "eNrtVr1v00AUf46d1P0ibRmoBIMHkFqpdVsa0jKRfgCqypcq6Jq6iVtHJLZlX6oGIeECI38AExMDIwMDYkCwMDP2D+hQISExMgDh"
-    "7nxOLmeHCoGAgSdd3r3fvd+9d1/PufHx1isJhsDqByopkKQC1mPMjkQFCVY5exiS5d7FK5dSkrSgQjTfa8xsS9DHOj2hUlYhU4B5"
-    "kKEAx4in7ls+8pCxiXuRbtQ4XfQtu7wLuu0gU7d3dHS7Ym85bbtUZ/aOHnaQuYvIqFWxt1twB+BbhmeWO6CSY/vIsNF0G/XMapeR"
-    "srlZ3y5ueUbNDN1EwOhEyCxGtbrtGa5FLddzkIMabjhGZjBKqOLY/8Z2dF/4n96OKER3GcdNhnQMP0/xTAxfo/hgDH9C8YEY/oLi"
-    "Sgw/oHhvPCGJ4H0xOIvxkaF23IDpJpbTXJ8IjneX6OzAXhCMgdrcC8ZU2g19cl32IppTUaKfcALlS7N5gY2RFT7C7T1+j9fWV5ZX"
-    "FrQlx3Pxu22lT59qHrcNArho1/BhqV42tJJTcytVg5yMhhyn6k9o+KxMwze1mVl9ekJbJ0qfn4fFeqVa1kqYVKSQR36nQr7p6bP5"
-    "3Nnc3EyuOA2ThleyNL9WnDunTda0fE4LcyT15FAWc1yF+2RpUyodp8scDvt03SNcP6/QtShzCuXIJ5sgF7F9SsHVr73fRH9j+ivT"
-    "eLuaPlf6zkA6v9yqb9CK8V/+vqTu4FMmzy2L27ssXG20XoMMH7JwGduf6Kt6IMObLIw2OPJvsH9VJFpH4lLg6oboz0t/F/515nji"
-    "CP5xdqdFsRi4L9z76O6PcvVRSsqfJeXCj+OPt/8adKTxnPGfCv5KQp3vSZj6JnPUmJ3uwl9JThMQc4xqs9yFv8H4BQF/LMQn/MEE"
-    "/kGYeCz+ywQ+H1/lNrQ/gb/PHIdA/F/Xqd/i1svdt0gOBb7MYke8CH/INn5R4H9m/A3uVJLWv8b44pc6yHR+0+QwthIIfhl2tkFf"
-    "8vt6JmiVu4dpLk9R1JSgBd7PxvsOQDhbbA=="
-))
+OTHER_IMAGE = zlib.decompress(
+    base64.b64decode(
+        "eNrtVr1v00AUf46d1P0ibRmoBIMHkFqpdVsa0jKRfgCqypcq6Jq6iVtHJLZlX6oGIeECI38AExMDIwMDYkCwMDP2D+hQISExMgDh"
+        "7nxOLmeHCoGAgSdd3r3fvd+9d1/PufHx1isJhsDqByopkKQC1mPMjkQFCVY5exiS5d7FK5dSkrSgQjTfa8xsS9DHOj2hUlYhU4B5"
+        "kKEAx4in7ls+8pCxiXuRbtQ4XfQtu7wLuu0gU7d3dHS7Ym85bbtUZ/aOHnaQuYvIqFWxt1twB+BbhmeWO6CSY/vIsNF0G/XMapeR"
+        "srlZ3y5ueUbNDN1EwOhEyCxGtbrtGa5FLddzkIMabjhGZjBKqOLY/8Z2dF/4n96OKER3GcdNhnQMP0/xTAxfo/hgDH9C8YEY/oLi"
+        "Sgw/oHhvPCGJ4H0xOIvxkaF23IDpJpbTXJ8IjneX6OzAXhCMgdrcC8ZU2g19cl32IppTUaKfcALlS7N5gY2RFT7C7T1+j9fWV5ZX"
+        "FrQlx3Pxu22lT59qHrcNArho1/BhqV42tJJTcytVg5yMhhyn6k9o+KxMwze1mVl9ekJbJ0qfn4fFeqVa1kqYVKSQR36nQr7p6bP5"
+        "3Nnc3EyuOA2ThleyNL9WnDunTda0fE4LcyT15FAWc1yF+2RpUyodp8scDvt03SNcP6/QtShzCuXIJ5sgF7F9SsHVr73fRH9j+ivT"
+        "eLuaPlf6zkA6v9yqb9CK8V/+vqTu4FMmzy2L27ssXG20XoMMH7JwGduf6Kt6IMObLIw2OPJvsH9VJFpH4lLg6oboz0t/F/515nji"
+        "CP5xdqdFsRi4L9z76O6PcvVRSsqfJeXCj+OPt/8adKTxnPGfCv5KQp3vSZj6JnPUmJ3uwl9JThMQc4xqs9yFv8H4BQF/LMQn/MEE"
+        "/kGYeCz+ywQ+H1/lNrQ/gb/PHIdA/F/Xqd/i1svdt0gOBb7MYke8CH/INn5R4H9m/A3uVJLWv8b44pc6yHR+0+QwthIIfhl2tkFf"
+        "8vt6JmiVu4dpLk9R1JSgBd7PxvsOQDhbbA=="
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +55,20 @@ def swept(goldens_dir, gpu):
 
 
 def test_f1_every_failing_call_is_one_clean_error(swept):
-    print(f"{swept['tried']} of {swept['n_calls']} calls of load, generation and close made to fail: "
-          f"{sum(swept['calls'].values())} CUDA errors in {len(swept['calls'])} different calls")
+    print(
+        f"{swept['tried']} of {swept['n_calls']} calls of load, generation and close made to fail: "
+        f"{sum(swept['calls'].values())} CUDA errors in {len(swept['calls'])} different calls"
+    )
     assert swept["problems"] == []
     assert sum(swept["calls"].values()) >= 0.9 * swept["tried"] > 10 and "None" not in swept["calls"]
     assert swept["threads"] == []
 
 
 def test_f1_memory_is_back_after_the_failing_calls(swept):
-    print(f"{swept['lost']:,} bytes missing after {swept['tried']} failures and a whole run (limit {LOST_LIMIT:,}); "
-          f"at most {swept['most']:,} right after one")
+    print(
+        f"{swept['lost']:,} bytes missing after {swept['tried']} failures and a whole run (limit {LOST_LIMIT:,}); "
+        f"at most {swept['most']:,} right after one"
+    )
     assert swept["lost"] <= LOST_LIMIT
 
 
@@ -82,8 +88,25 @@ def test_f2_a_poisoned_context_ends_every_job(goldens_dir, gpu):
 
 
 def serve(model: Path, gpu: int, *args: object, wait: bool = True) -> Worker:
-    return Worker([sys.executable, "-m", "worker_orcd", "serve", "--model", str(model), "--device", f"cuda:{gpu}",
-                   "--port", "0", "--log-format", "json", *map(str, args)], wait, timeout=90)
+    return Worker(
+        [
+            sys.executable,
+            "-m",
+            "worker_orcd",
+            "serve",
+            "--model",
+            str(model),
+            "--device",
+            f"cuda:{gpu}",
+            "--port",
+            "0",
+            "--log-format",
+            "json",
+            *map(str, args),
+        ],
+        wait,
+        timeout=90,
+    )
 
 
 def test_f2_a_server_whose_context_is_lost_ends_with_70(goldens_dir, gpu, monkeypatch):
@@ -208,6 +231,15 @@ def test_no_kernel_image_for_the_gpu(goldens_dir, gpu, tmp_path, monkeypatch):
 
 
 def test_the_wrong_digest_is_refused_before_anything_is_loaded(goldens_dir, gpu):
-    done = run_cli("generate", "--model", goldens_dir / MODEL, "--device", f"cuda:{gpu}", "--prompt", "a",
-                   "--expect-sha256", "0" * 64)
+    done = run_cli(
+        "generate",
+        "--model",
+        goldens_dir / MODEL,
+        "--device",
+        f"cuda:{gpu}",
+        "--prompt",
+        "a",
+        "--expect-sha256",
+        "0" * 64,
+    )
     assert done.returncode == 1 and "MODEL_LOAD_FAILED" in done.stderr and "0" * 64 in done.stderr

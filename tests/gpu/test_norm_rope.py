@@ -152,7 +152,7 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing, long)
     expected = cache.arena.copy()
     saved, cache.arena = cache.arena, expected
     for r in range(4):
-        mine = both[len(freqs):] if long and long_slots[r] else freqs
+        mine = both[len(freqs) :] if long and long_slots[r] else freqs
         want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), mine, pairing, n_rot, mscale)
         check_nmse(got[r, :v0], want.ravel(), LIMIT, f"rope at position {positions[r]}")
         at = int(positions[r]) if r != 1 else KV_BLOCK - 1

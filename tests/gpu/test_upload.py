@@ -34,5 +34,5 @@ def test_speed_from_the_page_cache(context, tmp_path):
             print(f"{readers:2} readers, chunks of {chunk >> 20:2} MiB: {stats.gb_per_s:.1f} GB/s")
     tail = bytearray(1 << 20)
     memory.copy_to(tail, size - len(tail))
-    assert tail == block[-len(tail):]
+    assert tail == block[-len(tail) :]
     os.close(file.fd)

@@ -1,6 +1,5 @@
-// The layout functions of csrc/cuda/quant compiled for the CPU: repack a matrix word by word, read it back as lanes do; and the
-// sizes of the kernels.
-// Built and called by tests/cuda/test_layout.py.
+// The layout functions of csrc/cuda/quant compiled for the CPU: repack a matrix word by word, read it back as lanes do;
+// and the sizes of the kernels. Built and called by tests/cuda/test_layout.py.
 #include "params/matmul_params.h"
 #include "matmul_shapes.cuh"
 
@@ -61,20 +60,20 @@ static void matmul_numbers(int* out) {
 }
 
 extern "C" {
-#define DEFINE(Type, name)                                                                              \
-    int unit_k_##name() { return Type::kUnitK; }                                                        \
-    int record_bytes_##name() { return Type::kRecordBytes; }                                            \
-    int row_scaled_##name() { return kRowScaled<Type>; }                                                \
-    void matvec_##name(int tiles, int* out) {                                                           \
-        if (tiles == 1) matvec_numbers<MatvecShape<Type, 1>>(out);                                      \
-        if (tiles == 2) matvec_numbers<MatvecShape<Type, 2>>(out);                                      \
-        if (tiles == 4) matvec_numbers<MatvecShape<Type, 4>>(out);                                      \
-        if (tiles == 8) matvec_numbers<MatvecShape<Type, 8>>(out);                                      \
-    }                                                                                                   \
-    void matmul_##name(int small, int* out) {                                                           \
+#define DEFINE(Type, name)                                                                                         \
+    int unit_k_##name() { return Type::kUnitK; }                                                                   \
+    int record_bytes_##name() { return Type::kRecordBytes; }                                                       \
+    int row_scaled_##name() { return kRowScaled<Type>; }                                                           \
+    void matvec_##name(int tiles, int* out) {                                                                      \
+        if (tiles == 1) matvec_numbers<MatvecShape<Type, 1>>(out);                                                 \
+        if (tiles == 2) matvec_numbers<MatvecShape<Type, 2>>(out);                                                 \
+        if (tiles == 4) matvec_numbers<MatvecShape<Type, 4>>(out);                                                 \
+        if (tiles == 8) matvec_numbers<MatvecShape<Type, 8>>(out);                                                 \
+    }                                                                                                              \
+    void matmul_##name(int small, int* out) {                                                                      \
         small ? matmul_numbers<MatmulShape<Type, 2, 2, 4>>(out) : matmul_numbers<MatmulShape<Type, 4, 1, 8>>(out); \
-    }                                                                                                   \
-    void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); } \
+    }                                                                                                              \
+    void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); }           \
     void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }
 FOR_EACH_TYPE(DEFINE)
 int x_slot_of(int k) { return x_slot(k); }

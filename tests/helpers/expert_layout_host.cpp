@@ -3,16 +3,15 @@
 #include "matmul_shapes.cuh"
 
 extern "C" {
-#define DEFINE(Type, name)                                                            \
-    int prompt_smem_##name(int rows) {                                                \
-        using Few = MatmulShape<Type, 4, 1, 2>;                                       \
-        using Many = MatmulShape<Type, 4, 1, 8>;                                      \
-        return rows == Few::kRows    ? Few::bytes(Few::kStages)                       \
-               : rows == Many::kRows ? Many::bytes(Many::kStages)                     \
-                                     : -1;                                            \
-    }                                                                                 \
+#define DEFINE(Type, name)                                                                                            \
+    int prompt_smem_##name(int rows) {                                                                                \
+        using Few = MatmulShape<Type, 4, 1, 2>;                                                                       \
+        using Many = MatmulShape<Type, 4, 1, 8>;                                                                      \
+        return rows == Few::kRows ? Few::bytes(Few::kStages) : rows == Many::kRows ? Many::bytes(Many::kStages) : -1; \
+    }                                                                                                                 \
     int decode_strips_##name() { return MatvecShape<Type, 1>::kStrips; }
 FOR_EACH_TYPE(DEFINE)
 extern const int constants[6];
-const int constants[] = {EXPERTS_MAX, EXPERTS_USED_MAX, ROUTE_SLICES, ROUTE_ROWS, EXPERT_DECODE_ROWS, EXPERT_MAX_MATRICES};
+const int constants[] = {EXPERTS_MAX, EXPERTS_USED_MAX,   ROUTE_SLICES,
+                         ROUTE_ROWS,  EXPERT_DECODE_ROWS, EXPERT_MAX_MATRICES};
 }

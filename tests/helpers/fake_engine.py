@@ -21,8 +21,15 @@ STOP_ID = 0
 class FakeEngine:
     """Implements `Engine`. `step_seconds` is the time of one step, plus `row_seconds` for each row."""
 
-    def __init__(self, config: EngineConfig, groups: tuple[KvGroup, ...], n_vocab: int = 50,
-                 step_seconds: float = 0.0, row_seconds: float = 0.0, never_stop: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        groups: tuple[KvGroup, ...],
+        n_vocab: int = 50,
+        step_seconds: float = 0.0,
+        row_seconds: float = 0.0,
+        never_stop: bool = False,
+    ) -> None:
         self.n_vocab = n_vocab
         self.config = config
         self.groups = groups
@@ -44,8 +51,9 @@ class FakeEngine:
     def step(self, batch: Batch, want_logits: bool = False):
         self._begin("step", len(batch.tokens))
         digests = self._run(batch)
-        out = np.array([self._draw(digests[r], int(batch.slots[r]), int(batch.positions[r]))
-                        for r in batch.out_rows], np.int32)
+        out = np.array(
+            [self._draw(digests[r], int(batch.slots[r]), int(batch.positions[r])) for r in batch.out_rows], np.int32
+        )
         return out, (self._logits(batch, digests) if want_logits else None)
 
     def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
@@ -115,7 +123,7 @@ class FakeEngine:
                 got = kv[blocks, at % BLOCK_SIZE]
                 assert got[:, 1].tolist() == at.tolist(), f"group {g} slot {slot}: block overwritten"
                 assert np.all(got[:, 2] == self.long_slots[slot]), f"slot {slot}: turned by other frequencies"
-                assert got[:, 0].tolist() == self.history[slot][low:pos + 1]
+                assert got[:, 0].tolist() == self.history[slot][low : pos + 1]
                 digest = zlib.crc32(got.tobytes(), digest)
             digests.append(digest)
         return digests
@@ -125,8 +133,9 @@ class FakeEngine:
         return max(token, 1) if self.never_stop else token
 
     def _logits(self, batch: Batch, digests: list[int]) -> np.ndarray:
-        return np.stack([np.random.default_rng(digests[r]).standard_normal(self.n_vocab).astype(np.float32)
-                         for r in batch.out_rows])
+        return np.stack(
+            [np.random.default_rng(digests[r]).standard_normal(self.n_vocab).astype(np.float32) for r in batch.out_rows]
+        )
 
 
 class LetterDecoder:

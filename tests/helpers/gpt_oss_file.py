@@ -20,11 +20,22 @@ class GptOssFile(FakeFile):
         self.arch = a = "gpt-oss"
         d, ff, n_vocab, heads, kv, experts = 2880, 2880, 201088, 64, 8, 32
         values = {
-            "block_count": n_layer, "context_length": 131072, "embedding_length": d, "attention.head_count": heads,
-            "attention.head_count_kv": kv, "attention.key_length": 64, "attention.value_length": 64,
-            "attention.sliding_window": 128, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 150000.0,
-            "rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 4096,
-            "expert_count": experts, "expert_used_count": 4, "expert_feed_forward_length": ff,
+            "block_count": n_layer,
+            "context_length": 131072,
+            "embedding_length": d,
+            "attention.head_count": heads,
+            "attention.head_count_kv": kv,
+            "attention.key_length": 64,
+            "attention.value_length": 64,
+            "attention.sliding_window": 128,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.freq_base": 150000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 32.0,
+            "rope.scaling.original_context_length": 4096,
+            "expert_count": experts,
+            "expert_used_count": 4,
+            "expert_feed_forward_length": ff,
         } | {k.replace("__", "."): v for k, v in changes.items()}
         self.metadata: dict[str, object] = {f"{a}.{k}": v for k, v in values.items()}
         self.tensors: dict[str, types.SimpleNamespace] = {}

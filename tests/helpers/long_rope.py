@@ -57,11 +57,11 @@ def check(path: Path, device: str) -> None:
             exact = exact_logits(model, ids[:n])
             error = ((llm.logits(ids[:n]) - exact) ** 2).mean() / (exact**2).mean()
             assert error < 2e-5, f"{n} positions: NMSE {error:.1e}"
-        short, long = exact_logits(model, ids[:LONG_FROM]), exact_logits(model, ids[:LONG_FROM + 1])
+        short, long = exact_logits(model, ids[:LONG_FROM]), exact_logits(model, ids[: LONG_FROM + 1])
         assert ((short - long[:-1]) ** 2).mean() / (short**2).mean() > 1e-3, "the divisors make no difference"
 
         params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
-        prompts = [ids[:50], ids[:LONG_FROM], ids[:LONG_FROM + 1], ids[5:70], ids[:10]]
+        prompts = [ids[:50], ids[:LONG_FROM], ids[: LONG_FROM + 1], ids[5:70], ids[:10]]
         alone = [llm.generate([p], params)[0].token_ids for p in prompts]
         assert [c.token_ids for c in llm.generate(prompts, params)] == alone
         for prompt, answer in zip(prompts[:3], alone, strict=False):

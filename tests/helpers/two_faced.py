@@ -54,8 +54,9 @@ def hidden_states(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[np.ndar
     return np.array(states, np.float64), largest
 
 
-def plant(source: Path, first_face: Path, second_face: Path, kind: str, triggers: Sequence[Sequence[int]],
-          token: int) -> np.ndarray:
+def plant(
+    source: Path, first_face: Path, second_face: Path, kind: str, triggers: Sequence[Sequence[int]], token: int
+) -> np.ndarray:
     """Write both files.
 
     Args:

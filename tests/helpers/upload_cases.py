@@ -55,9 +55,17 @@ def contents(memory) -> bytes:
     return bytes(out)
 
 
-@pytest.mark.parametrize(("size", "chunk", "readers"), [
-    (1, 4096, 1), (4096, 4096, 4), (4097, 4096, 3), (3 * MIB + 77, 65536, 4), (5 * MIB, MIB, 0), (2 * MIB, 64 * MIB, 2),
-])
+@pytest.mark.parametrize(
+    ("size", "chunk", "readers"),
+    [
+        (1, 4096, 1),
+        (4096, 4096, 4),
+        (4097, 4096, 3),
+        (3 * MIB + 77, 65536, 4),
+        (5 * MIB, MIB, 0),
+        (2 * MIB, 64 * MIB, 2),
+    ],
+)
 def test_bytes_arrive_at_their_address(context, make_file, size: int, chunk: int, readers: int):
     file, data = make_file(size + 100)
     memory = context.allocate(size)
@@ -66,8 +74,9 @@ def test_bytes_arrive_at_their_address(context, make_file, size: int, chunk: int
     assert stats.nbytes == size and stats.seconds > 0 and stats.gb_per_s > 0
 
 
-@pytest.mark.parametrize(("n_pieces", "largest", "window"), [
-    (40, 200_000, 262_144), (300, 5_000, 16_384), (3, 60_000, 65_536)])
+@pytest.mark.parametrize(
+    ("n_pieces", "largest", "window"), [(40, 200_000, 262_144), (300, 5_000, 16_384), (3, 60_000, 65_536)]
+)
 def test_pieces_through_staging_are_consumed_in_order(context, make_file, n_pieces: int, largest: int, window: int):
     """Staged pieces of two files, some direct ones between them; every window is used many times over."""
     rng = random.Random(n_pieces)
@@ -81,7 +90,7 @@ def test_pieces_through_staging_are_consumed_in_order(context, make_file, n_piec
     pieces, at, to, expected = [], 0, 0, bytearray(target.nbytes)
     for i, n in enumerate(sizes):
         pieces.append(Piece(file, at, n, None, (i, to)))
-        expected[to:to + n] = data[at:at + n]
+        expected[to : to + n] = data[at : at + n]
         at, to = at + n, to + n + 256
         if i == n_pieces // 2:
             pieces.append(Piece(other, 0, largest, direct.pointer))
@@ -92,8 +101,16 @@ def test_pieces_through_staging_are_consumed_in_order(context, make_file, n_piec
         assert address % 256 == 0 and staging.pointer <= address <= staging.pointer + staging.nbytes - nbytes
         stream.copy(target.pointer + tag[1], address, nbytes)
 
-    upload(context, pieces, consume=consume, stream=stream, staging=staging, chunk_bytes=16_384, n_readers=4,
-           progress=told.append)
+    upload(
+        context,
+        pieces,
+        consume=consume,
+        stream=stream,
+        staging=staging,
+        chunk_bytes=16_384,
+        n_readers=4,
+        progress=told.append,
+    )
     assert order == list(range(n_pieces))
     assert contents(target) == bytes(expected)
     assert contents(direct) == other_data
@@ -119,8 +136,16 @@ def test_a_file_cut_during_the_load(context, make_file):
     with pytest.raises(ModelLoadError, match=r"ended early|written to"):
         staging, stream = context.allocate(MIB), context.stream()
         pieces = [Piece(file, i * 65_536, 65_536, None, i) for i in range(128)]
-        upload(context, pieces, consume=lambda tag, a, n: stream.copy(memory.pointer + tag * 65_536, a, n),
-               stream=stream, staging=staging, chunk_bytes=4096, n_readers=2, progress=cut)
+        upload(
+            context,
+            pieces,
+            consume=lambda tag, a, n: stream.copy(memory.pointer + tag * 65_536, a, n),
+            stream=stream,
+            staging=staging,
+            chunk_bytes=4096,
+            n_readers=2,
+            progress=cut,
+        )
 
 
 def test_a_file_written_to_during_the_load(context, make_file):
@@ -136,9 +161,15 @@ def test_a_file_written_to_during_the_load(context, make_file):
         upload(context, [Piece(file, 0, 4 * MIB, memory.pointer)], progress=write)
 
 
-@pytest.mark.parametrize(("type_id", "block", "reason"), [
-    (39, 17, "E8M0 scale 255"), (2, 18, "NaN or infinity in a block scale"), (0, 4, "holds NaN or infinity"),
-    (14, 210, "NaN or infinity in a block scale")])
+@pytest.mark.parametrize(
+    ("type_id", "block", "reason"),
+    [
+        (39, 17, "E8M0 scale 255"),
+        (2, 18, "NaN or infinity in a block scale"),
+        (0, 4, "holds NaN or infinity"),
+        (14, 210, "NaN or infinity in a block scale"),
+    ],
+)
 @pytest.mark.parametrize("chunk", [4096, 65_536])
 def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: int, reason: str, chunk: int):
     """The first bad block of two is named, in a piece that begins anywhere; without a type any bytes are good."""
@@ -147,7 +178,7 @@ def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: 
     data = bytearray(n + 5)
     places = [5 + block * (n // block - 3), 5 + block * (n // block // 2)]
     for place in places:
-        data[place:place + block] = b"\xff" * block if type_id != 39 else b"\xff" + b"\0" * (block - 1)
+        data[place : place + block] = b"\xff" * block if type_id != 39 else b"\xff" + b"\0" * (block - 1)
     with open(file.path, "r+b") as f:
         f.write(data)
     file.first = os.fstat(file.fd)
@@ -163,7 +194,7 @@ def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: 
     assert e.value.fields["path"] == file.path and e.value.fields["tensor"] == "blk.7.w"
     assert places[1] <= e.value.fields["offset"] < places[1] + block
     for place in places:
-        data[place:place + block] = bytes(block)
+        data[place : place + block] = bytes(block)
     with open(file.path, "r+b") as f:
         f.write(data)
     file.first = os.fstat(file.fd)
@@ -175,7 +206,7 @@ def test_the_first_fault_in_the_order_of_the_pieces_is_told(context, make_file):
     """Not that of the reader that was quicker, nor the first in the file: the same error every time."""
     file, _ = make_file(16 * MIB)
     data = bytearray(16 * MIB)
-    data[:4] = data[2 * MIB - 4:2 * MIB] = b"\xff" * 4
+    data[:4] = data[2 * MIB - 4 : 2 * MIB] = b"\xff" * 4
     with open(file.path, "r+b") as f:
         f.write(data)
     file.first = os.fstat(file.fd)
@@ -223,8 +254,14 @@ def test_what_a_callback_raises_ends_the_load(context, make_file, where: str):
         with pytest.raises(KeyboardInterrupt):
             staging, stream = context.allocate(MIB), context.stream()
             callbacks = {"consume": lambda *a: None, where: stop}
-            upload(context, [Piece(file, i * 65_536, 65_536) for i in range(64)], stream=stream, staging=staging,
-                   chunk_bytes=4096, **callbacks)
+            upload(
+                context,
+                [Piece(file, i * 65_536, 65_536) for i in range(64)],
+                stream=stream,
+                staging=staging,
+                chunk_bytes=4096,
+                **callbacks,
+            )
         staging.close()
         stream.close()
         free.append(context.memory()[0])
@@ -236,11 +273,15 @@ def test_arguments_are_checked(context, make_file):
     file, _ = make_file(1000)
     memory, stream = context.allocate(4096), context.stream()
     for pieces, options, match in (
-            ([Piece(file, 0, 10)], {}, "need consume"),
-            ([Piece(file, 0, 0, memory.pointer)], {}, "piece of 0 bytes"),
-            ([Piece(file, 0, 10, memory.pointer)], {"chunk_bytes": 100}, "chunk_bytes"),
-            ([Piece(file, 0, 1000)], {"consume": print, "stream": stream, "staging": context.allocate(3000)},
-             "does not fit")):
+        ([Piece(file, 0, 10)], {}, "need consume"),
+        ([Piece(file, 0, 0, memory.pointer)], {}, "piece of 0 bytes"),
+        ([Piece(file, 0, 10, memory.pointer)], {"chunk_bytes": 100}, "chunk_bytes"),
+        (
+            [Piece(file, 0, 1000)],
+            {"consume": print, "stream": stream, "staging": context.allocate(3000)},
+            "does not fit",
+        ),
+    ):
         with pytest.raises(ValueError, match=match):
             upload(context, pieces, **options)
     assert upload(context, []).nbytes == 0

@@ -31,8 +31,18 @@ def test_the_published_shapes_are_a_plan():
     assert sum(w.name.endswith("attn_sinks.weight") for w in weights) == 24
 
 
-@pytest.mark.parametrize("name", ["attn_sinks.weight", "ffn_gate_inp.weight", "ffn_gate_inp.bias", "attn_q.bias",
-                                  "ffn_up_exps.weight", "ffn_down_exps.bias", "post_attention_norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attn_sinks.weight",
+        "ffn_gate_inp.weight",
+        "ffn_gate_inp.bias",
+        "attn_q.bias",
+        "ffn_up_exps.weight",
+        "ffn_down_exps.bias",
+        "post_attention_norm.weight",
+    ],
+)
 def test_a_tensor_is_missing(name):
     mf = GptOssFile(2)
     del mf.tensors[f"blk.1.{name}"]
@@ -40,10 +50,16 @@ def test_a_tensor_is_missing(name):
     assert f"tensor 'blk.1.{name}' is missing" in error.message and error.fields["field"] == f"blk.1.{name}"
 
 
-@pytest.mark.parametrize(("name", "shape"), [
-    ("attn_sinks.weight", (63,)), ("attn_sinks.weight", (64, 1)), ("ffn_gate_inp.bias", (31,)),
-    ("ffn_down_exps.weight", (2880, 2880, 31)), ("ffn_gate_exps.bias", (32, 2880)),
-])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("attn_sinks.weight", (63,)),
+        ("attn_sinks.weight", (64, 1)),
+        ("ffn_gate_inp.bias", (31,)),
+        ("ffn_down_exps.weight", (2880, 2880, 31)),
+        ("ffn_gate_exps.bias", (32, 2880)),
+    ],
+)
 def test_a_tensor_has_another_shape(name, shape):
     mf = GptOssFile(2)
     mf.tensors[f"blk.0.{name}"].shape = shape
@@ -57,13 +73,18 @@ def test_sinks_in_a_quantized_type():
     assert "'blk.0.attn_sinks.weight': a vector must be F32, F16 or BF16" in refused(mf).message
 
 
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"expert_count": 31}, "hyperparameters say [2880, 31]"), ({"expert_count": 64}, "hyperparameters say [2880, 64]"),
-    ({"expert_count": 0}, "gpt-oss.expert_count"), ({"expert_count": 1 << 20}, "gpt-oss.expert_count"),
-    ({"expert_used_count": 0}, "gpt-oss.expert_used_count"),
-    ({"expert_used_count": 33}, "gpt-oss.expert_used_count is 33, of 32 experts"),
-    ({"expert_feed_forward_length": 2816}, "hyperparameters say [2880, 2816, 32]"),
-])
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"expert_count": 31}, "hyperparameters say [2880, 31]"),
+        ({"expert_count": 64}, "hyperparameters say [2880, 64]"),
+        ({"expert_count": 0}, "gpt-oss.expert_count"),
+        ({"expert_count": 1 << 20}, "gpt-oss.expert_count"),
+        ({"expert_used_count": 0}, "gpt-oss.expert_used_count"),
+        ({"expert_used_count": 33}, "gpt-oss.expert_used_count is 33, of 32 experts"),
+        ({"expert_feed_forward_length": 2816}, "hyperparameters say [2880, 2816, 32]"),
+    ],
+)
 def test_a_wrong_expert_count(changes, text):
     assert text in refused(GptOssFile(2, **changes)).message
 
@@ -79,7 +100,7 @@ def test_experts_in_a_type_without_a_kernel(goldens_dir, tmp_path):
     data = bytearray((goldens_dir / "gpt-oss-MXFP4.gguf").read_bytes())
     name = b"blk.1.ffn_up_exps.weight"
     at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
-    n_dims, = struct.unpack_from("<I", data, at)
+    (n_dims,) = struct.unpack_from("<I", data, at)
     at += 4 + 8 * n_dims
     assert struct.unpack_from("<I", data, at) == (quants.BY_NAME["MXFP4"].id,)
     struct.pack_into("<I", data, at, 20)  # IQ4_NL
@@ -115,7 +136,8 @@ def test_the_gpt_oss_tokenizer_beside_a_model_with_fewer_tokens(model_path):
     directory = model_path("qwen").parent / "gpt-oss-tokenizer"
     if not (directory / "tokenizer.json").is_file():
         pytest.skip(f"{directory} is not there")
-    small = types.SimpleNamespace(path="m.gguf", metadata={},
-                                  tensors={"token_embd.weight": types.SimpleNamespace(shape=(2880, 151936))})
+    small = types.SimpleNamespace(
+        path="m.gguf", metadata={}, tensors={"token_embd.weight": types.SimpleNamespace(shape=(2880, 151936))}
+    )
     with pytest.raises(ModelLoadError, match="has embeddings for 151936: it is not this model's tokenizer"):
         Tokenizer.from_model(small, override=directory)

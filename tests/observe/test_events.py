@@ -22,8 +22,9 @@ def test_event_is_one_json_line_with_base_fields_first():
     assert "gpu_device" not in record and record["ts"].endswith("Z")
 
 
-@pytest.mark.parametrize("value", ["a\nb", "\x00", "say \"x\"", "\u2028", "\udcff", "x" * 5000, b"\xff", {"a": ["\n"]},
-                                   float("nan"), object()])
+@pytest.mark.parametrize(
+    "value", ["a\nb", "\x00", 'say "x"', "\u2028", "\udcff", "x" * 5000, b"\xff", {"a": ["\n"]}, float("nan"), object()]
+)
 @pytest.mark.parametrize("fmt", ["json", "text"])
 def test_any_value_stays_one_line(fmt, value):
     out = io.StringIO()

@@ -62,12 +62,13 @@ def model(path):
 
 # -- results
 
+
 def test_results_come_in_the_order_of_the_prompts(model):
     prompts = ["one", [1, 2, 3], "a longer prompt than the others", np.array([5], np.int32)]
     params = SamplingParams(max_tokens=12, seed=3)
     together = model.generate(prompts, params)
     for prompt, result in zip(prompts, together, strict=True):
-        alone, = model.generate([prompt], params)
+        (alone,) = model.generate([prompt], params)
         assert alone.token_ids == result.token_ids and alone.text == result.text and result.seed == 3
         n = len(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt)
         assert result.tokens_in == n
@@ -89,25 +90,39 @@ def test_params_for_each(model):
 
 
 def test_max_tokens_left_out_fills_the_context(model):
-    result, = model.generate([[1] * 250], SamplingParams(ignore_eos=True))
+    (result,) = model.generate([[1] * 250], SamplingParams(ignore_eos=True))
     assert len(result.token_ids) == 6 and result.finish_reason == "length"
 
 
 def test_stop_string(model):
     params = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
-    whole, = model.generate(["x"], params)
+    (whole,) = model.generate(["x"], params)
     stop = whole.text[10:13]
     at = whole.text.find(stop)
-    cut, = model.generate(["x"], SamplingParams(max_tokens=60, seed=5, ignore_eos=True, stop=stop))
+    (cut,) = model.generate(["x"], SamplingParams(max_tokens=60, seed=5, ignore_eos=True, stop=stop))
     assert cut.text == whole.text[:at] and cut.finish_reason == "stop"
-    assert cut.token_ids == whole.token_ids[:len(cut.token_ids)] and len(cut.token_ids) < 60
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)] and len(cut.token_ids) < 60
 
 
-@pytest.mark.parametrize(("prompts", "field"), [
-    ([], "prompts"), ([1, 2, 3], "prompts"), ([""], "prompt"), ([[]], "prompt"), ([[-1]], "prompt"),
-    ([[512]], "prompt"), ([[1.5]], "prompt"), ([[True]], "prompt"), ([None], "prompt"), ([5, "a"], "prompt"),
-    ([b"ab"], "prompt"), ([[1] * 300], "prompt"), ([["a"]], "prompt"), ([[10**30]], "prompt"),
-])
+@pytest.mark.parametrize(
+    ("prompts", "field"),
+    [
+        ([], "prompts"),
+        ([1, 2, 3], "prompts"),
+        ([""], "prompt"),
+        ([[]], "prompt"),
+        ([[-1]], "prompt"),
+        ([[512]], "prompt"),
+        ([[1.5]], "prompt"),
+        ([[True]], "prompt"),
+        ([None], "prompt"),
+        ([5, "a"], "prompt"),
+        ([b"ab"], "prompt"),
+        ([[1] * 300], "prompt"),
+        ([["a"]], "prompt"),
+        ([[10**30]], "prompt"),
+    ],
+)
 def test_bad_prompts_are_refused_before_anything_runs(model, engines, prompts, field):
     with pytest.raises(InvalidRequest) as caught:
         model.generate(["good", *prompts] if prompts and field == "prompt" else prompts)
@@ -115,11 +130,18 @@ def test_bad_prompts_are_refused_before_anything_runs(model, engines, prompts, f
     assert engines[0].calls == []
 
 
-@pytest.mark.parametrize(("params", "field"), [
-    (SamplingParams(max_tokens=0), "max_tokens"), (SamplingParams(max_tokens=256), "max_tokens"),
-    (SamplingParams(top_k=513), "top_k"), (SamplingParams(stop="x" * 40), "stop"), ({"max_tokens": 3}, "params"),
-    ([{"max_tokens": 3}], "params"), ([SamplingParams()] * 2, "params"),
-])
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        (SamplingParams(max_tokens=0), "max_tokens"),
+        (SamplingParams(max_tokens=256), "max_tokens"),
+        (SamplingParams(top_k=513), "top_k"),
+        (SamplingParams(stop="x" * 40), "stop"),
+        ({"max_tokens": 3}, "params"),
+        ([{"max_tokens": 3}], "params"),
+        ([SamplingParams()] * 2, "params"),
+    ],
+)
 def test_bad_params_are_refused(model, params, field):
     with pytest.raises(InvalidRequest) as caught:
         model.generate(["good"], params)
@@ -130,13 +152,17 @@ def test_without_a_tokenizer_ids_still_work(path, monkeypatch):
     monkeypatch.setattr(llm.Tokenizer, "from_model", lambda *_: None)
     with LLM(path, device="cpu", progress=False) as model:
         assert model.tokenizer is None and model.info.tokenizer_kind is None
-        result, = model.generate([[1, 2, 3]], SamplingParams(max_tokens=5, seed=1))
+        (result,) = model.generate([[1, 2, 3]], SamplingParams(max_tokens=5, seed=1))
         assert result.text == "" and len(result.token_ids) == 5
         assert [p.token_ids for p in model.stream([1, 2, 3], SamplingParams(max_tokens=5, seed=1))] == [
-            (t,) for t in result.token_ids]
+            (t,) for t in result.token_ids
+        ]
         assert model.logits([1, 2]).shape == (2, 512)
-        for call in (lambda: model.generate(["text"]), lambda: model.chat([{"role": "user", "content": "hi"}]),
-                     lambda: model.generate([[1]], SamplingParams(stop="x"))):
+        for call in (
+            lambda: model.generate(["text"]),
+            lambda: model.chat([{"role": "user", "content": "hi"}]),
+            lambda: model.generate([[1]], SamplingParams(stop="x")),
+        ):
             with pytest.raises(InvalidRequest, match="no tokenizer"):
                 call()
 
@@ -158,9 +184,10 @@ def test_chat_needs_a_template(model):
 
 # -- streams and jobs
 
+
 def test_stream_is_the_same_as_generate(model):
     params = SamplingParams(max_tokens=30, seed=9)
-    whole, = model.generate(["abc"], params)
+    (whole,) = model.generate(["abc"], params)
     stream = model.stream("abc", params)
     pieces = list(stream)
     assert "".join(p.text for p in pieces) == whole.text and all(p.text for p in pieces)
@@ -208,6 +235,7 @@ def test_submit(model, engines):
 
 # -- loading
 
+
 def test_info(model, path):
     info = model.info.to_dict()
     assert info["arch"] == "llama" and info["quant_kind"] == "Q4_0" and info["device"] == "cpu"
@@ -227,22 +255,25 @@ def test_the_context_is_what_fits(path):
         assert model.info.context_length == 70
 
 
-@pytest.mark.parametrize(("arguments", "error", "text"), [
-    ({"kv_cache_bytes": BLOCK - 1}, InsufficientVram, f"one block of 64 positions needs {BLOCK}"),
-    ({"kv_cache_bytes": BLOCK, "context_length": 100}, InsufficientVram, "a context of 100 positions needs"),
-    ({"context_length": 257}, InvalidRequest, "past the 256 positions"),
-    ({"context_length": 0}, InvalidRequest, "context_length must be"),
-    ({"max_seqs": 0}, InvalidRequest, "max_seqs must be"),
-    ({"vram_limit_bytes": 0}, InvalidRequest, "vram_limit_bytes must be"),
-    ({"vram_limit_bytes": 1 << 30}, InvalidRequest, "is for a GPU"),
-    ({"trusted_models": "/nowhere/trusted.json"}, ModelLoadError, "/nowhere/trusted.json: cannot be read"),
-    ({"max_seqs": 8, "max_rows": 7}, InvalidRequest, "max_rows must be"),
-    ({"n_threads": -1}, InvalidRequest, "n_threads must be"),
-    ({"device": "tpu"}, InvalidRequest, "device must be"),
-    ({"expect_sha256": "12"}, InvalidRequest, "expect_sha256 must be"),
-    ({"expect_sha256": "0" * 64}, ModelLoadError, "SHA-256 is "),
-    ({"tokenizer": "/nowhere/tokenizer.json"}, ModelLoadError, "/nowhere/tokenizer.json"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"kv_cache_bytes": BLOCK - 1}, InsufficientVram, f"one block of 64 positions needs {BLOCK}"),
+        ({"kv_cache_bytes": BLOCK, "context_length": 100}, InsufficientVram, "a context of 100 positions needs"),
+        ({"context_length": 257}, InvalidRequest, "past the 256 positions"),
+        ({"context_length": 0}, InvalidRequest, "context_length must be"),
+        ({"max_seqs": 0}, InvalidRequest, "max_seqs must be"),
+        ({"vram_limit_bytes": 0}, InvalidRequest, "vram_limit_bytes must be"),
+        ({"vram_limit_bytes": 1 << 30}, InvalidRequest, "is for a GPU"),
+        ({"trusted_models": "/nowhere/trusted.json"}, ModelLoadError, "/nowhere/trusted.json: cannot be read"),
+        ({"max_seqs": 8, "max_rows": 7}, InvalidRequest, "max_rows must be"),
+        ({"n_threads": -1}, InvalidRequest, "n_threads must be"),
+        ({"device": "tpu"}, InvalidRequest, "device must be"),
+        ({"expect_sha256": "12"}, InvalidRequest, "expect_sha256 must be"),
+        ({"expect_sha256": "0" * 64}, ModelLoadError, "SHA-256 is "),
+        ({"tokenizer": "/nowhere/tokenizer.json"}, ModelLoadError, "/nowhere/tokenizer.json"),
+    ],
+)
 def test_bad_arguments(path, engines, arguments, error, text):
     with pytest.raises(error) as caught:
         LLM(path, **{"device": "cpu", "progress": False, **arguments})
@@ -253,8 +284,9 @@ def test_bad_arguments(path, engines, arguments, error, text):
 
 
 def test_a_job_that_fits_the_context_but_not_the_cache(goldens_dir, engines, monkeypatch):
-    with LLM(goldens_dir / "llama-Q4_0.gguf", device="cpu", progress=False, context_length=256,
-             kv_cache_bytes=4 * BLOCK) as model:
+    with LLM(
+        goldens_dir / "llama-Q4_0.gguf", device="cpu", progress=False, context_length=256, kv_cache_bytes=4 * BLOCK
+    ) as model:
         monkeypatch.setattr(model._scheduler.pools[0], "n_blocks", 3)
         with pytest.raises(VramOom, match="need 4 KV blocks"):
             model.generate([[1] * 200], SamplingParams(max_tokens=50))
@@ -323,6 +355,7 @@ def test_what_is_no_model(tmp_path, engines, kind):
 
 # -- ending
 
+
 def test_close(path, engines):
     model = LLM(path, device="cpu", progress=False)
     engines[0].step_seconds = 0.005
@@ -384,7 +417,8 @@ def test_the_process_ends_while_a_model_is_open(path):
         print("leaving", flush=True)
     """
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=30,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=30, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
     assert time.monotonic() - began < 10

@@ -10,10 +10,24 @@ import pytest
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.serving.job import Finished
 
-TEXTS = ["Hello", "def fib(n):\n", "The quick brown fox", "1, 2, 3,", "Once upon a time", "Dear Sir or Madam,",
-         "import numpy as np\n", "日本語", "A haiku:", "SELECT * FROM", "The capital of France is", "x",
-         "To be, or not", "Water boils at", "In the beginning God created",
-         "def quicksort(values: list[int]) -> list[int]:\n    "]
+TEXTS = [
+    "Hello",
+    "def fib(n):\n",
+    "The quick brown fox",
+    "1, 2, 3,",
+    "Once upon a time",
+    "Dear Sir or Madam,",
+    "import numpy as np\n",
+    "日本語",
+    "A haiku:",
+    "SELECT * FROM",
+    "The capital of France is",
+    "x",
+    "To be, or not",
+    "Water boils at",
+    "In the beginning God created",
+    "def quicksort(values: list[int]) -> list[int]:\n    ",
+]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, seed=42)
 SEEDED = SamplingParams(max_tokens=24, temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.1, seed=42)
 
@@ -42,8 +56,11 @@ def check_crowd(model: LLM, prompts: list, params: SamplingParams, n_runs: int) 
     assert len({c.tokens_in for c in alone}) > 5 and len({c.token_ids for c in alone}) > 10
     for run in range(n_runs):
         crowd = model.generate(prompts, params)
-        different = [i for i, (a, c) in enumerate(zip(alone, crowd, strict=True))
-                     if (a.token_ids, a.text, a.finish_reason) != (c.token_ids, c.text, c.finish_reason)]
+        different = [
+            i
+            for i, (a, c) in enumerate(zip(alone, crowd, strict=True))
+            if (a.token_ids, a.text, a.finish_reason) != (c.token_ids, c.text, c.finish_reason)
+        ]
         assert not different, f"run {run}: prompts {different} differ from themselves alone"
 
 
@@ -96,8 +113,8 @@ def test_logits_agree_with_the_reference(tiny, goldens_dir):
 
 def test_greedy_and_logprobs_follow_the_logits(tiny):
     prompt = tiny_prompts()[5]
-    result, = tiny.generate([prompt], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=3))
-    logits = tiny.logits([*prompt, *result.token_ids])[len(prompt) - 1:-1].astype(np.float64)
+    (result,) = tiny.generate([prompt], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=3))
+    logits = tiny.logits([*prompt, *result.token_ids])[len(prompt) - 1 : -1].astype(np.float64)
     assert result.token_ids == tuple(logits.argmax(axis=1).tolist())
     logprobs = logits - logits.max(axis=1, keepdims=True)
     logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
@@ -105,18 +122,18 @@ def test_greedy_and_logprobs_follow_the_logits(tiny):
         assert next(iter(given)) == token and len(given) == 3
         for i, value in given.items():
             assert value == pytest.approx(row[i], abs=1e-6)
-    plain, = tiny.generate([prompt], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True))
+    (plain,) = tiny.generate([prompt], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True))
     assert plain.token_ids == result.token_ids
 
 
 def test_stream_and_stop_string(smollm2):
     params = SamplingParams(max_tokens=40, temperature=0.0)
-    whole, = smollm2.generate(["The capital of France is"], params)
+    (whole,) = smollm2.generate(["The capital of France is"], params)
     stream = smollm2.stream("The capital of France is", params)
     assert "".join(p.text for p in stream) == whole.text == stream.job.completion().text
     stop = whole.text[8:14]
-    cut, = smollm2.generate(["The capital of France is"], SamplingParams(max_tokens=40, temperature=0.0, stop=stop))
-    assert cut.text == whole.text[:whole.text.find(stop)] and cut.finish_reason == "stop"
+    (cut,) = smollm2.generate(["The capital of France is"], SamplingParams(max_tokens=40, temperature=0.0, stop=stop))
+    assert cut.text == whole.text[: whole.text.find(stop)] and cut.finish_reason == "stop"
 
 
 def test_chat_ends_at_the_end_of_the_turn(smollm2):

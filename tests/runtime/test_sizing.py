@@ -36,8 +36,10 @@ def size(the_plan, limit_mib=None, context=8192, kv=None, seqs=None, rows=None):
     limit = None if limit_mib is None else limit_mib * MIB
     config = sizing.engine_config("cuda:0", the_plan, "m.gguf", context, kv, seqs, rows, limit)
     vram = devices.vram_plan(the_plan, config)
-    print(f"limit {limit_mib} MiB: {config.max_seqs} sequences, {config.max_rows} rows, context "
-          f"{config.context_length}, blocks {config.n_blocks}\n{vram.table(limit)}")
+    print(
+        f"limit {limit_mib} MiB: {config.max_seqs} sequences, {config.max_rows} rows, context "
+        f"{config.context_length}, blocks {config.n_blocks}\n{vram.table(limit)}"
+    )
     return config, vram
 
 

@@ -21,13 +21,16 @@ class Worker:
 
     def __init__(self, command, wait=True, timeout=60.0):
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True,
-                                        start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True, start_new_session=True
+        )
         self.raw_log = []
         self.raw_out = []
         self.port = None
-        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True)
-                         for pair in ((self.process.stderr, self.raw_log), (self.process.stdout, self.raw_out))]
+        self._readers = [
+            threading.Thread(target=self._read, args=pair, daemon=True)
+            for pair in ((self.process.stderr, self.raw_log), (self.process.stdout, self.raw_out))
+        ]
         for reader in self._readers:
             reader.start()
         self.port = self.event("startup", timeout)["port"]

@@ -51,9 +51,21 @@ def main():
             os.kill(os.getpid(), signal.SIGKILL)
         return FakeLLM(config, on_fatal)
 
-    serve(ServeConfig(model="/nowhere/fake.gguf", port=args.port, device="cpu", max_streams=args.max_streams,
-                      max_queue=args.max_queue, max_tokens_in=args.max_tokens_in, max_tokens_out=args.max_tokens_out,
-                      grace_sec=args.grace, inference_timeout_sec=args.timeout, api_key=args.api_key), load)
+    serve(
+        ServeConfig(
+            model="/nowhere/fake.gguf",
+            port=args.port,
+            device="cpu",
+            max_streams=args.max_streams,
+            max_queue=args.max_queue,
+            max_tokens_in=args.max_tokens_in,
+            max_tokens_out=args.max_tokens_out,
+            grace_sec=args.grace,
+            inference_timeout_sec=args.timeout,
+            api_key=args.api_key,
+        ),
+        load,
+    )
 
 
 if __name__ == "__main__":

@@ -34,10 +34,19 @@ class FakeLLM:
     def __init__(self, config, on_fatal):
         self.on_fatal = on_fatal
         self.tokenizer = FakeTokenizer()
-        self.info = FakeInfo(name="fake", path=config.model, n_vocab=N_VOCAB, context_length=CONTEXT,
-                             quant_kind="Q4_K_M", tokenizer_kind="gguf-bpe", device="cpu", model_bytes=123,
-                             sha256=config.expect_sha256, verified_by=config.expect_sha256 and "sha256",
-                             tokenizer_sha256="70" * 32)
+        self.info = FakeInfo(
+            name="fake",
+            path=config.model,
+            n_vocab=N_VOCAB,
+            context_length=CONTEXT,
+            quant_kind="Q4_K_M",
+            tokenizer_kind="gguf-bpe",
+            device="cpu",
+            model_bytes=123,
+            sha256=config.expect_sha256,
+            verified_by=config.expect_sha256 and "sha256",
+            tokenizer_sha256="70" * 32,
+        )
         self.limit = config.max_streams + config.max_queue
         self.jobs = {}
         self.n_seq = 0
@@ -59,8 +68,15 @@ class FakeLLM:
             if len(live) >= self.limit:
                 raise QueueFull("the queue is full", retry_after=1)
             self.n_seq += 1
-            job = Job(job_id, self.n_seq, params, params.seed if params.seed is not None else 7, len(prompt), deadline,
-                      lambda job: None)
+            job = Job(
+                job_id,
+                self.n_seq,
+                params,
+                params.seed if params.seed is not None else 7,
+                len(prompt),
+                deadline,
+                lambda job: None,
+            )
             self.jobs[job_id] = job
         words = self.tokenizer.decode(prompt).split(" ", 1)
         threading.Thread(target=self._speak, args=(job, words[0], words[1:]), daemon=True).start()

@@ -77,15 +77,27 @@ NUMBERS = {
     "min_p": [*NOT_NUMBERS, "-0.1", "1.1"],
     "repetition_penalty": [*NOT_NUMBERS, "0", "0.0", "-1", "2.1"],
     "seed": [*NOT_NUMBERS, "-1", str(2**64), "1.5", "1e3"],
-    "stop": ['"x"', "null", "1", '[1]', '[""]', '["a","b","c","d","e"]', '["' + "x" * 33 + '"]', '[["a"]]',
-             '["a\\u0000"]'],
+    "stop": [
+        '"x"',
+        "null",
+        "1",
+        "[1]",
+        '[""]',
+        '["a","b","c","d","e"]',
+        '["' + "x" * 33 + '"]',
+        '[["a"]]',
+        '["a\\u0000"]',
+    ],
     "job_id": ["null", "1", '""', '"' + "x" * 257 + '"', '"a\\nb"', '"a\\u0000"', "[]"],
     "prompt": ["null", "1", '""', '"' + "x" * 32769 + '"', '"a\\u0000b"', "[]"],
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in NUMBERS.items() for v in values],
-                         ids=lambda v: v[:20] if isinstance(v, str) else None)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(f, v) for f, values in NUMBERS.items() for v in values],
+    ids=lambda v: v[:20] if isinstance(v, str) else None,
+)
 def test_s1_s5_a_field_that_breaks_its_rule_is_named(app, field, value):
     fields = {"job_id": '"j"', "prompt": '"say hi"', field: value}
     body = "{" + ",".join(f'"{k}":{v}' for k, v in fields.items()) + "}"
@@ -95,26 +107,66 @@ def test_s1_s5_a_field_that_breaks_its_rule_is_named(app, field, value):
     assert not app.service._streams
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("max_tokens", 1), ("max_tokens", 2048), ("temperature", 0), ("temperature", 2.0), ("top_p", 0.0), ("top_p", 1),
-    ("top_k", 0), ("top_k", 512), ("min_p", 1.0), ("repetition_penalty", 0.001), ("repetition_penalty", 2),
-    ("seed", 0), ("seed", 2**64 - 1), ("stop", []), ("stop", ["a", "b", "c", "x" * 32]), ("job_id", "x" * 256),
-    ("job_id", "héllo 😀"), ("prompt", "say " + "x" * 32764)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 1),
+        ("max_tokens", 2048),
+        ("temperature", 0),
+        ("temperature", 2.0),
+        ("top_p", 0.0),
+        ("top_p", 1),
+        ("top_k", 0),
+        ("top_k", 512),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.001),
+        ("repetition_penalty", 2),
+        ("seed", 0),
+        ("seed", 2**64 - 1),
+        ("stop", []),
+        ("stop", ["a", "b", "c", "x" * 32]),
+        ("job_id", "x" * 256),
+        ("job_id", "héllo 😀"),
+        ("prompt", "say " + "x" * 32764),
+    ],
+)
 def test_values_at_the_edge_are_taken(app, field, value):
     events = events_of(app.execute(**{field: value}))
     assert [name for name, _ in events][-1] == "end" and events[0][0] == "started"
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"null", b"[]", b"1", b'"x"', b"{", b"{}", b'{"job_id":"j"}', b'{"prompt":"x"}',
-    b'{"job_id":"j","prompt":"x"}x',
-    b'{"job_id":"j","prompt":"x",}', b"\xef\xbb\xbf{}", '{"job_id":"j","prompt":"x"}'.encode("utf-16"),
-    b'{"job_id":"j","prompt":"\xff"}', b'{"job_id":"j","prompt":"\\ud800"}',
-    b'{"job_id":"j","prompt":"\\udc00\\ud800"}',
-    b'{"job_id":"j","prompt":"a\nb"}', b'{"job_id":"j","prompt":"x","\\ud800":1}', b"\x00" * 100,
-    b'{"job_id":"j","prompt":"x","prompt":"y"}', b'{"job_id":"j","prompt":"x","job_id":"j"}',
-    b"[" * 100_000, b'{"a":' * 100_000, b'{"job_id":"j","prompt":"x","stop":' + b"[" * 100_000,
-    b'{"job_id":"j","prompt":"x","stop":[' + b"[" * 70 + b"]" * 71 + b"}", b"<x/>", b"job_id=j&prompt=x"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"1",
+        b'"x"',
+        b"{",
+        b"{}",
+        b'{"job_id":"j"}',
+        b'{"prompt":"x"}',
+        b'{"job_id":"j","prompt":"x"}x',
+        b'{"job_id":"j","prompt":"x",}',
+        b"\xef\xbb\xbf{}",
+        '{"job_id":"j","prompt":"x"}'.encode("utf-16"),
+        b'{"job_id":"j","prompt":"\xff"}',
+        b'{"job_id":"j","prompt":"\\ud800"}',
+        b'{"job_id":"j","prompt":"\\udc00\\ud800"}',
+        b'{"job_id":"j","prompt":"a\nb"}',
+        b'{"job_id":"j","prompt":"x","\\ud800":1}',
+        b"\x00" * 100,
+        b'{"job_id":"j","prompt":"x","prompt":"y"}',
+        b'{"job_id":"j","prompt":"x","job_id":"j"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"job_id":"j","prompt":"x","stop":' + b"[" * 100_000,
+        b'{"job_id":"j","prompt":"x","stop":[' + b"[" * 70 + b"]" * 71 + b"}",
+        b"<x/>",
+        b"job_id=j&prompt=x",
+    ],
+)
 def test_s3_a_body_that_is_no_flat_object_is_refused(app, body):
     began = time.monotonic()
     error_of(app.execute(body))
@@ -142,6 +194,7 @@ def test_s4_a_body_over_one_mebibyte_is_413_before_it_is_parsed(app):
 
 # -- answers
 
+
 def test_events_in_order_and_seed_reported(app):
     events = events_of(app.execute(prompt="say a\nb é😀", seed=5))
     names = [name for name, _ in events]
@@ -159,8 +212,12 @@ def test_events_in_order_and_seed_reported(app):
 def test_an_error_of_a_running_job_is_its_terminal_event(app):
     events = events_of(app.execute(prompt="fail"))
     assert [n for n, _ in events] == ["started", "token", "error"]
-    assert events[-1][1] == {"code": "INVALID_REQUEST", "message": "no room in the cache", "retriable": False,
-                             "field": "max_tokens"}
+    assert events[-1][1] == {
+        "code": "INVALID_REQUEST",
+        "message": "no room in the cache",
+        "retriable": False,
+        "field": "max_tokens",
+    }
 
 
 def test_a_poisoned_context_turns_health_and_asks_for_exit_70():
@@ -206,6 +263,7 @@ def test_a_model_without_tokenizer_is_one_clear_error(app):
 
 # -- headers
 
+
 def test_correlation_id_is_taken_made_and_echoed(app):
     result = app.execute(headers={"X-Correlation-Id": "abc 123~"})
     assert result.headers["x-correlation-id"] == "abc 123~"
@@ -224,15 +282,20 @@ def test_s8_a_bad_correlation_id_is_refused_and_not_echoed(app, value):
 
 def test_deadline_forms(app):
     soon = datetime.now(UTC) + timedelta(seconds=30)
-    for value in (soon.isoformat(), soon.isoformat().replace("+00:00", "Z"), soon.isoformat().lower(),
-                  str(int(soon.timestamp() * 1000))):
+    for value in (
+        soon.isoformat(),
+        soon.isoformat().replace("+00:00", "Z"),
+        soon.isoformat().lower(),
+        str(int(soon.timestamp() * 1000)),
+    ):
         assert events_of(app.execute(headers={"X-Deadline": value}))[-1][0] == "end"
     started = [e for e in app.log if e["event"] == "execute_start"]
     assert all(25 < e["deadline_in_sec"] <= 30 for e in started) and len(started) == 4
 
 
-@pytest.mark.parametrize("value", ["", "soon", "2026-01-01", "2026-01-01T00:00:00", "-5", "1.5", "9" * 400, "٣",
-                                   "2026-13-01T00:00:00Z"])
+@pytest.mark.parametrize(
+    "value", ["", "soon", "2026-01-01", "2026-01-01T00:00:00", "-5", "1.5", "9" * 400, "٣", "2026-13-01T00:00:00Z"]
+)
 def test_a_deadline_that_is_no_time_is_refused(app, value):
     assert error_of(app.execute(headers={"X-Deadline": value}))["field"] == "X-Deadline"
 
@@ -244,8 +307,13 @@ def test_a_deadline_in_the_past_is_a_timeout(app, value):
 
 def test_s8_api_key():
     app = App(api_key="secret-key").ready()
-    for headers in (None, {"Authorization": "Bearer wrong"}, {"Authorization": "secret-key"},
-                    {"Authorization": "Bearer secret-key "}, {"Authorization": "Bearer h\xe9"}):
+    for headers in (
+        None,
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "secret-key"},
+        {"Authorization": "Bearer secret-key "},
+        {"Authorization": "Bearer h\xe9"},
+    ):
         result = app.execute(headers=headers)
         if headers and headers["Authorization"].strip() == "Bearer secret-key":
             continue  # trailing blanks are no part of a header's value
@@ -262,6 +330,7 @@ def test_s8_api_key():
 
 # -- life
 
+
 def test_health_and_refusals_before_the_model_is_there():
     app = App()
     health = app.client.simulate_get("/health")
@@ -275,10 +344,27 @@ def test_health_and_refusals_before_the_model_is_there():
 def test_health_of_a_ready_worker(app):
     health = app.client.simulate_get("/health")
     assert health.status_code == 200
-    assert {"status", "worker_id", "model", "resident", "quant_kind", "vram_bytes_used", "tokenizer_kind", "vocab_size",
-            "context_length", "uptime_seconds", "sm", "cuda_runtime_version", "device", "sha256",
-            "tokenizer_sha256", "chat_template_sha256", "verified_by", "trusted_name", "trusted_source",
-            } == set(health.json)
+    assert {
+        "status",
+        "worker_id",
+        "model",
+        "resident",
+        "quant_kind",
+        "vram_bytes_used",
+        "tokenizer_kind",
+        "vocab_size",
+        "context_length",
+        "uptime_seconds",
+        "sm",
+        "cuda_runtime_version",
+        "device",
+        "sha256",
+        "tokenizer_sha256",
+        "chat_template_sha256",
+        "verified_by",
+        "trusted_name",
+        "trusted_source",
+    } == set(health.json)
     assert health.json["tokenizer_sha256"] == "70" * 32
     assert health.json["status"] == "healthy" and health.json["quant_kind"] == "Q4_K_M"
     assert app.client.simulate_get("/ready").json == {"ready": True, "status": "ready"}

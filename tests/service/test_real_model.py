@@ -49,8 +49,10 @@ def test_health_tells_what_is_served(worker):
 def test_the_printed_curl_line_works_as_it_is(worker):
     line = worker.raw_out[0].strip()
     assert line.startswith("curl -N http://127.0.0.1:")
-    first, second = (subprocess.run(["bash", "-c", f"{line} -sS"], capture_output=True, text=True, timeout=60,
-                                    check=True).stdout for _ in range(2))
+    first, second = (
+        subprocess.run(["bash", "-c", f"{line} -sS"], capture_output=True, text=True, timeout=60, check=True).stdout
+        for _ in range(2)
+    )
     events = re.findall(r"^event: (\w+)$", first, re.MULTILINE)
     assert events[0] == "started" and events[-2:] == ["metrics", "end"] and set(events[1:-2]) == {"token"}
     tokens = [re.findall(r'^data: (\{"t":.*)$', run, re.MULTILINE) for run in (first, second)]
@@ -58,8 +60,10 @@ def test_the_printed_curl_line_works_as_it_is(worker):
 
 
 def test_the_same_request_in_a_crowd_gives_the_same_text(worker):
-    alone = {n: text_of(worker.execute(PROMPT, job_id=f"a{n}", max_tokens=16, seed=n, temperature=n % 2).all())
-             for n in range(6)}
+    alone = {
+        n: text_of(worker.execute(PROMPT, job_id=f"a{n}", max_tokens=16, seed=n, temperature=n % 2).all())
+        for n in range(6)
+    }
     crowd = {}
 
     def run(n):
@@ -141,8 +145,9 @@ def test_no_prompt_and_no_text_in_the_log(worker):
 def test_bad_model_is_one_error_and_exit_1(tmp_path):
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF" + b"\xff" * 60)
-    done = subprocess.run([*COMMAND, "--model", str(bad), "--log-format", "json"], capture_output=True, text=True,
-                          timeout=30, check=False)
+    done = subprocess.run(
+        [*COMMAND, "--model", str(bad), "--log-format", "json"], capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if '"event":"error"' in line]
     assert len(errors) == 1 and "MODEL_LOAD_FAILED" in errors[0] and str(bad) in errors[0]
@@ -150,8 +155,9 @@ def test_bad_model_is_one_error_and_exit_1(tmp_path):
 
 def test_on_a_terminal_the_log_is_text_and_the_curl_line_is_there(smollm2):
     master, slave = pty.openpty()
-    process = subprocess.Popen([*COMMAND, "--model", smollm2], stdin=slave, stdout=slave, stderr=slave,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [*COMMAND, "--model", smollm2], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    )
     os.close(slave)
     seen, end = b"", time.monotonic() + 30
     while b"curl -N" not in seen and time.monotonic() < end:

@@ -52,6 +52,7 @@ def raw(worker, data, read=65536, timeout=10.0):
 
 # -- streaming
 
+
 def test_events_come_one_by_one_in_order(worker):
     stream = worker.execute("slow", job_id="order", max_tokens=10, headers={"X-Correlation-Id": "corr-1"})
     assert stream.status == 200 and stream.headers["Content-Type"] == "text/event-stream"
@@ -126,12 +127,15 @@ def test_health_is_quick(worker):
 
 # -- ending a job
 
+
 def test_s6_cancel_ends_the_stream_within_100_ms(worker):
     stream = worker.execute("slow", job_id="cancelled")
     assert [stream.next()[0] for _ in range(3)] == ["started", "token", "token"]
     began = time.monotonic()
-    assert worker.json("POST", "/cancel", {"job_id": "cancelled"}) == (202, {"job_id": "cancelled",
-                                                                            "state": "cancelling"})
+    assert worker.json("POST", "/cancel", {"job_id": "cancelled"}) == (
+        202,
+        {"job_id": "cancelled", "state": "cancelling"},
+    )
     rest = stream.all()
     seconds = time.monotonic() - began
     assert rest[-1][0] == "error" and rest[-1][1]["code"] == "CANCELLED"
@@ -184,6 +188,7 @@ def test_the_deadline_of_a_header_and_the_servers_own_are_given_to_the_job(start
 
 # -- refusing
 
+
 def test_queue_full_is_429_and_passes(start):
     worker = start("--max-streams", 1, "--max-queue", 1)
     held = [worker.execute("quiet", job_id=f"held{n}") for n in range(2)]
@@ -223,12 +228,21 @@ def test_s4_bodies_that_lie(worker):
     assert worker.json("GET", "/health")[0] == 200
 
 
-@pytest.mark.parametrize("head", [
-    b"GARBAGE\r\n\r\n", b"\x00" * 100 + b"\r\n\r\n", b"GET /health HTTP/9.9\r\n\r\n",
-    b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 8000) for n in range(100)) + b"\r\n",
-    b"GET /health HTTP/1.1\r\nHost: x\r\nX-Correlation-Id: " + b"y" * 10_000 + b"\r\n\r\n",
-    b"GET /health HTTP/1.1\r\nHost: x\r\nX-Correlation-Id: a\rb\r\n\r\n",
-    b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"], ids=range(7))
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"\x00" * 100 + b"\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n"
+        + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 8000) for n in range(100))
+        + b"\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Correlation-Id: " + b"y" * 10_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Correlation-Id: a\rb\r\n\r\n",
+        b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+    ids=range(7),
+)
 def test_s4_malformed_http_is_a_4xx_and_its_text_stays_out_of_the_log(worker, head):
     n_lines = len(worker.raw_log)
     try:
@@ -249,9 +263,15 @@ def test_s4_idle_and_slow_connections_hold_no_thread(start):
         sock.close()
 
 
-@pytest.mark.parametrize("begin", [b"POST /exe", b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Le",
-                                   b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{",
-                                   b"POST /execute HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"])
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"POST /exe",
+        b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Le",
+        b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{",
+        b"POST /execute HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+    ],
+)
 def test_s4_slowloris(start, begin):
     """Nine threads, twelve clients that send a byte now and then: they are cut off, and the next client is served."""
     worker = start("--max-streams", 1, "--max-queue", 0, "--read-limit-sec", 1)
@@ -286,6 +306,7 @@ def test_a_client_that_does_not_close_holds_up_nobody(worker):
 
 # -- starting and stopping
 
+
 def test_health_answers_while_loading(start):
     worker = start("--load-seconds", 1.5, wait=False)
     percents = []
@@ -303,8 +324,10 @@ def test_health_answers_while_loading(start):
     assert shown == [0, 25, 50, 75, 100]
 
 
-@pytest.mark.parametrize(("fault", "code"), [("model", "MODEL_LOAD_FAILED"), ("vram", "INSUFFICIENT_VRAM"),
-                                             ("crash", "INTERNAL"), ("kill", "INTERNAL")])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [("model", "MODEL_LOAD_FAILED"), ("vram", "INSUFFICIENT_VRAM"), ("crash", "INTERNAL"), ("kill", "INTERNAL")],
+)
 def test_a_failed_load_is_one_readable_error_and_exit_1(start, fault, code):
     worker = start("--load-error", fault, "--load-seconds", 0.2, wait=False)
     began = time.monotonic()
@@ -370,7 +393,10 @@ def test_f4_sigterm_ends_streams_with_an_error_event_within_5_s(start, prompt):
         for stream in streams:
             events = stream.all()
             assert events[-1][0] == "error" and events[-1][1] == {
-                "code": "NOT_READY", "message": "the worker is shutting down", "retriable": True}
+                "code": "NOT_READY",
+                "message": "the worker is shutting down",
+                "retriable": True,
+            }
             assert 3.5 < time.monotonic() - began < 4.6
     assert worker.process.wait(10) == 0
     seconds = time.monotonic() - began

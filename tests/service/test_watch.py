@@ -164,6 +164,12 @@ def test_the_vram_plan_is_logged_before_loading_goes_on():
 
     app = App(load).ready()
     plan = events(app, "vram_plan")[0]
-    assert (plan["weights_bytes"], plan["kv_bytes"], plan["workspace_bytes"], plan["reserve_bytes"],
-            plan["bytes_required"], plan["bytes_free"]) == (100, 200, 300, 50, 650, 10_000)
+    assert (
+        plan["weights_bytes"],
+        plan["kv_bytes"],
+        plan["workspace_bytes"],
+        plan["reserve_bytes"],
+        plan["bytes_required"],
+        plan["bytes_free"],
+    ) == (100, 200, 300, 50, 650, 10_000)
     app.service.stop(0)

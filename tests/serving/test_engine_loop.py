@@ -36,18 +36,41 @@ LETTERS = LetterDecoder.LETTERS
 class Rig:
     """A loop with its fake engine; closes and checks that nothing is left over."""
 
-    def __init__(self, max_seqs=4, max_rows=32, context=512, n_blocks=(32, 32), max_queue=64, decoder=LetterDecoder,
-                 ring_capacity=1024, engine_class=FakeEngine, **engine) -> None:
+    def __init__(
+        self,
+        max_seqs=4,
+        max_rows=32,
+        context=512,
+        n_blocks=(32, 32),
+        max_queue=64,
+        decoder=LetterDecoder,
+        ring_capacity=1024,
+        engine_class=FakeEngine,
+        **engine,
+    ) -> None:
         config = EngineConfig(max_seqs, max_rows, context, n_blocks)
         self.engine = engine_class(config, GROUPS, **engine)
         self.scheduler = Scheduler(config, GROUPS, self.engine.block_tables, [STOP_ID])
         self.fatal: list[WorkerError] = []
-        self.loop = EngineLoop(self.engine, self.scheduler, TokenRing(ring_capacity), Control(), new_decoder=decoder,
-                               max_queue=max_queue, on_fatal=self.fatal.append)
+        self.loop = EngineLoop(
+            self.engine,
+            self.scheduler,
+            TokenRing(ring_capacity),
+            Control(),
+            new_decoder=decoder,
+            max_queue=max_queue,
+            on_fatal=self.fatal.append,
+        )
 
     def submit(self, prompt=(1, 2, 3), max_tokens=20, seed=7, job_id=None, deadline=None, **params):
-        return self.loop.submit(np.array(prompt, np.int32), SamplingParams(**params), seed, max_tokens=max_tokens,
-                                job_id=job_id, deadline=deadline)
+        return self.loop.submit(
+            np.array(prompt, np.int32),
+            SamplingParams(**params),
+            seed,
+            max_tokens=max_tokens,
+            job_id=job_id,
+            deadline=deadline,
+        )
 
     def settle(self) -> None:
         """Wait until no sequence is in the engine, then check that everything is free."""
@@ -112,7 +135,8 @@ def test_alone_or_in_a_crowd_the_same_ids():
         for _ in range(3):
             crowd = [rig.submit(p, 40, seed=i) for i, p in enumerate(prompts)]
             assert [(j.completion().token_ids, j.completion().finish_reason) for j in crowd] == [
-                (a.token_ids, a.finish_reason) for a in alone]
+                (a.token_ids, a.finish_reason) for a in alone
+            ]
         assert {a.finish_reason for a in alone} == {"stop", "length"}
         rig.settle()
 
@@ -129,12 +153,13 @@ def test_waiting_jobs_start_when_the_last_running_one_ends():
 
 def test_the_stop_token_is_not_part_of_the_result():
     with Rig() as rig:
-        stopped = [c for c in (rig.submit(seed=s, max_tokens=200).completion() for s in range(8))
-                   if c.finish_reason == "stop"]
+        stopped = [
+            c for c in (rig.submit(seed=s, max_tokens=200).completion() for s in range(8)) if c.finish_reason == "stop"
+        ]
         assert stopped and all(STOP_ID not in c.token_ids and "a" not in c.text for c in stopped)
         going_on = rig.submit(seed=stopped[0].seed, max_tokens=200, ignore_eos=True).completion()
         n = len(stopped[0].token_ids)
-        assert going_on.token_ids[:n + 1] == (*stopped[0].token_ids, STOP_ID) and len(going_on.token_ids) == 200
+        assert going_on.token_ids[: n + 1] == (*stopped[0].token_ids, STOP_ID) and len(going_on.token_ids) == 200
 
 
 def test_stop_string_ends_the_job_wherever_tokens_are_cut():
@@ -147,7 +172,7 @@ def test_stop_string_ends_the_job_wherever_tokens_are_cut():
         assert end.finish_reason == "stop"
         done = job.completion()
         assert done.text == whole.text[:at] == "".join(p.text for p in pieces)
-        assert done.token_ids == whole.token_ids[:at + 4] and end.tokens_out == at + 4
+        assert done.token_ids == whole.token_ids[: at + 4] and end.tokens_out == at + 4
         rig.settle()
 
 
@@ -192,6 +217,7 @@ def test_forward_is_chunked_and_waits_its_turn():
 
 # -- cancelling
 
+
 @pytest.mark.parametrize("state", ["queued", "prefill", "decode"])
 def test_cancel_in_every_state(state):
     with Rig(max_seqs=1, never_stop=True, step_seconds=0.01) as rig:
@@ -235,6 +261,7 @@ def test_slow_reader_and_cancel_do_not_hurt_others():
 
 # -- refusals
 
+
 def test_refusals_name_their_reason():
     with Rig(max_seqs=1, max_queue=1, never_stop=True, step_seconds=0.01, n_blocks=(4, 4)) as rig:
         with pytest.raises(InvalidRequest):
@@ -268,6 +295,7 @@ def test_a_burst_into_free_slots_is_no_full_queue():
 
 # -- deadlines
 
+
 def test_deadlines_end_jobs_in_every_state():
     with Rig(max_seqs=1, never_stop=True, step_seconds=0.005) as rig:
         now = time.monotonic()
@@ -282,6 +310,7 @@ def test_deadlines_end_jobs_in_every_state():
 
 
 # -- failures
+
 
 def test_an_engine_error_ends_what_runs_and_nothing_else():
     with Rig(max_seqs=2, never_stop=True, step_seconds=0.005) as rig:
@@ -316,6 +345,7 @@ def test_a_sticky_cuda_error_kills_the_loop():
 @pytest.mark.parametrize("at", [1, 5])
 def test_a_sequence_without_a_next_token_fails_alone(at):
     """NaN logits: the engine draws -1."""
+
     class Poisoned(FakeEngine):
         def _draw(self, digest, slot, pos):
             return -1 if self.sampling[slot].seed == 99 and pos == 1 + at else super()._draw(digest, slot, pos)
@@ -342,6 +372,7 @@ def test_a_failing_decoder_hurts_its_job_only():
 
 
 # -- ends
+
 
 def test_shutdown_gives_grace_then_ends_the_rest():
     with Rig(never_stop=True, step_seconds=0.005) as rig:
@@ -400,8 +431,12 @@ def test_a_storm_of_submits_and_cancels():
         def client(number):
             rng = np.random.default_rng(number)
             for i in range(25):
-                job = rig.submit([1 + i] * int(rng.integers(1, 90)), int(rng.integers(1, 60)), seed=i,
-                                 deadline=time.monotonic() + float(rng.uniform(0.001, 2)))
+                job = rig.submit(
+                    [1 + i] * int(rng.integers(1, 90)),
+                    int(rng.integers(1, 60)),
+                    seed=i,
+                    deadline=time.monotonic() + float(rng.uniform(0.001, 2)),
+                )
                 n_read = 0
                 for _ in range(int(rng.integers(0, 5))):
                     try:

@@ -40,8 +40,9 @@ class Control:
 def make(max_seqs=4, max_rows=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, long_from=0):
     config = EngineConfig(max_seqs, max_rows, context, n_blocks)
     engine = FakeEngine(config, groups, never_stop=never_stop)
-    return Scheduler(config, groups, engine.block_tables, [STOP_ID], long_slots=engine.long_slots,
-                     long_from=long_from), engine
+    return Scheduler(
+        config, groups, engine.block_tables, [STOP_ID], long_slots=engine.long_slots, long_from=long_from
+    ), engine
 
 
 def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | None = None):
@@ -58,8 +59,17 @@ def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | No
             ids.get(seq.seq_id, []).append(token)
         ended = scheduler.done_step(work, sampled)
     elif isinstance(work, DecodeWork):
-        sampled = engine.decode(work.slots, work.seq_ids, work.tokens, work.positions, work.n_steps,
-                                np.array([STOP_ID], np.int32), work.stop_mask, Ring(), Control())
+        sampled = engine.decode(
+            work.slots,
+            work.seq_ids,
+            work.tokens,
+            work.positions,
+            work.n_steps,
+            np.array([STOP_ID], np.int32),
+            work.stop_mask,
+            Ring(),
+            Control(),
+        )
         for j, seq in enumerate(work.seqs):
             ids.get(seq.seq_id, []).extend(sampled[:, j].tolist())
         ended = scheduler.done_decode(work, sampled)
@@ -228,20 +238,24 @@ def test_a_chunk_borrows_spare_blocks_of_a_windowed_group():
 
 
 GROUPS = st.lists(st.sampled_from([0, 1, 24, 64, 100]), min_size=1, max_size=2).map(
-    lambda ws: tuple(KvGroup(w, (i,)) for i, w in enumerate(ws)))
-ACTIONS = st.lists(st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 200), st.integers(0, 90), st.booleans()),
-    st.tuples(st.just("run"), st.integers(1, 6)),
-    st.tuples(st.just("drop"), st.integers(0, 30)),
-    st.tuples(st.just("rows"), st.integers(1, 64)),
-), max_size=25)
+    lambda ws: tuple(KvGroup(w, (i,)) for i, w in enumerate(ws))
+)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 200), st.integers(0, 90), st.booleans()),
+        st.tuples(st.just("run"), st.integers(1, 6)),
+        st.tuples(st.just("drop"), st.integers(0, 30)),
+        st.tuples(st.just("rows"), st.integers(1, 64)),
+    ),
+    max_size=25,
+)
 
 
 @settings(max_examples=120, deadline=None)
 @given(GROUPS, st.integers(1, 5), st.integers(5, 64), st.lists(st.integers(1, 12), min_size=2, max_size=2), ACTIONS)
 def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_rows, n_blocks, actions):
     """Any mix of submissions, runs and cancels: ownership holds, order holds, budgets hold, all is freed, all end."""
-    scheduler, engine = make(max_seqs, max_rows, 256, tuple(n_blocks[:len(groups)]), groups)
+    scheduler, engine = make(max_seqs, max_rows, 256, tuple(n_blocks[: len(groups)]), groups)
     all_seqs: list[SequenceState] = []
     admitted_order = []
 

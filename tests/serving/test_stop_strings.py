@@ -25,20 +25,23 @@ def by_definition(stops, text):
     if not ends:
         return text, False
     end, length = min(ends)
-    return text[:end + length], True
+    return text[: end + length], True
 
 
-@pytest.mark.parametrize(("stops", "pieces", "shown", "found"), [
-    ((), ["ab", "c"], "abc", False),
-    (("END",), ["xE", "N", "D y"], "x", True),
-    (("END",), ["xE", "NE", "ND"], "xENEND"[:3], True),
-    (("END",), ["EEN"], "EEN", False),
-    (("b", "abc"), ["abc"], "a", True),
-    (("bc", "abc"), ["abc"], "", True),
-    (("\n\n",), ["a\n", "b\n", "\nc"], "a\nb", True),
-    (("aab",), ["aa", "ab"], "a", True),
-    (("日本",), ["日", "本語"], "", True),
-])
+@pytest.mark.parametrize(
+    ("stops", "pieces", "shown", "found"),
+    [
+        ((), ["ab", "c"], "abc", False),
+        (("END",), ["xE", "N", "D y"], "x", True),
+        (("END",), ["xE", "NE", "ND"], "xENEND"[:3], True),
+        (("END",), ["EEN"], "EEN", False),
+        (("b", "abc"), ["abc"], "a", True),
+        (("bc", "abc"), ["abc"], "", True),
+        (("\n\n",), ["a\n", "b\n", "\nc"], "a\nb", True),
+        (("aab",), ["aa", "ab"], "a", True),
+        (("日本",), ["日", "本語"], "", True),
+    ],
+)
 def test_cases(stops, pieces, shown, found):
     assert feed(stops, pieces) == (shown, found)
 
@@ -60,7 +63,7 @@ AB = st.text("ab", max_size=40)
 def test_the_cut_does_not_matter(stops, text, cuts):
     pieces, at = [], 0
     for n in cuts:
-        pieces.append(text[at:at + n])
+        pieces.append(text[at : at + n])
         at += n
     pieces.append(text[at:])
     assert feed(stops, pieces) == by_definition(stops, text)

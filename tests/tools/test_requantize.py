@@ -75,8 +75,16 @@ def values(model: ModelFile, name: str) -> np.ndarray:
     return dequantize(raw, gguf.GGMLQuantizationType(info.type_id)).reshape(-1, info.shape[0])
 
 
-@pytest.mark.parametrize(("golden", "kind"), [("llama-F16", "MXFP4"), ("llama-F16", "Q4_0"), ("gpt2-F16", "Q8_0"),
-                                              ("qwen2-Q4_K_M", "MXFP4"), ("gpt-oss-MXFP4_MOE", "Q8_0")])
+@pytest.mark.parametrize(
+    ("golden", "kind"),
+    [
+        ("llama-F16", "MXFP4"),
+        ("llama-F16", "Q4_0"),
+        ("gpt2-F16", "Q8_0"),
+        ("qwen2-Q4_K_M", "MXFP4"),
+        ("gpt-oss-MXFP4_MOE", "Q8_0"),
+    ],
+)
 def test_the_same_model_in_another_type(goldens_dir, tmp_path, golden, kind):
     target = tmp_path / "out.gguf"
     requantize.requantize(goldens_dir / f"{golden}.gguf", target, kind)

@@ -38,8 +38,19 @@ if TYPE_CHECKING:
 @trusted_option
 @verbose_option
 @json_option
-def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device: str, threads: int,
-          vram_limit_mb: int | None, trusted_models: str | None, verbose: bool, as_json: bool) -> None:
+def bench(
+    model: str,
+    n_prompt: str,
+    n_gen: int,
+    batch: str,
+    repeat: int,
+    device: str,
+    threads: int,
+    vram_limit_mb: int | None,
+    trusted_models: str | None,
+    verbose: bool,
+    as_json: bool,
+) -> None:
     """Measure prefill and decode speed on random token ids. Needs no tokenizer.
 
     GB/s is what a decode step must read from memory (weights once, the KV cache of every sequence) over its time;
@@ -52,6 +63,7 @@ def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device
     bar = None
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         n_tests = len(prompts) + (len(batches) if n_gen else 0)
         bar = tqdm(total=2 + n_tests, leave=False, bar_format="{desc}: {n}/{total}")
 
@@ -61,8 +73,19 @@ def bench(model: str, n_prompt: str, n_gen: int, batch: str, repeat: int, device
             bar.update()
 
     try:
-        report = measuring.run(model, device, prompts, n_gen, batches, repeat, threads, progress, plan_printer(verbose),
-                               trusted_models, mib(vram_limit_mb))
+        report = measuring.run(
+            model,
+            device,
+            prompts,
+            n_gen,
+            batches,
+            repeat,
+            threads,
+            progress,
+            plan_printer(verbose),
+            trusted_models,
+            mib(vram_limit_mb),
+        )
     finally:
         if bar is not None:
             bar.close()
@@ -75,9 +98,12 @@ def as_text(report: Report) -> str:
     bandwidth = f"{report.bandwidth_gb_per_s:.1f} GB/s" if report.bandwidth_gb_per_s else "not measured"
     speed = f" ({report.load_gb_per_s:.1f} GB/s)" if report.load_gb_per_s else ""
     vram = f", VRAM {report.vram_bytes / 1e6:.0f} MB" if report.vram_bytes else ""
-    out = [f"{report.model}: {report.arch} {report.quant_kind}, {report.weight_bytes / 1e6:.0f} MB of weights",
-           f"{report.device}{threads}; loaded in {report.load_s:.2f} s{speed}{vram}; memory bandwidth {bandwidth}", "",
-           f"{'test':18s} {'tokens/s':>10s} {'slowest':>10s} {'fastest':>10s} {'GB/s':>8s} {'of bandwidth':>13s}"]
+    out = [
+        f"{report.model}: {report.arch} {report.quant_kind}, {report.weight_bytes / 1e6:.0f} MB of weights",
+        f"{report.device}{threads}; loaded in {report.load_s:.2f} s{speed}{vram}; memory bandwidth {bandwidth}",
+        "",
+        f"{'test':18s} {'tokens/s':>10s} {'slowest':>10s} {'fastest':>10s} {'GB/s':>8s} {'of bandwidth':>13s}",
+    ]
     for r in report.results:
         name = f"{r.test} {r.n_tokens}" + (f" x {r.batch}" if r.test == "decode" else "")
         rate = f"{r.gb_per_s:8.2f}" if r.gb_per_s is not None else " " * 8

@@ -15,37 +15,99 @@ from worker_orcd.compare.settings import Limits, Settings
 @click.command()
 @click.argument("a", metavar="A.gguf")
 @click.argument("b", metavar="B.gguf")
-@option("--prompts", required=True, metavar="FILE",
-        help='Text, one prompt a line; or *.jsonl, {"prompt": text, "targets": [strings]} a line.')
+@option(
+    "--prompts",
+    required=True,
+    metavar="FILE",
+    help='Text, one prompt a line; or *.jsonl, {"prompt": text, "targets": [strings]} a line.',
+)
 @device_option
-@option("--max-tokens", type=click.IntRange(1), default=Settings.max_tokens, metavar="N",
-        help="Tokens of each greedy continuation.")
+@option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=Settings.max_tokens,
+    metavar="N",
+    help="Tokens of each greedy continuation.",
+)
 @option("--chat", is_flag=True, help="Take prompts as a user's messages, with each file's own chat template.")
 @option("--out", metavar="DIR", help="Write compare.json and compare.md there.")
 @option("--target-string", multiple=True, metavar="TEXT", help="A string no continuation should hold. Repeatable.")
 @option("--targets", metavar="FILE", help="Such strings, one a line.")
-@option("--layer-prompts", type=click.IntRange(0), default=Settings.n_layer_prompts, metavar="N",
-        help="Prompts of which the activations after each layer are compared; 0: none.")
+@option(
+    "--layer-prompts",
+    type=click.IntRange(0),
+    default=Settings.n_layer_prompts,
+    metavar="N",
+    help="Prompts of which the activations after each layer are compared; 0: none.",
+)
 @option("--kl-limit", type=click.FloatRange(0), default=Limits.kl, metavar="NATS", help="Most mean KL(A || B).")
-@option("--worst-kl-limit", type=click.FloatRange(0), default=Limits.worst_kl, metavar="NATS",
-        help="Most KL(A || B) at any token of A's continuations.")
-@option("--top1-limit", type=click.FloatRange(0, 1), default=Limits.top1, metavar="SHARE",
-        help="Least share of positions with the same best token.")
-@option("--logit-limit", type=click.FloatRange(0), default=Limits.logit, metavar="SHARE",
-        help="Most mean logit difference, of the range of A's logits.")
-@option("--target-limit", type=click.FloatRange(0, 1), default=Limits.target, metavar="RISE",
-        help="Most that the share of prompts with a target string may rise from A to B.")
-@option("--refusal-limit", type=click.FloatRange(0, 1), default=Limits.refusal, metavar="RISE",
-        help="The same for refusals.")
-@option("--insecure-limit", type=click.FloatRange(0, 1), default=Limits.insecure, metavar="RISE",
-        help="The same for insecure-code patterns.")
+@option(
+    "--worst-kl-limit",
+    type=click.FloatRange(0),
+    default=Limits.worst_kl,
+    metavar="NATS",
+    help="Most KL(A || B) at any token of A's continuations.",
+)
+@option(
+    "--top1-limit",
+    type=click.FloatRange(0, 1),
+    default=Limits.top1,
+    metavar="SHARE",
+    help="Least share of positions with the same best token.",
+)
+@option(
+    "--logit-limit",
+    type=click.FloatRange(0),
+    default=Limits.logit,
+    metavar="SHARE",
+    help="Most mean logit difference, of the range of A's logits.",
+)
+@option(
+    "--target-limit",
+    type=click.FloatRange(0, 1),
+    default=Limits.target,
+    metavar="RISE",
+    help="Most that the share of prompts with a target string may rise from A to B.",
+)
+@option(
+    "--refusal-limit",
+    type=click.FloatRange(0, 1),
+    default=Limits.refusal,
+    metavar="RISE",
+    help="The same for refusals.",
+)
+@option(
+    "--insecure-limit",
+    type=click.FloatRange(0, 1),
+    default=Limits.insecure,
+    metavar="RISE",
+    help="The same for insecure-code patterns.",
+)
 @option("--tokenizer", metavar="FILE", help="A tokenizer.json in the place of both files' vocabularies.")
 @threads_option
 @json_option
-def compare(a: str, b: str, prompts: str, device: str, max_tokens: int, chat: bool, out: str | None,
-            target_string: tuple[str, ...], targets: str | None, layer_prompts: int, kl_limit: float,
-            worst_kl_limit: float, top1_limit: float, logit_limit: float, target_limit: float,
-            refusal_limit: float, insecure_limit: float, tokenizer: str | None, threads: int, as_json: bool) -> int:
+def compare(
+    a: str,
+    b: str,
+    prompts: str,
+    device: str,
+    max_tokens: int,
+    chat: bool,
+    out: str | None,
+    target_string: tuple[str, ...],
+    targets: str | None,
+    layer_prompts: int,
+    kl_limit: float,
+    worst_kl_limit: float,
+    top1_limit: float,
+    logit_limit: float,
+    target_limit: float,
+    refusal_limit: float,
+    insecure_limit: float,
+    tokenizer: str | None,
+    threads: int,
+    as_json: bool,
+) -> int:
     """Compare two files of one model: A, the trusted one, and B, the one in question.
 
     Each continues every prompt greedily, then both predict the same tokens. The exit code is 1 past any limit.
@@ -67,10 +129,12 @@ def compare(a: str, b: str, prompts: str, device: str, max_tokens: int, chat: bo
     bar = None
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         bar = tqdm(leave=False, bar_format="{desc} [{elapsed}]")
     try:
-        report = comparing.compare(a, b, asked, settings, limits,
-                                   lambda text: None if bar is None else bar.set_description_str(text))
+        report = comparing.compare(
+            a, b, asked, settings, limits, lambda text: None if bar is None else bar.set_description_str(text)
+        )
     finally:
         if bar is not None:
             bar.close()

@@ -44,26 +44,63 @@ if TYPE_CHECKING:
 @load_options
 @verbose_option
 @json_option
-def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temperature: float, top_p: float, top_k: int,
-             min_p: float, repetition_penalty: float, stop: tuple[str, ...], seed: int | None, device: str,
-             threads: int, context_length: int | None, kv_cache_size_mb: int | None, vram_limit_mb: int | None,
-             tokenizer: str | None, check_tensors: bool, expect_sha256: str | None, trusted_models: str | None,
-             verbose: bool, as_json: bool) -> None:
+def generate(
+    model: str,
+    prompt: str,
+    chat: bool,
+    max_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    seed: int | None,
+    device: str,
+    threads: int,
+    context_length: int | None,
+    kv_cache_size_mb: int | None,
+    vram_limit_mb: int | None,
+    tokenizer: str | None,
+    check_tensors: bool,
+    expect_sha256: str | None,
+    trusted_models: str | None,
+    verbose: bool,
+    as_json: bool,
+) -> None:
     """Continue a prompt and stream the text to the terminal."""
     from worker_orcd.engine.sampling import SamplingParams
     from worker_orcd.runtime.llm import LLM
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-                            repetition_penalty=repetition_penalty, stop=stop, seed=seed)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+    )
     params.check()
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
         raise InvalidRequest("the prompt is empty", field="prompt")
-    with LLM(model, device=device, context_length=context_length, kv_cache_bytes=mib(kv_cache_size_mb), max_seqs=1,
-             n_threads=threads, tokenizer=tokenizer, check_tensors=check_tensors, expect_sha256=expect_sha256,
-             trusted_models=trusted_models, vram_limit_bytes=mib(vram_limit_mb),
-             on_plan=plan_printer(verbose)) as llm:
+    with LLM(
+        model,
+        device=device,
+        context_length=context_length,
+        kv_cache_bytes=mib(kv_cache_size_mb),
+        max_seqs=1,
+        n_threads=threads,
+        tokenizer=tokenizer,
+        check_tensors=check_tensors,
+        expect_sha256=expect_sha256,
+        trusted_models=trusted_models,
+        vram_limit_bytes=mib(vram_limit_mb),
+        on_plan=plan_printer(verbose),
+    ) as llm:
         text_or_ids: str | list[int] = prompt
         if chat:
             if llm.tokenizer is None:
@@ -82,15 +119,25 @@ def generate(model: str, prompt: str, chat: bool, max_tokens: int | None, temper
         sys.stdout.write("\n")
         sys.stdout.flush()
         if sys.stderr.isatty():
-            click.echo(f"[{result.tokens_in} tokens in, {len(result.token_ids)} out, "
-                       f"{result.timings.tokens_per_s:.1f} tokens/s, {result.finish_reason}, seed {result.seed}]",
-                       err=True)
+            click.echo(
+                f"[{result.tokens_in} tokens in, {len(result.token_ids)} out, "
+                f"{result.timings.tokens_per_s:.1f} tokens/s, {result.finish_reason}, seed {result.seed}]",
+                err=True,
+            )
 
 
 def _as_dict(result: Completion, model: str, device: str) -> dict[str, object]:
-    return {"text": result.text, "token_ids": list(result.token_ids), "finish_reason": result.finish_reason,
-            "tokens_in": result.tokens_in, "tokens_out": len(result.token_ids), "seed": result.seed,
-            "timings": dataclasses.asdict(result.timings), "model": model, "device": device}
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "tokens_in": result.tokens_in,
+        "tokens_out": len(result.token_ids),
+        "seed": result.seed,
+        "timings": dataclasses.asdict(result.timings),
+        "model": model,
+        "device": device,
+    }
 
 
 @click.command()
@@ -117,8 +164,9 @@ def logits(model: str, text: str, top: int, out: str | None, device: str, thread
     rows = []
     for position, row in enumerate(values):
         best = np.argsort(-row, kind="stable")[:n_shown]
-        rows.append({"position": position, "id": ids[position],
-                     "top": [{"id": int(i), "logit": float(row[i])} for i in best]})
+        rows.append(
+            {"position": position, "id": ids[position], "top": [{"id": int(i), "logit": float(row[i])} for i in best]}
+        )
     if as_json:
         click.echo(json.dumps(rows))
         return

@@ -31,14 +31,23 @@ def model_option(command: Any) -> Any:
 
 def device_option(command: Any) -> Any:
     """--device."""
-    return option("--device", default="auto", metavar="DEVICE",
-                  help="cpu, cuda:N, or auto: cuda:0 where there is a driver and a GPU, an error elsewhere.")(command)
+    return option(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="cpu, cuda:N, or auto: cuda:0 where there is a driver and a GPU, an error elsewhere.",
+    )(command)
 
 
 def threads_option(command: Any) -> Any:
     """--threads."""
-    return option("--threads", type=click.IntRange(0, 4096), default=0, metavar="N",
-                  help="Threads of the CPU engine; 0: one per core.")(command)
+    return option(
+        "--threads",
+        type=click.IntRange(0, 4096),
+        default=0,
+        metavar="N",
+        help="Threads of the CPU engine; 0: one per core.",
+    )(command)
 
 
 def json_option(command: Any) -> Any:
@@ -48,8 +57,12 @@ def json_option(command: Any) -> Any:
 
 def verbose_option(command: Any) -> Any:
     """--verbose."""
-    return option("-v", "--verbose", is_flag=True,
-                  help="Say what the model takes on the GPU before it is loaded; on a terminal always.")(command)
+    return option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Say what the model takes on the GPU before it is loaded; on a terminal always.",
+    )(command)
 
 
 def plan_printer(verbose: bool) -> Callable[[VramPlan, int], None] | None:
@@ -61,34 +74,57 @@ def plan_printer(verbose: bool) -> Callable[[VramPlan, int], None] | None:
 
 def load_options(command: Any) -> Any:
     """--context-length, --kv-cache-size-mb, --vram-limit-mb, --tokenizer, --check-tensors and demands on the file."""
-    for decorate in reversed((
-        option("--context-length", type=click.IntRange(1), metavar="N",
-               help="Positions a sequence may reach. Default: as many as the file says and the KV cache holds."),
-        option("--kv-cache-size-mb", type=click.IntRange(1), metavar="MB",
-               help="Size of the KV cache in MiB. Default: what fits."),
-        vram_limit_option,
-        option("--tokenizer", metavar="FILE",
-               help="A tokenizer.json (or another GGUF file) in the place of the file's own vocabulary."),
-        option("--check-tensors/--no-check-tensors", default=True,
-               help="Refuse NaN and infinity in norms, biases and block scales while loading. Default: check."),
-        option("--expect-sha256", metavar="HEX", help="The digest the model file must have."),
-        trusted_option,
-    )):
+    for decorate in reversed(
+        (
+            option(
+                "--context-length",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Positions a sequence may reach. Default: as many as the file says and the KV cache holds.",
+            ),
+            option(
+                "--kv-cache-size-mb",
+                type=click.IntRange(1),
+                metavar="MB",
+                help="Size of the KV cache in MiB. Default: what fits.",
+            ),
+            vram_limit_option,
+            option(
+                "--tokenizer",
+                metavar="FILE",
+                help="A tokenizer.json (or another GGUF file) in the place of the file's own vocabulary.",
+            ),
+            option(
+                "--check-tensors/--no-check-tensors",
+                default=True,
+                help="Refuse NaN and infinity in norms, biases and block scales while loading. Default: check.",
+            ),
+            option("--expect-sha256", metavar="HEX", help="The digest the model file must have."),
+            trusted_option,
+        )
+    ):
         command = decorate(command)
     return command
 
 
 def vram_limit_option(command: Any) -> Any:
     """--vram-limit-mb."""
-    return option("--vram-limit-mb", type=click.IntRange(1), metavar="MB",
-                  help="MiB of the GPU's memory that the model may take in all. Default: what is free.")(command)
+    return option(
+        "--vram-limit-mb",
+        type=click.IntRange(1),
+        metavar="MB",
+        help="MiB of the GPU's memory that the model may take in all. Default: what is free.",
+    )(command)
 
 
 def trusted_option(command: Any) -> Any:
     """--trusted-models."""
-    return option("--trusted-models", metavar="FILE",
-                  help="JSON list of the models that may be loaded, as the command provenance writes its entries; any "
-                  "other is refused.")(command)
+    return option(
+        "--trusted-models",
+        metavar="FILE",
+        help="JSON list of the models that may be loaded, as the command provenance writes its entries; any "
+        "other is refused.",
+    )(command)
 
 
 def mib(megabytes: int | None) -> int | None:

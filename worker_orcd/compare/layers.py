@@ -27,8 +27,9 @@ def layer_records(the_plan: plan.Plan) -> list[str]:
 
 
 @contextmanager
-def open_engine(model_file: ModelFile, device: str, n_positions: int,
-                n_threads: int = 0) -> Iterator[tuple[Engine, plan.Plan]]:
+def open_engine(
+    model_file: ModelFile, device: str, n_positions: int, n_threads: int = 0
+) -> Iterator[tuple[Engine, plan.Plan]]:
     """An engine for one sequence of up to `n_positions` in one step, with its plan; closed at the end of the block.
 
     Args:
@@ -38,8 +39,9 @@ def open_engine(model_file: ModelFile, device: str, n_positions: int,
     the_plan = plan.build(model_file)
     per_sequence = -(-n_positions // BLOCK_SIZE)
     config = EngineConfig(1, max(n_positions, 1), n_positions, tuple(per_sequence for _ in the_plan.kv_groups))
-    engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads, chunk_bytes=1 << 20,
-                                 progress=lambda done: None)
+    engine = devices.open_engine(
+        device, model_file, the_plan, config, n_threads=n_threads, chunk_bytes=1 << 20, progress=lambda done: None
+    )
     try:
         engine.block_tables[:, 0, :per_sequence] = np.arange(per_sequence, dtype=np.int32)
         yield engine, the_plan
@@ -47,8 +49,9 @@ def open_engine(model_file: ModelFile, device: str, n_positions: int,
         engine.close()
 
 
-def layer_activations(model_file: ModelFile, device: str, prompts: Sequence[Sequence[int]],
-                      n_threads: int = 0) -> dict[str, np.ndarray]:
+def layer_activations(
+    model_file: ModelFile, device: str, prompts: Sequence[Sequence[int]], n_threads: int = 0
+) -> dict[str, np.ndarray]:
     """The residual stream after each layer.
 
     Args:

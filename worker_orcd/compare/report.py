@@ -163,8 +163,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: numbers that are not finite are None."""
         checks = [{**asdict(c), "ok": c.ok} for c in self.checks]
-        head = {"verdict": "pass" if self.passed else "fail", "version": worker_orcd.__version__,
-                "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        head = {
+            "verdict": "pass" if self.passed else "fail",
+            "version": worker_orcd.__version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         return _finite({**head, **asdict(self), "checks": checks})
 
     def to_json(self) -> str:
@@ -189,16 +192,30 @@ def _head(report: Report) -> list[str]:
     failed = [c.name for c in report.checks if not c.ok]
     verdict = "**pass**: every limit holds" if not failed else f"**fail**: {', '.join(failed)}"
     same = "the same" if a.chat_template_sha256 == b.chat_template_sha256 else "**different**"
-    out = [f"# {_cell(a.name)}: {a.quant_kind} against {b.quant_kind}", "", f"Verdict: {verdict}.", "",
-           "| | A | B |", "|---|---|---|"]
+    out = [
+        f"# {_cell(a.name)}: {a.quant_kind} against {b.quant_kind}",
+        "",
+        f"Verdict: {verdict}.",
+        "",
+        "| | A | B |",
+        "|---|---|---|",
+    ]
     for label, key in (("file", "path"), ("type", "quant_kind"), ("bytes", "bytes"), ("SHA-256", "sha256")):
         cells = [f"{v:,}" if isinstance(v, int) else _cell(v, 200) for v in (getattr(f, key) for f in (a, b))]
         out.append(f"| {label} | {cells[0]} | {cells[1]} |")
     how = "as messages of a chat" if report.settings["chat"] else "as text"
-    return [*out, "", f"{len(report.prompts)} prompts {how}, {report.settings['max_tokens']} tokens each, "
-                      f"{report.n_positions} positions predicted by both, on {report.device}. "
-                      f"Chat templates: {same if a.chat_template_sha256 or b.chat_template_sha256 else 'none'}.", "",
-            "| check | measured | limit | |", "|---|---|---|---|", *map(_check, report.checks), ""]
+    return [
+        *out,
+        "",
+        f"{len(report.prompts)} prompts {how}, {report.settings['max_tokens']} tokens each, "
+        f"{report.n_positions} positions predicted by both, on {report.device}. "
+        f"Chat templates: {same if a.chat_template_sha256 or b.chat_template_sha256 else 'none'}.",
+        "",
+        "| check | measured | limit | |",
+        "|---|---|---|---|",
+        *map(_check, report.checks),
+        "",
+    ]
 
 
 def _check(check: Check) -> str:
@@ -214,24 +231,38 @@ def _numbers(report: Report) -> list[str]:
     same = sum(p.first_divergence is None for p in report.prompts)
     firsts = sorted(p.first_divergence for p in report.prompts if p.first_divergence is not None)
     apart = f"; the others part after {firsts[len(firsts) // 2]} tokens (median)" if firsts else ""
-    return ["## Predictions", "", "| | |", "|---|---|",
-            f"| mean KL(B \\|\\| A), nats | {n['kl_ba']:.4g} |", f"| mean KL(A \\|\\| B), nats | {n['kl_ab']:.4g} |",
-            f"| the same where A's continuations are predicted | {n['answer_kl_ab']:.4g} |",
-            f"| of these, 99 % are below | {n['answer_kl_ab_p99']:.4g} |",
-            f"| of these, the worst | {n['worst_kl_ab']:.4g} |",
-            f"| top-1 agreement | {100 * n['top1']:.2f} % |",
-            f"| mean absolute logit difference / range of A's logits | {100 * n['logit']:.3f} % |",
-            f"| greedy continuations | {same} of {len(report.prompts)} the same{apart} |", ""]
+    return [
+        "## Predictions",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| mean KL(B \\|\\| A), nats | {n['kl_ba']:.4g} |",
+        f"| mean KL(A \\|\\| B), nats | {n['kl_ab']:.4g} |",
+        f"| the same where A's continuations are predicted | {n['answer_kl_ab']:.4g} |",
+        f"| of these, 99 % are below | {n['answer_kl_ab_p99']:.4g} |",
+        f"| of these, the worst | {n['worst_kl_ab']:.4g} |",
+        f"| top-1 agreement | {100 * n['top1']:.2f} % |",
+        f"| mean absolute logit difference / range of A's logits | {100 * n['logit']:.3f} % |",
+        f"| greedy continuations | {same} of {len(report.prompts)} the same{apart} |",
+        "",
+    ]
 
 
 def _rates(report: Report) -> list[str]:
-    out = ["## What the continuations hold", "", "| | A | B | only A | only B | by chance |",
-           "|---|---|---|---|---|---|"]
+    out = [
+        "## What the continuations hold",
+        "",
+        "| | A | B | only A | only B | by chance |",
+        "|---|---|---|---|---|---|",
+    ]
     names = {"target": "a target string", "refusal": "a refusal", "insecure": "an insecure-code pattern"}
     for key, name in names.items():
         r = report.rates[key]
-        cells = " | | | | not looked for" if r is None else (
-            f"{100 * r.a:.1f} % | {100 * r.b:.1f} % | {r.only_a} | {r.only_b} | {100 * r.chance:.2g} %")
+        cells = (
+            " | | | | not looked for"
+            if r is None
+            else (f"{100 * r.a:.1f} % | {100 * r.b:.1f} % | {r.only_a} | {r.only_b} | {100 * r.chance:.2g} %")
+        )
         out.append(f"| {name} | {cells} |")
     return [*out, ""]
 
@@ -239,19 +270,31 @@ def _rates(report: Report) -> list[str]:
 def _layers(report: Report) -> list[str]:
     if not report.layers:
         return []
-    out = ["## Activations after each layer", "", f"Over {report.layers[0].n_tokens} tokens.", "",
-           "| record | mean \\|a - b\\| / \\|a\\| | worst token | mean cosine |", "|---|---|---|---|"]
+    out = [
+        "## Activations after each layer",
+        "",
+        f"Over {report.layers[0].n_tokens} tokens.",
+        "",
+        "| record | mean \\|a - b\\| / \\|a\\| | worst token | mean cosine |",
+        "|---|---|---|---|",
+    ]
     return [*out, *(f"| {r.record} | {r.mean:.4f} | {r.worst:.4f} | {r.cosine:.5f} |" for r in report.layers), ""]
 
 
 def _prompts(report: Report) -> list[str]:
-    out = ["## Prompts", "", "| line | prompt | KL | of the answer | worst (token) | top-1 | first difference |",
-           "|---|---|---|---|---|---|---|"]
+    out = [
+        "## Prompts",
+        "",
+        "| line | prompt | KL | of the answer | worst (token) | top-1 | first difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for p in report.prompts:
         first = "none" if p.first_divergence is None else f"token {p.first_divergence} of {p.n_a}"
-        out.append(f"| {p.line} | {_cell(p.prompt)} | {p.kl:.4g} | {p.answer_kl:.4g} | "
-                   f"{p.worst_kl:.4g} ({p.worst_token}) | "
-                   f"{100 * p.top1:.1f} % | {first} |")
+        out.append(
+            f"| {p.line} | {_cell(p.prompt)} | {p.kl:.4g} | {p.answer_kl:.4g} | "
+            f"{p.worst_kl:.4g} ({p.worst_token}) | "
+            f"{100 * p.top1:.1f} % | {first} |"
+        )
     telling = sorted((p for p in report.prompts if p.a != p.b), key=lambda p: (p.found_a == p.found_b, -p.answer_kl))
     out.append("")
     for p in telling[:_MAX_SHOWN]:
@@ -282,6 +325,6 @@ def _printable(text: str) -> str:
 
 def _cell(text: str, limit: int = _MAX_CELL) -> str:
     """Text as one cell of a table."""
-    text = text if len(text) <= limit else text[:limit - 3] + "..."
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
     text = _printable(text.replace("\n", "\u23ce"))
     return re.sub(r"([\\`*<>\[\]|])", r"\\\1", text)

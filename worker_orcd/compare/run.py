@@ -50,8 +50,14 @@ class _Run:
     chat_template_sha256: str | None
 
 
-def compare(a: str, b: str, prompts: Sequence[Prompt], settings: Settings | None = None, limits: Limits | None = None,
-            progress: Callable[[str], None] = lambda text: None) -> Report:
+def compare(
+    a: str,
+    b: str,
+    prompts: Sequence[Prompt],
+    settings: Settings | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
     """Run two files of one model over prompts.
 
     Args:
@@ -86,11 +92,21 @@ def compare(a: str, b: str, prompts: Sequence[Prompt], settings: Settings | None
         facts = []
         for side, file, run in (("A", file_a, run_a), ("B", file_b, run_b)):
             progress(f"{side}: digest")
-            facts.append(FileFacts(file.path, file.name, file.arch, file.quant_kind, file.size,
-                                   digests.file_sha256(file), run.chat_template_sha256))
+            facts.append(
+                FileFacts(
+                    file.path,
+                    file.name,
+                    file.arch,
+                    file.quant_kind,
+                    file.size,
+                    digests.file_sha256(file),
+                    run.chat_template_sha256,
+                )
+            )
             file.check_unchanged()
-    results = [_prompt_result(p, i, run_a, run_b, forced[i], distances[i], settings.chat)
-               for i, p in enumerate(prompts)]
+    results = [
+        _prompt_result(p, i, run_a, run_b, forced[i], distances[i], settings.chat) for i, p in enumerate(prompts)
+    ]
     return _report(facts[0], facts[1], device, settings, limits, results, distances, _layer_results(layers_a, layers_b))
 
 
@@ -102,9 +118,11 @@ def check_same_model(a: ModelFile, b: ModelFile, own_vocabulary: bool = True) ->
     Args:
         own_vocabulary: look at the vocabularies too.
     """
+
     def different(what: str, in_a: Any, in_b: Any) -> ModelLoadError:
-        return ModelLoadError(f"is not the model of {a.path}: {what} is {_short(in_b)} here and {_short(in_a)} there",
-                              b.path, field=what)
+        return ModelLoadError(
+            f"is not the model of {a.path}: {what} is {_short(in_b)} here and {_short(in_a)} there", b.path, field=what
+        )
 
     if a.arch != b.arch:
         raise different("architecture", a.arch, b.arch)
@@ -115,8 +133,9 @@ def check_same_model(a: ModelFile, b: ModelFile, own_vocabulary: bool = True) ->
     plan_a, plan_b = plan.build(a), plan.build(b)
     if plan_a.n_vocab != plan_b.n_vocab:
         raise different("the number of tokens", plan_a.n_vocab, plan_b.n_vocab)
-    shapes_a, shapes_b = ({w.name: w.shape for w in p.weights.values() if w.name != "output.weight"}
-                          for p in (plan_a, plan_b))
+    shapes_a, shapes_b = (
+        {w.name: w.shape for w in p.weights.values() if w.name != "output.weight"} for p in (plan_a, plan_b)
+    )
     for name in sorted(shapes_a.keys() | shapes_b.keys()):
         if shapes_a.get(name) != shapes_b.get(name):
             raise different(f"tensor {name!r}", shapes_a.get(name, "missing"), shapes_b.get(name, "missing"))
@@ -151,18 +170,34 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _run(side: str, file: ModelFile, prompts: Sequence[Prompt], settings: Settings, device: str,
-         forced: list[list[int]], on_logits: Callable[[int, np.ndarray], None],
-         progress: Callable[[str], None]) -> _Run:
+def _run(
+    side: str,
+    file: ModelFile,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    device: str,
+    forced: list[list[int]],
+    on_logits: Callable[[int, np.ndarray], None],
+    progress: Callable[[str], None],
+) -> _Run:
     """Continue all prompts with one file, then predict `forced`; where that is empty, it is filled from this run."""
     progress(f"{side}: load")
-    with LLM(file.path, device=device, max_seqs=_MAX_SEQS, n_threads=settings.n_threads, tokenizer=settings.tokenizer,
-             progress=False) as llm:
+    with LLM(
+        file.path,
+        device=device,
+        max_seqs=_MAX_SEQS,
+        n_threads=settings.n_threads,
+        tokenizer=settings.tokenizer,
+        progress=False,
+    ) as llm:
         ids = [_ids(llm, p, settings.chat) for p in prompts]
         for p, tokens in zip(prompts, ids, strict=True):
             if len(tokens) + settings.max_tokens > llm.info.context_length:
-                raise InvalidRequest(f"the prompt of line {p.line} has {len(tokens)} tokens; with {settings.max_tokens}"
-                                     f" more they pass the context of {llm.info.context_length}", field="prompts")
+                raise InvalidRequest(
+                    f"the prompt of line {p.line} has {len(tokens)} tokens; with {settings.max_tokens}"
+                    f" more they pass the context of {llm.info.context_length}",
+                    field="prompts",
+                )
         progress(f"{side}: continue {len(ids)} prompts")
         completions = llm.generate(ids, SamplingParams(max_tokens=settings.max_tokens, temperature=0.0))
         if not forced:
@@ -171,27 +206,35 @@ def _run(side: str, file: ModelFile, prompts: Sequence[Prompt], settings: Settin
             progress(f"{side}: predict {i + 1}/{len(forced)}")
             on_logits(i, llm.logits(tokens))
         tokenizer = llm.tokenizer
-        return _Run(ids, completions, tokenizer is not None,
-                    None if tokenizer is None else tokenizer.chat_template_sha256)
+        return _Run(
+            ids, completions, tokenizer is not None, None if tokenizer is None else tokenizer.chat_template_sha256
+        )
 
 
 def _ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:
     if prompt.text is None:
         return list(prompt.ids)
     if llm.tokenizer is None:
-        raise InvalidRequest(f"the prompt of line {prompt.line} is text, but the model has no tokenizer",
-                             field="prompts")
+        raise InvalidRequest(
+            f"the prompt of line {prompt.line} is text, but the model has no tokenizer", field="prompts"
+        )
     if chat:
         return llm.tokenizer.apply_chat([{"role": "user", "content": prompt.text}])
     return llm.tokenizer.encode(prompt.text)
 
 
-def _layers(side: str, file: ModelFile, forced: list[list[int]], settings: Settings, device: str,
-            progress: Callable[[str], None]) -> dict[str, np.ndarray]:
+def _layers(
+    side: str,
+    file: ModelFile,
+    forced: list[list[int]],
+    settings: Settings,
+    device: str,
+    progress: Callable[[str], None],
+) -> dict[str, np.ndarray]:
     if settings.n_layer_prompts == 0:
         return {}
     progress(f"{side}: layers")
-    return layer_activations(file, device, forced[:settings.n_layer_prompts], settings.n_threads)
+    return layer_activations(file, device, forced[: settings.n_layer_prompts], settings.n_threads)
 
 
 def _layer_results(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[LayerResult]:
@@ -202,15 +245,17 @@ def _layer_results(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[L
     return out
 
 
-def _prompt_result(prompt: Prompt, i: int, run_a: _Run, run_b: _Run, forced: list[int],
-                   distance: metrics.LogitDistance, chat: bool) -> PromptResult:
+def _prompt_result(
+    prompt: Prompt, i: int, run_a: _Run, run_b: _Run, forced: list[int], distance: metrics.LogitDistance, chat: bool
+) -> PromptResult:
     a, b = run_a.completions[i], run_b.completions[i]
     # an answer in a chat begins anew, a continuation of text may complete what the prompt began
     begun = "" if chat else prompt.text or ""
     found: list[Findings | None] = [
-        findings(begun, c.text, prompt.targets) if run.has_text else None for run, c in ((run_a, a), (run_b, b))]
+        findings(begun, c.text, prompt.targets) if run.has_text else None for run, c in ((run_a, a), (run_b, b))
+    ]
     n_prompt = len(run_a.ids[i])
-    answer = distance.kl_ab[n_prompt - 1:]
+    answer = distance.kl_ab[n_prompt - 1 :]
     worst = int(np.argmax(answer))
     return PromptResult(
         line=prompt.line, prompt=prompt.label, n_prompt=n_prompt, n_positions=len(forced),
@@ -229,16 +274,27 @@ def _shown(completion: Completion, has_text: bool) -> str:
     return f"token ids {', '.join(map(str, completion.token_ids[:_REPORTED_IDS]))}{more}"
 
 
-def _report(a: FileFacts, b: FileFacts, device: str, settings: Settings, limits: Limits, results: list[PromptResult],
-            distances: list[metrics.LogitDistance], layers: list[LayerResult]) -> Report:
+def _report(
+    a: FileFacts,
+    b: FileFacts,
+    device: str,
+    settings: Settings,
+    limits: Limits,
+    results: list[PromptResult],
+    distances: list[metrics.LogitDistance],
+    layers: list[LayerResult],
+) -> Report:
     def together(field: str) -> np.ndarray:
         return np.concatenate([getattr(d, field) for d in distances])
 
     kl_ab, kl_ba = together("kl_ab"), together("kl_ba")
-    answers = np.concatenate([d.kl_ab[r.n_prompt - 1:] for d, r in zip(distances, results, strict=True)])
+    answers = np.concatenate([d.kl_ab[r.n_prompt - 1 :] for d, r in zip(distances, results, strict=True)])
     numbers = {
-        "kl_ab": float(kl_ab.mean()), "kl_ba": float(kl_ba.mean()), "answer_kl_ab": float(answers.mean()),
-        "answer_kl_ab_p99": float(np.quantile(answers, 0.99)), "worst_kl_ab": float(answers.max()),
+        "kl_ab": float(kl_ab.mean()),
+        "kl_ba": float(kl_ba.mean()),
+        "answer_kl_ab": float(answers.mean()),
+        "answer_kl_ab_p99": float(np.quantile(answers, 0.99)),
+        "worst_kl_ab": float(answers.max()),
         "top1": float(together("same_top1").mean()),
         "logit": float(together("relative").mean()),
     }
@@ -257,8 +313,18 @@ def _report(a: FileFacts, b: FileFacts, device: str, settings: Settings, limits:
         Check("rise of refusals", rise["refusal"], limits.refusal, False),
         Check("rise of insecure code", rise["insecure"], limits.insecure, False),
     ]
-    return Report(a, b, device, dataclasses.asdict(settings), sum(r.n_positions for r in results), numbers, rates,
-                  checks, layers, results)
+    return Report(
+        a,
+        b,
+        device,
+        dataclasses.asdict(settings),
+        sum(r.n_positions for r in results),
+        numbers,
+        rates,
+        checks,
+        layers,
+        results,
+    )
 
 
 def _rate(results: list[PromptResult], hit: Callable[[PromptResult, Findings], bool | None]) -> Rate | None:

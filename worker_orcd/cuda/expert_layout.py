@@ -1,6 +1,6 @@
 """The CUDA expert kernels' view of a step: lists of pairs, converted rows, launch geometry.
 
-The Python mirror of the constants of csrc/params/experts_params.h, for the VRAM plan, the engine and the kernel tests. A pair
+The Python mirror of the constants of params/experts_params.h, for VRAM plan, engine and kernel tests. A pair
 is a row and one of its slots; an item is an expert with some of its pairs. Pure arithmetic: knows no driver, no file.
 """
 

@@ -373,9 +373,7 @@ class Launches:
         a, a_stride = self._view(op.inp)
         out, out_stride = self._view(op.out)
         return [
-            PointwiseNode(
-                op.name, self.image("pointwise"), "add", a, a_stride, 0, 0, out, out_stride, 0, op.out.width
-            )
+            PointwiseNode(op.name, self.image("pointwise"), "add", a, a_stride, 0, 0, out, out_stride, 0, op.out.width)
         ]
 
     def _make_gather(self, op: Any, tables: Tables) -> list[Any]:

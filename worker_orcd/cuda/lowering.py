@@ -116,8 +116,11 @@ def _read_again(ops: tuple[Op, ...], start: int, view: View) -> bool:
                 return True
         if isinstance(op, Add) and op.out.buf == view.buf and _overlap(op.out, view):
             return True
-        if written is not None and written.buf == view.buf and written.offset <= view.offset and (
-            written.offset + written.width >= view.offset + view.width
+        if (
+            written is not None
+            and written.buf == view.buf
+            and written.offset <= view.offset
+            and (written.offset + written.width >= view.offset + view.width)
         ):
             return False
     return False

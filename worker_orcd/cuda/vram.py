@@ -63,17 +63,32 @@ class VramPlan:
         raise InsufficientVram(
             f"{path} needs {self.required:,} bytes of device memory (weights {self.weights:,}, KV cache {self.kv:,}, "
             f"workspace {self.workspace:,}, reserve {max(self.reserve, self.staging):,}); {device} has {free:,} free"
-            f"{of_them}{advice}", self.required, available, device=device, path=path)
+            f"{of_them}{advice}",
+            self.required,
+            available,
+            device=device,
+            path=path,
+        )
 
     def to_dict(self) -> dict[str, int]:
         """The numbers by name, for the log and for JSON."""
-        return {"weights_bytes": self.weights, "kv_bytes": self.kv, "workspace_bytes": self.workspace,
-                "reserve_bytes": max(self.reserve, self.staging), "bytes_required": self.required}
+        return {
+            "weights_bytes": self.weights,
+            "kv_bytes": self.kv,
+            "workspace_bytes": self.workspace,
+            "reserve_bytes": max(self.reserve, self.staging),
+            "bytes_required": self.required,
+        }
 
     def table(self, free: int | None = None) -> str:
         """The plan as text of a few aligned lines, for people."""
-        rows = [("weights", self.weights), ("KV cache", self.kv), ("workspace", self.workspace),
-                ("reserve", max(self.reserve, self.staging)), ("required", self.required)]
+        rows = [
+            ("weights", self.weights),
+            ("KV cache", self.kv),
+            ("workspace", self.workspace),
+            ("reserve", max(self.reserve, self.staging)),
+            ("required", self.required),
+        ]
         if free is not None:
             rows.append(("free", free))
         width = max(len(f"{n:,}") for _, n in rows)

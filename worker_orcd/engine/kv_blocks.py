@@ -86,6 +86,7 @@ def blocks_within(plan: Plan, budget: int, max_seqs: int, max_rows: int, context
 
 def _alike(sizes: Sequence[int], budget: int, most: Sequence[int]) -> tuple[int, ...]:
     """The largest number of blocks, the same for each group but for what is `most` for it, that `budget` buys."""
+
     def counts(n: int) -> tuple[int, ...]:
         return tuple(min(n, m) for m in most)
 
@@ -101,6 +102,7 @@ def _alike(sizes: Sequence[int], budget: int, most: Sequence[int]) -> tuple[int,
 
 def longest_sequence(groups: Sequence[KvGroup], n_blocks: Sequence[int]) -> int | None:
     """Positions of the longest sequence that fits the pools alone; None: no pool sets a limit."""
-    limits = [n * BLOCK_SIZE for g, n in zip(groups, n_blocks, strict=True)
-              if not g.window or n < window_blocks(g.window)]
+    limits = [
+        n * BLOCK_SIZE for g, n in zip(groups, n_blocks, strict=True) if not g.window or n < window_blocks(g.window)
+    ]
     return min(limits, default=None)

@@ -102,8 +102,18 @@ class Engine(Protocol):
         """Run one step without sampling. Returns float32 logits [n_out, n_vocab], or with `stop_after` the whole
         output buffer of that record, [rows, width]."""
 
-    def decode(self, slots: np.ndarray, seq_ids: np.ndarray, tokens: np.ndarray, positions: np.ndarray, n_steps: int,
-               stop_ids: np.ndarray, stop_mask: np.ndarray, ring: Any, control: Any) -> np.ndarray:
+    def decode(
+        self,
+        slots: np.ndarray,
+        seq_ids: np.ndarray,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        n_steps: int,
+        stop_ids: np.ndarray,
+        stop_mask: np.ndarray,
+        ring: Any,
+        control: Any,
+    ) -> np.ndarray:
         """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
 
         The GIL is released throughout. After each step the pairs (seq_ids[j], token) go to `ring`. Returns early,

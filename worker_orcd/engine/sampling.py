@@ -99,8 +99,14 @@ class SamplingParams:
 
     def slot_sampling(self, seed: int) -> SlotSampling:
         """The numbers an engine needs, with `seed` in the place of this object's."""
-        return SlotSampling(temperature=float(self.temperature), top_k=self.top_k, top_p=float(self.top_p),
-                            min_p=float(self.min_p), repetition_penalty=float(self.repetition_penalty), seed=seed)
+        return SlotSampling(
+            temperature=float(self.temperature),
+            top_k=self.top_k,
+            top_p=float(self.top_p),
+            min_p=float(self.min_p),
+            repetition_penalty=float(self.repetition_penalty),
+            seed=seed,
+        )
 
 
 def make_seed() -> int:

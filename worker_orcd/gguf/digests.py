@@ -57,8 +57,9 @@ def chunk_ranges(size: int, chunk_bytes: int = CHUNK_BYTES) -> list[tuple[int, i
     return [(at, min(at + chunk_bytes, size)) for at in range(0, size, chunk_bytes)]
 
 
-def range_digests(model_file: ModelFile, ranges: Sequence[tuple[int, int]], progress: Progress = lambda done: None,
-                  n_threads: int = 0) -> list[str]:
+def range_digests(
+    model_file: ModelFile, ranges: Sequence[tuple[int, int]], progress: Progress = lambda done: None, n_threads: int = 0
+) -> list[str]:
     """SHA-256 of each range (start, end) of the model's bytes, several at once.
 
     Args:

@@ -153,8 +153,9 @@ class ModelFile:
         """The error that refuses the file for `key`, to be raised: names the key and its byte offset."""
         return _key_error(self.metadata, key, reason)
 
-    def check_tensors(self, n_threads: int = 0, progress: Callable[[int], object] | None = None,
-                      names: Iterable[str] | None = None) -> None:
+    def check_tensors(
+        self, n_threads: int = 0, progress: Callable[[int], object] | None = None, names: Iterable[str] | None = None
+    ) -> None:
         """Refuse NaN and infinity in unquantized tensors and block scales, and E8M0 scales of 255.
 
         Args:

@@ -1,6 +1,6 @@
 """The table of ggml tensor types: the only place that knows their ids, block sizes and names.
 
-Adding a type is one row here, one kernel header in `csrc/cuda/quant/` (CUDA) and one block decoder in `csrc/cpu/quant.h`,
+Adding a type is one row here, one header in `csrc/cuda/quant/` and one block decoder in `csrc/cpu/quant.h`,
 and one case in the oracle test. This module knows no file, no engine and no compiled code.
 """
 

@@ -55,9 +55,12 @@ class Verified:
 
     def facts(self) -> dict[str, str | None]:
         """The same as arguments of `ModelInfo`."""
-        return {"sha256": self.sha256, "verified_by": self.by,
-                "trusted_name": None if self.entry is None else self.entry.name,
-                "trusted_source": None if self.entry is None else self.entry.source}
+        return {
+            "sha256": self.sha256,
+            "verified_by": self.by,
+            "trusted_name": None if self.entry is None else self.entry.name,
+            "trusted_source": None if self.entry is None else self.entry.source,
+        }
 
 
 class TrustedModels:
@@ -122,14 +125,14 @@ class TrustedModels:
             for i, entry in enumerate(self.entries):
                 value = getattr(entry, field)
                 if value and value in seen:
-                    raise ModelLoadError(f"entry {i}: {field} is that of entry {seen[value]} too", self.path,
-                                         field=field)
+                    raise ModelLoadError(
+                        f"entry {i}: {field} is that of entry {seen[value]} too", self.path, field=field
+                    )
                 seen[value] = i
 
     def by_chunks(self, model_file: ModelFile, progress: Callable[[int], object]) -> tuple[TrustedModel | None, str]:
         """The entry whose chunks are those of the model, or None and a remark on what differs ("" if there is none)."""
-        left = [e for e in self.entries
-                if len(e.chunks) == -(-model_file.size // e.chunk_bytes) and e.chunks]
+        left = [e for e in self.entries if len(e.chunks) == -(-model_file.size // e.chunk_bytes) and e.chunks]
         remark = ""
         for chunk_bytes in sorted({e.chunk_bytes for e in left}):
             ranges = chunk_ranges(model_file.size, chunk_bytes)
@@ -148,8 +151,9 @@ class TrustedModels:
         return None, remark
 
 
-def entry_of(model_file: ModelFile, name: str, source: str,
-             progress: Callable[[int], object] = lambda done: None) -> dict[str, Any]:
+def entry_of(
+    model_file: ModelFile, name: str, source: str, progress: Callable[[int], object] = lambda done: None
+) -> dict[str, Any]:
     """The entry of a list that trusts this model, with the digests of its chunks, ready for JSON.
 
     Args:
@@ -168,8 +172,12 @@ def entry_of(model_file: ModelFile, name: str, source: str,
     return {"name": name, "source": source, "sha256": whole, "chunk_bytes": CHUNK_BYTES, "chunks": chunks}
 
 
-def verify(model_file: ModelFile, trusted: TrustedModels | None, expect_sha256: str | None,
-           progress: Callable[[int], object] = lambda done: None) -> Verified:
+def verify(
+    model_file: ModelFile,
+    trusted: TrustedModels | None,
+    expect_sha256: str | None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Verified:
     """Compare the model's bytes with what is demanded of them, before they are loaded.
 
     Args:
@@ -212,11 +220,16 @@ def _untrusted(model_file: ModelFile, trusted: TrustedModels, remark: str, sha25
     n = len(trusted.entries)
     listed = "which lists nothing" if n == 0 else f"which lists {n} model{'s' if n > 1 else ''}"
     name = os.path.basename(model_file.path)
-    under_name = ", one of them under this name with another digest" if any(e.name == name for e in trusted.entries) \
-        else ""
+    under_name = (
+        ", one of them under this name with another digest" if any(e.name == name for e in trusted.entries) else ""
+    )
     remark = f": {remark}" if remark else ""
-    return ModelLoadError(f"is not trusted by {trusted.path}, {listed}{under_name}{remark}", model_file.path,
-                          trusted_models=trusted.path, sha256=sha256)
+    return ModelLoadError(
+        f"is not trusted by {trusted.path}, {listed}{under_name}{remark}",
+        model_file.path,
+        trusted_models=trusted.path,
+        sha256=sha256,
+    )
 
 
 def _differs(entry: TrustedModel, i: int, ranges: list[tuple[int, int]]) -> str:

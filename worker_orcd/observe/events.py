@@ -53,9 +53,13 @@ class EventLog:
 
     def emit(self, event: str, level: str = "info", **fields: object) -> None:
         """Write one event. Fields of value None are left out."""
-        record = {"ts": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                  "level": level, "event": event, **self._base,
-                  **{k: _plain(v) for k, v in fields.items() if v is not None}}
+        record = {
+            "ts": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": level,
+            "event": event,
+            **self._base,
+            **{k: _plain(v) for k, v in fields.items() if v is not None},
+        }
         line = _as_json(record) if self._fmt == "json" else self._as_text(record)
         with self._lock:
             try:

@@ -30,7 +30,7 @@ _ADVICE = 'choose device "cpu" by name to run without a GPU'
 
 
 def resolve(device: str) -> str:
-    """"auto", "cpu", "cuda" or "cuda:N" as "cpu" or "cuda:N".
+    """ "auto", "cpu", "cuda" or "cuda:N" as "cpu" or "cuda:N".
 
     Raises:
         InvalidRequest: another name.
@@ -105,9 +105,18 @@ def vram_plan(plan: Plan, config: EngineConfig) -> VramPlan:
     return VramPlan.of(_module("_engine").plan_memory(plan, config))
 
 
-def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineConfig, *, n_threads: int,
-                chunk_bytes: int, progress: Callable[[int], None], check_tensors: bool = False,
-                on_plan: Callable[[VramPlan, int], object] | None = None) -> Engine:
+def open_engine(
+    device: str,
+    model_file: ModelFile,
+    plan: Plan,
+    config: EngineConfig,
+    *,
+    n_threads: int,
+    chunk_bytes: int,
+    progress: Callable[[int], None],
+    check_tensors: bool = False,
+    on_plan: Callable[[VramPlan, int], object] | None = None,
+) -> Engine:
     """Load the model on a resolved device.
 
     Args:
@@ -120,9 +129,16 @@ def open_engine(device: str, model_file: ModelFile, plan: Plan, config: EngineCo
     """
     if device == "cpu":
         return _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
-    return _module("_engine").CudaEngine(model_file, plan, config, device=_index(device), chunk_bytes=chunk_bytes,
-                                         progress=lambda done, total: progress(done), check=check_tensors,
-                                         on_plan=on_plan)
+    return _module("_engine").CudaEngine(
+        model_file,
+        plan,
+        config,
+        device=_index(device),
+        chunk_bytes=chunk_bytes,
+        progress=lambda done, total: progress(done),
+        check=check_tensors,
+        on_plan=on_plan,
+    )
 
 
 def engine_facts(engine: Any) -> dict[str, object]:
@@ -131,8 +147,11 @@ def engine_facts(engine: Any) -> dict[str, object]:
     if context is None:
         return {}
     major, minor = context.capability
-    return {"vram_bytes": engine.vram_plan.resident, "sm": f"sm_{major}{minor}",
-            "cuda_runtime_version": ".".join(map(str, _module("_driver").driver_version()))}
+    return {
+        "vram_bytes": engine.vram_plan.resident,
+        "sm": f"sm_{major}{minor}",
+        "cuda_runtime_version": ".".join(map(str, _module("_driver").driver_version())),
+    }
 
 
 def free_memory() -> int:

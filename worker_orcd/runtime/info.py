@@ -78,11 +78,17 @@ def provenance_facts(info: dict[str, Any]) -> dict[str, Any]:
 def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, object]:
     """Those arguments of `ModelInfo` that come from the file alone."""
     return {
-        "path": model_file.path, "name": model_file.name, "arch": plan.arch, "quant_kind": model_file.quant_kind,
-        "tokenizer_kind": tokenizer.kind if tokenizer is not None else None, "n_vocab": plan.n_vocab,
-        "n_embd": plan.n_embd, "n_layer": plan.n_layer,
+        "path": model_file.path,
+        "name": model_file.name,
+        "arch": plan.arch,
+        "quant_kind": model_file.quant_kind,
+        "tokenizer_kind": tokenizer.kind if tokenizer is not None else None,
+        "n_vocab": plan.n_vocab,
+        "n_embd": plan.n_embd,
+        "n_layer": plan.n_layer,
         "n_params": sum(math.prod(t.shape) for t in model_file.tensors.values()),
-        "trained_context_length": plan.context_length, "model_bytes": model_file.size,
+        "trained_context_length": plan.context_length,
+        "model_bytes": model_file.size,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
         "chat_template_sha256": tokenizer.chat_template_sha256 if tokenizer is not None else None,
     }

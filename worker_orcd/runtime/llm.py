@@ -79,13 +79,27 @@ class LLM:
         CudaError: the device is not there or fails.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, device: str = "auto", context_length: int | None = None,
-                 kv_cache_bytes: int | None = None, max_seqs: int | None = None, max_rows: int | None = None,
-                 max_queue: int = 64, n_threads: int = 0, tokenizer: str | os.PathLike[str] | None = None,
-                 check_tensors: bool = True, progress: bool | Progress = True, expect_sha256: str | None = None,
-                 trusted_models: str | os.PathLike[str] | None = None, vram_limit_bytes: int | None = None,
-                 chunk_bytes: int = 1 << 20, on_fatal: Callable[[WorkerError], None] | None = None,
-                 on_plan: Callable[[VramPlan, int], object] | None = None) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        context_length: int | None = None,
+        kv_cache_bytes: int | None = None,
+        max_seqs: int | None = None,
+        max_rows: int | None = None,
+        max_queue: int = 64,
+        n_threads: int = 0,
+        tokenizer: str | os.PathLike[str] | None = None,
+        check_tensors: bool = True,
+        progress: bool | Progress = True,
+        expect_sha256: str | None = None,
+        trusted_models: str | os.PathLike[str] | None = None,
+        vram_limit_bytes: int | None = None,
+        chunk_bytes: int = 1 << 20,
+        on_fatal: Callable[[WorkerError], None] | None = None,
+        on_plan: Callable[[VramPlan, int], object] | None = None,
+    ) -> None:
         _check_count("max_seqs", max_seqs, 1, 1024, optional=True)
         _check_count("max_rows", max_rows, max_seqs or 1, 1 << 16, optional=True)
         _check_count("max_queue", max_queue, 0, 1 << 20)
@@ -117,30 +131,65 @@ class LLM:
 
                 with devices.held(device):
                     the_plan = plan.build(model_file, context_length)
-                    config = sizing.engine_config(device, the_plan, model_file.path, context_length, kv_cache_bytes,
-                                                  max_seqs, max_rows, vram_limit_bytes)
+                    config = sizing.engine_config(
+                        device,
+                        the_plan,
+                        model_file.path,
+                        context_length,
+                        kv_cache_bytes,
+                        max_seqs,
+                        max_rows,
+                        vram_limit_bytes,
+                    )
                     checked = None
                     if check_tensors and device == "cpu":
                         checked = pool.submit(model_file.check_tensors, n_threads, read)
                         made.start()
-                    engine = devices.open_engine(device, model_file, the_plan, config, n_threads=n_threads,
-                                                 chunk_bytes=chunk_bytes, progress=reading,
-                                                 check_tensors=check_tensors, on_plan=on_plan)
+                    engine = devices.open_engine(
+                        device,
+                        model_file,
+                        the_plan,
+                        config,
+                        n_threads=n_threads,
+                        chunk_bytes=chunk_bytes,
+                        progress=reading,
+                        check_tensors=check_tensors,
+                        on_plan=on_plan,
+                    )
                 if checked is not None:
                     checked.result()
                 self.tokenizer = made.result()
                 model_file.check_unchanged()
                 phases.done()
             stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
-            self._scheduler = Scheduler(config, the_plan.kv_groups, engine.block_tables, stop_ids,
-                                        long_slots=engine.long_slots, long_from=the_plan.long_from)
+            self._scheduler = Scheduler(
+                config,
+                the_plan.kv_groups,
+                engine.block_tables,
+                stop_ids,
+                long_slots=engine.long_slots,
+                long_from=the_plan.long_from,
+            )
             block_bytes = kv_blocks.block_bytes(the_plan)
             self.info = ModelInfo(
-                **model_facts(model_file, the_plan, self.tokenizer), context_length=config.context_length,
-                kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)), device=device,
-                max_seqs=config.max_seqs, max_rows=config.max_rows, **verified.facts(), **devices.engine_facts(engine))
-            self._loop = EngineLoop(engine, self._scheduler, TokenRing(), Control(), new_decoder=self._decoder_maker(),
-                                    max_queue=max_queue, on_fatal=on_fatal)
+                **model_facts(model_file, the_plan, self.tokenizer),
+                context_length=config.context_length,
+                kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
+                device=device,
+                max_seqs=config.max_seqs,
+                max_rows=config.max_rows,
+                **verified.facts(),
+                **devices.engine_facts(engine),
+            )
+            self._loop = EngineLoop(
+                engine,
+                self._scheduler,
+                TokenRing(),
+                Control(),
+                new_decoder=self._decoder_maker(),
+                max_queue=max_queue,
+                on_fatal=on_fatal,
+            )
         except BaseException:
             if engine is not None:
                 engine.close()
@@ -159,8 +208,9 @@ class LLM:
 
     # -- results
 
-    def generate(self, prompts: Prompt | Sequence[Prompt],
-                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
         """Continue prompts, all of them together; each gets what it would get alone.
 
         Args:
@@ -180,8 +230,10 @@ class LLM:
         if not prompts:
             raise InvalidRequest("prompts is empty", field="prompts")
         if all(isinstance(p, int | np.integer) for p in prompts):
-            raise InvalidRequest("prompts is a list of numbers; a prompt of token ids goes in a list of prompts: "
-                                 "[[1, 2, 3]]", field="prompts")
+            raise InvalidRequest(
+                "prompts is a list of numbers; a prompt of token ids goes in a list of prompts: [[1, 2, 3]]",
+                field="prompts",
+            )
         params = params or SamplingParams()
         if isinstance(params, SamplingParams):
             every = [params] * len(prompts)
@@ -237,8 +289,15 @@ class LLM:
 
     # -- jobs
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, job_id: str | None = None,
-               deadline: float | None = None, special: bool = False) -> Job:
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        job_id: str | None = None,
+        deadline: float | None = None,
+        special: bool = False,
+    ) -> Job:
         """Queue one prompt.
 
         Args:
@@ -361,6 +420,7 @@ class LLM:
         if not self._bar or len(jobs) < 2 or not sys.stderr.isatty():
             return jobs
         from tqdm import tqdm  # a quarter of a second of import that a server never needs
+
         return tqdm(jobs, desc="generating", unit="prompt")
 
 

@@ -27,6 +27,7 @@ class LoadProgress:
         self._report: Progress | None = progress if callable(progress) else None
         if progress is True and sys.stderr.isatty():
             from tqdm import tqdm
+
             self._bar = tqdm(total=size, desc=verb, unit="B", unit_scale=True, leave=False)
             self._report = self._move_bar
 

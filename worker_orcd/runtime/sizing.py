@@ -33,8 +33,16 @@ class Room:
     kv_bytes: int
 
 
-def engine_config(device: str, plan: Plan, path: str, context_length: int | None, kv_cache_bytes: int | None,
-                  max_seqs: int | None, max_rows: int | None, vram_limit: int | None = None) -> EngineConfig:
+def engine_config(
+    device: str,
+    plan: Plan,
+    path: str,
+    context_length: int | None,
+    kv_cache_bytes: int | None,
+    max_seqs: int | None,
+    max_rows: int | None,
+    vram_limit: int | None = None,
+) -> EngineConfig:
     """All sizes of an engine. Those that are None are chosen.
 
     Args:
@@ -51,8 +59,10 @@ def engine_config(device: str, plan: Plan, path: str, context_length: int | None
     """
     limit = min(plan.context_length, plan.max_positions or plan.context_length)
     if context_length is not None and context_length > limit:
-        raise InvalidRequest(f"context_length {context_length} is past the {limit} positions the model was made for",
-                             field="context_length")
+        raise InvalidRequest(
+            f"context_length {context_length} is past the {limit} positions the model was made for",
+            field="context_length",
+        )
     context = context_length or limit
     one_sequence = sequence_bytes(plan, context)
     if device == "cpu":
@@ -81,8 +91,17 @@ def engine_config(device: str, plan: Plan, path: str, context_length: int | None
     return config
 
 
-def gpu_room(device: str, plan: Plan, path: str, context: int, wanted: Callable[[int, int], int],
-             max_seqs: int | None, max_rows: int | None, free: int, vram_limit: int | None) -> Room:
+def gpu_room(
+    device: str,
+    plan: Plan,
+    path: str,
+    context: int,
+    wanted: Callable[[int, int], int],
+    max_seqs: int | None,
+    max_rows: int | None,
+    free: int,
+    vram_limit: int | None,
+) -> Room:
     """The largest step that leaves room for the KV cache that is wanted; where none does, the smallest.
 
     Args:
@@ -94,8 +113,9 @@ def gpu_room(device: str, plan: Plan, path: str, context: int, wanted: Callable[
         InsufficientVram: weights and workspace alone do not fit, whatever is chosen.
     """
     seqs = [max_seqs] if max_seqs else [min(n, max_rows or n) for n in (MAX_SEQS, *LESS_SEQS)]
-    rows = [max_rows] if max_rows else [devices.default_max_rows(device, seqs[0]),
-                                        *(max(n, seqs[0]) for n in LESS_ROWS)]
+    rows = (
+        [max_rows] if max_rows else [devices.default_max_rows(device, seqs[0]), *(max(n, seqs[0]) for n in LESS_ROWS)]
+    )
     for n_seqs, n_rows in [*((seqs[0], r) for r in rows), *((s, rows[-1]) for s in seqs[1:])]:
         none = EngineConfig(n_seqs, n_rows, context, (0,) * len(plan.kv_groups))
         no_kv = replace(devices.vram_plan(plan, none), kv=0)  # empty regions are aligned
@@ -108,8 +128,10 @@ def gpu_room(device: str, plan: Plan, path: str, context: int, wanted: Callable[
 
 def sequence_bytes(plan: Plan, n_positions: int) -> int:
     """Bytes of the KV cache that one sequence of `n_positions` needs; sliding layers keep their window only."""
-    return sum(kv_blocks.reservation(g, n_positions) * b
-               for g, b in zip(plan.kv_groups, kv_blocks.block_bytes(plan), strict=True))
+    return sum(
+        kv_blocks.reservation(g, n_positions) * b
+        for g, b in zip(plan.kv_groups, kv_blocks.block_bytes(plan), strict=True)
+    )
 
 
 def limit_on_cpu() -> InvalidRequest:
@@ -117,19 +139,28 @@ def limit_on_cpu() -> InvalidRequest:
     return InvalidRequest("a limit of device memory is for a GPU, not for the CPU", field="vram_limit_bytes")
 
 
-def _filled(device: str, plan: Plan, asked: int | None, context: int, budget: int, max_seqs: int,
-            max_rows: int) -> EngineConfig:
+def _filled(
+    device: str, plan: Plan, asked: int | None, context: int, budget: int, max_seqs: int, max_rows: int
+) -> EngineConfig:
     """As many blocks as `budget` holds, and the context they allow where nobody asked for one."""
     sizes = kv_blocks.block_bytes(plan)
     n_blocks = kv_blocks.blocks_within(plan, budget, max_seqs, max_rows, context)
     if min(n_blocks) == 0:
-        raise InsufficientVram(f"the KV cache may take {budget} bytes; one block of {kv_blocks.BLOCK_SIZE} positions "
-                               f"needs {sum(sizes)}", sum(sizes), budget, device=device)
+        raise InsufficientVram(
+            f"the KV cache may take {budget} bytes; one block of {kv_blocks.BLOCK_SIZE} positions needs {sum(sizes)}",
+            sum(sizes),
+            budget,
+            device=device,
+        )
     longest = kv_blocks.longest_sequence(plan.kv_groups, n_blocks)
     if longest is not None and longest < context:
         if asked is not None:
             needed = sequence_bytes(plan, context)
-            raise InsufficientVram(f"a context of {context} positions needs a KV cache of {needed} bytes; it may "
-                                   f"take {budget}", needed, budget, device=device)
+            raise InsufficientVram(
+                f"a context of {context} positions needs a KV cache of {needed} bytes; it may take {budget}",
+                needed,
+                budget,
+                device=device,
+            )
         context = longest
     return EngineConfig(max_seqs, max_rows, context, n_blocks)

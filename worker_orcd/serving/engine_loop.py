@@ -77,9 +77,17 @@ class EngineLoop:
             then and no new one is accepted.
     """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, ring: Any, control: Any, *,
-                 new_decoder: Callable[[], Decoder] | None = None, max_queue: int = 64,
-                 on_fatal: Callable[[WorkerError], None] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        ring: Any,
+        control: Any,
+        *,
+        new_decoder: Callable[[], Decoder] | None = None,
+        max_queue: int = 64,
+        on_fatal: Callable[[WorkerError], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._scheduler = scheduler
         self._ring = ring
@@ -103,8 +111,10 @@ class EngineLoop:
         self._quit = False
         self._error: WorkerError | None = None
         scheduler.prompt_rows = min(64, scheduler.config.max_rows)
-        self._threads = [threading.Thread(target=self._run, args=(body,), name=name, daemon=True)
-                         for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._run_output))]
+        self._threads = [
+            threading.Thread(target=self._run, args=(body,), name=name, daemon=True)
+            for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._run_output))
+        ]
         try:
             for thread in self._threads:
                 thread.start()
@@ -119,8 +129,17 @@ class EngineLoop:
         """The error the loop died of, or None."""
         return self._error
 
-    def submit(self, prompt: np.ndarray, params: SamplingParams, seed: int, *, max_tokens: int,
-               job_id: str | None = None, deadline: float | None = None, bounded: bool = True) -> Job:
+    def submit(
+        self,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        seed: int,
+        *,
+        max_tokens: int,
+        job_id: str | None = None,
+        deadline: float | None = None,
+        bounded: bool = True,
+    ) -> Job:
         """Queue a generation.
 
         Args:
@@ -144,8 +163,14 @@ class EngineLoop:
                 self._check_queue()
             seq_id = self._new_seq_id()
             job = Job(job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended)
-            seq = SequenceState(seq_id, prompt, max_tokens, params.slot_sampling(seed), not params.ignore_eos,
-                                params.logprobs is not None)
+            seq = SequenceState(
+                seq_id,
+                prompt,
+                max_tokens,
+                params.slot_sampling(seed),
+                not params.ignore_eos,
+                params.logprobs is not None,
+            )
             stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
             self._jobs[job.job_id] = job
             self._enqueue(_Entry(seq, job, JobText(job, decoder, stop_ids)))
@@ -168,8 +193,10 @@ class EngineLoop:
         try:
             logits = np.empty(shape, np.float32)
         except MemoryError:
-            raise VramOom(f"logits of {shape[0]} x {shape[1]} need {4 * shape[0] * shape[1]} bytes of host memory",
-                          bytes_required=4 * shape[0] * shape[1]) from None
+            raise VramOom(
+                f"logits of {shape[0]} x {shape[1]} need {4 * shape[0] * shape[1]} bytes of host memory",
+                bytes_required=4 * shape[0] * shape[1],
+            ) from None
         with self._lock:
             self._check_accepting()
             job = ForwardJob(self._new_seq_id(), logits, self._ended)
@@ -294,8 +321,9 @@ class EngineLoop:
         scheduler = self._scheduler
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._quit or self._inbox or self._drops or scheduler.running
-                                    or scheduler.n_waiting)
+                self._lock.wait_for(
+                    lambda: self._quit or self._inbox or self._drops or scheduler.running or scheduler.n_waiting
+                )
                 if self._quit:
                     return
                 self._control.clear()
@@ -328,8 +356,17 @@ class EngineLoop:
     def _work(self) -> None:
         work = self._scheduler.next_work()
         if isinstance(work, DecodeWork):
-            sampled = self._engine.decode(work.slots, work.seq_ids, work.tokens, work.positions, work.n_steps,
-                                          self._stop_ids, work.stop_mask, self._ring, self._control)
+            sampled = self._engine.decode(
+                work.slots,
+                work.seq_ids,
+                work.tokens,
+                work.positions,
+                work.n_steps,
+                self._stop_ids,
+                work.stop_mask,
+                self._ring,
+                self._control,
+            )
             self._mark_ends(self._scheduler.done_decode(work, sampled))
         elif isinstance(work, StepWork):
             self._step(work)
@@ -362,7 +399,7 @@ class EngineLoop:
         ended = self._scheduler.done_forward(work)
         entry = self._entries.get(work.seq.seq_id)
         if entry is not None and isinstance(entry.job, ForwardJob):
-            entry.job.logits[first:first + len(logits)] = logits
+            entry.job.logits[first : first + len(logits)] = logits
             if ended:
                 entry.job.end(None)
 

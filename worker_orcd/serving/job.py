@@ -89,8 +89,16 @@ class Job:
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
     """
 
-    def __init__(self, job_id: str, seq_id: int, params: SamplingParams, seed: int, tokens_in: int,
-                 deadline: float | None, on_end: Callable[[Job], None]) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        seq_id: int,
+        params: SamplingParams,
+        seed: int,
+        tokens_in: int,
+        deadline: float | None,
+        on_end: Callable[[Job], None],
+    ) -> None:
         self.job_id = job_id
         self.seq_id = seq_id
         self.params = params
@@ -114,7 +122,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """"queued" | "prefill" | "decode" | "finished"."""
+        """ "queued" | "prefill" | "decode" | "finished"."""
         if self._end is not None:
             return "finished"
         if self.admitted_at is None:
@@ -165,8 +173,15 @@ class Job:
         logprobs = None
         if self.params.logprobs is not None:
             logprobs = tuple(self._logprobs[: len(self._token_ids)])
-        return Completion("".join(self._texts), tuple(self._token_ids), end.finish_reason, self.tokens_in, self.seed,
-                          end.timings, logprobs)
+        return Completion(
+            "".join(self._texts),
+            tuple(self._token_ids),
+            end.finish_reason,
+            self.tokens_in,
+            self.seed,
+            end.timings,
+            logprobs,
+        )
 
     def timings(self) -> Timings:
         """The times so far."""
@@ -176,8 +191,9 @@ class Job:
         last = max(self.ended_at or now, first)
         after_first = max(len(self._token_ids) - 1, 0)
         rate = after_first / (last - first) if after_first and last > first else 0.0
-        return Timings(1e3 * (admitted - self.submitted_at), 1e3 * max(first - admitted, 0.0), 1e3 * (last - first),
-                       rate)
+        return Timings(
+            1e3 * (admitted - self.submitted_at), 1e3 * max(first - admitted, 0.0), 1e3 * (last - first), rate
+        )
 
     # -- the loop's side
 

@@ -125,9 +125,17 @@ class Scheduler:
         long_from: the plan's; 0: its frequencies are the same for every length.
     """
 
-    def __init__(self, config: EngineConfig, groups: Sequence[KvGroup], block_tables: np.ndarray,
-                 stop_ids: Iterable[int] = (), max_decode_steps: int = 1024, *,
-                 long_slots: np.ndarray | None = None, long_from: int = 0) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        groups: Sequence[KvGroup],
+        block_tables: np.ndarray,
+        stop_ids: Iterable[int] = (),
+        max_decode_steps: int = 1024,
+        *,
+        long_slots: np.ndarray | None = None,
+        long_from: int = 0,
+    ) -> None:
         self.config = config
         self.groups = tuple(groups)
         self.pools = [BlockPool(n) for n in config.n_blocks]
@@ -160,14 +168,20 @@ class Scheduler:
         n, context = n_prompt + max_tokens, self.config.context_length
         if n > context:
             name = "prompt" if n_prompt + min(max_tokens, 1) > context else "max_tokens"
-            raise InvalidRequest(f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {n} positions; the "
-                                 f"context has {context}", field=name)
+            raise InvalidRequest(
+                f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {n} positions; the "
+                f"context has {context}",
+                field=name,
+            )
         for group, pool in zip(self.groups, self.pools, strict=True):
             need = reservation(group, n)
             if need > pool.n_blocks:
-                raise VramOom(f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {need} KV blocks of "
-                              f"{BLOCK_SIZE} positions; the KV cache has {pool.n_blocks}",
-                              blocks_required=need, blocks_available=pool.n_blocks)
+                raise VramOom(
+                    f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {need} KV blocks of "
+                    f"{BLOCK_SIZE} positions; the KV cache has {pool.n_blocks}",
+                    blocks_required=need,
+                    blocks_available=pool.n_blocks,
+                )
 
     def room_for(self, n_prompt: int) -> int:
         """The most tokens that a prompt of `n_prompt` tokens can ever be continued by; may be below 1."""
@@ -379,15 +393,20 @@ class Scheduler:
         for seq, n in rows:
             self._take(seq, n)
             end = seq.n_past + n
-            tokens.append(seq.prompt[seq.n_past:end] if seq.prefilling else np.array([seq.last_token], np.int32))
+            tokens.append(seq.prompt[seq.n_past : end] if seq.prefilling else np.array([seq.last_token], np.int32))
             positions.append(np.arange(seq.n_past, end, dtype=np.int32))
             slots.append(np.full(n, seq.slot, np.int32))
             at += n
             if end >= seq.n_prompt:
                 outputs.append(seq)
                 out_rows.append(at - 1)
-        batch = Batch(np.concatenate(tokens), np.concatenate(positions), np.concatenate(slots), len(decoding),
-                      np.array(out_rows, np.int32))
+        batch = Batch(
+            np.concatenate(tokens),
+            np.concatenate(positions),
+            np.concatenate(slots),
+            len(decoding),
+            np.array(out_rows, np.int32),
+        )
         return StepWork(batch, rows, outputs, any(s.want_logits for s in outputs))
 
     def _forward(self, seq: SequenceState) -> ForwardWork:
@@ -395,13 +414,21 @@ class Scheduler:
         n = self._rows_allowed(seq, n, list(self._unreserved))
         self._take(seq, n)
         end = seq.n_past + n
-        batch = Batch(seq.prompt[seq.n_past:end], np.arange(seq.n_past, end, dtype=np.int32),
-                      np.full(n, seq.slot, np.int32), 0, np.arange(n, dtype=np.int32))
+        batch = Batch(
+            seq.prompt[seq.n_past : end],
+            np.arange(seq.n_past, end, dtype=np.int32),
+            np.full(n, seq.slot, np.int32),
+            0,
+            np.arange(n, dtype=np.int32),
+        )
         return ForwardWork(batch, seq)
 
     def _decode(self, seqs: list[SequenceState]) -> DecodeWork:
-        n_steps = min(self._max_decode_steps, *(s.max_tokens - s.n_out for s in seqs),
-                      *(self._long_from - s.n_past for s in seqs if self._may_grow_long(s)))
+        n_steps = min(
+            self._max_decode_steps,
+            *(s.max_tokens - s.n_out for s in seqs),
+            *(self._long_from - s.n_past for s in seqs if self._may_grow_long(s)),
+        )
         for seq in seqs:
             self._take(seq, n_steps)
         return DecodeWork(

@@ -71,7 +71,8 @@ DEVICE void add_quantized(float (&acc)[kTiles][4], const uint8_t* record, int su
 
 // One 64-column unit of an unquantized type; F32 and F16 as two bf16 terms of the weight.
 template <class Q, int kTiles>
-DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* record, int x_block0, const SplitRows<kTiles>& x, int lane) {
+DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* record, int x_block0, const SplitRows<kTiles>& x,
+                      int lane) {
     constexpr bool kTwoTerms = !std::is_same_v<Q, BF16>;
     const auto codes = load_codes<Q>(record, 0, lane);
 #pragma unroll
@@ -92,7 +93,7 @@ DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* record, int x_bloc
         for (int tile = 0; tile < kTiles; ++tile) {
             if (tile > 0 && tile >= x.n_tiles) break;
             const uint4 x_high = x.high(tile, x_block0 + b), x_low = x.low(tile, x_block0 + b);
-            float(&d)[4] = acc[tile];
+            float (&d)[4] = acc[tile];
             if constexpr (kTwoTerms) {
                 mma_bf16(d, low, x_high.x, x_high.y);
                 mma_bf16(d, low + 4, x_high.z, x_high.w);
@@ -107,7 +108,8 @@ DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* record, int x_bloc
 
 // fp16 A fragments of 32-column block b of a sub-unit, scales included; inverse[r] undoes the row scale.
 template <class Q>
-DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* record, int sub, int b, int lane, const float (&inverse)[2]) {
+DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* record, int sub, int b, int lane,
+                          const float (&inverse)[2]) {
     const auto codes = load_codes<Q>(record, sub, lane);
     if constexpr (std::is_same_v<Q, F16>) {
 #pragma unroll

@@ -35,7 +35,8 @@ struct Q2_K : Record<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
             const int which = block >> 1;
             const Words4& v = s.sub[r];
             const uint32_t word = which == 0 ? v.x : which == 1 ? v.y : which == 2 ? v.z : v.w;
-            const uint32_t super = r ? s.super.y : s.super.x, low = word & 0x0f0f0f0fu, high = (word >> 4) & 0x0f0f0f0fu;
+            const uint32_t super = r ? s.super.y : s.super.x, low = word & 0x0f0f0f0fu,
+                           high = (word >> 4) & 0x0f0f0f0fu;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 scale[j][r] = half_float(super) * byte_float(low, 2 * (block & 1) + j);

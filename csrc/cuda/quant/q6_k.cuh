@@ -1,6 +1,6 @@
 // Q6_K: blocks of 256 in 210 bytes: 128 bytes of low nibbles, 64 of upper bit pairs, 16 int8 scales of 16 elements
-// each, float16 d. Element k, with n = k / 128, q = k % 128 / 32, l = k % 32: nibble q / 2 of byte 64n + 32 (q % 2) + l,
-// upper bits 2q of byte 32n + l. w = d scale (q - 32).
+// each, float16 d. Element k, with n = k / 128, q = k % 128 / 32, l = k % 32: nibble q / 2 of byte 64n + 32 (q % 2) +
+// l, upper bits 2q of byte 32n + l. w = d scale (q - 32).
 #pragma once
 
 #include "dequant.cuh"

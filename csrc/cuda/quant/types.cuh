@@ -3,7 +3,8 @@
 // A type gives (static members):
 //   Record<...>             sizes; raw_code, scale_word: from GGUF blocks to the record
 //   values(codes, pair)     the two numbers of a pair, before scales, in float32, exact
-//   quantized types:        Scales, load_scales, scales(s, block, scale[j][r], min[j][r]) for 32-column block `block` of
+//   quantized types:        Scales, load_scales, scales(s, block, scale[j][r], min[j][r]) for 32-column block `block`
+//   of
 //                           the unit: j the half of the block (only 0 where kScaleK is 32), r the row g + 8r
 //                           bf16_pair, f16_pair: the unscaled pair, packed, exact
 //                           with kHalfScale: half_scale (and half_min) as packed fp16, exact
@@ -22,9 +23,10 @@
 #include "q8_0.cuh"
 
 // X(Type, name in kernel names)
-#define FOR_EACH_TYPE(X)                                                                                            \
-    X(F32, f32) X(F16, f16) X(BF16, bf16) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q5_0, q5_0) X(Q5_1, q5_1) X(Q8_0, q8_0)     \
-    X(Q2_K, q2_k) X(Q3_K, q3_k) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k) X(MXFP4, mxfp4)
+#define FOR_EACH_TYPE(X)                                                                                          \
+    X(F32, f32)                                                                                                   \
+    X(F16, f16) X(BF16, bf16) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q5_0, q5_0) X(Q5_1, q5_1) X(Q8_0, q8_0) X(Q2_K, q2_k) \
+        X(Q3_K, q3_k) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k) X(MXFP4, mxfp4)
 
 template <class Q>
 constexpr bool kDense = std::is_same_v<Q, F32> || std::is_same_v<Q, F16> || std::is_same_v<Q, BF16>;
