@@ -51,7 +51,7 @@ PROMPT = [
     ("phi3 down", "Q6_K", 3072, 8192), ("gpt-oss qkv", "Q8_0", 5120, 2880),
     *[(f"{t.name} 4096", t.name, 4096, 4096) for t in quants.TYPES.values()],
 ]  # fmt: skip
-PROMPT_ROWS = (64, 512, 2048)
+PREFILL_ROWS = (64, 512, 2048)
 
 
 def copies(gpu: Gpu, type_name: str, n_outs: tuple[int, ...], k: int) -> tuple[list[list[Matrix]], int]:
@@ -114,7 +114,7 @@ def main() -> None:
         table.append(line)
         del sets
 
-    rows_prompt = (2048,) if args.quick else PROMPT_ROWS
+    rows_prompt = (2048,) if args.quick else PREFILL_ROWS
     table.append(f"{'prompt: us (TFLOP/s)':34s}" + "".join(f"{n:>6d} rows    " for n in rows_prompt))
     for what, type_name, n_out, k in PROMPT:
         if not wanted(what, type_name):

@@ -144,13 +144,14 @@ def rope_kv(gpu: Gpu, shape: tuple[int, int, int], n_rows: int) -> dict:
     n_head, n_head_kv, head_dim = shape
     cache, width = Cache(gpu, 1, n_rows, n_head_kv, head_dim), (n_head + 2 * n_head_kv) * head_dim
     x = gpu.buffer(np.random.default_rng(1).standard_normal((n_rows, width), np.float32))
-    freqs = gpu.buffer((10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32))
+    inv_freq = gpu.buffer((10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32))
     positions, slots = gpu.buffer(np.arange(n_rows, dtype=np.int32)), gpu.buffer(np.zeros(n_rows, np.int32))
     k, v = (x.ptr + 4 * heads * head_dim for heads in (n_head, n_head + n_head_kv))
     p = params(HEADER, "RopeKvParams", q=x, k=k, v=v,
-               freqs=freqs, kv=cache.arena, block_table=cache.tables, positions=positions, slots=slots, q_stride=width,
+               inv_freq=inv_freq, kv=cache.arena, block_table=cache.tables, positions=positions, slots=slots,
+               q_stride=width,
                k_stride=width, v_stride=width, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim, n_rot=head_dim,
-               pairing=1, max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
+               rope_type=1, max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
     kernel, split = gpu.kernel("rope_kv", "rope_kv"), min(8, -(-width // 1024))
     seconds = gpu.time(lambda: gpu.launch(kernel, (n_rows, split), 256, p, pdl=True))
     return {"us": seconds * 1e6, "GB/s": n_rows * (8 * (n_head + n_head_kv) + 8 * n_head_kv) * head_dim / seconds / 1e9}

@@ -1,4 +1,4 @@
-// Making an engine, checking batches, sampling and the decode loop; the records themselves run in run.cpp.
+// Making an engine, checking batches, sampling and the decode loop; the ops themselves run in run.cpp.
 #include "engine.h"
 
 #include <sys/mman.h>
@@ -45,14 +45,15 @@ int32_t Engine::add_vector(const uint8_t* data, int type, int64_t n) {
     return (int32_t)vectors_.size() - 1;
 }
 
-int32_t Engine::add_rope_table(const double* freqs, int32_t n, int32_t n_sets, double mscale) {
+int32_t Engine::add_rope_table(const double* inv_freq, int32_t n, int32_t n_sets, double mscale) {
     const size_t total = (size_t)n * (size_t)n_sets;
     for (size_t i = 0; i < rope_tables_.size(); ++i) {
         const RopeTable& t = rope_tables_[i];
-        if (t.mscale == mscale && t.freqs.size() == total && std::equal(freqs, freqs + total, t.freqs.begin()))
+        if (t.mscale == mscale && t.inv_freq.size() == total &&
+            std::equal(inv_freq, inv_freq + total, t.inv_freq.begin()))
             return (int32_t)i;
     }
-    rope_tables_.push_back(RopeTable{std::vector<double>(freqs, freqs + total), (size_t)n, mscale, {}, {}});
+    rope_tables_.push_back(RopeTable{std::vector<double>(inv_freq, inv_freq + total), (size_t)n, mscale, {}, {}});
     return (int32_t)rope_tables_.size() - 1;
 }
 
@@ -67,13 +68,13 @@ void Engine::add_layer(int32_t kv_group) {
 
 void Engine::finish(int32_t logits_buffer) {
     logits_buffer_ = logits_buffer;
-    const size_t max_rows = (size_t)sizes_.max_rows;
+    const size_t max_batch_tokens = (size_t)sizes_.max_batch_tokens;
     auto take = [this](size_t bytes) {
         workspace_bytes_ += (int64_t)bytes;
         return Pages(bytes);
     };
     for (Buffer& b : buffers_) {
-        b.pages = take(max_rows * (size_t)b.width * sizeof(float));
+        b.pages = take(max_batch_tokens * (size_t)b.width * sizeof(float));
         b.data = (float*)b.pages.data();
     }
     v_stride_ = (int32_t)round_up_16(sizes_.head_dim);
@@ -85,22 +86,22 @@ void Engine::finish(int32_t logits_buffer) {
         g.tables.assign((size_t)sizes_.max_seqs * (size_t)sizes_.max_blocks_per_seq, -1);
     }
     for (RopeTable& t : rope_tables_) {
-        t.cos.resize(max_rows * t.n);
-        t.sin.resize(max_rows * t.n);
+        t.cos.resize(max_batch_tokens * t.n);
+        t.sin.resize(max_batch_tokens * t.n);
     }
-    size_t pointers = max_rows, experts = 0, padding_rows = 0;
+    size_t pointers = max_batch_tokens, experts = 0, padding_rows = 0;
     for (const Op& op : ops_) {
         if (op.kind == OpKind::kAttention)
             thread_scratch_floats_ =
                 std::max(thread_scratch_floats_, attention_scratch_floats(op.n_head, op.n_head_kv, op.head_dim));
         if (op.kind == OpKind::kRoute) {
-            route_logits_ = take(max_rows * (size_t)op.n_expert * sizeof(float));
+            route_logits_ = take(max_batch_tokens * (size_t)op.n_expert * sizeof(float));
             experts = std::max(experts, (size_t)op.n_expert);
         }
         if (op.kind == OpKind::kMatMul || op.kind == OpKind::kRoute || op.kind == OpKind::kExpertMatMul) {
             const Matrix& w = matrices_[(size_t)op.weight];
             thread_scratch_floats_ = std::max(thread_scratch_floats_, panel_floats(panel_rows(w.n_in), w.n_in));
-            size_t rows = max_rows * (size_t)std::max(op.n_used, 1);
+            size_t rows = max_batch_tokens * (size_t)std::max(op.n_used, 1);
             pointers = std::max(pointers, rows);
             if (w.n_in % 16) {
                 padding_stride_ = std::max(padding_stride_, round_up_16(w.n_in));
@@ -118,13 +119,13 @@ void Engine::finish(int32_t logits_buffer) {
     for (int i = 0; i < n_threads(); ++i) sample_scratch_.emplace_back(sizes_.n_vocab);
     slots_state_.reserve((size_t)sizes_.max_seqs);
     for (int32_t i = 0; i < sizes_.max_seqs; ++i)
-        slots_state_.push_back(Slot{SamplingParams(), SampledSet(sizes_.n_vocab, sizes_.context_length)});
+        slots_state_.push_back(Slot{SlotSampling(), SampledSet(sizes_.n_vocab, sizes_.context_length)});
     slot_seen_.resize((size_t)sizes_.max_seqs);
-    for (auto* v : {&tokens_, &positions_, &slots_, &out_rows_}) v->reserve(max_rows);
-    tiles_.reserve(max_rows);
+    for (auto* v : {&tokens_, &positions_, &slots_, &output_indices_}) v->reserve(max_batch_tokens);
+    tiles_.reserve(max_batch_tokens);
 }
 
-void Engine::set_slot(int32_t slot, const SamplingParams& params) {
+void Engine::set_slot(int32_t slot, const SlotSampling& params) {
     slots_state_[(size_t)slot].params = params;
     slots_state_[(size_t)slot].sampled.clear();
 }
@@ -140,9 +141,10 @@ static std::string at_row(int64_t row, const char* what, int64_t value) {
 }
 
 bool Engine::check_rows(const BatchView& b, BatchError* error) const {
-    if (b.n_rows < 1 || b.n_rows > sizes_.max_rows)
-        return refuse(error, "tokens",
-                      "a step has 1 to " + std::to_string(sizes_.max_rows) + " rows, not " + std::to_string(b.n_rows));
+    if (b.n_rows < 1 || b.n_rows > sizes_.max_batch_tokens)
+        return refuse(
+            error, "tokens",
+            "a step has 1 to " + std::to_string(sizes_.max_batch_tokens) + " rows, not " + std::to_string(b.n_rows));
     for (int32_t r = 0; r < b.n_rows; ++r) {
         if (b.tokens[r] < 0 || b.tokens[r] >= sizes_.n_vocab)
             return refuse(
@@ -160,10 +162,11 @@ bool Engine::check_rows(const BatchView& b, BatchError* error) const {
                           at_row(r, "position", b.positions[r]) + " does not follow the one before it");
     }
     for (int32_t j = 0; j < b.n_out; ++j)
-        if (b.out_rows[j] < 0 || b.out_rows[j] >= b.n_rows || (j > 0 && b.out_rows[j] <= b.out_rows[j - 1]))
-            return refuse(
-                error, "out_rows",
-                "output " + std::to_string(j) + ": row " + std::to_string(b.out_rows[j]) + " is out of range or order");
+        if (b.output_indices[j] < 0 || b.output_indices[j] >= b.n_rows ||
+            (j > 0 && b.output_indices[j] <= b.output_indices[j - 1]))
+            return refuse(error, "output_indices",
+                          "output " + std::to_string(j) + ": row " + std::to_string(b.output_indices[j]) +
+                              " is out of range or order");
     return true;
 }
 
@@ -199,12 +202,12 @@ bool Engine::copy_blocks(const BatchView& b, const int32_t* tables, BatchError* 
 
 bool Engine::prepare(const BatchView& b, const int32_t* tables, BatchError* error) {
     tokens_.clear();  // a refused batch leaves nothing that could be run
-    out_rows_.clear();
+    output_indices_.clear();
     if (!check_rows(b, error) || !copy_blocks(b, tables, error)) return false;
     tokens_.assign(b.tokens, b.tokens + b.n_rows);
     positions_.assign(b.positions, b.positions + b.n_rows);
     slots_.assign(b.slots, b.slots + b.n_rows);
-    out_rows_.assign(b.out_rows, b.out_rows + b.n_out);
+    output_indices_.assign(b.output_indices, b.output_indices + b.n_out);
     long_slots_.assign(b.long_slots, b.long_slots + sizes_.max_seqs);
     make_tiles();
     return true;
@@ -221,13 +224,13 @@ void Engine::make_tiles() {
 void Engine::sample_rows(int32_t* tokens) noexcept {
     const float* logits = buffers_[(size_t)logits_buffer_].data;
     pool_.run(n_out(), [&](int64_t j, int thread) {
-        const size_t row = (size_t)out_rows_[(size_t)j];
+        const size_t row = (size_t)output_indices_[(size_t)j];
         const Slot& slot = slots_state_[(size_t)slots_[row]];
         tokens[j] = sample(logits + j * sizes_.n_vocab, sizes_.n_vocab, positions_[row], slot.params, slot.sampled,
                            sample_scratch_[(size_t)thread]);
     });
     for (int32_t j = 0; j < n_out(); ++j)
-        if (tokens[j] >= 0) slots_state_[(size_t)slots_[(size_t)out_rows_[(size_t)j]]].sampled.insert(tokens[j]);
+        if (tokens[j] >= 0) slots_state_[(size_t)slots_[(size_t)output_indices_[(size_t)j]]].sampled.insert(tokens[j]);
 }
 
 int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,

@@ -35,7 +35,7 @@ class Pages {
 };
 
 struct EngineSizes {
-    int32_t max_seqs = 0, max_rows = 0, context_length = 0, max_blocks_per_seq = 0;
+    int32_t max_seqs = 0, max_batch_tokens = 0, context_length = 0, max_blocks_per_seq = 0;
     int32_t n_vocab = 0, n_head_kv = 0, head_dim = 0;
 };
 
@@ -45,7 +45,7 @@ struct KvGroup {
 
 // The rows of a step; arrays of the caller.
 struct BatchView {
-    const int32_t *tokens = nullptr, *positions = nullptr, *slots = nullptr, *out_rows = nullptr;
+    const int32_t *tokens = nullptr, *positions = nullptr, *slots = nullptr, *output_indices = nullptr;
     const int32_t* long_slots = nullptr;  // [max_seqs], not 0: the slot turns by the long frequencies
     int32_t n_rows = 0, n_out = 0;
     int32_t n_steps = 1;  // steps that follow each other with positions one further each (decode)
@@ -66,8 +66,8 @@ class Engine {
     int32_t add_matrix(const uint8_t* data, int type, int64_t n_in, int64_t n_out, int64_t row_bytes);
     // Copied; F32, F16 or BF16 (type ids 0, 1, 30).
     int32_t add_vector(const uint8_t* data, int type, int64_t n);
-    // `freqs` [n_sets][n]: for every sequence, or for short ones and for long ones.
-    int32_t add_rope_table(const double* freqs, int32_t n, int32_t n_sets, double mscale);
+    // `inv_freq` [n_sets][n]: for every sequence, or for short ones and for long ones.
+    int32_t add_rope_table(const double* inv_freq, int32_t n, int32_t n_sets, double mscale);
     void add_kv_group(const KvGroup& group);
     void add_layer(int32_t kv_group);  // the layer's place in its group is the order of adding
     void add_op(const Op& op) { ops_.push_back(op); }
@@ -75,7 +75,7 @@ class Engine {
 
     // Copies and checks a batch. `tables`: int32 [n_groups][max_seqs][max_blocks_per_seq]. False: `error` says why.
     bool prepare(const BatchView& batch, const int32_t* tables, BatchError* error);
-    // Runs records [0, n_ops) of the prepared batch. `logits`: where to put the logits [n_out][n_vocab], or null for
+    // Runs ops [0, n_ops) of the prepared batch. `logits`: where to put the logits [n_out][n_vocab], or null for
     // the engine's own buffer.
     void run(int32_t n_ops, float* logits) noexcept;
     // One token of each output row into `tokens` [n_out] (-1: no distribution) and into its slot's history.
@@ -85,7 +85,7 @@ class Engine {
     int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
                    const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept;
 
-    void set_slot(int32_t slot, const SamplingParams& params);
+    void set_slot(int32_t slot, const SlotSampling& params);
     int32_t n_ops() const { return (int32_t)ops_.size(); }
     // Rows of a buffer in the prepared batch, and its data [rows][width].
     int32_t buffer_rows(int32_t buffer) const { return buffers_[(size_t)buffer].outputs ? n_out() : n_rows(); }
@@ -102,10 +102,10 @@ class Engine {
         Pages pages;
     };
     struct RopeTable {
-        std::vector<double> freqs;  // [1 or 2][n]
+        std::vector<double> inv_freq;  // [1 or 2][n]
         size_t n;
         double mscale;
-        std::vector<float> cos, sin;  // [max_rows][n]
+        std::vector<float> cos, sin;  // [max_batch_tokens][n]
     };
     struct Group {
         KvGroup sizes;
@@ -120,12 +120,12 @@ class Engine {
         int32_t r0, r1;
     };
     struct Slot {
-        SamplingParams params;
+        SlotSampling params;
         SampledSet sampled;
     };
 
     int32_t n_rows() const { return (int32_t)tokens_.size(); }
-    int32_t n_out() const { return (int32_t)out_rows_.size(); }
+    int32_t n_out() const { return (int32_t)output_indices_.size(); }
     float* at(const View& v, int64_t row) const {
         const Buffer& b = buffers_[(size_t)v.buffer];
         return b.data + row * b.width + v.offset;
@@ -171,7 +171,7 @@ class Engine {
     int32_t v_stride_ = 0;
 
     // The prepared batch.
-    std::vector<int32_t> tokens_, positions_, slots_, out_rows_, long_slots_;
+    std::vector<int32_t> tokens_, positions_, slots_, output_indices_, long_slots_;
     std::vector<RowTile> tiles_;
     std::vector<uint8_t> slot_seen_;  // [max_seqs]
 
@@ -179,7 +179,7 @@ class Engine {
     int64_t thread_scratch_floats_ = 0;
     Pages thread_scratch_;                       // [n_threads][thread_scratch_floats_]
     std::vector<SampleScratch> sample_scratch_;  // [n_threads]
-    std::vector<const float*> x_pointers_;       // [max_rows * n_used]
+    std::vector<const float*> x_pointers_;       // [max_batch_tokens * n_used]
     std::vector<float*> y_pointers_;
     std::vector<MatmulTask> expert_tasks_;  // [n_expert]
     std::vector<int32_t> expert_counts_;    // [n_expert + 1]

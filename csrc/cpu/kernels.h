@@ -71,7 +71,7 @@ struct Kernels {
     // One row of n; x and out may be the same. rms: bias null and layer false.
     void (*norm)(const float* x, const float* weight, const float* bias, float eps, bool layer, int64_t n, float* out);
     // n_head heads of x in place; cos and sin [n_rot / 2].
-    void (*rope)(float* x, int n_head, int head_dim, int n_rot, bool adjacent, const float* cos, const float* sin);
+    void (*rope)(float* x, int n_head, int head_dim, int n_rot, bool interleaved, const float* cos, const float* sin);
     // k, v [n_head_kv][head_dim] of one position into a block.
     void (*kv_write)(const float* k, const float* v, int n_head_kv, int head_dim, int v_stride, uint16_t* block,
                      int position_in_block);

@@ -1,6 +1,6 @@
-// The plan as flat structs: what worker_orcd/models/plan.py's records become when an engine is made.
+// The plan as flat structs: what worker_orcd/models/plan.py's ops become when an engine is made.
 //
-// Field meanings are those of the records of the same name there. Buffers, matrices, vectors and rotation tables are
+// Field meanings are those of the ops of the same name there. Buffers, matrices, vectors and rotation tables are
 // indices into the engine's lists; -1 is none. Knows no Python and no kernel.
 #pragma once
 
@@ -47,7 +47,7 @@ struct Op {
     int32_t activation = 0;  // of kernels.h
     int64_t group = 0;       // norm
     float scale = 1, eps = 0;
-    bool adjacent = false, layer_norm = false, per_slot = false;
+    bool interleaved = false, layer_norm = false, per_slot = false;
 };
 
 }  // namespace worker_orcd

@@ -141,10 +141,10 @@ static void norm(const float* x, const float* weight, const float* bias, float e
     }
 }
 
-static void rope(float* x, int n_head, int head_dim, int n_rot, bool adjacent, const float* cos, const float* sin) {
+static void rope(float* x, int n_head, int head_dim, int n_rot, bool interleaved, const float* cos, const float* sin) {
     const int half = n_rot / 2;
     for (int h = 0; h < n_head; ++h, x += head_dim) {
-        if (adjacent) {
+        if (interleaved) {
             for (int p = 0; p < half; ++p) {
                 float a = x[2 * p], b = x[2 * p + 1];
                 x[2 * p] = a * cos[p] - b * sin[p];

@@ -1,4 +1,4 @@
-// Running the records of the plan: which rows and columns each reads, and how its work is cut into chunks for threads.
+// Running the ops of the plan: which rows and columns each reads, and how its work is cut into chunks for threads.
 //
 // A chunk boundary never changes a result: products are cut by outputs, everything else by rows or heads, and each
 // kernel computes one of those by a formula that knows nothing of the others.
@@ -77,10 +77,10 @@ void Engine::fill_rope_tables() noexcept {
         const int64_t n = (int64_t)t.n;
         for_rows(n_rows(), 64 * n, [&](int64_t r0, int64_t r1) {
             for (int64_t r = r0; r < r1; ++r) {
-                const bool is_long = t.freqs.size() > t.n && long_slots_[(size_t)slots_[(size_t)r]] != 0;
-                const double* freqs = t.freqs.data() + (is_long ? n : 0);
+                const bool is_long = t.inv_freq.size() > t.n && long_slots_[(size_t)slots_[(size_t)r]] != 0;
+                const double* inv_freq = t.inv_freq.data() + (is_long ? n : 0);
                 for (int64_t i = 0; i < n; ++i) {
-                    double angle = positions_[(size_t)r] * freqs[i];
+                    double angle = positions_[(size_t)r] * inv_freq[i];
                     t.cos[(size_t)(r * n + i)] = (float)(std::cos(angle) * t.mscale);
                     t.sin[(size_t)(r * n + i)] = (float)(std::sin(angle) * t.mscale);
                 }
@@ -168,8 +168,8 @@ void Engine::rope(const Op& op) noexcept {
     const size_t n = t.n;
     for_rows(n_rows(), op.inp.width, [&](int64_t r0, int64_t r1) {
         for (int64_t r = r0; r < r1; ++r)
-            kernels_->rope(at(op.inp, r), op.n_head, op.head_dim, op.n_rot, op.adjacent, t.cos.data() + (size_t)r * n,
-                           t.sin.data() + (size_t)r * n);
+            kernels_->rope(at(op.inp, r), op.n_head, op.head_dim, op.n_rot, op.interleaved,
+                           t.cos.data() + (size_t)r * n, t.sin.data() + (size_t)r * n);
     });
 }
 
@@ -238,7 +238,7 @@ void Engine::elementwise(const Op& op) noexcept {
 
 void Engine::gather(const Op& op) noexcept {
     for (int32_t j = 0; j < n_out(); ++j)
-        std::memcpy(at(op.out, j), at(op.inp, out_rows_[(size_t)j]), (size_t)op.out.width * sizeof(float));
+        std::memcpy(at(op.out, j), at(op.inp, output_indices_[(size_t)j]), (size_t)op.out.width * sizeof(float));
 }
 
 void Engine::route(const Op& op) noexcept {

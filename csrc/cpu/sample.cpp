@@ -75,8 +75,8 @@ static void keep_prefix(std::vector<Candidate>& c, uint64_t target) {
     c.erase(begin, c.end());
 }
 
-int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const SamplingParams& p,
-               const SampledSet& sampled, SampleScratch& scratch) {
+int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const SlotSampling& p, const SampledSet& sampled,
+               SampleScratch& scratch) {
     float max;
     int32_t best;
     const bool greedy = sampling_is_greedy(p.temperature),

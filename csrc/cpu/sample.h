@@ -7,7 +7,7 @@
 
 namespace worker_orcd {
 
-struct SamplingParams {
+struct SlotSampling {
     float temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
     int32_t top_k = 0;
     uint64_t seed = 0;
@@ -44,7 +44,7 @@ struct SampleScratch {
 };
 
 // The token of the row `logits` [n_vocab] at `position`; -1 where the row has no distribution.
-int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const SamplingParams& params,
+int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const SlotSampling& params,
                const SampledSet& sampled, SampleScratch& scratch);
 
 }  // namespace worker_orcd

@@ -5,7 +5,6 @@
 #include "common/ptx.cuh"
 
 // As DEVICE, for member functions.
-#define METHOD __device__ __forceinline__
 
 static constexpr float kLog2e = 1.4426950408889634f;
 

@@ -33,13 +33,13 @@ struct Decode {
     const int32_t* table;
     int first, last;  // positions attended to
 
-    METHOD const uint16_t* chunk_base(int chunk) const {
+    DEVICE_MEMBER const uint16_t* chunk_base(int chunk) const {
         const int block = table[chunk * kChunk / KV_BLOCK];
         return p.kv + kv_offset(block, head_kv, p.n_head_kv, kHeadDim);
     }
 
     // Column n of score tile j is position (n / 2) * 8 + 2 j + n % 2 of the chunk: lane's scores are then neighbours.
-    METHOD void copy_k(int chunk) const {
+    DEVICE_MEMBER void copy_k(int chunk) const {
         const uint16_t* k = chunk_base(chunk) + chunk * kChunk % KV_BLOCK * kHeadDim;
         const uint32_t to = smem_address(smem + warp * kWarpBytes) + lane * 16;
 #pragma unroll
@@ -54,7 +54,7 @@ struct Decode {
         }
     }
 
-    METHOD void copy_v(int chunk) const {
+    DEVICE_MEMBER void copy_v(int chunk) const {
         const uint16_t* v = chunk_base(chunk) + KV_BLOCK * kHeadDim + chunk * kChunk % KV_BLOCK + piece * 8;
         const uint32_t to = smem_address(smem + warp * kWarpBytes + kKBytes) + lane * 16;
 #pragma unroll
@@ -62,7 +62,7 @@ struct Decode {
     }
 
     // This warp's chunks of positions begin .. end; leaves maximum, sum and head rows in shared memory.
-    METHOD void run_split(int begin, int end) {
+    DEVICE_MEMBER void run_split(int begin, int end) {
         uint32_t q[kDimChunks][8];
         load_q(q);
         float acc[kDimTiles][4] = {};
@@ -151,15 +151,15 @@ struct Decode {
         __syncthreads();
     }
 
-    METHOD uint32_t pair_mask(int key) const {
+    DEVICE_MEMBER uint32_t pair_mask(int key) const {
         return (key <= last ? 0xffffu : 0u) | (key + 1 <= last ? 0xffff0000u : 0u);
     }
 
-    METHOD float* warp_row(int w, int head) const {
+    DEVICE_MEMBER float* warp_row(int w, int head) const {
         return reinterpret_cast<float*>(smem) + (w * DECODE_HEADS + head) * kRowFloats;
     }
 
-    METHOD void load_q(uint32_t (&q)[kDimChunks][8]) const {
+    DEVICE_MEMBER void load_q(uint32_t (&q)[kDimChunks][8]) const {
         const float factor = p.scale * kLog2e;
         const float* from = p.q + (int64_t)row * p.q_stride + (head0 + key_lane) * kHeadDim;
 #pragma unroll
@@ -176,17 +176,17 @@ struct Decode {
         }
     }
 
-    METHOD float* partial_row(int head, int split) const {
+    DEVICE_MEMBER float* partial_row(int head, int split) const {
         return p.partial + (((int64_t)row * p.n_head + head0 + head) * p.max_splits + split) * kRowFloats;
     }
 
-    METHOD void store_out(int head, int dim, float4 x, float factor) const {
+    DEVICE_MEMBER void store_out(int head, int dim, float4 x, float factor) const {
         *reinterpret_cast<float4*>(p.out + (int64_t)row * p.out_stride + (head0 + head) * kHeadDim + dim) =
             make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
     }
 
     // Adds the warps of the split in order; `split` < 0: it is the row's only one, and this is the result.
-    METHOD void merge_warps(int split) const {
+    DEVICE_MEMBER void merge_warps(int split) const {
         for (int i = threadIdx.x; i < n_heads * (kHeadDim / 4); i += 32 * kWarps) {
             const int head = i / (kHeadDim / 4), dim = i % (kHeadDim / 4) * 4;
             float most = -INFINITY, total = 0.f;
@@ -212,7 +212,7 @@ struct Decode {
     }
 
     // Whether this block is the last of `n_blocks` to come here for its row and heads; leaves the counter zero.
-    METHOD bool is_last_block(int n_blocks) const {
+    DEVICE_MEMBER bool is_last_block(int n_blocks) const {
         __shared__ bool last_one;
         __threadfence();
         __syncthreads();
@@ -227,7 +227,7 @@ struct Decode {
     }
 
     // Adds the row's splits in order. Reads past L1, which may hold older bytes of the lines.
-    METHOD void merge_splits(int n_splits) const {
+    DEVICE_MEMBER void merge_splits(int n_splits) const {
         float* share = reinterpret_cast<float*>(smem);  // [DECODE_HEADS, n_splits], then [DECODE_HEADS] factors
         float* factor = share + DECODE_HEADS * n_splits;
         for (int head = warp; head < n_heads; head += kWarps) {
@@ -261,7 +261,7 @@ struct Decode {
         }
     }
 
-    METHOD void run() {
+    DEVICE_MEMBER void run() {
         const int tiles = decode_head_tiles(p.n_head, p.n_head_kv), group = p.n_head / p.n_head_kv;
         const int tile = blockIdx.y % tiles;
         head_kv = blockIdx.y / tiles;

@@ -24,7 +24,7 @@ struct Prefill {
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128);
 
     // All 64 positions of a block, whatever they hold; not yet waited for.
-    static METHOD void copy_block(const uint16_t* from, uint32_t to) {
+    static DEVICE_MEMBER void copy_block(const uint16_t* from, uint32_t to) {
         constexpr int kKPieces = kHeadDim / 8, kVPieces = KV_BLOCK / 8;
 #pragma unroll
         for (int i = 0; i < KV_BLOCK * kKPieces / kThreads; i++) {
@@ -41,13 +41,13 @@ struct Prefill {
     }
 
     // Positions from n_keys on hold values of other sequences, perhaps not finite: 0 * NaN must not enter.
-    static METHOD void clear_v(uint8_t* v, int n_keys) {
+    static DEVICE_MEMBER void clear_v(uint8_t* v, int n_keys) {
         for (int dim = threadIdx.x; dim < kHeadDim; dim += kThreads)
             for (int key = n_keys; key < KV_BLOCK; key++) *reinterpret_cast<uint16_t*>(v + dim * kVPitch + 2 * key) = 0;
     }
 
-    static METHOD void load_q(const AttentionPrefillParams& p, const AttentionTile& tile, int row,
-                              uint32_t (&hi)[kSteps][4], uint32_t (&lo)[kSteps][4]) {
+    static DEVICE_MEMBER void load_q(const AttentionPrefillParams& p, const AttentionTile& tile, int row,
+                                     uint32_t (&hi)[kSteps][4], uint32_t (&lo)[kSteps][4]) {
         const float factor = p.scale * kLog2e;
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -65,7 +65,7 @@ struct Prefill {
         }
     }
 
-    static METHOD void run(const AttentionPrefillParams& p, uint8_t* smem) {
+    static DEVICE_MEMBER void run(const AttentionPrefillParams& p, uint8_t* smem) {
         const AttentionTile tile = p.tiles[blockIdx.x];
         if (tile.n_rows <= 0) return;
         const int lane = threadIdx.x % 32;

@@ -2,9 +2,9 @@
 //
 // expert_matvec_<type>_<tiles>(ExpertMatvecParams), one or two matrices of one shape and input (gate and up): tiles 1
 // converts float32 x itself into shared memory, for few rows; tiles 2 reads rows by convert_split. An item is an expert
-// and up to 8 * tiles of its pairs; a block takes one item and every so-many-th strip of 16 outputs, so that with any
-// number of items all blocks of the grid have about equal work. Items are known on the device only: the grid is what
-// the GPU holds at once, whatever they are.
+// and up to 8 * tiles of its pairs; a block takes one item and every so-many-th row tile of 16 outputs, so that with
+// any number of items all blocks of the grid have about equal work. Items are known on the device only: the grid is
+// what the GPU holds at once, whatever they are.
 //
 // As in matvec.cu, K is cut into stages, stage i belonging to warp i % warps, each warp with a ring of its own, and the
 // warps' sums are added in order of the warp: a pair's result has the same bits alone and in any company.
@@ -15,37 +15,39 @@
 #include "common/mma_tile.cuh"
 #include "matmul_shapes.cuh"
 
-// The stream of one warp's stages over the strips of its block: always kDepth - 1 stages ahead of the sums.
+// The stream of one warp's stages over the row tiles of its block: always kDepth - 1 stages ahead of the sums.
 template <class Q>
-struct StripStream {
+struct RowTileStream {
     using S = MatvecShape<Q, 1>;
-    static_assert(S::kStrips == 1);
+    static_assert(S::kRowTiles == 1);
     const ExpertMatvecParams& p;
     uint32_t ring;
-    int lane, warp, n_warps, n_stages, n_strips, slot;
+    int lane, warp, n_warps, n_stages, n_row_tiles, slot;
     const uint8_t* src;
     int64_t expert_at;
-    int strip, strip_step, stage;
+    int row_tile, row_tile_step, stage;
 
-    DEVICE_MEMBER void find_strip() {
-        if (strip >= p.n_matrices * n_strips) return;
-        const int m = strip >= n_strips;
-        src = p.m[m].w + expert_at + static_cast<int64_t>(strip - m * n_strips) * p.n_units * Q::kRecordBytes;
+    DEVICE_MEMBER void find_row_tile() {
+        if (row_tile >= p.n_matrices * n_row_tiles) return;
+        const int m = row_tile >= n_row_tiles;
+        src =
+            p.m[m].w + expert_at + static_cast<int64_t>(row_tile - m * n_row_tiles) * p.n_k_tiles * Q::kPackedTileBytes;
     }
 
-    DEVICE_MEMBER void begin(int expert, int first_strip, int step) {
+    DEVICE_MEMBER void begin(int expert, int first_row_tile, int step) {
         expert_at = expert * p.matrix_bytes;
-        strip = first_strip, strip_step = step, stage = warp;
-        find_strip();
+        row_tile = first_row_tile, row_tile_step = step, stage = warp;
+        find_row_tile();
 #pragma unroll
         for (int i = 0; i < S::kDepth - 1; ++i) issue();
     }
 
     // Starts the copy of the next stage (nothing after the last) and commits one group either way.
     DEVICE_MEMBER void issue() {
-        if (strip < p.n_matrices * n_strips) {
-            const int unit = stage * S::kStageUnits, n = min(S::kStageUnits, p.n_units - unit) * Q::kRecordBytes;
-            const uint8_t* from = src + static_cast<int64_t>(unit) * Q::kRecordBytes;
+        if (row_tile < p.n_matrices * n_row_tiles) {
+            const int k_tile = stage * S::kStageKTiles,
+                      n = min(S::kStageKTiles, p.n_k_tiles - k_tile) * Q::kPackedTileBytes;
+            const uint8_t* from = src + static_cast<int64_t>(k_tile) * Q::kPackedTileBytes;
             const uint32_t to = ring + slot * S::kSlotBytes;
 #pragma unroll
             for (int at = 0; at < S::kStageBytes; at += 512)
@@ -54,8 +56,8 @@ struct StripStream {
             stage += n_warps;
             if (stage >= n_stages) {
                 stage = warp;
-                strip += strip_step;
-                find_strip();
+                row_tile += row_tile_step;
+                find_row_tile();
             }
         }
         cp_async_commit();
@@ -71,11 +73,11 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
     extern __shared__ __align__(128) uint8_t smem[];
     __shared__ int pairs[8 * kTiles];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
-    const int n_stages = (p.n_units + S::kStageUnits - 1) / S::kStageUnits;
-    const int n_strips = (p.n_out + kStripRows - 1) / kStripRows, n_x_blocks = p.n_units * (Q::kUnitK / 32);
+    const int n_stages = (p.n_k_tiles + S::kStageKTiles - 1) / S::kStageKTiles;
+    const int n_row_tiles = (p.n_out + kTileRows - 1) / kTileRows, n_x_blocks = p.n_k_tiles * (Q::kTileK / 32);
     const uint8_t* ring = smem + warp * (S::kDepth * S::kSlotBytes);
     float* partial = reinterpret_cast<float*>(smem + p.ring_bytes);
-    StripStream<Q> stream{p, smem_address(ring), lane, warp, n_warps, n_stages, n_strips, 0};
+    RowTileStream<Q> stream{p, smem_address(ring), lane, warp, n_warps, n_stages, n_row_tiles, 0};
     int slot = 0, parity = 0;
 
     pdl_launch_dependents();
@@ -124,7 +126,7 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
             });
         }
 
-        for (int strip = part; strip < p.n_matrices * n_strips; strip += n_parts) {
+        for (int row_tile = part; row_tile < p.n_matrices * n_row_tiles; row_tile += n_parts) {
             float acc[kTiles][4] = {};
             for (int stage = warp; stage < n_stages; stage += n_warps) {
                 cp_async_wait<S::kDepth - 2>();
@@ -132,24 +134,25 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                                // next
                 stream.issue();
 #pragma unroll
-                for (int u = 0; u < S::kStageUnits; ++u) {
-                    const int unit = stage * S::kStageUnits + u;
-                    if (unit >= p.n_units) break;
-                    const uint8_t* record = ring + slot * S::kSlotBytes + u * Q::kRecordBytes;
-                    const int x_block0 = unit * (Q::kUnitK / 32);
+                for (int u = 0; u < S::kStageKTiles; ++u) {
+                    const int k_tile = stage * S::kStageKTiles + u;
+                    if (k_tile >= p.n_k_tiles) break;
+                    const uint8_t* packed_tile = ring + slot * S::kSlotBytes + u * Q::kPackedTileBytes;
+                    const int x_block0 = k_tile * (Q::kTileK / 32);
                     if constexpr (kDense<Q>) {
-                        add_dense<Q>(acc, record, x_block0, x, lane);
+                        add_dense<Q>(acc, packed_tile, x_block0, x, lane);
                     } else {
 #pragma unroll 1
-                        for (int sub = 0; sub < Q::kSubs; ++sub) add_quantized<Q>(acc, record, sub, x_block0, x, lane);
+                        for (int sub = 0; sub < Q::kSubs; ++sub)
+                            add_quantized<Q>(acc, packed_tile, sub, x_block0, x, lane);
                     }
                 }
                 slot = slot + 1 == S::kDepth ? 0 : slot + 1;
             }
 
-            // partial[warp][row of the strip][row of the tile], two sets: one barrier a round suffices.
-            const ExpertMatrix& m = p.m[strip >= n_strips];
-            const int o0 = (strip >= n_strips ? strip - n_strips : strip) * kStripRows;
+            // partial[warp][row of the row tile][row of the tile], two sets: one barrier a round suffices.
+            const ExpertMatrix& m = p.m[row_tile >= n_row_tiles];
+            const int o0 = (row_tile >= n_row_tiles ? row_tile - n_row_tiles : row_tile) * kTileRows;
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 const int n_here = min(8, item.n - 8 * tile);
@@ -159,11 +162,11 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                 *reinterpret_cast<float2*>(to) = make_float2(acc[tile][0], acc[tile][1]);
                 *reinterpret_cast<float2*>(to + 64) = make_float2(acc[tile][2], acc[tile][3]);
                 __syncthreads();
-                for (int at = threadIdx.x; at < n_here * kStripRows; at += blockDim.x) {
-                    const int n = at / kStripRows, o = o0 + at % kStripRows, pair = pairs[8 * tile + n];
+                for (int at = threadIdx.x; at < n_here * kTileRows; at += blockDim.x) {
+                    const int n = at / kTileRows, o = o0 + at % kTileRows, pair = pairs[8 * tile + n];
                     if (o >= p.n_out) continue;
                     float sum = 0.0f;
-                    for (int w = 0; w < n_warps; ++w) sum += set[w * kSums + at % kStripRows * 8 + n];
+                    for (int w = 0; w < n_warps; ++w) sum += set[w * kSums + at % kTileRows * 8 + n];
                     if (m.bias != nullptr) sum += m.bias[static_cast<int64_t>(item.expert) * p.n_out + o];
                     m.out[pair / p.n_used * m.out_stride + static_cast<int64_t>(pair % p.n_used) * p.n_out + o] = sum;
                 }

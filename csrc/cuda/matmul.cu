@@ -5,8 +5,9 @@
 // whatever the tile: both variants and any number of rows give a row the same bits.
 //
 // A warp holds 32 outputs x 64 (32) rows. Records of the weights and 64-column slices of x arrive in shared memory by
-// cp.async, several stages ahead; a warp turns the codes of its two strips into fp16 A fragments in registers (records
-// are in fragment order) and x is the B operand, one 16-byte shared load for 32 columns (x is in fragment order too).
+// cp.async, several stages ahead; a warp turns the codes of its two row tiles into fp16 A fragments in registers
+// (packed tiles are in fragment order) and x is the B operand, one 16-byte shared load for 32 columns (x is in fragment
+// order too).
 //
 // Numbers: weights rounded to fp16 once, after scaling in float32 where the scale is no fp16 number; x in fp16 times a
 // power of two per row (convert_f16); float32 accumulators. Types that may leave the range of fp16 carry a power of
@@ -21,32 +22,33 @@ template <class Q, int kWarpsM, int kWarpsN, int kTiles>
 DEVICE void matmul(const MatmulParams& p) {
     using S = MatmulShape<Q, kWarpsM, kWarpsN, kTiles>;
     // [kStages][kRows][64 columns] fp16 x, its eight 16-byte chunks in exchanged halves in odd rows (bank conflicts);
-    // [kSlots][kStrips][kRecordBytes] weights
+    // [kSlots][kRowTiles][kPackedTileBytes] weights
     extern __shared__ __align__(128) uint8_t smem[];
     uint8_t* const w_ring = smem + S::kStages * S::kXBytes;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
     const int warp_m = warp % kWarpsM, warp_n = warp / kWarpsM;
-    const int n_strips = (p.n_out + kStripRows - 1) / kStripRows, strip0 = blockIdx.x * S::kStrips;
-    const int row0 = blockIdx.y * S::kRows, n_steps = p.n_units * Q::kSubs;
-    const int64_t strip_bytes = static_cast<int64_t>(p.n_units) * Q::kRecordBytes;
+    const int n_row_tiles = (p.n_out + kTileRows - 1) / kTileRows, row_tile0 = blockIdx.x * S::kRowTiles;
+    const int row0 = blockIdx.y * S::kRows, n_steps = p.n_k_tiles * Q::kSubs;
+    const int64_t row_tile_bytes = static_cast<int64_t>(p.n_k_tiles) * Q::kPackedTileBytes;
 
     pdl_launch_dependents();
     pdl_wait();
 
-    // x has rows for whole tiles; strips past the end are read as the last one and dropped. Thread i copies chunk i % 8
-    // of rows i / 8 + a multiple of kRowStep (even: one exchange of halves serves all); warp w strips w, w + kWarps,
+    // x has rows for whole tiles; row tiles past the end are read as the last one and dropped. Thread i copies chunk i
+    // % 8 of rows i / 8 + a multiple of kRowStep (even: one exchange of halves serves all); warp w row tiles w, w +
+    // kWarps,
     // ...
     constexpr int kRowStep = 4 * S::kWarps;
-    constexpr int kStripsPerWarp = S::kStrips / S::kWarps;
-    static_assert(S::kStrips % S::kWarps == 0 && S::kRows % kRowStep == 0 && kRowStep % 2 == 0);
+    constexpr int kRowTilesPerWarp = S::kRowTiles / S::kWarps;
+    static_assert(S::kRowTiles % S::kWarps == 0 && S::kRows % kRowStep == 0 && kRowStep % 2 == 0);
     const int x_row = threadIdx.x / 8, x_chunk = threadIdx.x % 8;
     const uint8_t* x_from = p.x + static_cast<int64_t>(row0 + x_row) * p.x_bytes + x_chunk * 16;
-    const uint8_t* w_from[kStripsPerWarp];
+    const uint8_t* w_from[kRowTilesPerWarp];
 #pragma unroll
-    for (int i = 0; i < kStripsPerWarp; ++i)
-        w_from[i] = p.w + min(strip0 + warp + i * S::kWarps, n_strips - 1) * strip_bytes + lane * 16;
+    for (int i = 0; i < kRowTilesPerWarp; ++i)
+        w_from[i] = p.w + min(row_tile0 + warp + i * S::kWarps, n_row_tiles - 1) * row_tile_bytes + lane * 16;
     const uint32_t x_to = smem_address(smem) + x_row * 128 + (x_chunk ^ (x_row & 1) * 4) * 16;
-    const uint32_t w_to = smem_address(w_ring) + warp * Q::kRecordBytes + lane * 16;
+    const uint32_t w_to = smem_address(w_ring) + warp * Q::kPackedTileBytes + lane * 16;
     int issued = 0, x_slot_in = 0, w_slot_in = 0;
     const auto issue = [&] {
         if (issued < n_steps) {
@@ -57,13 +59,13 @@ DEVICE void matmul(const MatmulParams& p) {
             x_slot_in = x_slot_in + 1 == S::kStages ? 0 : x_slot_in + 1;
             if (issued % Q::kSubs == 0) {
 #pragma unroll
-                for (int i = 0; i < kStripsPerWarp; ++i) {
-                    const uint32_t to = w_to + w_slot_in * S::kWBytes + i * S::kWarps * Q::kRecordBytes;
+                for (int i = 0; i < kRowTilesPerWarp; ++i) {
+                    const uint32_t to = w_to + w_slot_in * S::kWBytes + i * S::kWarps * Q::kPackedTileBytes;
 #pragma unroll
-                    for (int at = 0; at < Q::kRecordBytes; at += 512)
-                        if (at + 512 <= Q::kRecordBytes || at + lane * 16 < Q::kRecordBytes)
+                    for (int at = 0; at < Q::kPackedTileBytes; at += 512)
+                        if (at + 512 <= Q::kPackedTileBytes || at + lane * 16 < Q::kPackedTileBytes)
                             cp_async_16(to + at, w_from[i] + at);
-                    w_from[i] += Q::kRecordBytes;
+                    w_from[i] += Q::kPackedTileBytes;
                 }
                 w_slot_in = w_slot_in + 1 == S::kSlots ? 0 : w_slot_in + 1;
             }
@@ -80,15 +82,15 @@ DEVICE void matmul(const MatmulParams& p) {
         for (int r = 0; r < 2; ++r) {
             inverse[i][r] = 1.0f;
             if constexpr (kRowScaled<Q>) {
-                const int strip = min(strip0 + 2 * warp_m + i, n_strips - 1);
-                const uint32_t* scales = reinterpret_cast<const uint32_t*>(p.w + n_strips * strip_bytes);
-                inverse[i][r] = __uint_as_float(inverse_bits(scales[strip * kStripRows + g + 8 * r]));
+                const int row_tile = min(row_tile0 + 2 * warp_m + i, n_row_tiles - 1);
+                const uint32_t* scales = reinterpret_cast<const uint32_t*>(p.w + n_row_tiles * row_tile_bytes);
+                inverse[i][r] = __uint_as_float(inverse_bits(scales[row_tile * kTileRows + g + 8 * r]));
             }
         }
 
     float acc[2][kTiles][4] = {};
     const uint8_t* const x_lane = smem + (warp_n * 8 * kTiles + g) * 128 + (t ^ (g & 1) * 4) * 16;
-    const uint8_t* const w_warp = w_ring + 2 * warp_m * Q::kRecordBytes;
+    const uint8_t* const w_warp = w_ring + 2 * warp_m * Q::kPackedTileBytes;
     const int x_half = (g & 1) ? -64 : 64;  // from the chunk of block 0 to that of block 1
     int x_slot_out = 0, w_slot_out = 0, sub = 0;
 #pragma unroll 1
@@ -102,7 +104,7 @@ DEVICE void matmul(const MatmulParams& p) {
         for (int b = 0; b < 2; ++b) {
             uint32_t a[2][8];
             f16_fragments<Q>(a[0], w, sub, b, lane, inverse[0]);
-            f16_fragments<Q>(a[1], w + Q::kRecordBytes, sub, b, lane, inverse[1]);
+            f16_fragments<Q>(a[1], w + Q::kPackedTileBytes, sub, b, lane, inverse[1]);
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 const uint4 v = *reinterpret_cast<const uint4*>(x + tile * 1024 + b * x_half);
@@ -126,7 +128,7 @@ DEVICE void matmul(const MatmulParams& p) {
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int o = (strip0 + 2 * warp_m + i) * kStripRows + g + 8 * r;
+            const int o = (row_tile0 + 2 * warp_m + i) * kTileRows + g + 8 * r;
             bias[i][r] = p.bias != nullptr && o < p.n_out ? p.bias[o] : 0.0f;
         }
 #pragma unroll
@@ -140,7 +142,7 @@ DEVICE void matmul(const MatmulParams& p) {
             for (int i = 0; i < 2; ++i)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const int o = (strip0 + 2 * warp_m + i) * kStripRows + g + 8 * r;
+                    const int o = (row_tile0 + 2 * warp_m + i) * kTileRows + g + 8 * r;
                     if (o >= p.n_out) continue;
                     const float row_scale = __uint_as_float(inverse_bits(__float_as_uint(inverse[i][r])));
                     const float v = acc[i][tile][2 * r + c] * x_scale * row_scale + bias[i][r];

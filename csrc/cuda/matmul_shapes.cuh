@@ -7,31 +7,31 @@
 // One decode kernel: how a warp's ring is cut (worker_orcd/cuda/layout.py, matvec_shape).
 template <class Q, int kTiles>
 struct MatvecShape {
-    static constexpr int kStageUnits = Q::kUnitK == 64 && !kDense<Q> ? 2 : 1;
-    static constexpr int kStageBytes = kStageUnits * Q::kRecordBytes;
-    // Two strips share the loads of x where the ring and, with 8 tiles, the registers allow.
-    static constexpr bool kTwoFit = kTiles == 4 || (Q::kUnitK == 64 && !std::is_same_v<Q, Q5_1>);
-    static constexpr int kStrips = kTiles >= 4 && kStageBytes <= 2304 && kTwoFit ? 2 : 1;
-    static constexpr int kSlotBytes = kStrips * kStageBytes;
+    static constexpr int kStageKTiles = Q::kTileK == 64 && !kDense<Q> ? 2 : 1;
+    static constexpr int kStageBytes = kStageKTiles * Q::kPackedTileBytes;
+    // Two row tiles share the loads of x where the ring and, with 8 tiles, the registers allow.
+    static constexpr bool kTwoFit = kTiles == 4 || (Q::kTileK == 64 && !std::is_same_v<Q, Q5_1>);
+    static constexpr int kRowTiles = kTiles >= 4 && kStageBytes <= 2304 && kTwoFit ? 2 : 1;
+    static constexpr int kSlotBytes = kRowTiles * kStageBytes;
     static constexpr int kFit = 10240 / kSlotBytes;
     static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
-    static constexpr int kSums = kStrips * 128;  // float32 partial sums of a warp for 8 rows
+    static constexpr int kSums = kRowTiles * 128;  // float32 partial sums of a warp for 8 rows
 };
 
 // One prompt kernel: its block tile and stages (worker_orcd/cuda/layout.py, matmul_stages).
 template <class Q, int kWarpsM, int kWarpsN, int kTiles>
 struct MatmulShape {
     static constexpr int kWarps = kWarpsM * kWarpsN;
-    static constexpr int kStrips = 2 * kWarpsM;         // strips of a block
+    static constexpr int kRowTiles = 2 * kWarpsM;       // row tiles of a block
     static constexpr int kRows = 8 * kTiles * kWarpsN;  // rows of x of a block
     static constexpr int kXBytes = kRows * 2 * kSubK;   // one stage of x: 64 columns
-    static constexpr int kWBytes = kStrips * Q::kRecordBytes;
+    static constexpr int kWBytes = kRowTiles * Q::kPackedTileBytes;
     static constexpr int kBudget = kWarpsN == 1 ? 75776 : 49152;  // three or four blocks to a multiprocessor
     static constexpr int slots(int stages) { return Q::kSubs > 1 ? 2 : stages; }
     static constexpr int bytes(int stages) { return stages * kXBytes + slots(stages) * kWBytes; }
     static constexpr int kStages = bytes(4) <= kBudget ? 4 : bytes(3) <= kBudget ? 3 : 2;
-    // A unit of several stages arrives with its first one, at most kStages - 1 <= kSubs - 1 stages early, when the unit
-    // two before it is done with: two slots serve.
+    // A k tile of several stages arrives with its first one, at most kStages - 1 <= kSubs - 1 stages early, when the k
+    // tile two before it is done with: two slots serve.
     static constexpr int kSlots = slots(kStages);
     static_assert(Q::kSubs == 1 || kStages <= Q::kSubs);
 };

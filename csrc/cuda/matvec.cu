@@ -1,61 +1,62 @@
 // Decode: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for 1 .. 64 rows r, quantized W, float32 results.
 //
 // matvec_<type>_<tiles>(MatvecParams), tiles 1, 2, 4, 8: up to 8 * tiles rows. One launch may cover several matrices of
-// one type that share the input; their strips of 16 output rows are numbered through.
+// one type that share the input; their row tiles of 16 output rows are numbered through.
 //
-// A block owns kStrips strips at a time and walks over the strips of the launch. K is cut into stages (128 columns, 64
-// or 256 for types with other records), stage i belonging to warp i % warps: each warp streams its stages through a
-// ring of its own in shared memory (cp.async, no block-wide barrier), forms products on the tensor cores, and the
-// warps' sums are added in order of the warp. So the order of a row's sum depends on K, the type and the number of
-// warps: not on the rows of the launch, nor on `tiles`, nor on the grid.
+// A block owns kRowTiles row tiles at a time and walks over the row tiles of the launch. K is cut into stages (128
+// columns, 64 or 256 for types with other packed tiles), stage i belonging to warp i % warps: each warp streams its
+// stages through a ring of its own in shared memory (cp.async, no block-wide barrier), forms products on the tensor
+// cores, and the warps' sums are added in order of the warp. So the order of a row's sum depends on K, the type and the
+// number of warps: not on the rows of the launch, nor on `tiles`, nor on the grid.
 //
 // Numbers: codes are exact in bf16, activations two bf16 terms, products per scale block accumulate in float32 and are
 // scaled in float32: the weights are exact. Unquantized matrices: bf16 terms too (F32 and F16 two of the weight).
 //
-// Bytes: each weight once from memory; float32 x once per block (1 tile) or split x once per strip pair (else).
+// Bytes: each weight once from memory; float32 x once per block (1 tile) or split x once per row tile pair (else).
 // Weights are in flight before the dependency wait.
 #include "common/activations.cuh"
 #include "params/matmul_params.h"
 #include "matmul_shapes.cuh"
 
-DEVICE int matrix_of(const MatvecParams& p, int strip) {
+DEVICE int matrix_of(const MatvecParams& p, int row_tile) {
     int m = 0;
 #pragma unroll
     for (int i = 1; i < MATVEC_MAX_MATRICES; ++i)
-        if (i < p.n_matrices && strip >= p.m[i].strip0) m = i;
+        if (i < p.n_matrices && row_tile >= p.m[i].row_tile0) m = i;
     return m;
 }
 
-// First record of a strip.
+// First packed tile of a row tile.
 template <class Q>
-DEVICE const uint8_t* strip_records(const MatvecParams& p, int strip) {
-    const MatvecMatrix& m = p.m[matrix_of(p, strip)];
-    return m.w + static_cast<int64_t>(strip - m.strip0) * p.n_units * Q::kRecordBytes;
+DEVICE const uint8_t* row_tile_address(const MatvecParams& p, int row_tile) {
+    const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
+    return m.w + static_cast<int64_t>(row_tile - m.row_tile0) * p.n_k_tiles * Q::kPackedTileBytes;
 }
 
-// The stream of one warp's stages over the strips of its block: always kDepth - 1 stages ahead of the sums.
+// The stream of one warp's stages over the row tiles of its block: always kDepth - 1 stages ahead of the sums.
 template <class Q, int kTiles>
 struct Loader {
     using S = MatvecShape<Q, kTiles>;
     const MatvecParams& p;
-    const uint8_t* src[S::kStrips];
+    const uint8_t* src[S::kRowTiles];
     uint32_t ring;
     int lane, warp, n_warps, n_stages, n_tiles, tile, stage, slot = 0;
 
-    DEVICE_MEMBER void find_strips() {
+    DEVICE_MEMBER void find_row_tiles() {
 #pragma unroll
-        for (int i = 0; i < S::kStrips; ++i)
-            if (tile < n_tiles) src[i] = strip_records<Q>(p, min(tile * S::kStrips + i, p.n_strips - 1));
+        for (int i = 0; i < S::kRowTiles; ++i)
+            if (tile < n_tiles) src[i] = row_tile_address<Q>(p, min(tile * S::kRowTiles + i, p.n_row_tiles - 1));
     }
 
     // Starts the copy of the next stage (nothing after the last) and commits one group either way.
     DEVICE_MEMBER void issue() {
         if (tile < n_tiles) {
-            const int unit = stage * S::kStageUnits, n = min(S::kStageUnits, p.n_units - unit) * Q::kRecordBytes;
+            const int k_tile = stage * S::kStageKTiles,
+                      n = min(S::kStageKTiles, p.n_k_tiles - k_tile) * Q::kPackedTileBytes;
             const uint32_t to = ring + slot * S::kSlotBytes;
 #pragma unroll
-            for (int i = 0; i < S::kStrips; ++i) {
-                const uint8_t* from = src[i] + static_cast<int64_t>(unit) * Q::kRecordBytes;
+            for (int i = 0; i < S::kRowTiles; ++i) {
+                const uint8_t* from = src[i] + static_cast<int64_t>(k_tile) * Q::kPackedTileBytes;
 #pragma unroll
                 for (int at = 0; at < S::kStageBytes; at += 512)
                     if (at + lane * 16 < n)
@@ -66,7 +67,7 @@ struct Loader {
             if (stage >= n_stages) {
                 stage = warp;
                 tile += gridDim.x;
-                find_strips();
+                find_row_tiles();
             }
         }
         cp_async_commit();
@@ -94,28 +95,28 @@ struct Activations {
 // The compiler would hoist the loads of all blocks and tiles above the first product and spill.
 DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
 
-template <int kStrips, int kTiles>
-using Sums = float[kStrips][kTiles][4];
+template <int kRowTiles, int kTiles>
+using Sums = float[kRowTiles][kTiles][4];
 
-// One 64-column sub-unit of a quantized type: block by block an exact product of codes, then its scales.
-template <class Q, int kTiles, int kStrips>
-DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[kStrips], int sub, int x_block0,
+// One 64-column sub-tile of a quantized type: block by block an exact product of codes, then its scales.
+template <class Q, int kTiles, int kRowTiles>
+DEVICE void add_sub(Sums<kRowTiles, kTiles>& acc, const uint8_t* const (&packed_tile)[kRowTiles], int sub, int x_block0,
                     const Activations<kTiles>& x, int lane) {
     constexpr int kParts = Q::kScaleK == 16 ? 2 : 1, kLoadTiles = kTiles == 8 ? 2 : 4;
-    Codes<Q::kLowBits, Q::kHighBits> codes[kStrips];
-    typename Q::Scales scales[kStrips];
+    Codes<Q::kLowBits, Q::kHighBits> codes[kRowTiles];
+    typename Q::Scales scales[kRowTiles];
 #pragma unroll
-    for (int i = 0; i < kStrips; ++i) {
-        codes[i] = load_codes<Q>(record[i], sub, lane);
-        scales[i] = Q::load_scales(record[i], lane);
+    for (int i = 0; i < kRowTiles; ++i) {
+        codes[i] = load_codes<Q>(packed_tile[i], sub, lane);
+        scales[i] = Q::load_scales(packed_tile[i], lane);
     }
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
         keep_loads_here();
-        uint32_t a[kStrips][8];
-        float scale[kStrips][2][2], min[kStrips][2][2];
+        uint32_t a[kRowTiles][8];
+        float scale[kRowTiles][2][2], min[kRowTiles][2][2];
 #pragma unroll
-        for (int i = 0; i < kStrips; ++i) {
+        for (int i = 0; i < kRowTiles; ++i) {
             Q::scales(scales[i], 2 * sub + b, scale[i], min[i]);
 #pragma unroll
             for (int pair = 0; pair < 8; ++pair) a[i][pair] = Q::bf16_pair(codes[i], 8 * b + pair);
@@ -130,7 +131,7 @@ DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[k
                 sums[0] = x.block_sums(tile, 0, x_block), sums[1] = x.block_sums(tile, 1, x_block);
             }
 #pragma unroll
-            for (int i = 0; i < kStrips; ++i) {
+            for (int i = 0; i < kRowTiles; ++i) {
                 float d[kParts][4] = {};
                 mma_bf16(d[0], a[i], low.x, low.y);
                 mma_bf16(d[kParts - 1], a[i] + 4, low.z, low.w);
@@ -154,17 +155,17 @@ DEVICE void add_sub(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[k
     }
 }
 
-// One 64-column unit of an unquantized type.
-template <class Q, int kTiles, int kStrips>
-DEVICE void add_dense(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)[kStrips], int x_block0,
+// One 64-column k tile of an unquantized type.
+template <class Q, int kTiles, int kRowTiles>
+DEVICE void add_dense(Sums<kRowTiles, kTiles>& acc, const uint8_t* const (&packed_tile)[kRowTiles], int x_block0,
                       const Activations<kTiles>& x, int lane) {
     constexpr bool kTwoTerms = !std::is_same_v<Q, BF16>;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-        uint32_t high[kStrips][8], low[kStrips][8];
+        uint32_t high[kRowTiles][8], low[kRowTiles][8];
 #pragma unroll
-        for (int i = 0; i < kStrips; ++i) {
-            const auto codes = load_codes<Q>(record[i], 0, lane);
+        for (int i = 0; i < kRowTiles; ++i) {
+            const auto codes = load_codes<Q>(packed_tile[i], 0, lane);
 #pragma unroll
             for (int pair = 0; pair < 8; ++pair) {
                 if constexpr (kTwoTerms) {
@@ -181,7 +182,7 @@ DEVICE void add_dense(Sums<kStrips, kTiles>& acc, const uint8_t* const (&record)
         for (int tile = 0; tile < kTiles; ++tile) {
             const uint4 x_high = x.high(tile, x_block0 + b), x_low = x.low(tile, x_block0 + b);
 #pragma unroll
-            for (int i = 0; i < kStrips; ++i) {
+            for (int i = 0; i < kRowTiles; ++i) {
                 float (&d)[4] = acc[i][tile];
                 if constexpr (kTwoTerms) {
                     mma_bf16(d, low[i], x_high.x, x_high.y);
@@ -202,16 +203,16 @@ DEVICE void matvec(const MatvecParams& p) {
     // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [n_rows][split_bytes] rows (1 tile)
     extern __shared__ __align__(128) uint8_t smem[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
-    const int n_stages = (p.n_units + S::kStageUnits - 1) / S::kStageUnits;
-    const int n_tiles = (p.n_strips + S::kStrips - 1) / S::kStrips;
-    const int n_x_blocks = p.n_units * (Q::kUnitK / 32);
+    const int n_stages = (p.n_k_tiles + S::kStageKTiles - 1) / S::kStageKTiles;
+    const int n_tiles = (p.n_row_tiles + S::kRowTiles - 1) / S::kRowTiles;
+    const int n_x_blocks = p.n_k_tiles * (Q::kTileK / 32);
     const uint8_t* ring = smem + warp * (S::kDepth * S::kSlotBytes);
     float* partial = reinterpret_cast<float*>(smem + p.ring_bytes);
 
     pdl_launch_dependents();
     Loader<Q, kTiles> loader{p,        {},      smem_address(ring),           lane, warp, n_warps,
                              n_stages, n_tiles, static_cast<int>(blockIdx.x), warp};
-    loader.find_strips();
+    loader.find_row_tiles();
 #pragma unroll
     for (int i = 0; i < S::kDepth - 1; ++i) loader.issue();
     pdl_wait();
@@ -239,50 +240,50 @@ DEVICE void matvec(const MatvecParams& p) {
 
     int slot = 0, parity = 0;
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-        Sums<S::kStrips, kTiles> acc = {};
+        Sums<S::kRowTiles, kTiles> acc = {};
         for (int stage = warp; stage < n_stages; stage += n_warps) {
             cp_async_wait<S::kDepth - 2>();
             __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled next
             loader.issue();
-#pragma unroll kTiles >= 4 ? 1 : S::kStageUnits
-            for (int u = 0; u < S::kStageUnits; ++u) {
-                const int unit = stage * S::kStageUnits + u;
-                if (unit >= p.n_units) break;
-                const uint8_t* record[S::kStrips];
+#pragma unroll kTiles >= 4 ? 1 : S::kStageKTiles
+            for (int u = 0; u < S::kStageKTiles; ++u) {
+                const int k_tile = stage * S::kStageKTiles + u;
+                if (k_tile >= p.n_k_tiles) break;
+                const uint8_t* packed_tile[S::kRowTiles];
 #pragma unroll
-                for (int i = 0; i < S::kStrips; ++i)
-                    record[i] = ring + slot * S::kSlotBytes + i * S::kStageBytes + u * Q::kRecordBytes;
-                const int x_block0 = unit * (Q::kUnitK / 32);
+                for (int i = 0; i < S::kRowTiles; ++i)
+                    packed_tile[i] = ring + slot * S::kSlotBytes + i * S::kStageBytes + u * Q::kPackedTileBytes;
+                const int x_block0 = k_tile * (Q::kTileK / 32);
                 if constexpr (kDense<Q>) {
-                    add_dense<Q>(acc, record, x_block0, x, lane);
+                    add_dense<Q>(acc, packed_tile, x_block0, x, lane);
                 } else {
 #pragma unroll 1
-                    for (int sub = 0; sub < Q::kSubs; ++sub) add_sub<Q>(acc, record, sub, x_block0, x, lane);
+                    for (int sub = 0; sub < Q::kSubs; ++sub) add_sub<Q>(acc, packed_tile, sub, x_block0, x, lane);
                 }
             }
             slot = slot + 1 == S::kDepth ? 0 : slot + 1;
         }
 
-        // partial[warp][strip][row of the strip][row of the tile], two sets: one barrier a round suffices.
+        // partial[warp][row tile][row of the row tile][row of the tile], two sets: one barrier a round suffices.
 #pragma unroll
         for (int x_tile = 0; x_tile < kTiles; ++x_tile) {
             const int n_here = min(8, p.n_rows - 8 * x_tile);
             if (n_here <= 0) break;
             float* set = partial + parity * n_warps * S::kSums;
 #pragma unroll
-            for (int i = 0; i < S::kStrips; ++i) {
+            for (int i = 0; i < S::kRowTiles; ++i) {
                 const float (&d)[4] = acc[i][x_tile];
                 float* to = set + warp * S::kSums + i * 128 + g * 8 + 2 * t;
                 *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
                 *reinterpret_cast<float2*>(to + 64) = make_float2(d[2], d[3]);
             }
             __syncthreads();
-            for (int i = threadIdx.x; i < n_here * 16 * S::kStrips; i += blockDim.x) {
-                const int n = i / (16 * S::kStrips), in_tile = i % (16 * S::kStrips);
-                const int strip = tile * S::kStrips + in_tile / 16;
-                if (strip >= p.n_strips) continue;
-                const MatvecMatrix& m = p.m[matrix_of(p, strip)];
-                const int o = (strip - m.strip0) * 16 + in_tile % 16;
+            for (int i = threadIdx.x; i < n_here * 16 * S::kRowTiles; i += blockDim.x) {
+                const int n = i / (16 * S::kRowTiles), in_tile = i % (16 * S::kRowTiles);
+                const int row_tile = tile * S::kRowTiles + in_tile / 16;
+                if (row_tile >= p.n_row_tiles) continue;
+                const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
+                const int o = (row_tile - m.row_tile0) * 16 + in_tile % 16;
                 if (o >= m.n_out) continue;
                 float sum = 0.0f;
                 for (int w = 0; w < n_warps; ++w) sum += set[w * S::kSums + in_tile * 8 + n];
@@ -299,7 +300,7 @@ DEVICE void matvec(const MatvecParams& p) {
 // With one block asked for the compiler spends all registers on scheduling, with none it saves them. Tried one by one:
 // the 8-tile kernels that would then spill get the other.
 template <class Q>
-constexpr int kBlocks8 = MatvecShape<Q, 8>::kStrips == 1 && Q::kLowBits > 2 ? 1 : 0;
+constexpr int kBlocks8 = MatvecShape<Q, 8>::kRowTiles == 1 && Q::kLowBits > 2 ? 1 : 0;
 
 #define DEFINE_TILES(Type, name, tiles, blocks)                           \
     extern "C" __global__ void __launch_bounds__(256, blocks)             \

@@ -1,6 +1,6 @@
 // Rotary embedding of q and k in place, and k and v into the paged cache as float16.
 //
-//   angle = position * freqs[pair];  (a, b) -> mscale * (a cos - b sin, a sin + b cos)
+//   angle = position * inv_freq[pair];  (a, b) -> mscale * (a cos - b sin, a sin + b cos)
 //   pairs of a head: (2p, 2p + 1) adjacent, (p, p + n_rot / 2) halves; dimensions from n_rot on stay
 //
 // Grid: x = row; the head pairs of a row are spread over the blocks of y and their threads. Each block first puts the
@@ -25,9 +25,9 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
     if (slot < 0) return;
     const int position = p.positions[row];
     const int half_rot = p.n_rot / 2, half_head = p.head_dim / 2;
-    const float* freqs = p.long_slots && p.long_slots[slot] ? p.freqs + half_rot : p.freqs;
+    const float* inv_freq = p.long_slots && p.long_slots[slot] ? p.inv_freq + half_rot : p.inv_freq;
     for (int pair = threadIdx.x; pair < half_rot; pair += blockDim.x) {
-        double half_turns = (double)position * (double)freqs[pair] * 0.31830988618379067154;
+        double half_turns = (double)position * (double)inv_freq[pair] * 0.31830988618379067154;
         half_turns -= 2.0 * rint(0.5 * half_turns);
         float s, c;
         sincospif((float)half_turns, &s, &c);
@@ -50,8 +50,8 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
         const int pair = item % half_head;
         const bool rotated = pair < half_rot;
         // The pairs after the rotated ones stand for the dimensions n_rot .. head_dim - 1, two each.
-        const int first = !rotated ? 2 * pair : p.pairing == ROPE_HALVES ? pair : 2 * pair;
-        const int second = rotated && p.pairing == ROPE_HALVES ? pair + half_rot : first + 1;
+        const int first = !rotated ? 2 * pair : p.rope_type == ROPE_NEOX ? pair : 2 * pair;
+        const int second = rotated && p.rope_type == ROPE_NEOX ? pair + half_rot : first + 1;
         if (head >= n_q + n_k) {
             head -= n_q + n_k;
             if (!cache) continue;

@@ -1,28 +1,29 @@
 // From the router to the lists of the expert products, and the weighted sum of their results.
 //
-// route_logits_<type>(RouteParams): sums of x W^T over each of ROUTE_SLICES parts of K, float32. A warp takes one strip
-//   (16 experts) and one part for ROUTE_ROWS rows. Grid (strips * ROUTE_SLICES / 8, rows / ROUTE_ROWS), 256 threads.
+// route_logits_<type>(RouteParams): sums of x W^T over each of ROUTE_SLICES parts of K, float32. A warp takes one row
+// tile
+//   (16 experts) and one part for ROUTE_ROWS rows. Grid (row tiles * ROUTE_SLICES / 8, rows / ROUTE_ROWS), 256 threads.
 // route_choose(RouteParams): logits = the parts in order + bias; the n_used largest (ties: the lower id); softmax over
 //   those. A warp a row; grid any, 1024 threads. With item_rows a single block, which also makes the list.
 // route_list(RouteParams): the list alone, for more rows. One block of 1024 threads.
 // expert_sum(ExpertSumParams): grid (n / 1024, rows), 256 threads.
 //
 // A row's logits are the same bits in a decode step and in any chunk of a prompt: its experts do not depend on how it
-// came. Exact weights, float32 products. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per strip.
+// came. Exact weights, float32 products. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per row tile.
 #include "params/experts_params.h"
 #include "quant/types.cuh"
 
 constexpr uint32_t kAll = 0xffffffffu;
 
-// The 16 weights of rows g and g + 8 (pair & 1) that a lane holds of one sub-unit, times the rows' x.
+// The 16 weights of rows g and g + 8 (pair & 1) that a lane holds of one sub-tile, times the rows' x.
 template <class Q>
-DEVICE void add_sub_unit(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, const uint8_t* record, int unit, int sub,
-                         int row0, int lane) {
-    const auto codes = load_codes<Q>(record, sub, lane);
+DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, const uint8_t* packed_tile, int k_tile,
+                         int sub, int row0, int lane) {
+    const auto codes = load_codes<Q>(packed_tile, sub, lane);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
         asm volatile("" ::: "memory");  // or the loads of all rows come first, and registers run out
-        const int column0 = unit * Q::kUnitK + sub * kSubK + 32 * b;
+        const int column0 = k_tile * Q::kTileK + sub * kSubK + 32 * b;
         if (column0 >= p.k) break;
         float w[8][2];
 #pragma unroll
@@ -30,7 +31,7 @@ DEVICE void add_sub_unit(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
             Q::values(codes, 8 * b + i, w[i][0], w[i][1]);
             if constexpr (!kDense<Q>) {
                 float scale[2][2], min[2][2] = {};
-                Q::scales(Q::load_scales(record, lane), 2 * sub + b, scale, min);
+                Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + b, scale, min);
                 const int j = Q::kScaleK == 16 ? i >> 2 : 0;
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
@@ -60,25 +61,25 @@ DEVICE void add_sub_unit(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
 template <class Q>
 DEVICE void route_logits(const RouteParams& p) {
     const int lane = threadIdx.x % 32, warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const int strip = warp / ROUTE_SLICES, slice = warp % ROUTE_SLICES, row0 = blockIdx.y * ROUTE_ROWS;
-    const int n_pad = (p.n_expert + kStripRows - 1) / kStripRows * kStripRows;
-    const uint8_t* records = p.w + static_cast<int64_t>(strip) * p.n_units * Q::kRecordBytes;
-    const bool exists = strip * kStripRows < p.n_expert;
+    const int row_tile = warp / ROUTE_SLICES, slice = warp % ROUTE_SLICES, row0 = blockIdx.y * ROUTE_ROWS;
+    const int n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
+    const uint8_t* packed_tiles = p.w + static_cast<int64_t>(row_tile) * p.n_k_tiles * Q::kPackedTileBytes;
+    const bool exists = row_tile * kTileRows < p.n_expert;
 
     pdl_launch_dependents();
     // The router's weights depend on nothing: they come nearer while the kernel before ends.
     if (exists)
-        for (int unit = slice; unit < p.n_units; unit += ROUTE_SLICES)
-            for (int at = lane * 128; at < Q::kRecordBytes; at += 32 * 128)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(records + unit * Q::kRecordBytes + at));
+        for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
+            for (int at = lane * 128; at < Q::kPackedTileBytes; at += 32 * 128)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(packed_tiles + k_tile * Q::kPackedTileBytes + at));
     pdl_wait();
     if (!exists) return;
 
     float sum[ROUTE_ROWS][2] = {};
-    for (int unit = slice; unit < p.n_units; unit += ROUTE_SLICES)
+    for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
 #pragma unroll 1
         for (int sub = 0; sub < Q::kSubs; ++sub)
-            add_sub_unit<Q>(sum, p, records + unit * Q::kRecordBytes, unit, sub, row0, lane);
+            add_sub_tile<Q>(sum, p, packed_tiles + k_tile * Q::kPackedTileBytes, k_tile, sub, row0, lane);
 #pragma unroll
     for (int n = 0; n < ROUTE_ROWS; ++n) {
         if (row0 + n >= p.n_rows) break;
@@ -88,7 +89,7 @@ DEVICE void route_logits(const RouteParams& p) {
             s += __shfl_xor_sync(kAll, s, 1);
             s += __shfl_xor_sync(kAll, s, 2);
             if (lane % 4 == 0)
-                p.partial[(static_cast<int64_t>(row0 + n) * ROUTE_SLICES + slice) * n_pad + strip * kStripRows +
+                p.partial[(static_cast<int64_t>(row0 + n) * ROUTE_SLICES + slice) * n_pad + row_tile * kTileRows +
                           lane / 4 + 8 * r] = s;
         }
     }
@@ -109,7 +110,7 @@ DEVICE float logit_of(uint64_t key) {
 // One row by one warp.
 DEVICE void choose(const RouteParams& p, int row, int lane) {
     constexpr int kPerLane = EXPERTS_MAX / 32;
-    const int n_pad = (p.n_expert + kStripRows - 1) / kStripRows * kStripRows;
+    const int n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
     const float* partial = p.partial + static_cast<int64_t>(row) * ROUTE_SLICES * n_pad;
     uint64_t keys[kPerLane];
 #pragma unroll

@@ -27,7 +27,7 @@ static_assert((1 << kDigitBits) == SAMPLE_BINS && SAMPLE_CHUNK == 4 * kDrawThrea
 struct Row {
     const float* logits;
     const uint32_t* seen;  // null: no penalty
-    SampleSlot slot;
+    SlotSampling slot;
     int n_vocab;
     bool is_aligned;
 

@@ -16,7 +16,7 @@
 namespace worker_orcd {
 
 // Token texts by hash: open addressing over the caller's blob, which is copied.
-class ScoreVocab {
+class SpmVocab {
   public:
     struct Entry {
         uint32_t offset, n_bytes;  // of the text in the blob; n_bytes 0 = free slot
@@ -70,8 +70,8 @@ class ScoreVocab {
 
 // Append the ids of `text` (valid UTF-8, at most 2^30 bytes) to `out`. A piece without token becomes its bytes' ids, or
 // `unk_id` once where `byte_ids` [256] is null.
-inline void score_merge(const ScoreVocab& vocab, const char* text, size_t n_bytes, const int32_t* byte_ids,
-                        int32_t unk_id, std::vector<int32_t>& out) {
+inline void spm_merge(const SpmVocab& vocab, const char* text, size_t n_bytes, const int32_t* byte_ids, int32_t unk_id,
+                      std::vector<int32_t>& out) {
     struct Piece {
         int32_t prev, next;       // indices, -1 = none
         uint32_t offset, length;  // in text; length 0 = joined into its left neighbour
@@ -99,7 +99,7 @@ inline void score_merge(const ScoreVocab& vocab, const char* text, size_t n_byte
     auto candidate = [&](int32_t left, int32_t right, Candidate& c) {
         if (left < 0 || right < 0) return false;
         const uint32_t length = pieces[left].length + pieces[right].length;
-        const ScoreVocab::Entry* e = vocab.find(text + pieces[left].offset, length);
+        const SpmVocab::Entry* e = vocab.find(text + pieces[left].offset, length);
         if (e) c = Candidate{e->score, left, right, length};
         return e != nullptr;
     };
@@ -125,7 +125,7 @@ inline void score_merge(const ScoreVocab& vocab, const char* text, size_t n_byte
 
     for (int32_t i = 0; i >= 0; i = pieces[i].next) {
         const char* piece = text + pieces[i].offset;
-        if (const ScoreVocab::Entry* e = vocab.find(piece, pieces[i].length)) {
+        if (const SpmVocab::Entry* e = vocab.find(piece, pieces[i].length)) {
             out.push_back(e->id);
         } else if (byte_ids) {
             for (uint32_t j = 0; j < pieces[i].length; ++j)

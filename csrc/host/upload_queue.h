@@ -25,7 +25,7 @@ struct UploadChunk {
     int32_t type;  // ggml type of its blocks, to be checked; -1: any bytes
 };
 
-class WindowGate {
+class UploadQueue {
   public:
     void add(const UploadChunk& chunk) {
         chunks_.push_back(chunk);

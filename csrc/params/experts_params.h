@@ -45,7 +45,7 @@ typedef struct {
     float* gates;      /* [n_rows, n_used] */
     int64_t x_stride;
     int32_t k;
-    int32_t n_units;
+    int32_t n_k_tiles;
     int32_t n_expert;
     int32_t n_used;
     int32_t n_rows;
@@ -76,7 +76,7 @@ typedef struct {
     int32_t n_out;
     int32_t n_used;
     int32_t k;
-    int32_t n_units;
+    int32_t n_k_tiles;
     int32_t ring_bytes; /* shared memory of the weight rings: warps * ring bytes of a warp */
     int32_t unused;
 } ExpertMatvecParams;
@@ -92,7 +92,7 @@ typedef struct {
     int32_t x_slot_rows;
     int32_t n_out;
     int32_t n_used;
-    int32_t n_units;
+    int32_t n_k_tiles;
     int32_t unused;
 } ExpertMatmulParams;
 

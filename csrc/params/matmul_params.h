@@ -48,7 +48,7 @@ typedef struct {
     int64_t x_stride;
     int64_t out_bytes; /* bytes of a converted row, see x_f16_bytes and x_split_bytes in worker_orcd/cuda/layout.py */
     int32_t k;
-    int32_t k_pad; /* k rounded up to whole units of the weight's type */
+    int32_t k_pad; /* k rounded up to whole k tiles of the weight's type */
     int32_t n_rows;
     int32_t n_pad_rows; /* rows to write; those past n_rows are zeros */
 } ConvertParams;
@@ -60,8 +60,8 @@ typedef struct {
     float* out;        /* [n_rows, out_stride] */
     int64_t out_stride;
     int32_t n_out;
-    int32_t strip0; /* sum of the strips of the matrices before it */
-    int32_t add;    /* nonzero: out += result */
+    int32_t row_tile0; /* sum of the row tiles of the matrices before it */
+    int32_t add;       /* nonzero: out += result */
     int32_t unused;
 } MatvecMatrix;
 
@@ -73,9 +73,9 @@ typedef struct {
     int64_t x_stride;
     int64_t split_bytes; /* bytes of a converted row (also in the shared memory of the 1-tile kernels) */
     int32_t n_matrices;
-    int32_t n_strips; /* of all matrices */
+    int32_t n_row_tiles; /* of all matrices */
     int32_t k;
-    int32_t n_units;
+    int32_t n_k_tiles;
     int32_t n_rows;
     int32_t ring_bytes; /* shared memory of the weight rings: warps * ring bytes of a warp */
 } MatvecParams;
@@ -90,7 +90,7 @@ typedef struct {
     int64_t out_stride;
     int32_t x_bytes; /* of a converted row */
     int32_t n_out;
-    int32_t n_units;
+    int32_t n_k_tiles;
     int32_t n_rows;
     int32_t add; /* nonzero: out += result */
     int32_t unused;

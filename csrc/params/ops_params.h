@@ -9,11 +9,7 @@
 
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define HOST_DEVICE_INLINE static __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE_INLINE static inline
-#endif
+#include "params/host_device.h"
 
 // ---- the paged KV cache ------------------------------------------------------------------------------------------
 // One float16 arena per layer, [n_blocks][n_head_kv][2][64 * head_dim]. A block holds 64 positions of one sequence;
@@ -22,7 +18,7 @@
 #define KV_BLOCK 64
 
 // Halves from the arena's start to the K part of (block, head); its V part follows after KV_BLOCK * head_dim.
-HOST_DEVICE_INLINE int64_t kv_offset(int64_t block, int32_t head, int32_t n_head_kv, int32_t head_dim) {
+static HOST_DEVICE int64_t kv_offset(int64_t block, int32_t head, int32_t n_head_kv, int32_t head_dim) {
     return (block * n_head_kv + head) * (2 * KV_BLOCK) * head_dim;
 }
 
@@ -50,7 +46,7 @@ typedef struct {
 
 // Threads of a block for rows of n columns: about 8 columns a thread, at most 1024 (n <= 16384); for norm_scalar at
 // most 512 (n <= 8192), as its addresses take more registers.
-HOST_DEVICE_INLINE int32_t norm_threads(int32_t n, int32_t is_scalar) {
+static HOST_DEVICE int32_t norm_threads(int32_t n, int32_t is_scalar) {
     const int32_t most = is_scalar ? 512 : 1024;
     int32_t threads = 128;
     while (threads < most && threads * 8 < n) threads *= 2;
@@ -58,8 +54,8 @@ HOST_DEVICE_INLINE int32_t norm_threads(int32_t n, int32_t is_scalar) {
 }
 
 // ---- rope_kv.cu --------------------------------------------------------------------------------------------------
-#define ROPE_ADJACENT 0
-#define ROPE_HALVES 1
+#define ROPE_INTERLEAVED 0
+#define ROPE_NEOX 1
 #define ROPE_MAX_PAIRS 128
 
 // rope_kv: grid (n_rows, any y >= 1), block 256.
@@ -67,7 +63,7 @@ typedef struct {
     float* q;                    // [n_rows, n_head * head_dim], rotated in place; null: no rotation of q
     float* k;                    // [n_rows, n_head_kv * head_dim], rotated in place; null: q alone
     const float* v;              // [n_rows, n_head_kv * head_dim]; null: nothing goes to the cache
-    const float* freqs;          // [n_rot / 2], radians per position; with long_slots [2, n_rot / 2], short and long
+    const float* inv_freq;       // [n_rot / 2], radians per position; with long_slots [2, n_rot / 2], short and long
     const int32_t* long_slots;   // [max_seqs], not 0: the slot turns by the long frequencies; null: there are none
     uint16_t* kv;                // this layer's arena, float16
     const int32_t* block_table;  // [max_seqs, max_blocks] of this layer's KV group
@@ -75,8 +71,8 @@ typedef struct {
     const int32_t* slots;        // [n_rows]
     int32_t q_stride, k_stride, v_stride;
     int32_t n_head, n_head_kv, head_dim;
-    int32_t n_rot;    // 0: no rotation, the cache is written only
-    int32_t pairing;  // ROPE_ADJACENT, ROPE_HALVES
+    int32_t n_rot;      // 0: no rotation, the cache is written only
+    int32_t rope_type;  // ROPE_INTERLEAVED, ROPE_NEOX
     int32_t max_blocks;
     float mscale;
 } RopeKvParams;
@@ -109,7 +105,7 @@ typedef struct {
 // Positions of one split for a row that attends to n_keys keys. A function of the row alone, so that its sums are
 // grouped the same way in every batch; grows with the row so that the last step (adding at most 129 splits) stays
 // short.
-HOST_DEVICE_INLINE int32_t decode_split(int32_t n_keys) {
+static HOST_DEVICE int32_t decode_split(int32_t n_keys) {
     if (n_keys <= 4096) return 128;
     if (n_keys <= 16384) return 256;
     int32_t split = 512;
@@ -118,7 +114,7 @@ HOST_DEVICE_INLINE int32_t decode_split(int32_t n_keys) {
 }
 
 // Most splits of a row over all positions below context_length; one more than the keys fill, as a window straddles.
-HOST_DEVICE_INLINE int32_t decode_max_splits(int32_t context_length, int32_t window) {
+static HOST_DEVICE int32_t decode_max_splits(int32_t context_length, int32_t window) {
     const int32_t n = window > 0 && window < context_length ? window : context_length;
     const int32_t edges[4] = {4096, 16384, 65536, n};
     int32_t most = 0;
@@ -130,12 +126,12 @@ HOST_DEVICE_INLINE int32_t decode_max_splits(int32_t context_length, int32_t win
     return most;
 }
 
-HOST_DEVICE_INLINE int32_t decode_head_tiles(int32_t n_head, int32_t n_head_kv) {
+static HOST_DEVICE int32_t decode_head_tiles(int32_t n_head, int32_t n_head_kv) {
     return (n_head / n_head_kv + DECODE_HEADS - 1) / DECODE_HEADS;
 }
 
 // Four warps, each with one chunk of K and one of V, 32 positions each; dimensions padded to 32.
-HOST_DEVICE_INLINE int32_t decode_smem_bytes(int32_t head_dim) {
+static HOST_DEVICE int32_t decode_smem_bytes(int32_t head_dim) {
     return 4 * ((head_dim + 31) / 32 * 32 + head_dim) * 32 * 2;
 }
 
@@ -165,7 +161,7 @@ typedef struct {
 } AttentionPrefillParams;
 
 // Two stages of K [64][head_dim] and V [head_dim][64]; rows padded by 16 bytes against bank conflicts.
-HOST_DEVICE_INLINE int32_t prefill_smem_bytes(int32_t head_dim) {
+static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) {
     return 2 * (KV_BLOCK * (2 * head_dim + 16) + head_dim * (2 * KV_BLOCK + 16));
 }
 
@@ -191,7 +187,7 @@ typedef struct {
 #define SAMPLE_BINS 2048
 #define SAMPLE_MAX_VOCAB 262144
 
-HOST_DEVICE_INLINE int32_t sample_chunks(int32_t n_vocab) { return (n_vocab + SAMPLE_CHUNK - 1) / SAMPLE_CHUNK; }
+static HOST_DEVICE int32_t sample_chunks(int32_t n_vocab) { return (n_vocab + SAMPLE_CHUNK - 1) / SAMPLE_CHUNK; }
 
 // How one slot samples; csrc/params/sampling.h says what the numbers mean.
 typedef struct {
@@ -202,7 +198,7 @@ typedef struct {
     float repetition_penalty;  // 1: off
     int32_t top_k;             // 0: off
     int32_t reserved;
-} SampleSlot;
+} SlotSampling;
 
 // What sample_max leaves of one chunk.
 typedef struct {
@@ -217,21 +213,21 @@ typedef struct {
 // live slot is greedy. sample_draw: grid (n_rows), block 1024, dynamic shared memory SAMPLE_DRAW_SMEM. n_vocab is at
 // most SAMPLE_MAX_VOCAB. A dead row (slot < 0) draws nothing and writes nothing of its own.
 typedef struct {
-    const float* logits;        // [n_rows, n_vocab]
-    const SampleSlot* samples;  // [max_seqs]
-    const int32_t* slots;       // [n_rows]
-    int32_t* positions;         // [n_rows] of the rows the logits belong to; the drawn tokens' are one higher
-    uint32_t* seen;             // [max_seqs, seen_words] tokens sampled in the slot, a bit each; the draw sets its bit
-    SamplePartial* partial;     // workspace [n_rows, n_chunks]
-    uint64_t* chunk_weights;    // workspace [n_rows, n_chunks]
-    uint64_t* bin_weights;      // workspace [n_rows, SAMPLE_BINS], zero before the first launch; left zero
-    uint32_t* bin_counts;       // workspace [n_rows, SAMPLE_BINS], zero before the first launch; left zero
-    uint32_t* done;             // workspace [1], zero before the first launch; left zero
-    int32_t* next_tokens;       // [n_rows] input of the next step (0 where the draw failed), or null
-    int32_t* out;         // host memory [out_steps, out_stride]: row step % out_steps takes the tokens; -1: failed
-    uint64_t* step;       // [1] steps done; one more after this launch
-    uint64_t* host_step;  // host memory [1]: the same number, written after the tokens; or null
-    int32_t* failed;      // [1] set to 1 by a row whose draw failed; or null
+    const float* logits;          // [n_rows, n_vocab]
+    const SlotSampling* samples;  // [max_seqs]
+    const int32_t* slots;         // [n_rows]
+    int32_t* positions;           // [n_rows] of the rows the logits belong to; the drawn tokens' are one higher
+    uint32_t* seen;           // [max_seqs, seen_words] tokens sampled in the slot, a bit each; the draw sets its bit
+    SamplePartial* partial;   // workspace [n_rows, n_chunks]
+    uint64_t* chunk_weights;  // workspace [n_rows, n_chunks]
+    uint64_t* bin_weights;    // workspace [n_rows, SAMPLE_BINS], zero before the first launch; left zero
+    uint32_t* bin_counts;     // workspace [n_rows, SAMPLE_BINS], zero before the first launch; left zero
+    uint32_t* done;           // workspace [1], zero before the first launch; left zero
+    int32_t* next_tokens;     // [n_rows] input of the next step (0 where the draw failed), or null
+    int32_t* out;             // host memory [out_steps, out_stride]: row step % out_steps takes the tokens; -1: failed
+    uint64_t* step;           // [1] steps done; one more after this launch
+    uint64_t* host_step;      // host memory [1]: the same number, written after the tokens; or null
+    int32_t* failed;          // [1] set to 1 by a row whose draw failed; or null
     int32_t logits_stride, n_vocab, n_chunks, seen_words;
     int32_t out_steps, out_stride;
     int32_t advance;  // not zero: positions[row] += 1

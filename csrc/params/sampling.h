@@ -12,18 +12,16 @@
 //      least sampling_top_p_target(top_p, W) (at least the first token).
 //   7. min_p > 0: only tokens with w_i >= sampling_min_p_limit(min_p) stay (the first always does).
 //   8. With W the sum of what stays, u = sampling_random(seed, p + 1) and t = sampling_scale(u, W), the token is the
-//   first in
-//      id order whose running sum of weights exceeds t.
+//      first in id order whose running sum of weights exceeds t.
 // u is 64 random bits, read as u / 2^64 in [0, 1); it depends on the seed and on the position p + 1 that the drawn
 // token will have, and on nothing else.
 #pragma once
 
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define WO_HOST_DEVICE __host__ __device__
-#else
-#define WO_HOST_DEVICE
+#include "params/host_device.h"
+
+#ifndef __CUDACC__
 #include <math.h>
 #endif
 
@@ -32,8 +30,7 @@
 #define SAMPLING_MAX 3.402823466e+38f
 
 // Philox4x32-10 (Salmon et al. 2011): four random words of a 128-bit counter under a 64-bit key.
-static inline WO_HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1,
-                                                uint32_t out[4]) {
+static HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1, uint32_t out[4]) {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
     for (int round = 0; round < 10; ++round) {
         uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
@@ -53,32 +50,32 @@ static inline WO_HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint3
 
 // The 64 random bits of the token at `position`: words 1 (high) and 0 (low) of counter (position, 0, 0, 0), keyed by
 // the low and the high half of the seed.
-static inline WO_HOST_DEVICE uint64_t sampling_random(uint64_t seed, uint32_t position) {
+static HOST_DEVICE uint64_t sampling_random(uint64_t seed, uint32_t position) {
     const uint32_t counter[4] = {position, 0, 0, 0};
     uint32_t out[4];
     philox4x32_10(counter, (uint32_t)seed, (uint32_t)(seed >> 32), out);
     return (uint64_t)out[1] << 32 | out[0];
 }
 
-static inline WO_HOST_DEVICE int sampling_is_greedy(float temperature) { return temperature < 1e-5f; }
+static HOST_DEVICE int sampling_is_greedy(float temperature) { return temperature < 1e-5f; }
 
 // float32 division; what overflows upwards is the largest float, so that one logit stays on top instead of none.
-static inline WO_HOST_DEVICE float sampling_temper(float x, float temperature) {
+static HOST_DEVICE float sampling_temper(float x, float temperature) {
     x = x / temperature;
     return x > SAMPLING_MAX ? SAMPLING_MAX : x;
 }
-static inline WO_HOST_DEVICE float sampling_penalize(float x, float penalty) {
+static HOST_DEVICE float sampling_penalize(float x, float penalty) {
     return x > 0 ? sampling_temper(x, penalty) : x * penalty;
 }
 
 // e^(x - max) in units of 2^-40, rounded down; 0 from 28 below the maximum.
-static inline WO_HOST_DEVICE uint64_t sampling_weight(float x, float max) {
+static HOST_DEVICE uint64_t sampling_weight(float x, float max) {
     float d = x - max;
     return d > -28.0f ? (uint64_t)(expf(d) * 1099511627776.0f) : 0;
 }
 
 // Sum that the top-p prefix must reach.
-static inline WO_HOST_DEVICE uint64_t sampling_top_p_target(float top_p, uint64_t total) {
+static HOST_DEVICE uint64_t sampling_top_p_target(float top_p, uint64_t total) {
     double t = (double)top_p * (double)total;
     uint64_t target = (uint64_t)t;
     if ((double)target < t) ++target;
@@ -86,14 +83,14 @@ static inline WO_HOST_DEVICE uint64_t sampling_top_p_target(float top_p, uint64_
 }
 
 // Least weight that min-p lets stay.
-static inline WO_HOST_DEVICE uint64_t sampling_min_p_limit(float min_p) {
+static HOST_DEVICE uint64_t sampling_min_p_limit(float min_p) {
     double limit = (double)min_p * (double)SAMPLING_ONE;
     uint64_t whole = (uint64_t)limit;
     return (double)whole < limit ? whole + 1 : whole;
 }
 
 // floor(u / 2^64 * total), without overflow.
-static inline WO_HOST_DEVICE uint64_t sampling_scale(uint64_t u, uint64_t total) {
+static HOST_DEVICE uint64_t sampling_scale(uint64_t u, uint64_t total) {
 #ifdef __CUDA_ARCH__
     return __umul64hi(u, total);
 #else

@@ -53,11 +53,11 @@ cdef extern from "cpu/ops.h" namespace "worker_orcd" nogil:
         int32_t n_head, n_head_kv, head_dim, n_rot, window, n_expert, n_used, activation
         int64_t group
         float scale, eps
-        cbool adjacent, layer_norm, per_slot
+        cbool interleaved, layer_norm, per_slot
 
 
 cdef extern from "cpu/sample.h" namespace "worker_orcd" nogil:
-    cdef cppclass SamplingParams:
+    cdef cppclass SlotSampling:
         float temperature, top_p, min_p, repetition_penalty
         int32_t top_k
         uint64_t seed
@@ -70,7 +70,7 @@ cdef extern from "cpu/sample.h" namespace "worker_orcd" nogil:
         SampleScratch(int64_t n_vocab) except +
 
     int32_t draw_token "worker_orcd::sample"(const float* logits, int64_t n_vocab, int32_t position,
-                                             const SamplingParams& params, const SampledSet& sampled,
+                                             const SlotSampling& params, const SampledSet& sampled,
                                              SampleScratch& scratch) except +
 
 
@@ -80,7 +80,7 @@ cdef extern from "cpu/threads.h" namespace "worker_orcd" nogil:
 
 cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
     cdef cppclass EngineSizes:
-        int32_t max_seqs, max_rows, context_length, max_blocks_per_seq, n_vocab, n_head_kv, head_dim
+        int32_t max_seqs, max_batch_tokens, context_length, max_blocks_per_seq, n_vocab, n_head_kv, head_dim
 
     cdef cppclass KvGroup:
         int32_t window, n_layers, n_blocks
@@ -89,7 +89,7 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         const int32_t* tokens
         const int32_t* positions
         const int32_t* slots
-        const int32_t* out_rows
+        const int32_t* output_indices
         const int32_t* long_slots
         int32_t n_rows, n_out, n_steps
 
@@ -101,7 +101,7 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         int32_t add_buffer(int64_t width, cbool outputs) except +
         int32_t add_matrix(const uint8_t* data, int type, int64_t n_in, int64_t n_out, int64_t row_bytes) except +
         int32_t add_vector(const uint8_t* data, int type, int64_t n) except +
-        int32_t add_rope_table(const double* freqs, int32_t n, int32_t n_sets, double mscale) except +
+        int32_t add_rope_table(const double* inv_freq, int32_t n, int32_t n_sets, double mscale) except +
         void add_kv_group(const KvGroup& group) except +
         void add_layer(int32_t kv_group) except +
         void add_op(const Op& op) except +
@@ -111,7 +111,7 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         void sample_rows(int32_t* tokens) noexcept
         int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
                        const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept
-        void set_slot(int32_t slot, const SamplingParams& params) noexcept
+        void set_slot(int32_t slot, const SlotSampling& params) noexcept
         int32_t n_ops() noexcept
         int32_t buffer_rows(int32_t buffer) noexcept
         const float* buffer_data(int32_t buffer) noexcept

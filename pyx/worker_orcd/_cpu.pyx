@@ -85,9 +85,9 @@ def dequantize(type_id, buffer, n_elements, isa=None):
     return out
 
 
-cdef SamplingParams _sampling_params(sampling) except *:
+cdef SlotSampling _sampling_params(sampling) except *:
     """The C struct of a `SlotSampling`, or InvalidRequest naming the field that is out of range."""
-    cdef SamplingParams p
+    cdef SlotSampling p
     for field, low, high in (("temperature", 0, 1e30), ("top_p", 0, 1), ("min_p", 0, 1),
                              ("repetition_penalty", 0, 1e30), ("top_k", 0, (1 << 31) - 1),
                              ("seed", 0, (1 << 64) - 1)):
@@ -114,7 +114,7 @@ def sample_token(logits, position, sampling, sampled=()):
     Raises:
         InvalidRequest: names the argument or sampling field that is out of range.
     """
-    cdef SamplingParams p = _sampling_params(sampling)
+    cdef SlotSampling p = _sampling_params(sampling)
     cdef float[::1] row = np.array(logits, np.float32).reshape(-1)
     cdef int64_t n_vocab = row.shape[0]
     if not 0 < n_vocab < 1 << 24:
@@ -186,7 +186,7 @@ cdef class CpuEngine:
     def __init__(self, model_file, plan, config, n_threads=0):
         if self.engine is not NULL:
             raise InternalError("an engine is made once")
-        for field, low, high in (("max_seqs", 1, 65536), ("max_rows", config.max_seqs, 1 << 20),
+        for field, low, high in (("max_seqs", 1, 65536), ("max_batch_tokens", config.max_seqs, 1 << 20),
                                  ("context_length", 1, 1 << 26)):
             if not low <= getattr(config, field) <= high:
                 raise InvalidRequest(f"{field} must be {low} to {high}, not {getattr(config, field)}", field=field)
@@ -202,7 +202,7 @@ cdef class CpuEngine:
         cdef const Kernels* kernels = _kernels(None)
         self.isa = kernels.name.decode()
         cdef EngineSizes sizes
-        sizes.max_seqs, sizes.max_rows = config.max_seqs, config.max_rows
+        sizes.max_seqs, sizes.max_batch_tokens = config.max_seqs, config.max_batch_tokens
         sizes.context_length = min(config.context_length, plan.max_positions or config.context_length)
         sizes.max_blocks_per_seq = config.max_blocks_per_seq
         sizes.n_vocab, sizes.n_head_kv, sizes.head_dim = plan.n_vocab, plan.n_head_kv, plan.head_dim
@@ -248,13 +248,13 @@ cdef class CpuEngine:
             raise InternalError("the engine was made before this process forked; it works in the parent only")
         return 0
 
-    cdef int _prepare(self, tokens, positions, slots, out_rows, int32_t n_steps) except -1:
+    cdef int _prepare(self, tokens, positions, slots, output_indices, int32_t n_steps) except -1:
         """Check and copy a batch; arrays as `_int_array` gives them."""
         cdef BatchView batch
         cdef BatchError error
-        batch.n_rows, batch.n_out, batch.n_steps = len(tokens), len(out_rows), n_steps
+        batch.n_rows, batch.n_out, batch.n_steps = len(tokens), len(output_indices), n_steps
         batch.tokens, batch.positions = _int32s(tokens), _int32s(positions)
-        batch.slots, batch.out_rows = _int32s(slots), _int32s(out_rows)
+        batch.slots, batch.output_indices = _int32s(slots), _int32s(output_indices)
         batch.long_slots = &self.long_view[0]
         self.model_file.check_unchanged()
         if not self.engine.prepare(batch, &self.tables[0, 0, 0], &error):
@@ -271,7 +271,7 @@ cdef class CpuEngine:
             raise InternalError(f"n_decode {batch.n_decode} is not 0 to {n}", field="n_decode")
         return self._prepare(tokens, _int_array(batch.positions, np.int32, "positions", n),
                              _int_array(batch.slots, np.int32, "slots", n),
-                             _int_array(batch.out_rows, np.int32, "out_rows"), 1)
+                             _int_array(batch.output_indices, np.int32, "output_indices"), 1)
 
     def set_slot(self, slot, sampling):
         """Give a slot to a new sequence: sets its `SlotSampling` and forgets the tokens of the one before.
@@ -283,7 +283,7 @@ cdef class CpuEngine:
         self._check_usable()
         if not 0 <= slot < self.config.max_seqs:
             raise InternalError(f"slot {slot} is not below {self.config.max_seqs}", field="slot")
-        cdef SamplingParams p = _sampling_params(sampling)
+        cdef SlotSampling p = _sampling_params(sampling)
         self.engine.set_slot(slot, p)
 
     def step(self, batch, want_logits=False):
@@ -295,12 +295,12 @@ cdef class CpuEngine:
 
         Raises:
             InvalidRequest: a token or position out of range; `fields["field"]` names the array.
-            InternalError: slots, out_rows or block tables that cannot be, or the engine is closed or busy.
+            InternalError: slots, output_indices or block tables that cannot be, or the engine is closed or busy.
             ModelLoadError: the model file changed.
         """
         self._check_usable()
         self._prepare_batch(batch)
-        cdef Py_ssize_t n_out = len(batch.out_rows)
+        cdef Py_ssize_t n_out = len(batch.output_indices)
         sampled = np.empty(n_out, np.int32)
         logits = np.empty((n_out, self.n_vocab), np.float32) if want_logits else None
         cdef int32_t[::1] sampled_view = sampled
@@ -322,20 +322,20 @@ cdef class CpuEngine:
 
         Args:
             batch: the rows.
-            stop_after: name of a record of the plan.
+            stop_after: name of an op of the plan.
 
         Returns:
-            float32 logits [n_out, n_vocab]; with `stop_after` the whole buffer that record writes, [rows, width]
+            float32 logits [n_out, n_vocab]; with `stop_after` the whole buffer that op writes, [rows, width]
             (`KvWrite`: the buffer of the keys it stored).
 
         Raises:
-            as `step`; InternalError: no record has that name.
+            as `step`; InternalError: no op has that name.
         """
         self._check_usable()
         if stop_after is not None and stop_after not in self.op_index:
-            raise InternalError(f"the plan has no record {stop_after!r}", field="stop_after")
+            raise InternalError(f"the plan has no op {stop_after!r}", field="stop_after")
         self._prepare_batch(batch)
-        cdef Py_ssize_t n_out = len(batch.out_rows)
+        cdef Py_ssize_t n_out = len(batch.output_indices)
         cdef int32_t n_ops = self.engine.n_ops() if stop_after is None else self.op_index[stop_after] + 1
         cdef int32_t buffer = self.buffer_index["logits"] if stop_after is None else self.op_buffer[stop_after]
         cdef Py_ssize_t rows = self.engine.buffer_rows(buffer)
@@ -368,7 +368,7 @@ cdef class CpuEngine:
         n = len(slots_a)
         if not 1 <= n_steps < 1 << 26:
             raise InternalError(f"n_steps must be at least 1, not {n_steps}", field="n_steps")
-        out_rows = np.arange(n, dtype=np.int32)
+        output_indices = np.arange(n, dtype=np.int32)
         cdef int64_t[::1] seq_view = _int_array(seq_ids, np.int64, "seq_ids", n)
         cdef int32_t[::1] stop_view = _int_array(stop_ids, np.int32, "stop_ids")
         cdef uint8_t[::1] mask_view = _int_array(stop_mask, np.uint8, "stop_mask", n)
@@ -377,7 +377,7 @@ cdef class CpuEngine:
         if ring_c is None or control_c is None:
             raise InternalError("decode needs a ring and a control")
         self._prepare(_int_array(tokens, np.int32, "tokens", n), _int_array(positions, np.int32, "positions", n),
-                      slots_a, out_rows, n_steps)
+                      slots_a, output_indices, n_steps)
         out = np.empty((n_steps, n), np.int32)
         cdef int32_t[:, ::1] out_view = out
         cdef int32_t n_steps_c = n_steps, n_stop = <int32_t>stop_view.shape[0], done

@@ -1,10 +1,10 @@
 # Lowering of a plan into the structs of csrc/cpu/ops.h: a part of _cpu.pyx, in a file of its own for its length.
 #
 # The kernels trust these structs, so every size they rely on is checked here: shapes against tensors, views against
-# buffers, rows against rows. Knows the records of worker_orcd/models/plan.py by name; runs nothing.
+# buffers, rows against rows. Knows the ops of worker_orcd/models/plan.py by name; runs nothing.
 
 cdef class _Lowering:
-    """Turns the records of a plan into the engine's flat structs, checking every size that the kernels rely on."""
+    """Turns the ops of a plan into the engine's flat structs, checking every size that the kernels rely on."""
 
     cdef CpuEngine owner
     cdef Engine* engine
@@ -32,11 +32,11 @@ cdef class _Lowering:
         for layer in range(plan.n_layer):
             self.require(layer in group_of, f"KV group of layer {layer}")
             self.engine.add_layer(group_of[layer])
-        for record in plan.ops:
+        for plan_op in plan.ops:
             op = Op()
-            self.lower(record, &op)
-            owner.op_index[record.name] = self.engine.n_ops()
-            owner.op_buffer[record.name] = owner.buffer_index[output_of(record).buf]
+            self.lower(plan_op, &op)
+            owner.op_index[plan_op.name] = self.engine.n_ops()
+            owner.op_buffer[plan_op.name] = owner.buffer_index[output_of(plan_op).buf]
             self.engine.add_op(op)
 
     cdef require(self, condition, what):
@@ -44,7 +44,7 @@ cdef class _Lowering:
             raise InternalError(f"the plan is not consistent: {what}")
 
     cdef View view(self, v, width, name) except *:
-        """A view that lies in its buffer and has the width the record needs."""
+        """A view that lies in its buffer and has the width the op needs."""
         cdef View out
         self.require(v.buf in self.plan.buffers, f"{name}: buffer {v.buf}")
         self.require(0 <= v.offset and v.width == width > 0 and v.offset + v.width <= self.plan.buffers[v.buf].width,
@@ -101,8 +101,8 @@ cdef class _Lowering:
                      f"{name}: shape {getattr(self.plan.weights.get(name), 'shape', None)}, {expected} wanted")
 
     cdef lower(self, r, Op* op):
-        """Fill `op` from a record."""
-        cdef double[::1] freqs
+        """Fill `op` from an op of the plan."""
+        cdef double[::1] inv_freq
         kind, plan = type(r).__name__, self.plan
         rows = lambda v: plan.buffers[v.buf].rows if v.buf in plan.buffers else None
         if kind == "Embed":
@@ -134,13 +134,13 @@ cdef class _Lowering:
             same = (r.inp, r.out)
         elif kind == "Rope":
             op.kind = OpKind.kRope
-            self.require(r.pairing in ("adjacent", "halves") and r.n_rot == 2 * len(r.freqs) and 0 < r.n_rot <= r.head_dim
-                         and len(r.long_freqs) in (0, len(r.freqs)),
-                         f"{r.name}: {r.pairing}, {r.n_rot} of {r.head_dim}")
+            self.require(r.rope_type in ("interleaved", "neox") and r.n_rot == 2 * len(r.inv_freq) and 0 < r.n_rot <= r.head_dim
+                         and len(r.inv_freq_long) in (0, len(r.inv_freq)),
+                         f"{r.name}: {r.rope_type}, {r.n_rot} of {r.head_dim}")
             op.inp = self.view(r.x, r.n_head * r.head_dim, r.name)
-            op.n_head, op.head_dim, op.n_rot, op.adjacent = r.n_head, r.head_dim, r.n_rot, r.pairing == "adjacent"
-            freqs = np.array(r.freqs + r.long_freqs, np.float64)
-            op.rope_table = self.engine.add_rope_table(&freqs[0], r.n_rot // 2, 2 if r.long_freqs else 1, r.mscale)
+            op.n_head, op.head_dim, op.n_rot, op.interleaved = r.n_head, r.head_dim, r.n_rot, r.rope_type == "interleaved"
+            inv_freq = np.array(r.inv_freq + r.inv_freq_long, np.float64)
+            op.rope_table = self.engine.add_rope_table(&inv_freq[0], r.n_rot // 2, 2 if r.inv_freq_long else 1, r.mscale)
             same = (r.x,)
         elif kind == "KvWrite" or kind == "Attention":
             self.require(0 <= r.layer < plan.n_layer and r.n_head_kv == plan.n_head_kv and r.head_dim == plan.head_dim,
@@ -209,5 +209,5 @@ cdef class _Lowering:
             self.require(rows(r.inp) == "tokens" and rows(r.out) == "outputs", f"{r.name}: rows")
             same = (r.out,)
         else:
-            raise InternalError(f"the CPU engine has no record {kind}")
+            raise InternalError(f"the CPU engine has no op {kind}")
         self.require(len({rows(v) for v in same}) == 1, f"{r.name}: mixes rows of tokens and of outputs")

@@ -18,7 +18,7 @@ from libcpp.vector cimport vector
 from worker_orcd.cuda import layout
 from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.cuda import expert_layout
-from worker_orcd.models import plan as plan_records
+from worker_orcd.models import plan as plan_ops
 from worker_orcd.cuda.launches import Launches
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
@@ -50,7 +50,7 @@ cdef extern from "params/matmul_params.h" nogil:
 
 
 cdef extern from "params/ops_params.h" nogil:
-    ctypedef struct SampleSlot:
+    ctypedef struct SlotSampling:
         uint64_t seed
         float temperature, top_p, min_p, repetition_penalty
         int32_t top_k, reserved
@@ -77,11 +77,11 @@ cdef enum:
 def plan_memory(plan, config):
     """The three arenas (weights, kv, workspace) as `cuda_memory.Arena`s, before anything is allocated."""
     for op in plan.ops:
-        if isinstance(op, plan_records.Route) and (op.n_expert > expert_layout.MAX_EXPERTS
+        if isinstance(op, plan_ops.Route) and (op.n_expert > expert_layout.MAX_EXPERTS
                                                    or op.n_used > expert_layout.MAX_USED):
             raise ModelLoadError(f"{op.weight}: {op.n_used} of {op.n_expert} experts, a GPU takes at most "
                                  f"{expert_layout.MAX_USED} of {expert_layout.MAX_EXPERTS}", field=op.weight)
-    attention = [op for op in plan.ops if isinstance(op, plan_records.Attention)]
+    attention = [op for op in plan.ops if isinstance(op, plan_ops.Attention)]
     splits = {op.window: decode_max_splits(config.context_length, op.window) for op in attention}
     heads = attention_heads(attention[0].n_head, attention[0].n_head_kv)
     sampling = dict(zip(("partial", "chunk_weights", "bin_weights", "bin_counts"), sample_sizes(plan.n_vocab), strict=True))
@@ -128,7 +128,7 @@ cdef class _Repack(Consumer):
         w, row_bytes, expert, row0, n_rows = tag
         cdef Kernel kernel = self.launches.kernel("repack", f"repack_{layout.kernel_suffix(w.type_id)}")
         cdef uintptr_t to = self.addresses[w.name] + expert * layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
-        words = layout.n_units(w.type_id, w.shape[0]) * layout.record_bytes(w.type_id) // 4
+        words = layout.n_k_tiles(w.type_id, w.shape[0]) * layout.packed_tile_bytes(w.type_id) // 4
         launch.kernel, launch.gx, launch.gy = kernel.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048))
         launch.p.rows, launch.p.w, launch.p.row_bytes = <uint8_t*>address, <uint8_t*>to, row_bytes
         launch.p.k, launch.p.n_out, launch.p.row0, launch.p.n_rows = w.shape[0], w.shape[1], row0, n_rows
@@ -231,8 +231,8 @@ cdef class CudaEngine:
                 if check:
                     model_file.check_tensors(names=[w.name])
                 self._write(w.name, _widen(model_file.view(w.name), w.type_id))
-        for key, freqs in cuda_memory.rope_tables(self.plan).items():
-            self._write(f"freqs:{key}", np.asarray(freqs, np.float32))
+        for key, inv_freq in cuda_memory.rope_tables(self.plan).items():
+            self._write(f"inv_freq:{key}", np.asarray(inv_freq, np.float32))
         return pieces
 
     def _matrix_pieces(self, model_file, w, bint check):
@@ -240,7 +240,7 @@ cdef class CudaEngine:
         info, part = model_file.tensors[w.name], model_file.part_of(w.name)
         n_out, experts = w.shape[1], w.shape[2] if w.kind == "experts" else 1
         row_bytes = info.nbytes // (n_out * experts)
-        most = cuda_memory.STAGING_BYTES // 4 // row_bytes // layout.STRIP_ROWS * layout.STRIP_ROWS
+        most = cuda_memory.STAGING_BYTES // 4 // row_bytes // layout.TILE_ROWS * layout.TILE_ROWS
         if most == 0:
             raise InternalError(f"rows of {w.name} ({row_bytes} bytes) do not fit the staging area")
         for expert in range(experts):
@@ -269,12 +269,12 @@ cdef class CudaEngine:
     # ---- one step
 
     def _check_batch(self, batch):
-        """Refuse rows that no kernel could survive. Returns int32 arrays (tokens, positions, slots, out_rows)."""
-        tokens, positions, slots, out_rows = (np.ascontiguousarray(a, np.int32) for a in
-                                              (batch.tokens, batch.positions, batch.slots, batch.out_rows))
+        """Refuse rows that no kernel could survive. Returns int32 arrays (tokens, positions, slots, output_indices)."""
+        tokens, positions, slots, output_indices = (np.ascontiguousarray(a, np.int32) for a in
+                                              (batch.tokens, batch.positions, batch.slots, batch.output_indices))
         n = len(tokens)
-        if not 1 <= n <= self.config.max_rows or len(positions) != n or len(slots) != n:
-            raise InvalidRequest(f"a step takes 1 to {self.config.max_rows} rows, not {n}", field="rows")
+        if not 1 <= n <= self.config.max_batch_tokens or len(positions) != n or len(slots) != n:
+            raise InvalidRequest(f"a step takes 1 to {self.config.max_batch_tokens} rows, not {n}", field="rows")
         if not 0 <= batch.n_decode <= min(n, self.config.max_seqs):
             raise InvalidRequest(f"n_decode {batch.n_decode} of {n} rows", field="n_decode")
         if tokens.min() < 0 or tokens.max() >= self.n_vocab:
@@ -286,10 +286,10 @@ cdef class CudaEngine:
             raise InvalidRequest(f"a position lies outside 0..{limit - 1}", field="position")
         if slots.min() < 0 or slots.max() >= self.config.max_seqs:
             raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
-        if len(out_rows) and (out_rows.min() < 0 or out_rows.max() >= n):
-            raise InvalidRequest(f"an output row lies outside 0..{n - 1}", field="out_rows")
+        if len(output_indices) and (output_indices.min() < 0 or output_indices.max() >= n):
+            raise InvalidRequest(f"an output row lies outside 0..{n - 1}", field="output_indices")
         self._check_blocks(slots, positions, positions)
-        return tokens, positions, slots, out_rows
+        return tokens, positions, slots, output_indices
 
     def _check_blocks(self, slots, first, last):
         """Every position a row reads or writes, from `first` to `last`, must have a block of its group's pool."""
@@ -330,7 +330,7 @@ cdef class CudaEngine:
         self.staged = 0
         return 0
 
-    def _send_rows(self, tokens, positions, slots, out_rows, int n_decode):
+    def _send_rows(self, tokens, positions, slots, output_indices, int n_decode):
         """Queue the row tables and block tables of a step.
 
         Returns:
@@ -340,10 +340,10 @@ cdef class CudaEngine:
         self._send("tokens", tokens)
         self._send("positions", positions)
         self._send("slots", slots)
-        self._send("out_rows", out_rows)
+        self._send("output_indices", output_indices)
         self._send("tiles", tiles)
         self._send("block_tables", self.block_tables)
-        if self.plan.long_from:
+        if self.plan.rope_orig_context:
             self._send("long_slots", self.long_slots)
         return len(tiles)
 
@@ -351,17 +351,17 @@ cdef class CudaEngine:
         """See `engine.Engine.step`."""
         cdef Shape shape
         self._enter()
-        tokens, positions, slots, out_rows = self._check_batch(batch)
-        if len(out_rows) > MAX_BATCH:
-            raise InvalidRequest(f"a step samples at most {MAX_BATCH} rows, not {len(out_rows)}", field="out_rows")
-        shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(out_rows)
-        shape.n_tiles = self._send_rows(tokens, positions, slots, out_rows, batch.n_decode)
+        tokens, positions, slots, output_indices = self._check_batch(batch)
+        if len(output_indices) > MAX_BATCH:
+            raise InvalidRequest(f"a step samples at most {MAX_BATCH} rows, not {len(output_indices)}", field="output_indices")
+        shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(output_indices)
+        shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
         self._enqueue(self.nodes, &shape)
         self._enqueue(self.output_nodes, &shape)
         sampled = np.empty(shape.n_out, np.int32)
         if shape.n_out:
-            self._send("out_slots", slots[out_rows])
-            self._send("out_positions", positions[out_rows])
+            self._send("out_slots", slots[output_indices])
+            self._send("out_positions", positions[output_indices])
             self._enqueue(self.step_sampler, &shape)
             self.steps += 1
         self._finish()
@@ -378,61 +378,61 @@ cdef class CudaEngine:
 
     def set_slot(self, int slot, sampling):
         """See `engine.Engine.set_slot`."""
-        cdef SampleSlot* record
+        cdef SlotSampling* state
         self._enter()
         if not 0 <= slot < self.config.max_seqs:
             raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
         words = (self.n_vocab + 31) // 32
-        record = <SampleSlot*>self.staging.host
-        self.staged = sizeof(SampleSlot)
-        record.seed, record.temperature, record.top_p = sampling.seed, sampling.temperature, sampling.top_p
-        record.min_p, record.repetition_penalty = sampling.min_p, sampling.repetition_penalty
-        record.top_k, record.reserved = sampling.top_k, 0
+        state = <SlotSampling*>self.staging.host
+        self.staged = sizeof(SlotSampling)
+        state.seed, state.temperature, state.top_p = sampling.seed, sampling.temperature, sampling.top_p
+        state.min_p, state.repetition_penalty = sampling.min_p, sampling.repetition_penalty
+        state.top_k, state.reserved = sampling.top_k, 0
         self.greedy[slot] = sampling.temperature == 0.0
         cdef uintptr_t samples = self.addresses["samples"], seen = self.addresses["seen"]
-        self.stream.copy_in_nogil(<cu.CUdeviceptr>(samples + slot * sizeof(SampleSlot)), record, sizeof(SampleSlot))
+        self.stream.copy_in_nogil(<cu.CUdeviceptr>(samples + slot * sizeof(SlotSampling)), state, sizeof(SlotSampling))
         self.stream.fill_nogil(<cu.CUdeviceptr>(seen + slot * words * 4), 0, words * 4)
         self._finish()
 
     def forward(self, batch, stop_after=None):
-        """See `engine.Engine.forward`. With `stop_after` the plan runs record by record, nothing fused."""
+        """See `engine.Engine.forward`. With `stop_after` the plan runs op by op, nothing fused."""
         cdef Shape shape
         self._enter()
-        tokens, positions, slots, out_rows = self._check_batch(batch)
+        tokens, positions, slots, output_indices = self._check_batch(batch)
         shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, 0
-        shape.n_tiles = self._send_rows(tokens, positions, slots, out_rows, batch.n_decode)
+        shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
         if stop_after is not None:
-            return self._forward_until(stop_after, len(tokens), batch.n_decode, shape.n_tiles, out_rows)
+            return self._forward_until(stop_after, len(tokens), batch.n_decode, shape.n_tiles, output_indices)
         self._enqueue(self.nodes, &shape)
         self._finish()
-        logits = np.empty((len(out_rows), self.n_vocab), np.float32)
-        for start in range(0, len(out_rows), MAX_BATCH):
-            part = out_rows[start:start + MAX_BATCH]
+        logits = np.empty((len(output_indices), self.n_vocab), np.float32)
+        for start in range(0, len(output_indices), MAX_BATCH):
+            part = output_indices[start:start + MAX_BATCH]
             shape.n_out = len(part)
-            self._send("out_rows", part)
+            self._send("output_indices", part)
             self._enqueue(self.output_nodes, &shape)
             self._finish()
             logits[start:start + len(part)] = self._logits(len(part))
         return logits
 
-    def _forward_until(self, stop_after, int n_rows, int n_decode, int n_tiles, out_rows):
+    def _forward_until(self, stop_after, int n_rows, int n_decode, int n_tiles, output_indices):
         cdef Shape shape
         if self.named_nodes is None:
             self.named_nodes = self.launches.nodes(lower(self.plan, fuse=False))
         names = [op.name for op in self.plan.ops]
         if stop_after not in names:
-            raise InvalidRequest(f"the plan has no record {stop_after!r}", field="stop_after")
-        if len(out_rows) > MAX_BATCH:
-            out_rows = out_rows[:MAX_BATCH]
-        shape.n_rows, shape.n_decode, shape.n_tiles, shape.n_out = n_rows, n_decode, n_tiles, len(out_rows)
+            raise InvalidRequest(f"the plan has no op {stop_after!r}", field="stop_after")
+        if len(output_indices) > MAX_BATCH:
+            output_indices = output_indices[:MAX_BATCH]
+        shape.n_rows, shape.n_decode, shape.n_tiles, shape.n_out = n_rows, n_decode, n_tiles, len(output_indices)
         for name, nodes in self.named_nodes:
             self._enqueue(nodes, &shape)
             if name == stop_after:
                 break
         self._finish()
-        view = plan_records.output_of(self.plan.ops[names.index(stop_after)])
+        view = plan_ops.output_of(self.plan.ops[names.index(stop_after)])
         buffer = self.plan.buffers[view.buf]
-        out = np.empty((n_rows if buffer.rows == "tokens" else len(out_rows), buffer.width), np.float32)
+        out = np.empty((n_rows if buffer.rows == "tokens" else len(output_indices), buffer.width), np.float32)
         self.workspace.copy_to(out.reshape(-1).view(np.uint8), self.memory[2].offsets[f"buffer:{view.buf}"])
         return out
 
@@ -441,10 +441,10 @@ cdef class CudaEngine:
 
     def _build(self):
         """Everything a step needs: launches, sampling, the staging area and the token ring."""
-        records = lower(self.plan)
+        ops = lower(self.plan)
         self.nodes, self.output_nodes = [], []
-        for (_, nodes), op in zip(self.launches.nodes(records), records, strict=True):
-            (self.output_nodes if self.launches.is_output(plan_records.output_of(_last(op))) else self.nodes).extend(nodes)
+        for (_, nodes), op in zip(self.launches.nodes(ops), ops, strict=True):
+            (self.output_nodes if self.launches.is_output(plan_ops.output_of(_last(op))) else self.nodes).extend(nodes)
         self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory[2]))
         self.out_ring = self.context.pinned(_ring_offset(0) + RING_STEPS * MAX_BATCH * 4)
         memset(self.out_ring.host, 0, self.out_ring.nbytes)
@@ -636,7 +636,7 @@ def _ring_offset(step):
 
 
 def _last(op):
-    """The plan record whose output a lowered record writes."""
+    """The plan op whose output a lowered op writes."""
     if isinstance(op, MatMulGroup | ExpertGroup):
         return op.parts[-1]
     return op.kv if isinstance(op, RopeKv) else op

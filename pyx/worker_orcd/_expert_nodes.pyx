@@ -30,7 +30,7 @@ cdef extern from "params/experts_params.h" nogil:
         float* ids
         float* gates
         int64_t x_stride
-        int32_t k, n_units, n_expert, n_used, n_rows, item_rows
+        int32_t k, n_k_tiles, n_expert, n_used, n_rows, item_rows
         ExpertList list
 
     ctypedef struct ExpertMatrix:
@@ -45,7 +45,7 @@ cdef extern from "params/experts_params.h" nogil:
         const float* x
         const uint8_t* split
         int64_t x_stride, x_slot_stride, split_bytes, matrix_bytes
-        int32_t split_slot_rows, n_matrices, n_out, n_used, k, n_units, ring_bytes
+        int32_t split_slot_rows, n_matrices, n_out, n_used, k, n_k_tiles, ring_bytes
 
     ctypedef struct ExpertMatmulParams:
         ExpertMatrix m[2]
@@ -53,7 +53,7 @@ cdef extern from "params/experts_params.h" nogil:
         const uint8_t* x
         const float* x_scale
         int64_t matrix_bytes
-        int32_t x_bytes, x_slot_rows, n_out, n_used, n_units
+        int32_t x_bytes, x_slot_rows, n_out, n_used, n_k_tiles
 
     ctypedef struct ExpertSumParams:
         const float* x
@@ -85,7 +85,7 @@ cdef class RouteNode(Node):
     """The experts of every row, and the lists of the decode rows and of the prompt rows.
 
     Args:
-        name: of the record.
+        name: of the op.
         kernels: `kernels(image, name, smem)` gives a `Kernel` that may use `smem` bytes.
         layout, experts: the modules `cuda.layout` and `expert_layout`.
         type_id, k, n_expert, n_used: of the router matrix [n_expert, k] at `w`, and of the choice.
@@ -93,28 +93,28 @@ cdef class RouteNode(Node):
         x, x_stride: the input.
         partial: scratch of the logits.
         ids, gates: where the choice is written, [rows, n_used].
-        decode_list, prompt_list: addresses of the parts of the lists.
+        decode_list, prefill_list: addresses of the parts of the lists.
     """
 
     cdef RouteParams p
-    cdef ExpertList decode_list, prompt_list
+    cdef ExpertList decode_list, prefill_list
     cdef object experts
     cdef Kernel logits, choose, make_list
     cdef int64_t partial_floats     # of a row
 
     def __init__(self, str name, kernels, layout, experts, int type_id, int k, int n_expert, int n_used, uintptr_t w,
                  uintptr_t bias, uintptr_t x, int x_stride, uintptr_t partial, uintptr_t ids, uintptr_t gates,
-                 decode_list, prompt_list):
+                 decode_list, prefill_list):
         Node.__init__(self, name)
         self.experts = experts
         self.logits = kernels("route", f"route_logits_{layout.kernel_suffix(type_id)}", 0)
         self.choose, self.make_list = kernels("route", "route_choose", 0), kernels("route", "route_list", 0)
         self.p.x, self.p.w, self.p.bias, self.p.partial = <float*>x, <uint8_t*>w, <float*>bias, <float*>partial
         self.p.ids, self.p.gates, self.p.x_stride = <float*>ids, <float*>gates, x_stride
-        self.p.k, self.p.n_units = k, layout.n_units(type_id, k)
+        self.p.k, self.p.n_k_tiles = k, layout.n_k_tiles(type_id, k)
         self.p.n_expert, self.p.n_used = n_expert, n_used
         self.partial_floats = experts.route_partial_bytes(1, n_expert) // 4
-        self.decode_list, self.prompt_list = expert_list(decode_list), expert_list(prompt_list)
+        self.decode_list, self.prefill_list = expert_list(decode_list), expert_list(prefill_list)
 
     cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
         cdef RouteParams p = self.p
@@ -132,9 +132,9 @@ cdef class RouteNode(Node):
             p.partial += row * self.partial_floats
             p.ids += row * p.n_used
             p.gates += row * p.n_used
-            p.n_rows, p.item_rows, p.list = n_prompt, 0, self.prompt_list
+            p.n_rows, p.item_rows, p.list = n_prompt, 0, self.prefill_list
             self.choose.enqueue(stream, (n_prompt + 31) // 32, 1, 1, 1024, 0, &p, True)
-            p.item_rows = self.experts.prompt_rows(n_prompt, p.n_used, p.n_expert)
+            p.item_rows = self.experts.prefill_rows(n_prompt, p.n_used, p.n_expert)
             self.make_list.enqueue(stream, 1, 1, 1, 1024, 0, &p, True)
         return 0
 
@@ -147,9 +147,9 @@ cdef class ExpertProductNode(Node):
         type_id, k, n_out, n_expert, n_used: of the matrices [n_out, k] of each expert, and of the choice.
         parts: (w, bias, out, out_stride) of each; device addresses, strides in floats.
         x, x_stride: the input; slot s reads columns x_slot_stride * s on.
-        decode_list, prompt_list: addresses of the parts of the lists that routing made.
+        decode_list, prefill_list: addresses of the parts of the lists that routing made.
         split, half, half_scale: workspaces for converted rows, a row for each row and, where slots have inputs of their
-            own, slot: of 64 rows x_split_bytes each, of max_rows x_f16_bytes each and a float each.
+            own, slot: of 64 rows x_split_bytes each, of max_batch_tokens x_f16_bytes each and a float each.
         n_sm, max_smem: of the GPU.
     """
 
@@ -163,7 +163,7 @@ cdef class ExpertProductNode(Node):
     cdef uintptr_t split, half, half_scale
 
     def __init__(self, str name, kernels, layout, experts, int type_id, int k, int n_out, int n_expert, int n_used,
-                 list parts, uintptr_t x, int x_stride, int x_slot_stride, decode_list, prompt_list, uintptr_t split,
+                 list parts, uintptr_t x, int x_stride, int x_slot_stride, decode_list, prefill_list, uintptr_t split,
                  uintptr_t half, uintptr_t half_scale, int n_sm, int max_smem):
         cdef int i
         cdef uintptr_t w, bias, out
@@ -177,12 +177,12 @@ cdef class ExpertProductNode(Node):
             self.v.m[i].w, self.v.m[i].bias, self.v.m[i].out = <uint8_t*>w, <float*>bias, <float*>out
             self.v.m[i].out_stride = out_stride
             self.m.m[i] = self.v.m[i]
-        self.v.list, self.m.list = expert_list(decode_list), expert_list(prompt_list)
+        self.v.list, self.m.list = expert_list(decode_list), expert_list(prefill_list)
         self.v.x, self.v.x_stride, self.v.x_slot_stride = <float*>x, x_stride, x_slot_stride
         self.v.split, self.v.split_bytes = <uint8_t*>split, layout.x_split_bytes(type_id, k)
         self.v.matrix_bytes = self.m.matrix_bytes = layout.packed_bytes(type_id, n_out, k)
         self.v.n_matrices, self.v.n_out, self.v.n_used, self.v.k = len(parts), n_out, n_used, k
-        self.v.n_units = self.m.n_units = layout.n_units(type_id, k)
+        self.v.n_k_tiles = self.m.n_k_tiles = layout.n_k_tiles(type_id, k)
         self.m.x, self.m.x_scale, self.m.x_bytes = <uint8_t*>half, <float*>half_scale, layout.x_f16_bytes(type_id, k)
         self.m.n_out, self.m.n_used = n_out, n_used
         self.to_split.out_bytes, self.to_half.out_bytes = self.v.split_bytes, self.m.x_bytes
@@ -194,10 +194,10 @@ cdef class ExpertProductNode(Node):
         self.launches = [None] + [experts.decode_launch(type_id, k, n_out, len(parts), n, n_used, n_expert, n_sm=n_sm,
                                                         max_smem=max_smem) for n in range(1, 65)]
         self.decode_kernels = [None] + [kernels("experts_decode", at.kernel, at.smem) for at in self.launches[1:]]
-        few, many = experts.PROMPT_ROWS
+        few, many = experts.PREFILL_ROWS
         suffix = layout.kernel_suffix(type_id)
-        self.few_rows = kernels("experts_prefill", f"expert_matmul_{suffix}_{few}", experts.prompt_smem(type_id, few))
-        self.many_rows = kernels("experts_prefill", f"expert_matmul_{suffix}_{many}", experts.prompt_smem(type_id, many))
+        self.few_rows = kernels("experts_prefill", f"expert_matmul_{suffix}_{few}", experts.prefill_smem(type_id, few))
+        self.many_rows = kernels("experts_prefill", f"expert_matmul_{suffix}_{many}", experts.prefill_smem(type_id, many))
 
     cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
         if shape.n_decode:
@@ -235,7 +235,7 @@ cdef class ExpertProductNode(Node):
         p.x_slot_rows = n if self.n_inputs > 1 else 0
         for i in range(self.v.n_matrices):
             p.m[i].out += row * p.m[i].out_stride
-        launch = self.experts.prompt_launch(self.type_id, p.n_out, self.v.n_matrices, n, p.n_used, self.n_expert)
+        launch = self.experts.prefill_launch(self.type_id, p.n_out, self.v.n_matrices, n, p.n_used, self.n_expert)
         few = launch.kernel == self.few_rows.name
         return (self.few_rows if few else self.many_rows).enqueue(
             stream, launch.grid[0], launch.grid[1], 1, launch.block, launch.smem, &p, True)

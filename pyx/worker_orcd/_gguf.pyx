@@ -92,7 +92,7 @@ _TYPE_NAMES = {
     U8: "uint8", I8: "int8", U16: "uint16", I16: "int16", U32: "uint32", I32: "int32", F32: "float32", BOOL: "bool",
     STRING: "string", ARRAY: "array", U64: "uint64", I64: "int64", F64: "float64",
 }  # fmt: skip
-#: what `check_pieces` says of a fault, by its kind
+#: what `check_ranges` says of a fault, by its kind
 CHECK_REASONS = {
     1: "holds NaN or infinity", 2: "holds NaN or infinity in a block scale", 3: "holds the E8M0 scale 255 (NaN)",
     4: "is cut: the file ends inside it", 6: "is of a type that cannot be checked",
@@ -499,11 +499,11 @@ cdef dict _tensor_infos(vector[Tensor]& tensors):
 
 
 def has_check(uint32_t type_id) -> bool:
-    """Whether `check_pieces` has a rule for this tensor type."""
+    """Whether `check_ranges` has a rule for this tensor type."""
     return check_knows(type_id)
 
 
-def check_pieces(pieces, int n_threads) -> tuple[int, int, str] | None:
+def check_ranges(pieces, int n_threads) -> tuple[int, int, str] | None:
     """Look for NaN and infinity in values and block scales, without the GIL.
 
     Args:

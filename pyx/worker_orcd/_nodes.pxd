@@ -1,4 +1,4 @@
-# C view of the launches of one step: what the engine enqueues, record after record.
+# C view of the launches of one step: what the engine enqueues, op after op.
 from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 

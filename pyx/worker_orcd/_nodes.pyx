@@ -27,14 +27,14 @@ cdef extern from "params/ops_params.h" nogil:
         float* q
         float* k
         const float* v
-        const float* freqs
+        const float* inv_freq
         const int32_t* long_slots
         uint16_t* kv
         const int32_t* block_table
         const int32_t* positions
         const int32_t* slots
         int32_t q_stride, k_stride, v_stride
-        int32_t n_head, n_head_kv, head_dim, n_rot, pairing, max_blocks
+        int32_t n_head, n_head_kv, head_dim, n_rot, rope_type, max_blocks
         float mscale
 
     ctypedef struct AttentionDecodeParams:
@@ -73,7 +73,7 @@ cdef extern from "params/ops_params.h" nogil:
         int32_t a_stride, b_stride, out_stride
         int32_t n, kind
 
-    ctypedef struct SampleSlot:
+    ctypedef struct SlotSampling:
         pass
 
     ctypedef struct SamplePartial:
@@ -81,7 +81,7 @@ cdef extern from "params/ops_params.h" nogil:
 
     ctypedef struct SampleParams:
         const float* logits
-        const SampleSlot* samples
+        const SlotSampling* samples
         const int32_t* slots
         int32_t* positions
         uint32_t* seen
@@ -130,14 +130,14 @@ cdef extern from "params/matmul_params.h" nogil:
         const float* bias
         float* out
         int64_t out_stride
-        int32_t n_out, strip0, add, unused
+        int32_t n_out, row_tile0, add, unused
 
     ctypedef struct MatvecParams:
         MatvecMatrix m[4]
         const float* x
         const uint8_t* split
         int64_t x_stride, split_bytes
-        int32_t n_matrices, n_strips, k, n_units, n_rows, ring_bytes
+        int32_t n_matrices, n_row_tiles, k, n_k_tiles, n_rows, ring_bytes
 
     ctypedef struct MatmulParams:
         const uint8_t* w
@@ -146,11 +146,11 @@ cdef extern from "params/matmul_params.h" nogil:
         const float* bias
         float* out
         int64_t x_bytes, out_stride
-        int32_t n_out, n_units, n_rows, add
+        int32_t n_out, n_k_tiles, n_rows, add
 
 
 KINDS = {"rms": 0, "layer": 1}
-PAIRINGS = {"adjacent": 0, "halves": 1}
+ROPE_TYPES = {"interleaved": 0, "neox": 1}
 GLUS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
 
 
@@ -238,18 +238,18 @@ cdef class RopeKvNode(Node):
     cdef unsigned int split
 
     def __init__(self, str name, lib, uintptr_t q, int q_stride, uintptr_t k, int k_stride, uintptr_t v, int v_stride,
-                 uintptr_t freqs, uintptr_t long_slots, uintptr_t kv, uintptr_t block_table, uintptr_t positions,
-                 uintptr_t slots, int n_head, int n_head_kv, int head_dim, int n_rot, str pairing, int max_blocks, float mscale):
+                 uintptr_t inv_freq, uintptr_t long_slots, uintptr_t kv, uintptr_t block_table, uintptr_t positions,
+                 uintptr_t slots, int n_head, int n_head_kv, int head_dim, int n_rot, str rope_type, int max_blocks, float mscale):
         Node.__init__(self, name)
         self.kernel = lib.kernel("rope_kv")
         self.p.q, self.p.k, self.p.v = <float*>q, <float*>k, <float*>v
         self.p.q_stride, self.p.k_stride, self.p.v_stride = q_stride, k_stride, v_stride
-        self.p.freqs, self.p.kv, self.p.block_table = <float*>freqs, <uint16_t*>kv, <int32_t*>block_table
+        self.p.inv_freq, self.p.kv, self.p.block_table = <float*>inv_freq, <uint16_t*>kv, <int32_t*>block_table
         self.p.positions, self.p.slots = <int32_t*>positions, <int32_t*>slots
         self.p.long_slots = <int32_t*>long_slots
         self.p.n_head, self.p.n_head_kv, self.p.head_dim = n_head, n_head_kv, head_dim
         self.p.n_rot, self.p.max_blocks, self.p.mscale = n_rot, max_blocks, mscale
-        self.p.pairing = PAIRINGS[pairing] if pairing else 0
+        self.p.rope_type = ROPE_TYPES[rope_type] if rope_type else 0
         items = (n_head + 2 * n_head_kv) * head_dim // 2
         self.split = max(1, min(8, (items + 511) // 512))
 
@@ -335,7 +335,7 @@ cdef class MatMulNode(Node):
     the matmul family: within each, a row's sums do not depend on the other rows.
 
     Args:
-        name: of the record.
+        name: of the op.
         kernels: `kernels(image, name, smem)` gives a `Kernel` that may use `smem` bytes.
         layout: the module `cuda.layout`.
         type_id, k: of the matrices.
@@ -343,7 +343,7 @@ cdef class MatMulNode(Node):
         x, x_stride: the input.
         add: add to what is in `out`.
         outputs: the rows are the step's output rows.
-        split, half, half_scale: workspaces for converted input rows: 64 rows of x_split_bytes; max_rows (rounded up to
+        split, half, half_scale: workspaces for converted input rows: 64 rows of x_split_bytes; max_batch_tokens (rounded up to
             128) rows of x_f16_bytes; as many floats.
         n_sm, max_smem: of the GPU.
     """
@@ -371,19 +371,19 @@ cdef class MatMulNode(Node):
         self.n_parts, self.stride, self.outputs, self.x = len(parts), x_stride, outputs, x
         self.n_sm, self.max_smem = n_sm, max_smem
         self.part_n_out = [part[4] for part in parts]
-        units, k_pad = layout.n_units(type_id, k), layout.k_padded(type_id, k)
+        units, k_pad = layout.n_k_tiles(type_id, k), layout.k_padded(type_id, k)
         for i, (w, bias, out, out_stride, n_out) in enumerate(parts):
             self.v.m[i].w, self.v.m[i].bias, self.v.m[i].out = <uint8_t*>w, <float*>bias, <float*>out
             self.v.m[i].out_stride, self.v.m[i].n_out = out_stride, n_out
-            self.v.m[i].strip0, self.v.m[i].add = strips, add
+            self.v.m[i].row_tile0, self.v.m[i].add = strips, add
             self.m[i].w, self.m[i].bias, self.m[i].out = <uint8_t*>w, <float*>bias, <float*>out
             self.m[i].x, self.m[i].x_scale = <uint8_t*>half, <float*>half_scale
             self.m[i].x_bytes, self.m[i].out_stride = layout.x_f16_bytes(type_id, k), out_stride
-            self.m[i].n_out, self.m[i].n_units, self.m[i].add = n_out, units, add
-            strips += layout.n_strips(n_out)
+            self.m[i].n_out, self.m[i].n_k_tiles, self.m[i].add = n_out, units, add
+            strips += layout.n_row_tiles(n_out)
         self.v.split, self.v.x_stride = <uint8_t*>split, x_stride
         self.v.split_bytes = layout.x_split_bytes(type_id, k)
-        self.v.n_matrices, self.v.n_strips, self.v.k, self.v.n_units = self.n_parts, strips, k, units
+        self.v.n_matrices, self.v.n_row_tiles, self.v.k, self.v.n_k_tiles = self.n_parts, strips, k, units
         self.warps = layout.matvec_warps(type_id, k)
         self.to_split.out, self.to_split.out_bytes = <uint8_t*>split, self.v.split_bytes
         self.to_half.out, self.to_half.scale = <uint8_t*>half, <float*>half_scale
@@ -476,7 +476,7 @@ cdef class SampleNode(Node):
         self.largest, self.weigh = lib.kernel("sample_max"), lib.kernel("sample_weigh")
         self.draw = lib.kernel("sample_draw", SAMPLE_DRAW_SMEM)
         self.greedy = greedy
-        self.p.logits, self.p.samples = <float*><uintptr_t>addresses["logits"], <SampleSlot*><uintptr_t>addresses["samples"]
+        self.p.logits, self.p.samples = <float*><uintptr_t>addresses["logits"], <SlotSampling*><uintptr_t>addresses["samples"]
         self.p.slots, self.p.positions = <int32_t*>slots, <int32_t*>positions
         self.p.seen = <uint32_t*><uintptr_t>addresses["seen"]
         self.p.partial = <SamplePartial*><uintptr_t>addresses["partial"]

@@ -9,17 +9,17 @@ from libc.stdint cimport int32_t, uint32_t
 from libcpp.vector cimport vector
 
 cdef extern from "host/spm_bpe.h" namespace "worker_orcd" nogil:
-    cdef cppclass ScoreVocab:
-        ScoreVocab() except +
+    cdef cppclass SpmVocab:
+        SpmVocab() except +
         void build(const char *blob, const uint32_t *offsets, const float *scores, size_t n_vocab) except +
-    void score_merge(const ScoreVocab &vocab, const char *text, size_t n_bytes, const int32_t *byte_ids,
+    void spm_merge(const SpmVocab &vocab, const char *text, size_t n_bytes, const int32_t *byte_ids,
                      int32_t unk_id, vector[int32_t] &out) except +
 
 #: pieces are linked by 32-bit indices
 cdef enum: MAX_BYTES = 1 << 30
 
 
-cdef class ScoreMerger:
+cdef class SpmMerger:
     """A vocabulary with scores, ready to tokenize.
 
     Args:
@@ -33,7 +33,7 @@ cdef class ScoreMerger:
         ValueError: lengths that do not fit each other.
     """
 
-    cdef ScoreVocab vocab
+    cdef SpmVocab vocab
     cdef int32_t byte_ids[256]
     cdef bint has_bytes
     cdef int32_t unk_id
@@ -71,5 +71,5 @@ cdef class ScoreMerger:
         if self.has_bytes:
             byte_ids = self.byte_ids
         with nogil:
-            score_merge(self.vocab, data, n_bytes, byte_ids, self.unk_id, out)
+            spm_merge(self.vocab, data, n_bytes, byte_ids, self.unk_id, out)
         return [out[i] for i in range(out.size())]

@@ -42,7 +42,7 @@ cdef extern from "host/upload_queue.h" namespace "worker_orcd" nogil:
         int32_t fd
         int32_t type
 
-    cdef cppclass WindowGate:
+    cdef cppclass UploadQueue:
         void add(const UploadChunk& chunk) except +
         size_t n_windows() noexcept
         cbool take(UploadChunk* out) noexcept
@@ -204,7 +204,7 @@ cdef class _Reader:
 cdef class _Load:
     """One load: the chunks, the readers, the windows and the events that say that a window was consumed."""
 
-    cdef WindowGate gate
+    cdef UploadQueue gate
     cdef Context context
     cdef Stream consumer        # where windows are consumed
     cdef size_t chunk_bytes

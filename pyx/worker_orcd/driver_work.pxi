@@ -63,7 +63,7 @@ cdef class Stream:
         self.follow_nogil(event.handle)
 
     def begin_capture(self):
-        """Record the following work into a graph instead of running it."""
+        """PackedTile the following work into a graph instead of running it."""
         self.context.require_open()
         check(cu.cuStreamBeginCapture(self.handle, cu.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL), b"cuStreamBeginCapture")
 

@@ -62,7 +62,7 @@ def test_every_option_has_help_and_its_variable(call, name):
 
 def test_help_is_quick_and_needs_no_compiled_module():
     script = (
-        "import sys; from worker_orcd import cli; code = main.run(['serve', '--help']);"
+        "import sys; from worker_orcd.cli import main; code = main.run(['serve', '--help']);"
         "assert not [m for m in sys.modules if m.startswith('worker_orcd._')], 'a compiled module was loaded';"
         "assert 'gunicorn' not in sys.modules and 'numpy' not in sys.modules; sys.exit(code)"
     )
@@ -176,7 +176,7 @@ def test_an_error_message_cannot_break_the_line(call, monkeypatch):
     def fail(*args, **kwargs):
         raise ModelLoadError("bad \x1b[31mkey\n\x00", path="m\n.gguf")
 
-    monkeypatch.setattr("worker_orcd.inspect.inspect", fail)
+    monkeypatch.setattr("worker_orcd.diagnose.inspect.inspect", fail)
     err = one_error_line(call("inspect", "m.gguf"), "MODEL_LOAD_FAILED")
     assert err.rstrip("\n").isprintable()
 

@@ -257,7 +257,7 @@ def test_a_clean_quantization_passes_the_default_limits(source, q8):
     print(", ".join(f"{c.name} {c.measured} (limit {c.limit})" for c in report.checks))
     assert report.passed and 0 < report.numbers["kl_ab"] < 0.05
     assert report.rates["target"] == Rate(0.0, 0.0, 8, 0, 0, 1.0)
-    assert [layer.record for layer in report.layers] == ["embed", "blk.0.ffn_residual", "blk.1.ffn_residual"]
+    assert [layer.op for layer in report.layers] == ["embed", "blk.0.ffn_residual", "blk.1.ffn_residual"]
     assert all(0 < layer.mean < 0.1 and layer.cosine > 0.99 for layer in report.layers)
 
 

@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 from helpers.cpu_engines import make_engine, open_engine, rows, sampling
-from helpers.synthetic_plan import N_POSITIONS, N_VOCAB, every_record
+from helpers.synthetic_plan import N_POSITIONS, N_VOCAB, every_op
 
 from worker_orcd._cpu import CpuEngine
 from worker_orcd._ring import Control, TokenRing
@@ -23,13 +23,13 @@ from worker_orcd.models import plan as P
 
 @pytest.fixture
 def engine():
-    e = make_engine(*every_record())
+    e = make_engine(*every_op())
     yield e
     e.close()
 
 
-def batch(tokens, positions, slots, out_rows, n_decode=0):
-    return Batch(*(np.asarray(a) for a in (tokens, positions, slots)), n_decode, np.asarray(out_rows))
+def batch(tokens, positions, slots, output_indices, n_decode=0):
+    return Batch(*(np.asarray(a) for a in (tokens, positions, slots)), n_decode, np.asarray(output_indices))
 
 
 GOOD = ([1, 2], [0, 1], [0, 0], [1])
@@ -51,11 +51,11 @@ GOOD = ([1, 2], [0, 1], [0, 0], [1])
     ({2: [0, 4]}, InternalError, "slots", "slot 4 is not below 4"),
     ({2: [-1, 0]}, InternalError, "slots", "slot -1"),
     ({0: [1] * 3, 1: [0, 0, 1], 2: [0, 1, 0]}, InternalError, "slots", "slot 0 has rows in two places"),
-    ({3: [2]}, InternalError, "out_rows", "row 2 is out of range"),
-    ({3: [-1]}, InternalError, "out_rows", "row -1"),
-    ({3: [1, 0]}, InternalError, "out_rows", "order"),
-    ({3: [1, 1]}, InternalError, "out_rows", "order"),
-    ({3: [0, 1, 2]}, InternalError, "out_rows", "out of range"),
+    ({3: [2]}, InternalError, "output_indices", "row 2 is out of range"),
+    ({3: [-1]}, InternalError, "output_indices", "row -1"),
+    ({3: [1, 0]}, InternalError, "output_indices", "order"),
+    ({3: [1, 1]}, InternalError, "output_indices", "order"),
+    ({3: [0, 1, 2]}, InternalError, "output_indices", "out of range"),
     ({4: 3}, InternalError, "n_decode", "n_decode 3"),
     ({4: -1}, InternalError, "n_decode", "n_decode -1"),
 ])  # fmt: skip
@@ -102,25 +102,25 @@ def test_no_outputs_and_arrays_of_other_integers(engine):
 
 
 def test_stop_after_names_records(engine):
-    with pytest.raises(InternalError, match="no record 'nothing'"):
+    with pytest.raises(InternalError, match="no op 'nothing'"):
         engine.forward(rows((0, 0, [1])), stop_after="nothing")
     assert engine.forward(rows((0, 0, [1, 2])), stop_after="q").shape == (2, 200)
     assert engine.forward(rows((0, 0, [1, 2]), out="last"), stop_after="output_norm").shape == (1, 100)
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("max_seqs", 0), ("max_rows", 3), ("context_length", 0), ("context_length", 2**40), ("n_blocks", (1,)),
+    ("max_seqs", 0), ("max_batch_tokens", 3), ("context_length", 0), ("context_length", 2**40), ("n_blocks", (1,)),
     ("n_blocks", (1, 0)), ("n_blocks", (1, 2**40)),
 ])  # fmt: skip
 def test_bad_configs(field, value):
-    mf, plan = every_record()
+    mf, plan = every_op()
     config = dataclasses.replace(EngineConfig(4, 16, 64, (4, 4)), **{field: value})
     with pytest.raises(InvalidRequest, match=field):
         CpuEngine(mf, plan, config)
 
 
 def test_bad_surroundings(monkeypatch):
-    mf, plan = every_record()
+    mf, plan = every_op()
     with pytest.raises(InvalidRequest, match="n_threads"):
         make_engine(mf, plan, n_threads=-1)
     monkeypatch.setenv("WORKER_ORCD_CPU_ISA", "sse9")
@@ -128,11 +128,11 @@ def test_bad_surroundings(monkeypatch):
         make_engine(mf, plan)
     monkeypatch.delenv("WORKER_ORCD_CPU_ISA")
     with pytest.raises(InternalError, match="could not be set up"):
-        make_engine(mf, plan, max_seqs=4096, max_rows=4096, context_length=1 << 20)  # 1.7 TB of KV cache
+        make_engine(mf, plan, max_seqs=4096, max_batch_tokens=4096, context_length=1 << 20)  # 1.7 TB of KV cache
 
 
 def test_plans_that_do_not_fit_are_refused():
-    mf, plan = every_record()
+    mf, plan = every_op()
 
     def broken(name, **changes):
         ops = tuple(dataclasses.replace(op, **changes) if op.name == name else op for op in plan.ops)
@@ -163,7 +163,7 @@ def test_plans_that_do_not_fit_are_refused():
         make_engine(mf, plan)
     mf.data["q.w"] = data
     Strange = type("Strange", (P.Op,), {})
-    with pytest.raises(InternalError, match="no record Strange"):
+    with pytest.raises(InternalError, match="no op Strange"):
         make_engine(mf, dataclasses.replace(plan, ops=(*plan.ops, Strange("s"))))
 
 
@@ -199,7 +199,7 @@ def test_decode_stops_where_a_masked_sequence_draws_a_stop_id(engine):
 
 
 def test_interrupt_ends_a_running_loop_and_the_gil_is_free():
-    engine = make_engine(*every_record(), context_length=N_POSITIONS)
+    engine = make_engine(*every_op(), context_length=N_POSITIONS)
     control, ring, got = Control(), TokenRing(), []
     t = threading.Thread(target=lambda: got.append(decode(engine, [0], [1], [0], 150, ring=ring, control=control)))
     t.start()
@@ -242,7 +242,7 @@ def test_a_closed_ring_does_not_hold_the_loop(engine):
 
 def poisoned():
     """A model whose logits are NaN for sequences that met token 7."""
-    mf, plan = every_record()
+    mf, plan = every_op()
     table = np.frombuffer(mf.data["token_embd"], np.uint16).copy().reshape(N_VOCAB, 100)
     table[7, 3] = 0x7FC0
     mf.data["token_embd"] = table.tobytes()
@@ -287,7 +287,7 @@ def test_repetition_penalty_forgets_with_the_slot(engine):
 
 
 def test_close():
-    mf, plan = every_record()
+    mf, plan = every_op()
     engine = make_engine(mf, plan)
     assert engine.n_threads == 2 and engine.kv_bytes == 2 * 12 * 2 * 64 * (20 + 32) * 2 and engine.workspace_bytes > 0
     engine.close()
@@ -300,7 +300,7 @@ def test_close():
 
 
 def test_a_second_thread_is_refused_and_close_waits_for_nobody(monkeypatch):
-    engine = make_engine(*every_record())
+    engine = make_engine(*every_op())
     ring, control = TokenRing(1), Control()  # nobody pops: the loop stands in its second push
     t = threading.Thread(target=lambda: decode(engine, [0], [1], [0], 3, ring=ring, control=control))
     t.start()
@@ -317,7 +317,7 @@ def test_a_second_thread_is_refused_and_close_waits_for_nobody(monkeypatch):
 
 
 def test_a_forked_child_is_refused():
-    engine = make_engine(*every_record())
+    engine = make_engine(*every_op())
     pid = os.fork()
     if pid == 0:
         try:
@@ -339,7 +339,7 @@ def test_a_forked_child_is_refused():
 
 
 def test_the_file_is_watched():
-    mf, plan = every_record()
+    mf, plan = every_op()
     engine = make_engine(mf, plan)
     engine.step(batch(*GOOD))
     before = mf.checks
@@ -361,7 +361,7 @@ def test_making_and_dropping_engines_leaves_little_memory():
             mapped = int(f.read().split()[0]) * os.sysconf("SC_PAGESIZE")
         return mapped, threading.active_count(), len(os.listdir("/proc/self/task"))
 
-    mf, plan = every_record()
+    mf, plan = every_op()
     for i in range(12):
         engine = make_engine(mf, plan, n_threads=4)
         engine.step(batch(*GOOD))
@@ -385,7 +385,7 @@ def test_wrong_arguments_never_crash(engine):
     with pytest.raises(InternalError, match="closed"):
         blank.step(batch(*GOOD))
     with pytest.raises(InternalError, match="made once"):
-        engine.__init__(*every_record(), engine.config)
+        engine.__init__(*every_op(), engine.config)
 
 
 def test_real_weights_stay_in_the_mapping_and_take_little_memory(model_path):
@@ -396,7 +396,7 @@ def test_real_weights_stay_in_the_mapping_and_take_little_memory(model_path):
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
 
     before = anonymous()
-    engine = open_engine(model_path("qwen"), max_rows=128)
+    engine = open_engine(model_path("qwen"), max_batch_tokens=128)
     engine.step(rows((0, 0, np.arange(100, 200)), out="last"))
     grown = anonymous() - before
     limit = 64 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.cpu_engines import ISAS, make_engine, open_engine, prefill, rows, sampling
-from helpers.synthetic_plan import N_VOCAB, every_record
+from helpers.synthetic_plan import N_VOCAB, every_op
 
 from worker_orcd._ring import Control, TokenRing
 
@@ -32,7 +32,7 @@ def check(make, n_vocab):
 
 
 def test_synthetic():
-    mf, plan = every_record()
+    mf, plan = every_op()
     check(lambda **kw: make_engine(mf, plan, **kw), N_VOCAB)
 
 
@@ -46,7 +46,7 @@ def test_avx512_and_avx2_give_the_same_bits(monkeypatch):
     results = []
     for isa in ("avx512", "avx2"):
         monkeypatch.setenv("WORKER_ORCD_CPU_ISA", isa)
-        mf, plan = every_record()
+        mf, plan = every_op()
         engine = make_engine(mf, plan)
         assert engine.isa == isa
         tokens = np.arange(140) % N_VOCAB
@@ -65,7 +65,7 @@ def generate_by_steps(engine, slot, prompt, n, **kw):
 
 @pytest.mark.parametrize("kw", [{}, {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "top_p": 0.95}])
 def test_decode_equals_steps_and_a_crowd_equals_each_alone(kw):
-    mf, plan = every_record()
+    mf, plan = every_op()
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, N_VOCAB, n) for n in (70, 3, 30)]
     n = 40

@@ -1,17 +1,17 @@
-"""Every record of a plan on the CPU against the NumPy oracle, buffer by buffer."""
+"""Every op of a plan on the CPU against the NumPy oracle, buffer by buffer."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from helpers.cpu_engines import ISAS, make_engine, open_engine, rows
-from helpers.synthetic_plan import N_VOCAB, every_record
+from helpers.synthetic_plan import N_VOCAB, every_op
 from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan as P
 
-#: normalized mean squared error of one record's output: float32 sums alone, and where keys and values were rounded to
+#: normalized mean squared error of one op's output: float32 sums alone, and where keys and values were rounded to
 #: float16 (a float32 error can round the other way)
 LIMIT, LIMIT_AFTER_CACHE = 1e-11, 5e-7
 
@@ -21,20 +21,20 @@ def error(ours: np.ndarray, exact: np.ndarray) -> float:
     return float(((ours - exact) ** 2).mean() / max((exact**2).mean(), 1e-30))
 
 
-def compare(engine, oracle, plan, batches, records):
-    """Run the batches on both; compare the view each record writes in the last batch."""
+def compare(engine, oracle, plan, batches, ops):
+    """Run the batches on both; compare the view each op writes in the last batch."""
     for batch in batches[:-1]:
         engine.forward(batch)
-        oracle.run(batch.tokens, batch.positions, batch.slots, batch.out_rows)
+        oracle.run(batch.tokens, batch.positions, batch.slots, batch.output_indices)
     last, worst, limit = batches[-1], {}, LIMIT
     for op in plan.ops:
         kind = type(op).__name__
         limit = LIMIT_AFTER_CACHE if kind == "Attention" else limit
-        if op.name not in records:
+        if op.name not in ops:
             continue
         view = P.output_of(op)
         columns = slice(view.offset, view.offset + view.width)
-        exact = oracle.run(last.tokens, last.positions, last.slots, last.out_rows, op.name)[:, columns]
+        exact = oracle.run(last.tokens, last.positions, last.slots, last.output_indices, op.name)[:, columns]
         ours = engine.forward(last, stop_after=op.name)
         assert ours.dtype == np.float32 and ours.shape[1] == plan.buffers[view.buf].width
         e = error(ours[:, columns], exact)
@@ -54,16 +54,16 @@ def prompts(n_vocab):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_record_at_odd_sizes(isa, monkeypatch):
     monkeypatch.setenv("WORKER_ORCD_CPU_ISA", isa)
-    mf, plan = every_record()
+    mf, plan = every_op()
     engine = make_engine(mf, plan, n_threads=2)
     assert engine.isa == isa
     compare(engine, NumpyEngine(mf, plan), plan, prompts(N_VOCAB), {op.name for op in plan.ops})
-    records = {c.__name__ for c in P.Op.__subclasses__() if c.__module__ == P.__name__}
-    assert {type(op).__name__ for op in plan.ops} == records
+    ops = {c.__name__ for c in P.Op.__subclasses__() if c.__module__ == P.__name__}
+    assert {type(op).__name__ for op in plan.ops} == ops
 
 
 def test_slots_of_long_sequences_turn_by_the_long_frequencies():
-    mf, plan = every_record()
+    mf, plan = every_op()
     engine, oracle = make_engine(mf, plan, n_threads=2), NumpyEngine(mf, plan)
     plain = engine.forward(prompts(N_VOCAB)[0])
     engine.long_slots[2] = 1
@@ -76,7 +76,7 @@ def test_slots_of_long_sequences_turn_by_the_long_frequencies():
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_few_rows(n):
     """One row takes the kernel without panels, a few fill no tile."""
-    mf, plan = every_record(seed=n)
+    mf, plan = every_op(seed=n)
     engine = make_engine(mf, plan, n_threads=1)
     batch = rows((1, 0, np.arange(n) % N_VOCAB))
     compare(engine, NumpyEngine(mf, plan), plan, [batch], {op.name for op in plan.ops})
@@ -89,8 +89,8 @@ def test_records_of_golden_models(name, goldens_dir):
     with ModelFile(str(goldens_dir / f"{name}.gguf")) as mf:
         plan = P.build(mf)
         engine = make_engine(mf, plan)
-        records = {op.name for op in plan.ops if not op.name.startswith("blk.1.")}
-        compare(engine, NumpyEngine(mf, plan), plan, [rows((0, 0, tokens[:30])), rows((0, 30, tokens[30:]))], records)
+        ops = {op.name for op in plan.ops if not op.name.startswith("blk.1.")}
+        compare(engine, NumpyEngine(mf, plan), plan, [rows((0, 0, tokens[:30])), rows((0, 30, tokens[30:]))], ops)
         engine.close()
 
 

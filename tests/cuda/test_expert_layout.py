@@ -38,10 +38,10 @@ def lib(tmp_path_factory):
 @every_type
 def test_shared_memory_is_that_of_the_kernels(lib, type_id):
     suffix = layout.kernel_suffix(type_id)
-    for rows in expert_layout.PROMPT_ROWS:
-        smem = expert_layout.prompt_smem(type_id, rows)
+    for rows in expert_layout.PREFILL_ROWS:
+        smem = expert_layout.prefill_smem(type_id, rows)
         assert getattr(lib, f"prompt_smem_{suffix}")(rows) == smem <= layout.SMEM_SMALL
-    assert getattr(lib, f"decode_strips_{suffix}")() == layout.matvec_shape(type_id, 1).strips == 1
+    assert getattr(lib, f"decode_row_tiles_{suffix}")() == layout.matvec_shape(type_id, 1).row_tiles == 1
 
 
 def test_constants_are_those_of_the_header(lib):
@@ -59,7 +59,7 @@ def test_lists_hold_every_load(n_rows, n_used, n_expert):
     for spread in (0.0, 0.5, 3.0):
         weights = rng.exponential(1.0, n_expert) ** spread
         counts = rng.multinomial(n_pairs, weights / weights.sum())
-        for item_rows in (expert_layout.DECODE_ROWS, *expert_layout.PROMPT_ROWS):
+        for item_rows in (expert_layout.DECODE_ROWS, *expert_layout.PREFILL_ROWS):
             n_items = int((-(-counts // item_rows)).sum())
             most = expert_layout.max_items(n_pairs, n_expert, item_rows)
             assert n_items <= most
@@ -104,4 +104,4 @@ def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
     assert sizes["x_split"] >= 64 * down.n_used * layout.x_split_bytes(type_id, down.n_in)
     assert sizes["x_half"] >= 100 * down.n_used * layout.x_f16_bytes(type_id, down.n_in)
     assert sizes["x_half_scale"] >= 100 * down.n_used * 4
-    assert sizes["prompt_list"] >= expert_layout.list_bytes(128 * down.n_used, down.n_expert)
+    assert sizes["prefill_list"] >= expert_layout.list_bytes(128 * down.n_used, down.n_expert)

@@ -40,8 +40,8 @@ def pointer(a: np.ndarray) -> ctypes.c_void_p:
 @pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
 def test_sizes_match_the_headers(lib, type_id):
     suffix = layout.kernel_suffix(type_id)
-    assert getattr(lib, f"unit_k_{suffix}")() == layout.unit_k(type_id)
-    assert getattr(lib, f"record_bytes_{suffix}")() == layout.record_bytes(type_id)
+    assert getattr(lib, f"tile_k_{suffix}")() == layout.tile_k(type_id)
+    assert getattr(lib, f"packed_tile_bytes_{suffix}")() == layout.packed_tile_bytes(type_id)
     assert bool(getattr(lib, f"row_scaled_{suffix}")()) == (quants.TYPES[type_id].name in layout.ROW_SCALED)
 
 
@@ -53,17 +53,17 @@ def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
     rng = np.random.default_rng([type_id, n_out, k])
     raw = random_blocks(type_id, n_out, k, rng, mxfp4_exponents=(0, 253))
     suffix = layout.kernel_suffix(type_id)
-    strips, width = layout.n_strips(n_out), layout.k_padded(type_id, k)
-    n_bytes = strips * layout.n_units(type_id, k) * layout.record_bytes(type_id)
+    row_tiles, width = layout.n_row_tiles(n_out), layout.k_padded(type_id, k)
+    n_bytes = row_tiles * layout.n_k_tiles(type_id, k) * layout.packed_tile_bytes(type_id)
     packed = np.full(n_bytes + 64, 0xA5, np.uint8)
     getattr(lib, f"repack_{suffix}")(pointer(raw), pointer(packed), n_out, k)
     assert (packed[n_bytes:] == 0xA5).all()
-    out = np.full((strips * 16, width), np.nan, np.float32)
+    out = np.full((row_tiles * 16, width), np.nan, np.float32)
     getattr(lib, f"unpack_{suffix}")(pointer(packed), pointer(out), n_out, k)
     expected = dequantized(type_id, raw)
     assert np.array_equal(out[:n_out, :k].view(np.uint32), expected.view(np.uint32))
     assert not out[n_out:].any() and not out[:, k:].any(), "padding must be zero weights"
-    # Whole strips and units hold the file's bits and no others.
+    # Whole row tiles and k tiles hold the file's bits and no others.
     if n_out % 16 == 0 and k == width:
         assert n_bytes == raw.nbytes
         assert np.unpackbits(packed[:n_bytes]).sum() == np.unpackbits(raw).sum()
@@ -75,7 +75,7 @@ def test_launch_sizes_match_the_kernels(lib, type_id):
     for tiles in layout.MATVEC_TILES:
         getattr(lib, f"matvec_{suffix}")(tiles, out)
         shape = layout.matvec_shape(type_id, tiles)
-        assert list(out) == [shape.stage_units, shape.strips, shape.depth, shape.slot_bytes]
+        assert list(out) == [shape.stage_k_tiles, shape.row_tiles, shape.depth, shape.slot_bytes]
     for small in (False, True):
         getattr(lib, f"matmul_{suffix}")(int(small), out)
         assert list(out) == [*layout.matmul_stages(type_id, small), layout.MATMUL_TILE_ROWS]
@@ -106,11 +106,11 @@ def test_padding_is_small(type_id):
 def test_launches_fit_the_smallest_gpu(type_id):
     for n_outs, k in [((896, 128, 128), 896), ((896,), 4864), ((151936,), 896), ((3072,), 8192), ((48,), 32)]:
         k = -(-k // quants.TYPES[type_id].block_size) * quants.TYPES[type_id].block_size
-        strips = sum(map(layout.n_strips, n_outs))
+        row_tiles = sum(map(layout.n_row_tiles, n_outs))
         warps = layout.matvec_warps(type_id, k)
         for n_rows in (1, 2, 8, 9, 16, 17, 32, 33, 64):
             launch = layout.matvec_launch(type_id, k, n_outs, n_rows, n_sm=132)
             assert launch.smem <= layout.SMEM_SMALL and launch.block == 32 * warps <= 256
-            assert 1 <= launch.grid[0] <= strips
+            assert 1 <= launch.grid[0] <= row_tiles
     for small in (False, True):
         assert layout.matmul_stages(type_id, small)[2] <= layout.SMEM_SMALL

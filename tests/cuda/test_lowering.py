@@ -1,4 +1,4 @@
-"""Lowering: fewer records, the same computation, checked on the records themselves."""
+"""Lowering: fewer ops, the same computation, checked on the ops themselves."""
 
 from __future__ import annotations
 

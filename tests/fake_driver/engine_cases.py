@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from cases import FAKE, NOTHING, leftovers
+from fake_driver.cases import FAKE, NOTHING, leftovers
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
@@ -140,7 +140,7 @@ def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):
     for limit in (1000, floor + 24, floor + 14):
         with load(limit) as llm:
             assert shown[0].required <= limit << 20 and FAKE.fake_device_bytes() == shown[0].resident
-            sizes.append((llm.info.kv_bytes, llm.info.max_rows))
+            sizes.append((llm.info.kv_bytes, llm.info.max_batch_tokens))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     with pytest.raises(InsufficientVram) as e:
         load(floor)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import gguf_forge as g
-from helpers.hostile_cases import CASES, SCALES, Case
+from helpers.hostile_cases import CASES, SCALES, Case, go_through
 
 from worker_orcd._gguf import GgufFile, has_check
 from worker_orcd.errors import ModelLoadError
@@ -29,19 +29,6 @@ TESTS = Path(__file__).resolve().parents[1]
 SECONDS = 1.0
 MEMORY_MIB = 64
 SANITIZED = os.environ.get("WORKER_ORCD_SANITIZED") == "1"
-
-
-def go_through(path: str, stage: str = "all") -> None:
-    """Open a file and do what a load does with it: the one step `stage`, or every step."""
-    with ModelFile(path) as mf:
-        for key in mf.metadata if stage == "all" else ():
-            mf.metadata.value_type(key), mf.metadata.head(key, 100), mf.metadata.offset(key)
-        if stage in ("vocab", "all"):
-            metadata.validate(mf.metadata)
-        if stage in ("plan", "all"):
-            plan.build(mf)
-        if stage in ("check", "all"):
-            mf.check_tensors(n_threads=2)
 
 
 def open_files() -> int:
@@ -106,7 +93,9 @@ def test_no_refusal_takes_much_memory(tmp_path):
     for i, case in enumerate(CASES):
         (tmp_path / f"{i:04}-{case.stage}").write_bytes(case.build())
     done = run_child("""
-        import gc, test_hostile_gguf as t
+        import gc
+        from helpers import hostile_cases as t
+        from worker_orcd.errors import ModelLoadError
         def status(field):
             with open("/proc/self/status") as f:
                 return next(int(line.split()[1]) / 1024 for line in f if line.startswith(field))
@@ -117,7 +106,7 @@ def test_no_refusal_takes_much_memory(tmp_path):
             before = status("VmRSS")
             try:
                 t.go_through(sys.argv[1] + "/" + name, name.split("-")[1])
-            except t.ModelLoadError:
+            except ModelLoadError:
                 worst = max(worst, (status("VmHWM") - before, t.CASES[int(name.split("-")[0])].id))
                 continue
             raise SystemExit(name + " was not refused")
@@ -388,7 +377,8 @@ def test_g19_a_file_that_is_cut_and_written_all_the_time(tmp_path):
     path.write_bytes(g.tiny_llama().build())
     done = run_child("""
         import random, threading, time
-        import test_hostile_gguf as t
+        from helpers import hostile_cases as t
+        from worker_orcd.errors import ModelLoadError
         good = open(sys.argv[1], "rb").read()
         pid = os.fork()
         if pid == 0:
@@ -409,7 +399,7 @@ def test_g19_a_file_that_is_cut_and_written_all_the_time(tmp_path):
                             bytes(mf.view(name))
                     t.go_through(sys.argv[1])
                     loads += 1
-                except t.ModelLoadError:
+                except ModelLoadError:
                     errors += 1
         finally:
             os.kill(pid, 9)

@@ -39,7 +39,7 @@ def repack_experts(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, bias: np.nda
         rows = gpu.buffer(raw[e])
         p = params(MATMUL_HEADER, "RepackParams", rows=rows, w=w.ptr + e * size, row_bytes=row_bytes, k=k, n_out=n_out,
                    row0=0, n_rows=n_out)  # fmt: skip
-        gpu.launch(kernel, (layout.n_strips(n_out), 2), 256, p)
+        gpu.launch(kernel, (layout.n_row_tiles(n_out), 2), 256, p)
         gpu.sync()
     return Experts(type_id, n_expert, n_out, k, w, None if bias is None else gpu.buffer(bias))
 
@@ -93,7 +93,7 @@ class Route:
         self.logits = gpu.kernel("route", f"route_logits_{layout.kernel_suffix(router.type_id)}")
         self.params = params(
             HEADER, "RouteParams", x=x, w=router.w, bias=router.bias, partial=self.partial, ids=self.ids,
-            gates=self.gates, x_stride=x.shape[1], k=router.k, n_units=layout.n_units(router.type_id, router.k),
+            gates=self.gates, x_stride=x.shape[1], k=router.k, n_k_tiles=layout.n_k_tiles(router.type_id, router.k),
             n_expert=n_expert, n_used=n_used, n_rows=n_rows, item_rows=0, list=self.list.fields)  # fmt: skip
 
     def run(self, one_block: bool, pdl: bool = False) -> None:
@@ -120,7 +120,7 @@ class _Products:
             "m": [{"w": e.w, "bias": e.bias, "out": out, "out_stride": stride}
                   for e, (out, stride) in zip(experts, outs, strict=True)],
             "matrix_bytes": layout.packed_bytes(m.type_id, m.n_out, m.k), "n_out": m.n_out, "n_used": n_used,
-            "n_units": layout.n_units(m.type_id, m.k),
+            "n_k_tiles": layout.n_k_tiles(m.type_id, m.k),
         }  # fmt: skip
 
     def convert(self, kernel: str, out: Buffer, scale: Buffer | None, pdl: bool) -> None:
@@ -164,7 +164,7 @@ class Prompt(_Products):
     def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, item_rows: int) -> None:
         super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot)
         m = self.m
-        self.launch = expert_layout.prompt_launch(m.type_id, m.n_out, len(experts), n_rows, n_used, m.n_expert,
+        self.launch = expert_layout.prefill_launch(m.type_id, m.n_out, len(experts), n_rows, n_used, m.n_expert,
                                                   item_rows)  # fmt: skip
         self.half = gpu.empty((self.n_inputs * n_rows, layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
         self.scale = gpu.empty(self.n_inputs * n_rows)

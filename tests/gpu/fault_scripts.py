@@ -27,7 +27,7 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7]]
 
 
 def open_llm(model: str, index: int, **more: object) -> LLM:
-    return LLM(model, device=f"cuda:{index}", max_seqs=2, max_rows=64, progress=False, **more)
+    return LLM(model, device=f"cuda:{index}", max_seqs=2, max_batch_tokens=64, progress=False, **more)
 
 
 def ids_of(llm: LLM) -> list[tuple[int, ...]]:

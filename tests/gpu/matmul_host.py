@@ -37,7 +37,7 @@ def repack(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, piece: int = 1 << 30
         n = min(piece, n_out - row0)
         p = params(HEADER, "RepackParams", rows=rows, w=w, row_bytes=raw.shape[1], k=k, n_out=n_out, row0=row0,
                    n_rows=n)  # fmt: skip
-        gpu.launch(kernel, (layout.n_strips(n), 2), 256, p)
+        gpu.launch(kernel, (layout.n_row_tiles(n), 2), 256, p)
         gpu.sync()
         rows.check_guards()
     return Matrix(type_id, n_out, k, w)
@@ -69,15 +69,15 @@ class Matvec:
         if self.launch.needs_split:
             pad = 8 * int(self.launch.kernel.rsplit("_", 1)[1])
             self.split = gpu.empty((pad, layout.x_split_bytes(m.type_id, m.k)), np.uint8)
-        parts, strip0 = [], 0
+        parts, row_tile0 = [], 0
         for i, (a, out) in enumerate(zip(matrices, outs, strict=True)):
             parts.append({"w": a.w, "bias": biases[i] if biases else None, "out": out, "out_stride": out.shape[1],
-                          "n_out": a.n_out, "strip0": strip0, "add": int(add)})  # fmt: skip
-            strip0 += layout.n_strips(a.n_out)
+                          "n_out": a.n_out, "row_tile0": row_tile0, "add": int(add)})  # fmt: skip
+            row_tile0 += layout.n_row_tiles(a.n_out)
         self.params = params(
             HEADER, "MatvecParams", m=parts, x=x, split=self.split, x_stride=self.x_stride,
-            split_bytes=layout.x_split_bytes(m.type_id, m.k), n_matrices=len(parts), n_strips=strip0, k=m.k,
-            n_units=layout.n_units(m.type_id, m.k), n_rows=n_rows, ring_bytes=self.launch.ring_bytes)  # fmt: skip
+            split_bytes=layout.x_split_bytes(m.type_id, m.k), n_matrices=len(parts), n_row_tiles=row_tile0, k=m.k,
+            n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows, ring_bytes=self.launch.ring_bytes)  # fmt: skip
         self.kernel = gpu.kernel("matvec", self.launch.kernel)
 
     def run(self, pdl: bool = False, convert_x: bool = True) -> None:
@@ -102,7 +102,7 @@ class Matmul:
         self.params = params(
             HEADER, "MatmulParams", w=m.w, x=self.half, x_scale=self.scale, bias=bias, out=out,
             x_bytes=self.half.shape[1], out_stride=out.shape[1], n_out=m.n_out,
-            n_units=layout.n_units(m.type_id, m.k), n_rows=n_rows, add=int(add))  # fmt: skip
+            n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows, add=int(add))  # fmt: skip
         self.kernel = gpu.kernel("matmul", self.launch.kernel)
 
     def run(self, pdl: bool = False, convert_x: bool = True) -> None:

@@ -237,7 +237,7 @@ def test_a_row_does_not_depend_on_the_others(gpu, type_id, kind):
 
 @pytest.mark.parametrize("n_rows", [2, 40])
 def test_decode_results_do_not_depend_on_the_grid(gpu, n_rows):
-    """Fewer blocks than items, one block, one for each strip: the same bits."""
+    """Fewer blocks than items, one block, one for each row tile: the same bits."""
     type_id, k, n_out = quants.BY_NAME["MXFP4"].id, 512, 200
     experts, w, bias = make(gpu, type_id, N_EXPERT, n_out, k)
     rng = np.random.default_rng(2)

@@ -26,7 +26,7 @@ every_type = pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
 DECODE_LIMIT = 1e-9
 #: weights and activations each rounded to fp16 once: 4e-8 each; types with minima round those, too
 PROMPT_LIMIT = 4e-7
-#: (n_out, k): less than a strip, no whole strip, odd numbers of 32-blocks, several units
+#: (n_out, k): less than a row tile, no whole row tile, odd numbers of 32-blocks, several k tiles
 SHAPES = [(5, 32), (16, 64), (100, 96), (33, 256), (130, 768), (48, 1056), (257, 2304), (64, 4864)]
 
 

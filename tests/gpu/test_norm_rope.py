@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CU
 
 LIMIT = 1e-12  # float32 arithmetic
 RMS, LAYER = 0, 1
-ADJACENT, HALVES = 0, 1
+INTERLEAVED, NEOX = 0, 1
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +95,13 @@ def test_norm_group(gpu, group, n_group):
     assert np.array_equal(got[:, n_group * group :], x[:, n_group * group :])
 
 
-def rope_reference(x, position, freqs, pairing, n_rot, mscale):
+def rope_reference(x, position, inv_freq, rope_type, n_rot, mscale):
     x = x.astype(np.float64).copy()
-    angle = position * freqs.astype(np.float64)
+    angle = position * inv_freq.astype(np.float64)
     cos, sin = np.cos(angle) * mscale, np.sin(angle) * mscale
     a, b = (
         (slice(0, n_rot, 2), slice(1, n_rot, 2))
-        if pairing == ADJACENT
+        if rope_type == INTERLEAVED
         else (slice(0, n_rot // 2), slice(n_rot // 2, n_rot))
     )
     xa, xb = x[..., a].copy(), x[..., b].copy()
@@ -109,7 +109,7 @@ def rope_reference(x, position, freqs, pairing, n_rot, mscale):
     return x
 
 
-@pytest.mark.parametrize("pairing", [ADJACENT, HALVES])
+@pytest.mark.parametrize("rope_type", [INTERLEAVED, NEOX])
 @pytest.mark.parametrize(
     ("n_head", "n_head_kv", "head_dim", "n_rot", "mscale"),
     [
@@ -122,8 +122,8 @@ def rope_reference(x, position, freqs, pairing, n_rot, mscale):
     ],
 )
 @pytest.mark.parametrize("long", [False, True])
-def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing, long):
-    rng = np.random.default_rng(head_dim + pairing)
+def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, rope_type, long):
+    rng = np.random.default_rng(head_dim + rope_type)
     lengths = [65, 131072, 129, 40]
     cache = PagedCache(rng, [65, 64, 129, 40], n_head_kv, head_dim, filled=False)
     # Sequence 1 is long: only the block of its last position exists.
@@ -135,16 +135,16 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing, long)
     width = (n_head + 2 * n_head_kv) * head_dim + 8
     x = rng.standard_normal((5, width)).astype(np.float32)
     x[0, (n_head + n_head_kv) * head_dim] = 1e6  # a value float16 cannot hold
-    freqs = (10000.0 ** (-np.arange(max(n_rot // 2, 1)) / max(n_rot // 2, 1))).astype(np.float32)
+    inv_freq = (10000.0 ** (-np.arange(max(n_rot // 2, 1)) / max(n_rot // 2, 1))).astype(np.float32)
     long_slots = np.array([1, 0, 1, 0], np.int32)
-    both = np.concatenate([freqs, freqs / 3])
+    both = np.concatenate([inv_freq, inv_freq / 3])
     buffers = [gpu.buffer(a) for a in (x, both, cache.arena, table, positions, slots, long_slots)]
     dx, df, dkv, dt, dp, ds, dl = buffers
     k0, v0 = n_head * head_dim, (n_head + n_head_kv) * head_dim
-    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, k0), v=view(dx, v0), freqs=df, kv=dkv, block_table=dt,
+    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, k0), v=view(dx, v0), inv_freq=df, kv=dkv, block_table=dt,
                positions=dp, slots=ds, long_slots=dl if long else 0,
                q_stride=width, k_stride=width, v_stride=width, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
-               n_rot=n_rot, pairing=pairing, max_blocks=table.shape[1], mscale=mscale)  # fmt: skip
+               n_rot=n_rot, rope_type=rope_type, max_blocks=table.shape[1], mscale=mscale)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), (5, 3), 256, p)
     got, arena = dx.to_numpy(), dkv.to_numpy()
     assert np.array_equal(got[4], x[4]), "the dead row was changed"
@@ -152,8 +152,8 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, pairing, long)
     expected = cache.arena.copy()
     saved, cache.arena = cache.arena, expected
     for r in range(4):
-        mine = both[len(freqs) :] if long and long_slots[r] else freqs
-        want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), mine, pairing, n_rot, mscale)
+        mine = both[len(inv_freq) :] if long and long_slots[r] else inv_freq
+        want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), mine, rope_type, n_rot, mscale)
         check_nmse(got[r, :v0], want.ravel(), LIMIT, f"rope at position {positions[r]}")
         at = int(positions[r]) if r != 1 else KV_BLOCK - 1
         cache.k_at(r, at)[:] = got[r, k0:v0].reshape(n_head_kv, head_dim).astype(np.float16)
@@ -171,9 +171,9 @@ def test_rope_keeps_nan_visible(gpu):
     x = np.full((1, 192), np.nan, np.float32)
     dx, df, dkv = gpu.buffer(x), gpu.buffer(np.ones(32, np.float32)), gpu.buffer(cache.arena)
     dt, dp, ds = gpu.buffer(cache.block_table), gpu.buffer(np.zeros(1, np.int32)), gpu.buffer(np.zeros(1, np.int32))
-    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, 64), v=view(dx, 128), freqs=df, kv=dkv, block_table=dt,
+    p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, 64), v=view(dx, 128), inv_freq=df, kv=dkv, block_table=dt,
                positions=dp, slots=ds,
-               q_stride=192, k_stride=192, v_stride=192, n_head=1, n_head_kv=1, head_dim=64, n_rot=64, pairing=HALVES,
+               q_stride=192, k_stride=192, v_stride=192, n_head=1, n_head_kv=1, head_dim=64, n_rot=64, rope_type=NEOX,
                max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), 1, 256, p)
     cache.arena = dkv.to_numpy()

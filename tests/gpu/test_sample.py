@@ -92,7 +92,7 @@ class Sampler:
 
     def __init__(self, gpu, n_rows, n_vocab, slots, out_steps=4):
         self.gpu, self.n_rows, self.n_vocab = gpu, n_rows, n_vocab
-        kind = structs(HEADER)["SampleSlot"]
+        kind = structs(HEADER)["SlotSampling"]
         table = (kind * len(slots))()
         for entry, slot in zip(table, slots, strict=True):
             values = {

@@ -16,9 +16,9 @@ def sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=
     return SlotSampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
 
 
-def make_engine(model_file, plan, n_threads=2, max_seqs=4, max_rows=256, context_length=192) -> CpuEngine:
+def make_engine(model_file, plan, n_threads=2, max_seqs=4, max_batch_tokens=256, context_length=192) -> CpuEngine:
     n_blocks = -(-context_length // BLOCK_SIZE)
-    config = EngineConfig(max_seqs, max_rows, context_length, (max_seqs * n_blocks,) * len(plan.kv_groups))
+    config = EngineConfig(max_seqs, max_batch_tokens, context_length, (max_seqs * n_blocks,) * len(plan.kv_groups))
     engine = CpuEngine(model_file, plan, config, n_threads)
     for g in range(len(plan.kv_groups)):
         order = np.random.default_rng(g).permutation(max_seqs * n_blocks)
@@ -37,8 +37,8 @@ def rows(*parts, out="all") -> Batch:
     positions = np.concatenate([np.arange(p, p + len(t), dtype=np.int32) for _, p, t in parts])
     slots = np.concatenate([np.full(len(t), s, np.int32) for s, _, t in parts])
     ends = np.cumsum([len(t) for _, _, t in parts]) - 1
-    out_rows = {"all": np.arange(len(tokens)), "last": ends, "none": ends[:0]}[out].astype(np.int32)
-    return Batch(tokens, positions, slots, 0, out_rows)
+    output_indices = {"all": np.arange(len(tokens)), "last": ends, "none": ends[:0]}[out].astype(np.int32)
+    return Batch(tokens, positions, slots, 0, output_indices)
 
 
 def prefill(engine, slot, tokens, chunk) -> np.ndarray:

@@ -5,44 +5,44 @@
 
 template <class Q>
 static void repack(const uint8_t* raw, uint8_t* out, int n_out, int k) {
-    const int n_units = (k + Q::kUnitK - 1) / Q::kUnitK, n_strips = (n_out + 15) / 16, n_blocks = k / Q::kBlockK;
+    const int n_k_tiles = (k + Q::kTileK - 1) / Q::kTileK, n_row_tiles = (n_out + 15) / 16, n_blocks = k / Q::kBlockK;
     const int64_t row_bytes = static_cast<int64_t>(n_blocks) * Q::kBlockBytes;
-    for (int s = 0; s < n_strips; ++s)
-        for (int u = 0; u < n_units; ++u) {
-            const int block0 = u * (Q::kUnitK / Q::kBlockK), left = n_out - 16 * s;
-            const RawStrip strip{raw + 16 * s * row_bytes + block0 * Q::kBlockBytes, row_bytes, left < 16 ? left : 16,
-                                 n_blocks - block0, Q::kBlockBytes};
-            uint8_t* record = out + (static_cast<int64_t>(s) * n_units + u) * Q::kRecordBytes;
-            for (int w = 0; w < Q::kRecordBytes / 4; ++w) {
-                const uint32_t word = record_word<Q>(strip, w);
-                memcpy(record + 4 * w, &word, 4);
+    for (int s = 0; s < n_row_tiles; ++s)
+        for (int u = 0; u < n_k_tiles; ++u) {
+            const int block0 = u * (Q::kTileK / Q::kBlockK), left = n_out - 16 * s;
+            const RawRowTile row_tile{raw + 16 * s * row_bytes + block0 * Q::kBlockBytes, row_bytes,
+                                      left < 16 ? left : 16, n_blocks - block0, Q::kBlockBytes};
+            uint8_t* packed_tile = out + (static_cast<int64_t>(s) * n_k_tiles + u) * Q::kPackedTileBytes;
+            for (int w = 0; w < Q::kPackedTileBytes / 4; ++w) {
+                const uint32_t word = packed_word<Q>(row_tile, w);
+                memcpy(packed_tile + 4 * w, &word, 4);
             }
         }
 }
 
-// out [16 * n_strips, n_units * kUnitK]: every element as the fragments of a warp see it.
+// out [16 * n_row_tiles, n_k_tiles * kTileK]: every element as the fragments of a warp see it.
 template <class Q>
 static void unpack(const uint8_t* w, float* out, int n_out, int k) {
-    const int n_units = (k + Q::kUnitK - 1) / Q::kUnitK, n_strips = (n_out + 15) / 16;
-    const int64_t width = static_cast<int64_t>(n_units) * Q::kUnitK;
-    for (int s = 0; s < n_strips; ++s)
-        for (int u = 0; u < n_units; ++u)
+    const int n_k_tiles = (k + Q::kTileK - 1) / Q::kTileK, n_row_tiles = (n_out + 15) / 16;
+    const int64_t width = static_cast<int64_t>(n_k_tiles) * Q::kTileK;
+    for (int s = 0; s < n_row_tiles; ++s)
+        for (int u = 0; u < n_k_tiles; ++u)
             for (int lane = 0; lane < 32; ++lane)
                 for (int sub = 0; sub < Q::kSubs; ++sub) {
-                    const uint8_t* record = w + (static_cast<int64_t>(s) * n_units + u) * Q::kRecordBytes;
-                    const auto codes = load_codes<Q>(record, sub, lane);
+                    const uint8_t* packed_tile = w + (static_cast<int64_t>(s) * n_k_tiles + u) * Q::kPackedTileBytes;
+                    const auto codes = load_codes<Q>(packed_tile, sub, lane);
                     for (int pair = 0; pair < 16; ++pair) {
                         float low, high;
                         Q::values(codes, pair, low, high);
                         const int r = pair & 1;
                         if constexpr (!kDense<Q>) {
                             float scale[2][2], min[2][2] = {};
-                            Q::scales(Q::load_scales(record, lane), 2 * sub + (pair >> 3), scale, min);
+                            Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + (pair >> 3), scale, min);
                             const int j = Q::kScaleK == 16 ? (pair >> 2) & 1 : 0;
                             low = scale[j][r] * low, high = scale[j][r] * high;
                             if constexpr (Q::kHasMin) low += min[j][r], high += min[j][r];
                         }
-                        float* row = out + (16 * s + pair_row(lane, pair)) * width + u * Q::kUnitK + sub * kSubK;
+                        float* row = out + (16 * s + pair_row(lane, pair)) * width + u * Q::kTileK + sub * kSubK;
                         row[pair_column(lane, pair)] = low;
                         row[pair_column(lane, pair) + 1] = high;
                     }
@@ -52,7 +52,7 @@ static void unpack(const uint8_t* w, float* out, int n_out, int k) {
 // out [4]
 template <class S>
 static void matvec_numbers(int* out) {
-    out[0] = S::kStageUnits, out[1] = S::kStrips, out[2] = S::kDepth, out[3] = S::kSlotBytes;
+    out[0] = S::kStageKTiles, out[1] = S::kRowTiles, out[2] = S::kDepth, out[3] = S::kSlotBytes;
 }
 template <class S>
 static void matmul_numbers(int* out) {
@@ -61,8 +61,8 @@ static void matmul_numbers(int* out) {
 
 extern "C" {
 #define DEFINE(Type, name)                                                                                         \
-    int unit_k_##name() { return Type::kUnitK; }                                                                   \
-    int record_bytes_##name() { return Type::kRecordBytes; }                                                       \
+    int tile_k_##name() { return Type::kTileK; }                                                                   \
+    int packed_tile_bytes_##name() { return Type::kPackedTileBytes; }                                              \
     int row_scaled_##name() { return kRowScaled<Type>; }                                                           \
     void matvec_##name(int tiles, int* out) {                                                                      \
         if (tiles == 1) matvec_numbers<MatvecShape<Type, 1>>(out);                                                 \

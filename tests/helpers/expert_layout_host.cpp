@@ -9,7 +9,7 @@ extern "C" {
         using Many = MatmulShape<Type, 4, 1, 8>;                                                                      \
         return rows == Few::kRows ? Few::bytes(Few::kStages) : rows == Many::kRows ? Many::bytes(Many::kStages) : -1; \
     }                                                                                                                 \
-    int decode_strips_##name() { return MatvecShape<Type, 1>::kStrips; }
+    int decode_row_tiles_##name() { return MatvecShape<Type, 1>::kRowTiles; }
 FOR_EACH_TYPE(DEFINE)
 extern const int constants[6];
 const int constants[] = {EXPERTS_MAX, EXPERTS_USED_MAX,   ROUTE_SLICES,

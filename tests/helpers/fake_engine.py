@@ -52,7 +52,8 @@ class FakeEngine:
         self._begin("step", len(batch.tokens))
         digests = self._run(batch)
         out = np.array(
-            [self._draw(digests[r], int(batch.slots[r]), int(batch.positions[r])) for r in batch.out_rows], np.int32
+            [self._draw(digests[r], int(batch.slots[r]), int(batch.positions[r])) for r in batch.output_indices],
+            np.int32,
         )
         return out, (self._logits(batch, digests) if want_logits else None)
 
@@ -94,9 +95,11 @@ class FakeEngine:
     def _run(self, batch: Batch) -> list[int]:
         """Write and read the cache. Returns a digest of what each row saw."""
         n = len(batch.tokens)
-        assert 1 <= n <= self.config.max_rows and batch.n_decode <= n
-        assert batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == batch.out_rows.dtype == np.int32
-        assert np.all(np.diff(batch.out_rows) > 0)
+        assert 1 <= n <= self.config.max_batch_tokens and batch.n_decode <= n
+        assert (
+            batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == batch.output_indices.dtype == np.int32
+        )
+        assert np.all(np.diff(batch.output_indices) > 0)
         seen: list[int] = []  # slots, to check that rows are grouped
         for token, pos, slot in zip(batch.tokens.tolist(), batch.positions.tolist(), batch.slots.tolist(), strict=True):
             assert 0 <= token < self.n_vocab and pos < self.config.context_length
@@ -134,7 +137,10 @@ class FakeEngine:
 
     def _logits(self, batch: Batch, digests: list[int]) -> np.ndarray:
         return np.stack(
-            [np.random.default_rng(digests[r]).standard_normal(self.n_vocab).astype(np.float32) for r in batch.out_rows]
+            [
+                np.random.default_rng(digests[r]).standard_normal(self.n_vocab).astype(np.float32)
+                for r in batch.output_indices
+            ]
         )
 
 

@@ -31,6 +31,10 @@ from helpers.gguf_forge import (
     tiny_vocab,
 )
 
+from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models import plan
+from worker_orcd.tokenizer import metadata
+
 
 @dataclass(frozen=True)
 class Case:
@@ -470,3 +474,16 @@ def vocabulary() -> Iterator[Case]:
 
 
 CASES = [*structure(), *tensor_table(), *model(), *numbers(), *vocabulary()]
+
+
+def go_through(path: str, stage: str = "all") -> None:
+    """Open a file and do what a load does with it: the one step `stage`, or every step."""
+    with ModelFile(path) as mf:
+        for key in mf.metadata if stage == "all" else ():
+            mf.metadata.value_type(key), mf.metadata.head(key, 100), mf.metadata.offset(key)
+        if stage in ("vocab", "all"):
+            metadata.validate(mf.metadata)
+        if stage in ("plan", "all"):
+            plan.build(mf)
+        if stage in ("check", "all"):
+            mf.check_tensors(n_threads=2)

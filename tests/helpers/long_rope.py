@@ -14,7 +14,7 @@ from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
 #: positions from which on a sequence is a long one
-LONG_FROM = 64
+ORIG_CONTEXT = 64
 KEY = "phi3.rope.scaling.original_context_length"
 
 
@@ -28,7 +28,7 @@ def write(source: Path, target: Path) -> Path:
             tensors[f"rope_factors_{name}.weight"] = ((n_rot // 2,), 0, factors.astype(np.float32).view(np.uint8))
         writer = gguf.GGUFWriter(target, model.arch)
         requantize.copy_metadata(model, writer)
-        writer.kv_data[0][KEY].value = LONG_FROM
+        writer.kv_data[0][KEY].value = ORIG_CONTEXT
         for name, (shape, type_id, data) in tensors.items():
             rows = data.reshape(*reversed(shape[1:]), -1)
             writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType(type_id))
@@ -42,7 +42,7 @@ def write(source: Path, target: Path) -> Path:
 def exact_logits(model: ModelFile, ids: list[int]) -> np.ndarray:
     """float64 [n, n_vocab] of all positions of one sequence."""
     oracle = NumpyEngine(model, plan.build(model))
-    if len(ids) > LONG_FROM:
+    if len(ids) > ORIG_CONTEXT:
         oracle.long_slots.add(0)
     n = len(ids)
     return oracle.run(ids, np.arange(n), np.zeros(n, int), np.arange(n))
@@ -52,16 +52,16 @@ def check(path: Path, device: str) -> None:
     """Teacher-forced and greedy across the limit, alone and in a crowd."""
     rng = np.random.default_rng(5)
     with LLM(path, device=device, context_length=256, progress=False) as llm, ModelFile(path) as model:
-        ids = rng.integers(3, llm.info.n_vocab, LONG_FROM + 20).tolist()
-        for n in (LONG_FROM - 1, LONG_FROM, LONG_FROM + 1, LONG_FROM + 20):
+        ids = rng.integers(3, llm.info.n_vocab, ORIG_CONTEXT + 20).tolist()
+        for n in (ORIG_CONTEXT - 1, ORIG_CONTEXT, ORIG_CONTEXT + 1, ORIG_CONTEXT + 20):
             exact = exact_logits(model, ids[:n])
             error = ((llm.logits(ids[:n]) - exact) ** 2).mean() / (exact**2).mean()
             assert error < 2e-5, f"{n} positions: NMSE {error:.1e}"
-        short, long = exact_logits(model, ids[:LONG_FROM]), exact_logits(model, ids[: LONG_FROM + 1])
+        short, long = exact_logits(model, ids[:ORIG_CONTEXT]), exact_logits(model, ids[: ORIG_CONTEXT + 1])
         assert ((short - long[:-1]) ** 2).mean() / (short**2).mean() > 1e-3, "the divisors make no difference"
 
         params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
-        prompts = [ids[:50], ids[:LONG_FROM], ids[: LONG_FROM + 1], ids[5:70], ids[:10]]
+        prompts = [ids[:50], ids[:ORIG_CONTEXT], ids[: ORIG_CONTEXT + 1], ids[5:70], ids[:10]]
         alone = [llm.generate([p], params)[0].token_ids for p in prompts]
         assert [c.token_ids for c in llm.generate(prompts, params)] == alone
         for prompt, answer in zip(prompts[:3], alone, strict=False):

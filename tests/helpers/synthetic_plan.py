@@ -1,6 +1,6 @@
-"""A plan that holds every record and every tensor type with sizes that fit no vector, and random weights for it.
+"""A plan that holds every op and every tensor type with sizes that fit no vector, and random weights for it.
 
-It is no model: records are chained so that each has something to chew on. Engines and the oracle can run it without
+It is no model: ops are chained so that each has something to chew on. Engines and the oracle can run it without
 any file.
 """
 
@@ -49,7 +49,7 @@ class MemoryFile:
         self.checks += 1
 
 
-def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
+def every_op(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
     """The file and the plan. Width 100, 6 query and 2 KV heads of 20, a window of 40, 5 experts of which 3 are used."""
     mf, weights, buffers, ops = MemoryFile(seed), {}, {}, []
 
@@ -71,10 +71,10 @@ def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
         P.MatMul("kv", w("kv.w", "F32", 100, 80), None, h, P.View("qkv", 120, 80)),
         P.Norm("norm_q", "rms", w("norm_q.w", "F16", 20), None, 1e-6, q, q, 20),
     ]
-    freqs = tuple(0.7**i for i in range(6))
+    inv_freq = tuple(0.7**i for i in range(6))
     ops += [
-        P.Rope("rope_q", q, 6, 20, 12, "halves", freqs, 1.25, tuple(0.5 * f for f in freqs)),
-        P.Rope("rope_k", k, 2, 20, 12, "adjacent", freqs, 1.25),
+        P.Rope("rope_q", q, 6, 20, 12, "neox", inv_freq, 1.25, tuple(0.5 * f for f in inv_freq)),
+        P.Rope("rope_k", k, 2, 20, 12, "interleaved", inv_freq, 1.25),
     ]
     att = buf("att", 120)
     for layer, window, sinks in ((0, 0, None), (1, WINDOW, w("sinks", "F32", 6))):
@@ -115,5 +115,6 @@ def every_record(seed: int = 0) -> tuple[MemoryFile, P.Plan]:
     groups = (P.KvGroup(0, (0,)), P.KvGroup(WINDOW, (1,)))
     sizes = {"n_embd": 100, "n_layer": 2, "n_head_kv": 2, "head_dim": 20, "n_vocab": N_VOCAB}
     plan = P.Plan("synthetic", **sizes, context_length=N_POSITIONS, max_positions=N_POSITIONS, buffers=buffers,
-                  weights=weights, ops=tuple(ops), kv_groups=groups, kv_group_of=(0, 1), long_from=128)  # fmt: skip
+                  weights=weights, ops=tuple(ops), kv_groups=groups, kv_group_of=(0, 1),
+                  rope_orig_context=128)  # fmt: skip
     return mf, plan

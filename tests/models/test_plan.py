@@ -1,4 +1,4 @@
-"""Plans: the records of each architecture, and what a file must not say (hyperparameters, tensors)."""
+"""Plans: the ops of each architecture, and what a file must not say (hyperparameters, tensors)."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def test_unsupported_architecture_is_named_with_those_supported():
 def test_rope_scaling_formulas():
     linear = arch.hparams(FakeFile(rope__scaling__type="linear", rope__scaling__factor=4.0))
     plain = arch.hparams(FakeFile())
-    assert np.allclose(np.array(plain.freqs) / 4, linear.freqs)
-    assert plain.freqs[1] == pytest.approx(10000 ** (-2 / 16))
+    assert np.allclose(np.array(plain.inv_freq) / 4, linear.inv_freq)
+    assert plain.inv_freq[1] == pytest.approx(10000 ** (-2 / 16))
     yarn = arch.hparams(FakeFile(rope__scaling__type="yarn", rope__scaling__factor=32.0,
                                  rope__scaling__original_context_length=64))  # fmt: skip
     assert yarn.rope_mscale == pytest.approx(0.1 * math.log(32) + 1)
-    assert yarn.freqs[-1] == pytest.approx(plain.freqs[-1] / 32)
+    assert yarn.inv_freq[-1] == pytest.approx(plain.inv_freq[-1] / 32)
 
 
 def test_gpt_oss_yarn_range_is_not_rounded():
@@ -113,7 +113,7 @@ def test_gpt_oss_yarn_range_is_not_rounded():
                   rope__scaling__original_context_length=4096)  # fmt: skip
     hp = arch.hparams(mf)
     base = [150000 ** (-2 * p / 64) for p in range(32)]
-    ramp = [(b - f) / (b - b / 32) for b, f in zip(base, hp.freqs, strict=True)]
+    ramp = [(b - f) / (b - b / 32) for b, f in zip(base, hp.inv_freq, strict=True)]
     assert ramp[8] == 0 and ramp[9] == pytest.approx((9 - 8.0928) / (17.3980 - 8.0928), abs=1e-4)
     assert ramp[17] == pytest.approx((17 - 8.0928) / (17.3980 - 8.0928), abs=1e-4) and ramp[18] == pytest.approx(1)
     assert hp.rope_mscale == pytest.approx(1.34657, abs=1e-5)
@@ -148,12 +148,12 @@ def phi3_long(context: int = 131072, original: int = 4096) -> FakeFile:
 def test_long_rope_has_frequencies_for_short_and_for_long_sequences():
     """LongRoPE: per-pair divisors, and cos and sin times sqrt(1 + ln(131072/4096) / ln(4096))."""
     hp, the_plan = arch.hparams(phi3_long()), plan.build(phi3_long())
-    assert hp.freqs[1] == pytest.approx(10000 ** (-2 / 16))
-    assert np.allclose(np.array(hp.freqs) / 2, hp.long_freqs)
+    assert hp.inv_freq[1] == pytest.approx(10000 ** (-2 / 16))
+    assert np.allclose(np.array(hp.inv_freq) / 2, hp.inv_freq_long)
     assert hp.rope_mscale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
-    assert the_plan.long_from == hp.long_from == 4096
-    turns = {(op.freqs, op.long_freqs) for op in the_plan.ops if isinstance(op, plan.Rope)}
-    assert turns == {(hp.freqs, hp.long_freqs)}
+    assert the_plan.rope_orig_context == hp.rope_orig_context == 4096
+    turns = {(op.inv_freq, op.inv_freq_long) for op in the_plan.ops if isinstance(op, plan.Rope)}
+    assert turns == {(hp.inv_freq, hp.inv_freq_long)}
     assert [op.out.width for op in the_plan.ops if op.name == "blk.0.attn_qkv"] == [128]
 
 

@@ -1,6 +1,6 @@
 """The oracle: a plan interpreted in NumPy with float64 accumulation, plain enough to be read beside the formulas.
 
-It shares nothing with the engines but the plan records. Weights are dequantized with the `gguf` package. The KV cache
+It shares nothing with the engines but the plan ops. Weights are dequantized with the `gguf` package. The KV cache
 is a dict of positions per (layer, slot), rounded to float16 as the engines do (`kv_dtype`).
 """
 
@@ -42,7 +42,7 @@ class NumpyEngine:
     def __init__(self, model_file, plan: P.Plan, kv_dtype=np.float16) -> None:
         self.mf, self.plan, self.kv_dtype = model_file, plan, kv_dtype
         self.weights: dict[str, np.ndarray] = {}
-        self.long_slots: set[int] = set()  # slots whose sequences are longer than plan.long_from
+        self.long_slots: set[int] = set()  # slots whose sequences are longer than plan.rope_orig_context
         self.kv = defaultdict(dict)  # (layer, slot) -> {position: (k, v)} each [n_head_kv, head_dim]
 
     def w(self, name: str) -> np.ndarray:
@@ -50,10 +50,12 @@ class NumpyEngine:
             self.weights[name] = dequantize(self.mf.tensors[name], self.mf.view(name))
         return self.weights[name]
 
-    def run(self, tokens, positions, slots, out_rows, stop_after: str | None = None) -> np.ndarray:
-        rows = {"tokens": len(tokens), "outputs": len(out_rows)}
+    def run(self, tokens, positions, slots, output_indices, stop_after: str | None = None) -> np.ndarray:
+        rows = {"tokens": len(tokens), "outputs": len(output_indices)}
         self.buf = {b.name: np.full((rows[b.rows], b.width), np.nan) for b in self.plan.buffers.values()}
-        self.tokens, self.pos, self.slots, self.out_rows = (np.asarray(a) for a in (tokens, positions, slots, out_rows))
+        self.tokens, self.pos, self.slots, self.output_indices = (
+            np.asarray(a) for a in (tokens, positions, slots, output_indices)
+        )
         for op in self.plan.ops:
             getattr(self, type(op).__name__.lower())(op)
             if op.name == stop_after:
@@ -89,11 +91,16 @@ class NumpyEngine:
 
     def rope(self, op):
         x = self.get(op.x).reshape(-1, op.n_head, op.head_dim)
-        freqs = [op.long_freqs if op.long_freqs and int(slot) in self.long_slots else op.freqs for slot in self.slots]
-        angle = self.pos[:, None] * np.asarray(freqs)
+        inv_freq = [
+            op.inv_freq_long if op.inv_freq_long and int(slot) in self.long_slots else op.inv_freq
+            for slot in self.slots
+        ]
+        angle = self.pos[:, None] * np.asarray(inv_freq)
         cos, sin = (f(angle)[:, None] * op.mscale for f in (np.cos, np.sin))
         n = op.n_rot
-        a, b = (slice(0, n, 2), slice(1, n, 2)) if op.pairing == "adjacent" else (slice(0, n // 2), slice(n // 2, n))
+        a, b = (
+            (slice(0, n, 2), slice(1, n, 2)) if op.rope_type == "interleaved" else (slice(0, n // 2), slice(n // 2, n))
+        )
         xa, xb = x[..., a].copy(), x[..., b].copy()
         x[..., a], x[..., b] = xa * cos - xb * sin, xa * sin + xb * cos
         self.get(op.x)[:] = x.reshape(len(x), -1)
@@ -160,4 +167,4 @@ class NumpyEngine:
         self.get(op.out)[:] = (gates[:, :, None] * x).sum(1)
 
     def gather(self, op):
-        self.get(op.out)[:] = self.get(op.inp)[self.out_rows]
+        self.get(op.out)[:] = self.get(op.inp)[self.output_indices]

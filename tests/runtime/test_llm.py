@@ -266,7 +266,7 @@ def test_the_context_is_what_fits(path):
         ({"vram_limit_bytes": 0}, InvalidRequest, "vram_limit_bytes must be"),
         ({"vram_limit_bytes": 1 << 30}, InvalidRequest, "is for a GPU"),
         ({"trusted_models": "/nowhere/trusted.json"}, ModelLoadError, "/nowhere/trusted.json: cannot be read"),
-        ({"max_seqs": 8, "max_rows": 7}, InvalidRequest, "max_rows must be"),
+        ({"max_seqs": 8, "max_batch_tokens": 7}, InvalidRequest, "max_batch_tokens must be"),
         ({"n_threads": -1}, InvalidRequest, "n_threads must be"),
         ({"device": "tpu"}, InvalidRequest, "device must be"),
         ({"expect_sha256": "12"}, InvalidRequest, "expect_sha256 must be"),

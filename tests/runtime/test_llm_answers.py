@@ -82,7 +82,7 @@ def test_ten_runs_are_identical(smollm2):
 def test_another_load_gives_the_same(goldens_dir, tiny):
     prompts = tiny_prompts()
     before = [c.token_ids for c in tiny.generate(prompts, SEEDED)]
-    for arguments in ({"n_threads": 1}, {"max_seqs": 3, "max_rows": 16}):
+    for arguments in ({"n_threads": 1}, {"max_seqs": 3, "max_batch_tokens": 16}):
         with LLM(tiny.info.path, device="cpu", progress=False, **arguments) as other:
             assert [c.token_ids for c in other.generate(prompts, SEEDED)] == before
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from worker_orcd.runtime.progress import Later
+from worker_orcd.runtime.progress import LazyFuture
 
 
 def test_a_later_call_begins_once_when_told_or_asked():
@@ -19,7 +19,7 @@ def test_a_later_call_begins_once_when_told_or_asked():
         return value
 
     with ThreadPoolExecutor(1) as pool:
-        _never, told, asked, bad = (Later(pool, call, value) for value in (1, 2, 3, -4))
+        _never, told, asked, bad = (LazyFuture(pool, call, value) for value in (1, 2, 3, -4))
         told.start()
         told.start()
         assert told.result() == told.result() == 2 and asked.result() == 3

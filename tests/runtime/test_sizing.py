@@ -37,7 +37,7 @@ def size(the_plan, limit_mib=None, context=8192, kv=None, seqs=None, rows=None):
     config = sizing.engine_config("cuda:0", the_plan, "m.gguf", context, kv, seqs, rows, limit)
     vram = devices.vram_plan(the_plan, config)
     print(
-        f"limit {limit_mib} MiB: {config.max_seqs} sequences, {config.max_rows} rows, context "
+        f"limit {limit_mib} MiB: {config.max_seqs} sequences, {config.max_batch_tokens} rows, context "
         f"{config.context_length}, blocks {config.n_blocks}\n{vram.table(limit)}"
     )
     return config, vram
@@ -48,7 +48,7 @@ def size(the_plan, limit_mib=None, context=8192, kv=None, seqs=None, rows=None):
 def test_gpt_oss_20b_with_8192_positions_inside_a_budget(gpt_oss, limit, seqs):
     config, vram = size(gpt_oss, limit, seqs=seqs)
     assert vram.required <= limit * MIB
-    assert (config.context_length, config.max_rows, config.max_seqs) == (8192, 2048, seqs or 64)
+    assert (config.context_length, config.max_batch_tokens, config.max_seqs) == (8192, 2048, seqs or 64)
     assert 12.0e9 < vram.weights < 12.2e9, "as stored, not widened"
     assert config.n_blocks[0] >= 128 and config.n_blocks[1] >= kv_blocks.window_blocks(128)
     if seqs == 32:
@@ -80,7 +80,7 @@ def test_steps_get_smaller_before_a_model_is_refused(gpt_oss):
             break
         vram = devices.vram_plan(gpt_oss, config)
         assert vram.required <= limit * MIB and config.context_length == 8192
-        found.append((config.max_rows, config.max_seqs))
+        found.append((config.max_batch_tokens, config.max_seqs))
     print(f"{limit} MiB are refused; steps (rows, sequences): {list(dict.fromkeys(found))}")
     assert found == sorted(found, reverse=True), "smaller and smaller"
     assert {rows for rows, _ in found} == {2048, 1024, 512, 256}
@@ -94,7 +94,7 @@ def test_what_the_caller_named_stays(gpt_oss):
         with pytest.raises(InsufficientVram):
             size(gpt_oss, 12_300, **named)
     config, _ = size(gpt_oss, 12_300, rows=128)
-    assert config.max_rows == 128 and config.max_seqs == 64
+    assert config.max_batch_tokens == 128 and config.max_seqs == 64
     config, _ = size(gpt_oss, 16_384, rows=16)
     assert config.max_seqs == 16, "a step has a row for each sequence"
     assert size(gpt_oss, 12_300, seqs=3)[0].max_seqs == 3
@@ -158,7 +158,7 @@ def test_every_model_of_the_plan_fits_what_it_says(free):
     """A small model gets all the sequences and rows there are, and a cache no larger than it can use."""
     small = plan.build(FakeFile())
     config = sizing.engine_config("cuda:0", small, "m.gguf", None, None, None, None)
-    assert (config.max_seqs, config.max_rows, config.context_length) == (64, 2048, 128)
+    assert (config.max_seqs, config.max_batch_tokens, config.context_length) == (64, 2048, 128)
     assert config.n_blocks == (64 * 2,)
     vram = devices.vram_plan(small, config)
     free[0] = vram.required

@@ -39,7 +39,7 @@ class Rig:
     def __init__(
         self,
         max_seqs=4,
-        max_rows=32,
+        max_batch_tokens=32,
         context=512,
         n_blocks=(32, 32),
         max_queue=64,
@@ -48,7 +48,7 @@ class Rig:
         engine_class=FakeEngine,
         **engine,
     ) -> None:
-        config = EngineConfig(max_seqs, max_rows, context, n_blocks)
+        config = EngineConfig(max_seqs, max_batch_tokens, context, n_blocks)
         self.engine = engine_class(config, GROUPS, **engine)
         self.scheduler = Scheduler(config, GROUPS, self.engine.block_tables, [STOP_ID])
         self.fatal: list[WorkerError] = []
@@ -202,7 +202,7 @@ def test_logprobs():
 
 
 def test_forward_is_chunked_and_waits_its_turn():
-    with Rig(never_stop=True, max_rows=16, step_seconds=0.001) as rig:
+    with Rig(never_stop=True, max_batch_tokens=16, step_seconds=0.001) as rig:
         job = rig.submit(max_tokens=100)
         tokens = np.arange(1, 41, dtype=np.int32)
         logits = rig.loop.forward(tokens)
@@ -397,7 +397,7 @@ def test_shutdown_returns_at_once_when_idle():
 
 
 def test_close_ends_what_waits_for_logits():
-    rig = Rig(step_seconds=0.05, max_rows=16)
+    rig = Rig(step_seconds=0.05, max_batch_tokens=16)
     caught = []
 
     def forward():

@@ -14,7 +14,7 @@ from worker_orcd.engine.kv_blocks import blocks_of, blocks_within, reservation, 
 from worker_orcd.engine.protocol import EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup, Plan
-from worker_orcd.serving.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
+from worker_orcd.serving.scheduler import DecodeWork, LogitsWork, Scheduler, SequenceState, StepWork
 
 FULL = KvGroup(0, (0,))
 
@@ -37,11 +37,18 @@ class Control:
     interrupted = False
 
 
-def make(max_seqs=4, max_rows=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, long_from=0):
-    config = EngineConfig(max_seqs, max_rows, context, n_blocks)
+def make(
+    max_seqs=4, max_batch_tokens=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, rope_orig_context=0
+):
+    config = EngineConfig(max_seqs, max_batch_tokens, context, n_blocks)
     engine = FakeEngine(config, groups, never_stop=never_stop)
     return Scheduler(
-        config, groups, engine.block_tables, [STOP_ID], long_slots=engine.long_slots, long_from=long_from
+        config,
+        groups,
+        engine.block_tables,
+        [STOP_ID],
+        long_slots=engine.long_slots,
+        rope_orig_context=rope_orig_context,
     ), engine
 
 
@@ -73,9 +80,9 @@ def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | No
         for j, seq in enumerate(work.seqs):
             ids.get(seq.seq_id, []).extend(sampled[:, j].tolist())
         ended = scheduler.done_decode(work, sampled)
-    elif isinstance(work, ForwardWork):
+    elif isinstance(work, LogitsWork):
         engine.forward(work.batch)
-        ended = scheduler.done_forward(work)
+        ended = scheduler.done_logits(work)
     else:
         ended = []
     check_ownership(scheduler)
@@ -125,7 +132,7 @@ def test_a_prompt_is_chunked_and_decoded_in_one_run():
 
 
 def test_running_sequences_go_first_and_prompts_fill_the_rest():
-    scheduler, engine = make(max_rows=16, never_stop=True)
+    scheduler, engine = make(max_batch_tokens=16, never_stop=True)
     scheduler.add(sequence(1, 4, 40))
     run(scheduler, engine)
     scheduler.add(sequence(2, 40, 4))
@@ -137,9 +144,9 @@ def test_running_sequences_go_first_and_prompts_fill_the_rest():
     assert [s.seq_id for s in work.outputs] == [1, 2, 3]
 
 
-def test_prompt_rows_limit_keeps_steps_short():
-    scheduler, engine = make(max_rows=32)
-    scheduler.prompt_rows = 5
+def test_prefill_limit_keeps_steps_short():
+    scheduler, engine = make(max_batch_tokens=32)
+    scheduler.max_prefill_tokens = 5
     scheduler.add(sequence(1, 12))
     assert len(run(scheduler, engine)[0].batch.tokens) == 5
 
@@ -179,13 +186,13 @@ def test_logits_wanted_steps_one_token_at_a_time():
 
 
 def test_forward_takes_turns_with_sampled_sequences():
-    scheduler, engine = make(max_rows=16, never_stop=True)
+    scheduler, engine = make(max_batch_tokens=16, never_stop=True)
     scheduler.add(sequence(1, 4, 20))
     scheduler.add(sequence(2, 40, 0))
     kinds = []
     while (work := run(scheduler, engine)[0]) is not None:
         kinds.append(type(work).__name__[0])
-    assert "".join(kinds[:6]) == "SFSFSF" and kinds[-1] == "D"
+    assert "".join(kinds[:6]) == "SLSLSL" and kinds[-1] == "D"
     check_empty(scheduler)
 
 
@@ -216,7 +223,9 @@ def test_tokens_past_the_end_do_not_count():
 def test_windowed_group_returns_what_fell_out_of_the_window(window):
     group = KvGroup(window, (0,))
     need = window_blocks(window)
-    scheduler, engine = make(max_rows=96, context=1024, n_blocks=(need, 16), groups=(group, FULL), never_stop=True)
+    scheduler, engine = make(
+        max_batch_tokens=96, context=1024, n_blocks=(need, 16), groups=(group, FULL), never_stop=True
+    )
     seq = sequence(1, 500, 400)
     assert reservation(group, seq.n_positions) == need
     scheduler.add(seq)
@@ -229,10 +238,10 @@ def test_windowed_group_returns_what_fell_out_of_the_window(window):
 
 def test_a_chunk_borrows_spare_blocks_of_a_windowed_group():
     group = KvGroup(24, (0,))
-    scheduler, engine = make(max_rows=256, context=1024, n_blocks=(8,), groups=(group,), never_stop=True)
+    scheduler, engine = make(max_batch_tokens=256, context=1024, n_blocks=(8,), groups=(group,), never_stop=True)
     scheduler.add(sequence(1, 600, 2))
     assert len(run(scheduler, engine)[0].batch.tokens) == 256
-    scheduler, engine = make(max_rows=256, context=1024, n_blocks=(3,), groups=(group,), never_stop=True)
+    scheduler, engine = make(max_batch_tokens=256, context=1024, n_blocks=(3,), groups=(group,), never_stop=True)
     scheduler.add(sequence(1, 600, 2))
     assert len(run(scheduler, engine)[0].batch.tokens) == 192
 
@@ -253,9 +262,9 @@ ACTIONS = st.lists(
 
 @settings(max_examples=120, deadline=None)
 @given(GROUPS, st.integers(1, 5), st.integers(5, 64), st.lists(st.integers(1, 12), min_size=2, max_size=2), ACTIONS)
-def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_rows, n_blocks, actions):
+def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_batch_tokens, n_blocks, actions):
     """Any mix of submissions, runs and cancels: ownership holds, order holds, budgets hold, all is freed, all end."""
-    scheduler, engine = make(max_seqs, max_rows, 256, tuple(n_blocks[: len(groups)]), groups)
+    scheduler, engine = make(max_seqs, max_batch_tokens, 256, tuple(n_blocks[: len(groups)]), groups)
     all_seqs: list[SequenceState] = []
     admitted_order = []
 
@@ -285,10 +294,10 @@ def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_rows, n_blocks, 
             assert scheduler.drop(seq.seq_id) == alive
             check_ownership(scheduler)
         elif action[0] == "rows":
-            scheduler.prompt_rows = action[1]
+            scheduler.max_prefill_tokens = action[1]
     drain(scheduler, engine)
     assert admitted_order == sorted(admitted_order)
-    assert engine.n_rows_seen <= max_rows
+    assert engine.n_rows_seen <= max_batch_tokens
     for seq in all_seqs:
         assert seq.ended in ("stop", "length", "dropped")
         if seq.ended == "length":
@@ -324,9 +333,11 @@ def test_window_blocks_cover_every_alignment(window, n_past):
 # -- LongRoPE: sequences that become long
 
 
-def drawn(prompt, max_tokens, long_from, groups=(FULL,), n_blocks=(64,), others=0):
+def drawn(prompt, max_tokens, rope_orig_context, groups=(FULL,), n_blocks=(64,), others=0):
     """The ids that a sequence gets beside `others`; the engine checks at each step what every row sees."""
-    scheduler, engine = make(max_seqs=8, groups=groups, n_blocks=n_blocks, never_stop=True, long_from=long_from)
+    scheduler, engine = make(
+        max_seqs=8, groups=groups, n_blocks=n_blocks, never_stop=True, rope_orig_context=rope_orig_context
+    )
     seq = SequenceState(100, np.array(prompt, np.int32), max_tokens, sampling())
     for i in range(others):
         scheduler.add(sequence(i, 20 + 30 * i, 60))
@@ -347,11 +358,11 @@ def drawn(prompt, max_tokens, long_from, groups=(FULL,), n_blocks=(64,), others=
 @pytest.mark.parametrize("groups", [(FULL,), (KvGroup(48, (0,)),), (FULL, KvGroup(48, (1,)))])
 def test_a_sequence_that_grows_long_is_computed_anew_by_the_long_frequencies(groups, others):
     """Until then it is a short one, afterwards what a long one with the same tokens is; its neighbours see nothing."""
-    n_blocks, prompt, long_from = (64,) * len(groups), [3, 1, 4, 1, 5] * 14, 100
-    ids = drawn(prompt, 80, long_from, groups, n_blocks, others)
-    n_short = long_from - len(prompt) + 1
+    n_blocks, prompt, rope_orig_context = (64,) * len(groups), [3, 1, 4, 1, 5] * 14, 100
+    ids = drawn(prompt, 80, rope_orig_context, groups, n_blocks, others)
+    n_short = rope_orig_context - len(prompt) + 1
     assert ids[:n_short] == drawn(prompt, n_short, 0, groups, n_blocks)
-    assert ids[n_short:] == drawn(prompt + ids[:n_short], 80 - n_short, long_from, groups, n_blocks)
+    assert ids[n_short:] == drawn(prompt + ids[:n_short], 80 - n_short, rope_orig_context, groups, n_blocks)
     assert ids[n_short:] != drawn(prompt + ids[:n_short], 80 - n_short, 0, groups, n_blocks)
 
 
@@ -363,7 +374,7 @@ def test_what_a_sequence_gets_does_not_depend_on_how_long_it_might_become(n_prom
 
 
 def test_a_teacher_forced_sequence_is_long_by_its_length():
-    scheduler, engine = make(long_from=100)
+    scheduler, engine = make(rope_orig_context=100)
     for seq_id, n in ((1, 100), (2, 101)):
         scheduler.add(sequence(seq_id, n, 0))
     scheduler.admit()

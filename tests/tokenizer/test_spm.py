@@ -6,14 +6,14 @@ from itertools import accumulate, pairwise
 
 import pytest
 
-from worker_orcd._spm import ScoreMerger
+from worker_orcd._spm import SpmMerger
 from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens
 
 
 def merger(tokens, scores, byte_ids=(), unk_id=-1):
     pieces = [t.encode() for t in tokens]
     offsets = array("I", [0, *accumulate(map(len, pieces))])
-    return ScoreMerger(b"".join(pieces), offsets, array("f", scores), array("i", byte_ids), unk_id)
+    return SpmMerger(b"".join(pieces), offsets, array("f", scores), array("i", byte_ids), unk_id)
 
 
 def plain_merge(tokens, scores, text, byte_ids, unk_id):
@@ -67,7 +67,7 @@ def test_hidden_and_repeated_tokens():
 )
 def test_lengths_that_do_not_fit_are_refused(offsets, scores, byte_ids):
     with pytest.raises(ValueError, match=r"offsets|byte_ids"):
-        ScoreMerger(b"ab", array("I", offsets), array("f", scores), array("i", byte_ids), 0)
+        SpmMerger(b"ab", array("I", offsets), array("f", scores), array("i", byte_ids), 0)
 
 
 def test_cutting_at_special_tokens():

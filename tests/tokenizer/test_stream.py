@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.tokenizer.stream import ByteStreamDecoder, WindowStreamDecoder
 from worker_orcd.tokenizer.tokenizer import Tokenizer
-from worker_orcd.tokenizer.vocab import TokenTable
+from worker_orcd.tokenizer.vocab import Vocab
 
 #: text of many scripts, in which vocabularies have tokens for parts of a character
 MULTIBYTE = [
@@ -86,7 +86,7 @@ def test_any_tokens_stream_as_they_decode(name, tokenizers, model_path):
 
 
 def _bytes_table(strip_space=False):
-    return TokenTable(bytes(range(256)), [1] * 256, {0}, strip_space)
+    return Vocab(bytes(range(256)), [1] * 256, {0}, strip_space)
 
 
 def test_dangling_bytes_become_one_replacement():

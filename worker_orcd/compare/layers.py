@@ -1,6 +1,6 @@
 """Activations after each layer of a model, through the engine alone: no tokenizer, no scheduler.
 
-An engine is stopped after the record that ends a layer and gives the residual stream. Each record is a run of its own
+An engine is stopped after the op that ends a layer and gives the residual stream. Each op is a run of its own
 from the first one on, so the cost grows with the square of the number of layers: short prompts, and few.
 """
 
@@ -21,8 +21,8 @@ from worker_orcd.runtime import devices
 MAX_ROWS: Final = 256
 
 
-def layer_records(the_plan: plan.Plan) -> list[str]:
-    """Records after which the residual stream holds a finished layer: the embedding, then one for each layer."""
+def layer_ops(the_plan: plan.Plan) -> list[str]:
+    """Ops after which the residual stream holds a finished layer: the embedding, then one for each layer."""
     return ["embed"] + [op.name for op in the_plan.ops if op.name.endswith(".ffn_residual")]
 
 
@@ -58,15 +58,15 @@ def layer_activations(
         prompts: token ids; of each the first `MAX_ROWS` count.
 
     Returns:
-        record name -> float32 [tokens of all prompts, n_embd], in the order of the layers.
+        op name -> float32 [tokens of all prompts, n_embd], in the order of the layers.
     """
     cut = [np.array(ids[:MAX_ROWS], np.int32) for ids in prompts]
     found: dict[str, list[np.ndarray]] = {}
     with open_engine(model_file, device, max(map(len, cut)), n_threads) as (engine, the_plan):
         for ids in cut:
             n = len(ids)
-            engine.long_slots[0] = 0 < the_plan.long_from < n
+            engine.long_slots[0] = 0 < the_plan.rope_orig_context < n
             batch = Batch(ids, np.arange(n, dtype=np.int32), np.zeros(n, np.int32), 0, np.array([n - 1], np.int32))
-            for record in layer_records(the_plan):
-                found.setdefault(record, []).append(engine.forward(batch, record))
-    return {record: np.concatenate(parts) for record, parts in found.items()}
+            for op in layer_ops(the_plan):
+                found.setdefault(op, []).append(engine.forward(batch, op))
+    return {op: np.concatenate(parts) for op, parts in found.items()}

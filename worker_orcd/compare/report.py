@@ -80,9 +80,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Activations after one record: |a - b| / |a| over the tokens looked at, and the cosine of a and b."""
+    """Activations after one op: |a - b| / |a| over the tokens looked at, and the cosine of a and b."""
 
-    record: str
+    op: str
     n_tokens: int
     mean: float
     worst: float
@@ -275,10 +275,10 @@ def _layers(report: Report) -> list[str]:
         "",
         f"Over {report.layers[0].n_tokens} tokens.",
         "",
-        "| record | mean \\|a - b\\| / \\|a\\| | worst token | mean cosine |",
+        "| op | mean \\|a - b\\| / \\|a\\| | worst token | mean cosine |",
         "|---|---|---|---|",
     ]
-    return [*out, *(f"| {r.record} | {r.mean:.4f} | {r.worst:.4f} | {r.cosine:.5f} |" for r in report.layers), ""]
+    return [*out, *(f"| {r.op} | {r.mean:.4f} | {r.worst:.4f} | {r.cosine:.5f} |" for r in report.layers), ""]
 
 
 def _prompts(report: Report) -> list[str]:

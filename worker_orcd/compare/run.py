@@ -239,9 +239,9 @@ def _layers(
 
 def _layer_results(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[LayerResult]:
     out = []
-    for record, in_a in a.items():
-        distance, cosine = metrics.activation_distance(in_a, b[record])
-        out.append(LayerResult(record, len(in_a), float(distance.mean()), float(distance.max()), float(cosine.mean())))
+    for op, in_a in a.items():
+        distance, cosine = metrics.activation_distance(in_a, b[op])
+        out.append(LayerResult(op, len(in_a), float(distance.mean()), float(distance.max()), float(cosine.mean())))
     return out
 
 

@@ -18,7 +18,7 @@ ROUTE_ROWS = 8
 #: pairs of a decode item
 DECODE_ROWS = 16
 #: pairs of a prompt item, by kernel variant
-PROMPT_ROWS = (16, 64)
+PREFILL_ROWS = (16, 64)
 #: matrices of one expert in one launch
 MAX_MATRICES = 2
 #: most rows for which a decode block converts x itself
@@ -32,7 +32,7 @@ def max_items(n_pairs: int, n_expert: int, item_rows: int) -> int:
 
 def list_bytes(n_pairs: int, n_expert: int) -> int:
     """Bytes of a list: the number of items (16 bytes), the items (16 each), the pairs (4 each)."""
-    return 16 + 16 * max_items(n_pairs, n_expert, min(DECODE_ROWS, *PROMPT_ROWS)) + 4 * n_pairs
+    return 16 + 16 * max_items(n_pairs, n_expert, min(DECODE_ROWS, *PREFILL_ROWS)) + 4 * n_pairs
 
 
 def list_parts(address: int, n_pairs: int, n_expert: int) -> tuple[int, int, int]:
@@ -42,12 +42,12 @@ def list_parts(address: int, n_pairs: int, n_expert: int) -> tuple[int, int, int
 
 def route_partial_bytes(n_rows: int, n_expert: int) -> int:
     """Scratch of route_logits: float32 [n_rows, ROUTE_SLICES, n_expert rounded up to 16]."""
-    return 4 * n_rows * ROUTE_SLICES * layout.STRIP_ROWS * layout.n_strips(n_expert)
+    return 4 * n_rows * ROUTE_SLICES * layout.TILE_ROWS * layout.n_row_tiles(n_expert)
 
 
 def route_grid(n_rows: int, n_expert: int) -> tuple[int, int, int]:
-    """Grid of route_logits, 256 threads: a warp for each strip and slice."""
-    return layout.n_strips(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
+    """Grid of route_logits, 256 threads: a warp for each row_tile and slice."""
+    return layout.n_row_tiles(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
 
 
 def decode_launch(
@@ -71,32 +71,32 @@ def decode_launch(
         smem, tiles = inside, 1
     # What the GPU holds at once: registers, then shared memory.
     resident = max(1, min({1: 24, 2: 16}[tiles] // warps, 227 * 1024 // (smem + 2048)))
-    work = max_items(n_rows * n_used, n_expert, DECODE_ROWS) * n_matrices * layout.n_strips(n_out)
+    work = max_items(n_rows * n_used, n_expert, DECODE_ROWS) * n_matrices * layout.n_row_tiles(n_out)
     name = f"expert_matvec_{layout.kernel_suffix(type_id)}_{tiles}"
     return Launch(name, (min(work, n_sm * resident), 1, 1), 32 * warps, smem, ring, tiles > 1)
 
 
-def prompt_rows(n_rows: int, n_used: int, n_expert: int) -> int:
+def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:
     """Pairs of an item of a prompt launch: large tiles only where an expert has enough rows to fill them."""
-    return PROMPT_ROWS[n_rows * n_used >= 24 * n_expert]
+    return PREFILL_ROWS[n_rows * n_used >= 24 * n_expert]
 
 
-def prompt_launch(
+def prefill_launch(
     type_id: int, n_out: int, n_matrices: int, n_rows: int, n_used: int, n_expert: int, item_rows: int | None = None
 ) -> Launch:
-    """The prompt launch; `item_rows` other than `prompt_rows` says gives the same bits."""
-    item_rows = item_rows or prompt_rows(n_rows, n_used, n_expert)
+    """The prompt launch; `item_rows` other than `prefill_rows` says gives the same bits."""
+    item_rows = item_rows or prefill_rows(n_rows, n_used, n_expert)
     tiles = n_matrices * -(-n_out // 128)
     name = f"expert_matmul_{layout.kernel_suffix(type_id)}_{item_rows}"
     items = max_items(n_rows * n_used, n_expert, item_rows)
-    return Launch(name, (tiles, items, 1), 128, prompt_smem(type_id, item_rows))
+    return Launch(name, (tiles, items, 1), 128, prefill_smem(type_id, item_rows))
 
 
-def prompt_smem(type_id: int, item_rows: int) -> int:
+def prefill_smem(type_id: int, item_rows: int) -> int:
     """Shared memory of a prompt kernel (csrc/cuda/matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
-    x, w, smem = item_rows * 128, 8 * layout.record_bytes(type_id), 0
+    x, w, smem = item_rows * 128, 8 * layout.packed_tile_bytes(type_id), 0
     for stages in (4, 3, 2):
-        smem = stages * x + (2 if layout.unit_k(type_id) == 256 else stages) * w
+        smem = stages * x + (2 if layout.tile_k(type_id) == 256 else stages) * w
         if smem <= 75776:
             break
     return smem

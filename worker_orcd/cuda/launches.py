@@ -1,6 +1,6 @@
-"""The launches of a step: what each lowered record becomes on the device.
+"""The launches of a step: what each lowered op becomes on the device.
 
-One method per kind of record makes its nodes (`_nodes`, `_expert_nodes`) from addresses, strides and sizes, all fixed
+One method per kind of op makes its nodes (`_nodes`, `_expert_nodes`) from addresses, strides and sizes, all fixed
 once the memory is planned. Knows no file, no stream and no order of steps; the CUDA engine enqueues what is made here.
 """
 
@@ -29,7 +29,7 @@ Tables = dict[tuple[float, ...], int]
 
 
 class Launches:
-    """Makes the launches of a plan's records.
+    """Makes the launches of a plan's ops.
 
     Args:
         plan, config: the model and the engine's sizes.
@@ -59,10 +59,10 @@ class Launches:
         """(address, row stride in floats) of a plan view."""
         return self.addresses[f"buffer:{view.buf}"] + 4 * view.offset, self.plan.buffers[view.buf].width
 
-    def nodes(self, records: tuple[Op, ...]) -> list[tuple[str, list[Any]]]:
-        """One or two launches per record, in order, as [(record name, [nodes])]."""
-        tables = {freqs: key for key, freqs in memory.rope_tables(self.plan).items()}
-        return [(op.name, self._node(op, tables)) for op in records]
+    def nodes(self, ops: tuple[Op, ...]) -> list[tuple[str, list[Any]]]:
+        """One or two launches per op, in order, as [(op name, [nodes])]."""
+        tables = {inv_freq: key for key, inv_freq in memory.rope_tables(self.plan).items()}
+        return [(op.name, self._node(op, tables)) for op in ops]
 
     def _weight(self, name: str | None) -> int:
         return 0 if name is None else self.addresses[name]
@@ -70,7 +70,7 @@ class Launches:
     def _node(self, op: Op, tables: Tables) -> list[Any]:
         make = getattr(self, f"_make_{type(op).__name__.lower()}", None)
         if make is None:
-            raise InternalError(f"no CUDA launch for record {op.name!r} ({type(op).__name__})")
+            raise InternalError(f"no CUDA launch for op {op.name!r} ({type(op).__name__})")
         return make(op, tables)
 
     def is_output(self, view: View) -> bool:
@@ -150,9 +150,9 @@ class Launches:
         ]
 
     def _freqs(self, op: Any, tables: Tables) -> tuple[int, int]:
-        """Addresses of a record's frequencies, and of the slots that take the long ones; 0 where there are none."""
-        table = self.addresses[f"freqs:{tables[op.freqs + op.long_freqs]}"]
-        return table, self.addresses["long_slots"] if op.long_freqs else 0
+        """Addresses of an op's frequencies, and of the slots that take the long ones; 0 where there are none."""
+        table = self.addresses[f"inv_freq:{tables[op.inv_freq + op.inv_freq_long]}"]
+        return table, self.addresses["long_slots"] if op.inv_freq_long else 0
 
     def _make_rope(self, op: Any, tables: Tables) -> list[Any]:
         x, stride = self._view(op.x)
@@ -175,7 +175,7 @@ class Launches:
                 op.n_head,
                 op.head_dim,
                 op.n_rot,
-                op.pairing,
+                op.rope_type,
                 0,
                 op.mscale,
             )
@@ -184,12 +184,12 @@ class Launches:
     def _make_ropekv(self, op: Any, tables: Tables) -> list[Any]:
         k, k_stride = self._view(op.kv.k)
         v, v_stride = self._view(op.kv.v)
-        q, q_stride, n_head, freqs, n_rot, pairing, mscale = 0, 0, 0, (0, 0), 0, "", 1.0
+        q, q_stride, n_head, inv_freq, n_rot, rope_type, mscale = 0, 0, 0, (0, 0), 0, "", 1.0
         if op.rope_q is not None:
             r = op.rope_q
             q, q_stride = self._view(r.x)
-            n_head, n_rot, pairing, mscale = r.n_head, r.n_rot, r.pairing, r.mscale
-            freqs = self._freqs(r, tables)
+            n_head, n_rot, rope_type, mscale = r.n_head, r.n_rot, r.rope_type, r.mscale
+            inv_freq = self._freqs(r, tables)
         return [
             RopeKvNode(
                 op.name,
@@ -200,7 +200,7 @@ class Launches:
                 k_stride,
                 v,
                 v_stride,
-                *freqs,
+                *inv_freq,
                 self.addresses[f"layer:{op.kv.layer}"],
                 self._table(op.kv.layer),
                 self.addresses["positions"],
@@ -209,7 +209,7 @@ class Launches:
                 op.kv.n_head_kv,
                 op.kv.head_dim,
                 n_rot,
-                pairing,
+                rope_type,
                 self.config.max_blocks_per_seq,
                 mscale,
             )
@@ -324,7 +324,7 @@ class Launches:
 
     def _expert_lists(self, op: Any) -> Any:
         """Addresses of the parts of the lists that routing leaves for the products: decode rows, prompt rows."""
-        n_rows = {"decode_list": memory.MAX_OUT, "prompt_list": -(-self.config.max_rows // 128) * 128}
+        n_rows = {"decode_list": memory.MAX_OUT, "prefill_list": -(-self.config.max_batch_tokens // 128) * 128}
         return [
             expert_layout.list_parts(self.addresses[name], n * op.n_used, op.n_expert) for name, n in n_rows.items()
         ]
@@ -390,7 +390,7 @@ class Launches:
                 0,
                 out,
                 out_stride,
-                self.addresses["out_rows"],
+                self.addresses["output_indices"],
                 op.out.width,
                 "",
                 True,

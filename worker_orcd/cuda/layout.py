@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from worker_orcd.gguf import quants
 
-#: rows of a strip, the unit of the layout along n_out
-STRIP_ROWS = 16
+#: rows of a row tile, the k tile of the layout along n_out
+TILE_ROWS = 16
 #: dynamic shared memory that every supported GPU grants one block, less the driver's own
 SMEM_SMALL = 99 * 1024
 _DENSE = frozenset({"F32", "F16", "BF16"})
-#: types whose records are followed by one float32 per row: their weights may lie outside the range of fp16
+#: types whose packed tiles are followed by one float32 per row: their weights may lie outside the range of fp16
 ROW_SCALED = frozenset({"F32", "BF16", "MXFP4"})
 #: rows one decode launch can take, by kernel variant (tiles of 8 rows)
 MATVEC_TILES = (1, 2, 4, 8)
@@ -30,36 +30,36 @@ def kernel_suffix(type_id: int) -> str:
     return quants.TYPES[type_id].name.lower()
 
 
-def unit_k(type_id: int) -> int:
-    """Columns of one record: 256 for K-quants, else 64."""
+def tile_k(type_id: int) -> int:
+    """Columns of one packed_tile: 256 for K-quants, else 64."""
     return max(64, quants.TYPES[type_id].block_size)
 
 
-def n_units(type_id: int, k: int) -> int:
-    """Records of a strip of row length `k` (a multiple of 32)."""
-    return -(-k // unit_k(type_id))
+def n_k_tiles(type_id: int, k: int) -> int:
+    """Records of a row_tile of row length `k` (a multiple of 32)."""
+    return -(-k // tile_k(type_id))
 
 
 def k_padded(type_id: int, k: int) -> int:
-    """Row length in whole records; activations are zero-padded to it."""
-    return n_units(type_id, k) * unit_k(type_id)
+    """Row length in whole packed tiles; activations are zero-padded to it."""
+    return n_k_tiles(type_id, k) * tile_k(type_id)
 
 
-def n_strips(n_out: int) -> int:
-    """Strips of a matrix of `n_out` rows."""
-    return -(-n_out // STRIP_ROWS)
+def n_row_tiles(n_out: int) -> int:
+    """RowTiles of a matrix of `n_out` rows."""
+    return -(-n_out // TILE_ROWS)
 
 
-def record_bytes(type_id: int) -> int:
-    """Bytes of one record: what its 16 rows x unit_k weights have in the file."""
-    return STRIP_ROWS * quants.TYPES[type_id].row_bytes(unit_k(type_id))
+def packed_tile_bytes(type_id: int) -> int:
+    """Bytes of one packed_tile: what its 16 rows x tile_k weights have in the file."""
+    return TILE_ROWS * quants.TYPES[type_id].row_bytes(tile_k(type_id))
 
 
 def packed_bytes(type_id: int, n_out: int, k: int) -> int:
     """Device bytes of a repacked matrix [n_out, k], row scales included."""
-    strips = n_strips(n_out)
-    scales = 4 * STRIP_ROWS * strips if quants.TYPES[type_id].name in ROW_SCALED else 0
-    return strips * n_units(type_id, k) * record_bytes(type_id) + scales
+    row_tiles = n_row_tiles(n_out)
+    scales = 4 * TILE_ROWS * row_tiles if quants.TYPES[type_id].name in ROW_SCALED else 0
+    return row_tiles * n_k_tiles(type_id, k) * packed_tile_bytes(type_id) + scales
 
 
 # ---- converted activations -------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ def x_split_bytes(type_id: int, k: int) -> int:
 class MatvecShape:
     """Compile-time constants of one decode kernel (csrc/cuda/matvec.cu, struct Shape)."""
 
-    stage_units: int
-    strips: int
+    stage_k_tiles: int
+    row_tiles: int
     depth: int
     slot_bytes: int
 
@@ -99,12 +99,12 @@ class MatvecShape:
 
 def matvec_shape(type_id: int, tiles: int) -> MatvecShape:
     """The constants of matvec_<type>_<tiles>."""
-    units = 2 if unit_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
-    stage = units * record_bytes(type_id)
-    two_fit = tiles == 4 or (unit_k(type_id) == 64 and quants.TYPES[type_id].name != "Q5_1")
-    strips = 2 if tiles >= 4 and stage <= 2304 and two_fit else 1
-    slot = strips * stage
-    return MatvecShape(units, strips, max(2, min(4, 10240 // slot)), slot)
+    k_tiles = 2 if tile_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
+    stage = k_tiles * packed_tile_bytes(type_id)
+    two_fit = tiles == 4 or (tile_k(type_id) == 64 and quants.TYPES[type_id].name != "Q5_1")
+    row_tiles = 2 if tiles >= 4 and stage <= 2304 and two_fit else 1
+    slot = row_tiles * stage
+    return MatvecShape(k_tiles, row_tiles, max(2, min(4, 10240 // slot)), slot)
 
 
 def matvec_warps(type_id: int, k: int) -> int:
@@ -113,7 +113,7 @@ def matvec_warps(type_id: int, k: int) -> int:
     It fixes the order of summation, so it depends on type and K alone, never on the number of rows. The fewest warps
     that need as few rounds as eight would.
     """
-    stages = -(-n_units(type_id, k) // matvec_shape(type_id, 1).stage_units)
+    stages = -(-n_k_tiles(type_id, k) // matvec_shape(type_id, 1).stage_k_tiles)
     rounds = -(-stages // 8)
     return -(-stages // rounds)
 
@@ -144,13 +144,13 @@ def matvec_launch(
     Returns:
         `needs_split` says that the input must have been converted by convert_split; else the kernel takes float32.
     """
-    total = sum(n_strips(n) for n in n_outs)
+    total = sum(n_row_tiles(n) for n in n_outs)
     warps = matvec_warps(type_id, k)
     tiles = next(t for t in MATVEC_TILES if n_rows <= 8 * t)
     while True:
         shape = matvec_shape(type_id, tiles)
         ring = warps * shape.ring_bytes
-        smem = ring + 2 * warps * shape.strips * 512
+        smem = ring + 2 * warps * shape.row_tiles * 512
         if tiles == 1:
             smem += n_rows * x_split_bytes(type_id, k)
             if smem > max_smem:  # the rows do not fit beside the weights: read them from memory
@@ -159,7 +159,7 @@ def matvec_launch(
         # As many blocks as the GPU holds at once (registers, then shared memory): each stays for several tiles, so that
         # one tile's weights arrive while the one before is being summed.
         resident = max(1, min({1: 24, 2: 16, 4: 8, 8: 8}[tiles] // warps, 227 * 1024 // (smem + 1024)))
-        grid = min(-(-total // shape.strips), n_sm * resident)
+        grid = min(-(-total // shape.row_tiles), n_sm * resident)
         name = f"matvec_{kernel_suffix(type_id)}_{tiles}"
         return Launch(name, (grid, 1, 1), 32 * warps, smem, ring, tiles > 1)
 
@@ -173,9 +173,9 @@ MATMUL_TILE_ROWS = 64
 
 def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
     """(activation stages, weight slots, shared memory bytes) of a prompt kernel (csrc/cuda/matmul.cu, struct Shape)."""
-    x, w = MATMUL_TILE_ROWS * 128, (4 if small else 8) * record_bytes(type_id)
+    x, w = MATMUL_TILE_ROWS * 128, (4 if small else 8) * packed_tile_bytes(type_id)
     for stages in (4, 3, 2):
-        slots = 2 if unit_k(type_id) == 256 else stages
+        slots = 2 if tile_k(type_id) == 256 else stages
         smem = stages * x + slots * w
         if smem <= (49152 if small else 75776):
             break

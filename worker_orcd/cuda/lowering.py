@@ -1,11 +1,11 @@
-"""Lowering: a plan rewritten into fewer, larger records for the CUDA engine. What is computed stays the same.
+"""Lowering: a plan rewritten into fewer, larger ops for the CUDA engine. What is computed stays the same.
 
-Four rewrites, each local to neighbouring records:
+Four rewrites, each local to neighbouring ops:
 - products of one weight type that read the same input become one `MatMulGroup` (q, k and v; gate and up);
 - expert products of one weight type that read the same input become one `ExpertGroup` (gate and up);
 - a product whose result is only added to the residual stream adds it itself (`residual`);
 - rotation of q and k and the cache write become one `RopeKv`.
-With `fuse=False` every record stays alone, so that any record's output can be looked at.
+With `fuse=False` every op stays alone, so that any op's output can be looked at.
 This module knows no kernel, no pointer and no compiled code.
 """
 
@@ -42,11 +42,11 @@ class RopeKv(Op):
 
 
 def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
-    """The records the CUDA engine runs, in order.
+    """The ops the CUDA engine runs, in order.
 
     Args:
         plan: the plan.
-        fuse: False keeps one record per plan record (products become groups of one).
+        fuse: False keeps one op per plan op (products become groups of one).
         max_group: most products in one group.
     """
     if not fuse:
@@ -85,7 +85,7 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
 
 
 def _alone(op: Op) -> Op:
-    """The record as it is, in the form that engines run."""
+    """The op as it is, in the form that engines run."""
     if isinstance(op, MatMul):
         return MatMulGroup(op.name, (op,), op.inp)
     return ExpertGroup(op.name, (op,)) if isinstance(op, ExpertMatMul) else op
@@ -107,7 +107,7 @@ def _joins(plan: Plan, first: MatMul, op: Op) -> bool:
 
 
 def _read_again(ops: tuple[Op, ...], start: int, view: View) -> bool:
-    """Whether a record from `start` on reads columns of `view` before some record has written them anew."""
+    """Whether an op from `start` on reads columns of `view` before some op has written them anew."""
     for op in ops[start:]:
         fields = vars(op)
         written = op.out if "out" in fields and not isinstance(op, Add) else None

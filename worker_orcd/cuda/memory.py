@@ -51,18 +51,18 @@ def weight_bytes(w: Weight) -> int:
 
 
 def weights_arena(plan: Plan) -> Arena:
-    """All weights of the plan, and the rotary frequency tables as ``freqs:<record>`` (equal tables once)."""
+    """All weights of the plan, and the rotary frequency tables as ``inv_freq:<op>`` (equal tables once)."""
     arena = Arena("weights")
     for w in plan.weights.values():
         arena.add(w.name, weight_bytes(w))
-    for key, freqs in rope_tables(plan).items():
-        arena.add(f"freqs:{key}", 4 * len(freqs))
+    for key, inv_freq in rope_tables(plan).items():
+        arena.add(f"inv_freq:{key}", 4 * len(inv_freq))
     return arena
 
 
 def rope_tables(plan: Plan) -> dict[int, tuple[float, ...]]:
     """The distinct rotary frequency tables, by number: the frequencies, then those of long sequences if there are."""
-    return dict(enumerate(dict.fromkeys(op.freqs + op.long_freqs for op in plan.ops if isinstance(op, Rope))))
+    return dict(enumerate(dict.fromkeys(op.inv_freq + op.inv_freq_long for op in plan.ops if isinstance(op, Rope))))
 
 
 def kv_block_bytes(plan: Plan) -> int:
@@ -89,13 +89,13 @@ def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int]
         sample_bytes: scratch of sampling per output row, by name.
     """
     arena = Arena("workspace")
-    rows = -(-config.max_rows // 128) * 128
+    rows = -(-config.max_batch_tokens // 128) * 128
     for b in plan.buffers.values():
         arena.add(f"buffer:{b.name}", (rows if b.rows == "tokens" else MAX_OUT) * b.width * 4)
     arena.add("tokens", rows * 4)
     arena.add("positions", rows * 4)
     arena.add("slots", rows * 4)
-    arena.add("out_rows", rows * 4)
+    arena.add("output_indices", rows * 4)
     arena.add("long_slots", config.max_seqs * 4)
     arena.add("tiles", (rows + config.max_seqs) * 16)
     groups = len(plan.kv_groups)
@@ -113,7 +113,7 @@ def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int]
         n_expert, n_used = (max(sizes) for sizes in zip(*routes, strict=True))
         arena.add("route_partial", expert_layout.route_partial_bytes(rows, n_expert))
         arena.add("decode_list", expert_layout.list_bytes(MAX_OUT * n_used, n_expert))
-        arena.add("prompt_list", expert_layout.list_bytes(rows * n_used, n_expert))
+        arena.add("prefill_list", expert_layout.list_bytes(rows * n_used, n_expert))
     for name, nbytes in sample_bytes.items():
         arena.add(name, MAX_OUT * nbytes)
     arena.add("samples", config.max_seqs * SAMPLE_SLOT_BYTES)
@@ -135,7 +135,7 @@ def _converted(plan: Plan, op: Op) -> tuple[int, int, int]:
 
 def staging_bytes(workspace: Arena) -> int:
     """Pinned host memory through which the row tables of a step pass: each table once, the output rows in pieces."""
-    names = ("tokens", "positions", "slots", "out_rows", "tiles", "block_tables", "long_slots", "out_slots",
+    names = ("tokens", "positions", "slots", "output_indices", "tiles", "block_tables", "long_slots", "out_slots",
              "out_positions")  # fmt: skip
     ends = sorted([*workspace.offsets.values(), workspace.nbytes])
     return sum(ends[ends.index(workspace.offsets[n]) + 1] - workspace.offsets[n] for n in names) + ALIGN

@@ -119,10 +119,10 @@ class Bench:
                 raise InvalidRequest(f"{n_positions} positions are past the {limit} of the model", field="n_prompt")
             per_sequence = -(-n_positions // BLOCK_SIZE)
             n_blocks = tuple(per_sequence * max_batch for _ in self.plan.kv_groups)
-            max_rows = devices.default_max_rows(self.device, max_batch)
+            max_batch_tokens = devices.default_max_rows(self.device, max_batch)
             if vram_limit_bytes is not None:
-                max_rows = self._rows_within(vram_limit_bytes, n_positions, n_blocks, max_batch)
-            self.config = EngineConfig(max_batch, max_rows, n_positions, n_blocks)
+                max_batch_tokens = self._rows_within(vram_limit_bytes, n_positions, n_blocks, max_batch)
+            self.config = EngineConfig(max_batch, max_batch_tokens, n_positions, n_blocks)
             self.engine: Engine = devices.open_engine(
                 self.device,
                 self.model_file,
@@ -153,9 +153,9 @@ class Bench:
         room = sizing.gpu_room(
             self.device, self.plan, path, n_positions, lambda seqs, rows: kv_bytes, max_batch, None, free, limit
         )
-        config = EngineConfig(max_batch, room.max_rows, n_positions, n_blocks)
+        config = EngineConfig(max_batch, room.max_batch_tokens, n_positions, n_blocks)
         devices.vram_plan(self.plan, config).check(free, self.device, path, limit)
-        return room.max_rows
+        return room.max_batch_tokens
 
     def __enter__(self) -> Bench:
         return self
@@ -172,8 +172,8 @@ class Bench:
         """Seconds for one prompt of `n_tokens` random ids."""
         self.engine.set_slot(0, _GREEDY)
         began = time.perf_counter()
-        for start in range(0, n_tokens, self.config.max_rows):
-            end = min(start + self.config.max_rows, n_tokens)
+        for start in range(0, n_tokens, self.config.max_batch_tokens):
+            end = min(start + self.config.max_batch_tokens, n_tokens)
             last = np.array([end - start - 1] if end == n_tokens else [], np.int32)
             self.engine.step(
                 Batch(

@@ -63,7 +63,9 @@ def block_bytes(plan: Plan) -> tuple[int, ...]:
     return tuple(BLOCK_SIZE * len(g.layers) * 2 * plan.n_head_kv * plan.head_dim * 2 for g in plan.kv_groups)
 
 
-def blocks_within(plan: Plan, budget: int, max_seqs: int, max_rows: int, context_length: int) -> tuple[int, ...]:
+def blocks_within(
+    plan: Plan, budget: int, max_seqs: int, max_batch_tokens: int, context_length: int
+) -> tuple[int, ...]:
     """How many blocks of each group `budget` bytes buy, never more than can be used.
 
     A windowed group gets as many as the full groups, up to what `max_seqs` sequences and the prompt rows of one step
@@ -75,7 +77,7 @@ def blocks_within(plan: Plan, budget: int, max_seqs: int, max_rows: int, context
     most = [max_seqs * n for n in one]
     for i, group in enumerate(plan.kv_groups):
         if group.window:
-            most[i] = min(most[i] + max_rows // BLOCK_SIZE, max_seqs * blocks_of(context_length))
+            most[i] = min(most[i] + max_batch_tokens // BLOCK_SIZE, max_seqs * blocks_of(context_length))
     alike = _alike(sizes, budget, most)
     rest = budget - sum(n * size for n, size in zip(one, sizes, strict=True))
     if rest < 0 or all(n >= least for n, least in zip(alike, one, strict=True)):

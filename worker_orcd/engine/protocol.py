@@ -25,13 +25,13 @@ class EngineConfig:
 
     Attributes:
         max_seqs: slots.
-        max_rows: rows of one step (prompt tokens and running sequences together), at least max_seqs.
+        max_batch_tokens: rows of one step (prompt tokens and running sequences together), at least max_seqs.
         context_length: positions a sequence may reach.
         n_blocks: blocks of the pool of each KV group of the plan.
     """
 
     max_seqs: int
-    max_rows: int
+    max_batch_tokens: int
     context_length: int
     n_blocks: tuple[int, ...]
 
@@ -67,14 +67,14 @@ class Batch:
         positions: int32 [n_rows].
         slots: int32 [n_rows].
         n_decode: the first `n_decode` rows are the next token of running sequences, the rest are prompt rows.
-        out_rows: int32 [n_out], ascending: rows whose next token (or logits) is wanted.
+        output_indices: int32 [n_out], ascending: rows whose next token (or logits) is wanted.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     slots: np.ndarray
     n_decode: int
-    out_rows: np.ndarray
+    output_indices: np.ndarray
 
 
 class Engine(Protocol):
@@ -84,7 +84,7 @@ class Engine(Protocol):
     config: EngineConfig
     #: int32 [n_kv_groups, max_seqs, max_blocks_per_seq], written by the scheduler before a step; -1: no block
     block_tables: np.ndarray
-    #: int32 [max_seqs], written likewise; not 0: the slot's sequence is longer than the plan's `long_from` positions
+    #: int32 [max_seqs], written likewise; not 0: the slot's sequence is longer than the plan's `rope_orig_context`
     long_slots: np.ndarray
 
     def set_slot(self, slot: int, sampling: SlotSampling) -> None:
@@ -95,12 +95,12 @@ class Engine(Protocol):
 
         Returns:
             (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled token below 0 means that the
-            row had no distribution. Releases the GIL while it works. `out_rows` may be empty.
+            row had no distribution. Releases the GIL while it works. `output_indices` may be empty.
         """
 
     def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
         """Run one step without sampling. Returns float32 logits [n_out, n_vocab], or with `stop_after` the whole
-        output buffer of that record, [rows, width]."""
+        output buffer of that op, [rows, width]."""
 
     def decode(
         self,

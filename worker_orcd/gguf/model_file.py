@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from worker_orcd._gguf import GgufFile, Metadata, TensorInfo, check_pieces
+from worker_orcd._gguf import GgufFile, Metadata, TensorInfo, check_ranges
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 
@@ -169,7 +169,7 @@ class ModelFile:
         n_threads = n_threads or min(len(os.sched_getaffinity(0)), 8)
         done = 0
         for batch in self._check_batches(self.tensors if names is None else names):
-            found = check_pieces([(part.fileno(), t.type_id, offset, n) for part, t, offset, n in batch], n_threads)
+            found = check_ranges([(part.fileno(), t.type_id, offset, n) for part, t, offset, n in batch], n_threads)
             if found is not None:
                 index, offset, reason = found
                 part, tensor, _, _ = batch[index]

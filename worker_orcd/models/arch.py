@@ -1,7 +1,7 @@
 """Architectures as data: one row per `general.architecture`, and the hyperparameters read with it.
 
 A row says which norm, rotation, attention and feed-forward a model has and how its GGUF names them; `plan.py` turns it
-into op records. Supporting a new architecture is a row here, a golden case, and a record only where the op is new.
+into ops. Supporting a new architecture is a row here, a golden case, and an op only where the op is new.
 This module knows no engine; it reads the metadata of a `ModelFile` through its typed getters, which name the key and
 the byte offset when a value is out of range.
 """
@@ -25,7 +25,7 @@ class Arch:
     Attributes:
         name: value of `general.architecture` and prefix of its keys.
         norm: "rms" or "layer" (with bias).
-        pairing: rotary pairing "adjacent" or "halves"; "" = no rotation (learned positions).
+        rope_type: "interleaved" (pairs of neighbours) or "neox" (halves); "" = no rotation (learned positions).
         fused_qkv: one `attn_qkv` tensor (q rows, then k, then v) instead of three.
         qkv_bias, out_bias, ffn_bias: "no", "maybe" (used where the file has it) or "yes" (required).
         ffn: "glu" (gate, up, down), "glu_fused" (gate rows then up rows in `ffn_up`), "mlp" (up, down), "moe".
@@ -39,7 +39,7 @@ class Arch:
 
     name: str
     norm: str = "rms"
-    pairing: str = "halves"
+    rope_type: str = "neox"
     fused_qkv: bool = False
     qkv_bias: str = "no"
     out_bias: str = "no"
@@ -56,11 +56,11 @@ class Arch:
 ROWS: dict[str, Arch] = {
     row.name: row
     for row in (
-        Arch("llama", pairing="adjacent", qkv_bias="maybe", out_bias="maybe", ffn_bias="maybe"),
+        Arch("llama", rope_type="interleaved", qkv_bias="maybe", out_bias="maybe", ffn_bias="maybe"),
         Arch("qwen2", qkv_bias="yes"),
         Arch("qwen3", qk_norm=True),
         Arch("phi3", fused_qkv=True, ffn="glu_fused", window="all"),
-        Arch("gpt2", norm="layer", pairing="", fused_qkv=True, qkv_bias="yes", out_bias="yes", ffn_bias="yes",
+        Arch("gpt2", norm="layer", rope_type="", fused_qkv=True, qkv_bias="yes", out_bias="yes", ffn_bias="yes",
              ffn="mlp", act="gelu_tanh"),
         Arch("gpt-oss", qkv_bias="yes", out_bias="yes", ffn_bias="yes", ffn="moe", act="swiglu_oai",
              ffn_norm="post_attention_norm", sinks=True, window="even", yarn_truncate=False),
@@ -76,8 +76,9 @@ MAX_WIDTH = 1 << 20
 class HParams:
     """Hyperparameters of one model, checked against each other. Widths in elements, positions in tokens.
 
-    `freqs` are the n_rot/2 rotary frequencies in radians per position, scaling applied; `rope_mscale` multiplies cos
-    and sin. A LongRoPE model also has `long_freqs`, for sequences of more than `long_from` positions; 0: it has none.
+    `inv_freq` are the n_rot/2 rotary frequencies in radians per position, scaling applied; `rope_mscale` multiplies cos
+    and sin. A LongRoPE model also has `inv_freq_long`, for sequences of more than `rope_orig_context` positions; 0: it
+    has none.
     """
 
     arch: Arch
@@ -91,9 +92,9 @@ class HParams:
     norm_eps: float
     n_rot: int
     rope_theta: float
-    freqs: tuple[float, ...]
-    long_freqs: tuple[float, ...]
-    long_from: int
+    inv_freq: tuple[float, ...]
+    inv_freq_long: tuple[float, ...]
+    rope_orig_context: int
     rope_mscale: float
     window: int
     n_expert: int
@@ -165,7 +166,7 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
     if window >= (context_length or trained):
         window = 0  # masks nothing
     n_rot, theta, rope = 0, 0.0, _RopeTable((), 1.0)
-    if row.pairing:
+    if row.rope_type:
         n_rot = mf.get_int(f"{a}.rope.dimension_count", 2, head_dim, head_dim)
         if n_rot % 2:
             raise bad("rope.dimension_count", f"is {n_rot}, which is odd")
@@ -174,18 +175,19 @@ def hparams(mf: ModelFile, context_length: int | None = None) -> HParams:
     return HParams(
         arch=row, n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
         context_length=trained, norm_eps=mf.get_float(f"{a}.{eps_key}", 0.0, 1.0), n_rot=n_rot, rope_theta=theta,
-        freqs=rope.freqs, long_freqs=rope.long_freqs, long_from=rope.long_from, rope_mscale=rope.mscale, window=window,
+        inv_freq=rope.inv_freq, inv_freq_long=rope.inv_freq_long, rope_orig_context=rope.rope_orig_context,
+        rope_mscale=rope.mscale, window=window,
         n_expert=n_expert, n_expert_used=n_used,
     )  # fmt: skip
 
 
 class _RopeTable(NamedTuple):
-    """Frequencies [n_rot/2] and the factor on cos and sin; LongRoPE: those of sequences past `long_from` positions."""
+    """Frequencies [n_rot/2] and the factor on cos and sin; LongRoPE: also those past the original context."""
 
-    freqs: tuple[float, ...]
+    inv_freq: tuple[float, ...]
     mscale: float
-    long_freqs: tuple[float, ...] = ()
-    long_from: int = 0
+    inv_freq_long: tuple[float, ...] = ()
+    rope_orig_context: int = 0
 
 
 def _rope_table(mf: ModelFile, row: Arch, n_rot: int, theta: float, trained: int) -> _RopeTable:

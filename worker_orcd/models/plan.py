@@ -1,14 +1,14 @@
-"""The plan: a model as a flat list of op records.
+"""The plan: a model as a flat list of ops.
 
 `build` turns an architecture row (`arch.py`), hyperparameters and the tensor table into a `Plan`. Engines
 interpret it (`_cpu`, `_engine`, the NumPy oracle of the tests); this module knows none of them, no file and no kernel.
 
-Conventions of every record:
+Conventions of every op:
 - Activations are float32 matrices [rows, width], row-major; a `View` is a column range of one. `rows` of a buffer is
   "tokens" (one row per row of the step's ragged batch) or "outputs" (one per row whose next token is wanted).
 - A weight is named by its GGUF tensor name. A matrix has GGUF shape (n_in, n_out): row o holds the n_in weights of
   output o, in blocks of its type. A vector is float32 of the given length.
-- Records run in order; a record may read and write the same view only where its docstring says "in place".
+- Ops run in order; an op may read and write the same view only where its docstring says "in place".
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Op:
-    """Base of all records; `name` is unique in the plan, for example ``"blk.3.attn_norm"``."""
+    """Base of all ops; `name` is unique in the plan, for example ``"blk.3.attn_norm"``."""
 
     name: str
 
@@ -104,19 +104,19 @@ class MatMul(Op):
 class Rope(Op):
     """Rotary embedding in place on `n_head` heads of `head_dim` columns of `x`; the first `n_rot` of each turn.
 
-    Pair p (of n_rot/2) turns by angle pos * freqs[p]; cos and sin are multiplied by `mscale`. `pairing` "adjacent":
-    columns (2p, 2p+1); "halves": (p, p + n_rot/2). Where `long_freqs` is not empty, it takes the place of `freqs` in
-    sequences of more than the plan's `long_from` positions.
+    Pair p (of n_rot/2) turns by angle pos * inv_freq[p]; cos and sin are multiplied by `mscale`. `rope_type`
+    "interleaved": columns (2p, 2p+1); "neox": (p, p + n_rot/2). Where `inv_freq_long` is not empty, it takes the place
+    of `inv_freq` in sequences of more than the plan's `rope_orig_context` positions.
     """
 
     x: View
     n_head: int
     head_dim: int
     n_rot: int
-    pairing: str
-    freqs: tuple[float, ...]
+    rope_type: str
+    inv_freq: tuple[float, ...]
     mscale: float = 1.0
-    long_freqs: tuple[float, ...] = ()
+    inv_freq_long: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ class Plan:
         max_positions: hard limit of positions (learned position table), or None.
         buffers: activations by name.
         weights: needed tensors by name.
-        ops: the records, in order; the last writes the buffer "logits" [outputs, n_vocab].
-        long_from: a sequence of more positions turns by the `long_freqs` of its `Rope` records, from its first
+        ops: the ops, in order; the last writes the buffer "logits" [outputs, n_vocab].
+        rope_orig_context: a sequence of more positions turns by the `inv_freq_long` of its `Rope` ops, from its first
             position on (LongRoPE); 0: there are none.
         kv_groups: see `KvGroup`; `kv_group_of[layer]` is the index of a layer's group.
     """
@@ -272,7 +272,7 @@ class Plan:
     ops: tuple[Op, ...]
     kv_groups: tuple[KvGroup, ...]
     kv_group_of: tuple[int, ...] = field(default=())
-    long_from: int = 0
+    rope_orig_context: int = 0
 
     def kv_bytes_per_token(self) -> int:
         """float16 K and V of one position over all layers, in bytes."""
@@ -300,7 +300,7 @@ class Plan:
 
 
 def output_of(op: Op) -> View:
-    """The view a record writes (KvWrite: the keys it stored; Route: the gates)."""
+    """The view an op writes (KvWrite: the keys it stored; Route: the gates)."""
     if isinstance(op, Rope):
         return op.x
     if isinstance(op, KvWrite):
@@ -314,7 +314,7 @@ VECTOR_TYPES = frozenset({0, 1, 30})  # F32, F16, BF16
 
 
 class _Builder:
-    """Collects buffers, weights and records of one plan, checking each tensor against the shape the model wants."""
+    """Collects buffers, weights and ops of one plan, checking each tensor against the shape the model wants."""
 
     def __init__(self, mf: ModelFile) -> None:
         self.mf = mf
@@ -377,7 +377,7 @@ def build(mf: ModelFile, context_length: int | None = None) -> Plan:
     x = b.buffer("x", hp.n_embd)
     h = b.buffer("h", hp.n_embd)
     positions, max_positions = None, None
-    if not hp.arch.pairing:
+    if not hp.arch.rope_type:
         table = mf.tensors.get("position_embd.weight")
         max_positions = table.shape[1] if table is not None and len(table.shape) == 2 else hp.context_length
         positions = b.weight("position_embd.weight", "embedding", hp.n_embd, max_positions)
@@ -405,7 +405,7 @@ def build(mf: ModelFile, context_length: int | None = None) -> Plan:
         head_dim=hp.head_dim, context_length=hp.context_length, max_positions=max_positions, buffers=b.buffers,
         weights=b.weights, ops=tuple(b.ops), kv_groups=groups,
         kv_group_of=tuple(next(g for g, grp in enumerate(groups) if i in grp.layers) for i in range(hp.n_layer)),
-        long_from=hp.long_from,
+        rope_orig_context=hp.rope_orig_context,
     )  # fmt: skip
 
 
@@ -425,10 +425,10 @@ def _attention(b: _Builder, hp: HParams, layer: int, x: View, h: View) -> None:
         for name, view in (("q", q), ("k", k)):
             w = b.weight(f"{p}.attn_{name}_norm.weight", "vector", hp.head_dim)
             b.ops.append(Norm(f"{p}.attn_{name}_norm", "rms", w, None, hp.norm_eps, view, view, hp.head_dim))
-    if row.pairing:
+    if row.rope_type:
         for name, view, n in (("q", q, hp.n_head), ("k", k, hp.n_head_kv)):
-            b.ops.append(Rope(f"{p}.rope_{name}", view, n, hp.head_dim, hp.n_rot, row.pairing, hp.freqs,
-                              hp.rope_mscale, hp.long_freqs))  # fmt: skip
+            b.ops.append(Rope(f"{p}.rope_{name}", view, n, hp.head_dim, hp.n_rot, row.rope_type, hp.inv_freq,
+                              hp.rope_mscale, hp.inv_freq_long))  # fmt: skip
     b.ops.append(KvWrite(f"{p}.kv_write", layer, k, v, hp.n_head_kv, hp.head_dim))
     att = b.buffer("att", n_q)
     sinks = b.weight(f"{p}.attn_sinks.weight", "vector", hp.n_head) if row.sinks else None

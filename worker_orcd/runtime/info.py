@@ -26,7 +26,7 @@ class ModelInfo:
         kv_bytes: bytes of the KV cache.
         device: "cpu" or "cuda:N".
         max_seqs: sequences that run together at most.
-        max_rows: rows of one step at most.
+        max_batch_tokens: rows of one step at most.
         vram_bytes: device memory in use, 0 on the CPU.
         sm: compute capability as in "sm_90", None on the CPU.
         cuda_runtime_version: of the driver in use, None on the CPU.
@@ -53,7 +53,7 @@ class ModelInfo:
     kv_bytes: int
     device: str
     max_seqs: int
-    max_rows: int
+    max_batch_tokens: int
     vram_bytes: int = 0
     sm: str | None = None
     cuda_runtime_version: str | None = None

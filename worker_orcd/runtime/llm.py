@@ -30,7 +30,7 @@ from worker_orcd.gguf.trusted_models import TrustedModels, verify
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
 from worker_orcd.runtime.info import ModelInfo, model_facts
-from worker_orcd.runtime.progress import Later, LoadProgress, Progress, no_progress
+from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress
 from worker_orcd.serving.engine_loop import EngineLoop
 from worker_orcd.serving.job import Completion, Job, Piece
 from worker_orcd.serving.scheduler import Scheduler
@@ -51,8 +51,8 @@ class LLM:
         kv_cache_bytes: size of the KV cache; None: on a GPU what fits, on the CPU a quarter of the free memory, at
             most 1 GiB. Never more than `max_seqs` sequences can use.
         max_seqs: sequences that run together; None: 64, fewer where memory of the GPU is short.
-        max_rows: rows (prompt tokens and running sequences) of one step, at least `max_seqs`; None: by device, fewer
-            where memory of the GPU is short.
+        max_batch_tokens: tokens of one step (prompts and running sequences), at least `max_seqs`; None: by device,
+            fewer where memory of the GPU is short.
         max_queue: jobs of `submit` that may wait for their turn.
         n_threads: threads of the CPU engine; 0: one per core.
         tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary.
@@ -87,7 +87,7 @@ class LLM:
         context_length: int | None = None,
         kv_cache_bytes: int | None = None,
         max_seqs: int | None = None,
-        max_rows: int | None = None,
+        max_batch_tokens: int | None = None,
         max_queue: int = 64,
         n_threads: int = 0,
         tokenizer: str | os.PathLike[str] | None = None,
@@ -101,7 +101,7 @@ class LLM:
         on_plan: Callable[[VramPlan, int], object] | None = None,
     ) -> None:
         _check_count("max_seqs", max_seqs, 1, 1024, optional=True)
-        _check_count("max_rows", max_rows, max_seqs or 1, 1 << 16, optional=True)
+        _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, 1 << 16, optional=True)
         _check_count("max_queue", max_queue, 0, 1 << 20)
         _check_count("context_length", context_length, 1, 1 << 40, optional=True)
         _check_count("kv_cache_bytes", kv_cache_bytes, 1, 1 << 50, optional=True)
@@ -122,7 +122,7 @@ class LLM:
                 verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
                 # an upload and a check need no lock of Python while they run, and making a tokenizer holds it for
                 # most of a second: it begins when they are under way
-                made = Later(pool, Tokenizer.from_model, model_file, tokenizer)
+                made = LazyFuture(pool, Tokenizer.from_model, model_file, tokenizer)
                 read = phases.next()
 
                 def reading(done: int) -> None:
@@ -138,7 +138,7 @@ class LLM:
                         context_length,
                         kv_cache_bytes,
                         max_seqs,
-                        max_rows,
+                        max_batch_tokens,
                         vram_limit_bytes,
                     )
                     checked = None
@@ -168,7 +168,7 @@ class LLM:
                 engine.block_tables,
                 stop_ids,
                 long_slots=engine.long_slots,
-                long_from=the_plan.long_from,
+                rope_orig_context=the_plan.rope_orig_context,
             )
             block_bytes = kv_blocks.block_bytes(the_plan)
             self.info = ModelInfo(
@@ -177,7 +177,7 @@ class LLM:
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
                 device=device,
                 max_seqs=config.max_seqs,
-                max_rows=config.max_rows,
+                max_batch_tokens=config.max_batch_tokens,
                 **verified.facts(),
                 **devices.engine_facts(engine),
             )

@@ -67,7 +67,7 @@ class LoadProgress:
         self._bar.update(done - self._bar.n)
 
 
-class Later:
+class LazyFuture:
     """A call in another thread that begins once, when it is first told to or asked for."""
 
     def __init__(self, pool: Executor, call: Callable[..., Any], *args: Any) -> None:

@@ -29,7 +29,7 @@ class Room:
     """A step size on a GPU and the bytes that are left for the KV cache beside it."""
 
     max_seqs: int
-    max_rows: int
+    max_batch_tokens: int
     kv_bytes: int
 
 
@@ -40,7 +40,7 @@ def engine_config(
     context_length: int | None,
     kv_cache_bytes: int | None,
     max_seqs: int | None,
-    max_rows: int | None,
+    max_batch_tokens: int | None,
     vram_limit: int | None = None,
 ) -> EngineConfig:
     """All sizes of an engine. Those that are None are chosen.
@@ -68,8 +68,8 @@ def engine_config(
     if device == "cpu":
         if vram_limit is not None:
             raise limit_on_cpu()
-        seqs = max_seqs or min(MAX_SEQS, max_rows or MAX_SEQS)
-        rows = max_rows or devices.default_max_rows(device, seqs)
+        seqs = max_seqs or min(MAX_SEQS, max_batch_tokens or MAX_SEQS)
+        rows = max_batch_tokens or devices.default_max_rows(device, seqs)
         budget = kv_cache_bytes
         if budget is None:
             default, most = devices.cpu_kv_budget()
@@ -83,9 +83,9 @@ def engine_config(
         return sum(n * b for n, b in zip(blocks, kv_blocks.block_bytes(plan), strict=True))
 
     free = devices.free_vram(device)
-    room = gpu_room(device, plan, path, context, wanted, max_seqs, max_rows, free, vram_limit)
+    room = gpu_room(device, plan, path, context, wanted, max_seqs, max_batch_tokens, free, vram_limit)
     budget = kv_cache_bytes if kv_cache_bytes is not None else room.kv_bytes
-    config = _filled(device, plan, context_length, context, budget, room.max_seqs, room.max_rows)
+    config = _filled(device, plan, context_length, context, budget, room.max_seqs, room.max_batch_tokens)
     if vram_limit is not None:  # what is free the engine looks at
         devices.vram_plan(plan, config).check(free, device, path, vram_limit)
     return config
@@ -98,7 +98,7 @@ def gpu_room(
     context: int,
     wanted: Callable[[int, int], int],
     max_seqs: int | None,
-    max_rows: int | None,
+    max_batch_tokens: int | None,
     free: int,
     vram_limit: int | None,
 ) -> Room:
@@ -106,15 +106,17 @@ def gpu_room(
 
     Args:
         context: positions a sequence may reach.
-        wanted: (max_seqs, max_rows) -> bytes of the KV cache.
-        max_seqs, max_rows: None: to be chosen.
+        wanted: (max_seqs, max_batch_tokens) -> bytes of the KV cache.
+        max_seqs, max_batch_tokens: None: to be chosen.
 
     Raises:
         InsufficientVram: weights and workspace alone do not fit, whatever is chosen.
     """
-    seqs = [max_seqs] if max_seqs else [min(n, max_rows or n) for n in (MAX_SEQS, *LESS_SEQS)]
+    seqs = [max_seqs] if max_seqs else [min(n, max_batch_tokens or n) for n in (MAX_SEQS, *LESS_SEQS)]
     rows = (
-        [max_rows] if max_rows else [devices.default_max_rows(device, seqs[0]), *(max(n, seqs[0]) for n in LESS_ROWS)]
+        [max_batch_tokens]
+        if max_batch_tokens
+        else [devices.default_max_rows(device, seqs[0]), *(max(n, seqs[0]) for n in LESS_ROWS)]
     )
     for n_seqs, n_rows in [*((seqs[0], r) for r in rows), *((s, rows[-1]) for s in seqs[1:])]:
         none = EngineConfig(n_seqs, n_rows, context, (0,) * len(plan.kv_groups))
@@ -140,11 +142,11 @@ def limit_on_cpu() -> InvalidRequest:
 
 
 def _filled(
-    device: str, plan: Plan, asked: int | None, context: int, budget: int, max_seqs: int, max_rows: int
+    device: str, plan: Plan, asked: int | None, context: int, budget: int, max_seqs: int, max_batch_tokens: int
 ) -> EngineConfig:
     """As many blocks as `budget` holds, and the context they allow where nobody asked for one."""
     sizes = kv_blocks.block_bytes(plan)
-    n_blocks = kv_blocks.blocks_within(plan, budget, max_seqs, max_rows, context)
+    n_blocks = kv_blocks.blocks_within(plan, budget, max_seqs, max_batch_tokens, context)
     if min(n_blocks) == 0:
         raise InsufficientVram(
             f"the KV cache may take {budget} bytes; one block of {kv_blocks.BLOCK_SIZE} positions needs {sum(sizes)}",
@@ -163,4 +165,4 @@ def _filled(
                 device=device,
             )
         context = longest
-    return EngineConfig(max_seqs, max_rows, context, n_blocks)
+    return EngineConfig(max_seqs, max_batch_tokens, context, n_blocks)

@@ -1,4 +1,4 @@
-"""JobText: the tokens of one job on their way to its pieces - decoded, searched for stop strings, cut into events.
+"""Detokenizer: the tokens of one job on their way to its pieces - decoded, searched for stop strings, cut into events.
 
 The output thread owns these objects. They know the job and a stream decoder, no engine and no thread.
 """
@@ -21,7 +21,7 @@ class Decoder(Protocol):
         """The end of the text: what is left of an unfinished character."""
 
 
-class JobText:
+class Detokenizer:
     """Feeds one job.
 
     Args:

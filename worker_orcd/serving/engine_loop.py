@@ -36,11 +36,11 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
-from worker_orcd.serving.detokenizer import Decoder, JobText
+from worker_orcd.serving.detokenizer import Decoder, Detokenizer
 from worker_orcd.serving.job import Job
-from worker_orcd.serving.logits_job import ForwardJob
+from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.logprobs import top_logprobs
-from worker_orcd.serving.scheduler import DecodeWork, ForwardWork, Scheduler, SequenceState, StepWork
+from worker_orcd.serving.scheduler import DecodeWork, LogitsWork, Scheduler, SequenceState, StepWork
 
 #: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again. They are far from
 #: the -1 by which an engine says that it could draw no token
@@ -48,7 +48,7 @@ _STOP, _LENGTH, _FAILED, _WAKE = -1001, -1002, -1003, -1004
 _MARKS = {"stop": _STOP, "length": _LENGTH, "failed": _FAILED}
 #: a step with prompt rows is kept about this long, so that a cancelled prompt stops within 100 ms
 STEP_SECONDS = 0.08
-MIN_PROMPT_ROWS = 16
+MIN_PREFILL_TOKENS = 16
 #: how long `close` waits for each thread; a call that hangs in the device keeps its thread, and the engine
 JOIN_SECONDS = 2.0
 _REMEMBERED = 4096
@@ -60,8 +60,8 @@ class _Entry:
     """A sequence that has not ended for its client."""
 
     seq: SequenceState
-    job: Job | ForwardJob
-    text: JobText | None
+    job: Job | LogitsJob
+    text: Detokenizer | None
 
 
 class EngineLoop:
@@ -110,7 +110,7 @@ class EngineLoop:
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
-        scheduler.prompt_rows = min(64, scheduler.config.max_rows)
+        scheduler.max_prefill_tokens = min(64, scheduler.config.max_batch_tokens)
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=name, daemon=True)
             for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._run_output))
@@ -173,7 +173,7 @@ class EngineLoop:
             )
             stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
             self._jobs[job.job_id] = job
-            self._enqueue(_Entry(seq, job, JobText(job, decoder, stop_ids)))
+            self._enqueue(_Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
             wake = False
             if deadline is not None:
                 heapq.heappush(self._deadlines, (deadline, seq_id))
@@ -199,7 +199,7 @@ class EngineLoop:
             ) from None
         with self._lock:
             self._check_accepting()
-            job = ForwardJob(self._new_seq_id(), logits, self._ended)
+            job = LogitsJob(self._new_seq_id(), logits, self._ended)
             self._enqueue(_Entry(SequenceState(job.seq_id, tokens, 0, stops=False), job, None))
         try:
             job.done.wait()
@@ -275,7 +275,7 @@ class EngineLoop:
 
     # -- ends
 
-    def _ended(self, job: Job | ForwardJob) -> None:
+    def _ended(self, job: Job | LogitsJob) -> None:
         """A job has ended for its client; called once for each, by the thread that ended it."""
         with self._lock:
             entry = self._entries.pop(job.seq_id, None)
@@ -370,15 +370,15 @@ class EngineLoop:
             self._mark_ends(self._scheduler.done_decode(work, sampled))
         elif isinstance(work, StepWork):
             self._step(work)
-        elif isinstance(work, ForwardWork):
+        elif isinstance(work, LogitsWork):
             self._forward(work)
 
     def _step(self, work: StepWork) -> None:
         began = time.monotonic()
         sampled, logits = self._engine.step(work.batch, work.want_logits)
         now = time.monotonic()
-        if work.n_prompt_rows:
-            self._pace(len(work.batch.tokens), work.n_prompt_rows, now - began)
+        if work.n_prefill_tokens:
+            self._pace(len(work.batch.tokens), work.n_prefill_tokens, now - began)
         for row, (seq, token) in enumerate(zip(work.outputs, sampled, strict=True)):
             entry = self._entries.get(seq.seq_id)
             if entry is not None and isinstance(entry.job, Job):
@@ -391,24 +391,24 @@ class EngineLoop:
             self._ring.put(seq.seq_id, int(token))
         self._mark_ends(ended)
 
-    def _forward(self, work: ForwardWork) -> None:
+    def _forward(self, work: LogitsWork) -> None:
         began = time.monotonic()
         logits = self._engine.forward(work.batch)
         self._pace(len(logits), len(logits), time.monotonic() - began)
         first = work.seq.n_past
-        ended = self._scheduler.done_forward(work)
+        ended = self._scheduler.done_logits(work)
         entry = self._entries.get(work.seq.seq_id)
-        if entry is not None and isinstance(entry.job, ForwardJob):
+        if entry is not None and isinstance(entry.job, LogitsJob):
             entry.job.logits[first : first + len(logits)] = logits
             if ended:
                 entry.job.end(None)
 
-    def _pace(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
+    def _pace(self, n_rows: int, n_prefill_tokens: int, seconds: float) -> None:
         """Choose the prompt rows of the next step so that it takes about `STEP_SECONDS`."""
-        limit = self._scheduler.config.max_rows
+        limit = self._scheduler.config.max_batch_tokens
         fit = int(n_rows * STEP_SECONDS / max(seconds, 1e-6))
-        if n_prompt_rows >= MIN_PROMPT_ROWS:  # a shorter chunk says little about how fast a long one is
-            self._scheduler.prompt_rows = max(MIN_PROMPT_ROWS, min(fit // 8 * 8, limit))
+        if n_prefill_tokens >= MIN_PREFILL_TOKENS:  # a shorter chunk says little about how fast a long one is
+            self._scheduler.max_prefill_tokens = max(MIN_PREFILL_TOKENS, min(fit // 8 * 8, limit))
 
     def _mark_ends(self, ended: list[SequenceState]) -> None:
         for seq in ended:

@@ -1,4 +1,4 @@
-"""ForwardJob: teacher-forced logits on their way to the one thread that waits for them. Knows no engine and no loop."""
+"""LogitsJob: teacher-forced logits on their way to the one thread that waits for them. Knows no engine and no loop."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from worker_orcd.errors import WorkerError
 
 
-class ForwardJob:
+class LogitsJob:
     """Teacher-forced logits being computed: float32 [n_tokens, n_vocab] in `logits` once `done` is set."""
 
     deadline = None
 
-    def __init__(self, seq_id: int, logits: np.ndarray, on_end: Callable[[ForwardJob], None]) -> None:
+    def __init__(self, seq_id: int, logits: np.ndarray, on_end: Callable[[LogitsJob], None]) -> None:
         self.job_id = f"logits-{seq_id}"
         self.seq_id = seq_id
         self.logits = logits

@@ -22,7 +22,7 @@ from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
 
 #: rows of one teacher-forced step: each of them brings n_vocab float32 logits to the host
-FORWARD_ROWS = 64
+LOGITS_TOKENS = 64
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ class SequenceState:
 
 @dataclass
 class StepWork:
-    """One ragged step: `rows` lists (sequence, its number of rows) in batch order, `outputs` those of out_rows."""
+    """One ragged step: `rows` lists (sequence, its number of rows) in batch order, `outputs` those that draw."""
 
     batch: Batch
     rows: list[tuple[SequenceState, int]]
@@ -86,13 +86,13 @@ class StepWork:
     want_logits: bool
 
     @property
-    def n_prompt_rows(self) -> int:
+    def n_prefill_tokens(self) -> int:
         """Prompt rows among the rows."""
         return len(self.batch.tokens) - self.batch.n_decode
 
 
 @dataclass
-class ForwardWork:
+class LogitsWork:
     """A chunk of one teacher-forced sequence; every row is an output."""
 
     batch: Batch
@@ -122,7 +122,7 @@ class Scheduler:
         stop_ids: the model's end-of-text tokens.
         max_decode_steps: most steps of one `DecodeWork`.
         long_slots: the engine's int32 [max_seqs], written here and nowhere else.
-        long_from: the plan's; 0: its frequencies are the same for every length.
+        rope_orig_context: the plan's; 0: its frequencies are the same for every length.
     """
 
     def __init__(
@@ -134,22 +134,22 @@ class Scheduler:
         max_decode_steps: int = 1024,
         *,
         long_slots: np.ndarray | None = None,
-        long_from: int = 0,
+        rope_orig_context: int = 0,
     ) -> None:
         self.config = config
         self.groups = tuple(groups)
         self.pools = [BlockPool(n) for n in config.n_blocks]
         self.stop_ids = frozenset(stop_ids)
         self._stop_array = np.array(sorted(self.stop_ids), np.int32)
-        #: prompt rows of one step, 1 .. max_rows; the loop lowers it on a slow device to keep steps short
-        self.prompt_rows = config.max_rows
+        #: prompt rows of one step, 1 .. max_batch_tokens; the loop lowers it on a slow device to keep steps short
+        self.max_prefill_tokens = config.max_batch_tokens
         windowed = any(g.window for g in self.groups)
         self._max_decode_steps = min(max_decode_steps, BLOCK_SIZE) if windowed else max_decode_steps
         self._tables = block_tables
         self._tables[...] = -1
         self._long_slots = np.zeros(config.max_seqs, np.int32) if long_slots is None else long_slots
         self._long_slots[...] = 0
-        self._long_from = long_from
+        self._rope_orig_context = rope_orig_context
         self._unreserved = list(config.n_blocks)
         self._free_slots = list(range(config.max_seqs - 1, -1, -1))
         self._waiting: OrderedDict[int, SequenceState] = OrderedDict()
@@ -222,7 +222,7 @@ class Scheduler:
             seq.slot = self._free_slots.pop()
             seq.reserved = need
             seq.blocks = [{} for _ in need]
-            self._set_long(seq, 0 < self._long_from < seq.n_prompt)
+            self._set_long(seq, 0 < self._rope_orig_context < seq.n_prompt)
             for i, n in enumerate(need):
                 self._unreserved[i] -= n
             self._running[seq.seq_id] = seq
@@ -243,11 +243,11 @@ class Scheduler:
 
     # -- what runs next
 
-    def next_work(self) -> StepWork | ForwardWork | DecodeWork | None:
+    def next_work(self) -> StepWork | LogitsWork | DecodeWork | None:
         """The next thing for the engine to do, its block tables written; None when nothing runs."""
         forced, sampled = [], []
         for seq in self._running.values():
-            if self._may_grow_long(seq) and seq.n_past == self._long_from:
+            if self._may_grow_long(seq) and seq.n_past == self._rope_orig_context:
                 self._start_again_long(seq)
             (sampled if seq.sampling is not None else forced).append(seq)
         if forced and (self._forward_next or not sampled):
@@ -271,7 +271,7 @@ class Scheduler:
                 seq.drawn.append(seq.last_token)
         return self._end_finished(seq for seq, _ in work.rows)
 
-    def done_forward(self, work: ForwardWork) -> list[SequenceState]:
+    def done_logits(self, work: LogitsWork) -> list[SequenceState]:
         """Take the end of a teacher-forced chunk. Returns the sequence if that was its last one."""
         work.seq.n_past += len(work.batch.tokens)
         return self._end_finished([work.seq])
@@ -334,7 +334,7 @@ class Scheduler:
         self._long_slots[seq.slot] = long
 
     def _may_grow_long(self, seq: SequenceState) -> bool:
-        return self._long_from > 0 and not seq.long and seq.sampling is not None
+        return self._rope_orig_context > 0 and not seq.long and seq.sampling is not None
 
     def _start_again_long(self, seq: SequenceState) -> None:
         """Its next position is the first of a long sequence, in which every position turns by other frequencies: what
@@ -378,7 +378,7 @@ class Scheduler:
 
     def _step(self, decoding: list[SequenceState], prefilling: list[SequenceState]) -> StepWork:
         rows = [(seq, 1) for seq in decoding]
-        left = min(self.config.max_rows - len(decoding), max(self.prompt_rows, 1))
+        left = min(self.config.max_batch_tokens - len(decoding), max(self.max_prefill_tokens, 1))
         spare = list(self._unreserved)
         for seq in prefilling:
             if left <= 0:
@@ -389,7 +389,7 @@ class Scheduler:
         tokens: list[np.ndarray] = []
         positions: list[np.ndarray] = []
         slots: list[np.ndarray] = []
-        outputs, out_rows, at = [], [], 0
+        outputs, output_indices, at = [], [], 0
         for seq, n in rows:
             self._take(seq, n)
             end = seq.n_past + n
@@ -399,18 +399,18 @@ class Scheduler:
             at += n
             if end >= seq.n_prompt:
                 outputs.append(seq)
-                out_rows.append(at - 1)
+                output_indices.append(at - 1)
         batch = Batch(
             np.concatenate(tokens),
             np.concatenate(positions),
             np.concatenate(slots),
             len(decoding),
-            np.array(out_rows, np.int32),
+            np.array(output_indices, np.int32),
         )
         return StepWork(batch, rows, outputs, any(s.want_logits for s in outputs))
 
-    def _forward(self, seq: SequenceState) -> ForwardWork:
-        n = min(self.config.max_rows, max(self.prompt_rows, 1), FORWARD_ROWS, seq.n_prompt - seq.n_past)
+    def _forward(self, seq: SequenceState) -> LogitsWork:
+        n = min(self.config.max_batch_tokens, max(self.max_prefill_tokens, 1), LOGITS_TOKENS, seq.n_prompt - seq.n_past)
         n = self._rows_allowed(seq, n, list(self._unreserved))
         self._take(seq, n)
         end = seq.n_past + n
@@ -421,13 +421,13 @@ class Scheduler:
             0,
             np.arange(n, dtype=np.int32),
         )
-        return ForwardWork(batch, seq)
+        return LogitsWork(batch, seq)
 
     def _decode(self, seqs: list[SequenceState]) -> DecodeWork:
         n_steps = min(
             self._max_decode_steps,
             *(s.max_tokens - s.n_out for s in seqs),
-            *(self._long_from - s.n_past for s in seqs if self._may_grow_long(s)),
+            *(self._rope_orig_context - s.n_past for s in seqs if self._may_grow_long(s)),
         )
         for seq in seqs:
             self._take(seq, n_steps)

@@ -14,7 +14,7 @@ from worker_orcd.tokenizer.metadata import CONTROL, UNKNOWN, USER_DEFINED, Token
 from worker_orcd.tokenizer.parts import TokenizerParts
 from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens, find_known
 from worker_orcd.tokenizer.spm import SpmEncoder
-from worker_orcd.tokenizer.vocab import TokenTable, byte_level_bytes, spm_bytes
+from worker_orcd.tokenizer.vocab import Vocab, byte_level_bytes, spm_bytes
 
 #: tokens of Phi-3 that white space may follow; it is taken with all others (its tokenizer.json says so, GGUF cannot)
 _PHI3_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
@@ -68,7 +68,7 @@ def _build(meta: TokenizerMetadata, phi3: bool, sha256: str) -> TokenizerParts:
     else:
         encode = BpeEncoder(meta).encode
         data = byte_level_bytes(meta.tokens, literal)
-    table = TokenTable(*data, control, strip_space=spm and meta.add_space_prefix)
+    table = Vocab(*data, control, strip_space=spm and meta.add_space_prefix)
     return TokenizerParts(
         kind="gguf-spm" if spm else "gguf-bpe",
         path=meta.path,

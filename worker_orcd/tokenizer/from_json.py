@@ -24,7 +24,7 @@ from worker_orcd.tokenizer.library import decode_with, encode_with, failing_as
 from worker_orcd.tokenizer.metadata import MAX_TEMPLATE_CHARS, MAX_TOKENS
 from worker_orcd.tokenizer.parts import TokenizerParts
 from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens, find_known
-from worker_orcd.tokenizer.vocab import SPM_SPACE, TokenTable, byte_level_bytes, spm_bytes
+from worker_orcd.tokenizer.vocab import SPM_SPACE, Vocab, byte_level_bytes, spm_bytes
 
 #: published tokenizer.json files stay under 40 MB
 MAX_JSON_BYTES = 128 << 20
@@ -115,20 +115,20 @@ def _states(part: Any) -> list[dict[str, Any]]:
     return state.get("decoders", state.get("pretokenizers", [state]))
 
 
-def _table(tokenizer: Tokenizer, tokens: list[str], control: set[int], added: Iterable[int]) -> TokenTable | None:
+def _table(tokenizer: Tokenizer, tokens: list[str], control: set[int], added: Iterable[int]) -> Vocab | None:
     """The vocabulary as bytes, or None where the decoder does more than look tokens up."""
     states = _states(tokenizer.decoder)
     types = [s["type"] for s in states]
     if types == ["ByteLevel"]:
-        return TokenTable(*byte_level_bytes(tokens, set(added)), control, strip_space=False)
+        return Vocab(*byte_level_bytes(tokens, set(added)), control, strip_space=False)
     to_space = {"type": "Replace", "pattern": {"String": SPM_SPACE}, "content": " "}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     if states[:3] == [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}] and states[3:] in ([], [strip]):
         byte_tokens = [i for i, t in enumerate(tokens) if len(t) == 6 and _BYTE_TOKEN.fullmatch(t)]
-        return TokenTable(*spm_bytes(tokens, set(added), byte_tokens), control, strip_space=states[3:] == [strip])
+        return Vocab(*spm_bytes(tokens, set(added), byte_tokens), control, strip_space=states[3:] == [strip])
     if types == ["Metaspace"] and states[0]["replacement"] == SPM_SPACE:
         strips = states[0].get("prepend_scheme", "always") != "never"
-        return TokenTable(*spm_bytes(tokens, set(added), ()), control, strip_space=strips)
+        return Vocab(*spm_bytes(tokens, set(added), ()), control, strip_space=strips)
     return None
 
 

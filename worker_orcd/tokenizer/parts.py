@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from worker_orcd.tokenizer.special_tokens import SpecialTokens
-from worker_orcd.tokenizer.vocab import TokenTable
+from worker_orcd.tokenizer.vocab import Vocab
 
 
 @dataclass
@@ -35,7 +35,7 @@ class TokenizerParts:
     n_vocab: int
     encode: Callable[[str, bool], list[int]]
     special: SpecialTokens
-    table: TokenTable | None
+    table: Vocab | None
     decode: Callable[[list[int], bool], str] | None
     known_ids: Mapping[str, int]
     text_of: Callable[[int], str]

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Collection
 from itertools import accumulate
 
-from worker_orcd._spm import ScoreMerger
+from worker_orcd._spm import SpmMerger
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.tokenizer.metadata import TokenizerMetadata
 from worker_orcd.tokenizer.vocab import SPM_SPACE
@@ -38,7 +38,7 @@ class SpmEncoder:
         # "<0x41>" in a text is text too; an empty piece matches nothing
         hidden = {*control, *meta.byte_ids}
         pieces = [b"" if i in hidden else t.encode() for i, t in enumerate(meta.tokens)]
-        self._merger = ScoreMerger(
+        self._merger = SpmMerger(
             b"".join(pieces),
             array("I", [0, *accumulate(map(len, pieces))]),
             array("f", meta.scores),

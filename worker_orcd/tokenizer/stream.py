@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Callable
 from typing import Protocol
 
-from worker_orcd.tokenizer.vocab import TokenTable
+from worker_orcd.tokenizer.vocab import Vocab
 
 
 class StreamDecoder(Protocol):
@@ -38,7 +38,7 @@ class ByteStreamDecoder:
         continues: the text goes on from a prompt, so a leading space belongs to it (SentencePiece only).
     """
 
-    def __init__(self, table: TokenTable, skip_special: bool, continues: bool) -> None:
+    def __init__(self, table: Vocab, skip_special: bool, continues: bool) -> None:
         self._table = table
         self._skip = table.control if skip_special else frozenset()
         self._strips = table.strip_space and not continues

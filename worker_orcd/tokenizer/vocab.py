@@ -28,7 +28,7 @@ def byte_alphabet() -> dict[int, int]:
     return {b: b for b in shown} | {256 + i: b for i, b in enumerate(hidden)}
 
 
-class TokenTable:
+class Vocab:
     """Bytes of every token.
 
     Args:
@@ -70,7 +70,7 @@ class TokenTable:
 
 
 def byte_level_bytes(tokens: Sequence[str], literal: Collection[int]) -> tuple[bytes, list[int]]:
-    """Blob and lengths (for `TokenTable`) of a byte-level vocabulary.
+    """Blob and lengths (for `Vocab`) of a byte-level vocabulary.
 
     Args:
         tokens: texts by id, in the alphabet of `byte_alphabet`.
@@ -108,7 +108,7 @@ def _insert(blob: bytes, lengths: list[int], odd: dict[int, bytes]) -> tuple[byt
 
 
 def spm_bytes(tokens: Sequence[str], literal: Collection[int], byte_tokens: Collection[int]) -> tuple[bytes, list[int]]:
-    """Blob and lengths (for `TokenTable`) of a SentencePiece vocabulary.
+    """Blob and lengths (for `Vocab`) of a SentencePiece vocabulary.
 
     Args:
         tokens: texts by id, U+2581 for a space.

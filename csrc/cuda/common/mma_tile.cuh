@@ -1,6 +1,6 @@
-// One 16-row strip of weights, as a warp multiplies it: A fragments from codes, and sums over a few rows of x.
+// One row tile (16 rows) of weights, as a warp multiplies it: A fragments from codes, and sums over a few rows of x.
 //
-// The sums are for kernels that take one strip at a time (matvec.cu takes several). Records and converted x are in
+// The sums are for kernels that take one row tile at a time (matvec.cu takes several). Packed tiles and converted x are in
 // fragment order (quant/layout.cuh, activations.cuh). Knows no kernel and no way of loading.
 #pragma once
 
@@ -26,13 +26,13 @@ struct SplitRows {
     }
 };
 
-// One 64-column sub-unit of a quantized type: block by block an exact product of codes, then its scales.
+// One 64-column sub-tile of a quantized type: block by block an exact product of codes, then its scales.
 template <class Q, int kTiles>
-DEVICE void add_quantized(float (&acc)[kTiles][4], const uint8_t* record, int sub, int x_block0,
+DEVICE void add_quantized(float (&acc)[kTiles][4], const uint8_t* packed_tile, int sub, int x_block0,
                           const SplitRows<kTiles>& x, int lane) {
     constexpr int kParts = Q::kScaleK == 16 ? 2 : 1;
-    const auto codes = load_codes<Q>(record, sub, lane);
-    const auto scales = Q::load_scales(record, lane);
+    const auto codes = load_codes<Q>(packed_tile, sub, lane);
+    const auto scales = Q::load_scales(packed_tile, lane);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
         asm volatile("" ::: "memory");  // or the loads of both blocks come first, and registers run out
@@ -69,12 +69,12 @@ DEVICE void add_quantized(float (&acc)[kTiles][4], const uint8_t* record, int su
     }
 }
 
-// One 64-column unit of an unquantized type; F32 and F16 as two bf16 terms of the weight.
+// One 64-column k tile of an unquantized type; F32 and F16 as two bf16 terms of the weight.
 template <class Q, int kTiles>
-DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* record, int x_block0, const SplitRows<kTiles>& x,
+DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* packed_tile, int x_block0, const SplitRows<kTiles>& x,
                       int lane) {
     constexpr bool kTwoTerms = !std::is_same_v<Q, BF16>;
-    const auto codes = load_codes<Q>(record, 0, lane);
+    const auto codes = load_codes<Q>(packed_tile, 0, lane);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
         uint32_t high[8], low[8];
@@ -106,11 +106,11 @@ DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* record, int x_bloc
     }
 }
 
-// fp16 A fragments of 32-column block b of a sub-unit, scales included; inverse[r] undoes the row scale.
+// fp16 A fragments of 32-column block b of a sub-tile, scales included; inverse[r] undoes the row scale.
 template <class Q>
-DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* record, int sub, int b, int lane,
+DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* packed_tile, int sub, int b, int lane,
                           const float (&inverse)[2]) {
-    const auto codes = load_codes<Q>(record, sub, lane);
+    const auto codes = load_codes<Q>(packed_tile, sub, lane);
     if constexpr (std::is_same_v<Q, F16>) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) a[i] = codes.low[8 * b + i];
@@ -122,7 +122,7 @@ DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* record, int sub, int 
             a[i] = pack_f16(low * inverse[i & 1], high * inverse[i & 1]);
         }
     } else if constexpr (Q::kHalfScale) {
-        const auto s = Q::load_scales(record, lane);
+        const auto s = Q::load_scales(packed_tile, lane);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const uint32_t q = Q::f16_pair(codes, 8 * b + i), d = Q::half_scale(s, b, i & 1);
@@ -133,7 +133,7 @@ DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* record, int sub, int 
         }
     } else {
         float scale[2][2], min[2][2];
-        Q::scales(Q::load_scales(record, lane), 2 * sub + b, scale, min);
+        Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + b, scale, min);
         if constexpr (kRowScaled<Q>) {
             uint32_t d[2];
 #pragma unroll

@@ -25,7 +25,7 @@ DEVICE uint32_t f16_of_codes(uint32_t codes) {
 #endif
 
 // The low or high 16-bit half of `word`, in both halves.
-HD uint32_t both_halves(uint32_t word, int high) {
+HOST_DEVICE uint32_t both_halves(uint32_t word, int high) {
     const uint32_t half = high ? word >> 16 : word & 0xffffu;
     return half | half << 16;
 }
@@ -35,7 +35,7 @@ template <class Q, int kZero>
 struct IntegerCodes {
     // The two numbers of a pair before scaling.
     template <class C>
-    static HD void values(const C& q, int pair, float& low, float& high) {
+    static HOST_DEVICE void values(const C& q, int pair, float& low, float& high) {
         const uint32_t c = Q::code(q, pair);
         low = static_cast<float>(static_cast<int>(c & 0xffff) - kZero);
         high = static_cast<float>(static_cast<int>(c >> 16) - kZero);
@@ -61,18 +61,20 @@ struct HalfScales {
     static constexpr bool kHalfScale = true;
 
     // Words: [g][r], each the scales of blocks 0 and 1 of row g + 8r.
-    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+    static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
         const int row = word / 2 + 8 * (word % 2);
         return pad_u16(raw.block(row, 0), 0) | pad_u16(raw.block(row, 1), 0) << 16;
     }
-    static HD Scales load_scales(const uint8_t* record, int lane) {
-        return load_words2(record + Q::kScaleOffset + (lane >> 2) * 8);
+    static HOST_DEVICE Scales load_scales(const uint8_t* packed_tile, int lane) {
+        return load_words2(packed_tile + Q::kScaleOffset + (lane >> 2) * 8);
     }
-    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
         scale[0][0] = half_float(block ? s.x >> 16 : s.x);
         scale[0][1] = half_float(block ? s.y >> 16 : s.y);
     }
-    static HD uint32_t half_scale(const Scales& s, int block, int r) { return both_halves(r ? s.y : s.x, block); }
+    static HOST_DEVICE uint32_t half_scale(const Scales& s, int block, int r) {
+        return both_halves(r ? s.y : s.x, block);
+    }
 };
 
 // As HalfScales with a float16 minimum beside each scale: weight = scale * code + min.
@@ -84,19 +86,23 @@ struct HalfScalesMins {
     static constexpr bool kHalfScale = true;
 
     // Words: [g][r][scale, min], each of blocks 0 and 1.
-    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+    static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
         const int row = word / 4 + 8 * (word / 2 % 2), at = 2 * (word % 2);
         return pad_u16(raw.block(row, 0), at) | pad_u16(raw.block(row, 1), at) << 16;
     }
-    static HD Scales load_scales(const uint8_t* record, int lane) {
-        return load_words4(record + Q::kScaleOffset + (lane >> 2) * 16);
+    static HOST_DEVICE Scales load_scales(const uint8_t* packed_tile, int lane) {
+        return load_words4(packed_tile + Q::kScaleOffset + (lane >> 2) * 16);
     }
-    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
         scale[0][0] = half_float(block ? s.x >> 16 : s.x);
         scale[0][1] = half_float(block ? s.z >> 16 : s.z);
         min[0][0] = half_float(block ? s.y >> 16 : s.y);
         min[0][1] = half_float(block ? s.w >> 16 : s.w);
     }
-    static HD uint32_t half_scale(const Scales& s, int block, int r) { return both_halves(r ? s.z : s.x, block); }
-    static HD uint32_t half_min(const Scales& s, int block, int r) { return both_halves(r ? s.w : s.y, block); }
+    static HOST_DEVICE uint32_t half_scale(const Scales& s, int block, int r) {
+        return both_halves(r ? s.z : s.x, block);
+    }
+    static HOST_DEVICE uint32_t half_min(const Scales& s, int block, int r) {
+        return both_halves(r ? s.w : s.y, block);
+    }
 };

@@ -1,15 +1,17 @@
 // The order in which quantized matrices lie in device memory, and how a row's blocks get there.
 //
-// A matrix W [n_out, K] in GGUF blocks is cut into strips of 16 rows and units of kUnitK columns (64 for types with
-// 32-element blocks and for unquantized ones, 256 for K-quants: whole blocks, so that no scale is stored twice). The
-// record of (strip s, unit u) is kRecordBytes long and lies at (s * n_units + u) * kRecordBytes: a strip is one
-// contiguous stream of the bytes its 16 rows have in the file, bit for bit, in another order; padding (zero bits, so
-// zero weights) exists only below the last row and, where K is an odd number of 32-blocks, right of the last column.
+// A matrix W [n_out, K] in GGUF blocks is cut into row tiles of 16 rows and k tiles of kTileK columns (64 for types
+// with 32-element blocks and for unquantized ones, 256 for K-quants: whole blocks, so that no scale is stored twice).
+// The packed tile of (row tile s, k tile u) is kPackedTileBytes long and lies at (s * n_k_tiles + u) *
+// kPackedTileBytes: a row tile is one contiguous stream of the bytes its 16 rows have in the file, bit for bit, in
+// another order; padding (zero bits, so zero weights) exists only below the last row and, where K is an odd number of
+// 32-blocks, right of the last column.
 //
-// Inside a record: the code planes, then the scales. A plane of kBits holds one kBits-wide part of every code, ordered
-// so that lane l = 4g + t of a warp loads exactly what it needs for A fragments of mma.m16n8k16 in loads of up to 16
-// bytes, coalesced, with the codes at shifts from which one `and` (and one `or` of a magic exponent) makes a packed
-// pair. Per sub-unit of 64 columns, a lane owns 16 pairs: pair P = 8b + i of 32-column block b, i = 4j + 2h + r, holds
+// Inside a packed tile: the code planes, then the scales. A plane of kBits holds one kBits-wide part of every code,
+// ordered so that lane l = 4g + t of a warp loads exactly what it needs for A fragments of mma.m16n8k16 in loads of up
+// to 16 bytes, coalesced, with the codes at shifts from which one `and` (and one `or` of a magic exponent) makes a
+// packed pair. Per sub-tile of 64 columns, a lane owns 16 pairs: pair P = 8b + i of 32-column block b, i = 4j + 2h + r,
+// holds
 //     row  g + 8r,   columns  32b + 16j + 4t + 2h  (low half of the register)  and the one after it (high half),
 // that is, register a[2h + r] of product j (of two per block). The columns of a product are a permutation of the
 // mathematical order; activations are stored in the same permutation (see `x_slot`).
@@ -20,32 +22,31 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "params/host_device.h"
+
 #ifdef __CUDACC__
 #include "common/ptx.cuh"
-#define HD __host__ __device__ __forceinline__
-#else
-#define HD inline
 #endif
 
-constexpr int kStripRows = 16;
+constexpr int kTileRows = 16;
 constexpr int kSubK = 64;
 constexpr int kLanes = 32;
 
 // ---- where an element lives --------------------------------------------------------------------------------------
 
-HD int pair_row(int lane, int pair) { return (lane >> 2) + 8 * (pair & 1); }
+HOST_DEVICE int pair_row(int lane, int pair) { return (lane >> 2) + 8 * (pair & 1); }
 
-// Column, within the sub-unit of 64, of the low element of a lane's pair (0..15).
-HD int pair_column(int lane, int pair) {
+// Column, within the sub-tile of 64, of the low element of a lane's pair (0..15).
+HOST_DEVICE int pair_column(int lane, int pair) {
     return 32 * (pair >> 3) + 16 * ((pair >> 2) & 1) + 4 * (lane & 3) + 2 * ((pair >> 1) & 1);
 }
 
 // Place of column k (0..31) of a 32-column block in a stored activation block: lane t's eight values are adjacent.
-HD int x_slot(int k) { return 8 * ((k >> 2) & 3) + 4 * (k >> 4) + (k & 3); }
+HOST_DEVICE int x_slot(int k) { return 8 * ((k >> 2) & 3) + 4 * (k >> 4) + (k & 3); }
 
 // ---- code planes -------------------------------------------------------------------------------------------------
 
-// One plane of one record: kBits words per lane and sub-unit, in chunks of at most 16 bytes per lane.
+// One plane of one packed tile: kBits words per lane and sub-tile, in chunks of at most 16 bytes per lane.
 template <int kBits>
 struct Plane {
     static constexpr int kChunkWords = kBits < 4 ? kBits : 4;
@@ -58,15 +59,15 @@ struct Plane {
         int sub, lane, word;
     };
     // Which word of which lane lies at byte `offset` of the plane.
-    static HD Place place(int offset) {
+    static HOST_DEVICE Place place(int offset) {
         const int in_sub = offset % kSubBytes, in_chunk = in_sub % kChunkBytes;
         return {offset / kSubBytes, in_chunk / (kChunkWords * 4),
                 in_sub / kChunkBytes * kChunkWords + in_chunk % (kChunkWords * 4) / 4};
     }
 
-    // The word at `place`, gathered from code(row, column of the unit): row 0..15.
+    // The word at `place`, gathered from code(row, column of the k tile): row 0..15.
     template <class Code>
-    static HD uint32_t gather(Place at, Code code) {
+    static HOST_DEVICE uint32_t gather(Place at, Code code) {
         if constexpr (kBits == 32) {
             const int pair = at.word / 2;
             return code(pair_row(at.lane, pair), at.sub * kSubK + pair_column(at.lane, pair) + at.word % 2);
@@ -81,8 +82,8 @@ struct Plane {
         }
     }
 
-    // A lane's words of one sub-unit; `plane` points to the plane in shared or global memory.
-    static HD void load(uint32_t (&words)[kBits], const uint8_t* plane, int sub, int lane) {
+    // A lane's words of one sub-tile; `plane` points to the plane in shared or global memory.
+    static HOST_DEVICE void load(uint32_t (&words)[kBits], const uint8_t* plane, int sub, int lane) {
         const uint8_t* p = plane + sub * kSubBytes + lane * (kChunkWords * 4);
 #pragma unroll
         for (int c = 0; c < kBits / kChunkWords; ++c) {
@@ -104,7 +105,7 @@ struct Plane {
 
     // The codes of `pair`, shifted to bits kTo and 16 + kTo; everything else 0. kBits <= 16.
     template <int kTo = 0>
-    static HD uint32_t codes(const uint32_t (&words)[kBits], int pair) {
+    static HOST_DEVICE uint32_t codes(const uint32_t (&words)[kBits], int pair) {
         constexpr uint32_t kMask = ((1u << kBits) - 1u) << kTo;
         const uint32_t word = words[pair / kPairs];
         const int from = kBits * (pair % kPairs);
@@ -114,31 +115,31 @@ struct Plane {
 
 // ---- raw GGUF blocks ---------------------------------------------------------------------------------------------
 
-// The rows of one strip in GGUF order, from block `block0` on.
-struct RawStrip {
-    const uint8_t* rows;  // first block of row 0 of the strip
+// The rows of one row tile in GGUF order, from block `block0` on.
+struct RawRowTile {
+    const uint8_t* rows;  // first block of row 0 of the row tile
     int64_t row_bytes;
     int n_rows;    // rows that exist, at most 16
     int n_blocks;  // blocks that exist, from rows on
     int block_bytes;
 
     // Block b of `row`, or null in the padding.
-    HD const uint8_t* block(int row, int b) const {
+    HOST_DEVICE const uint8_t* block(int row, int b) const {
         return row < n_rows && b < n_blocks ? rows + row * row_bytes + static_cast<int64_t>(b) * block_bytes : nullptr;
     }
 };
 
 // Little-endian reads at any alignment: GGUF blocks have odd sizes.
-HD uint32_t raw_u16(const uint8_t* p) { return p[0] | static_cast<uint32_t>(p[1]) << 8; }
-HD uint32_t raw_u32(const uint8_t* p) { return raw_u16(p) | raw_u16(p + 2) << 16; }
+HOST_DEVICE uint32_t raw_u16(const uint8_t* p) { return p[0] | static_cast<uint32_t>(p[1]) << 8; }
+HOST_DEVICE uint32_t raw_u32(const uint8_t* p) { return raw_u16(p) | raw_u16(p + 2) << 16; }
 // Byte, half or word at `offset` of a block, 0 in the padding.
-HD uint32_t pad_u8(const uint8_t* block, int offset) { return block ? block[offset] : 0u; }
-HD uint32_t pad_u16(const uint8_t* block, int offset) { return block ? raw_u16(block + offset) : 0u; }
-HD uint32_t pad_u32(const uint8_t* block, int offset) { return block ? raw_u32(block + offset) : 0u; }
+HOST_DEVICE uint32_t pad_u8(const uint8_t* block, int offset) { return block ? block[offset] : 0u; }
+HOST_DEVICE uint32_t pad_u16(const uint8_t* block, int offset) { return block ? raw_u16(block + offset) : 0u; }
+HOST_DEVICE uint32_t pad_u32(const uint8_t* block, int offset) { return block ? raw_u32(block + offset) : 0u; }
 
-// Word `index` of the record of type Q that holds the unit at the start of `raw`.
+// Word `index` of the packed tile of type Q that holds the k tile at the start of `raw`.
 template <class Q>
-HD uint32_t record_word(const RawStrip& raw, int index) {
+HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
     const int offset = index * 4;
     const auto code = [&](int row, int k) -> uint32_t {
         const uint8_t* block = raw.block(row, k / Q::kBlockK);
@@ -158,22 +159,22 @@ HD uint32_t record_word(const RawStrip& raw, int index) {
     return Q::scale_word(raw, (offset - Q::kScaleOffset) / 4);
 }
 
-// Sizes of a record: what every type derives from its bits.
-template <int kUnitK_, int kBlockK_, int kBlockBytes_, int kLowBits_, int kHighBits_>
-struct Record {
-    static constexpr int kUnitK = kUnitK_;
-    static constexpr int kSubs = kUnitK / kSubK;
+// Sizes of a packed tile: what every type derives from its bits.
+template <int kTileK_, int kBlockK_, int kBlockBytes_, int kLowBits_, int kHighBits_>
+struct PackedTile {
+    static constexpr int kTileK = kTileK_;
+    static constexpr int kSubs = kTileK / kSubK;
     static constexpr int kBlockK = kBlockK_;
     static constexpr int kBlockBytes = kBlockBytes_;
     static constexpr int kLowBits = kLowBits_;
     static constexpr int kHighBits = kHighBits_;
     static constexpr int kHighOffset = kSubs * kLowBits * 128;
     static constexpr int kScaleOffset = kHighOffset + kSubs * kHighBits * 128;
-    static constexpr int kRecordBytes = kStripRows * (kUnitK / kBlockK) * kBlockBytes;
-    static_assert(kRecordBytes % 32 == 0, "records must keep the alignment of memory sectors");
+    static constexpr int kPackedTileBytes = kTileRows * (kTileK / kBlockK) * kBlockBytes;
+    static_assert(kPackedTileBytes % 32 == 0, "packed tiles must keep the alignment of memory sectors");
 };
 
-// A lane's codes of one sub-unit.
+// A lane's codes of one sub-tile.
 template <int kLowBits, int kHighBits>
 struct Codes {
     uint32_t low[kLowBits];
@@ -185,16 +186,16 @@ struct Codes<kLowBits, 0> {
 };
 
 template <class Q>
-HD Codes<Q::kLowBits, Q::kHighBits> load_codes(const uint8_t* record, int sub, int lane) {
+HOST_DEVICE Codes<Q::kLowBits, Q::kHighBits> load_codes(const uint8_t* packed_tile, int sub, int lane) {
     Codes<Q::kLowBits, Q::kHighBits> q;
-    Plane<Q::kLowBits>::load(q.low, record, sub, lane);
-    if constexpr (Q::kHighBits > 0) Plane<Q::kHighBits>::load(q.high, record + Q::kHighOffset, sub, lane);
+    Plane<Q::kLowBits>::load(q.low, packed_tile, sub, lane);
+    if constexpr (Q::kHighBits > 0) Plane<Q::kHighBits>::load(q.high, packed_tile + Q::kHighOffset, sub, lane);
     return q;
 }
 
 // ---- numbers -----------------------------------------------------------------------------------------------------
 
-HD float bits_float(uint32_t bits) {
+HOST_DEVICE float bits_float(uint32_t bits) {
 #ifdef __CUDA_ARCH__
     return __uint_as_float(bits);
 #else
@@ -204,7 +205,7 @@ HD float bits_float(uint32_t bits) {
 #endif
 }
 
-HD float half_float(uint32_t bits) {
+HOST_DEVICE float half_float(uint32_t bits) {
 #ifdef __CUDA_ARCH__
     return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
 #else
@@ -217,7 +218,7 @@ HD float half_float(uint32_t bits) {
 
 // Byte i of `word`, unsigned. A byte below the exponent of 2^23 needs no conversion instruction, which runs at a
 // quarter of the rate.
-HD float byte_float(uint32_t word, int i) {
+HOST_DEVICE float byte_float(uint32_t word, int i) {
 #ifdef __CUDA_ARCH__
     return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(i))) - 8388608.0f;
 #else
@@ -225,7 +226,7 @@ HD float byte_float(uint32_t word, int i) {
 #endif
 }
 
-HD uint32_t load_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
+HOST_DEVICE uint32_t load_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 
 struct Words2 {
     uint32_t x, y;
@@ -233,7 +234,7 @@ struct Words2 {
 struct Words4 {
     uint32_t x, y, z, w;
 };
-HD Words2 load_words2(const uint8_t* p) {
+HOST_DEVICE Words2 load_words2(const uint8_t* p) {
 #ifdef __CUDA_ARCH__
     const uint2 v = *reinterpret_cast<const uint2*>(p);
     return {v.x, v.y};
@@ -243,7 +244,7 @@ HD Words2 load_words2(const uint8_t* p) {
     return v;
 #endif
 }
-HD Words4 load_words4(const uint8_t* p) {
+HOST_DEVICE Words4 load_words4(const uint8_t* p) {
 #ifdef __CUDA_ARCH__
     const uint4 v = *reinterpret_cast<const uint4*>(p);
     return {v.x, v.y, v.z, v.w};

@@ -4,36 +4,36 @@
 
 #include "q4_0.cuh"
 
-struct MXFP4 : Record<64, 32, 17, 4, 0> {
+struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
     using Scales = uint32_t;  // bytes: e of blocks 0 and 1 of row g, then of row g + 8
     static constexpr int kScaleK = 32;
     static constexpr bool kHasMin = false;
     static constexpr bool kHalfScale = false;
 
-    static HD uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 1, k); }
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 1, k); }
     // Biased float32 exponent of the largest weight that a block can hold (6 = 1.5 * 2^2).
-    static HD int raw_exponent(const uint8_t* block) { return block[0] + 2; }
+    static HOST_DEVICE int raw_exponent(const uint8_t* block) { return block[0] + 2; }
 
     // Words: [g].
-    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+    static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
         return pad_u8(raw.block(word, 0), 0) | pad_u8(raw.block(word, 1), 0) << 8 |
                pad_u8(raw.block(word + 8, 0), 0) << 16 | pad_u8(raw.block(word + 8, 1), 0) << 24;
     }
-    static HD Scales load_scales(const uint8_t* record, int lane) {
-        return load_u32(record + kScaleOffset + (lane >> 2) * 4);
+    static HOST_DEVICE Scales load_scales(const uint8_t* packed_tile, int lane) {
+        return load_u32(packed_tile + kScaleOffset + (lane >> 2) * 4);
     }
-    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const uint32_t e = (s >> (16 * r + 8 * block)) & 0xff;
             scale[0][r] = bits_float(e ? e << 23 : 0x00400000u);  // 2^-127 is a subnormal
         }
     }
-    static HD void values(const Codes<4, 0>& q, int pair, float& low, float& high) {
+    static HOST_DEVICE void values(const Codes<4, 0>& q, int pair, float& low, float& high) {
         const uint32_t c = Plane<4>::codes(q.low, pair);
         low = e2m1(c & 15), high = e2m1(c >> 16);
     }
-    static HD float e2m1(uint32_t code) {
+    static HOST_DEVICE float e2m1(uint32_t code) {
         const uint32_t e = (code >> 1) & 3, m = code & 1;
         const float magnitude = e ? bits_float((126 + e) << 23 | m << 22) : 0.5f * static_cast<float>(m);
         return code > 8 ? -magnitude : magnitude;  // ggml's negative zero is zero

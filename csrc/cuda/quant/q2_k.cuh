@@ -5,7 +5,7 @@
 
 #include "dequant.cuh"
 
-struct Q2_K : Record<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
+struct Q2_K : PackedTile<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
     static constexpr int kScaleK = 16;
     static constexpr bool kHasMin = true;
     static constexpr bool kHalfScale = false;
@@ -14,22 +14,22 @@ struct Q2_K : Record<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
         Words2 super;   // (d, dmin) of rows g and g + 8
     };
 
-    static HD uint32_t raw_code(const uint8_t* block, int k) {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
         return (block[16 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2)) & 3u;
     }
-    static HD uint32_t code(const Codes<2, 0>& q, int pair) { return Plane<2>::codes(q.low, pair); }
+    static HOST_DEVICE uint32_t code(const Codes<2, 0>& q, int pair) { return Plane<2>::codes(q.low, pair); }
 
     // Words: [row][4] of scale bytes, then [g][r] of (d, dmin).
-    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+    static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
         if (word < 64) return pad_u32(raw.block(word / 4, 0), 4 * (word % 4));
         return pad_u32(raw.block((word - 64) / 2 + 8 * (word % 2), 0), 80);
     }
-    static HD Scales load_scales(const uint8_t* record, int lane) {
-        const uint8_t* p = record + kScaleOffset;
+    static HOST_DEVICE Scales load_scales(const uint8_t* packed_tile, int lane) {
+        const uint8_t* p = packed_tile + kScaleOffset;
         const int g = lane >> 2;
         return {{load_words4(p + g * 16), load_words4(p + (g + 8) * 16)}, load_words2(p + 256 + g * 8)};
     }
-    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int which = block >> 1;

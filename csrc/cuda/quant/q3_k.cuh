@@ -5,7 +5,7 @@
 
 #include "dequant.cuh"
 
-struct Q3_K : Record<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
+struct Q3_K : PackedTile<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
     static constexpr int kScaleK = 16;
     static constexpr bool kHasMin = false;
     static constexpr bool kHalfScale = false;
@@ -15,26 +15,26 @@ struct Q3_K : Record<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
         uint32_t super;      // d of row g (low half) and row g + 8
     };
 
-    static HD uint32_t raw_code(const uint8_t* block, int k) {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
         const uint32_t low = (block[32 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2)) & 3u;
         return low | ((block[k % 32] >> (k / 32)) & 1u) << 2;
     }
-    static HD uint32_t code(const Codes<2, 1>& q, int pair) {
+    static HOST_DEVICE uint32_t code(const Codes<2, 1>& q, int pair) {
         return Plane<2>::codes(q.low, pair) | Plane<1>::codes<2>(q.high, pair);
     }
 
     // Words: [three words of scale bytes][g][r], then [g] of d of both rows.
-    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+    static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
         if (word < 48) return pad_u32(raw.block(word % 16 / 2 + 8 * (word % 2), 0), 96 + 4 * (word / 16));
         return pad_u16(raw.block(word - 48, 0), 108) | pad_u16(raw.block(word - 40, 0), 108) << 16;
     }
-    static HD Scales load_scales(const uint8_t* record, int lane) {
-        const uint8_t* p = record + kScaleOffset;
+    static HOST_DEVICE Scales load_scales(const uint8_t* packed_tile, int lane) {
+        const uint8_t* p = packed_tile + kScaleOffset;
         const int g = lane >> 2;
         const Words2 a = load_words2(p + g * 8), b = load_words2(p + 64 + g * 8), c = load_words2(p + 128 + g * 8);
         return {{{a.x, b.x}, {a.y, b.y}}, {c.x, c.y}, load_u32(p + 192 + g * 4)};
     }
-    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
         // Scales 4i .. 4i + 3 sit in four bytes of one word; a 32-column block has two of them.
         const int i = block >> 1;
 #pragma unroll

@@ -5,14 +5,14 @@
 
 #include "dequant.cuh"
 
-HD uint32_t nibble_halves(const uint8_t* bytes, int k) { return k < 16 ? bytes[k] & 15u : bytes[k - 16] >> 4; }
+HOST_DEVICE uint32_t nibble_halves(const uint8_t* bytes, int k) { return k < 16 ? bytes[k] & 15u : bytes[k - 16] >> 4; }
 
-struct Q4_0 : Record<64, 32, 18, 4, 0>, HalfScales<Q4_0>, IntegerCodes<Q4_0, 8> {
-    static HD uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 2, k); }
-    static HD uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
+struct Q4_0 : PackedTile<64, 32, 18, 4, 0>, HalfScales<Q4_0>, IntegerCodes<Q4_0, 8> {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 2, k); }
+    static HOST_DEVICE uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
 };
 
-struct Q4_1 : Record<64, 32, 20, 4, 0>, HalfScalesMins<Q4_1>, IntegerCodes<Q4_1, 0> {
-    static HD uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 4, k); }
-    static HD uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
+struct Q4_1 : PackedTile<64, 32, 20, 4, 0>, HalfScalesMins<Q4_1>, IntegerCodes<Q4_1, 0> {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 4, k); }
+    static HOST_DEVICE uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
 };

@@ -7,7 +7,7 @@
 
 #include "dequant.cuh"
 
-HD uint32_t nibble_chunks(const uint8_t* bytes, int k) {
+HOST_DEVICE uint32_t nibble_chunks(const uint8_t* bytes, int k) {
     return (bytes[k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4)) & 15u;
 }
 
@@ -22,14 +22,14 @@ struct KScales {
     };
 
     // Words: [row][4].
-    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+    static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
         return pad_u32(raw.block(word / 4, 0), 4 * (word % 4));
     }
-    static HD Scales load_scales(const uint8_t* record, int lane) {
-        const uint8_t* p = record + Q::kScaleOffset + (lane >> 2) * 16;
+    static HOST_DEVICE Scales load_scales(const uint8_t* packed_tile, int lane) {
+        const uint8_t* p = packed_tile + Q::kScaleOffset + (lane >> 2) * 16;
         return {{load_words4(p), load_words4(p + 128)}};
     }
-    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const Words4& v = s.row[r];
@@ -47,16 +47,16 @@ struct KScales {
     }
 };
 
-struct Q4_K : Record<256, 256, 144, 4, 0>, KScales<Q4_K>, IntegerCodes<Q4_K, 0> {
-    static HD uint32_t raw_code(const uint8_t* block, int k) { return nibble_chunks(block + 16, k); }
-    static HD uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
+struct Q4_K : PackedTile<256, 256, 144, 4, 0>, KScales<Q4_K>, IntegerCodes<Q4_K, 0> {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return nibble_chunks(block + 16, k); }
+    static HOST_DEVICE uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
 };
 
-struct Q5_K : Record<256, 256, 176, 4, 1>, KScales<Q5_K>, IntegerCodes<Q5_K, 0> {
-    static HD uint32_t raw_code(const uint8_t* block, int k) {
+struct Q5_K : PackedTile<256, 256, 176, 4, 1>, KScales<Q5_K>, IntegerCodes<Q5_K, 0> {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
         return nibble_chunks(block + 48, k) | ((block[16 + k % 32] >> (k / 32)) & 1u) << 4;
     }
-    static HD uint32_t code(const Codes<4, 1>& q, int pair) {
+    static HOST_DEVICE uint32_t code(const Codes<4, 1>& q, int pair) {
         return Plane<4>::codes(q.low, pair) | Plane<1>::codes<4>(q.high, pair);
     }
 };

@@ -5,20 +5,20 @@
 
 #include "q4_0.cuh"
 
-HD uint32_t code5(const Codes<4, 1>& q, int pair) {
+HOST_DEVICE uint32_t code5(const Codes<4, 1>& q, int pair) {
     return Plane<4>::codes(q.low, pair) | Plane<1>::codes<4>(q.high, pair);
 }
 
-struct Q5_0 : Record<64, 32, 22, 4, 1>, HalfScales<Q5_0>, IntegerCodes<Q5_0, 16> {
-    static HD uint32_t raw_code(const uint8_t* block, int k) {
+struct Q5_0 : PackedTile<64, 32, 22, 4, 1>, HalfScales<Q5_0>, IntegerCodes<Q5_0, 16> {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
         return nibble_halves(block + 6, k) | ((block[2 + k / 8] >> (k % 8)) & 1u) << 4;
     }
-    static HD uint32_t code(const Codes<4, 1>& q, int pair) { return code5(q, pair); }
+    static HOST_DEVICE uint32_t code(const Codes<4, 1>& q, int pair) { return code5(q, pair); }
 };
 
-struct Q5_1 : Record<64, 32, 24, 4, 1>, HalfScalesMins<Q5_1>, IntegerCodes<Q5_1, 0> {
-    static HD uint32_t raw_code(const uint8_t* block, int k) {
+struct Q5_1 : PackedTile<64, 32, 24, 4, 1>, HalfScalesMins<Q5_1>, IntegerCodes<Q5_1, 0> {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
         return nibble_halves(block + 8, k) | ((block[4 + k / 8] >> (k % 8)) & 1u) << 4;
     }
-    static HD uint32_t code(const Codes<4, 1>& q, int pair) { return code5(q, pair); }
+    static HOST_DEVICE uint32_t code(const Codes<4, 1>& q, int pair) { return code5(q, pair); }
 };

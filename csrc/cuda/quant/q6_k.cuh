@@ -5,7 +5,7 @@
 
 #include "dequant.cuh"
 
-struct Q6_K : Record<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
+struct Q6_K : PackedTile<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
     static constexpr int kScaleK = 16;
     static constexpr bool kHasMin = false;
     static constexpr bool kHalfScale = false;
@@ -14,26 +14,26 @@ struct Q6_K : Record<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
         uint32_t super;  // d of row g (low half) and row g + 8
     };
 
-    static HD uint32_t raw_code(const uint8_t* block, int k) {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
         const int n = k / 128, q = k % 128 / 32, l = k % 32;
         const uint32_t low = (block[64 * n + 32 * (q % 2) + l] >> (4 * (q / 2))) & 15u;
         return low | ((block[128 + 32 * n + l] >> (2 * q)) & 3u) << 4;
     }
-    static HD uint32_t code(const Codes<4, 2>& q, int pair) {
+    static HOST_DEVICE uint32_t code(const Codes<4, 2>& q, int pair) {
         return Plane<4>::codes(q.low, pair) | Plane<2>::codes<4>(q.high, pair);
     }
 
     // Words: [row][4] of scale bytes, then [g] of d of both rows.
-    static HD uint32_t scale_word(const RawStrip& raw, int word) {
+    static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
         if (word < 64) return pad_u32(raw.block(word / 4, 0), 192 + 4 * (word % 4));
         return pad_u16(raw.block(word - 64, 0), 208) | pad_u16(raw.block(word - 56, 0), 208) << 16;
     }
-    static HD Scales load_scales(const uint8_t* record, int lane) {
-        const uint8_t* p = record + kScaleOffset;
+    static HOST_DEVICE Scales load_scales(const uint8_t* packed_tile, int lane) {
+        const uint8_t* p = packed_tile + kScaleOffset;
         const int g = lane >> 2;
         return {{load_words4(p + g * 16), load_words4(p + (g + 8) * 16)}, load_u32(p + 256 + g * 4)};
     }
-    static HD void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int which = block >> 1;

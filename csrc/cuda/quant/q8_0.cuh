@@ -3,10 +3,10 @@
 
 #include "dequant.cuh"
 
-struct Q8_0 : Record<64, 32, 34, 8, 0>, HalfScales<Q8_0> {
-    static HD uint32_t raw_code(const uint8_t* block, int k) { return block[2 + k]; }
+struct Q8_0 : PackedTile<64, 32, 34, 8, 0>, HalfScales<Q8_0> {
+    static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return block[2 + k]; }
 
-    static HD void values(const Codes<8, 0>& q, int pair, float& low, float& high) {
+    static HOST_DEVICE void values(const Codes<8, 0>& q, int pair, float& low, float& high) {
         const uint32_t c = Plane<8>::codes(q.low, pair);
         low = static_cast<float>(static_cast<int8_t>(c & 0xff));
         high = static_cast<float>(static_cast<int8_t>(c >> 16));

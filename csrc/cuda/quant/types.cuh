@@ -1,11 +1,11 @@
 // All matrix types, and what kernels ask of a type beyond its header.
 //
 // A type gives (static members):
-//   Record<...>             sizes; raw_code, scale_word: from GGUF blocks to the record
+//   PackedTile<...>             sizes; raw_code, scale_word: from GGUF blocks to the packed tile
 //   values(codes, pair)     the two numbers of a pair, before scales, in float32, exact
 //   quantized types:        Scales, load_scales, scales(s, block, scale[j][r], min[j][r]) for 32-column block `block`
 //   of
-//                           the unit: j the half of the block (only 0 where kScaleK is 32), r the row g + 8r
+//                           the k tile: j the half of the block (only 0 where kScaleK is 32), r the row g + 8r
 //                           bf16_pair, f16_pair: the unscaled pair, packed, exact
 //                           with kHalfScale: half_scale (and half_min) as packed fp16, exact
 #pragma once
@@ -23,24 +23,25 @@
 #include "q8_0.cuh"
 
 // X(Type, name in kernel names)
-#define FOR_EACH_TYPE(X)                                                                                          \
-    X(F32, f32)                                                                                                   \
-    X(F16, f16) X(BF16, bf16) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q5_0, q5_0) X(Q5_1, q5_1) X(Q8_0, q8_0) X(Q2_K, q2_k) \
-        X(Q3_K, q3_k) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k) X(MXFP4, mxfp4)
+#define FOR_EACH_TYPE(X)                                                                                            \
+    X(F32, f32)                                                                                                     \
+    X(F16, f16)                                                                                                     \
+    X(BF16, bf16) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q5_0, q5_0) X(Q5_1, q5_1) X(Q8_0, q8_0) X(Q2_K, q2_k) X(Q3_K, q3_k) \
+        X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k) X(MXFP4, mxfp4)
 
 template <class Q>
 constexpr bool kDense = std::is_same_v<Q, F32> || std::is_same_v<Q, F16> || std::is_same_v<Q, BF16>;
 
-// Types whose weights may lie outside the range of fp16. After their records comes one float32 per row (whole strips),
-// a power of two: the prompt kernel multiplies fp16(w / row scale) and scales the result back.
+// Types whose weights may lie outside the range of fp16. After their packed tiles comes one float32 per row (whole row
+// tiles), a power of two: the prompt kernel multiplies fp16(w / row scale) and scales the result back.
 template <class Q>
 constexpr bool kRowScaled = std::is_same_v<Q, F32> || std::is_same_v<Q, BF16> || std::is_same_v<Q, MXFP4>;
 
 // Exponent of the row scale from the largest biased float32 exponent in the row: the scaled row's largest magnitude is
 // in [2^13, 2^14), 2^27 above the smallest normal fp16.
-HD uint32_t row_scale_bits(int max_exponent) {
+HOST_DEVICE uint32_t row_scale_bits(int max_exponent) {
     const int e = max_exponent - 13;
     return static_cast<uint32_t>(e < 1 ? 1 : e) << 23;
 }
 // Bits of 1 / scale for a power of two.
-HD uint32_t inverse_bits(uint32_t scale_bits) { return (254u << 23) - scale_bits; }
+HOST_DEVICE uint32_t inverse_bits(uint32_t scale_bits) { return (254u << 23) - scale_bits; }
