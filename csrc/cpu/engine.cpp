@@ -208,7 +208,7 @@ bool Engine::prepare(const BatchView& b, const int32_t* tables, BatchError* erro
     positions_.assign(b.positions, b.positions + b.n_rows);
     slots_.assign(b.slots, b.slots + b.n_rows);
     output_indices_.assign(b.output_indices, b.output_indices + b.n_out);
-    long_slots_.assign(b.long_slots, b.long_slots + sizes_.max_seqs);
+    slot_rope_tables_.assign(b.rope_tables, b.rope_tables + sizes_.max_seqs);
     make_tiles();
     return true;
 }

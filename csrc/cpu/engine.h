@@ -46,7 +46,7 @@ struct KvGroup {
 // The rows of a step; arrays of the caller.
 struct BatchView {
     const int32_t *tokens = nullptr, *positions = nullptr, *slots = nullptr, *output_indices = nullptr;
-    const int32_t* long_slots = nullptr;  // [max_seqs], not 0: the slot turns by the long frequencies
+    const int32_t* rope_tables = nullptr;  // [max_seqs], which set of frequencies a slot turns by
     int32_t n_rows = 0, n_out = 0;
     int32_t n_steps = 1;  // steps that follow each other with positions one further each (decode)
 };
@@ -171,7 +171,7 @@ class Engine {
     int32_t v_stride_ = 0;
 
     // The prepared batch.
-    std::vector<int32_t> tokens_, positions_, slots_, output_indices_, long_slots_;
+    std::vector<int32_t> tokens_, positions_, slots_, output_indices_, slot_rope_tables_;
     std::vector<RowTile> tiles_;
     std::vector<uint8_t> slot_seen_;  // [max_seqs]
 

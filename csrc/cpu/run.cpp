@@ -77,8 +77,8 @@ void Engine::fill_rope_tables() noexcept {
         const int64_t n = (int64_t)t.n;
         for_rows(n_rows(), 64 * n, [&](int64_t r0, int64_t r1) {
             for (int64_t r = r0; r < r1; ++r) {
-                const bool is_long = t.inv_freq.size() > t.n && long_slots_[(size_t)slots_[(size_t)r]] != 0;
-                const double* inv_freq = t.inv_freq.data() + (is_long ? n : 0);
+                const size_t set = t.inv_freq.size() > t.n ? (size_t)slot_rope_tables_[(size_t)slots_[(size_t)r]] : 0;
+                const double* inv_freq = t.inv_freq.data() + set * t.n;
                 for (int64_t i = 0; i < n; ++i) {
                     double angle = positions_[(size_t)r] * inv_freq[i];
                     t.cos[(size_t)(r * n + i)] = (float)(std::cos(angle) * t.mscale);

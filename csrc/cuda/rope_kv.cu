@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
     if (slot < 0) return;
     const int position = p.positions[row];
     const int half_rot = p.n_rot / 2, half_head = p.head_dim / 2;
-    const float* inv_freq = p.long_slots && p.long_slots[slot] ? p.inv_freq + half_rot : p.inv_freq;
+    const float* inv_freq = p.rope_tables ? p.inv_freq + p.rope_tables[slot] * half_rot : p.inv_freq;
     for (int pair = threadIdx.x; pair < half_rot; pair += blockDim.x) {
         double half_turns = (double)position * (double)inv_freq[pair] * 0.31830988618379067154;
         half_turns -= 2.0 * rint(0.5 * half_turns);

@@ -63,8 +63,8 @@ typedef struct {
     float* q;                    // [n_rows, n_head * head_dim], rotated in place; null: no rotation of q
     float* k;                    // [n_rows, n_head_kv * head_dim], rotated in place; null: q alone
     const float* v;              // [n_rows, n_head_kv * head_dim]; null: nothing goes to the cache
-    const float* inv_freq;       // [n_rot / 2], radians per position; with long_slots [2, n_rot / 2], short and long
-    const int32_t* long_slots;   // [max_seqs], not 0: the slot turns by the long frequencies; null: there are none
+    const float* inv_freq;       // [n_rot / 2], radians per position; with rope_tables one such table after another
+    const int32_t* rope_tables;  // [max_seqs], the table that a slot's sequence turns by; null: there is one
     uint16_t* kv;                // this layer's arena, float16
     const int32_t* block_table;  // [max_seqs, max_blocks] of this layer's KV group
     const int32_t* positions;    // [n_rows]

@@ -90,7 +90,7 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         const int32_t* positions
         const int32_t* slots
         const int32_t* output_indices
-        const int32_t* long_slots
+        const int32_t* rope_tables
         int32_t n_rows, n_out, n_steps
 
     cdef cppclass BatchError:

@@ -162,7 +162,7 @@ cdef class CpuEngine:
         n_threads: 0 takes the cores this process may use.
 
     Attributes:
-        n_vocab, config, block_tables, long_slots: of the protocol.
+        n_vocab, config, block_tables, rope_tables: of the protocol.
         n_threads: threads that work on a step, the caller's included.
         isa: the kernels in use.
         kv_bytes, workspace_bytes: reserved for the KV pools, and for activations and scratch.
@@ -173,10 +173,10 @@ cdef class CpuEngine:
     """
 
     cdef Engine* engine
-    cdef readonly object config, block_tables, long_slots, n_vocab, isa
+    cdef readonly object config, block_tables, rope_tables, n_vocab, isa
     cdef object model_file, plan, views, op_index, op_buffer, buffer_index
     cdef int32_t[:, :, ::1] tables
-    cdef int32_t[::1] long_view
+    cdef int32_t[::1] rope_tables_view
     cdef int pid
     cdef cbool busy
 
@@ -218,8 +218,8 @@ cdef class CpuEngine:
             raise InternalError(f"the CPU engine could not be set up: {e or 'no memory'}") from None
         self.block_tables[:] = -1
         self.tables = self.block_tables
-        self.long_slots = np.frombuffer(bytearray(4 * config.max_seqs), np.int32)
-        self.long_view = self.long_slots
+        self.rope_tables = np.frombuffer(bytearray(4 * config.max_seqs), np.int32)
+        self.rope_tables_view = self.rope_tables
 
     def __dealloc__(self):
         # A forked child has none of the pool's threads: joining them would wait for ever.
@@ -255,7 +255,7 @@ cdef class CpuEngine:
         batch.n_rows, batch.n_out, batch.n_steps = len(tokens), len(output_indices), n_steps
         batch.tokens, batch.positions = _int32s(tokens), _int32s(positions)
         batch.slots, batch.output_indices = _int32s(slots), _int32s(output_indices)
-        batch.long_slots = &self.long_view[0]
+        batch.rope_tables = &self.rope_tables_view[0]
         self.model_file.check_unchanged()
         if not self.engine.prepare(batch, &self.tables[0, 0, 0], &error):
             field, message = error.field.decode(), error.message.decode()

@@ -160,7 +160,7 @@ cdef class CudaEngine:
             something.
     """
 
-    cdef readonly object plan, config, block_tables, long_slots, model_file, memory, vram_plan
+    cdef readonly object plan, config, block_tables, rope_tables, model_file, memory, vram_plan
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
@@ -186,7 +186,7 @@ cdef class CudaEngine:
         self.own_context = context is None
         self.context = Context(device) if context is None else context
         self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
-        self.long_slots = np.zeros(config.max_seqs, np.int32)
+        self.rope_tables = np.zeros(config.max_seqs, np.int32)
         try:
             self._allocate(model_file, on_plan)
             self._load(self._pieces(model_file, check), chunk_bytes, progress)
@@ -231,7 +231,7 @@ cdef class CudaEngine:
                 if check:
                     model_file.check_tensors(names=[w.name])
                 self._write(w.name, _widen(model_file.view(w.name), w.type_id))
-        for key, inv_freq in cuda_memory.rope_tables(self.plan).items():
+        for key, inv_freq in cuda_memory.inv_freq_tables(self.plan).items():
             self._write(f"inv_freq:{key}", np.asarray(inv_freq, np.float32))
         return pieces
 
@@ -344,7 +344,7 @@ cdef class CudaEngine:
         self._send("tiles", tiles)
         self._send("block_tables", self.block_tables)
         if self.plan.rope_orig_context:
-            self._send("long_slots", self.long_slots)
+            self._send("rope_tables", self.rope_tables)
         return len(tiles)
 
     def step(self, batch, want_logits=False):

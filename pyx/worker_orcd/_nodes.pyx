@@ -28,7 +28,7 @@ cdef extern from "params/ops_params.h" nogil:
         float* k
         const float* v
         const float* inv_freq
-        const int32_t* long_slots
+        const int32_t* rope_tables
         uint16_t* kv
         const int32_t* block_table
         const int32_t* positions
@@ -238,7 +238,7 @@ cdef class RopeKvNode(Node):
     cdef unsigned int split
 
     def __init__(self, str name, lib, uintptr_t q, int q_stride, uintptr_t k, int k_stride, uintptr_t v, int v_stride,
-                 uintptr_t inv_freq, uintptr_t long_slots, uintptr_t kv, uintptr_t block_table, uintptr_t positions,
+                 uintptr_t inv_freq, uintptr_t rope_tables, uintptr_t kv, uintptr_t block_table, uintptr_t positions,
                  uintptr_t slots, int n_head, int n_head_kv, int head_dim, int n_rot, str rope_type, int max_blocks, float mscale):
         Node.__init__(self, name)
         self.kernel = lib.kernel("rope_kv")
@@ -246,7 +246,7 @@ cdef class RopeKvNode(Node):
         self.p.q_stride, self.p.k_stride, self.p.v_stride = q_stride, k_stride, v_stride
         self.p.inv_freq, self.p.kv, self.p.block_table = <float*>inv_freq, <uint16_t*>kv, <int32_t*>block_table
         self.p.positions, self.p.slots = <int32_t*>positions, <int32_t*>slots
-        self.p.long_slots = <int32_t*>long_slots
+        self.p.rope_tables = <int32_t*>rope_tables
         self.p.n_head, self.p.n_head_kv, self.p.head_dim = n_head, n_head_kv, head_dim
         self.p.n_rot, self.p.max_blocks, self.p.mscale = n_rot, max_blocks, mscale
         self.p.rope_type = ROPE_TYPES[rope_type] if rope_type else 0

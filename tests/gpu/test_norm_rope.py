@@ -136,13 +136,13 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, rope_type, lon
     x = rng.standard_normal((5, width)).astype(np.float32)
     x[0, (n_head + n_head_kv) * head_dim] = 1e6  # a value float16 cannot hold
     inv_freq = (10000.0 ** (-np.arange(max(n_rot // 2, 1)) / max(n_rot // 2, 1))).astype(np.float32)
-    long_slots = np.array([1, 0, 1, 0], np.int32)
+    rope_tables = np.array([1, 0, 1, 0], np.int32)
     both = np.concatenate([inv_freq, inv_freq / 3])
-    buffers = [gpu.buffer(a) for a in (x, both, cache.arena, table, positions, slots, long_slots)]
+    buffers = [gpu.buffer(a) for a in (x, both, cache.arena, table, positions, slots, rope_tables)]
     dx, df, dkv, dt, dp, ds, dl = buffers
     k0, v0 = n_head * head_dim, (n_head + n_head_kv) * head_dim
     p = params(HEADER, "RopeKvParams", q=dx, k=view(dx, k0), v=view(dx, v0), inv_freq=df, kv=dkv, block_table=dt,
-               positions=dp, slots=ds, long_slots=dl if long else 0,
+               positions=dp, slots=ds, rope_tables=dl if long else 0,
                q_stride=width, k_stride=width, v_stride=width, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
                n_rot=n_rot, rope_type=rope_type, max_blocks=table.shape[1], mscale=mscale)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), (5, 3), 256, p)
@@ -152,7 +152,7 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, rope_type, lon
     expected = cache.arena.copy()
     saved, cache.arena = cache.arena, expected
     for r in range(4):
-        mine = both[len(inv_freq) :] if long and long_slots[r] else inv_freq
+        mine = both[len(inv_freq) :] if long and rope_tables[r] else inv_freq
         want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), mine, rope_type, n_rot, mscale)
         check_nmse(got[r, :v0], want.ravel(), LIMIT, f"rope at position {positions[r]}")
         at = int(positions[r]) if r != 1 else KV_BLOCK - 1

@@ -36,7 +36,7 @@ class FakeEngine:
         self.step_seconds, self.row_seconds = step_seconds, row_seconds
         self.never_stop = never_stop
         self.block_tables = np.full((len(groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
-        self.long_slots = np.zeros(config.max_seqs, np.int32)
+        self.rope_tables = np.zeros(config.max_seqs, np.int32)
         self.kv = [np.full((n, BLOCK_SIZE, 3), -1, np.int64) for n in config.n_blocks]  # (token, position, long)
         self.history: dict[int, list[int]] = {}
         self.sampling: dict[int, SlotSampling] = {}
@@ -114,7 +114,7 @@ class FakeEngine:
             for g, kv in enumerate(self.kv):
                 block = self.block_tables[g, slot, pos // BLOCK_SIZE]
                 assert block >= 0, f"group {g} slot {slot}: no block for position {pos}"
-                kv[block, pos % BLOCK_SIZE] = token, pos, self.long_slots[slot]
+                kv[block, pos % BLOCK_SIZE] = token, pos, self.rope_tables[slot]
         digests = []
         for pos, slot in zip(batch.positions.tolist(), batch.slots.tolist(), strict=True):
             digest = 0
@@ -125,7 +125,7 @@ class FakeEngine:
                 assert np.all(blocks >= 0), f"group {g} slot {slot}: a visible position has no block"
                 got = kv[blocks, at % BLOCK_SIZE]
                 assert got[:, 1].tolist() == at.tolist(), f"group {g} slot {slot}: block overwritten"
-                assert np.all(got[:, 2] == self.long_slots[slot]), f"slot {slot}: turned by other frequencies"
+                assert np.all(got[:, 2] == self.rope_tables[slot]), f"slot {slot}: turned by other frequencies"
                 assert got[:, 0].tolist() == self.history[slot][low : pos + 1]
                 digest = zlib.crc32(got.tobytes(), digest)
             digests.append(digest)

@@ -43,7 +43,7 @@ def exact_logits(model: ModelFile, ids: list[int]) -> np.ndarray:
     """float64 [n, n_vocab] of all positions of one sequence."""
     oracle = NumpyEngine(model, plan.build(model))
     if len(ids) > ORIG_CONTEXT:
-        oracle.long_slots.add(0)
+        oracle.rope_tables.add(0)
     n = len(ids)
     return oracle.run(ids, np.arange(n), np.zeros(n, int), np.arange(n))
 

@@ -42,7 +42,7 @@ class NumpyEngine:
     def __init__(self, model_file, plan: P.Plan, kv_dtype=np.float16) -> None:
         self.mf, self.plan, self.kv_dtype = model_file, plan, kv_dtype
         self.weights: dict[str, np.ndarray] = {}
-        self.long_slots: set[int] = set()  # slots whose sequences are longer than plan.rope_orig_context
+        self.rope_tables: set[int] = set()  # slots whose sequences are longer than plan.rope_orig_context
         self.kv = defaultdict(dict)  # (layer, slot) -> {position: (k, v)} each [n_head_kv, head_dim]
 
     def w(self, name: str) -> np.ndarray:
@@ -92,7 +92,7 @@ class NumpyEngine:
     def rope(self, op):
         x = self.get(op.x).reshape(-1, op.n_head, op.head_dim)
         inv_freq = [
-            op.inv_freq_long if op.inv_freq_long and int(slot) in self.long_slots else op.inv_freq
+            op.inv_freq_long if op.inv_freq_long and int(slot) in self.rope_tables else op.inv_freq
             for slot in self.slots
         ]
         angle = self.pos[:, None] * np.asarray(inv_freq)

@@ -47,7 +47,7 @@ def make(
         groups,
         engine.block_tables,
         [STOP_ID],
-        long_slots=engine.long_slots,
+        rope_tables=engine.rope_tables,
         rope_orig_context=rope_orig_context,
     ), engine
 
@@ -345,7 +345,7 @@ def drawn(prompt, max_tokens, rope_orig_context, groups=(FULL,), n_blocks=(64,),
     ids = []
     while seq.ended is None:
         run(scheduler, engine, {100: ids})
-        assert {s.slot for s in scheduler.running if s.long} == set(np.flatnonzero(engine.long_slots)) & {
+        assert {s.slot for s in scheduler.running if s.long} == set(np.flatnonzero(engine.rope_tables)) & {
             s.slot for s in scheduler.running}  # fmt: skip
     assert seq.ended == "length" and seq.n_out == len(ids) == max_tokens
     while scheduler.running or scheduler.n_waiting:

@@ -65,7 +65,7 @@ def layer_activations(
     with open_engine(model_file, device, max(map(len, cut)), n_threads) as (engine, the_plan):
         for ids in cut:
             n = len(ids)
-            engine.long_slots[0] = 0 < the_plan.rope_orig_context < n
+            engine.rope_tables[0] = 0 < the_plan.rope_orig_context < n
             batch = Batch(ids, np.arange(n, dtype=np.int32), np.zeros(n, np.int32), 0, np.array([n - 1], np.int32))
             for op in layer_ops(the_plan):
                 found.setdefault(op, []).append(engine.forward(batch, op))

@@ -61,7 +61,7 @@ class Launches:
 
     def nodes(self, ops: tuple[Op, ...]) -> list[tuple[str, list[Any]]]:
         """One or two launches per op, in order, as [(op name, [nodes])]."""
-        tables = {inv_freq: key for key, inv_freq in memory.rope_tables(self.plan).items()}
+        tables = {inv_freq: key for key, inv_freq in memory.inv_freq_tables(self.plan).items()}
         return [(op.name, self._node(op, tables)) for op in ops]
 
     def _weight(self, name: str | None) -> int:
@@ -152,7 +152,7 @@ class Launches:
     def _freqs(self, op: Any, tables: Tables) -> tuple[int, int]:
         """Addresses of an op's frequencies, and of the slots that take the long ones; 0 where there are none."""
         table = self.addresses[f"inv_freq:{tables[op.inv_freq + op.inv_freq_long]}"]
-        return table, self.addresses["long_slots"] if op.inv_freq_long else 0
+        return table, self.addresses["rope_tables"] if op.inv_freq_long else 0
 
     def _make_rope(self, op: Any, tables: Tables) -> list[Any]:
         x, stride = self._view(op.x)

@@ -55,12 +55,12 @@ def weights_arena(plan: Plan) -> Arena:
     arena = Arena("weights")
     for w in plan.weights.values():
         arena.add(w.name, weight_bytes(w))
-    for key, inv_freq in rope_tables(plan).items():
+    for key, inv_freq in inv_freq_tables(plan).items():
         arena.add(f"inv_freq:{key}", 4 * len(inv_freq))
     return arena
 
 
-def rope_tables(plan: Plan) -> dict[int, tuple[float, ...]]:
+def inv_freq_tables(plan: Plan) -> dict[int, tuple[float, ...]]:
     """The distinct rotary frequency tables, by number: the frequencies, then those of long sequences if there are."""
     return dict(enumerate(dict.fromkeys(op.inv_freq + op.inv_freq_long for op in plan.ops if isinstance(op, Rope))))
 
@@ -96,7 +96,7 @@ def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int]
     arena.add("positions", rows * 4)
     arena.add("slots", rows * 4)
     arena.add("output_indices", rows * 4)
-    arena.add("long_slots", config.max_seqs * 4)
+    arena.add("rope_tables", config.max_seqs * 4)
     arena.add("tiles", (rows + config.max_seqs) * 16)
     groups = len(plan.kv_groups)
     arena.add("block_tables", groups * config.max_seqs * config.max_blocks_per_seq * 4)
@@ -135,7 +135,7 @@ def _converted(plan: Plan, op: Op) -> tuple[int, int, int]:
 
 def staging_bytes(workspace: Arena) -> int:
     """Pinned host memory through which the row tables of a step pass: each table once, the output rows in pieces."""
-    names = ("tokens", "positions", "slots", "output_indices", "tiles", "block_tables", "long_slots", "out_slots",
+    names = ("tokens", "positions", "slots", "output_indices", "tiles", "block_tables", "rope_tables", "out_slots",
              "out_positions")  # fmt: skip
     ends = sorted([*workspace.offsets.values(), workspace.nbytes])
     return sum(ends[ends.index(workspace.offsets[n]) + 1] - workspace.offsets[n] for n in names) + ALIGN

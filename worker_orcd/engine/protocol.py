@@ -84,8 +84,8 @@ class Engine(Protocol):
     config: EngineConfig
     #: int32 [n_kv_groups, max_seqs, max_blocks_per_seq], written by the scheduler before a step; -1: no block
     block_tables: np.ndarray
-    #: int32 [max_seqs], written likewise; not 0: the slot's sequence is longer than the plan's `rope_orig_context`
-    long_slots: np.ndarray
+    #: int32 [max_seqs], written likewise: which of the plan's rotary frequency tables the slot's sequence turns by
+    rope_tables: np.ndarray
 
     def set_slot(self, slot: int, sampling: SlotSampling) -> None:
         """Give a slot to a new sequence: sets its sampling and forgets the tokens of the one before."""

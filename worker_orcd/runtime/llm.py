@@ -167,7 +167,7 @@ class LLM:
                 the_plan.kv_groups,
                 engine.block_tables,
                 stop_ids,
-                long_slots=engine.long_slots,
+                rope_tables=engine.rope_tables,
                 rope_orig_context=the_plan.rope_orig_context,
             )
             block_bytes = kv_blocks.block_bytes(the_plan)

@@ -121,7 +121,7 @@ class Scheduler:
         block_tables: the engine's int32 [n_groups, max_seqs, max_blocks_per_seq], written here and nowhere else.
         stop_ids: the model's end-of-text tokens.
         max_decode_steps: most steps of one `DecodeWork`.
-        long_slots: the engine's int32 [max_seqs], written here and nowhere else.
+        rope_tables: the engine's int32 [max_seqs], written here and nowhere else.
         rope_orig_context: the plan's; 0: its frequencies are the same for every length.
     """
 
@@ -133,7 +133,7 @@ class Scheduler:
         stop_ids: Iterable[int] = (),
         max_decode_steps: int = 1024,
         *,
-        long_slots: np.ndarray | None = None,
+        rope_tables: np.ndarray | None = None,
         rope_orig_context: int = 0,
     ) -> None:
         self.config = config
@@ -147,8 +147,8 @@ class Scheduler:
         self._max_decode_steps = min(max_decode_steps, BLOCK_SIZE) if windowed else max_decode_steps
         self._tables = block_tables
         self._tables[...] = -1
-        self._long_slots = np.zeros(config.max_seqs, np.int32) if long_slots is None else long_slots
-        self._long_slots[...] = 0
+        self._rope_tables = np.zeros(config.max_seqs, np.int32) if rope_tables is None else rope_tables
+        self._rope_tables[...] = 0
         self._rope_orig_context = rope_orig_context
         self._unreserved = list(config.n_blocks)
         self._free_slots = list(range(config.max_seqs - 1, -1, -1))
@@ -331,7 +331,7 @@ class Scheduler:
 
     def _set_long(self, seq: SequenceState, long: bool) -> None:
         seq.long = long
-        self._long_slots[seq.slot] = long
+        self._rope_tables[seq.slot] = long
 
     def _may_grow_long(self, seq: SequenceState) -> bool:
         return self._rope_orig_context > 0 and not seq.long and seq.sampling is not None

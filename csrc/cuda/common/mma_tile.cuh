@@ -1,7 +1,7 @@
 // One row tile (16 rows) of weights, as a warp multiplies it: A fragments from codes, and sums over a few rows of x.
 //
-// The sums are for kernels that take one row tile at a time (matvec.cu takes several). Packed tiles and converted x are in
-// fragment order (quant/layout.cuh, activations.cuh). Knows no kernel and no way of loading.
+// The sums are for kernels that take one row tile at a time (matvec.cu takes several). Packed tiles and converted x are
+// in fragment order (quant/layout.cuh, activations.cuh). Knows no kernel and no way of loading.
 #pragma once
 
 #include "quant/types.cuh"
