@@ -21,6 +21,7 @@ from worker_orcd.diagnose.demo_model import models_dir
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import check_tokenizers
+import limits
 
 #: normalized mean squared error of llama.cpp on each golden file, from the goldens' README
 LLAMA_CPP_NMSE = {
@@ -34,11 +35,6 @@ REAL = {
     "real-qwen": ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", 1.46e-3, 0.976),
     "real-smol": ("smollm2-135m-instruct-q4_1.gguf", 5.1e-3, 0.967),
 }
-NMSE_LIMIT = {"cpu": {"gpt-oss": 5e-6, "": 2e-6}, "cuda": {"gpt-oss": 1e-4, "": 2e-5}}
-KL_LIMIT = {"cpu": {"real-qwen": 2e-5, "real-smol": 2e-5}, "cuda": {"real-qwen": 2e-4, "real-smol": 5e-4}}
-TOP1_LIMIT = {"cpu": 0.998, "cuda": 0.995}
-#: a greedy id may differ from the reference only where its two best logits are closer than this
-MARGIN = 0.01
 
 
 def nmse(a: np.ndarray, b: np.ndarray) -> float:
@@ -94,11 +90,10 @@ def check_tiny(path: pathlib.Path, device: str, table: Table) -> None:
     """One tiny model: teacher-forced logits."""
     with np.load(path.with_suffix(".npz")) as z:
         tokens, reference = z["tokens"][0], z["logits"][0]
-    limits = NMSE_LIMIT[device.split(":")[0]]
     with LLM(str(path), device=device, progress=False) as llm:
         got = llm.logits(tokens.tolist())
     value = nmse(got, reference)
-    limit = next(v for k, v in limits.items() if path.stem.startswith(k))
+    limit = limits.by_prefix(limits.LOGITS_NMSE[device.split(":")[0]], path.stem)
     table.add(path.stem, "NMSE", value, limit, LLAMA_CPP_NMSE.get(path.stem), bool(value <= limit))
 
 
@@ -116,10 +111,10 @@ def check_real(name: str, goldens: pathlib.Path, models: pathlib.Path, device: s
             hits.append(logits.argmax(1) == z[p + "top_ids"][:, 0])
             wrong += greedy_mismatches(llm, ids, z[p + "greedy"].tolist(), z[p + "margin"])
     kl, top1 = float(np.concatenate(kls).mean()), float(np.concatenate(hits).mean())
-    table.add(name, "mean KL", kl, KL_LIMIT[kind][name], peer_kl, kl <= KL_LIMIT[kind][name])
-    table.add(name, "top-1", top1, TOP1_LIMIT[kind], peer_top1, top1 >= TOP1_LIMIT[kind])
+    table.add(name, "mean KL", kl, limits.REAL_KL[kind][name], peer_kl, kl <= limits.REAL_KL[kind][name])
+    table.add(name, "top-1", top1, limits.REAL_TOP1[kind], peer_top1, top1 >= limits.REAL_TOP1[kind])
     worst = max((m for _, m in wrong), default=0.0)
-    table.add(name, f"greedy ({len(wrong)} differ)", worst, MARGIN, None, worst <= MARGIN)
+    table.add(name, f"greedy ({len(wrong)} differ)", worst, limits.GREEDY_MARGIN, None, worst <= limits.GREEDY_MARGIN)
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import threading
 import time
 import types
 
+import limits
 import numpy as np
 import pytest
 from helpers.cpu_engines import make_engine, open_engine, rows, sampling
@@ -399,6 +400,6 @@ def test_real_weights_stay_in_the_mapping_and_take_little_memory(model_path):
     engine = open_engine(model_path("qwen"), max_batch_tokens=128)
     engine.step(rows((0, 0, np.arange(100, 200)), out="last"))
     grown = anonymous() - before
-    limit = 64 << 20
+    limit = limits.CPU_ENGINE_BYTES
     print(f"anonymous memory {grown / 1e6:.1f} MB, limit {limit / 1e6:.1f} MB, KV pools {engine.kv_bytes / 1e6:.1f} MB")
     assert grown <= limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import limits
 import numpy as np
 import pytest
 from helpers.cpu_engines import ISAS, make_engine, open_engine, rows
@@ -10,10 +11,6 @@ from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan as P
-
-#: normalized mean squared error of one op's output: float32 sums alone, and where keys and values were rounded to
-#: float16 (a float32 error can round the other way)
-LIMIT, LIMIT_AFTER_CACHE = 1e-11, 5e-7
 
 
 def error(ours: np.ndarray, exact: np.ndarray) -> float:
@@ -26,10 +23,10 @@ def compare(engine, oracle, plan, batches, ops):
     for batch in batches[:-1]:
         engine.forward(batch)
         oracle.run(batch.tokens, batch.positions, batch.slots, batch.output_indices)
-    last, worst, limit = batches[-1], {}, LIMIT
+    last, worst, limit = batches[-1], {}, limits.CPU_OP_NMSE
     for op in plan.ops:
         kind = type(op).__name__
-        limit = LIMIT_AFTER_CACHE if kind == "Attention" else limit
+        limit = limits.CPU_OP_NMSE_PAST_CACHE if kind == "Attention" else limit
         if op.name not in ops:
             continue
         view = P.output_of(op)
@@ -40,7 +37,10 @@ def compare(engine, oracle, plan, batches, ops):
         e = error(ours[:, columns], exact)
         worst[kind] = max(worst.get(kind, 0), e)
         assert e <= limit, f"{op.name}: NMSE {e:.3g}, limit {limit:.0e}"
-    print(", ".join(f"{k} {v:.1e}" for k, v in worst.items()), f"(limits {LIMIT:.0e}, {LIMIT_AFTER_CACHE:.0e})")
+    print(
+        ", ".join(f"{k} {v:.1e}" for k, v in worst.items()),
+        f"(limits {limits.CPU_OP_NMSE:.0e}, {limits.CPU_OP_NMSE_PAST_CACHE:.0e})",
+    )
 
 
 def prompts(n_vocab):
@@ -94,11 +94,12 @@ def test_records_of_golden_models(name, goldens_dir):
         engine.close()
 
 
-@pytest.mark.parametrize(("name", "limit"), [
-    ("llama-F16", 5e-7), ("llama-Q4_0", 5e-7), ("qwen2-Q4_0", 5e-7), ("qwen2-Q4_K_M", 5e-7), ("phi3-Q4_K_M", 5e-7),
-    ("phi3-swa-Q8_0", 5e-7), ("gpt2-Q4_K_M", 5e-7), ("gpt-oss-MXFP4", 2e-6), ("gpt-oss-Q4_K_M", 2e-6),
+@pytest.mark.parametrize("name", [
+    "llama-F16", "llama-Q4_0", "qwen2-Q4_0", "qwen2-Q4_K_M", "phi3-Q4_K_M", "phi3-swa-Q8_0", "gpt2-Q4_K_M",
+    "gpt-oss-MXFP4", "gpt-oss-Q4_K_M",
 ])  # fmt: skip
-def test_reference_logits(name, limit, goldens_dir):
+def test_reference_logits(name, goldens_dir):
+    limit = limits.by_prefix(limits.ORACLE_NMSE, name)
     with np.load(goldens_dir / f"{name}.npz") as z:
         tokens, reference = z["tokens"][0], z["logits"][0]
     engine = open_engine(goldens_dir / f"{name}.gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import limits
 import numpy as np
 import pytest
 from gpu.kernel_harness import available, params
@@ -11,8 +12,6 @@ from gpu.ops_host import HEADER, KV_BLOCK, PagedCache, attention_reference, chec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 
-DECODE_LIMIT = 1e-10  # q and the weights as two halves
-PREFILL_LIMIT = 2e-7  # the weights as one half
 
 #: n_head, n_head_kv, head_dim, window, sinks
 SHAPES = [
@@ -88,18 +87,18 @@ class Decode:
 def test_decode(gpu, shape):
     lengths = [1, 31, 33, 64, 129, 300, 257]
     d = Decode(gpu, shape, lengths)
-    check_nmse(d.run(range(len(lengths))), d.reference(), DECODE_LIMIT, f"decode {shape}")
+    check_nmse(d.run(range(len(lengths))), d.reference(), limits.ATTENTION_DECODE_NMSE, f"decode {shape}")
 
 
 @pytest.mark.parametrize("n_keys", [4096, 4097, 5000, 16385, 40000])
 def test_decode_long(gpu, n_keys):
     d = Decode(gpu, (7, 1, 64, 0, False), [n_keys])
-    check_nmse(d.run([0]), d.reference(), DECODE_LIMIT, f"decode of {n_keys} keys")
+    check_nmse(d.run([0]), d.reference(), limits.ATTENTION_DECODE_NMSE, f"decode of {n_keys} keys")
 
 
 def test_decode_window_far_out(gpu):
     d = Decode(gpu, (8, 1, 64, 128, True), [4999, 5000])
-    check_nmse(d.run([0, 1]), d.reference(), DECODE_LIMIT, "decode, window far out")
+    check_nmse(d.run([0, 1]), d.reference(), limits.ATTENTION_DECODE_NMSE, "decode, window far out")
 
 
 def test_decode_large_logits(gpu):
@@ -183,12 +182,12 @@ def test_prefill(gpu, shape):
     lengths = [1, 17, 64, 130, 65]
     d = Prompts(gpu, shape, lengths)
     for seq, got in enumerate(d.run([(s, 0, n) for s, n in enumerate(lengths)])):
-        check_nmse(got, d.reference(seq), PREFILL_LIMIT, f"prefill {shape}, {lengths[seq]} rows")
+        check_nmse(got, d.reference(seq), limits.ATTENTION_PREFILL_NMSE, f"prefill {shape}, {lengths[seq]} rows")
 
 
 def test_prefill_long(gpu):
     d = Prompts(gpu, (4, 2, 64, 0, False), [1000])
-    check_nmse(d.run([(0, 0, 1000)])[0], d.reference(0), PREFILL_LIMIT, "prefill 1000")
+    check_nmse(d.run([(0, 0, 1000)])[0], d.reference(0), limits.ATTENTION_PREFILL_NMSE, "prefill 1000")
 
 
 def test_prefill_large_logits(gpu):
@@ -222,7 +221,7 @@ def test_prefill_agrees_with_decode(gpu):
     d = Decode(gpu, shape, [n], seed=3)
     d.cache, d.arena, d.table, d.sinks, d.dsinks = prompt.cache, prompt.arena, prompt.table, prompt.sinks, prompt.dsinks
     d.q = prompt.q[0][-1:]
-    check_nmse(d.run([0])[0], prompt.run([(0, 0, n)])[0][-1], PREFILL_LIMIT, "decode against prefill")
+    check_nmse(d.run([0])[0], prompt.run([(0, 0, n)])[0][-1], limits.ATTENTION_PREFILL_NMSE, "decode against prefill")
 
 
 def test_rules_of_shape():

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import limits
 import pytest
 from gpu.scripts import run_cli, run_script
 
@@ -18,10 +19,6 @@ from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
 pytestmark = [pytest.mark.slow_gpu, pytest.mark.timeout(300)]
-#: how far what is used may be from what was planned
-PLAN_LIMIT = 0.02
-#: what the driver may keep for itself of an engine that was closed: its own pools, once
-KEPT_LIMIT = 32 << 20
 #: what a ballast leaves free: too little for any model, since loading alone needs more
 LEFT = memory.STAGING_BYTES // 2
 
@@ -39,7 +36,7 @@ def test_used_is_as_planned(measured):
             f"round {i}: planned {r['planned']:,}, used {r['used']:,}: {100 * off:.2f} % off (limit 2 %); beside the "
             f"arenas {beside:,} of the {memory.RESERVE_BYTES:,} that are planned for it"
         )
-        assert off <= PLAN_LIMIT
+        assert off <= limits.VRAM_PLAN_SHARE
         assert 0 <= beside <= memory.RESERVE_BYTES
         assert r["labels"] == ["kv", "weights", "workspace"], "staging is freed after the load"
         assert r["faults"] == []
@@ -51,8 +48,11 @@ def test_the_plan_is_told_before_anything_is_taken(measured):
 
 def test_memory_comes_back(measured):
     first, second, third = measured["free"]
-    print(f"free before {first:,}; after close {second:,}, {third:,}; kept {first - second:,} (limit {KEPT_LIMIT:,})")
-    assert first - second <= KEPT_LIMIT
+    print(
+        f"free before {first:,}; after close {second:,}, {third:,}; kept {first - second:,} "
+        f"(limit {limits.DRIVER_KEEPS_BYTES:,})"
+    )
+    assert first - second <= limits.DRIVER_KEEPS_BYTES
     assert third >= second, "the second engine leaves what the first left"
     assert abs(measured["free_at_end"] - third) <= 8 << 20
 

@@ -9,6 +9,7 @@ import gc
 import threading
 import time
 
+import limits
 import numpy as np
 import pytest
 from helpers import long_rope
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.gpu
 
 MODELS = ["llama-Q4_0", "llama-Q4_K_M", "llama-F16", "qwen2-Q8_0", "qwen2-Q4_K_M", "qwen2-Q4_0", "phi3-Q8_0",
           "phi3-swa-Q8_0", "gpt2-Q8_0", "gpt-oss-MXFP4", "gpt-oss-MXFP4_MOE", "gpt-oss-Q4_K_M"]  # fmt: skip
-OP_LIMIT = 2e-5
 #: seeds of prompts in which no two router logits that decide are nearer than 0.006 (they are of order 3): a nearer pair
 #: may change places between two ways of rounding, and then whole rows differ
 CLEAR_CHOICE = {"gpt-oss-MXFP4": 23, "gpt-oss-MXFP4_MOE": 32, "gpt-oss-Q4_K_M": 30}
@@ -76,10 +76,10 @@ def test_every_record_agrees_with_the_oracle(name, goldens_dir):
             columns = slice(view.offset, view.offset + view.width)
             error = nmse(got[:, columns], want[:, columns])
             worst = max(worst, (error, op.name))
-            assert error <= OP_LIMIT, f"{op.name}: NMSE {error:.3g}, limit {OP_LIMIT}"
+            assert error <= limits.CUDA_OP_NMSE, f"{op.name}: NMSE {error:.3g}, limit {limits.CUDA_OP_NMSE}"
     finally:
         engine.close()
-    print(f"{name}: worst op {worst[1]} NMSE {worst[0]:.3g}, limit {OP_LIMIT}")
+    print(f"{name}: worst op {worst[1]} NMSE {worst[0]:.3g}, limit {limits.CUDA_OP_NMSE}")
 
 
 @pytest.mark.parametrize("name", sorted(CLEAR_CHOICE))
@@ -97,8 +97,8 @@ def test_decode_rows_of_experts_agree_with_the_oracle(name, goldens_dir):
             rows = np.arange(n, dtype=np.int32)
             got = engine.forward(Batch(tokens[at].astype(np.int32), at, rows, n, rows))
             error = nmse(got, logits[at])
-            print(f"{name}, {n} decode rows: NMSE {error:.3g}, limit {OP_LIMIT}")
-            assert error <= OP_LIMIT
+            print(f"{name}, {n} decode rows: NMSE {error:.3g}, limit {limits.CUDA_OP_NMSE}")
+            assert error <= limits.CUDA_OP_NMSE
     finally:
         engine.close()
 

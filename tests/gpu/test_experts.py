@@ -6,6 +6,7 @@ same bits whatever other rows are in the launch and whichever variant computes i
 
 from __future__ import annotations
 
+import limits
 import numpy as np
 import pytest
 from gpu.expert_host import HEADER, Decode, List, Prompt, Route, host_list, repack_experts
@@ -21,12 +22,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CU
 TYPES = sorted(quants.TYPES)
 every_type = pytest.mark.parametrize("type_id", TYPES, ids=[quants.TYPES[t].name for t in TYPES])
 
-#: exact weights, activations in two bf16 terms, float32 sums; of five outputs alone, where sums may cancel
-DECODE_LIMIT = 1e-8
-#: weights and activations each rounded to fp16 once: 4e-8 each; types with minima round those, too
-PROMPT_LIMIT = 1e-6
-#: float32 logits of order 1 and one exp each
-GATE_LIMIT = 1e-10
 N_EXPERT, N_USED = 6, 3
 
 
@@ -127,7 +122,9 @@ def test_route(gpu, name, n_expert, n_used, k):
         assert np.abs(chosen - best).max() < 1e-5, "other experts than the n_used best, in order"
         assert all(len(set(row)) == n_used for row in ids)
         e = np.exp(chosen - chosen.max(1, keepdims=True))
-        check_nmse(gates, e / e.sum(1, keepdims=True), GATE_LIMIT, f"{name} {n_used} of {n_expert}, {n_rows} rows")
+        check_nmse(
+            gates, e / e.sum(1, keepdims=True), limits.GATES_NMSE, f"{name} {n_used} of {n_expert}, {n_rows} rows"
+        )
         items, pairs = route.list.get()
         want_items, want_pairs = host_list(ids, n_expert, item_rows)
         assert np.array_equal(items, want_items) and np.array_equal(pairs, want_pairs)
@@ -198,7 +195,7 @@ def test_decode_products(gpu, type_id, per_slot):
             got = products(gpu, "decode", [m for m, _, _ in made], x, ids, per_slot)
             for (_, w, bias), out in zip(made, got, strict=True):
                 name = f"{quants.TYPES[type_id].name} {n_out} x {k}, {n_rows} rows, {load}"
-                nmse_by_pair(out, reference(w, bias, x, ids, k, per_slot), DECODE_LIMIT, name)
+                nmse_by_pair(out, reference(w, bias, x, ids, k, per_slot), limits.EXPERTS_DECODE_NMSE, name)
 
 
 @every_type
@@ -213,7 +210,7 @@ def test_prompt_products(gpu, type_id, per_slot):
             assert np.array_equal(got, other), "the two variants differ"
             for (_, w, bias), out in zip(made, got, strict=True):
                 name = f"{quants.TYPES[type_id].name} {n_out} x {k}, {n_rows} rows, {load}"
-                nmse_by_pair(out, reference(w, bias, x, ids, k, per_slot), PROMPT_LIMIT, name)
+                nmse_by_pair(out, reference(w, bias, x, ids, k, per_slot), limits.EXPERTS_PREFILL_NMSE, name)
 
 
 @every_type
@@ -243,7 +240,7 @@ def test_decode_results_do_not_depend_on_the_grid(gpu, n_rows):
     rng = np.random.default_rng(2)
     x, ids = inputs(rng, n_rows, k), loads(rng, n_rows)["free"]
     want = products(gpu, "decode", [experts], x, ids, False)
-    nmse_by_pair(want[0], reference(w, bias, x, ids, k, False), DECODE_LIMIT, f"{n_rows} rows")
+    nmse_by_pair(want[0], reference(w, bias, x, ids, k, False), limits.EXPERTS_DECODE_NMSE, f"{n_rows} rows")
     for grid in (1, 2, 5, 7, 64, 500):
         assert np.array_equal(products(gpu, "decode", [experts], x, ids, False, grid), want), f"grid {grid}"
 
@@ -255,7 +252,7 @@ def test_gpt_oss_shapes(gpu, name):
     made = [make(gpu, type_id, n_expert, n, n, seed=i) for i in range(2)]
     rng = np.random.default_rng(3)
     for kind, row_counts in (("decode", (1, 4, 20)), (16, (20,)), (64, (150,))):
-        limit = DECODE_LIMIT if kind == "decode" else PROMPT_LIMIT
+        limit = limits.EXPERTS_DECODE_NMSE if kind == "decode" else limits.EXPERTS_PREFILL_NMSE
         for n_rows in row_counts:
             ids = loads(rng, n_rows, n_expert, n_used)["free"]
             x = inputs(rng, n_rows, n)

@@ -14,6 +14,7 @@ import time
 import zlib
 from pathlib import Path
 
+import limits
 import pytest
 from gpu.scripts import run_cli, run_script
 from service.client import Worker
@@ -27,8 +28,6 @@ pytestmark = [pytest.mark.slow_gpu, pytest.mark.timeout(300)]
 MODEL = "qwen2-Q4_K_M.gguf"
 #: seconds of the sweep over failing calls; it leaves calls out to stay within
 SWEEP_SECONDS = 60
-#: what a sweep of hundreds of failures may cost for good: the driver grows pools of its own once (26 MiB on an H100)
-LOST_LIMIT = 32 << 20
 #: a fatbin of an empty kernel for compute capability 7.5, which no supported GPU is; deflated
 OTHER_IMAGE = zlib.decompress(
     base64.b64decode(
@@ -66,10 +65,11 @@ def test_f1_every_failing_call_is_one_clean_error(swept):
 
 def test_f1_memory_is_back_after_the_failing_calls(swept):
     print(
-        f"{swept['lost']:,} bytes missing after {swept['tried']} failures and a whole run (limit {LOST_LIMIT:,}); "
+        f"{swept['lost']:,} bytes missing after {swept['tried']} failures and a whole run "
+        f"(limit {limits.FAULT_SWEEP_BYTES:,}); "
         f"at most {swept['most']:,} right after one"
     )
-    assert swept["lost"] <= LOST_LIMIT
+    assert swept["lost"] <= limits.FAULT_SWEEP_BYTES
 
 
 def test_f1_an_engine_goes_on_after_a_generation_failed(swept):

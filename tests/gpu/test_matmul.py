@@ -6,6 +6,7 @@ bias and residual, and that a row has the same bits whatever other rows are in t
 
 from __future__ import annotations
 
+import limits
 import numpy as np
 import pytest
 from gpu.kernel_harness import available, params
@@ -22,10 +23,6 @@ TYPES = sorted(quants.TYPES)
 NAMES = [quants.TYPES[t].name for t in TYPES]
 every_type = pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
 
-#: exact weights, activations in two bf16 terms, float32 sums
-DECODE_LIMIT = 1e-9
-#: weights and activations each rounded to fp16 once: 4e-8 each; types with minima round those, too
-PROMPT_LIMIT = 4e-7
 #: (n_out, k): less than a row tile, no whole row tile, odd numbers of 32-blocks, several k tiles
 SHAPES = [(5, 32), (16, 64), (100, 96), (33, 256), (130, 768), (48, 1056), (257, 2304), (64, 4864)]
 
@@ -104,7 +101,7 @@ def test_decode_product(gpu, type_id):
         Matvec(gpu, [m], gpu.buffer(x), [out], n_rows, x_stride=k + 4).run()
         got = out.to_numpy()
         name = f"{quants.TYPES[type_id].name} {n_out} x {k}, {n_rows} rows"
-        nmse_by_row(got[:, :n_out], x[:, :k].astype(np.float64) @ w.T, DECODE_LIMIT, name)
+        nmse_by_row(got[:, :n_out], x[:, :k].astype(np.float64) @ w.T, limits.MATVEC_NMSE, name)
         assert np.isnan(got[:, n_out:]).all(), "columns outside the view were written"
 
 
@@ -125,7 +122,7 @@ def test_a_row_does_not_depend_on_the_others(gpu, type_id, kernel):
         return out.to_numpy()
 
     everything = product(np.arange(most))
-    limit = DECODE_LIMIT if kernel == "decode" else PROMPT_LIMIT
+    limit = limits.MATVEC_NMSE if kernel == "decode" else limits.MATMUL_NMSE
     nmse_by_row(everything, x.astype(np.float64) @ w.T, limit, f"{quants.TYPES[type_id].name} {most} rows")
     for n in (1, 2, 7, 8, 9, 16, 17, 25, 32, 33, 63):
         rows = np.random.default_rng(n).permutation(most)[:n]
@@ -155,7 +152,7 @@ def test_bias_residual_and_groups(gpu, type_id):
         Matmul(gpu, m, dx, prompt, n_rows, bias=bias, add=True).run()
         Matmul(gpu, m, dx, plain, n_rows).run()
         want = x.astype(np.float64) @ w.T
-        nmse_by_row(plain.to_numpy(), want, PROMPT_LIMIT, f"{quants.TYPES[type_id].name} {m.n_out}")
+        nmse_by_row(plain.to_numpy(), want, limits.MATMUL_NMSE, f"{quants.TYPES[type_id].name} {m.n_out}")
         assert np.allclose(prompt.to_numpy(), begin + (plain.to_numpy() + bias.to_numpy()), rtol=1e-6, atol=1e-6)
 
 
@@ -171,7 +168,7 @@ def test_prompt_product(gpu, type_id):
             Matmul(gpu, m, dx, out, n_rows, x_stride=k + 4, small=small).run()
             results.append(out.to_numpy())
         name = f"{quants.TYPES[type_id].name} {n_out} x {k}, {n_rows} rows"
-        nmse_by_row(results[0][:, :n_out], x[:, :k].astype(np.float64) @ w.T, PROMPT_LIMIT, name)
+        nmse_by_row(results[0][:, :n_out], x[:, :k].astype(np.float64) @ w.T, limits.MATMUL_NMSE, name)
         assert np.isnan(results[0][:, n_out:]).all(), "columns outside the view were written"
         assert np.array_equal(results[0], results[1], equal_nan=True), "the two variants differ"
 
@@ -194,8 +191,8 @@ def test_no_range_is_too_wide(gpu, name, magnitude):
     Matvec(gpu, [m], dx, [decode], n_rows).run()
     Matmul(gpu, m, dx, prompt, n_rows).run()
     want = x.astype(np.float64) @ w.T
-    nmse_by_row(decode.to_numpy(), want, DECODE_LIMIT, f"{name} decode at {magnitude:.0e}")
-    nmse_by_row(prompt.to_numpy(), want, PROMPT_LIMIT, f"{name} prompt at {magnitude:.0e}")
+    nmse_by_row(decode.to_numpy(), want, limits.MATVEC_NMSE, f"{name} decode at {magnitude:.0e}")
+    nmse_by_row(prompt.to_numpy(), want, limits.MATMUL_NMSE, f"{name} prompt at {magnitude:.0e}")
 
 
 @pytest.mark.parametrize("n_rows", [1, 20])

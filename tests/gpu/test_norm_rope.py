@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import limits
 import numpy as np
 import pytest
 from gpu.kernel_harness import available, params
@@ -9,7 +10,6 @@ from gpu.ops_host import HEADER, KV_BLOCK, PagedCache, check_nmse, new_gpu, rule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 
-LIMIT = 1e-12  # float32 arithmetic
 RMS, LAYER = 0, 1
 INTERLEAVED, NEOX = 0, 1
 
@@ -52,7 +52,10 @@ def test_norm(gpu, n, pad, kind, residual):
     assert np.isnan(got[:, n:]).all(), "columns outside the view were written"
     # the mean of 500 costs bits of the difference, whatever the algorithm
     check_nmse(
-        got[:, :n], norm_reference(kind, total[:, :n], weight, bias, 1e-5), 1e-9 if kind == LAYER else LIMIT, "norm"
+        got[:, :n],
+        norm_reference(kind, total[:, :n], weight, bias, 1e-5),
+        limits.LAYER_NORM_NMSE if kind == LAYER else limits.POINTWISE_NMSE,
+        "norm",
     )
 
 
@@ -91,7 +94,7 @@ def test_norm_group(gpu, group, n_group):
     gpu.launch(gpu.kernel("norm", "norm_group"), (-(-n_group // 8), 3), 256, p)
     got = d.to_numpy()
     want = norm_reference(RMS, x[:, : n_group * group].reshape(3, n_group, group), weight, 0.0, 1e-6)
-    check_nmse(got[:, : n_group * group], want.reshape(3, -1), LIMIT, "norm_group")
+    check_nmse(got[:, : n_group * group], want.reshape(3, -1), limits.POINTWISE_NMSE, "norm_group")
     assert np.array_equal(got[:, n_group * group :], x[:, n_group * group :])
 
 
@@ -154,7 +157,7 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, rope_type, lon
     for r in range(4):
         mine = both[len(inv_freq) :] if long and rope_tables[r] else inv_freq
         want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), mine, rope_type, n_rot, mscale)
-        check_nmse(got[r, :v0], want.ravel(), LIMIT, f"rope at position {positions[r]}")
+        check_nmse(got[r, :v0], want.ravel(), limits.POINTWISE_NMSE, f"rope at position {positions[r]}")
         at = int(positions[r]) if r != 1 else KV_BLOCK - 1
         cache.k_at(r, at)[:] = got[r, k0:v0].reshape(n_head_kv, head_dim).astype(np.float16)
         v = x[r, v0 : v0 + n_head_kv * head_dim].reshape(n_head_kv, head_dim)
@@ -207,7 +210,9 @@ def test_glu(gpu, n, offset, kind):
     p = params(HEADER, "PointwiseParams", a=view(dx, offset), b=view(dx, offset + n), out=out, a_stride=x.shape[1],
                b_stride=x.shape[1], out_stride=n, n=n, kind=kind)  # fmt: skip
     gpu.launch(gpu.kernel("pointwise", "glu"), (-(-n // 1024), 3), 256, p)
-    check_nmse(out.to_numpy(), glu_reference(kind, x[:, offset : offset + n], x[:, offset + n :]), LIMIT, "glu")
+    check_nmse(
+        out.to_numpy(), glu_reference(kind, x[:, offset : offset + n], x[:, offset + n :]), limits.POINTWISE_NMSE, "glu"
+    )
 
 
 def test_glu_keeps_nan(gpu):
@@ -242,4 +247,4 @@ def test_act_add_gather(gpu, n, pad):
     gpu.launch(
         gpu.kernel("pointwise", "act_gelu_tanh"), grid, 256, params(HEADER, "PointwiseParams", a=dx, out=dx, **common)
     )
-    check_nmse(dx.to_numpy()[:, :n], gelu(x[:, :n].astype(np.float64)), LIMIT, "gelu")
+    check_nmse(dx.to_numpy()[:, :n], gelu(x[:, :n].astype(np.float64)), limits.POINTWISE_NMSE, "gelu")

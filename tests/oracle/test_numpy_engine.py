@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pathlib
 
+import limits
 import numpy as np
 import pytest
 
 from oracle.numpy_engine import NumpyEngine
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
-
-LIMIT = {"gpt-oss": 2e-6, "": 5e-7}
 
 
 @pytest.mark.goldens
@@ -26,6 +25,6 @@ def test_oracle_reproduces_the_reference(name: str, goldens_dir: pathlib.Path):
     with ModelFile(str(goldens_dir / f"{name}.gguf")) as mf:
         logits = NumpyEngine(mf, plan.build(mf)).run(tokens, np.arange(n), np.zeros(n, int), np.arange(n))
     error = ((logits - reference) ** 2).mean() / (reference**2).mean()
-    limit = next(v for k, v in LIMIT.items() if name.startswith(k))
+    limit = limits.by_prefix(limits.ORACLE_NMSE, name)
     print(f"{name}: NMSE {error:.3g}, limit {limit:.0e}")
     assert error <= limit

@@ -11,6 +11,7 @@ import time
 import types
 
 import check_tokenizers
+import limits
 import pytest
 from helpers.gguf_forge import F32, I32, STR, Forge, tiny_vocab
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -233,8 +234,6 @@ def test_many_threads_get_the_same_ids(vocabulary):
 
 # --- memory --------------------------------------------------------------------------------------------------------
 
-MEMORY_LIMIT_MIB = 150
-
 MEMORY_PROBE = """
 import sys
 from worker_orcd.tokenizer.tokenizer import Tokenizer
@@ -251,8 +250,8 @@ def test_loading_qwen_keeps_little_memory(model_path):
     command = [sys.executable, "-c", MEMORY_PROBE, model_path("qwen")]
     out = subprocess.run(command, check=False, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    print(f"anonymous memory of the tokenizer: {float(out.stdout):.0f} MiB (limit {MEMORY_LIMIT_MIB})")
-    assert float(out.stdout) < MEMORY_LIMIT_MIB
+    print(f"anonymous memory of the tokenizer: {float(out.stdout):.0f} MiB (limit {limits.TOKENIZER_MIB})")
+    assert float(out.stdout) < limits.TOKENIZER_MIB
 
 
 # --- which file ----------------------------------------------------------------------------------------------------
