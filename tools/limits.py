@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # ---- whole models: logits against the reference programs ---------------------------------------------------------
 
-#: device -> start of a reference file's name -> NMSE of its logits. On a GPU the rounding of experts' activations adds up
+#: device -> start of a reference file's name -> NMSE of its logits. On a GPU experts round more
 LOGITS_NMSE = {"cpu": {"": 2e-6}, "cuda": {"gpt-oss": 1e-4, "": 2e-5}}
 #: device -> real model -> mean Kullback-Leibler divergence of its predictions, in nats
 REAL_KL = {"cpu": {"real-qwen": 2e-5, "real-smol": 2e-5}, "cuda": {"real-qwen": 2e-4, "real-smol": 5e-4}}
