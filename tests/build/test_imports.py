@@ -196,3 +196,38 @@ def test_nothing_imports_tests_or_tools():
         assert not {n.split(".")[0] for n in python_imports(path)["always"]} & outside, path.name
     for module in COMPILED:
         assert not {n.split(".")[0] for n in cython_imports(module)} & outside, module
+
+
+def actual_imports() -> dict[str, set[str]]:
+    """{room or compiled module: those that it imports}, without the leaves."""
+    found = {room: set().union(*(ours(python_imports(p)["always"]) for p in files_of(room))) for room in ROOMS}
+    found["wsgi"] = set().union(*(ours(python_imports(p)["always"]) for p in files_of("wsgi")))
+    found |= {module: ours(cython_imports(module)) for module in COMPILED}
+    return {room: names - {room, *LEAVES} for room, names in found.items()}
+
+
+def diagram() -> str:
+    """The import graph as Mermaid, without the arrows that follow from others."""
+    graph = actual_imports()
+
+    def reach(room: str) -> set[str]:
+        return set().union(*({n} | reach(n) for n in graph[room])) if graph[room] else set()
+
+    lines = ["```mermaid", "flowchart TD"]
+    for room in graph:
+        implied = set().union(*(reach(n) for n in graph[room])) if graph[room] else set()
+        lines += [f"    {room} --> {n}" for n in sorted(graph[room] - implied)]
+    return "\n".join([*lines, "```"])
+
+
+def test_the_diagram_shows_the_imports_that_there_are():
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert diagram() in page, f"docs/how-it-works.md should hold:\n{diagram()}"
+
+
+def test_the_page_names_only_files_that_there_are():
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    paths = set(re.findall(r"`((?:worker_orcd|wsgi|csrc|pyx|tests|tools|docs)/[\w./-]*\w)`", page))
+    assert len(paths) > 20
+    for path in paths:
+        assert (ROOT / path).exists(), path
