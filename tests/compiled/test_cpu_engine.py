@@ -18,7 +18,7 @@ from worker_orcd._cpu import CpuEngine
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError, WorkerError
-from worker_orcd.models import plan as P
+from worker_orcd.models.ops import Op, View
 
 
 @pytest.fixture
@@ -139,13 +139,13 @@ def test_plans_that_do_not_fit_are_refused():
         with pytest.raises(InternalError, match="not consistent"):
             make_engine(mf, dataclasses.replace(plan, ops=ops))
 
-    view = P.View("x", 50, 60)
+    view = View("x", 50, 60)
     broken("q", out=view)
     broken("q", inp=view)
     broken("q", weight="kv.w")
     broken("q", bias="norm_rms.w")
-    broken("q", out=P.View("nowhere", 0, 120))
-    broken("embed", out=P.View("h", -1, 100))
+    broken("q", out=View("nowhere", 0, 120))
+    broken("embed", out=View("h", -1, 100))
     broken("rope_q", n_rot=14)
     broken("rope_q", n_head=7)
     broken("kv_write.0", layer=2)
@@ -155,14 +155,14 @@ def test_plans_that_do_not_fit_are_refused():
     broken("up_exps", n_expert=4)
     broken("down_exps", per_slot=False)
     broken("glu_silu", kind="relu")
-    broken("gather", inp=P.View("x_out", 0, 100))
-    broken("output_norm", out=P.View("h", 0, 100))
+    broken("gather", inp=View("x_out", 0, 100))
+    broken("output_norm", out=View("h", 0, 100))
     data = mf.data["q.w"]
     mf.data["q.w"] = data[:-2]
     with pytest.raises(InternalError, match=r"q\.w: 23998 bytes, 24000 wanted"):
         make_engine(mf, plan)
     mf.data["q.w"] = data
-    Strange = type("Strange", (P.Op,), {})
+    Strange = type("Strange", (Op,), {})
     with pytest.raises(InternalError, match="no op Strange"):
         make_engine(mf, dataclasses.replace(plan, ops=(*plan.ops, Strange("s"))))
 
@@ -246,7 +246,7 @@ def poisoned():
     table = np.frombuffer(mf.data["token_embd"], np.uint16).copy().reshape(N_VOCAB, 100)
     table[7, 3] = 0x7FC0
     mf.data["token_embd"] = table.tobytes()
-    ops = tuple(dataclasses.replace(op, weight="q.w", out=P.View("logits", 0, N_VOCAB)) if op.name == "logits" else op
+    ops = tuple(dataclasses.replace(op, weight="q.w", out=View("logits", 0, N_VOCAB)) if op.name == "logits" else op
                 for op in plan.ops)  # fmt: skip
     head = mf.add("head", "F32", 100, N_VOCAB)
     ops = tuple(dataclasses.replace(op, weight="head") if op.name == "logits" else op for op in ops)

@@ -11,7 +11,8 @@ from collections import defaultdict
 import gguf
 import numpy as np
 
-from worker_orcd.models import plan as P
+from worker_orcd.models.ops import View, output_of
+from worker_orcd.models.plan import Plan
 
 
 def dequantize(info, data) -> np.ndarray:
@@ -39,7 +40,7 @@ def sigmoid(x):
 class NumpyEngine:
     """Interprets `plan` over ragged batches. `run` returns the buffer of `stop_after`, or the logits."""
 
-    def __init__(self, model_file, plan: P.Plan, kv_dtype=np.float16) -> None:
+    def __init__(self, model_file, plan: Plan, kv_dtype=np.float16) -> None:
         self.mf, self.plan, self.kv_dtype = model_file, plan, kv_dtype
         self.weights: dict[str, np.ndarray] = {}
         self.rope_tables: set[int] = set()  # slots whose sequences are longer than plan.rope_orig_context
@@ -59,12 +60,12 @@ class NumpyEngine:
         for op in self.plan.ops:
             getattr(self, type(op).__name__.lower())(op)
             if op.name == stop_after:
-                return self.buf[P.output_of(op).buf]
+                return self.buf[output_of(op).buf]
         if stop_after is not None:
             raise KeyError(stop_after)
         return self.buf["logits"]
 
-    def get(self, v: P.View) -> np.ndarray:
+    def get(self, v: View) -> np.ndarray:
         return self.buf[v.buf][:, v.offset : v.offset + v.width]
 
     def embed(self, op):
@@ -132,7 +133,7 @@ class NumpyEngine:
         g, u = self.get(op.gate), self.get(op.up)
         if op.kind == "silu":
             y = g * sigmoid(g) * u
-        elif op.kind == "gelu":
+        elif op.kind == "gelu_tanh":
             y = gelu_tanh(g) * u
         else:  # swiglu_oai
             g, u = np.minimum(g, 7), np.clip(u, -7, 7)

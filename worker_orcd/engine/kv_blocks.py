@@ -58,9 +58,19 @@ def first_kept(group: KvGroup, n_past: int) -> int:
     return max(n_past - group.window + 1, 0) // BLOCK_SIZE if group.window else 0
 
 
+def layer_block_bytes(plan: Plan) -> int:
+    """Bytes of one block in one layer: float16 K and V of every KV head."""
+    return BLOCK_SIZE * plan.n_head_kv * 2 * plan.head_dim * 2
+
+
 def block_bytes(plan: Plan) -> tuple[int, ...]:
-    """Bytes of one block of each KV group: float16 K and V of its layers."""
-    return tuple(BLOCK_SIZE * len(g.layers) * 2 * plan.n_head_kv * plan.head_dim * 2 for g in plan.kv_groups)
+    """Bytes of one block of each KV group, in all its layers."""
+    return tuple(len(g.layers) * layer_block_bytes(plan) for g in plan.kv_groups)
+
+
+def position_bytes(plan: Plan) -> int:
+    """Bytes of one position in one layer."""
+    return layer_block_bytes(plan) // BLOCK_SIZE
 
 
 def blocks_within(
