@@ -10,7 +10,7 @@ from helpers.fake_engine import STOP_ID, FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker_orcd.engine.kv_blocks import blocks_of, blocks_within, reservation, window_blocks
+from worker_orcd.engine.kv_blocks import blocks_needed, blocks_of, blocks_within, window_blocks
 from worker_orcd.engine.protocol import EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup, Plan
@@ -227,7 +227,7 @@ def test_windowed_group_returns_what_fell_out_of_the_window(window):
         max_batch_tokens=96, context=1024, n_blocks=(need, 16), groups=(group, FULL), never_stop=True
     )
     seq = sequence(1, 500, 400)
-    assert reservation(group, seq.n_positions) == need
+    assert blocks_needed(group, seq.n_positions) == need
     scheduler.add(seq)
     most = 0
     while run(scheduler, engine)[0] is not None:

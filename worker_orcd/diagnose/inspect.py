@@ -155,7 +155,7 @@ def _plan(p: plan.Plan) -> dict[str, Any]:
 def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
     """What running it takes: weights, KV cache of 1,000 positions and of a full context, activations of one row."""
     blocks = kv_blocks.block_bytes(p)
-    full = sum(kv_blocks.reservation(g, p.context_length) * b for g, b in zip(p.kv_groups, blocks, strict=True))
+    full = sum(kv_blocks.blocks_needed(g, p.context_length) * b for g, b in zip(p.kv_groups, blocks, strict=True))
     return {
         "weight_bytes": sum(mf.tensors[name].nbytes for name in p.weights),
         "kv_bytes_per_1k_tokens": 1000 * p.n_layer * kv_blocks.position_bytes(p),
@@ -168,7 +168,7 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
 def _vram_plan(p: plan.Plan) -> dict[str, Any]:
     """What a GPU must have free for `VRAM_SEQS` sequences and a KV cache of one full context."""
     context = min(p.context_length, p.max_positions or p.context_length)
-    blocks = tuple(kv_blocks.reservation(g, context) for g in p.kv_groups)
+    blocks = tuple(kv_blocks.blocks_needed(g, context) for g in p.kv_groups)
     rows = devices.default_max_rows("cuda:0", VRAM_SEQS)
     return devices.vram_plan(p, EngineConfig(VRAM_SEQS, rows, context, blocks)).to_dict()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker_orcd.engine.kv_blocks import BlockPool, blocks_of, first_kept, longest_sequence, reservation
+from worker_orcd.engine.kv_blocks import BlockPool, blocks_needed, blocks_of, first_kept, longest_sequence
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
@@ -174,7 +174,7 @@ class Scheduler:
                 field=name,
             )
         for group, pool in zip(self.groups, self.pools, strict=True):
-            need = reservation(group, n)
+            need = blocks_needed(group, n)
             if need > pool.n_blocks:
                 raise VramOom(
                     f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {need} KV blocks of "
@@ -215,7 +215,7 @@ class Scheduler:
         admitted = []
         while self._waiting and self._free_slots:
             seq = next(iter(self._waiting.values()))
-            need = [reservation(g, seq.n_positions) for g in self.groups]
+            need = [blocks_needed(g, seq.n_positions) for g in self.groups]
             if any(n > free for n, free in zip(need, self._unreserved, strict=True)):
                 break
             del self._waiting[seq.seq_id]
@@ -326,7 +326,7 @@ class Scheduler:
         self._tables[:, seq.slot, :] = -1
         for pool, owned in zip(self.pools, seq.blocks, strict=True):
             for block in reversed(owned.values()):
-                pool.give(block)
+                pool.free(block)
             owned.clear()
 
     def _set_long(self, seq: SequenceState, long: bool) -> None:
@@ -349,7 +349,7 @@ class Scheduler:
             owned, table = seq.blocks[i], self._tables[i, seq.slot]
             for number in range(seq.n_past // BLOCK_SIZE, blocks_of(seq.n_past + n)):
                 if number not in owned:
-                    owned[number] = table[number] = pool.take()
+                    owned[number] = table[number] = pool.allocate()
 
     def _give_back(self, seq: SequenceState) -> None:
         """Return the blocks that no later query reads; then the sequence owns no more than its reservation."""
@@ -357,7 +357,7 @@ class Scheduler:
             if group.window:
                 owned, first = seq.blocks[i], first_kept(group, seq.n_past)
                 for number in [b for b in owned if b < first]:
-                    self.pools[i].give(owned.pop(number))
+                    self.pools[i].free(owned.pop(number))
                     self._tables[i, seq.slot, number] = -1
 
     def _rows_allowed(self, seq: SequenceState, n: int, spare: list[int]) -> int:
