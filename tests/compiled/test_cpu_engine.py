@@ -92,6 +92,29 @@ def test_bad_block_tables(engine):
         engine.block_tables.resize((1, 1, 1), refcheck=False)  # would free what the engine reads
 
 
+def test_bad_rope_tables(engine):
+    """An index outside the plan's frequency tables is refused before anything runs; of slots in the batch only."""
+    good = engine.forward(rows((1, 0, [1, 2, 3])))
+    for index in (2, -1, 2**31 - 1, -(2**31)):
+        engine.rope_tables[1] = index
+        for call in (engine.forward, engine.step):
+            with pytest.raises(InternalError, match=f"slot 1: frequency table {index} is not below 2") as e:
+                call(rows((0, 0, [1]), (1, 0, [1, 2, 3])))
+            assert e.value.fields["field"] == "rope_tables"
+        engine.forward(rows((0, 0, [1])))
+    engine.rope_tables[1] = 0
+    np.testing.assert_array_equal(engine.forward(rows((1, 0, [1, 2, 3]))), good)
+
+
+def test_a_plan_of_one_frequency_table_has_index_0_only(goldens_dir):
+    for name in ("llama-Q4_0", "gpt2-Q8_0"):  # one table, and no rotation
+        engine = open_engine(goldens_dir / f"{name}.gguf")
+        engine.rope_tables[0] = 1
+        with pytest.raises(InternalError, match="slot 0: frequency table 1 is not below 1"):
+            engine.forward(rows((0, 0, [1])))
+        engine.close()
+
+
 def test_no_outputs_and_arrays_of_other_integers(engine):
     sampled, logits = engine.step(rows((0, 0, [1, 2, 3]), out="none"), want_logits=True)
     assert sampled.shape == (0,) and logits.shape == (0, N_VOCAB)

@@ -24,6 +24,7 @@ def test_plan_of_llama_names_every_record_once():
     names = [op.name for op in p.ops]
     assert len(names) == len(set(names))
     assert names[0] == "embed" and names[-1] == "logits"
+    assert p.rope_limits == () and p.rope_table(1 << 20) == 0
     assert isinstance(p.ops[-1], MatMul) and p.ops[-1].weight == "token_embd.weight"
     assert p.kv_groups == (plan.KvGroup(0, (0, 1)),)
     assert kv_blocks.position_bytes(p) == 2 * 32 * 2
@@ -144,6 +145,8 @@ def test_long_rope_has_frequencies_for_short_and_for_long_sequences():
     assert np.allclose(np.array(hp.inv_freq) / 2, hp.inv_freq_long)
     assert hp.rope_mscale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
     assert the_plan.rope_orig_context == hp.rope_orig_context == 4096
+    assert [the_plan.rope_table(n) for n in (1, 4096, 4097, 131072)] == [0, 0, 1, 1]
+    assert the_plan.rope_limits == (4096,)
     turns = {(op.inv_freq, op.inv_freq_long) for op in the_plan.ops if isinstance(op, Rope)}
     assert turns == {(hp.inv_freq, hp.inv_freq_long)}
     assert [op.out.width for op in the_plan.ops if op.name == "blk.0.attn_qkv"] == [128]

@@ -43,7 +43,7 @@ class NumpyEngine:
     def __init__(self, model_file, plan: Plan, kv_dtype=np.float16) -> None:
         self.mf, self.plan, self.kv_dtype = model_file, plan, kv_dtype
         self.weights: dict[str, np.ndarray] = {}
-        self.rope_tables: set[int] = set()  # slots whose sequences are longer than plan.rope_orig_context
+        self.rope_tables: dict[int, int] = defaultdict(int)  # slot -> index of its frequency table
         self.kv = defaultdict(dict)  # (layer, slot) -> {position: (k, v)} each [n_head_kv, head_dim]
 
     def w(self, name: str) -> np.ndarray:
@@ -92,10 +92,8 @@ class NumpyEngine:
 
     def rope(self, op):
         x = self.get(op.x).reshape(-1, op.n_head, op.head_dim)
-        inv_freq = [
-            op.inv_freq_long if op.inv_freq_long and int(slot) in self.rope_tables else op.inv_freq
-            for slot in self.slots
-        ]
+        tables = (op.inv_freq, op.inv_freq_long or op.inv_freq)
+        inv_freq = [tables[self.rope_tables[int(slot)]] for slot in self.slots]
         angle = self.pos[:, None] * np.asarray(inv_freq)
         cos, sin = (f(angle)[:, None] * op.mscale for f in (np.cos, np.sin))
         n = op.n_rot
