@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.kv_blocks import BlockPool
+from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import InternalError
 from worker_orcd.models.plan import KvGroup, Plan
 
@@ -80,4 +81,4 @@ def test_bytes_of_blocks_are_those_of_their_layers():
     plan = Plan("x", 10, 8, 3, 2, 32, 1024, None, {}, {}, (), (KvGroup(0, (0, 2)), KvGroup(24, (1,))), (0, 1, 0))
     assert kv_blocks.layer_block_bytes(plan) == 16384
     assert kv_blocks.block_bytes(plan) == (32768, 16384)
-    assert kv_blocks.position_bytes(plan) * kv_blocks.BLOCK_SIZE == 16384
+    assert kv_blocks.position_bytes(plan) * BLOCK_SIZE == 16384

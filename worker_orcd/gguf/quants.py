@@ -54,8 +54,8 @@ BY_NAME: dict[str, QuantType] = {t.name: t for t in _ROWS}
 BLOCK_SIZES: dict[int, tuple[int, int]] = {t.id: (t.block_size, t.type_size) for t in _ROWS}
 
 #: general.file_type (llama.h, enum llama_ftype) of a mixed file -> the name people use for it, and the tensor type of
-#: which at least one matrix must be there for the claim to be believed. Such files fall back to 32-element types where a
-#: row is no multiple of 256. The other file types are named as the tensors are.
+#: which at least one matrix must be there for the claim to be believed. Such files fall back to 32-element types where
+#: a row is no multiple of 256. The other file types are named as the tensors are.
 _MIXED_FILE_TYPES: dict[int, tuple[str, str]] = {
     10: ("Q2_K", "Q2_K"),
     11: ("Q3_K_S", "Q3_K"),
@@ -85,8 +85,7 @@ def quant_kind(matrix_bytes: Iterable[tuple[int, int]], file_type: int | None) -
         held[TYPES[type_id].name] += n_bytes
     if not held:
         return "F32"
-    if file_type in _MIXED_FILE_TYPES:
-        claim, proof = _MIXED_FILE_TYPES[file_type]
-        if proof in held:
-            return claim
+    mixed = _MIXED_FILE_TYPES.get(file_type) if file_type is not None else None
+    if mixed is not None and mixed[1] in held:
+        return mixed[0]
     return held.most_common(1)[0][0]

@@ -232,4 +232,5 @@ def output_of(op: Op) -> View:
         return op.k
     if isinstance(op, Route):
         return op.gates
-    return op.out  # type: ignore[attr-defined]
+    out: View = op.out  # type: ignore[attr-defined]
+    return out

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from worker_orcd.engine import kv_blocks
-from worker_orcd.engine.protocol import EngineConfig
+from worker_orcd.engine.protocol import BLOCK_SIZE, EngineConfig
 from worker_orcd.errors import InsufficientVram, InvalidRequest
 from worker_orcd.models.plan import Plan
 from worker_orcd.runtime import devices
@@ -149,7 +149,7 @@ def _filled(
     n_blocks = kv_blocks.blocks_within(plan, budget, max_seqs, max_batch_tokens, context)
     if min(n_blocks) == 0:
         raise InsufficientVram(
-            f"the KV cache may take {budget} bytes; one block of {kv_blocks.BLOCK_SIZE} positions needs {sum(sizes)}",
+            f"the KV cache may take {budget} bytes; one block of {BLOCK_SIZE} positions needs {sum(sizes)}",
             sum(sizes),
             budget,
             device=device,

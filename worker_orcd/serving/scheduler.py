@@ -160,7 +160,8 @@ class Scheduler:
 
     def next_work(self) -> StepWork | LogitsWork | DecodeWork | None:
         """The next thing for the engine to do, its block tables written; None when nothing runs."""
-        forced, sampled = [], []
+        forced: list[SequenceState] = []
+        sampled: list[SequenceState] = []
         for seq in self._running.values():
             if seq.n_past == self._recompute_at(seq):
                 self._recompute(seq)
@@ -212,7 +213,7 @@ class Scheduler:
     # -- inside
 
     def _end_finished(self, seqs: Iterable[SequenceState]) -> list[SequenceState]:
-        """End those that have their last token; of the others return the blocks they need no more."""
+        """End those that have their last token; of the others free the blocks they need no more."""
         ended = []
         for seq in seqs:
             if seq.n_out and seq.last_token < 0:
