@@ -28,7 +28,7 @@ from gguf.quants import quantize as gguf_quantize
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import plan
+from worker_orcd.models import ops, plan
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import mxfp4
@@ -77,8 +77,8 @@ def requantize(source: str | os.PathLike[str], target: str | os.PathLike[str], t
 def chosen_types(model: ModelFile, wanted: quants.QuantType) -> dict[str, quants.QuantType]:
     """The type of each tensor of the file to be written, by name, in the order of the input."""
     the_plan = plan.build(model)
-    kept = {op.weight for op in the_plan.ops if isinstance(op, plan.Route)}
-    kept |= {op.positions for op in the_plan.ops if isinstance(op, plan.Embed)}
+    kept = {op.weight for op in the_plan.ops if isinstance(op, ops.Route)}
+    kept |= {op.positions for op in the_plan.ops if isinstance(op, ops.Embed)}
     types = {}
     for name, info in model.tensors.items():
         weight = the_plan.weights.get(name)

@@ -46,6 +46,7 @@ int32_t Engine::add_vector(const uint8_t* data, int type, int64_t n) {
 }
 
 int32_t Engine::add_rope_table(const double* inv_freq, int32_t n, int32_t n_sets, double mscale) {
+    n_rope_sets_ = std::max(n_rope_sets_, n_sets);
     const size_t total = (size_t)n * (size_t)n_sets;
     for (size_t i = 0; i < rope_tables_.size(); ++i) {
         const RopeTable& t = rope_tables_[i];
@@ -200,10 +201,21 @@ bool Engine::copy_blocks(const BatchView& b, const int32_t* tables, BatchError* 
     return true;
 }
 
+bool Engine::check_rope_tables(const BatchView& b, BatchError* error) const {
+    for (int32_t r = 0; r < b.n_rows; ++r) {
+        const int32_t slot = b.slots[r], index = b.rope_tables[slot];
+        if (index < 0 || index >= n_rope_sets_)
+            return refuse(error, "rope_tables",
+                          "slot " + std::to_string(slot) + ": frequency table " + std::to_string(index) +
+                              " is not below " + std::to_string(n_rope_sets_));
+    }
+    return true;
+}
+
 bool Engine::prepare(const BatchView& b, const int32_t* tables, BatchError* error) {
     tokens_.clear();  // a refused batch leaves nothing that could be run
     output_indices_.clear();
-    if (!check_rows(b, error) || !copy_blocks(b, tables, error)) return false;
+    if (!check_rows(b, error) || !check_rope_tables(b, error) || !copy_blocks(b, tables, error)) return false;
     tokens_.assign(b.tokens, b.tokens + b.n_rows);
     positions_.assign(b.positions, b.positions + b.n_rows);
     slots_.assign(b.slots, b.slots + b.n_rows);

@@ -66,7 +66,7 @@ class Engine {
     int32_t add_matrix(const uint8_t* data, int type, int64_t n_in, int64_t n_out, int64_t row_bytes);
     // Copied; F32, F16 or BF16 (type ids 0, 1, 30).
     int32_t add_vector(const uint8_t* data, int type, int64_t n);
-    // `inv_freq` [n_sets][n]: for every sequence, or for short ones and for long ones.
+    // `inv_freq` [n_sets][n]: one set for every sequence, or one for each index in BatchView::rope_tables.
     int32_t add_rope_table(const double* inv_freq, int32_t n, int32_t n_sets, double mscale);
     void add_kv_group(const KvGroup& group);
     void add_layer(int32_t kv_group);  // the layer's place in its group is the order of adding
@@ -102,7 +102,7 @@ class Engine {
         Pages pages;
     };
     struct RopeTable {
-        std::vector<double> inv_freq;  // [1 or 2][n]
+        std::vector<double> inv_freq;  // [n_sets][n]
         size_t n;
         double mscale;
         std::vector<float> cos, sin;  // [max_batch_tokens][n]
@@ -133,6 +133,7 @@ class Engine {
     const float* vector(int32_t index) const { return index < 0 ? nullptr : vectors_[(size_t)index].data(); }
     bool check_rows(const BatchView& batch, BatchError* error) const;
     bool copy_blocks(const BatchView& batch, const int32_t* tables, BatchError* error);
+    bool check_rope_tables(const BatchView& batch, BatchError* error) const;
     void make_tiles();
     void fill_rope_tables() noexcept;
     // body(r0, r1) over ranges of rows, in parallel when there is work enough.
@@ -162,6 +163,7 @@ class Engine {
     std::vector<Matrix> matrices_;
     std::vector<std::vector<float>> vectors_;
     std::vector<RopeTable> rope_tables_;
+    int32_t n_rope_sets_ = 1;  // of the table with the most
     std::vector<Group> groups_;
     std::vector<Layer> layers_;
     std::vector<Op> ops_;

@@ -55,7 +55,7 @@ static inline int64_t kv_block_elements(int n_head_kv, int head_dim, int v_strid
 // Rows of one attention call that share the conversion of a key block.
 constexpr int kAttentionRows = 8;
 
-enum class Activation { kSilu, kGelu, kSwigluOai, kGeluTanh };
+enum class Activation { kSilu, kGeluTanh, kSwigluOai };
 
 struct Kernels {
     const char* name;

@@ -1,4 +1,4 @@
-// The plan as flat structs: what worker_orcd/models/plan.py's ops become when an engine is made.
+// The plan as flat structs: what the ops of worker_orcd/models/ops.py become when an engine is made.
 //
 // Field meanings are those of the ops of the same name there. Buffers, matrices, vectors and rotation tables are
 // indices into the engine's lists; -1 is none. Knows no Python and no kernel.

@@ -63,7 +63,6 @@ WO_INLINE F glu1(Activation kind, F g, F u) {
     switch (kind) {
         case Activation::kSilu:
             return mul(swish(g, g), u);
-        case Activation::kGelu:
         case Activation::kGeluTanh:
             return mul(gelu(g), u);
         case Activation::kSwigluOai:

@@ -19,9 +19,8 @@ cdef extern from "cpu/kernels.h" namespace "worker_orcd" nogil:
 
     cdef enum class Activation:
         kSilu
-        kGelu
-        kSwigluOai
         kGeluTanh
+        kSwigluOai
 
 
 cdef extern from "cpu/ops.h" namespace "worker_orcd" nogil:

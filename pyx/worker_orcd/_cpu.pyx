@@ -19,11 +19,11 @@ import numpy as np
 
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import InternalError, InvalidRequest
-from worker_orcd.models.plan import output_of
+from worker_orcd.models.ops import ACT_ACTIVATIONS, GLU_ACTIVATIONS, output_of
 from worker_orcd.gguf.quants import TYPES
 
-_ACTIVATIONS = {"silu": <int>Activation.kSilu, "gelu": <int>Activation.kGelu,
-                "swiglu_oai": <int>Activation.kSwigluOai, "gelu_tanh": <int>Activation.kGeluTanh}
+_ACTIVATIONS = {"silu": <int>Activation.kSilu, "gelu_tanh": <int>Activation.kGeluTanh,
+                "swiglu_oai": <int>Activation.kSwigluOai}
 _FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
 
 

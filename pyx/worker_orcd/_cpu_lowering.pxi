@@ -1,7 +1,7 @@
 # Lowering of a plan into the structs of csrc/cpu/ops.h: a part of _cpu.pyx, in a file of its own for its length.
 #
 # The kernels trust these structs, so every size they rely on is checked here: shapes against tensors, views against
-# buffers, rows against rows. Knows the ops of worker_orcd/models/plan.py by name; runs nothing.
+# buffers, rows against rows. The ops are those of worker_orcd/models/ops.py.
 
 cdef class _Lowering:
     """Turns the ops of a plan into the engine's flat structs, checking every size that the kernels rely on."""
@@ -164,14 +164,14 @@ cdef class _Lowering:
             self.require(all(rows(v) == "tokens" for v in same), f"{r.name}: rows")
         elif kind == "Glu":
             op.kind = OpKind.kGlu
-            self.require(r.kind in ("silu", "gelu", "swiglu_oai"), f"{r.name}: {r.kind}")
+            self.require(r.kind in GLU_ACTIVATIONS, f"{r.name}: {r.kind}")
             op.activation = _ACTIVATIONS[r.kind]
             op.inp, op.inp2 = self.view(r.gate, r.out.width, r.name), self.view(r.up, r.out.width, r.name)
             op.out = self.view(r.out, r.out.width, r.name)
             same = (r.gate, r.up, r.out)
         elif kind == "Act":
             op.kind = OpKind.kAct
-            self.require(r.kind == "gelu_tanh", f"{r.name}: {r.kind}")
+            self.require(r.kind in ACT_ACTIVATIONS, f"{r.name}: {r.kind}")
             op.activation = _ACTIVATIONS[r.kind]
             op.inp, op.out = self.view(r.inp, r.out.width, r.name), self.view(r.out, r.out.width, r.name)
             same = (r.inp, r.out)

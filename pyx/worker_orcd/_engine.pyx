@@ -18,7 +18,7 @@ from libcpp.vector cimport vector
 from worker_orcd.cuda import layout
 from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.cuda import expert_layout
-from worker_orcd.models import plan as plan_ops
+from worker_orcd.models import ops as plan_ops
 from worker_orcd.cuda.launches import Launches
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError

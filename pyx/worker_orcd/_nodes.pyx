@@ -151,7 +151,7 @@ cdef extern from "params/matmul_params.h" nogil:
 
 KINDS = {"rms": 0, "layer": 1}
 ROPE_TYPES = {"interleaved": 0, "neox": 1}
-GLUS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
+GLUS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 
 
 def decode_max_splits(int context_length, int window):

@@ -297,6 +297,7 @@ def test_bench_measures_what_was_asked(call, golden):
 
 def test_bytes_per_step_counts_what_is_read(goldens_dir):
     from worker_orcd.diagnose import bench
+    from worker_orcd.engine import kv_blocks
     from worker_orcd.gguf.model_file import ModelFile
     from worker_orcd.models import plan
 
@@ -307,7 +308,8 @@ def test_bytes_per_step_counts_what_is_read(goldens_dir):
         embedding = mf.tensors["token_embd.weight"]
         expected = all_weights - (0 if tied else embedding.nbytes - embedding.nbytes // embedding.shape[1])
         assert bench.bytes_per_step(p, mf, 1, 0) == expected
-        assert bench.bytes_per_step(p, mf, 2, 10) - bench.bytes_per_step(p, mf, 2, 0) == 20 * p.kv_bytes_per_token()
+        kv = bench.bytes_per_step(p, mf, 2, 10) - bench.bytes_per_step(p, mf, 2, 0)
+        assert kv == 20 * p.n_layer * kv_blocks.position_bytes(p)
     with ModelFile(goldens_dir / "gpt-oss-MXFP4.gguf") as mf:  # 4 of 8 experts
         p = plan.build(mf)
         experts = sum(mf.tensors[n].nbytes for n, w in p.weights.items() if w.kind.startswith("expert"))

@@ -19,7 +19,7 @@ from worker_orcd._cpu import CpuEngine
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError, WorkerError
-from worker_orcd.models import plan as P
+from worker_orcd.models.ops import Op, View
 
 
 @pytest.fixture
@@ -93,6 +93,29 @@ def test_bad_block_tables(engine):
         engine.block_tables.resize((1, 1, 1), refcheck=False)  # would free what the engine reads
 
 
+def test_bad_rope_tables(engine):
+    """An index outside the plan's frequency tables is refused before anything runs; of slots in the batch only."""
+    good = engine.forward(rows((1, 0, [1, 2, 3])))
+    for index in (2, -1, 2**31 - 1, -(2**31)):
+        engine.rope_tables[1] = index
+        for call in (engine.forward, engine.step):
+            with pytest.raises(InternalError, match=f"slot 1: frequency table {index} is not below 2") as e:
+                call(rows((0, 0, [1]), (1, 0, [1, 2, 3])))
+            assert e.value.fields["field"] == "rope_tables"
+        engine.forward(rows((0, 0, [1])))
+    engine.rope_tables[1] = 0
+    np.testing.assert_array_equal(engine.forward(rows((1, 0, [1, 2, 3]))), good)
+
+
+def test_a_plan_of_one_frequency_table_has_index_0_only(goldens_dir):
+    for name in ("llama-Q4_0", "gpt2-Q8_0"):  # one table, and no rotation
+        engine = open_engine(goldens_dir / f"{name}.gguf")
+        engine.rope_tables[0] = 1
+        with pytest.raises(InternalError, match="slot 0: frequency table 1 is not below 1"):
+            engine.forward(rows((0, 0, [1])))
+        engine.close()
+
+
 def test_no_outputs_and_arrays_of_other_integers(engine):
     sampled, logits = engine.step(rows((0, 0, [1, 2, 3]), out="none"), want_logits=True)
     assert sampled.shape == (0,) and logits.shape == (0, N_VOCAB)
@@ -140,13 +163,13 @@ def test_plans_that_do_not_fit_are_refused():
         with pytest.raises(InternalError, match="not consistent"):
             make_engine(mf, dataclasses.replace(plan, ops=ops))
 
-    view = P.View("x", 50, 60)
+    view = View("x", 50, 60)
     broken("q", out=view)
     broken("q", inp=view)
     broken("q", weight="kv.w")
     broken("q", bias="norm_rms.w")
-    broken("q", out=P.View("nowhere", 0, 120))
-    broken("embed", out=P.View("h", -1, 100))
+    broken("q", out=View("nowhere", 0, 120))
+    broken("embed", out=View("h", -1, 100))
     broken("rope_q", n_rot=14)
     broken("rope_q", n_head=7)
     broken("kv_write.0", layer=2)
@@ -156,14 +179,14 @@ def test_plans_that_do_not_fit_are_refused():
     broken("up_exps", n_expert=4)
     broken("down_exps", per_slot=False)
     broken("glu_silu", kind="relu")
-    broken("gather", inp=P.View("x_out", 0, 100))
-    broken("output_norm", out=P.View("h", 0, 100))
+    broken("gather", inp=View("x_out", 0, 100))
+    broken("output_norm", out=View("h", 0, 100))
     data = mf.data["q.w"]
     mf.data["q.w"] = data[:-2]
     with pytest.raises(InternalError, match=r"q\.w: 23998 bytes, 24000 wanted"):
         make_engine(mf, plan)
     mf.data["q.w"] = data
-    Strange = type("Strange", (P.Op,), {})
+    Strange = type("Strange", (Op,), {})
     with pytest.raises(InternalError, match="no op Strange"):
         make_engine(mf, dataclasses.replace(plan, ops=(*plan.ops, Strange("s"))))
 
@@ -247,7 +270,7 @@ def poisoned():
     table = np.frombuffer(mf.data["token_embd"], np.uint16).copy().reshape(N_VOCAB, 100)
     table[7, 3] = 0x7FC0
     mf.data["token_embd"] = table.tobytes()
-    ops = tuple(dataclasses.replace(op, weight="q.w", out=P.View("logits", 0, N_VOCAB)) if op.name == "logits" else op
+    ops = tuple(dataclasses.replace(op, weight="q.w", out=View("logits", 0, N_VOCAB)) if op.name == "logits" else op
                 for op in plan.ops)  # fmt: skip
     head = mf.add("head", "F32", 100, N_VOCAB)
     ops = tuple(dataclasses.replace(op, weight="head") if op.name == "logits" else op for op in ops)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import limits
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan as P
+from worker_orcd.models import registry
+from worker_orcd.models.ops import GLU_ACTIVATIONS, Glu, Op, output_of
 
 
 def error(ours: np.ndarray, exact: np.ndarray) -> float:
@@ -29,7 +33,7 @@ def compare(engine, oracle, plan, batches, ops):
         limit = limits.CPU_OP_NMSE_PAST_CACHE if kind == "Attention" else limit
         if op.name not in ops:
             continue
-        view = P.output_of(op)
+        view = output_of(op)
         columns = slice(view.offset, view.offset + view.width)
         exact = oracle.run(last.tokens, last.positions, last.slots, last.output_indices, op.name)[:, columns]
         ours = engine.forward(last, stop_after=op.name)
@@ -58,7 +62,7 @@ def test_every_record_at_odd_sizes(isa, monkeypatch):
     engine = make_engine(mf, plan, n_threads=2)
     assert engine.isa == isa
     compare(engine, NumpyEngine(mf, plan), plan, prompts(N_VOCAB), {op.name for op in plan.ops})
-    ops = {c.__name__ for c in P.Op.__subclasses__() if c.__module__ == P.__name__}
+    ops = {c.__name__ for c in Op.__subclasses__() if c.__module__ == Op.__module__}
     assert {type(op).__name__ for op in plan.ops} == ops
 
 
@@ -67,7 +71,7 @@ def test_slots_of_long_sequences_turn_by_the_long_frequencies():
     engine, oracle = make_engine(mf, plan, n_threads=2), NumpyEngine(mf, plan)
     plain = engine.forward(prompts(N_VOCAB)[0])
     engine.rope_tables[2] = 1
-    oracle.rope_tables.add(2)
+    oracle.rope_tables[2] = 1
     compare(engine, oracle, plan, prompts(N_VOCAB), {"rope_q", "rope_k", "attention.1", "logits"})
     long = engine.forward(prompts(N_VOCAB)[0])
     assert (plain[:70] == long[:70]).all() and (plain[71:] != long[71:]).any(axis=1).all()
@@ -91,6 +95,20 @@ def test_records_of_golden_models(name, goldens_dir):
         engine = make_engine(mf, plan)
         ops = {op.name for op in plan.ops if not op.name.startswith("blk.1.")}
         compare(engine, NumpyEngine(mf, plan), plan, [rows((0, 0, tokens[:30])), rows((0, 30, tokens[30:]))], ops)
+        engine.close()
+
+
+@pytest.mark.parametrize("act", GLU_ACTIVATIONS)
+def test_a_row_of_another_activation_is_a_flag(act, goldens_dir, monkeypatch):
+    """An activation has one name from the row to the kernel."""
+    monkeypatch.setitem(registry.ROWS, "qwen2", dataclasses.replace(registry.ROWS["qwen2"], act=act))
+    with np.load(goldens_dir / "qwen2-Q8_0.npz") as z:
+        tokens = z["tokens"][0]
+    with ModelFile(str(goldens_dir / "qwen2-Q8_0.gguf")) as mf:
+        plan = P.build(mf)
+        assert {op.kind for op in plan.ops if isinstance(op, Glu)} == {act}
+        engine = make_engine(mf, plan)
+        compare(engine, NumpyEngine(mf, plan), plan, [rows((0, 0, tokens))], {op.name for op in plan.ops})
         engine.close()
 
 

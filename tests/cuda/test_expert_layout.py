@@ -15,6 +15,7 @@ from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
+from worker_orcd.models.ops import Attention, ExpertMatMul
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = sorted(quants.TYPES)
@@ -96,10 +97,10 @@ def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
     alone = [op.name for op in lowering.lower(built, fuse=False)]
     assert alone == [op.name for op in built.ops]
     config = EngineConfig(4, 100, 256, tuple(16 for _ in built.kv_groups))
-    splits = {op.window: 4 for op in built.ops if isinstance(op, plan.Attention)}
+    splits = {op.window: 4 for op in built.ops if isinstance(op, Attention)}
     arena = memory.workspace_arena(built, config, splits, 4, {})
     sizes = dict(zip(arena.offsets, np.diff([*arena.offsets.values(), arena.nbytes]), strict=True))
-    down = next(op for op in built.ops if isinstance(op, plan.ExpertMatMul) and op.per_slot)
+    down = next(op for op in built.ops if isinstance(op, ExpertMatMul) and op.per_slot)
     type_id = built.weights[down.weight].type_id
     assert sizes["x_split"] >= 64 * down.n_used * layout.x_split_bytes(type_id, down.n_in)
     assert sizes["x_half"] >= 100 * down.n_used * layout.x_f16_bytes(type_id, down.n_in)

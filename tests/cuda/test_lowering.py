@@ -7,6 +7,7 @@ from helpers.fake_file import FakeFile
 
 from worker_orcd.cuda.lowering import MatMulGroup, RopeKv, lower
 from worker_orcd.models import plan
+from worker_orcd.models.ops import Add
 
 
 def test_llama_layer_becomes_eight_records():
@@ -31,7 +32,7 @@ def test_no_record_is_lost():
             seen += [r.name for r in (op.rope_q, op.rope_k, op.kv) if r]
         else:
             seen.append(op.name)
-    wanted = ["+" if isinstance(op, plan.Add) else op.name for op in p.ops]
+    wanted = ["+" if isinstance(op, Add) else op.name for op in p.ops]
     assert seen == wanted
 
 
@@ -44,7 +45,7 @@ def test_a_product_read_again_is_not_folded_into_the_residual():
     p = plan.build(FakeFile())
     ops = list(p.ops)
     at = next(i for i, op in enumerate(ops) if op.name == "blk.1.attn_residual")
-    spy = plan.Add("spy", ops[at].inp, p.ops[0].out)
+    spy = Add("spy", ops[at].inp, p.ops[0].out)
     changed = plan.Plan(**{**vars(p), "ops": (*ops[: at + 1], spy, *ops[at + 1 :])})
     group = next(op for op in lower(changed) if op.name == "blk.1.attn_output")
     assert not group.residual

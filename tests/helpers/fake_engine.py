@@ -37,7 +37,7 @@ class FakeEngine:
         self.never_stop = never_stop
         self.block_tables = np.full((len(groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
-        self.kv = [np.full((n, BLOCK_SIZE, 3), -1, np.int64) for n in config.n_blocks]  # (token, position, long)
+        self.kv = [np.full((n, BLOCK_SIZE, 3), -1, np.int64) for n in config.n_blocks]  # (token, position, rope table)
         self.history: dict[int, list[int]] = {}
         self.sampling: dict[int, SlotSampling] = {}
         self.calls: list[str] = []

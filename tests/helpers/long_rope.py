@@ -42,9 +42,10 @@ def write(source: Path, target: Path) -> Path:
 
 def exact_logits(model: ModelFile, ids: list[int]) -> np.ndarray:
     """float64 [n, n_vocab] of all positions of one sequence."""
-    oracle = NumpyEngine(model, plan.build(model))
-    if len(ids) > ORIG_CONTEXT:
-        oracle.rope_tables.add(0)
+    the_plan = plan.build(model)
+    assert the_plan.rope_limits == (ORIG_CONTEXT,)
+    oracle = NumpyEngine(model, the_plan)
+    oracle.rope_tables[0] = 1 if len(ids) > ORIG_CONTEXT else 0
     n = len(ids)
     return oracle.run(ids, np.arange(n), np.zeros(n, int), np.arange(n))
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from helpers.fake_file import FakeFile
 
+from worker_orcd.engine import kv_blocks
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import arch, plan
+from worker_orcd.models import plan, registry
+from worker_orcd.models.ops import MatMul, Rope, View
 
 GOLDENS = [
     "llama-Q4_0", "llama-Q4_K_M", "qwen2-Q8_0", "phi3-Q8_0", "phi3-swa-Q8_0", "gpt2-Q8_0", "gpt-oss-MXFP4",
@@ -22,9 +24,10 @@ def test_plan_of_llama_names_every_record_once():
     names = [op.name for op in p.ops]
     assert len(names) == len(set(names))
     assert names[0] == "embed" and names[-1] == "logits"
-    assert isinstance(p.ops[-1], plan.MatMul) and p.ops[-1].weight == "token_embd.weight"
+    assert p.rope_limits == () and p.rope_table(1 << 20) == 0
+    assert isinstance(p.ops[-1], MatMul) and p.ops[-1].weight == "token_embd.weight"
     assert p.kv_groups == (plan.KvGroup(0, (0, 1)),)
-    assert p.kv_bytes_per_token() == 2 * 2 * 32 * 2
+    assert kv_blocks.position_bytes(p) == 2 * 32 * 2
 
 
 @pytest.mark.goldens
@@ -34,7 +37,7 @@ def test_every_view_lies_in_its_buffer(name, goldens_dir):
         p = plan.build(mf)
     for op in p.ops:
         for value in vars(op).values():
-            if isinstance(value, plan.View):
+            if isinstance(value, View):
                 assert value.offset >= 0 and value.offset + value.width <= p.buffers[value.buf].width
 
 
@@ -95,11 +98,11 @@ def test_unsupported_architecture_is_named_with_those_supported():
 
 
 def test_rope_scaling_formulas():
-    linear = arch.hparams(FakeFile(rope__scaling__type="linear", rope__scaling__factor=4.0))
-    plain = arch.hparams(FakeFile())
+    linear = registry.hparams_of(FakeFile(rope__scaling__type="linear", rope__scaling__factor=4.0))
+    plain = registry.hparams_of(FakeFile())
     assert np.allclose(np.array(plain.inv_freq) / 4, linear.inv_freq)
     assert plain.inv_freq[1] == pytest.approx(10000 ** (-2 / 16))
-    yarn = arch.hparams(FakeFile(rope__scaling__type="yarn", rope__scaling__factor=32.0,
+    yarn = registry.hparams_of(FakeFile(rope__scaling__type="yarn", rope__scaling__factor=32.0,
                                  rope__scaling__original_context_length=64))  # fmt: skip
     assert yarn.rope_mscale == pytest.approx(0.1 * math.log(32) + 1)
     assert yarn.inv_freq[-1] == pytest.approx(plain.inv_freq[-1] / 32)
@@ -111,22 +114,12 @@ def test_gpt_oss_yarn_range_is_not_rounded():
                   expert_feed_forward_length=32, rope__freq_base=150000.0, context_length=131072,
                   rope__scaling__type="yarn", rope__scaling__factor=32.0,
                   rope__scaling__original_context_length=4096)  # fmt: skip
-    hp = arch.hparams(mf)
+    hp = registry.hparams_of(mf)
     base = [150000 ** (-2 * p / 64) for p in range(32)]
     ramp = [(b - f) / (b - b / 32) for b, f in zip(base, hp.inv_freq, strict=True)]
     assert ramp[8] == 0 and ramp[9] == pytest.approx((9 - 8.0928) / (17.3980 - 8.0928), abs=1e-4)
     assert ramp[17] == pytest.approx((17 - 8.0928) / (17.3980 - 8.0928), abs=1e-4) and ramp[18] == pytest.approx(1)
     assert hp.rope_mscale == pytest.approx(1.34657, abs=1e-5)
-
-
-def test_weight_bytes_per_token_counts_used_experts_and_one_embedding_row(goldens_dir):
-    with ModelFile(str(goldens_dir / "gpt-oss-MXFP4.gguf")) as mf:
-        p = plan.build(mf)
-        sizes = {n: t.nbytes for n, t in mf.tensors.items()}
-    experts = sum(sizes[n] for n, w in p.weights.items() if w.kind == "experts")
-    embd = sizes["token_embd.weight"]
-    whole = sum(sizes[n] for n in p.weights)
-    assert p.weight_bytes_per_token(sizes) == pytest.approx(whole - experts / 2 - embd * (1 - 1 / 512), abs=2)
 
 
 def phi3_long(context: int = 131072, original: int = 4096) -> FakeFile:
@@ -147,12 +140,14 @@ def phi3_long(context: int = 131072, original: int = 4096) -> FakeFile:
 
 def test_long_rope_has_frequencies_for_short_and_for_long_sequences():
     """LongRoPE: per-pair divisors, and cos and sin times sqrt(1 + ln(131072/4096) / ln(4096))."""
-    hp, the_plan = arch.hparams(phi3_long()), plan.build(phi3_long())
+    hp, the_plan = registry.hparams_of(phi3_long()), plan.build(phi3_long())
     assert hp.inv_freq[1] == pytest.approx(10000 ** (-2 / 16))
     assert np.allclose(np.array(hp.inv_freq) / 2, hp.inv_freq_long)
     assert hp.rope_mscale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
     assert the_plan.rope_orig_context == hp.rope_orig_context == 4096
-    turns = {(op.inv_freq, op.inv_freq_long) for op in the_plan.ops if isinstance(op, plan.Rope)}
+    assert [the_plan.rope_table(n) for n in (1, 4096, 4097, 131072)] == [0, 0, 1, 1]
+    assert the_plan.rope_limits == (4096,)
+    turns = {(op.inv_freq, op.inv_freq_long) for op in the_plan.ops if isinstance(op, Rope)}
     assert turns == {(hp.inv_freq, hp.inv_freq_long)}
     assert [op.out.width for op in the_plan.ops if op.name == "blk.0.attn_qkv"] == [128]
 
@@ -161,8 +156,8 @@ def test_long_rope_divisors_must_be_there_and_positive():
     mf = phi3_long()
     del mf.tensors["rope_factors_short.weight"]
     with pytest.raises(ModelLoadError, match="rope_factors_short"):
-        arch.hparams(mf)
+        registry.hparams_of(mf)
     mf = phi3_long()
     mf.data["rope_factors_long.weight"] = np.zeros(8, np.float32).tobytes()
     with pytest.raises(ModelLoadError, match="rope_factors_long"):
-        arch.hparams(mf)
+        registry.hparams_of(mf)

@@ -11,7 +11,8 @@ from collections import defaultdict
 import gguf
 import numpy as np
 
-from worker_orcd.models import plan as P
+from worker_orcd.models.ops import View, output_of
+from worker_orcd.models.plan import Plan
 
 
 def dequantize(info, data) -> np.ndarray:
@@ -39,10 +40,10 @@ def sigmoid(x):
 class NumpyEngine:
     """Interprets `plan` over ragged batches. `run` returns the buffer of `stop_after`, or the logits."""
 
-    def __init__(self, model_file, plan: P.Plan, kv_dtype=np.float16) -> None:
+    def __init__(self, model_file, plan: Plan, kv_dtype=np.float16) -> None:
         self.mf, self.plan, self.kv_dtype = model_file, plan, kv_dtype
         self.weights: dict[str, np.ndarray] = {}
-        self.rope_tables: set[int] = set()  # slots whose sequences are longer than plan.rope_orig_context
+        self.rope_tables: dict[int, int] = defaultdict(int)  # slot -> index of its frequency table
         self.kv = defaultdict(dict)  # (layer, slot) -> {position: (k, v)} each [n_head_kv, head_dim]
 
     def w(self, name: str) -> np.ndarray:
@@ -59,12 +60,12 @@ class NumpyEngine:
         for op in self.plan.ops:
             getattr(self, type(op).__name__.lower())(op)
             if op.name == stop_after:
-                return self.buf[P.output_of(op).buf]
+                return self.buf[output_of(op).buf]
         if stop_after is not None:
             raise KeyError(stop_after)
         return self.buf["logits"]
 
-    def get(self, v: P.View) -> np.ndarray:
+    def get(self, v: View) -> np.ndarray:
         return self.buf[v.buf][:, v.offset : v.offset + v.width]
 
     def embed(self, op):
@@ -91,10 +92,8 @@ class NumpyEngine:
 
     def rope(self, op):
         x = self.get(op.x).reshape(-1, op.n_head, op.head_dim)
-        inv_freq = [
-            op.inv_freq_long if op.inv_freq_long and int(slot) in self.rope_tables else op.inv_freq
-            for slot in self.slots
-        ]
+        tables = (op.inv_freq, op.inv_freq_long or op.inv_freq)
+        inv_freq = [tables[self.rope_tables[int(slot)]] for slot in self.slots]
         angle = self.pos[:, None] * np.asarray(inv_freq)
         cos, sin = (f(angle)[:, None] * op.mscale for f in (np.cos, np.sin))
         n = op.n_rot
@@ -132,7 +131,7 @@ class NumpyEngine:
         g, u = self.get(op.gate), self.get(op.up)
         if op.kind == "silu":
             y = g * sigmoid(g) * u
-        elif op.kind == "gelu":
+        elif op.kind == "gelu_tanh":
             y = gelu_tanh(g) * u
         else:  # swiglu_oai
             g, u = np.minimum(g, 7), np.clip(u, -7, 7)

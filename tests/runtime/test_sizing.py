@@ -130,7 +130,7 @@ def test_a_limit_is_for_a_gpu(gpt_oss):
 def test_sliding_layers_keep_their_window_only(gpt_oss):
     full, sliding = 128, 4
     assert [g.window for g in gpt_oss.kv_groups] == [0, 128]
-    assert [kv_blocks.reservation(g, 8192) for g in gpt_oss.kv_groups] == [full, sliding]
+    assert [kv_blocks.blocks_needed(g, 8192) for g in gpt_oss.kv_groups] == [full, sliding]
     per_block = kv_blocks.block_bytes(gpt_oss)
     assert per_block == (12 * 64 * 2 * 8 * 64 * 2,) * 2
     for seqs in (1, 4):

@@ -10,11 +10,12 @@ from helpers.fake_engine import STOP_ID, FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker_orcd.engine.kv_blocks import blocks_of, blocks_within, reservation, window_blocks
+from worker_orcd.engine.kv_blocks import blocks_needed, blocks_of, blocks_within, window_blocks
 from worker_orcd.engine.protocol import EngineConfig, SlotSampling
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup, Plan
-from worker_orcd.serving.scheduler import DecodeWork, LogitsWork, Scheduler, SequenceState, StepWork
+from worker_orcd.serving.scheduler import Scheduler
+from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
 
 FULL = KvGroup(0, (0,))
 
@@ -38,7 +39,7 @@ class Control:
 
 
 def make(
-    max_seqs=4, max_batch_tokens=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, rope_orig_context=0
+    max_seqs=4, max_batch_tokens=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, rope_limits=()
 ):
     config = EngineConfig(max_seqs, max_batch_tokens, context, n_blocks)
     engine = FakeEngine(config, groups, never_stop=never_stop)
@@ -48,7 +49,7 @@ def make(
         engine.block_tables,
         [STOP_ID],
         rope_tables=engine.rope_tables,
-        rope_orig_context=rope_orig_context,
+        rope_limits=rope_limits,
     ), engine
 
 
@@ -139,8 +140,8 @@ def test_running_sequences_go_first_and_prompts_fill_the_rest():
     scheduler.add(sequence(3, 3, 4))
     for n_second, n_third in ((15, 0), (15, 0), (10, 3)):
         work, _ = run(scheduler, engine)
-        assert work.batch.n_decode == 1 and work.rows[0][0].seq_id == 1
-        assert [n for _, n in work.rows[1:]] == [n for n in (n_second, n_third) if n]
+        assert work.batch.n_decode == 1 and work.chunks[0][0].seq_id == 1
+        assert [n for _, n in work.chunks[1:]] == [n for n in (n_second, n_third) if n]
     assert [s.seq_id for s in work.outputs] == [1, 2, 3]
 
 
@@ -227,7 +228,7 @@ def test_windowed_group_returns_what_fell_out_of_the_window(window):
         max_batch_tokens=96, context=1024, n_blocks=(need, 16), groups=(group, FULL), never_stop=True
     )
     seq = sequence(1, 500, 400)
-    assert reservation(group, seq.n_positions) == need
+    assert blocks_needed(group, seq.n_positions) == need
     scheduler.add(seq)
     most = 0
     while run(scheduler, engine)[0] is not None:
@@ -330,14 +331,12 @@ def test_window_blocks_cover_every_alignment(window, n_past):
     assert blocks_of(n_past + 64) - first <= window_blocks(window)
 
 
-# -- LongRoPE: sequences that become long
+# -- frequency tables by length: sequences that grow past a limit
 
 
-def drawn(prompt, max_tokens, rope_orig_context, groups=(FULL,), n_blocks=(64,), others=0):
+def drawn(prompt, max_tokens, rope_limits, groups=(FULL,), n_blocks=(64,), others=0):
     """The ids that a sequence gets beside `others`; the engine checks at each step what every row sees."""
-    scheduler, engine = make(
-        max_seqs=8, groups=groups, n_blocks=n_blocks, never_stop=True, rope_orig_context=rope_orig_context
-    )
+    scheduler, engine = make(max_seqs=8, groups=groups, n_blocks=n_blocks, never_stop=True, rope_limits=rope_limits)
     seq = SequenceState(100, np.array(prompt, np.int32), max_tokens, sampling())
     for i in range(others):
         scheduler.add(sequence(i, 20 + 30 * i, 60))
@@ -345,8 +344,7 @@ def drawn(prompt, max_tokens, rope_orig_context, groups=(FULL,), n_blocks=(64,),
     ids = []
     while seq.ended is None:
         run(scheduler, engine, {100: ids})
-        assert {s.slot for s in scheduler.running if s.long} == set(np.flatnonzero(engine.rope_tables)) & {
-            s.slot for s in scheduler.running}  # fmt: skip
+        assert all(s.rope_table == engine.rope_tables[s.slot] for s in scheduler.running)
     assert seq.ended == "length" and seq.n_out == len(ids) == max_tokens
     while scheduler.running or scheduler.n_waiting:
         run(scheduler, engine)
@@ -356,28 +354,38 @@ def drawn(prompt, max_tokens, rope_orig_context, groups=(FULL,), n_blocks=(64,),
 
 @pytest.mark.parametrize("others", [0, 4])
 @pytest.mark.parametrize("groups", [(FULL,), (KvGroup(48, (0,)),), (FULL, KvGroup(48, (1,)))])
-def test_a_sequence_that_grows_long_is_computed_anew_by_the_long_frequencies(groups, others):
-    """Until then it is a short one, afterwards what a long one with the same tokens is; its neighbours see nothing."""
-    n_blocks, prompt, rope_orig_context = (64,) * len(groups), [3, 1, 4, 1, 5] * 14, 100
-    ids = drawn(prompt, 80, rope_orig_context, groups, n_blocks, others)
-    n_short = rope_orig_context - len(prompt) + 1
-    assert ids[:n_short] == drawn(prompt, n_short, 0, groups, n_blocks)
-    assert ids[n_short:] == drawn(prompt + ids[:n_short], 80 - n_short, rope_orig_context, groups, n_blocks)
-    assert ids[n_short:] != drawn(prompt + ids[:n_short], 80 - n_short, 0, groups, n_blocks)
+def test_a_sequence_that_grows_past_a_limit_is_recomputed_under_the_next_table(groups, others):
+    """Until then it is as without a limit, afterwards what a prompt of the same tokens is; neighbours see nothing."""
+    n_blocks, prompt, limits = (64,) * len(groups), [3, 1, 4, 1, 5] * 14, (100,)
+    ids = drawn(prompt, 80, limits, groups, n_blocks, others)
+    n_before = limits[0] - len(prompt) + 1
+    assert ids[:n_before] == drawn(prompt, n_before, (), groups, n_blocks)
+    assert ids[n_before:] == drawn(prompt + ids[:n_before], 80 - n_before, limits, groups, n_blocks)
+    assert ids[n_before:] != drawn(prompt + ids[:n_before], 80 - n_before, (), groups, n_blocks)
+
+
+@pytest.mark.parametrize("limits", [(80, 120), (99, 100), (64, 128)])
+def test_a_sequence_can_grow_past_several_limits(limits):
+    prompt = [3, 1, 4, 1, 5] * 12
+    ids = drawn(prompt, 90, limits)
+    for low, high in ((0, limits[0]), limits, (limits[1], 150)):
+        known = max(low + 1 - len(prompt), 0)
+        until = min(high + 1 - len(prompt), 90)
+        assert ids[known:until] == drawn(prompt + ids[:known], until - known, limits)
 
 
 @pytest.mark.parametrize("n_prompt", [98, 99, 100, 101, 102])
 @pytest.mark.parametrize("max_tokens", [1, 2, 3])
 def test_what_a_sequence_gets_does_not_depend_on_how_long_it_might_become(n_prompt, max_tokens):
     prompt = [i % 48 + 1 for i in range(n_prompt)]
-    assert drawn(prompt, max_tokens, 100) == drawn(prompt, 30, 100)[:max_tokens]
+    assert drawn(prompt, max_tokens, (100,)) == drawn(prompt, 30, (100,))[:max_tokens]
 
 
-def test_a_teacher_forced_sequence_is_long_by_its_length():
-    scheduler, engine = make(rope_orig_context=100)
+def test_a_teacher_forced_sequence_takes_the_table_of_its_length():
+    scheduler, engine = make(rope_limits=(100,))
     for seq_id, n in ((1, 100), (2, 101)):
         scheduler.add(sequence(seq_id, n, 0))
     scheduler.admit()
-    assert [(s.seq_id, s.long) for s in scheduler.running] == [(1, False), (2, True)]
+    assert [(s.seq_id, s.rope_table) for s in scheduler.running] == [(1, 0), (2, 1)]
     while scheduler.running:
         run(scheduler, engine)

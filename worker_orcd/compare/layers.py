@@ -1,7 +1,7 @@
-"""Activations after each layer of a model, through the engine alone: no tokenizer, no scheduler.
+"""Activations after each layer of a model, from the engine alone.
 
 An engine is stopped after the op that ends a layer and gives the residual stream. Each op is a run of its own
-from the first one on, so the cost grows with the square of the number of layers: short prompts, and few.
+from the first one on, so the cost grows with the square of the number of layers: only the first tokens of few prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig
+from worker_orcd.engine.kv_blocks import blocks_of
+from worker_orcd.engine.protocol import Batch, Engine, EngineConfig
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices
@@ -37,7 +38,7 @@ def open_engine(
         device: a resolved device.
     """
     the_plan = plan.build(model_file)
-    per_sequence = -(-n_positions // BLOCK_SIZE)
+    per_sequence = blocks_of(n_positions)
     config = EngineConfig(1, max(n_positions, 1), n_positions, tuple(per_sequence for _ in the_plan.kv_groups))
     engine = devices.open_engine(
         device, model_file, the_plan, config, n_threads=n_threads, chunk_bytes=1 << 20, progress=lambda done: None
@@ -65,7 +66,7 @@ def layer_activations(
     with open_engine(model_file, device, max(map(len, cut)), n_threads) as (engine, the_plan):
         for ids in cut:
             n = len(ids)
-            engine.rope_tables[0] = 0 < the_plan.rope_orig_context < n
+            engine.rope_tables[0] = the_plan.rope_table(n)
             batch = Batch(ids, np.arange(n, dtype=np.int32), np.zeros(n, np.int32), 0, np.array([n - 1], np.int32))
             for op in layer_ops(the_plan):
                 found.setdefault(op, []).append(engine.forward(batch, op))

@@ -29,7 +29,7 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import arch, plan
+from worker_orcd.models import hparams, plan, registry
 from worker_orcd.runtime import devices
 from worker_orcd.runtime.llm import LLM
 from worker_orcd.serving.job import Completion
@@ -126,7 +126,7 @@ def check_same_model(a: ModelFile, b: ModelFile, own_vocabulary: bool = True) ->
 
     if a.arch != b.arch:
         raise different("architecture", a.arch, b.arch)
-    hp_a, hp_b = arch.hparams(a), arch.hparams(b)
+    hp_a, hp_b = registry.hparams_of(a), registry.hparams_of(b)
     for f in dataclasses.fields(hp_a):
         if getattr(hp_a, f.name) != getattr(hp_b, f.name):
             raise different(f.name, getattr(hp_a, f.name), getattr(hp_b, f.name))
@@ -164,7 +164,7 @@ def _check_same_vocabulary(a: ModelFile, b: ModelFile, different: Callable[..., 
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, arch.Arch):
+    if isinstance(value, hparams.Arch):
         return value.name
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

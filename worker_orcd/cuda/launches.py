@@ -22,7 +22,8 @@ from worker_orcd.cuda import expert_layout, layout, memory
 from worker_orcd.cuda.lowering import RopeKv
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
-from worker_orcd.models.plan import Op, Plan, View
+from worker_orcd.models.ops import Op, View
+from worker_orcd.models.plan import Plan
 
 #: rotary frequency table -> its number in the weights arena
 Tables = dict[tuple[float, ...], int]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker_orcd.models.plan import Add, ExpertMatMul, KvWrite, MatMul, Op, Plan, Rope, View
+from worker_orcd.models.ops import Add, ExpertMatMul, KvWrite, MatMul, Op, Rope, View
+from worker_orcd.models.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from worker_orcd.cuda import expert_layout, layout
-from worker_orcd.engine.protocol import BLOCK_SIZE, EngineConfig
-from worker_orcd.models.plan import Attention, ExpertMatMul, MatMul, Op, Plan, Rope, Route, Weight
+from worker_orcd.engine import kv_blocks
+from worker_orcd.engine.protocol import EngineConfig
+from worker_orcd.models.ops import Attention, ExpertMatMul, MatMul, Op, Rope, Route, Weight
+from worker_orcd.models.plan import Plan
 
 ALIGN = 256
 #: most rows of one matvec launch, and of the output rows of one pass
@@ -67,7 +69,7 @@ def inv_freq_tables(plan: Plan) -> dict[int, tuple[float, ...]]:
 
 def kv_block_bytes(plan: Plan) -> int:
     """float16 K and V of one block of one layer."""
-    return 2 * plan.n_head_kv * plan.head_dim * BLOCK_SIZE * 2
+    return kv_blocks.layer_block_bytes(plan)
 
 
 def kv_arena(plan: Plan, config: EngineConfig) -> Arena:

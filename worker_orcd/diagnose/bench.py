@@ -23,7 +23,7 @@ from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig,
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
-from worker_orcd.models import plan
+from worker_orcd.models import ops, plan
 from worker_orcd.runtime import devices, sizing
 
 #: tokens of one call of the decode loop; the ring is emptied between calls
@@ -304,19 +304,18 @@ def bytes_per_step(the_plan: plan.Plan, model_file: ModelFile, batch: int, posit
     n_bytes = {name: model_file.tensors[name].nbytes for name in the_plan.weights}
     shares: dict[str, float] = {}
     for op in the_plan.ops:
-        if isinstance(op, plan.ExpertMatMul):
+        if isinstance(op, ops.ExpertMatMul):
             chosen = 1 - (1 - op.n_used / op.n_expert) ** batch
             shares.update({name: chosen for name in (op.weight, op.bias) if name is not None})
-    multiplied = {op.weight for op in the_plan.ops if isinstance(op, plan.MatMul)}
+    multiplied = {op.weight for op in the_plan.ops if isinstance(op, ops.MatMul)}
     for op in the_plan.ops:
-        if isinstance(op, plan.Embed):
+        if isinstance(op, ops.Embed):
             for table in (op.weight, op.positions):
                 if table is not None and table not in multiplied:
                     shares[table] = min(1.0, batch / model_file.tensors[table].shape[1])
     weights = sum(n * shares.get(name, 1.0) for name, n in n_bytes.items())
-    per_layer = the_plan.kv_bytes_per_token() / the_plan.n_layer
     kv = sum(len(g.layers) * (min(position, g.window) if g.window else position) for g in the_plan.kv_groups)
-    return int(weights + batch * per_layer * kv)
+    return int(weights + batch * kv_blocks.position_bytes(the_plan) * kv)
 
 
 def measure_bandwidth(engine: Engine, device: str, n_threads: int) -> float | None:

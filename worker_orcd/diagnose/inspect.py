@@ -17,7 +17,7 @@ from worker_orcd.errors import WorkerError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.digests import part_digests
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import arch, plan
+from worker_orcd.models import hparams, plan, registry
 from worker_orcd.runtime import devices
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
@@ -125,7 +125,7 @@ def _tokenizer(mf: ModelFile, override: str | None) -> dict[str, Any]:
 
 def _told_plan(mf: ModelFile) -> dict[str, Any]:
     try:
-        hp = arch.hparams(mf)
+        hp = registry.hparams_of(mf)
         the_plan = plan.build(mf)
     except WorkerError as error:
         reason = {"error": error.message}
@@ -133,7 +133,7 @@ def _told_plan(mf: ModelFile) -> dict[str, Any]:
     return {"hparams": _hparams(hp), "plan": _plan(the_plan), "memory": _memory(mf, the_plan)}
 
 
-def _hparams(hp: arch.HParams) -> dict[str, Any]:
+def _hparams(hp: hparams.HParams) -> dict[str, Any]:
     values = {f.name: getattr(hp, f.name) for f in dataclasses.fields(hp)}
     return {k: v for k, v in values.items() if isinstance(v, int | float | str) or v is None}
 
@@ -155,10 +155,10 @@ def _plan(p: plan.Plan) -> dict[str, Any]:
 def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
     """What running it takes: weights, KV cache of 1,000 positions and of a full context, activations of one row."""
     blocks = kv_blocks.block_bytes(p)
-    full = sum(kv_blocks.reservation(g, p.context_length) * b for g, b in zip(p.kv_groups, blocks, strict=True))
+    full = sum(kv_blocks.blocks_needed(g, p.context_length) * b for g, b in zip(p.kv_groups, blocks, strict=True))
     return {
         "weight_bytes": sum(mf.tensors[name].nbytes for name in p.weights),
-        "kv_bytes_per_1k_tokens": 1000 * p.kv_bytes_per_token(),
+        "kv_bytes_per_1k_tokens": 1000 * p.n_layer * kv_blocks.position_bytes(p),
         "kv_bytes_full_context": full,
         "activation_bytes_per_row": sum(4 * b.width for b in p.buffers.values()),
         "vram_plan": _told(lambda: _vram_plan(p)),
@@ -168,7 +168,7 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
 def _vram_plan(p: plan.Plan) -> dict[str, Any]:
     """What a GPU must have free for `VRAM_SEQS` sequences and a KV cache of one full context."""
     context = min(p.context_length, p.max_positions or p.context_length)
-    blocks = tuple(kv_blocks.reservation(g, context) for g in p.kv_groups)
+    blocks = tuple(kv_blocks.blocks_needed(g, context) for g in p.kv_groups)
     rows = devices.default_max_rows("cuda:0", VRAM_SEQS)
     return devices.vram_plan(p, EngineConfig(VRAM_SEQS, rows, context, blocks)).to_dict()
 

@@ -1,8 +1,7 @@
-"""Blocks of the paged KV cache: who owns which, how many a sequence can need, and how many a budget of bytes buys.
+"""Blocks of the paged KV cache: which are in use, how many a sequence can need, their bytes, what a budget buys.
 
 A block holds `BLOCK_SIZE` positions of all layers of one KV group. A group without a window keeps every position; a
 group with a window W keeps only what a later query may still read: the query at position q reads keys from q - W + 1.
-This module moves numbers only: it knows no tensor, no engine and no scheduler.
 """
 
 from __future__ import annotations
@@ -10,29 +9,67 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from worker_orcd.engine.protocol import BLOCK_SIZE
+from worker_orcd.errors import InternalError
 from worker_orcd.models.plan import KvGroup, Plan
 
 
 class BlockPool:
-    """The blocks of one KV group, 0 .. n_blocks-1, each either free or owned by one sequence."""
+    """The blocks of one KV group, 0 .. n_blocks-1, each with a count of its owners; 0: it is free."""
 
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
         # a stack: the block freed last is used first, so that memory never touched stays untouched
         self._free = list(range(n_blocks - 1, -1, -1))
+        self._n_owners = [0] * n_blocks
 
     @property
     def n_free(self) -> int:
         """Blocks nobody owns."""
         return len(self._free)
 
-    def take(self) -> int:
-        """A free block, now owned by the caller. The reservations of the scheduler see to it that there is one."""
-        return self._free.pop()
+    def n_owners(self, block: int) -> int:
+        """Owners of a block; 0: it is free.
 
-    def give(self, block: int) -> None:
-        """Return an owned block."""
-        self._free.append(block)
+        Raises:
+            InternalError: the pool has no such block.
+        """
+        if not 0 <= block < self.n_blocks:
+            raise InternalError(f"KV block {block} is not one of the {self.n_blocks} of its pool")
+        return self._n_owners[block]
+
+    def allocate(self) -> int:
+        """A free block, now owned by the caller alone. What the scheduler has set aside sees to it that there is one.
+
+        Raises:
+            InternalError: no block is free.
+        """
+        if not self._free:
+            raise InternalError(f"all {self.n_blocks} KV blocks of the pool are in use")
+        block = self._free.pop()
+        self._n_owners[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """Count one more owner of a block in use; each frees it once.
+
+        Raises:
+            InternalError: the block is free, or there is none of that number.
+        """
+        if not self.n_owners(block):
+            raise InternalError(f"KV block {block} is free and cannot be shared")
+        self._n_owners[block] += 1
+
+    def free(self, block: int) -> None:
+        """Give up a block; it is free when its last owner does.
+
+        Raises:
+            InternalError: the block is free already, or there is none of that number.
+        """
+        if not self.n_owners(block):
+            raise InternalError(f"KV block {block} is freed twice")
+        self._n_owners[block] -= 1
+        if not self._n_owners[block]:
+            self._free.append(block)
 
 
 def blocks_of(n_positions: int) -> int:
@@ -48,7 +85,7 @@ def window_blocks(window: int) -> int:
     return (window - 1 + BLOCK_SIZE + BLOCK_SIZE - 2) // BLOCK_SIZE + 1
 
 
-def reservation(group: KvGroup, n_positions: int) -> int:
+def blocks_needed(group: KvGroup, n_positions: int) -> int:
     """Blocks of `group` set aside for a sequence that will reach `n_positions`."""
     return min(blocks_of(n_positions), window_blocks(group.window)) if group.window else blocks_of(n_positions)
 
@@ -58,9 +95,19 @@ def first_kept(group: KvGroup, n_past: int) -> int:
     return max(n_past - group.window + 1, 0) // BLOCK_SIZE if group.window else 0
 
 
+def layer_block_bytes(plan: Plan) -> int:
+    """Bytes of one block in one layer: float16 K and V of every KV head."""
+    return BLOCK_SIZE * plan.n_head_kv * 2 * plan.head_dim * 2
+
+
 def block_bytes(plan: Plan) -> tuple[int, ...]:
-    """Bytes of one block of each KV group: float16 K and V of its layers."""
-    return tuple(BLOCK_SIZE * len(g.layers) * 2 * plan.n_head_kv * plan.head_dim * 2 for g in plan.kv_groups)
+    """Bytes of one block of each KV group, in all its layers."""
+    return tuple(len(g.layers) * layer_block_bytes(plan) for g in plan.kv_groups)
+
+
+def position_bytes(plan: Plan) -> int:
+    """Bytes of one position in one layer."""
+    return layer_block_bytes(plan) // BLOCK_SIZE
 
 
 def blocks_within(
@@ -73,7 +120,7 @@ def blocks_within(
     no block of each group.
     """
     sizes = block_bytes(plan)
-    one = [reservation(g, context_length) for g in plan.kv_groups]
+    one = [blocks_needed(g, context_length) for g in plan.kv_groups]
     most = [max_seqs * n for n in one]
     for i, group in enumerate(plan.kv_groups):
         if group.window:

@@ -1,10 +1,9 @@
 """What every engine offers to the scheduler: the ragged step and the decode loop over a paged KV cache.
 
-`_cpu.CpuEngine` and `_engine.CudaEngine` implement this protocol. This module knows neither of them, no kernel, no
-tokenizer and no HTTP.
+`_cpu.CpuEngine` and `_engine.CudaEngine` implement this protocol.
 
 A *slot* is the place of one running sequence in the engine (0 .. max_seqs-1): its sampling state and its rows of the
-block tables. Blocks of `block_size` positions come from one pool per KV group of the plan; who owns which block is the
+block tables. Blocks of `BLOCK_SIZE` positions come from one pool per KV group of the plan; who owns which block is the
 scheduler's business, the engine only reads the tables.
 """
 
@@ -25,7 +24,7 @@ class EngineConfig:
 
     Attributes:
         max_seqs: slots.
-        max_batch_tokens: rows of one step (prompt tokens and running sequences together), at least max_seqs.
+        max_batch_tokens: tokens of one step (of prompts and of running sequences together), at least max_seqs.
         context_length: positions a sequence may reach.
         n_blocks: blocks of the pool of each KV group of the plan.
     """
@@ -60,14 +59,14 @@ class SlotSampling:
 
 @dataclass
 class Batch:
-    """The rows of one step, grouped by sequence, positions ascending within one.
+    """The tokens of one step, grouped by sequence, positions ascending within one; each is a row of every activation.
 
     Attributes:
-        tokens: int32 [n_rows].
-        positions: int32 [n_rows].
-        slots: int32 [n_rows].
-        n_decode: the first `n_decode` rows are the next token of running sequences, the rest are prompt rows.
-        output_indices: int32 [n_out], ascending: rows whose next token (or logits) is wanted.
+        tokens: int32 [n_tokens].
+        positions: int32 [n_tokens].
+        slots: int32 [n_tokens].
+        n_decode: the first `n_decode` are the next token of running sequences, the rest are tokens of prompts.
+        output_indices: int32 [n_out], ascending: which of them are followed by a token (or logits) that is wanted.
     """
 
     tokens: np.ndarray
@@ -84,7 +83,7 @@ class Engine(Protocol):
     config: EngineConfig
     #: int32 [n_kv_groups, max_seqs, max_blocks_per_seq], written by the scheduler before a step; -1: no block
     block_tables: np.ndarray
-    #: int32 [max_seqs], written likewise: which of the plan's rotary frequency tables the slot's sequence turns by
+    #: int32 [max_seqs], written likewise: index of the plan's rotary frequency table that the slot's sequence turns by
     rope_tables: np.ndarray
 
     def set_slot(self, slot: int, sampling: SlotSampling) -> None:
@@ -94,13 +93,13 @@ class Engine(Protocol):
         """Run one ragged step.
 
         Returns:
-            (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled token below 0 means that the
-            row had no distribution. Releases the GIL while it works. `output_indices` may be empty.
+            (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled token below 0 means that there
+            was no distribution to draw from. Releases the GIL while it works. `output_indices` may be empty.
         """
 
     def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
         """Run one step without sampling. Returns float32 logits [n_out, n_vocab], or with `stop_after` the whole
-        output buffer of that op, [rows, width]."""
+        output buffer of that op, [n_tokens or n_out, width]."""
 
     def decode(
         self,
@@ -119,8 +118,8 @@ class Engine(Protocol):
         The GIL is released throughout. After each step the pairs (seq_ids[j], token) go to `ring`. Returns early,
         at a step boundary, when a slot j with stop_mask[j] != 0 sampled one of `stop_ids` or `control` was
         interrupted (the flag is cleared by the caller). An engine may run a step or two past that; their tokens are
-        returned too, but of a slot that has stopped nothing more goes to `ring`. A drawn token below 0 means that the
-        row had no distribution (NaN logits).
+        returned too, but of a slot that has stopped nothing more goes to `ring`. A drawn token below 0 means that there
+        was no distribution to draw from (NaN logits).
 
         Args:
             slots, seq_ids, tokens, positions: int32/int64/int32/int32 [n]; tokens[j] is the input of the first step

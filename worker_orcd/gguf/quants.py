@@ -1,8 +1,7 @@
 """The table of ggml tensor types: the only place that knows their ids, block sizes and names.
 
 Adding a type is one row here, one header in `csrc/cuda/quant/` and one block decoder in `csrc/cpu/quant.h`,
-and one case in the oracle test. This module knows no file, no engine and no compiled code.
-"""
+and one case in the oracle test."""
 
 from __future__ import annotations
 
@@ -54,21 +53,20 @@ BY_NAME: dict[str, QuantType] = {t.name: t for t in _ROWS}
 #: type id -> (elements, bytes) of one block, what the GGUF parser needs for its size arithmetic
 BLOCK_SIZES: dict[int, tuple[int, int]] = {t.id: (t.block_size, t.type_size) for t in _ROWS}
 
-#: general.file_type -> the name people use for such a file (llama.h, enum llama_ftype)
-FILE_TYPES: dict[int, str] = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
-    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 21: "Q2_K_S",
-    32: "BF16", 38: "MXFP4",
-}  # fmt: skip
-
-#: file kind -> tensor types of which at least one matrix must be there for the claim to be believed.
-#: Mixed K-quant files fall back to 32-element types where a row is no multiple of 256.
-_CLAIM: dict[str, frozenset[str]] = {
-    "Q2_K": frozenset({"Q2_K"}), "Q2_K_S": frozenset({"Q2_K"}),
-    "Q3_K_S": frozenset({"Q3_K"}), "Q3_K_M": frozenset({"Q3_K"}), "Q3_K_L": frozenset({"Q3_K"}),
-    "Q4_K_S": frozenset({"Q4_K"}), "Q4_K_M": frozenset({"Q4_K"}),
-    "Q5_K_S": frozenset({"Q5_K"}), "Q5_K_M": frozenset({"Q5_K"}),
-}  # fmt: skip
+#: general.file_type (llama.h, enum llama_ftype) of a mixed file -> the name people use for it, and the tensor type of
+#: which at least one matrix must be there for the claim to be believed. Such files fall back to 32-element types where
+#: a row is no multiple of 256. The other file types are named as the tensors are.
+_MIXED_FILE_TYPES: dict[int, tuple[str, str]] = {
+    10: ("Q2_K", "Q2_K"),
+    11: ("Q3_K_S", "Q3_K"),
+    12: ("Q3_K_M", "Q3_K"),
+    13: ("Q3_K_L", "Q3_K"),
+    14: ("Q4_K_S", "Q4_K"),
+    15: ("Q4_K_M", "Q4_K"),
+    16: ("Q5_K_S", "Q5_K"),
+    17: ("Q5_K_M", "Q5_K"),
+    21: ("Q2_K_S", "Q2_K"),
+}
 
 
 def quant_kind(matrix_bytes: Iterable[tuple[int, int]], file_type: int | None) -> str:
@@ -79,19 +77,15 @@ def quant_kind(matrix_bytes: Iterable[tuple[int, int]], file_type: int | None) -
         file_type: `general.file_type` of the file, or None.
 
     Returns:
-        The name claimed by `file_type` where the tensors bear it out (a mixed "Q4_K_M" must hold Q4_K matrices, a
-        plain "Q8_0" must hold mostly Q8_0), else the name of the type that holds most bytes of the file's matrices.
+        The name of a mixed file that `file_type` claims, where the tensors bear it out (a "Q4_K_M" must hold Q4_K
+        matrices), else the name of the type that holds most bytes of the file's matrices.
     """
     held: Counter[str] = Counter()
     for type_id, n_bytes in matrix_bytes:
         held[TYPES[type_id].name] += n_bytes
     if not held:
         return "F32"
-    main = held.most_common(1)[0][0]
-    claim = FILE_TYPES.get(file_type) if file_type is not None else None
-    if claim is None:
-        return main
-    proof = _CLAIM.get(claim, frozenset({claim}))
-    if claim in _CLAIM:
-        return claim if proof & held.keys() else main
-    return claim if main in proof else main
+    mixed = _MIXED_FILE_TYPES.get(file_type) if file_type is not None else None
+    if mixed is not None and mixed[1] in held:
+        return mixed[0]
+    return held.most_common(1)[0][0]

@@ -168,7 +168,7 @@ class LLM:
                 engine.block_tables,
                 stop_ids,
                 rope_tables=engine.rope_tables,
-                rope_orig_context=the_plan.rope_orig_context,
+                rope_limits=the_plan.rope_limits,
             )
             block_bytes = kv_blocks.block_bytes(the_plan)
             self.info = ModelInfo(

@@ -2,7 +2,7 @@
 
 On a GPU all of it is planned inside the free memory or the budget that the caller sets. Where memory is short and the
 caller named no number, steps get fewer rows, and then fewer sequences, before a model is refused. Arithmetic over the
-plan; what a device has and takes is asked of `devices`. Knows no file, no engine and no request.
+plan; what a device has and takes is asked of `devices`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from worker_orcd.engine import kv_blocks
-from worker_orcd.engine.protocol import EngineConfig
+from worker_orcd.engine.protocol import BLOCK_SIZE, EngineConfig
 from worker_orcd.errors import InsufficientVram, InvalidRequest
 from worker_orcd.models.plan import Plan
 from worker_orcd.runtime import devices
@@ -131,7 +131,7 @@ def gpu_room(
 def sequence_bytes(plan: Plan, n_positions: int) -> int:
     """Bytes of the KV cache that one sequence of `n_positions` needs; sliding layers keep their window only."""
     return sum(
-        kv_blocks.reservation(g, n_positions) * b
+        kv_blocks.blocks_needed(g, n_positions) * b
         for g, b in zip(plan.kv_groups, kv_blocks.block_bytes(plan), strict=True)
     )
 
@@ -149,7 +149,7 @@ def _filled(
     n_blocks = kv_blocks.blocks_within(plan, budget, max_seqs, max_batch_tokens, context)
     if min(n_blocks) == 0:
         raise InsufficientVram(
-            f"the KV cache may take {budget} bytes; one block of {kv_blocks.BLOCK_SIZE} positions needs {sum(sizes)}",
+            f"the KV cache may take {budget} bytes; one block of {BLOCK_SIZE} positions needs {sum(sizes)}",
             sum(sizes),
             budget,
             device=device,

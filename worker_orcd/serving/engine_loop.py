@@ -40,7 +40,8 @@ from worker_orcd.serving.detokenizer import Decoder, Detokenizer
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.logprobs import top_logprobs
-from worker_orcd.serving.scheduler import DecodeWork, LogitsWork, Scheduler, SequenceState, StepWork
+from worker_orcd.serving.scheduler import Scheduler
+from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
 
 #: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again. They are far from
 #: the -1 by which an engine says that it could draw no token

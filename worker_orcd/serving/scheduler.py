@@ -1,115 +1,29 @@
-"""The scheduler: which rows the engine computes next, and which sequence owns which slot and KV blocks.
+"""The scheduler: which tokens the engine computes next, and which sequence owns which slot and KV blocks.
 
 Admission is first come, first served, and reserves: a sequence gets a slot only when every KV group can hold it to its
 last token, so nothing that runs is ever preempted or lost. Running sequences go first in every step and prompts fill
-the rest in chunks, so that a long prompt never stops the streams of others.
+the rest in chunks, so that no prompt stops the streams of others. A sequence that grows past one of the plan's limits
+is recomputed from position 0 under the next rotary frequency table.
 
-This is bookkeeping only: it knows no kernel, no tokenizer, no thread and no HTTP, and a test drives it with made-up
-tokens. One thread uses it.
+This is bookkeeping only, and a test drives it with made-up tokens. One thread uses it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker_orcd.engine.kv_blocks import BlockPool, blocks_of, first_kept, longest_sequence, reservation
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.kv_blocks import BlockPool, blocks_needed, blocks_of, first_kept, longest_sequence
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
+from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
 
-#: rows of one teacher-forced step: each of them brings n_vocab float32 logits to the host
+#: tokens of one teacher-forced step: each of them brings n_vocab float32 logits to the host
 LOGITS_TOKENS = 64
-
-
-@dataclass(eq=False)
-class SequenceState:
-    """One sequence, from submission to its last token.
-
-    Attributes:
-        seq_id: number of the sequence.
-        prompt: int32 [n_prompt].
-        max_tokens: tokens to generate, >= 1; 0 for a teacher-forced sequence, of which every row's logits are wanted.
-        sampling: how tokens are drawn; None for a teacher-forced one.
-        stops: whether the model's end-of-text tokens end it.
-        want_logits: whether the logits of each drawn token are wanted.
-        slot: place in the engine, -1 while waiting.
-        n_past: positions in the KV cache.
-        n_out: tokens generated; `last_token` is the newest, not yet in the cache.
-        long: whether it turns by the plan's long frequencies (LongRoPE).
-        drawn: the tokens generated so far, kept while they may have to be computed anew.
-        ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
-    """
-
-    seq_id: int
-    prompt: np.ndarray
-    max_tokens: int
-    sampling: SlotSampling | None = None
-    stops: bool = True
-    want_logits: bool = False
-    slot: int = -1
-    n_past: int = 0
-    n_out: int = 0
-    last_token: int = -1
-    long: bool = False
-    drawn: list[int] = field(default_factory=list)
-    ended: str | None = None
-    blocks: list[dict[int, int]] = field(default_factory=list)  # per KV group: {block number: block of the pool}
-    reserved: list[int] = field(default_factory=list)  # per KV group
-
-    @property
-    def n_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt)
-
-    @property
-    def n_positions(self) -> int:
-        """Positions it will reach."""
-        return self.n_prompt + self.max_tokens
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether prompt rows are still to be computed."""
-        return self.n_past < self.n_prompt
-
-
-@dataclass
-class StepWork:
-    """One ragged step: `rows` lists (sequence, its number of rows) in batch order, `outputs` those that draw."""
-
-    batch: Batch
-    rows: list[tuple[SequenceState, int]]
-    outputs: list[SequenceState]
-    want_logits: bool
-
-    @property
-    def n_prefill_tokens(self) -> int:
-        """Prompt rows among the rows."""
-        return len(self.batch.tokens) - self.batch.n_decode
-
-
-@dataclass
-class LogitsWork:
-    """A chunk of one teacher-forced sequence; every row is an output."""
-
-    batch: Batch
-    seq: SequenceState
-
-
-@dataclass
-class DecodeWork:
-    """`n_steps` steps of sequences that all decode; the arrays are those of `Engine.decode`."""
-
-    seqs: list[SequenceState]
-    slots: np.ndarray
-    seq_ids: np.ndarray
-    tokens: np.ndarray
-    positions: np.ndarray
-    n_steps: int
-    stop_mask: np.ndarray
 
 
 class Scheduler:
@@ -122,7 +36,8 @@ class Scheduler:
         stop_ids: the model's end-of-text tokens.
         max_decode_steps: most steps of one `DecodeWork`.
         rope_tables: the engine's int32 [max_seqs], written here and nowhere else.
-        rope_orig_context: the plan's; 0: its frequencies are the same for every length.
+        rope_limits: the plan's, ascending: lengths past which a sequence turns by the next frequency table, from its
+            first position on.
     """
 
     def __init__(
@@ -134,14 +49,14 @@ class Scheduler:
         max_decode_steps: int = 1024,
         *,
         rope_tables: np.ndarray | None = None,
-        rope_orig_context: int = 0,
+        rope_limits: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.groups = tuple(groups)
         self.pools = [BlockPool(n) for n in config.n_blocks]
         self.stop_ids = frozenset(stop_ids)
         self._stop_array = np.array(sorted(self.stop_ids), np.int32)
-        #: prompt rows of one step, 1 .. max_batch_tokens; the loop lowers it on a slow device to keep steps short
+        #: prompt tokens of one step, 1 .. max_batch_tokens; the loop lowers it on a slow device
         self.max_prefill_tokens = config.max_batch_tokens
         windowed = any(g.window for g in self.groups)
         self._max_decode_steps = min(max_decode_steps, BLOCK_SIZE) if windowed else max_decode_steps
@@ -149,7 +64,7 @@ class Scheduler:
         self._tables[...] = -1
         self._rope_tables = np.zeros(config.max_seqs, np.int32) if rope_tables is None else rope_tables
         self._rope_tables[...] = 0
-        self._rope_orig_context = rope_orig_context
+        self._rope_limits = tuple(rope_limits)
         self._unreserved = list(config.n_blocks)
         self._free_slots = list(range(config.max_seqs - 1, -1, -1))
         self._waiting: OrderedDict[int, SequenceState] = OrderedDict()
@@ -174,7 +89,7 @@ class Scheduler:
                 field=name,
             )
         for group, pool in zip(self.groups, self.pools, strict=True):
-            need = reservation(group, n)
+            need = blocks_needed(group, n)
             if need > pool.n_blocks:
                 raise VramOom(
                     f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {need} KV blocks of "
@@ -215,14 +130,14 @@ class Scheduler:
         admitted = []
         while self._waiting and self._free_slots:
             seq = next(iter(self._waiting.values()))
-            need = [reservation(g, seq.n_positions) for g in self.groups]
+            need = [blocks_needed(g, seq.n_positions) for g in self.groups]
             if any(n > free for n, free in zip(need, self._unreserved, strict=True)):
                 break
             del self._waiting[seq.seq_id]
             seq.slot = self._free_slots.pop()
             seq.reserved = need
             seq.blocks = [{} for _ in need]
-            self._set_long(seq, 0 < self._rope_orig_context < seq.n_prompt)
+            self._choose_rope_table(seq, seq.n_prompt)
             for i, n in enumerate(need):
                 self._unreserved[i] -= n
             self._running[seq.seq_id] = seq
@@ -245,10 +160,11 @@ class Scheduler:
 
     def next_work(self) -> StepWork | LogitsWork | DecodeWork | None:
         """The next thing for the engine to do, its block tables written; None when nothing runs."""
-        forced, sampled = [], []
+        forced: list[SequenceState] = []
+        sampled: list[SequenceState] = []
         for seq in self._running.values():
-            if self._may_grow_long(seq) and seq.n_past == self._rope_orig_context:
-                self._start_again_long(seq)
+            if seq.n_past == self._recompute_at(seq):
+                self._recompute(seq)
             (sampled if seq.sampling is not None else forced).append(seq)
         if forced and (self._forward_next or not sampled):
             self._forward_next = False
@@ -262,14 +178,14 @@ class Scheduler:
 
     def done_step(self, work: StepWork, sampled: Sequence[int]) -> list[SequenceState]:
         """Take the result of a step. Returns the sequences that ended, their blocks freed."""
-        for seq, n in work.rows:
+        for seq, n in work.chunks:
             seq.n_past += n
         for seq, token in zip(work.outputs, sampled, strict=True):
             seq.n_out += 1
             seq.last_token = int(token)
-            if self._may_grow_long(seq):
+            if self._recompute_at(seq) is not None:
                 seq.drawn.append(seq.last_token)
-        return self._end_finished(seq for seq, _ in work.rows)
+        return self._end_finished(seq for seq, _ in work.chunks)
 
     def done_logits(self, work: LogitsWork) -> list[SequenceState]:
         """Take the end of a teacher-forced chunk. Returns the sequence if that was its last one."""
@@ -290,14 +206,14 @@ class Scheduler:
             seq.n_past += n
             seq.n_out += n
             seq.last_token = int(sampled[n - 1, j])
-            if self._may_grow_long(seq):
+            if self._recompute_at(seq) is not None:
                 seq.drawn += sampled[:n, j].tolist()
         return self._end_finished(work.seqs)
 
     # -- inside
 
     def _end_finished(self, seqs: Iterable[SequenceState]) -> list[SequenceState]:
-        """End those that have their last token; of the others return the blocks they need no more."""
+        """End those that have their last token; of the others free the blocks they need no more."""
         ended = []
         for seq in seqs:
             if seq.n_out and seq.last_token < 0:
@@ -307,7 +223,7 @@ class Scheduler:
             elif not seq.prefilling and seq.n_out == seq.max_tokens:
                 reason = "length"
             else:
-                self._give_back(seq)
+                self._free_passed(seq)
                 continue
             self._free(seq, reason)
             ended.append(seq)
@@ -316,54 +232,56 @@ class Scheduler:
     def _free(self, seq: SequenceState, reason: str) -> None:
         del self._running[seq.seq_id]
         self._free_slots.append(seq.slot)
-        self._give_all_back(seq)
+        self._free_blocks(seq)
         for i, n in enumerate(seq.reserved):
             self._unreserved[i] += n
         seq.ended, seq.slot, seq.blocks, seq.reserved = reason, -1, [], []
 
-    def _give_all_back(self, seq: SequenceState) -> None:
-        """Return every block that a sequence owns; what is reserved for it stays."""
+    def _free_blocks(self, seq: SequenceState) -> None:
+        """Free every block that a sequence owns; what is reserved for it stays."""
         self._tables[:, seq.slot, :] = -1
         for pool, owned in zip(self.pools, seq.blocks, strict=True):
             for block in reversed(owned.values()):
-                pool.give(block)
+                pool.free(block)
             owned.clear()
 
-    def _set_long(self, seq: SequenceState, long: bool) -> None:
-        seq.long = long
-        self._rope_tables[seq.slot] = long
-
-    def _may_grow_long(self, seq: SequenceState) -> bool:
-        return self._rope_orig_context > 0 and not seq.long and seq.sampling is not None
-
-    def _start_again_long(self, seq: SequenceState) -> None:
-        """Its next position is the first of a long sequence, in which every position turns by other frequencies: what
-        it has so far becomes a prompt that is computed anew, in the blocks that are reserved for it."""
-        self._set_long(seq, True)
-        self._give_all_back(seq)
-        seq.prompt, seq.drawn, seq.n_past = np.append(seq.prompt, np.array(seq.drawn, np.int32)), [], 0
-
-    def _take(self, seq: SequenceState, n: int) -> None:
-        """Own the blocks that the next `n` rows write."""
-        for i, pool in enumerate(self.pools):
-            owned, table = seq.blocks[i], self._tables[i, seq.slot]
-            for number in range(seq.n_past // BLOCK_SIZE, blocks_of(seq.n_past + n)):
-                if number not in owned:
-                    owned[number] = table[number] = pool.take()
-
-    def _give_back(self, seq: SequenceState) -> None:
-        """Return the blocks that no later query reads; then the sequence owns no more than its reservation."""
+    def _free_passed(self, seq: SequenceState) -> None:
+        """Free the blocks that no later query reads; then the sequence owns no more than its reservation."""
         for i, group in enumerate(self.groups):
             if group.window:
                 owned, first = seq.blocks[i], first_kept(group, seq.n_past)
                 for number in [b for b in owned if b < first]:
-                    self.pools[i].give(owned.pop(number))
+                    self.pools[i].free(owned.pop(number))
                     self._tables[i, seq.slot, number] = -1
 
-    def _rows_allowed(self, seq: SequenceState, n: int, spare: list[int]) -> int:
-        """How many of `n` prompt rows the windowed pools allow, `spare` blocks of each being nobody's reservation.
+    def _allocate(self, seq: SequenceState, n: int) -> None:
+        """Own the blocks that the next `n` tokens write."""
+        for i, pool in enumerate(self.pools):
+            owned, table = seq.blocks[i], self._tables[i, seq.slot]
+            for number in range(seq.n_past // BLOCK_SIZE, blocks_of(seq.n_past + n)):
+                if number not in owned:
+                    owned[number] = table[number] = pool.allocate()
 
-        The reservation covers the rows up to the end of a block; a larger chunk borrows spare blocks for one step.
+    def _choose_rope_table(self, seq: SequenceState, n_positions: int) -> None:
+        seq.rope_table = self._rope_tables[seq.slot] = bisect_left(self._rope_limits, n_positions)
+
+    def _recompute_at(self, seq: SequenceState) -> int | None:
+        """The position before which a sequence that still generates is recomputed; None: it never is."""
+        if seq.sampling is None or seq.rope_table == len(self._rope_limits):
+            return None
+        return self._rope_limits[seq.rope_table]
+
+    def _recompute(self, seq: SequenceState) -> None:
+        """Begin again from position 0 under the frequency table of the sequence with its next token: what it has so
+        far becomes its prompt, in the blocks that are reserved for it."""
+        self._choose_rope_table(seq, seq.n_past + 1)
+        self._free_blocks(seq)
+        seq.prompt, seq.drawn, seq.n_past = np.append(seq.prompt, np.array(seq.drawn, np.int32)), [], 0
+
+    def _tokens_allowed(self, seq: SequenceState, n: int, spare: list[int]) -> int:
+        """How many of `n` prompt tokens the windowed pools allow, `spare` blocks of each being nobody's reservation.
+
+        The reservation covers the tokens up to the end of a block; a larger chunk borrows spare blocks for one step.
         """
         for i, group in enumerate(self.groups):
             if group.window:
@@ -377,21 +295,21 @@ class Scheduler:
         return n
 
     def _step(self, decoding: list[SequenceState], prefilling: list[SequenceState]) -> StepWork:
-        rows = [(seq, 1) for seq in decoding]
+        chunks = [(seq, 1) for seq in decoding]
         left = min(self.config.max_batch_tokens - len(decoding), max(self.max_prefill_tokens, 1))
         spare = list(self._unreserved)
         for seq in prefilling:
             if left <= 0:
                 break
-            n = self._rows_allowed(seq, min(left, seq.n_prompt - seq.n_past), spare)
-            rows.append((seq, n))
+            n = self._tokens_allowed(seq, min(left, seq.n_prompt - seq.n_past), spare)
+            chunks.append((seq, n))
             left -= n
         tokens: list[np.ndarray] = []
         positions: list[np.ndarray] = []
         slots: list[np.ndarray] = []
         outputs, output_indices, at = [], [], 0
-        for seq, n in rows:
-            self._take(seq, n)
+        for seq, n in chunks:
+            self._allocate(seq, n)
             end = seq.n_past + n
             tokens.append(seq.prompt[seq.n_past : end] if seq.prefilling else np.array([seq.last_token], np.int32))
             positions.append(np.arange(seq.n_past, end, dtype=np.int32))
@@ -407,12 +325,12 @@ class Scheduler:
             len(decoding),
             np.array(output_indices, np.int32),
         )
-        return StepWork(batch, rows, outputs, any(s.want_logits for s in outputs))
+        return StepWork(batch, chunks, outputs, any(s.want_logits for s in outputs))
 
     def _forward(self, seq: SequenceState) -> LogitsWork:
         n = min(self.config.max_batch_tokens, max(self.max_prefill_tokens, 1), LOGITS_TOKENS, seq.n_prompt - seq.n_past)
-        n = self._rows_allowed(seq, n, list(self._unreserved))
-        self._take(seq, n)
+        n = self._tokens_allowed(seq, n, list(self._unreserved))
+        self._allocate(seq, n)
         end = seq.n_past + n
         batch = Batch(
             seq.prompt[seq.n_past : end],
@@ -427,10 +345,10 @@ class Scheduler:
         n_steps = min(
             self._max_decode_steps,
             *(s.max_tokens - s.n_out for s in seqs),
-            *(self._rope_orig_context - s.n_past for s in seqs if self._may_grow_long(s)),
+            *(at - s.n_past for s in seqs if (at := self._recompute_at(s)) is not None),
         )
         for seq in seqs:
-            self._take(seq, n_steps)
+            self._allocate(seq, n_steps)
         return DecodeWork(
             seqs=seqs,
             slots=np.array([s.slot for s in seqs], np.int32),

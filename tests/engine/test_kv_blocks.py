@@ -1,0 +1,84 @@
+"""The block pool: counts of owners, the order of reuse, what it refuses; and the bytes of blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker_orcd.engine import kv_blocks
+from worker_orcd.engine.kv_blocks import BlockPool
+from worker_orcd.engine.protocol import BLOCK_SIZE
+from worker_orcd.errors import InternalError
+from worker_orcd.models.plan import KvGroup, Plan
+
+ACTIONS = st.lists(st.tuples(st.sampled_from(["allocate", "share", "free"]), st.integers(0, 1 << 16)), max_size=80)
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 6), ACTIONS)
+def test_no_block_in_use_is_handed_out_whatever_is_shared_and_freed(n_blocks, actions):
+    """Any order of allocate, share and free against a count of owners and a stack of free blocks."""
+    pool, owners, stack = BlockPool(n_blocks), Counter(), list(range(n_blocks))[::-1]
+    for action, pick in actions:
+        block = pick % n_blocks
+        if action == "allocate" and stack:
+            got = pool.allocate()
+            assert owners[got] == 0 and got == stack.pop()
+            owners[got] = 1
+        elif action == "allocate":
+            with pytest.raises(InternalError, match="in use"):
+                pool.allocate()
+        elif owners[block] == 0:
+            with pytest.raises(InternalError, match=f"KV block {block} is "):
+                getattr(pool, action)(block)
+        elif action == "share":
+            pool.share(block)
+            owners[block] += 1
+        else:
+            pool.free(block)
+            owners[block] -= 1
+            if not owners[block]:
+                stack.append(block)
+        assert [pool.n_owners(b) for b in range(n_blocks)] == [owners[b] for b in range(n_blocks)]
+        assert pool.n_free == len(stack) == sum(owners[b] == 0 for b in range(n_blocks))
+
+
+def test_the_block_freed_last_is_used_first():
+    pool = BlockPool(4)
+    assert [pool.allocate() for _ in range(3)] == [0, 1, 2]
+    pool.free(0)
+    pool.free(2)
+    assert [pool.allocate() for _ in range(3)] == [2, 0, 3]
+
+
+def test_a_shared_block_is_free_when_its_last_owner_frees_it():
+    pool = BlockPool(1)
+    block = pool.allocate()
+    pool.share(block)
+    pool.free(block)
+    assert pool.n_free == 0 and pool.n_owners(block) == 1
+    pool.free(block)
+    assert pool.n_free == 1 and pool.n_owners(block) == 0
+    with pytest.raises(InternalError, match="freed twice"):
+        pool.free(block)
+
+
+@pytest.mark.parametrize("block", [-1, 2, 1 << 40])
+@pytest.mark.parametrize("verb", ["share", "free", "n_owners"])
+def test_a_block_of_no_pool_is_refused(block, verb):
+    pool = BlockPool(2)
+    pool.allocate()
+    pool.allocate()
+    with pytest.raises(InternalError, match=f"KV block {block} is not one of the 2"):
+        getattr(pool, verb)(block)
+
+
+def test_bytes_of_blocks_are_those_of_their_layers():
+    """float16 K and V: 64 positions of 2 KV heads of 32 take 16 KiB a layer."""
+    plan = Plan("x", 10, 8, 3, 2, 32, 1024, None, {}, {}, (), (KvGroup(0, (0, 2)), KvGroup(24, (1,))), (0, 1, 0))
+    assert kv_blocks.layer_block_bytes(plan) == 16384
+    assert kv_blocks.block_bytes(plan) == (32768, 16384)
+    assert kv_blocks.position_bytes(plan) * BLOCK_SIZE == 16384

@@ -1,0 +1,18 @@
+"""Qwen 2 (biases on q, k and v) and Qwen 3 (norms of q and k heads instead): RMSNorm, rotation of halves, SwiGLU."""
+
+from __future__ import annotations
+
+from worker_orcd.models import blocks
+from worker_orcd.models.blocks import Builder
+from worker_orcd.models.hparams import Arch, HParams
+
+
+def qwen(b: Builder, hp: HParams) -> None:
+    """x += attention(norm(x)); x += ffn(norm(x))."""
+    blocks.decoder(b, hp, blocks.attention, blocks.ffn)
+
+
+ROWS = (
+    Arch("qwen2", qwen, qkv_bias="yes"),
+    Arch("qwen3", qwen, qk_norm=True),
+)

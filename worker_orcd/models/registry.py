@@ -1,0 +1,37 @@
+"""`general.architecture` -> its row. A family is a module with `ROWS`, listed in `FAMILIES`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from worker_orcd.errors import ModelLoadError
+from worker_orcd.models import gpt2, gpt_oss, hparams, llama, phi3, qwen
+from worker_orcd.models.hparams import Arch, HParams
+
+if TYPE_CHECKING:
+    from worker_orcd.gguf.model_file import ModelFile
+
+FAMILIES = (llama, qwen, phi3, gpt2, gpt_oss)
+
+ROWS: dict[str, Arch] = {row.name: row for family in FAMILIES for row in family.ROWS}
+
+
+def row_of(mf: ModelFile) -> Arch:
+    """The architecture row of a file.
+
+    Raises:
+        ModelLoadError: an architecture without a row, named with those supported.
+    """
+    row = ROWS.get(mf.arch)
+    if row is None:
+        raise ModelLoadError(f"unsupported architecture {mf.arch!r} (supported: {', '.join(ROWS)})", mf.path)
+    return row
+
+
+def hparams_of(mf: ModelFile, context_length: int | None = None) -> HParams:
+    """The hyperparameters of a file, read by its row.
+
+    Raises:
+        ModelLoadError: as `row_of` and `hparams.read`.
+    """
+    return hparams.read(mf, row_of(mf), context_length)

@@ -1,0 +1,96 @@
+"""What the scheduler keeps of a sequence, and the pieces of work that it gives the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from worker_orcd.engine.protocol import Batch, SlotSampling
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """One sequence, from submission to its last token.
+
+    Attributes:
+        seq_id: number of the sequence.
+        prompt: int32 [n_prompt].
+        max_tokens: tokens to generate, >= 1; 0 for a teacher-forced sequence: logits of every token of its prompt.
+        sampling: how tokens are drawn; None for a teacher-forced one.
+        stops: whether the model's end-of-text tokens end it.
+        want_logits: whether the logits of each drawn token are wanted.
+        slot: place in the engine, -1 while waiting.
+        n_past: positions in the KV cache.
+        n_out: tokens generated; `last_token` is the newest, not yet in the cache.
+        rope_table: index of the rotary frequency table it turns by.
+        drawn: the tokens generated since its prompt was computed, kept while all of them may be recomputed.
+        ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
+    """
+
+    seq_id: int
+    prompt: np.ndarray
+    max_tokens: int
+    sampling: SlotSampling | None = None
+    stops: bool = True
+    want_logits: bool = False
+    slot: int = -1
+    n_past: int = 0
+    n_out: int = 0
+    last_token: int = -1
+    rope_table: int = 0
+    drawn: list[int] = field(default_factory=list)
+    ended: str | None = None
+    blocks: list[dict[int, int]] = field(default_factory=list)  # per KV group: {block number: block of the pool}
+    reserved: list[int] = field(default_factory=list)  # per KV group
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
+
+    @property
+    def n_positions(self) -> int:
+        """Positions it will reach."""
+        return self.n_prompt + self.max_tokens
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompt tokens are still to be computed."""
+        return self.n_past < self.n_prompt
+
+
+@dataclass
+class StepWork:
+    """One ragged step: `chunks` lists (sequence, its number of tokens) in batch order, `outputs` those that draw."""
+
+    batch: Batch
+    chunks: list[tuple[SequenceState, int]]
+    outputs: list[SequenceState]
+    want_logits: bool
+
+    @property
+    def n_prefill_tokens(self) -> int:
+        """Prompt tokens of the step."""
+        return len(self.batch.tokens) - self.batch.n_decode
+
+
+@dataclass
+class LogitsWork:
+    """A chunk of one teacher-forced sequence; every token's logits are an output."""
+
+    batch: Batch
+    seq: SequenceState
+
+
+@dataclass
+class DecodeWork:
+    """`n_steps` steps of sequences that all decode; the arrays are those of `Engine.decode`."""
+
+    seqs: list[SequenceState]
+    slots: np.ndarray
+    seq_ids: np.ndarray
+    tokens: np.ndarray
+    positions: np.ndarray
+    n_steps: int
+    stop_mask: np.ndarray
