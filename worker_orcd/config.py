@@ -21,6 +21,7 @@ MAX_BODY_BYTES = 1 << 20
 SPARE_THREADS = 8
 #: seconds within which a stopping process is gone, whatever hangs
 EXIT_LIMIT_SEC = 5.0
+SHA256_RULE = "must be 64 lowercase hexadecimal digits"
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,14 @@ def check_device(device: str) -> None:
 
 
 def check_sha256(name: str, digest: str) -> None:
-    """Raise `InvalidRequest` where `digest` is not 64 lowercase hexadecimal digits."""
-    if len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
-        raise _refused(name, "must be 64 lowercase hexadecimal digits")
+    """Raise `InvalidRequest` where `digest` is no SHA-256."""
+    if not is_sha256(digest):
+        raise _refused(name, SHA256_RULE)
+
+
+def is_sha256(value: object) -> bool:
+    """Whether `value` is a SHA-256 as this project writes it, see `SHA256_RULE`."""
+    return isinstance(value, str) and len(value) == 64 and all(c in "0123456789abcdef" for c in value)
 
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:
