@@ -17,7 +17,7 @@ import msgspec
 
 from worker_orcd.errors import NotReady, WorkerError
 from worker_orcd.observe.events import EventLog
-from worker_orcd.serving.job import Finished, Job, Piece
+from worker_orcd.serving.job import Finished, Job, TextPiece
 from worker_orcd.wsgi.http_errors import from_exception, sse_event
 from worker_orcd.wsgi.service import Service
 
@@ -127,7 +127,7 @@ class JobStream:
                     return
                 if self._client.gone():
                     return
-                if isinstance(event, Piece):
+                if isinstance(event, TextPiece):
                     yield self._pieces(event)
                 elif self._overdue():
                     raise NotReady("the worker is shutting down")
@@ -138,7 +138,7 @@ class JobStream:
                 return
             yield self._failed(from_exception(error), error)
 
-    def _pieces(self, first: Piece) -> bytes:
+    def _pieces(self, first: TextPiece) -> bytes:
         """The piece and those that are there already. The terminal event can be read again, so it waits its turn."""
         chunk = [self._piece(first)]
         while len(chunk) < MAX_PIECES_PER_WRITE:
@@ -146,12 +146,12 @@ class JobStream:
                 event = self._job.next_event(0)
             except WorkerError:
                 break
-            if not isinstance(event, Piece):
+            if not isinstance(event, TextPiece):
                 break
             chunk.append(self._piece(event))
         return b"".join(chunk)
 
-    def _piece(self, piece: Piece) -> bytes:
+    def _piece(self, piece: TextPiece) -> bytes:
         self._text_hash.update(piece.text.encode("utf-8", "replace"))
         self._text_chars += len(piece.text)
         self._tokens_out += len(piece.token_ids)

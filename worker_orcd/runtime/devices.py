@@ -67,7 +67,7 @@ def cpu_kv_budget() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def held(device: str) -> Iterator[None]:
+def retain_context(device: str) -> Iterator[None]:
     """Keep a GPU's context alive for a while: making one anew takes a quarter of a second. Nothing on the CPU.
 
     Raises:

@@ -32,7 +32,7 @@ from worker_orcd.runtime import devices, sizing
 from worker_orcd.runtime.info import ModelInfo, model_facts
 from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress
 from worker_orcd.serving.engine_loop import EngineLoop
-from worker_orcd.serving.job import Completion, Job, Piece
+from worker_orcd.serving.job import Completion, Job, TextPiece
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
@@ -129,7 +129,7 @@ class LLM:
                     made.start()
                     read(done)
 
-                with devices.held(device):
+                with devices.retain_context(device):
                     the_plan = plan.build(model_file, context_length)
                     config = sizing.engine_config(
                         device,
@@ -424,7 +424,7 @@ class LLM:
         return tqdm(jobs, desc="generating", unit="prompt")
 
 
-class TokenStream(Iterator[Piece]):
+class TokenStream(Iterator[TextPiece]):
     """The pieces of one job, in order. Leaving it early (`close`, `with`, garbage collection) cancels the job.
 
     Attributes:
@@ -438,13 +438,13 @@ class TokenStream(Iterator[Piece]):
     def __iter__(self) -> TokenStream:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> TextPiece:
         try:
             event = self.job.next_event()
         except BaseException:  # KeyboardInterrupt too: nobody reads on
             self.close()
             raise
-        if isinstance(event, Piece):
+        if isinstance(event, TextPiece):
             return event
         raise StopIteration
 

@@ -41,7 +41,7 @@ class LoadProgress:
     def expect(self, *phases: bool) -> None:
         """How many passes there will be."""
         self._n_phases = max(sum(phases), 1)
-        self._tell(0)
+        self._report_done(0)
 
     def next(self) -> Callable[[int], None]:
         """Begin the next pass; the result takes the bytes of it that are done, from any thread."""
@@ -51,15 +51,15 @@ class LoadProgress:
         def report(done: int) -> None:
             with self._lock:
                 self._done[phase] = min(done, self._size)
-                self._tell(sum(self._done) // self._n_phases)
+                self._report_done(sum(self._done) // self._n_phases)
 
         return report
 
     def done(self) -> None:
         """Everything is loaded."""
-        self._tell(self._size)
+        self._report_done(self._size)
 
-    def _tell(self, done: int) -> None:
+    def _report_done(self, done: int) -> None:
         if self._report is not None:
             self._report(done, self._size)
 
