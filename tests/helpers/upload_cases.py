@@ -185,7 +185,9 @@ def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: 
     memory = context.allocate(n)
 
     def load(type_id: int | None) -> None:
-        upload(context, [FileRange(file, 5, n, memory.pointer, None, type_id, "blk.7.w")], chunk_bytes=chunk, n_readers=4)
+        upload(
+            context, [FileRange(file, 5, n, memory.pointer, None, type_id, "blk.7.w")], chunk_bytes=chunk, n_readers=4
+        )
 
     load(None)
     assert contents(memory) == bytes(data[5:])
@@ -215,7 +217,11 @@ def test_the_first_fault_in_the_order_of_the_ranges_is_reported(context, make_fi
     def file_range(name: str, offset: int, nbytes: int) -> FileRange:
         return FileRange(file, offset, nbytes, memory.pointer + offset, None, 0, name)
 
-    ranges = [file_range("good", 2 * MIB, 14 * MIB), file_range("bad at its end", MIB, MIB), file_range("bad at once", 0, 4096)]
+    ranges = [
+        file_range("good", 2 * MIB, 14 * MIB),
+        file_range("bad at its end", MIB, MIB),
+        file_range("bad at once", 0, 4096),
+    ]
     for _ in range(20):
         with pytest.raises(ModelLoadError, match="'bad at its end'") as e:
             upload(context, ranges, n_readers=4)
