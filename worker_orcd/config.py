@@ -15,6 +15,12 @@ from worker_orcd.errors import InvalidRequest
 MAX_PROMPT_CHARS = 32_768
 #: characters of a job id
 MAX_JOB_ID_CHARS = 256
+#: tokens generated where a request names no number, and the most a server gives where it is told no other limit
+DEFAULT_MAX_TOKENS = 2048
+#: stop strings of a request, and tokens of each
+MAX_STOPS, MAX_STOP_TOKENS = 4, 32
+#: most likely tokens whose log-probabilities a request may want with each token
+MAX_LOGPROBS = 20
 #: bytes of a request body; more is refused before it is parsed
 MAX_BODY_BYTES = 1 << 20
 #: threads beyond the streams: health probes, cancels, refusals and idle keep-alive connections
