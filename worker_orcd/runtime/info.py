@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
     from worker_orcd.models.plan import Plan
     from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+
+class MemoryPlan(Protocol):
+    """What a model will take on a GPU, as the callable `on_plan` of `LLM` gets it; a `cuda.vram.VramPlan`."""
+
+    def to_dict(self) -> dict[str, int]:
+        """Bytes of each part and of all."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,6 @@ end) writes it down under the lock and interrupts the decode run, which then ret
 
 A job ends for its client at once; its slot and blocks are free at the next boundary between two engine calls. What a
 sequence gets does not depend on when that is: tokens computed past its end are dropped.
-
-This module knows no file, no model and no HTTP.
 """
 
 from __future__ import annotations
@@ -144,7 +142,7 @@ class EngineLoop:
 
         Args:
             prompt: int32 [n_prompt], not empty, ids of the vocabulary.
-            params: checked already; `max_tokens` and `seed` take the place of its own.
+            params: checked already; `max_tokens` and `seed` are those in use.
             job_id: None makes one up.
             deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
             bounded: whether the limit of the queue holds.

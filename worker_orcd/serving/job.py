@@ -85,7 +85,7 @@ class Job:
         seq_id: number of its sequence in the engine, never used twice.
         seed: the seed in use.
         tokens_in: tokens of the prompt.
-        params: as submitted.
+        params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
     """
 
