@@ -6,13 +6,27 @@ It can be run by any WSGI server or test client; what needs gunicorn lives in `s
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 
 import falcon
 
 from worker_orcd.errors import WorkerError
-from worker_orcd.wsgi import http_errors, resources
+from worker_orcd.wsgi import http_errors
 from worker_orcd.wsgi.middleware import ApiKey, Correlation
+from worker_orcd.wsgi.native.cancel import Cancel
+from worker_orcd.wsgi.native.execute import Execute
+from worker_orcd.wsgi.native.health import Health, Ready
+from worker_orcd.wsgi.native.shutdown import Shutdown
 from worker_orcd.wsgi.service import Service
+
+#: every route: its path, and the resource that answers its methods; docs/http.md has a row for each
+ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
+    ("/execute", Execute),
+    ("/cancel", Cancel),
+    ("/health", Health),
+    ("/ready", Ready),
+    ("/shutdown", Shutdown),
+)
 
 
 def create_app(service: Service) -> falcon.App:
@@ -21,11 +35,8 @@ def create_app(service: Service) -> falcon.App:
     if service.config.api_key is not None:
         middleware.append(ApiKey(service.config.api_key))
     app = falcon.App(middleware=middleware, media_type=falcon.MEDIA_JSON)
-    app.add_route("/execute", resources.Execute(service))
-    app.add_route("/cancel", resources.Cancel(service))
-    app.add_route("/health", resources.Health(service))
-    app.add_route("/ready", resources.Ready(service))
-    app.add_route("/shutdown", resources.Shutdown(service))
+    for path, resource in ROUTES:
+        app.add_route(path, resource(service))
 
     def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
         if isinstance(error, falcon.HTTPError):

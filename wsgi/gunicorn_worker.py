@@ -7,7 +7,7 @@
 - While a stopping worker's jobs have their grace time, it goes on answering: new clients are told 503 instead of being
   left in the backlog.
 
-It builds on the methods of gunicorn's ThreadWorker named below and knows nothing of models or jobs.
+It builds on the methods of gunicorn's ThreadWorker named below.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Errors on their way out: one map to HTTP answers, one to SSE events.
 
-Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (413, 401, 404) is added here. This module
-knows no resource and no job.
+Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (413, 401, 404) is added here.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from service.client import FAKE_APP, fake_worker
-from worker_orcd.wsgi.stream import PING_SEC
+from worker_orcd.wsgi.sse import PING_SEC
 
 pytestmark = pytest.mark.timeout(60)
 
