@@ -74,7 +74,7 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
         path=config.model,
         host=config.host,
         port=port,
-        max_streams=config.max_streams,
+        max_seqs=config.max_seqs,
         max_queue=config.max_queue,
     )
     _Application(config, events, load, listener, f"http://{host}:{port}").run()

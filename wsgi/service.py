@@ -45,7 +45,7 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
         device=config.device,
         context_length=config.context_length,
         kv_cache_bytes=config.kv_cache_bytes,
-        max_seqs=config.max_streams,
+        max_seqs=config.max_seqs,
         max_queue=config.max_queue,
         n_threads=config.n_threads,
         tokenizer=config.tokenizer,

@@ -23,7 +23,7 @@ def main():
     parser.add_argument("port", type=int)
     parser.add_argument("--load-seconds", type=float, default=0.0)
     parser.add_argument("--load-error", choices=["model", "vram", "crash", "kill"])
-    parser.add_argument("--max-streams", type=int, default=24)
+    parser.add_argument("--max-seqs", type=int, default=24)
     parser.add_argument("--max-queue", type=int, default=4)
     parser.add_argument("--max-tokens-in", type=int)
     parser.add_argument("--max-tokens-out", type=int, default=2048)
@@ -56,7 +56,7 @@ def main():
             model="/nowhere/fake.gguf",
             port=args.port,
             device="cpu",
-            max_streams=args.max_streams,
+            max_seqs=args.max_seqs,
             max_queue=args.max_queue,
             max_tokens_in=args.max_tokens_in,
             max_tokens_out=args.max_tokens_out,

@@ -59,7 +59,7 @@ class FakeLLM:
             verified_by=config.expect_sha256 and "sha256",
             tokenizer_sha256="70" * 32,
         )
-        self.limit = config.max_streams + config.max_queue
+        self.limit = config.max_seqs + config.max_queue
         self.jobs = {}
         self.n_seq = 0
         self.lock = threading.Lock()

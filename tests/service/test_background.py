@@ -106,7 +106,7 @@ def test_stopping_does_not_wait_for_a_long_hash():
 def test_background_work_that_was_stopped_does_not_begin():
     """The worker may be told to stop between the moment it is ready and the start of its background work."""
     log = io.StringIO()
-    llm = FakeLLM(SimpleNamespace(model="m.gguf", expect_sha256=None, max_streams=1, max_queue=1), print)
+    llm = FakeLLM(SimpleNamespace(model="m.gguf", expect_sha256=None, max_seqs=1, max_queue=1), print)
     background = Background(llm, EventLog(log), 0.1, print, print, print)
     background.stop()
     background.start()

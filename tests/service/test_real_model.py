@@ -27,7 +27,7 @@ def smollm2(model_path):
 
 @pytest.fixture(scope="module")
 def worker(smollm2):
-    worker = Worker([*COMMAND, "--model", smollm2, "--max-streams", "8", "--print-curl", "--max-tokens-in", "2000"])
+    worker = Worker([*COMMAND, "--model", smollm2, "--max-seqs", "8", "--print-curl", "--max-tokens-in", "2000"])
     yield worker
     code, seconds = worker.stop()
     worker.kill()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.config import check_sha256
+from worker_orcd.config import FLAGS, check_sha256
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import Engine
@@ -44,6 +44,11 @@ from worker_orcd.serving.engine_loop import EngineLoop
 from worker_orcd.serving.job import Completion, Job, TextPiece
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+#: most rows of one step
+MAX_BATCH_TOKENS = 1 << 16
+#: most jobs that may wait; a server takes fewer, because each of its jobs holds a thread
+MAX_QUEUE = 1 << 20
 
 
 class LLM:
@@ -105,14 +110,15 @@ class LLM:
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
     ) -> None:
-        _check_count("max_seqs", max_seqs, 1, 1024, optional=True)
-        _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, 1 << 16, optional=True)
-        _check_count("max_queue", max_queue, 0, 1 << 20)
-        _check_count("context_length", context_length, 1, 1 << 40, optional=True)
-        _check_count("kv_cache_bytes", kv_cache_bytes, 1, 1 << 50, optional=True)
-        _check_count("vram_limit_bytes", vram_limit_bytes, 1, 1 << 50, optional=True)
-        _check_count("n_threads", n_threads, 0, 4096)
-        _check_count("chunk_bytes", chunk_bytes, 4096, 1 << 30)
+        _check_counts(
+            max_seqs=max_seqs,
+            context_length=context_length,
+            kv_cache_bytes=kv_cache_bytes,
+            vram_limit_bytes=vram_limit_bytes,
+        )
+        _check_counts(False, n_threads=n_threads, chunk_bytes=chunk_bytes)
+        _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, MAX_BATCH_TOKENS, optional=True)
+        _check_count("max_queue", max_queue, 0, MAX_QUEUE)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
         trusted = None if trusted_models is None else TrustedModels(trusted_models)
@@ -445,11 +451,19 @@ class TokenStream(Iterator[TextPiece]):
         self.job.cancel()
 
 
-def _check_count(field: str, value: object, low: int, high: int, optional: bool = False) -> None:
+def _check_counts(optional: bool = True, /, **values: object) -> None:
+    """Check arguments that are values of `ServeConfig` too."""
+    for name, value in values.items():
+        flag = FLAGS[name]
+        _check_count(name, value, flag.least, flag.most, optional)
+
+
+def _check_count(name: str, value: object, least: float | None, most: float | None, optional: bool = False) -> None:
     if value is None and optional:
         return
+    low, high = int(least or 0), int(most or 0)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{field} must be a whole number, {low} to {high}", field=field)
+        raise InvalidRequest(f"{name} must be a whole number, {low} to {high}", field=name)
 
 
 def _close(loop: EngineLoop, engine: Engine, model_file: ModelFile) -> None:
