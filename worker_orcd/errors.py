@@ -6,6 +6,8 @@ message of one readable line. `details()` is what goes into JSON answers and log
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def escaped(text: str, keep: str = "") -> str:
     """`text` with every character that cannot be printed as its Python escape, so that it stays one harmless line.
@@ -35,7 +37,7 @@ class WorkerError(Exception):
     def __init__(self, message: str, **fields: object) -> None:
         super().__init__(message)
         self.message = message
-        self.fields = {k: v for k, v in fields.items() if v is not None}
+        self.fields: dict[str, Any] = {k: v for k, v in fields.items() if v is not None}
 
     def details(self) -> dict[str, object]:
         """The error as a flat JSON-able dict: code, message, retriable and the extra fields."""

@@ -6,7 +6,8 @@ It can be run by any WSGI server or test client; what needs gunicorn lives in `s
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import falcon
 
@@ -29,16 +30,16 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
 )
 
 
-def create_app(service: Service) -> falcon.App:
+def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
     """The application that serves `service`."""
-    middleware: list[object] = [Correlation()]
+    middleware: list[Any] = [Correlation()]
     if service.config.api_key is not None:
         middleware.append(ApiKey(service.config.api_key))
     app = falcon.App(middleware=middleware, media_type=falcon.MEDIA_JSON)
     for path, resource in ROUTES:
         app.add_route(path, resource(service))
 
-    def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
+    def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, object]) -> None:
         if isinstance(error, falcon.HTTPError):
             for name, value in _headers(error):
                 resp.set_header(name, value)
@@ -77,4 +78,4 @@ def create_app(service: Service) -> falcon.App:
 
 def _headers(error: falcon.HTTPError) -> list[tuple[str, str]]:
     headers = error.headers or []
-    return list(headers.items()) if isinstance(headers, dict) else list(headers)
+    return list(headers.items() if isinstance(headers, Mapping) else headers)

@@ -35,7 +35,8 @@ def answer(resp: falcon.Response, error: WorkerError) -> None:
     resp.content_type = falcon.MEDIA_JSON
     resp.data = msgspec.json.encode(error.details(), enc_hook=str)
     if isinstance(error, QueueFull):
-        resp.set_header("Retry-After", str(max(1, math.ceil(float(error.fields.get("retry_after", 1))))))
+        seconds = error.fields.get("retry_after")
+        resp.set_header("Retry-After", str(max(1, math.ceil(seconds)) if isinstance(seconds, int | float) else 1))
     elif isinstance(error, NotReady):
         resp.set_header("Retry-After", str(RETRY_LOADING_SEC))
     elif isinstance(error, Unauthorized):

@@ -156,6 +156,7 @@ class _Application(BaseApplication):
     def _worker_started(self, worker: StreamWorker) -> None:
         """In the worker process, before its first request."""
         service = self._service
+        assert service is not None, "gunicorn loads the application first"
 
         def end(code: int) -> None:
             _exit_after(EXIT_SLACK_SEC, lambda: code)

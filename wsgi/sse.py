@@ -10,7 +10,7 @@ import hashlib
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -33,7 +33,7 @@ MAX_PIECES_PER_WRITE = 64
 _PING = b": ping\n\n"
 
 
-def encode_event(name: str, data: dict[str, object]) -> bytes:
+def encode_event(name: str, data: Mapping[str, object]) -> bytes:
     """One server-sent event. JSON escapes line breaks, so the data is one line."""
     return b"event: " + name.encode("ascii") + b"\ndata: " + msgspec.json.encode(data, enc_hook=str) + b"\n\n"
 

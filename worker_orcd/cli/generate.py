@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from worker_orcd.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from worker_orcd.serving.job import Completion
+    from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 
 _SAMPLING = {name: rule for name, rule in RULES.items() if rule.flag}
@@ -65,7 +67,8 @@ def generate(model: str, prompt: str, chat: bool, verbose: bool, as_json: bool, 
         request = Request(prompt, params=params)
         if chat:
             request = Request(messages=[{"role": "user", "content": prompt}], params=params)
-        sys.stdout.reconfigure(errors="replace")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         with TokenStream(llm, llm.submit_request(request)) as stream:
             for piece in stream:
                 if not as_json:
@@ -120,7 +123,7 @@ def logits(model: str, text: str, top: int, out: str | None, device: str, n_thre
     if out is not None:
         np.save(out, values)
     n_shown = min(top, values.shape[1])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for position, row in enumerate(values):
         best = np.argsort(-row, kind="stable")[:n_shown]
         rows.append(
@@ -134,5 +137,5 @@ def logits(model: str, text: str, top: int, out: str | None, device: str, n_thre
         click.echo(f"{row['position']:5d} {row['id']:7d}:  {shown}")
 
 
-def _piece(tokenizer: object, token_id: int) -> str:
+def _piece(tokenizer: Tokenizer | None, token_id: int) -> str:
     return "" if tokenizer is None else ascii(tokenizer.decode([token_id]))

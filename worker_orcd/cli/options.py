@@ -64,9 +64,11 @@ def config_option(name: str) -> Callable[[Any], Any]:
 def _number_type(flag: config.Flag) -> Any:
     if flag.kind is str or flag.usage == "none":
         return flag.kind
-    least = max(1, flag.least // flag.unit) if flag.unit != 1 else flag.least
-    most = flag.most if flag.usage == "both" else None
-    return click.IntRange(least, most) if flag.kind is int else click.FloatRange(least, most)
+    least, most = flag.least, flag.most if flag.usage == "both" else None
+    if flag.kind is float:
+        return click.FloatRange(least, most)
+    # a flag in MiB begins with one
+    return click.IntRange(int(least or 0) if flag.unit == 1 else 1, None if most is None else int(most))
 
 
 def config_options(*names: str) -> Callable[[Any], Any]:

@@ -71,7 +71,7 @@ class ModelInfo:
     trusted_name: str | None = None
     trusted_source: str | None = None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         return dataclasses.asdict(self)
 
@@ -82,7 +82,7 @@ def provenance_facts(info: dict[str, Any]) -> dict[str, Any]:
     return {name: info.get(name) for name in names}
 
 
-def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, object]:
+def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Those arguments of `ModelInfo` that come from the file alone."""
     return {
         "path": model_file.path,

@@ -182,15 +182,18 @@ class LLM:
                 rope_orig_context=the_plan.rope_orig_context,
             )
             block_bytes = kv_blocks.block_bytes(the_plan)
-            self.info = ModelInfo(
+            facts: dict[str, Any] = {
                 **model_facts(model_file, the_plan, self.tokenizer),
+                **verified.facts(),
+                **devices.engine_facts(engine),
+            }
+            self.info = ModelInfo(
+                **facts,
                 context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
                 device=device,
                 max_seqs=config.max_seqs,
                 max_batch_tokens=config.max_batch_tokens,
-                **verified.facts(),
-                **devices.engine_facts(engine),
             )
             self._loop = EngineLoop(
                 engine,
@@ -235,12 +238,10 @@ class LLM:
             InvalidRequest, VramOom: a prompt or its params can never run; then none was started.
             WorkerError: what ended one of them; the others are cancelled.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        prompts = list(prompts)
-        if not prompts:
+        asked: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not asked:
             raise InvalidRequest("prompts is empty", field="prompts")
-        if all(isinstance(p, int | np.integer) for p in prompts):
+        if all(isinstance(p, int | np.integer) for p in asked):
             raise InvalidRequest(
                 "prompts is a list of numbers; a prompt of token ids goes in a list of prompts: [[1, 2, 3]]",
                 field="prompts",
@@ -249,12 +250,12 @@ class LLM:
         if isinstance(params, SamplingParams):
             # one seed for all, so that each prompt gets what it would get alone with the seed that is reported
             seed = params.seed if params.seed is not None else make_seed()
-            every = [dataclasses.replace(params, seed=seed)] * len(prompts)
+            every = [dataclasses.replace(params, seed=seed)] * len(asked)
         else:
             every = list(params)
-        if len(every) != len(prompts):
-            raise InvalidRequest(f"{len(prompts)} prompts, but {len(every)} params", field="params")
-        return self._run([Request(prompt=p, params=q) for p, q in zip(prompts, every, strict=True)])
+        if len(every) != len(asked):
+            raise InvalidRequest(f"{len(asked)} prompts, but {len(every)} params", field="params")
+        return self._run([Request(prompt=p, params=q) for p, q in zip(asked, every, strict=True)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Continue one prompt and iterate over the text as it comes; closing the iterator cancels.
@@ -358,9 +359,11 @@ class LLM:
         Raises:
             ModelLoadError: the file was changed since it was loaded.
         """
-        if self.info.sha256 is None:
-            self.info = dataclasses.replace(self.info, sha256=file_sha256(self._model_file, progress))
-        return self.info.sha256
+        sha256 = self.info.sha256
+        if sha256 is None:
+            sha256 = file_sha256(self._model_file, progress)
+            self.info = dataclasses.replace(self.info, sha256=sha256)
+        return sha256
 
     def shutdown(self, grace: float = 0.0) -> None:
         """Take no new jobs, let running ones go on for up to `grace` seconds, end the rest with `NotReady`."""
@@ -410,7 +413,8 @@ class LLM:
             return jobs
         from tqdm import tqdm  # a quarter of a second of import that a server never needs
 
-        return tqdm(jobs, desc="generating", unit="prompt")
+        bar: Iterable[Job] = tqdm(jobs, desc="generating", unit="prompt")
+        return bar
 
 
 class TokenStream(Iterator[TextPiece]):

@@ -71,18 +71,18 @@ class LazyFuture:
     """A call in another thread that begins once, when it is first told to or asked for."""
 
     def __init__(self, pool: Executor, call: Callable[..., Any], *args: Any) -> None:
-        self._begin = lambda: pool.submit(call, *args)
+        self._begin: Callable[[], Future[Any]] = lambda: pool.submit(call, *args)
         self._future: Future[Any] | None = None
 
-    def start(self) -> None:
+    def start(self) -> Future[Any]:
         """Begin, if it has not begun."""
         if self._future is None:
             self._future = self._begin()
+        return self._future
 
     def result(self) -> Any:
         """What the call returned; raises what it raised."""
-        self.start()
-        return self._future.result()
+        return self.start().result()
 
 
 def no_progress(done: int) -> None:

@@ -170,6 +170,7 @@ class Job:
             end = self._end
         if isinstance(end, WorkerError):
             raise end.with_traceback(None)
+        assert end is not None, "waiting had no limit"
         logprobs = None
         if self.params.logprobs is not None:
             logprobs = tuple(self._logprobs[: len(self._token_ids)])

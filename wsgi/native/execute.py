@@ -49,7 +49,7 @@ class Execute:
         service, longest = self._service, self._service.config.inference_timeout_sec
         llm = service.llm()
         left = requests.seconds_left(req.get_header(requests.DEADLINE_HEADER))
-        body = requests.decode(requests.read_body(req), ExecuteBody)
+        body: Any = requests.decode(requests.read_body(req), ExecuteBody)
         given = {name: v for name in HTTP_FIELDS if (v := getattr(body, name)) is not msgspec.UNSET}
         request = Request(
             prompt=body.prompt,

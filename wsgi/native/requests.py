@@ -49,7 +49,7 @@ def read_body(req: falcon.Request) -> bytes:
     if declared is None and not chunked:
         return b""
     try:
-        body = req.env["wsgi.input"].read(MAX_BODY_BYTES + 1 if declared is None else declared)
+        body: bytes = req.env["wsgi.input"].read(MAX_BODY_BYTES + 1 if declared is None else declared)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None
     if len(body) > MAX_BODY_BYTES:
