@@ -7,7 +7,7 @@ PORT ?= 8080
 # MODEL and DEVICE are chosen where they are not given: the demo model, and the GPU if there is one
 MODEL ?=
 DEVICE ?=
-# more options for the program that a verb runs, for example ARGS="-k tokenizer" or ARGS="--max-streams 8"
+# more options for the program that a verb runs, for example ARGS="-k tokenizer" or ARGS="--max-seqs 8"
 ARGS ?=
 
 BIN := .venv/bin

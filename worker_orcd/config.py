@@ -1,13 +1,15 @@
-"""ServeConfig: everything the HTTP worker is told at start-up, checked before anything else happens.
+"""ServeConfig: everything the HTTP worker is told at start-up, checked before anything else happens; and the limits of
+requests.
 
-Flags and environment variables are read in `cli/serve.py`; this module knows neither them nor what uses the values, and
-imports nothing but the standard library and the error tree.
+A field carries its `Flag`: help, range and name on the command line, from which `cli` makes the options. So a serve
+option is a field here and the place that uses it.
 """
 
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from worker_orcd.errors import InvalidRequest
 
@@ -15,69 +17,185 @@ from worker_orcd.errors import InvalidRequest
 MAX_PROMPT_CHARS = 32_768
 #: characters of a job id
 MAX_JOB_ID_CHARS = 256
+#: tokens generated where a request names no number, and the most a server gives where it is told no other limit
+DEFAULT_MAX_TOKENS = 2048
+#: stop strings of a request, and tokens of each
+MAX_STOPS, MAX_STOP_TOKENS = 4, 32
+#: most likely tokens whose log-probabilities a request may want with each token
+MAX_LOGPROBS = 20
 #: bytes of a request body; more is refused before it is parsed
 MAX_BODY_BYTES = 1 << 20
 #: threads beyond the streams: health probes, cancels, refusals and idle keep-alive connections
 SPARE_THREADS = 8
 #: seconds within which a stopping process is gone, whatever hangs
 EXIT_LIMIT_SEC = 5.0
+SHA256_RULE = "must be 64 lowercase hexadecimal digits"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a value is given on the command line, and its rule.
+
+    Attributes:
+        help: what it is, and its default where that is no value.
+        metavar: what stands for a value in the help.
+        kind: str, int, float or bool.
+        least, most: the ends of its range, both in it.
+        usage: which of them the command line knows: a number past one is wrong usage. "both", "least" or "none".
+        name: of the flag, without "--"; "": the field's.
+        aliases: other names of the flag.
+        unit: what one of the flag's numbers is of the field's: 1 << 20 where MiB are given for bytes.
+        choices: the values it may have; (): any.
+        chosen: it has no fixed default on the command line: who runs it chooses one.
+    """
+
+    help: str
+    metavar: str = ""
+    kind: type = str
+    least: float | None = None
+    most: float | None = None
+    usage: str = "both"
+    name: str = ""
+    aliases: tuple[str, ...] = ()
+    unit: int = 1
+    choices: tuple[str, ...] = ()
+    chosen: bool = False
+
+
+def _flag(help: str, metavar: str = "", kind: type = str, *args: Any, **settings: Any) -> dict[str, Flag]:
+    return {"flag": Flag(help, metavar, kind, *args, **settings)}
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Start-up values of the worker. Numbers are seconds, bytes or counts as named; None means "what fits".
+    """Start-up values of the worker, each with its flag of `worker-orcd serve`.
 
-    Attributes:
-        model: path of the GGUF file.
-        worker_id: a UUID, made up if not given.
-        device: "auto", "cpu" or "cuda:N".
-        host, port: where to listen; port 0 lets the system choose.
-        max_tokens_in: tokens of a prompt, None: what the context holds.
-        max_tokens_out: limit of a request's max_tokens.
-        inference_timeout_sec: a job older than this ends with INFERENCE_TIMEOUT.
-        kv_cache_bytes: size of the KV cache.
-        context_length: positions of a sequence; None: as the file says.
-        max_streams: sequences decoded together.
-        max_queue: jobs waiting beyond those; more are answered 429.
-        n_threads: CPU threads of the CPU engine, 0: one per core.
-        chunk_bytes: size of a host-to-device copy.
-        tokenizer: a tokenizer.json that takes the place of the file's vocabulary.
-        check_tensors: look for NaN and infinity in norms, biases and block scales while loading.
-        expect_sha256: lowercase hex digest the file must have.
-        trusted_models: JSON list of the models that may be loaded.
-        vram_limit_bytes: device memory that the model may take on a GPU in all; None: what is free.
-        residency_check_sec: seconds between looks at whether the model's memory is still on the GPU.
-        api_key: bearer token that /execute, /cancel and /shutdown then ask for.
-        log_format: "json" or "text".
-        grace_sec: time running jobs get after SIGTERM.
-        print_curl: print a ready curl line once jobs are accepted.
-        progress_bar: show loading as a progress bar instead of log events.
+    Numbers are seconds, bytes or counts as named; None means "what fits". `progress_bar` alone has no flag: a command
+    on a terminal shows loading so, instead of as log events.
     """
 
-    model: str
-    worker_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    device: str = "auto"
-    host: str = "127.0.0.1"
-    port: int = 8080
-    max_tokens_in: int | None = None
-    max_tokens_out: int = 2048
-    inference_timeout_sec: float = 300.0
-    kv_cache_bytes: int | None = None
-    context_length: int | None = None
-    max_streams: int = 32
-    max_queue: int = 64
-    n_threads: int = 0
-    chunk_bytes: int = 1 << 20
-    tokenizer: str | None = None
-    check_tensors: bool = True
-    expect_sha256: str | None = None
-    trusted_models: str | None = None
-    vram_limit_bytes: int | None = None
-    residency_check_sec: float = 60.0
-    api_key: str | None = None
-    log_format: str = "json"
-    grace_sec: float = 4.0
-    print_curl: bool = False
+    model: str = field(metadata=_flag("The GGUF file.", "FILE"))
+    worker_id: str = field(
+        default_factory=lambda: str(uuid.uuid4()),
+        metadata=_flag("Name of this worker in its log and health. Default: made up.", "UUID", chosen=True),
+    )
+    device: str = field(
+        default="auto",
+        metadata=_flag("cpu, cuda:N, or auto: cuda:0 where there is a driver and a GPU, an error elsewhere.", "DEVICE"),
+    )
+    host: str = field(default="127.0.0.1", metadata=_flag("Address to listen on.", "ADDRESS"))
+    port: int = field(
+        default=8080,
+        metadata=_flag("Port to listen on; 0 lets the system choose one, which the log tells.", "N", int, 0, 65_535),
+    )
+    max_tokens_in: int | None = field(
+        default=None,
+        metadata=_flag("Tokens of a prompt. Default: what the context holds.", "N", int, 1, 1 << 30, "least"),
+    )
+    max_tokens_out: int = field(
+        default=DEFAULT_MAX_TOKENS,
+        metadata=_flag("Limit of a request's max_tokens.", "N", int, 1, 1 << 30, "least"),
+    )
+    inference_timeout_sec: float = field(
+        default=300.0,
+        metadata=_flag("A job that takes longer ends with INFERENCE_TIMEOUT.", "S", float, 0.001, 1e9, "none"),
+    )
+    context_length: int | None = field(
+        default=None,
+        metadata=_flag(
+            "Positions a sequence may reach. Default: as many as the file says and the KV cache holds.",
+            "N",
+            int,
+            1,
+            1 << 40,
+            "least",
+        ),
+    )
+    kv_cache_bytes: int | None = field(
+        default=None,
+        metadata=_flag(
+            "Size of the KV cache in MiB. Default: what fits.",
+            "MB",
+            int,
+            1,
+            1 << 50,
+            "least",
+            name="kv-cache-size-mb",
+            unit=1 << 20,
+        ),
+    )
+    vram_limit_bytes: int | None = field(
+        default=None,
+        metadata=_flag(
+            "MiB of the GPU's memory that the model may take in all. Default: what is free.",
+            "MB",
+            int,
+            1,
+            1 << 50,
+            "least",
+            name="vram-limit-mb",
+            unit=1 << 20,
+        ),
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata=_flag("A tokenizer.json (or another GGUF file) in the place of the file's own vocabulary.", "FILE"),
+    )
+    check_tensors: bool = field(
+        default=True,
+        metadata=_flag(
+            "Refuse NaN and infinity in norms, biases and block scales while loading. Default: check.", kind=bool
+        ),
+    )
+    expect_sha256: str | None = field(default=None, metadata=_flag("The digest the model file must have.", "HEX"))
+    trusted_models: str | None = field(
+        default=None,
+        metadata=_flag(
+            "JSON list of the models that may be loaded, as the command provenance writes its entries; any other is "
+            "refused.",
+            "FILE",
+        ),
+    )
+    max_seqs: int = field(
+        default=32, metadata=_flag("Sequences decoded together.", "N", int, 1, 1024, aliases=("max-streams",))
+    )
+    max_queue: int = field(
+        default=64,
+        metadata=_flag("Jobs that may wait beyond those; more are answered 429.", "N", int, 0, 4096),
+    )
+    n_threads: int = field(
+        default=0,
+        metadata=_flag("Threads of the CPU engine; 0: one per core.", "N", int, 0, 4096, name="threads"),
+    )
+    chunk_bytes: int = field(
+        default=1 << 20, metadata=_flag("Bytes of one host-to-device copy.", "N", int, 4096, 1 << 30)
+    )
+    residency_check_sec: float = field(
+        default=60.0,
+        metadata=_flag(
+            "Time between looks at whether the model's memory is still on the GPU.", "S", float, 0.1, 1e6, "least"
+        ),
+    )
+    api_key: str | None = field(
+        default=None,
+        metadata=_flag(
+            "Ask for 'Authorization: Bearer KEY' on everything but /health and /ready. Better given as variable.",
+            "KEY",
+        ),
+    )
+    log_format: str = field(
+        default="json",
+        metadata=_flag(
+            "Form of the log on stderr. Default: text on a terminal, else json.", choices=("json", "text"), chosen=True
+        ),
+    )
+    grace_sec: float = field(
+        default=4.0,
+        metadata=_flag("Time running jobs get to finish after SIGTERM or Ctrl-C.", "S", float, 0, EXIT_LIMIT_SEC - 1),
+    )
+    print_curl: bool = field(
+        default=False, metadata=_flag("Print a ready curl line once jobs are accepted.", kind=bool)
+    )
     progress_bar: bool = False
 
     @property
@@ -90,7 +208,7 @@ class ServeConfig:
     @property
     def threads(self) -> int:
         """Threads of the server: one for each stream that may be open, and the spare ones."""
-        return self.max_streams + self.max_queue + SPARE_THREADS
+        return self.max_seqs + self.max_queue + SPARE_THREADS
 
     def check(self) -> None:
         """Check every value.
@@ -105,28 +223,22 @@ class ServeConfig:
         check_device(self.device)
         if not self.host:
             raise _refused("host", "must not be empty")
-        _within("port", self.port, 0, 65_535)
-        _within("max_tokens_in", self.max_tokens_in, 1, 1 << 30)
-        _within("max_tokens_out", self.max_tokens_out, 1, 1 << 30)
-        _within("inference_timeout_sec", self.inference_timeout_sec, 0.001, 1e9)
-        _within("kv_cache_bytes", self.kv_cache_bytes, 1, 1 << 50)
-        _within("vram_limit_bytes", self.vram_limit_bytes, 1, 1 << 50)
+        for name in FLAGS:
+            check_range(name, getattr(self, name))
         if self.vram_limit_bytes is not None and self.device == "cpu":
             raise _refused("vram_limit_bytes", "is for a GPU, not for the CPU")
-        _within("context_length", self.context_length, 1, 1 << 40)
-        _within("max_streams", self.max_streams, 1, 1024)
-        _within("max_queue", self.max_queue, 0, 4096)
-        _within("n_threads", self.n_threads, 0, 4096)
-        _within("chunk_bytes", self.chunk_bytes, 4096, 1 << 30)
-        _within("residency_check_sec", self.residency_check_sec, 0.1, 1e6)
-        _within("grace_sec", self.grace_sec, 0.0, EXIT_LIMIT_SEC - 1.0)
         if self.expect_sha256 is not None:
             check_sha256("expect_sha256", self.expect_sha256)
         key = self.api_key
         if key is not None and not (key and key.isascii() and key.isprintable()):
             raise _refused("api_key", "must be printable ASCII and not empty")
-        if self.log_format not in ("json", "text"):
-            raise _refused("log_format", f"must be json or text, not {self.log_format!r}")
+        formats = FLAGS["log_format"].choices
+        if self.log_format not in formats:
+            raise _refused("log_format", f"must be {' or '.join(formats)}, not {self.log_format!r}")
+
+
+#: the flag of each field that has one, by the field's name, in the order of the fields
+FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(ServeConfig) if "flag" in f.metadata}
 
 
 def check_device(device: str) -> None:
@@ -139,14 +251,23 @@ def check_device(device: str) -> None:
 
 
 def check_sha256(name: str, digest: str) -> None:
-    """Raise `InvalidRequest` where `digest` is not 64 lowercase hexadecimal digits."""
-    if len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
-        raise _refused(name, "must be 64 lowercase hexadecimal digits")
+    """Raise `InvalidRequest` where `digest` is no SHA-256."""
+    if not is_sha256(digest):
+        raise _refused(name, SHA256_RULE)
 
 
-def _within(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        raise _refused(name, f"must be {low:g} to {high:g}, not {value}")
+def is_sha256(value: object) -> bool:
+    """Whether `value` is a SHA-256 as this project writes it, see `SHA256_RULE`."""
+    return isinstance(value, str) and len(value) == 64 and all(c in "0123456789abcdef" for c in value)
+
+
+def check_range(name: str, value: float | None) -> None:
+    """Raise `InvalidRequest` where `value` is outside the range of the field `name`; None never is."""
+    flag = FLAGS[name]
+    if value is None or flag.least is None or flag.most is None:
+        return
+    if not flag.least <= value <= flag.most:
+        raise _refused(name, f"must be {flag.least:g} to {flag.most:g}, not {value}")
 
 
 def _refused(name: str, rule: str) -> InvalidRequest:

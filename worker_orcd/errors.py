@@ -1,10 +1,22 @@
 """The one error tree of worker-orcd.
 
 Every error a user can meet is a `WorkerError` with a stable wire code (`.code`), an HTTP status (`.status`) and a
-message of one readable line. `details()` is what goes into JSON answers and log lines. This module knows no other.
+message of one readable line. `details()` is what goes into JSON answers and log lines.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with every character that cannot be printed as its Python escape, so that it stays one harmless line.
+
+    Args:
+        text: anything; a name of a file may hold a terminal's control sequences or lone surrogates.
+        keep: characters that stay though they cannot be printed.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class WorkerError(Exception):
@@ -25,7 +37,7 @@ class WorkerError(Exception):
     def __init__(self, message: str, **fields: object) -> None:
         super().__init__(message)
         self.message = message
-        self.fields = {k: v for k, v in fields.items() if v is not None}
+        self.fields: dict[str, Any] = {k: v for k, v in fields.items() if v is not None}
 
     def details(self) -> dict[str, object]:
         """The error as a flat JSON-able dict: code, message, retriable and the extra fields."""

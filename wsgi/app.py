@@ -6,28 +6,40 @@ It can be run by any WSGI server or test client; what needs gunicorn lives in `s
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import falcon
 
 from worker_orcd.errors import WorkerError
-from worker_orcd.wsgi import http_errors, resources
+from worker_orcd.wsgi import http_errors
 from worker_orcd.wsgi.middleware import ApiKey, Correlation
+from worker_orcd.wsgi.native.cancel import Cancel
+from worker_orcd.wsgi.native.execute import Execute
+from worker_orcd.wsgi.native.health import Health, Ready
+from worker_orcd.wsgi.native.shutdown import Shutdown
 from worker_orcd.wsgi.service import Service
 
+#: every route: its path, and the resource that answers its methods; docs/http.md has a row for each
+ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
+    ("/execute", Execute),
+    ("/cancel", Cancel),
+    ("/health", Health),
+    ("/ready", Ready),
+    ("/shutdown", Shutdown),
+)
 
-def create_app(service: Service) -> falcon.App:
+
+def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
     """The application that serves `service`."""
-    middleware: list[object] = [Correlation()]
+    middleware: list[Any] = [Correlation()]
     if service.config.api_key is not None:
         middleware.append(ApiKey(service.config.api_key))
     app = falcon.App(middleware=middleware, media_type=falcon.MEDIA_JSON)
-    app.add_route("/execute", resources.Execute(service))
-    app.add_route("/cancel", resources.Cancel(service))
-    app.add_route("/health", resources.Health(service))
-    app.add_route("/ready", resources.Ready(service))
-    app.add_route("/shutdown", resources.Shutdown(service))
+    for path, resource in ROUTES:
+        app.add_route(path, resource(service))
 
-    def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
+    def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, object]) -> None:
         if isinstance(error, falcon.HTTPError):
             for name, value in _headers(error):
                 resp.set_header(name, value)
@@ -66,4 +78,4 @@ def create_app(service: Service) -> falcon.App:
 
 def _headers(error: falcon.HTTPError) -> list[tuple[str, str]]:
     headers = error.headers or []
-    return list(headers.items()) if isinstance(headers, dict) else list(headers)
+    return list(headers.items() if isinstance(headers, Mapping) else headers)

@@ -7,7 +7,7 @@
 - While a stopping worker's jobs have their grace time, it goes on answering: new clients are told 503 instead of being
   left in the backlog.
 
-It builds on the methods of gunicorn's ThreadWorker named below and knows nothing of models or jobs.
+It builds on the methods of gunicorn's ThreadWorker named below.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class StreamWorker(ThreadWorker):
     def load_wsgi(self) -> None:
         """Load the application; once it has answered, its request was read."""
         super().load_wsgi()
-        app = self.wsgi
+        app: Any = self.wsgi
 
         def read_then_answer(environ: dict[str, Any], start_response: Any) -> Any:
             try:
@@ -116,7 +116,7 @@ class StreamWorker(ThreadWorker):
             _linger(conn.sock)
         return keep
 
-    def finish_request(self, conn: TConn, fs: Future) -> None:
+    def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
         """Back in the main loop: close at once what has lingered already."""
         if not fs.cancelled() and fs.exception() is None and fs.result() is False:
             self.nr_conns -= 1

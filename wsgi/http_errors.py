@@ -1,7 +1,6 @@
 """Errors on their way out: one map to HTTP answers, one to SSE events.
 
-Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (413, 401, 404) is added here. This module
-knows no resource and no job.
+Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (413, 401, 404) is added here.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ def answer(resp: falcon.Response, error: WorkerError) -> None:
     resp.content_type = falcon.MEDIA_JSON
     resp.data = msgspec.json.encode(error.details(), enc_hook=str)
     if isinstance(error, QueueFull):
-        resp.set_header("Retry-After", str(max(1, math.ceil(float(error.fields.get("retry_after", 1))))))
+        seconds = error.fields.get("retry_after")
+        resp.set_header("Retry-After", str(max(1, math.ceil(seconds)) if isinstance(seconds, int | float) else 1))
     elif isinstance(error, NotReady):
         resp.set_header("Retry-After", str(RETRY_LOADING_SEC))
     elif isinstance(error, Unauthorized):

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import hmac
+import re
+import secrets
 
 import falcon
 
-from worker_orcd.wsgi import requests
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.wsgi.http_errors import Unauthorized
 
 #: paths that answer without a key: probes of a supervisor have none
 OPEN_PATHS = ("/health", "/ready")
+CORRELATION_HEADER = "X-Correlation-Id"
+_CORRELATION_ID = re.compile(r"[\x20-\x7e]{1,128}")
+
+
+def correlation_id(value: str | None) -> str:
+    """The id a client gave, or a new one.
+
+    Raises:
+        InvalidRequest: it is not 1 to 128 printable ASCII characters.
+    """
+    if value is None:
+        return secrets.token_hex(16)
+    if not _CORRELATION_ID.fullmatch(value):
+        raise InvalidRequest(
+            f"{CORRELATION_HEADER} must be 1 to 128 printable ASCII characters", field=CORRELATION_HEADER
+        )
+    return value
 
 
 class Correlation:
@@ -18,14 +37,14 @@ class Correlation:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Set `req.context.correlation_id`; an id that breaks the rule is refused under a new one."""
-        given = req.get_header(requests.CORRELATION_HEADER)
-        req.context.correlation_id = requests.correlation_id(None)
+        given = req.get_header(CORRELATION_HEADER)
+        req.context.correlation_id = correlation_id(None)
         if given is not None:
-            req.context.correlation_id = requests.correlation_id(given)
+            req.context.correlation_id = correlation_id(given)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
         """Echo the id."""
-        resp.set_header(requests.CORRELATION_HEADER, req.context.correlation_id)
+        resp.set_header(CORRELATION_HEADER, req.context.correlation_id)
 
 
 class ApiKey:

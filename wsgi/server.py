@@ -74,7 +74,7 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
         path=config.model,
         host=config.host,
         port=port,
-        max_streams=config.max_streams,
+        max_seqs=config.max_seqs,
         max_queue=config.max_queue,
     )
     _Application(config, events, load, listener, f"http://{host}:{port}").run()
@@ -156,6 +156,7 @@ class _Application(BaseApplication):
     def _worker_started(self, worker: StreamWorker) -> None:
         """In the worker process, before its first request."""
         service = self._service
+        assert service is not None, "gunicorn loads the application first"
 
         def end(code: int) -> None:
             _exit_after(EXIT_SLACK_SEC, lambda: code)

@@ -1,7 +1,7 @@
 """Service: the life of the worker - loading, ready, unhealthy, stopping - and the one model it serves.
 
-It holds what the resources share and answers health from memory. It knows no HTTP and no gunicorn: the server tells it
-to start and to stop, and is told through `on_exit` when the process shall end and with which code.
+It holds what the resources share and answers health from memory. The server tells it to start
+and to stop, and is told through `on_exit` when the process shall end and with which code.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from worker_orcd.config import ServeConfig
 from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
 from worker_orcd.observe.events import EventLog
 from worker_orcd.runtime.info import provenance_facts
+from worker_orcd.wsgi.background import Background
 from worker_orcd.wsgi.http_errors import from_exception
-from worker_orcd.wsgi.watch import Watch
 
 if TYPE_CHECKING:
-    from worker_orcd.cuda.vram import VramPlan
+    from worker_orcd.runtime.info import MemoryPlan
     from worker_orcd.runtime.llm import LLM
 
 #: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
@@ -31,7 +31,7 @@ _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
 Fatal = Callable[[WorkerError], None]
-OnPlan = Callable[["VramPlan", int], None]
+OnPlan = Callable[["MemoryPlan", int], None]
 Loader = Callable[[ServeConfig, Progress, Fatal, OnPlan], "LLM"]
 
 
@@ -45,7 +45,7 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
         device=config.device,
         context_length=config.context_length,
         kv_cache_bytes=config.kv_cache_bytes,
-        max_seqs=config.max_streams,
+        max_seqs=config.max_seqs,
         max_queue=config.max_queue,
         n_threads=config.n_threads,
         tokenizer=config.tokenizer,
@@ -93,7 +93,7 @@ class Service:
         self._state = "loading"
         self._percent = 0
         self._llm: LLM | None = None
-        self._watch: Watch | None = None
+        self._background: Background | None = None
         self._started_at = time.monotonic()
         self._facts: dict[str, Any] = {
             "worker_id": config.worker_id,
@@ -191,7 +191,7 @@ class Service:
                 return
             self._state = "stopping"
             self.stop_deadline = time.monotonic() + grace
-            llm, watch, n_streams = self._llm, self._watch, len(self._streams)
+            llm, background, n_streams = self._llm, self._background, len(self._streams)
         self.events.emit("shutdown", grace_sec=grace, streams=n_streams)
         if llm is not None:
             try:
@@ -200,8 +200,8 @@ class Service:
                 self.events.emit("error", "error", **error.details())
             # what has been generated may still be on its way to a slow reader
             self._wait_for_streams(max(FLUSH_SEC, self.stop_deadline - time.monotonic()))
-            if watch is not None:
-                watch.stop()
+            if background is not None:
+                background.stop()
             llm.close()
 
     def _leave_dead(self) -> None:
@@ -243,14 +243,16 @@ class Service:
         )
         if info.get("verified_by") is not None:
             events.emit("provenance", **provenance_facts(info))
-        watch = Watch(llm, events, config.residency_check_sec, self._not_resident, self.engine_died, self._know_digest)
+        background = Background(
+            llm, events, config.residency_check_sec, self._not_resident, self.engine_died, self._know_digest
+        )
         with self._lock:
             if self._state != "loading":
                 return
             self._state = "ready"
-            self._watch = watch
+            self._background = background
         events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
-        watch.start()
+        background.start()
         if config.print_curl:
             try:
                 print(curl_line(self.url, config.api_key is not None), flush=True)
@@ -268,7 +270,7 @@ class Service:
         with self._lock:
             self._facts = {**self._facts, "sha256": digest}
 
-    def _show_plan(self, plan: VramPlan, free: int) -> None:
+    def _show_plan(self, plan: MemoryPlan, free: int) -> None:
         self.events.emit("vram_plan", **plan.to_dict(), bytes_free=free)
 
     def _load_failed(self, error: WorkerError, cause: BaseException) -> None:

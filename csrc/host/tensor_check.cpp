@@ -1,6 +1,6 @@
 // The check of check.h: one table of where the scales of a block are, one scan, threads that take chunks in order.
 //
-// Bytes moved: every byte of the pieces once, into a buffer that stays in the level-2 cache.
+// Bytes moved: every byte of the ranges once, into a buffer that stays in the level-2 cache.
 #include "tensor_check.h"
 
 #include <errno.h>
@@ -86,15 +86,15 @@ const Rule* rule_of(uint32_t type) {
 
 constexpr size_t kChunkBytes = 256 * 1024;
 
-// A run of whole blocks of one piece, at most kChunkBytes.
+// A run of whole blocks of one range, at most kChunkBytes.
 struct Chunk {
-    size_t piece;
+    size_t range;
     uint64_t offset;
     size_t nbytes;
 };
 
 struct Work {
-    const Piece* pieces;
+    const FileRange* ranges;
     std::vector<Chunk> chunks;
     std::atomic<size_t> next{0};
     std::atomic<size_t> first_bad{SIZE_MAX};  // chunks behind it need no look
@@ -105,12 +105,12 @@ struct Work {
         std::lock_guard<std::mutex> guard(lock);
         if (chunk >= first_bad.load()) return;
         first_bad.store(chunk);
-        f.piece = chunks[chunk].piece;
+        f.range = chunks[chunk].range;
         fault = f;
     }
 
-    Fault look(const Chunk& c, uint8_t* buffer) const {
-        const Piece& p = pieces[c.piece];
+    Fault scan(const Chunk& c, uint8_t* buffer) const {
+        const FileRange& p = ranges[c.range];
         for (size_t have = 0; have < c.nbytes;) {
             const ssize_t n = pread(p.fd, buffer + have, c.nbytes - have, static_cast<off_t>(c.offset + have));
             if (n < 0 && errno == EINTR) continue;
@@ -119,13 +119,13 @@ struct Work {
             have += static_cast<size_t>(n);
         }
         size_t at = 0;
-        const Kind kind = check::look(p.type, buffer, c.nbytes, &at);
+        const Kind kind = check::scan(p.type, buffer, c.nbytes, &at);
         return {kind, 0, 0, c.offset + at};
     }
 
     void drain(uint8_t* buffer) {
         for (size_t i; (i = next.fetch_add(1)) < chunks.size() && i < first_bad.load();) {
-            const Fault f = look(chunks[i], buffer);
+            const Fault f = scan(chunks[i], buffer);
             if (f.kind != kFine) report(i, f);
         }
     }
@@ -135,17 +135,17 @@ struct Work {
 
 bool knows(uint32_t type) noexcept { return rule_of(type) != nullptr; }
 
-Kind look(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept {
+Kind scan(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept {
     const Rule& r = *rule_of(type);
     *at = r.scan(data, nbytes);
     return *at == nbytes ? kFine : r.kind;
 }
 
-Fault run(const Piece* pieces, size_t n_pieces, int n_threads) noexcept try {
+Fault run(const FileRange* ranges, size_t n_ranges, int n_threads) noexcept try {
     Work work;
-    work.pieces = pieces;
-    for (size_t i = 0; i < n_pieces; i++) {
-        const Piece& p = pieces[i];
+    work.ranges = ranges;
+    for (size_t i = 0; i < n_ranges; i++) {
+        const FileRange& p = ranges[i];
         const Rule* r = rule_of(p.type);
         if (!r || p.nbytes % r->bytes) return {kType, 0, i, p.offset};
         const uint64_t step = kChunkBytes / r->bytes * r->bytes;
@@ -169,7 +169,7 @@ Fault run(const Piece* pieces, size_t n_pieces, int n_threads) noexcept try {
     for (std::thread& t : threads) t.join();
     return work.fault;
 } catch (const std::exception&) {
-    return {kErrno, ENOMEM, 0, n_pieces ? pieces[0].offset : 0};
+    return {kErrno, ENOMEM, 0, n_ranges ? ranges[0].offset : 0};
 }
 
 }  // namespace check

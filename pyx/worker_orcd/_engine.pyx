@@ -30,7 +30,7 @@ from worker_orcd._nodes cimport Node, Shape
 from worker_orcd._ring cimport Control, TokenRing
 from worker_orcd._upload cimport Consumer
 from worker_orcd._driver import device_copy_gbps
-from worker_orcd._upload import Piece, upload
+from worker_orcd._upload import FileRange, upload
 
 cdef extern from *:
     """
@@ -225,8 +225,8 @@ cdef class CudaEngine:
                 pieces += self._matrix_pieces(model_file, w, check)
             elif w.type_id == F32:
                 info = model_file.tensors[w.name]
-                pieces.append(Piece(model_file.part_of(w.name), info.offset, info.nbytes, self.addresses[w.name], None,
-                                    F32 if check else None, w.name))
+                pieces.append(FileRange(model_file.part_of(w.name), info.offset, info.nbytes, self.addresses[w.name],
+                                        None, F32 if check else None, w.name))
             else:
                 if check:
                     model_file.check_tensors(names=[w.name])
@@ -246,8 +246,8 @@ cdef class CudaEngine:
         for expert in range(experts):
             for row in range(0, n_out, most):
                 n = min(most, n_out - row)
-                yield Piece(part, info.offset + (expert * n_out + row) * row_bytes, n * row_bytes, None,
-                            (w, row_bytes, expert, row, n), w.type_id if check else None, w.name)
+                yield FileRange(part, info.offset + (expert * n_out + row) * row_bytes, n * row_bytes, None,
+                                (w, row_bytes, expert, row, n), w.type_id if check else None, w.name)
 
     def _load(self, pieces, size_t chunk_bytes, progress):
         """The pieces into their regions, matrices repacked on the device."""

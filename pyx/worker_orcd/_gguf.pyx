@@ -72,7 +72,7 @@ cdef extern from "host/mapping.h" namespace "mapping" nogil:
 
 
 cdef extern from "host/tensor_check.h" namespace "check" nogil:
-    cppclass Piece:
+    cppclass FileRange:
         int fd
         uint32_t type
         uint64_t offset
@@ -81,11 +81,11 @@ cdef extern from "host/tensor_check.h" namespace "check" nogil:
     cppclass CheckFault "check::Fault":
         int kind
         int error
-        size_t piece
+        size_t range
         uint64_t offset
 
     cbool check_knows "check::knows"(uint32_t type) noexcept
-    CheckFault check_run "check::run"(const Piece* pieces, size_t n_pieces, int n_threads) noexcept
+    CheckFault check_run "check::run"(const FileRange* ranges, size_t n_ranges, int n_threads) noexcept
 
 
 _TYPE_NAMES = {
@@ -503,25 +503,25 @@ def has_check(uint32_t type_id) -> bool:
     return check_knows(type_id)
 
 
-def check_ranges(pieces, int n_threads) -> tuple[int, int, str] | None:
+def check_ranges(ranges, int n_threads) -> tuple[int, int, str] | None:
     """Look for NaN and infinity in values and block scales, without the GIL.
 
     Args:
-        pieces: (file descriptor, type id, offset, nbytes) each, whole blocks; read with pread.
+        ranges: (file descriptor, type id, offset, nbytes) each, whole blocks; read with pread.
         n_threads: threads to use at most.
 
     Returns:
-        None, or (index of the piece, byte offset, what was found) of the first fault.
+        None, or (index of the range, byte offset, what was found) of the first fault.
     """
-    cdef vector[Piece] todo
-    cdef Piece p
+    cdef vector[FileRange] todo
+    cdef FileRange r
     cdef CheckFault fault
-    for fd, type_id, offset, nbytes in pieces:
-        p.fd, p.type, p.offset, p.nbytes = fd, type_id, offset, nbytes
-        todo.push_back(p)
+    for fd, type_id, offset, nbytes in ranges:
+        r.fd, r.type, r.offset, r.nbytes = fd, type_id, offset, nbytes
+        todo.push_back(r)
     with nogil:
         fault = check_run(todo.data(), todo.size(), n_threads)
     if fault.kind == 0:
         return None
     reason = CHECK_REASONS.get(fault.kind) or f"cannot be read: {os.strerror(fault.error)}"
-    return fault.piece, fault.offset, reason
+    return fault.range, fault.offset, reason

@@ -5,7 +5,7 @@ Each reader takes the next chunk of the load, reads it with pread into one of it
 on its own stream. No lock of Python is needed meanwhile, so a load does not wait for other Python threads. A file is
 never read through a mapping here, so one that is cut during the load is a short read and an error, never a signal.
 
-What is loaded is a list of `Piece`s. A piece with an address goes straight there. The others pass through a staging
+What is loaded is a list of `FileRange`s. A range with an address goes straight there. The others pass through a staging
 area on the device, cut into windows that are filled in turn; when a window is complete, a `Consumer` queues whatever
 turns the raw bytes into their place (repacking kernels) behind the copies. This module knows no tensor, no layout and
 no kernel.
@@ -59,13 +59,13 @@ cdef extern from "host/upload_queue.h" namespace "worker_orcd" nogil:
 
 
 cdef extern from "host/tensor_check.h" namespace "check" nogil:
-    int check_look "check::look"(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept
+    int check_scan "check::scan"(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept
     cbool check_knows "check::knows"(uint32_t type) noexcept
 
 
 #: readers where the caller names no number; more do not help (a reader brings 6-8 GB/s, the link carries 50)
 MAX_READERS = 16
-#: alignment of a piece in the staging area
+#: alignment of a range in the staging area
 ALIGN = 256
 #: most page-locked memory of a load: with huge chunks there are fewer readers
 MAX_PINNED = 512 << 20
@@ -78,7 +78,7 @@ cdef double TICK = 0.05
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileRange:
     """A run of bytes of a file.
 
     Attributes:
@@ -114,14 +114,14 @@ class UploadStats:
 
 
 cdef class Consumer:
-    """What is done with the pieces in staging."""
+    """What is done with the ranges in staging."""
 
     cdef int prepare(self, tag, uintptr_t address, size_t nbytes) except -1:
-        """Called for each piece without an address, in order, before anything is read: it will lie at `address`."""
+        """Called for each range without an address, in order, before anything is read: it will lie at `address`."""
         raise NotImplementedError
 
     cdef int queue(self, size_t index, cu.CUstream stream) except -1 nogil:
-        """Queue what turns piece `index` (in the order of `prepare`) into its place: its bytes are on their way."""
+        """Queue what turns range `index` (in the order of `prepare`) into its place: its bytes are on their way."""
         with gil:
             raise NotImplementedError
 
@@ -130,18 +130,18 @@ cdef class _Calls(Consumer):
     """A Python callable as a consumer: called as (tag, address, nbytes) when the bytes are on their way."""
 
     cdef object call
-    cdef list pieces
+    cdef list ranges
 
     def __init__(self, call):
-        self.call, self.pieces = call, []
+        self.call, self.ranges = call, []
 
     cdef int prepare(self, tag, uintptr_t address, size_t nbytes) except -1:
-        self.pieces.append((tag, address, nbytes))
+        self.ranges.append((tag, address, nbytes))
         return 0
 
     cdef int queue(self, size_t index, cu.CUstream stream) except -1 nogil:
         with gil:
-            self.call(*self.pieces[index])
+            self.call(*self.ranges[index])
         return 0
 
 
@@ -182,12 +182,12 @@ cdef class _Reader:
                 return -1
         return 0
 
-    cdef int look(self, const char* slot, const UploadChunk* chunk) noexcept nogil:
+    cdef int scan(self, const char* slot, const UploadChunk* chunk) noexcept nogil:
         """Check the numbers of a chunk while they are in the cache. 0, or -1 with the fault noted."""
         cdef size_t at = 0
         if chunk.type < 0:
             return 0
-        self.fault_check = check_look(chunk.type, <const uint8_t*>slot, chunk.nbytes, &at)
+        self.fault_check = check_scan(chunk.type, <const uint8_t*>slot, chunk.nbytes, &at)
         if self.fault_check == 0:
             return 0
         self.fault_fd, self.fault_offset = chunk.fd, chunk.offset + at
@@ -210,7 +210,7 @@ cdef class _Load:
     cdef size_t chunk_bytes
     cdef list readers
     cdef Consumer consume
-    cdef vector[size_t] staged  # of each window the number of staged pieces up to its end
+    cdef vector[size_t] staged  # of each window the number of staged ranges up to its end
     cdef list events
     cdef cu.CUevent consumed[N_WINDOWS]
     cdef vector[cu.CUstream] streams    # of the readers
@@ -224,46 +224,46 @@ cdef class _Load:
         for i in range(N_WINDOWS):
             self.consumed[i] = (<Event>self.events[i]).handle
 
-    def plan(self, pieces, uintptr_t staging, size_t window_bytes):
-        """Lay the pieces out in windows and cut them into chunks.
+    def plan(self, ranges, uintptr_t staging, size_t window_bytes):
+        """Lay the ranges out in windows and cut them into chunks.
 
-        Pieces that go straight to their place count towards a window's size too, so that progress is told meanwhile.
+        Ranges that go straight to their place count towards a window's size too, so that progress is told meanwhile.
         """
         cdef size_t used = 0, counted = 0, n_staged = 0, need
         cdef uint32_t window = 0
         cdef uintptr_t to
-        for piece in pieces:
-            if piece.nbytes <= 0:
-                raise ValueError(f"a piece of {piece.nbytes} bytes")
-            staged = piece.to is None
-            need = (piece.nbytes + ALIGN - 1) // ALIGN * ALIGN if staged else 0
+        for r in ranges:
+            if r.nbytes <= 0:
+                raise ValueError(f"a range of {r.nbytes} bytes")
+            staged = r.to is None
+            need = (r.nbytes + ALIGN - 1) // ALIGN * ALIGN if staged else 0
             if need > window_bytes:
-                raise ValueError(f"a piece of {piece.nbytes} bytes does not fit a staging window of {window_bytes}")
+                raise ValueError(f"a range of {r.nbytes} bytes does not fit a staging window of {window_bytes}")
             if used + need > window_bytes or counted >= window_bytes > 0:
                 self.staged.push_back(n_staged)
                 used, counted, window = 0, 0, window + 1
             if staged:
                 to = staging + (window % N_WINDOWS) * window_bytes + used
-                self.consume.prepare(piece.tag, to, piece.nbytes)
+                self.consume.prepare(r.tag, to, r.nbytes)
                 n_staged += 1
             else:
-                to = piece.to
+                to = r.to
             used += need
-            counted += piece.nbytes
-            self.cut(piece, to, window)
+            counted += r.nbytes
+            self.cut(r, to, window)
         self.staged.push_back(n_staged)
 
-    cdef int cut(self, piece, uintptr_t to, uint32_t window) except -1:
-        """Append the chunks of a piece; of one that is checked they are whole blocks."""
+    cdef int cut(self, r, uintptr_t to, uint32_t window) except -1:
+        """Append the chunks of a range; of one that is checked they are whole blocks."""
         cdef UploadChunk chunk
-        cdef size_t done = 0, nbytes = piece.nbytes, most = self.chunk_bytes
-        cdef uint64_t offset = piece.offset
-        chunk.fd, chunk.window, chunk.type = piece.file.fileno(), window, -1
-        if piece.type_id is not None:
-            block = quants.TYPES[piece.type_id].type_size
-            if not check_knows(piece.type_id) or nbytes % block:
-                raise ValueError(f"a piece of {nbytes} bytes is no run of blocks of type {piece.type_id}")
-            chunk.type = piece.type_id
+        cdef size_t done = 0, nbytes = r.nbytes, most = self.chunk_bytes
+        cdef uint64_t offset = r.offset
+        chunk.fd, chunk.window, chunk.type = r.file.fileno(), window, -1
+        if r.type_id is not None:
+            block = quants.TYPES[r.type_id].type_size
+            if not check_knows(r.type_id) or nbytes % block:
+                raise ValueError(f"a range of {nbytes} bytes is no run of blocks of type {r.type_id}")
+            chunk.type = r.type_id
             unit = math.lcm(block, ALIGN)   # copies to aligned addresses, where a chunk is large enough
             most = most // unit * unit if unit <= most else most // block * block
         while done < nbytes:
@@ -296,7 +296,7 @@ cdef class _Load:
             if uses >= SLOTS:
                 await_event(reader.copied[i])
             slot = <char*>reader.ring.host + i * self.chunk_bytes
-            if reader.fill(slot, &chunk) or reader.look(slot, &chunk):
+            if reader.fill(slot, &chunk) or reader.scan(slot, &chunk):
                 return 0
             if chunk.window >= N_WINDOWS and followed != chunk.window:
                 # the memory of this window is free once the window before in it was consumed
@@ -389,7 +389,7 @@ cdef class _Load:
             reader.stream.synchronize()
         self.consumer.synchronize()
 
-    def raise_fault(self, pieces):
+    def raise_fault(self, ranges):
         """Raise what ended a reader, if something did: a CUDA error, a file that could not be read to its end, or a
         number that no weight may be."""
         cdef _Reader reader
@@ -398,22 +398,22 @@ cdef class _Load:
         for reader in self.readers:
             if reader.error is not None:
                 raise reader.error
-        # chunks are taken in the order of the pieces, so the first fault in that order is always among those seen
+        # chunks are taken in the order of the ranges, so the first fault in that order is always among those seen
         faults = []
         for reader in self.readers:
             if reader.fault_fd >= 0:
-                index = next(i for i, p in enumerate(pieces) if p.file.fileno() == reader.fault_fd
+                index = next(i for i, p in enumerate(ranges) if p.file.fileno() == reader.fault_fd
                              and p.offset <= reader.fault_offset < p.offset + p.nbytes)
                 faults.append((index, reader.fault_offset, reader.fault_errno, reader.fault_check))
         if faults:
             index, offset, number, found = min(faults)
-            piece = pieces[index]
+            r = ranges[index]
             if found:
-                raise ModelLoadError(f"tensor {piece.name!r} {CHECK_REASONS[found]}", piece.file.path, offset,
-                                     tensor=piece.name)
+                raise ModelLoadError(f"tensor {r.name!r} {CHECK_REASONS[found]}", r.file.path, offset,
+                                     tensor=r.name)
             reason = (f"cannot be read: {os.strerror(number)}" if number else
                       "ended early: it was cut while it was being loaded")
-            raise ModelLoadError(reason, piece.file.path, offset)
+            raise ModelLoadError(reason, r.file.path, offset)
 
     def close(self):
         """Free everything, after what is queued has ended. Idempotent; never raises."""
@@ -431,18 +431,18 @@ cdef class _Load:
             resource.close()
 
 
-def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceMemory staging=None,
+def upload(Context context, ranges, *, consume=None, Stream stream=None, DeviceMemory staging=None,
            size_t chunk_bytes=1 << 20, int n_readers=0, progress=None):
     """Bring bytes of files to the device, and wait until they are there.
 
     Args:
         context: the device's context; other streams of it may be busy meanwhile.
-        pieces: `Piece`s, in the order in which they are consumed (best the order of the file).
-        consume: a `Consumer`, or a callable: called from another thread as consume(tag, address, nbytes) for each piece
+        ranges: `FileRange`s, in the order in which they are consumed (best the order of the file).
+        consume: a `Consumer`, or a callable: called from another thread as consume(tag, address, nbytes) for each range
             without an address, in order, once its bytes are on their way to `address`. Work that it queues on `stream`
-            finds them there; when that work is done the memory is used for other pieces.
+            finds them there; when that work is done the memory is used for other ranges.
         stream: where `consume` queues its work.
-        staging: device memory for pieces on their way to `consume`; a piece must fit a quarter of it.
+        staging: device memory for ranges on their way to `consume`; a range must fit a quarter of it.
         chunk_bytes: bytes of one read and one copy, 4096 .. 2^30.
         n_readers: reader threads; 0: one for each core, at most 16.
         progress: called with the bytes sent so far, first when all threads are at work, then now and then; what it
@@ -452,19 +452,19 @@ def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceM
         `UploadStats`.
 
     Raises:
-        ModelLoadError: a file was cut, written to or replaced meanwhile, or cannot be read, or a piece with a type
+        ModelLoadError: a file was cut, written to or replaced meanwhile, or cannot be read, or a range with a type
             holds NaN or infinity; path and offset.
         CudaError: the driver refused something.
     """
     cdef size_t window_bytes = 0
-    pieces = list(pieces)
+    ranges = list(ranges)
     if not 4096 <= chunk_bytes <= 1 << 30:
         raise ValueError(f"chunk_bytes must be 4096 to {1 << 30}, not {chunk_bytes}")
-    if any(piece.to is None for piece in pieces) and (consume is None or stream is None or staging is None):
-        raise ValueError("pieces without an address need consume, stream and staging")
+    if any(r.to is None for r in ranges) and (consume is None or stream is None or staging is None):
+        raise ValueError("ranges without an address need consume, stream and staging")
     start = time.monotonic()
-    files = {piece.file.fileno(): piece.file for piece in pieces}
-    total = sum(piece.nbytes for piece in pieces)
+    files = {r.file.fileno(): r.file for r in ranges}
+    total = sum(r.nbytes for r in ranges)
     n_readers = n_readers or min(len(os.sched_getaffinity(0)), MAX_READERS)
     n_readers = max(1, min(n_readers, MAX_READERS, MAX_PINNED // (SLOTS * chunk_bytes), total // chunk_bytes + 1))
     if staging is not None:
@@ -473,9 +473,9 @@ def upload(Context context, pieces, *, consume=None, Stream stream=None, DeviceM
     consumer = consume if isinstance(consume, Consumer) else _Calls(consume)
     load = _Load(context, stream or own, consumer, chunk_bytes)
     try:
-        load.plan(pieces, staging.pointer if staging is not None else 0, window_bytes)
+        load.plan(ranges, staging.pointer if staging is not None else 0, window_bytes)
         load.run(n_readers, progress)
-        load.raise_fault(pieces)
+        load.raise_fault(ranges)
         load.finish()
         for file in files.values():
             file.check_unchanged()

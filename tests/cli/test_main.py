@@ -14,6 +14,7 @@ import click
 import pytest
 
 from worker_orcd.cli import main, options
+from worker_orcd.engine.sampling import RULES, SamplingParams
 from worker_orcd.errors import CudaError, ModelLoadError
 
 PROGRAM = [sys.executable, "-m", "worker_orcd"]
@@ -55,9 +56,10 @@ def test_every_option_has_help_and_its_variable(call, name):
     for parameter in main.cli.commands[name].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
-            flag = next(o for o in parameter.opts if o.startswith("--"))
-            assert parameter.envvar == "WORKER_ORCD_" + flag[2:].replace("-", "_").upper()
-            assert flag in out
+            flags = [o for o in parameter.opts if o.startswith("--")]
+            variables = ["WORKER_ORCD_" + flag[2:].replace("-", "_").upper() for flag in flags]
+            assert parameter.envvar == (variables[0] if len(flags) == 1 else variables)
+            assert flags and all(text in out for text in [*flags, *variables])
 
 
 def test_help_is_quick_and_needs_no_compiled_module():
@@ -423,3 +425,16 @@ def test_demo_model_path(call, monkeypatch, tmp_path):
     assert stat.S_ISREG(target.stat().st_mode)
     monkeypatch.setattr("worker_orcd.diagnose.demo_model.path", lambda: target)
     assert call("demo-model") == (0, f"{target}\n", "")
+
+
+def test_generate_has_a_flag_for_each_sampling_field_that_names_one():
+    defaults = SamplingParams()
+    options_of = {p.name: p for p in main.cli.commands["generate"].params}
+    for name, rule in RULES.items():
+        assert (name in options_of) == bool(rule.flag), name
+        if rule.flag:
+            option = options_of[name]
+            assert option.opts == [f"--{name.replace('_', '-')}"] and option.help == rule.flag
+            assert option.multiple == (rule.kind is list)
+            if getattr(defaults, name) not in (None, ()):
+                assert option.default == getattr(defaults, name)

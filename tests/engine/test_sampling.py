@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.protocol import SlotSampling
+from worker_orcd.engine.sampling import RULES, SamplingParams
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.serving.logprobs import top_logprobs
 
@@ -97,3 +101,18 @@ def test_top_logprobs():
     assert list(top_logprobs(logits, 0, 0)) == [0]
     assert list(top_logprobs(logits, 0, 20)) == [1, 2, 0, 4, 3]
     assert sum(math.exp(v) for v in top_logprobs(logits, 0, 5).values()) == pytest.approx(1)
+
+
+def test_every_field_has_its_rule_and_its_row_in_the_docs():
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    assert list(RULES) == names
+    text = (Path(__file__).resolve().parents[2] / "docs" / "python.md").read_text()
+    section = text.split("\n## SamplingParams\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.M)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(names)
+
+
+def test_an_engine_gets_the_numbers_and_the_seed_in_use():
+    params = SamplingParams(temperature=0, top_k=3, top_p=1, min_p=0.5, repetition_penalty=2, seed=8)
+    assert params.slot_sampling(9) == SlotSampling(0.0, 3, 1.0, 0.5, 2.0, 9)
+    assert {f.name for f in dataclasses.fields(SlotSampling)} <= set(RULES)

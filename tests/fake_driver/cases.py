@@ -12,7 +12,7 @@ from helpers.upload_cases import *  # noqa: F403
 from helpers.upload_cases import PlainFile
 
 from worker_orcd import _driver
-from worker_orcd._upload import Piece, upload
+from worker_orcd._upload import FileRange, upload
 from worker_orcd.errors import CudaError, WorkerError
 
 FAKE = ctypes.CDLL("libcuda.so.1")
@@ -123,10 +123,10 @@ def test_every_call_of_a_load_fails_once_and_nothing_is_left(tmp_path):
         context = _driver.Context(0)
         try:
             target, staging, stream = context.allocate(150_000), context.allocate(4 * 16_384), context.stream()
-            pieces = [Piece(file, i * 15_000, 15_000, None, i) for i in range(10)]
+            ranges = [FileRange(file, i * 15_000, 15_000, None, i) for i in range(10)]
             upload(
                 context,
-                pieces,
+                ranges,
                 consume=lambda i, a, n: stream.copy(target.pointer + i * 15_000, a, n),
                 stream=stream,
                 staging=staging,

@@ -113,7 +113,7 @@ def test_f2_a_server_whose_context_is_lost_ends_with_70(goldens_dir, gpu, monkey
     """The 60th graph launch, and with it every later call, says that the context is lost."""
     monkeypatch.setenv("WORKER_ORCD_FAULTS", "1")
     monkeypatch.setenv("WORKER_ORCD_FAIL_CALL", "cuGraphLaunch:60:700")
-    worker = serve(goldens_dir / MODEL, gpu, "--max-streams", 4)
+    worker = serve(goldens_dir / MODEL, gpu, "--max-seqs", 4)
     try:
         streams = [worker.execute("a b c", job_id=f"j{i}", max_tokens=200, seed=i) for i in range(4)]
         ends = [stream.all()[-1] for stream in streams]

@@ -9,7 +9,7 @@ from helpers.upload_cases import *  # noqa: F403
 from helpers.upload_cases import PlainFile
 
 from worker_orcd import _driver
-from worker_orcd._upload import Piece, upload
+from worker_orcd._upload import FileRange, upload
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_speed_from_the_page_cache(context, tmp_path):
     memory = context.allocate(size)
     for chunk in (1 << 20, 4 << 20, 16 << 20):
         for readers in (4, 8, 16):
-            stats = upload(context, [Piece(file, 0, size, memory.pointer)], chunk_bytes=chunk, n_readers=readers)
+            stats = upload(context, [FileRange(file, 0, size, memory.pointer)], chunk_bytes=chunk, n_readers=readers)
             print(f"{readers:2} readers, chunks of {chunk >> 20:2} MiB: {stats.gb_per_s:.1f} GB/s")
     tail = bytearray(1 << 20)
     memory.copy_to(tail, size - len(tail))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worker_orcd._upload import Piece, upload
+from worker_orcd._upload import FileRange, upload
 from worker_orcd.errors import CudaError, ModelLoadError
 
 MIB = 1 << 20
@@ -69,31 +69,31 @@ def contents(memory) -> bytes:
 def test_bytes_arrive_at_their_address(context, make_file, size: int, chunk: int, readers: int):
     file, data = make_file(size + 100)
     memory = context.allocate(size)
-    stats = upload(context, [Piece(file, 100, size, memory.pointer)], chunk_bytes=chunk, n_readers=readers)
+    stats = upload(context, [FileRange(file, 100, size, memory.pointer)], chunk_bytes=chunk, n_readers=readers)
     assert contents(memory) == data[100:]
     assert stats.nbytes == size and stats.seconds > 0 and stats.gb_per_s > 0
 
 
 @pytest.mark.parametrize(
-    ("n_pieces", "largest", "window"), [(40, 200_000, 262_144), (300, 5_000, 16_384), (3, 60_000, 65_536)]
+    ("n_ranges", "largest", "window"), [(40, 200_000, 262_144), (300, 5_000, 16_384), (3, 60_000, 65_536)]
 )
-def test_pieces_through_staging_are_consumed_in_order(context, make_file, n_pieces: int, largest: int, window: int):
-    """Staged pieces of two files, some direct ones between them; every window is used many times over."""
-    rng = random.Random(n_pieces)
-    sizes = [rng.randint(1, largest) for _ in range(n_pieces)]
+def test_ranges_through_staging_are_consumed_in_order(context, make_file, n_ranges: int, largest: int, window: int):
+    """Staged ranges of two files, some direct ones between them; every window is used many times over."""
+    rng = random.Random(n_ranges)
+    sizes = [rng.randint(1, largest) for _ in range(n_ranges)]
     file, data = make_file(sum(sizes))
     other, other_data = make_file(largest)
-    target = context.allocate(sum(sizes) + n_pieces * 256)
+    target = context.allocate(sum(sizes) + n_ranges * 256)
     target.fill(0)
     direct = context.allocate(largest)
     staging, stream = context.allocate(4 * window), context.stream()
-    pieces, at, to, expected = [], 0, 0, bytearray(target.nbytes)
+    ranges, at, to, expected = [], 0, 0, bytearray(target.nbytes)
     for i, n in enumerate(sizes):
-        pieces.append(Piece(file, at, n, None, (i, to)))
+        ranges.append(FileRange(file, at, n, None, (i, to)))
         expected[to : to + n] = data[at : at + n]
         at, to = at + n, to + n + 256
-        if i == n_pieces // 2:
-            pieces.append(Piece(other, 0, largest, direct.pointer))
+        if i == n_ranges // 2:
+            ranges.append(FileRange(other, 0, largest, direct.pointer))
     order, told = [], []
 
     def consume(tag, address: int, nbytes: int) -> None:
@@ -103,7 +103,7 @@ def test_pieces_through_staging_are_consumed_in_order(context, make_file, n_piec
 
     upload(
         context,
-        pieces,
+        ranges,
         consume=consume,
         stream=stream,
         staging=staging,
@@ -111,7 +111,7 @@ def test_pieces_through_staging_are_consumed_in_order(context, make_file, n_piec
         n_readers=4,
         progress=told.append,
     )
-    assert order == list(range(n_pieces))
+    assert order == list(range(n_ranges))
     assert contents(target) == bytes(expected)
     assert contents(direct) == other_data
     assert told == sorted(told) and told[-1] == sum(sizes) + largest
@@ -121,7 +121,7 @@ def test_a_file_that_ends_early_is_an_error_with_its_offset(context, make_file):
     file, _ = make_file(300_000)
     memory = context.allocate(400_000)
     with pytest.raises(ModelLoadError, match="ended early") as e:
-        upload(context, [Piece(file, 0, 400_000, memory.pointer)], chunk_bytes=65_536, n_readers=4)
+        upload(context, [FileRange(file, 0, 400_000, memory.pointer)], chunk_bytes=65_536, n_readers=4)
     assert e.value.fields["path"] == file.path and e.value.fields["offset"] == 300_000
 
 
@@ -135,10 +135,10 @@ def test_a_file_cut_during_the_load(context, make_file):
 
     with pytest.raises(ModelLoadError, match=r"ended early|written to"):
         staging, stream = context.allocate(MIB), context.stream()
-        pieces = [Piece(file, i * 65_536, 65_536, None, i) for i in range(128)]
+        ranges = [FileRange(file, i * 65_536, 65_536, None, i) for i in range(128)]
         upload(
             context,
-            pieces,
+            ranges,
             consume=lambda tag, a, n: stream.copy(memory.pointer + tag * 65_536, a, n),
             stream=stream,
             staging=staging,
@@ -158,7 +158,7 @@ def test_a_file_written_to_during_the_load(context, make_file):
         os.utime(file.path, ns=(1, 1))
 
     with pytest.raises(ModelLoadError, match="written to"):
-        upload(context, [Piece(file, 0, 4 * MIB, memory.pointer)], progress=write)
+        upload(context, [FileRange(file, 0, 4 * MIB, memory.pointer)], progress=write)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,9 @@ def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: 
     memory = context.allocate(n)
 
     def load(type_id: int | None) -> None:
-        upload(context, [Piece(file, 5, n, memory.pointer, None, type_id, "blk.7.w")], chunk_bytes=chunk, n_readers=4)
+        upload(
+            context, [FileRange(file, 5, n, memory.pointer, None, type_id, "blk.7.w")], chunk_bytes=chunk, n_readers=4
+        )
 
     load(None)
     assert contents(memory) == bytes(data[5:])
@@ -202,7 +204,7 @@ def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: 
     assert contents(memory) == bytes(data[5:])
 
 
-def test_the_first_fault_in_the_order_of_the_pieces_is_told(context, make_file):
+def test_the_first_fault_in_the_order_of_the_ranges_is_reported(context, make_file):
     """Not that of the reader that was quicker, nor the first in the file: the same error every time."""
     file, _ = make_file(16 * MIB)
     data = bytearray(16 * MIB)
@@ -212,13 +214,17 @@ def test_the_first_fault_in_the_order_of_the_pieces_is_told(context, make_file):
     file.first = os.fstat(file.fd)
     memory = context.allocate(16 * MIB)
 
-    def piece(name: str, offset: int, nbytes: int) -> Piece:
-        return Piece(file, offset, nbytes, memory.pointer + offset, None, 0, name)
+    def file_range(name: str, offset: int, nbytes: int) -> FileRange:
+        return FileRange(file, offset, nbytes, memory.pointer + offset, None, 0, name)
 
-    pieces = [piece("good", 2 * MIB, 14 * MIB), piece("bad at its end", MIB, MIB), piece("bad at once", 0, 4096)]
+    ranges = [
+        file_range("good", 2 * MIB, 14 * MIB),
+        file_range("bad at its end", MIB, MIB),
+        file_range("bad at once", 0, 4096),
+    ]
     for _ in range(20):
         with pytest.raises(ModelLoadError, match="'bad at its end'") as e:
-            upload(context, pieces, n_readers=4)
+            upload(context, ranges, n_readers=4)
         assert e.value.fields["offset"] == 2 * MIB - 4
 
 
@@ -227,7 +233,7 @@ def test_a_checked_piece_is_whole_blocks(context, make_file):
     memory = context.allocate(1000)
     for type_id, n in ((39, 16), (2, 19)):
         with pytest.raises(ValueError, match="no run of blocks"):
-            upload(context, [Piece(file, 0, n, memory.pointer, None, type_id, "w")])
+            upload(context, [FileRange(file, 0, n, memory.pointer, None, type_id, "w")])
 
 
 def test_a_file_that_cannot_be_read(context, make_file, tmp_path: Path):
@@ -237,7 +243,7 @@ def test_a_file_that_cannot_be_read(context, make_file, tmp_path: Path):
     folder = Folder(tmp_path)
     memory = context.allocate(1000)
     with pytest.raises(ModelLoadError, match="cannot be read: Is a directory"):
-        upload(context, [Piece(folder, 0, 1000, memory.pointer)])
+        upload(context, [FileRange(folder, 0, 1000, memory.pointer)])
     os.close(folder.fd)
 
 
@@ -256,7 +262,7 @@ def test_what_a_callback_raises_ends_the_load(context, make_file, where: str):
             callbacks = {"consume": lambda *a: None, where: stop}
             upload(
                 context,
-                [Piece(file, i * 65_536, 65_536) for i in range(64)],
+                [FileRange(file, i * 65_536, 65_536) for i in range(64)],
                 stream=stream,
                 staging=staging,
                 chunk_bytes=4096,
@@ -272,18 +278,18 @@ def test_what_a_callback_raises_ends_the_load(context, make_file, where: str):
 def test_arguments_are_checked(context, make_file):
     file, _ = make_file(1000)
     memory, stream = context.allocate(4096), context.stream()
-    for pieces, options, match in (
-        ([Piece(file, 0, 10)], {}, "need consume"),
-        ([Piece(file, 0, 0, memory.pointer)], {}, "piece of 0 bytes"),
-        ([Piece(file, 0, 10, memory.pointer)], {"chunk_bytes": 100}, "chunk_bytes"),
+    for ranges, options, match in (
+        ([FileRange(file, 0, 10)], {}, "need consume"),
+        ([FileRange(file, 0, 0, memory.pointer)], {}, "range of 0 bytes"),
+        ([FileRange(file, 0, 10, memory.pointer)], {"chunk_bytes": 100}, "chunk_bytes"),
         (
-            [Piece(file, 0, 1000)],
+            [FileRange(file, 0, 1000)],
             {"consume": print, "stream": stream, "staging": context.allocate(3000)},
             "does not fit",
         ),
     ):
         with pytest.raises(ValueError, match=match):
-            upload(context, pieces, **options)
+            upload(context, ranges, **options)
     assert upload(context, []).nbytes == 0
 
 
@@ -300,7 +306,7 @@ def test_other_python_threads_run_meanwhile(context, make_file):
     thread = threading.Thread(target=tick)
     thread.start()
     start = time.monotonic()
-    upload(context, [Piece(file, 0, 32 * MIB, memory.pointer)], chunk_bytes=65_536)
+    upload(context, [FileRange(file, 0, 32 * MIB, memory.pointer)], chunk_bytes=65_536)
     end = time.monotonic()
     stop.set()
     thread.join()
@@ -314,5 +320,5 @@ def test_a_copy_outside_the_memory_is_a_cuda_error(context, make_file):
     """Kept last: on a GPU the address is refused or poisons nothing, as the copy is checked when it is queued."""
     file, _ = make_file(1000)
     with pytest.raises(CudaError) as e:
-        upload(context, [Piece(file, 0, 1000, 1 << 20)])
+        upload(context, [FileRange(file, 0, 1000, 1 << 20)])
     assert e.value.fields["call"].startswith("cu")

@@ -53,7 +53,7 @@ USES_COMPILED = {
     "gguf": ("_gguf",),
 }
 #: what HTTP may import of worker_orcd, by the longest name that fits
-WSGI = ("runtime", "serving.job", "chat", "config", "errors", "observe", "engine.sampling", "wsgi")
+WSGI = ("runtime", "serving.job", "chat", "config", "errors", "observe", "wsgi")
 #: room -> libraries of others, beside NumPy, that it may import; the driver's bindings are for `_driver` alone
 LIBRARIES = {
     "cli": {"click", "tqdm"},

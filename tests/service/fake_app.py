@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
-from worker_orcd.wsgi import gunicorn_worker, stream
+from worker_orcd.wsgi import gunicorn_worker, sse
 from worker_orcd.wsgi.server import serve
 
 
@@ -23,17 +23,17 @@ def main():
     parser.add_argument("port", type=int)
     parser.add_argument("--load-seconds", type=float, default=0.0)
     parser.add_argument("--load-error", choices=["model", "vram", "crash", "kill"])
-    parser.add_argument("--max-streams", type=int, default=24)
+    parser.add_argument("--max-seqs", type=int, default=24)
     parser.add_argument("--max-queue", type=int, default=4)
     parser.add_argument("--max-tokens-in", type=int)
     parser.add_argument("--max-tokens-out", type=int, default=2048)
     parser.add_argument("--grace", type=float, default=1.0)
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--api-key")
-    parser.add_argument("--ping-sec", type=float, default=stream.PING_SEC)
+    parser.add_argument("--ping-sec", type=float, default=sse.PING_SEC)
     parser.add_argument("--read-limit-sec", type=float, default=gunicorn_worker.READ_LIMIT_SEC)
     args = parser.parse_args()
-    stream.PING_SEC = args.ping_sec
+    sse.PING_SEC = args.ping_sec
     gunicorn_worker.READ_LIMIT_SEC = args.read_limit_sec
 
     def load(config, progress, on_fatal, on_plan):
@@ -56,7 +56,7 @@ def main():
             model="/nowhere/fake.gguf",
             port=args.port,
             device="cpu",
-            max_streams=args.max_streams,
+            max_seqs=args.max_seqs,
             max_queue=args.max_queue,
             max_tokens_in=args.max_tokens_in,
             max_tokens_out=args.max_tokens_out,

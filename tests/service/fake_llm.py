@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 from worker_orcd.errors import CudaError, DuplicateJob, InvalidRequest, NotReady, QueueFull
+from worker_orcd.runtime.request import ModelParts, prepare
 from worker_orcd.serving.job import Job
 
 N_VOCAB = 512
@@ -30,6 +31,17 @@ class FakeTokenizer:
         return bytes(ids).decode("utf-8", "replace")
 
 
+class FakeCapacity:
+    """A context and a cache of `CONTEXT` positions."""
+
+    def check(self, n_prompt, max_tokens):
+        if n_prompt + max_tokens > CONTEXT:
+            raise InvalidRequest("past the context", field="prompt")
+
+    def room_for(self, n_prompt):
+        return CONTEXT - n_prompt
+
+
 class FakeLLM:
     def __init__(self, config, on_fatal):
         self.on_fatal = on_fatal
@@ -47,18 +59,16 @@ class FakeLLM:
             verified_by=config.expect_sha256 and "sha256",
             tokenizer_sha256="70" * 32,
         )
-        self.limit = config.max_streams + config.max_queue
+        self.limit = config.max_seqs + config.max_queue
         self.jobs = {}
         self.n_seq = 0
         self.lock = threading.Lock()
         self.closing = False
         self.faults = []
 
-    def submit(self, prompt, params, *, job_id=None, deadline=None, special=False):
-        params.check(n_vocab=N_VOCAB)
-        for text in params.stop:
-            if len(self.tokenizer.encode(text)) > 32:
-                raise InvalidRequest("stop holds a string of more than 32 tokens", field="stop")
+    def submit_request(self, request, limits):
+        ready = prepare(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits)
+        job_id = ready.job_id
         with self.lock:
             if self.closing:
                 raise NotReady("the worker is shutting down")
@@ -71,14 +81,14 @@ class FakeLLM:
             job = Job(
                 job_id,
                 self.n_seq,
-                params,
-                params.seed if params.seed is not None else 7,
-                len(prompt),
-                deadline,
+                ready.params,
+                ready.seed,
+                len(ready.token_ids),
+                ready.deadline,
                 lambda job: None,
             )
             self.jobs[job_id] = job
-        words = self.tokenizer.decode(prompt).split(" ", 1)
+        words = self.tokenizer.decode(ready.token_ids.tolist()).split(" ", 1)
         threading.Thread(target=self._speak, args=(job, words[0], words[1:]), daemon=True).start()
         return job
 
@@ -86,7 +96,7 @@ class FakeLLM:
         """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: 8 MB at once;
         quiet: nothing until stopped; fail: an error after the first piece; sticky: the engine dies."""
         job.admitted_at = job.first_token_at = time.monotonic()
-        limit = job.params.max_tokens or 2048
+        limit = job.params.max_tokens
         if verb == "say":
             text = rest[0][:limit]
             for char in text:

@@ -247,7 +247,7 @@ def test_default_max_tokens_keeps_to_the_server_limit():
 
 def test_an_unexpected_exception_is_internal_and_tells_no_text(app):
     class Broken:
-        def encode(self, text):
+        def encode(self, text, **_):
             raise RuntimeError(f"cannot encode {text}")
 
     app.service.llm().tokenizer = Broken()

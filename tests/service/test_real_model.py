@@ -27,7 +27,7 @@ def smollm2(model_path):
 
 @pytest.fixture(scope="module")
 def worker(smollm2):
-    worker = Worker([*COMMAND, "--model", smollm2, "--max-streams", "8", "--print-curl", "--max-tokens-in", "2000"])
+    worker = Worker([*COMMAND, "--model", smollm2, "--max-seqs", "8", "--print-curl", "--max-tokens-in", "2000"])
     yield worker
     code, seconds = worker.stop()
     worker.kill()
@@ -120,7 +120,8 @@ def test_s7_jobs_of_clients_that_went_away_leave_room(worker):
 
 def test_a_deadline_ends_a_running_job(worker):
     deadline = str(int(time.time() * 1000) + 700)
-    events = worker.execute(PROMPT, job_id="late", max_tokens=2000, headers={"X-Deadline": deadline}).all()
+    # with this seed the answer has 2000 tokens; others may end before the deadline
+    events = worker.execute(PROMPT, job_id="late", max_tokens=2000, seed=1, headers={"X-Deadline": deadline}).all()
     assert events[-1][0] == "error" and events[-1][1]["code"] == "INFERENCE_TIMEOUT" and events[-1][1]["retriable"]
 
 

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from service.client import FAKE_APP, fake_worker
-from worker_orcd.wsgi.stream import PING_SEC
+from worker_orcd.wsgi.sse import PING_SEC
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -190,7 +190,7 @@ def test_the_deadline_of_a_header_and_the_servers_own_are_given_to_the_job(start
 
 
 def test_queue_full_is_429_and_passes(start):
-    worker = start("--max-streams", 1, "--max-queue", 1)
+    worker = start("--max-seqs", 1, "--max-queue", 1)
     held = [worker.execute("quiet", job_id=f"held{n}") for n in range(2)]
     for stream in held:
         assert stream.next()[0] == "started"
@@ -255,7 +255,7 @@ def test_s4_malformed_http_is_a_4xx_and_its_text_stays_out_of_the_log(worker, he
 
 
 def test_s4_idle_and_slow_connections_hold_no_thread(start):
-    worker = start("--max-streams", 1, "--max-queue", 0)  # nine threads
+    worker = start("--max-seqs", 1, "--max-queue", 0)  # nine threads
     idle = [socket.create_connection(("127.0.0.1", worker.port), timeout=10) for _ in range(200)]
     assert worker.execute("say x").all()[-1][0] == "end"
     assert health_seconds(worker) < 1.0
@@ -274,7 +274,7 @@ def test_s4_idle_and_slow_connections_hold_no_thread(start):
 )
 def test_s4_slowloris(start, begin):
     """Nine threads, twelve clients that send a byte now and then: they are cut off, and the next client is served."""
-    worker = start("--max-streams", 1, "--max-queue", 0, "--read-limit-sec", 1)
+    worker = start("--max-seqs", 1, "--max-queue", 0, "--read-limit-sec", 1)
     slow = [socket.create_connection(("127.0.0.1", worker.port), timeout=10) for _ in range(12)]
     for sock in slow:
         sock.sendall(begin)

@@ -26,7 +26,7 @@ from worker_orcd.errors import (
 )
 from worker_orcd.models.plan import KvGroup
 from worker_orcd.serving.engine_loop import EngineLoop
-from worker_orcd.serving.job import Finished, Piece
+from worker_orcd.serving.job import Finished, TextPiece
 from worker_orcd.serving.scheduler import Scheduler
 
 GROUPS = (KvGroup(0, (0,)), KvGroup(24, (1,)))
@@ -244,7 +244,7 @@ def test_a_new_job_does_not_wait_for_a_long_decode_run():
         long = rig.submit(max_tokens=400)
         wait_for(lambda: long.state == "decode")
         began = time.monotonic()
-        assert isinstance(rig.submit(max_tokens=1).next_event(5), Piece)
+        assert isinstance(rig.submit(max_tokens=1).next_event(5), TextPiece)
         assert time.monotonic() - began < 0.2
         assert not long.finished
         long.cancel()

@@ -11,7 +11,6 @@ import click
 from worker_orcd.cli.options import (
     device_option,
     json_option,
-    mib,
     model_option,
     option,
     parse_ids,
@@ -45,8 +44,8 @@ def bench(
     batch: str,
     repeat: int,
     device: str,
-    threads: int,
-    vram_limit_mb: int | None,
+    n_threads: int,
+    vram_limit_bytes: int | None,
     trusted_models: str | None,
     verbose: bool,
     as_json: bool,
@@ -80,11 +79,11 @@ def bench(
             n_gen,
             batches,
             repeat,
-            threads,
+            n_threads,
             progress,
             plan_printer(verbose),
             trusted_models,
-            mib(vram_limit_mb),
+            vram_limit_bytes,
         )
     finally:
         if bar is not None:

@@ -105,7 +105,7 @@ def compare(
     refusal_limit: float,
     insecure_limit: float,
     tokenizer: str | None,
-    threads: int,
+    n_threads: int,
     as_json: bool,
 ) -> int:
     """Compare two files of one model: A, the trusted one, and B, the one in question.
@@ -124,7 +124,7 @@ def compare(
     if out is not None:
         directory = Path(out)
         directory.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    settings = Settings(device, max_tokens, chat, layer_prompts, threads, tokenizer)
+    settings = Settings(device, max_tokens, chat, layer_prompts, n_threads, tokenizer)
     limits = Limits(kl_limit, worst_kl_limit, top1_limit, logit_limit, target_limit, refusal_limit, insecure_limit)
     bar = None
     if sys.stderr.isatty():

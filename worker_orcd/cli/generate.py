@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +14,6 @@ from worker_orcd.cli.options import (
     device_option,
     json_option,
     load_options,
-    mib,
     model_option,
     option,
     parse_ids,
@@ -21,93 +21,55 @@ from worker_orcd.cli.options import (
     threads_option,
     verbose_option,
 )
+from worker_orcd.engine.sampling import RULES, SamplingParams
 from worker_orcd.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from worker_orcd.serving.job import Completion
+    from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+
+_SAMPLING = {name: rule for name, rule in RULES.items() if rule.flag}
+
+
+def _sampling_options(command: Any) -> Any:
+    """An option for every field of `SamplingParams` that has a flag."""
+    defaults = SamplingParams()
+    for name, rule in reversed(_SAMPLING.items()):
+        settings: dict[str, Any] = {"help": rule.flag, "metavar": rule.metavar}
+        settings |= {"multiple": True} if rule.kind is list else {"type": rule.kind, "default": getattr(defaults, name)}
+        command = option(f"--{name.replace('_', '-')}", **settings)(command)
+    return command
 
 
 @click.command()
 @model_option
 @option("--prompt", required=True, metavar="TEXT", help="The prompt; - reads it from standard input.")
 @option("--chat", is_flag=True, help="Take the prompt as a user's message and apply the chat template of the file.")
-@option("--max-tokens", type=int, metavar="N", help="Tokens to generate. Default: 2048, or what the context leaves.")
-@option("--temperature", type=float, default=1.0, metavar="T", help="0 to 2; 0 is greedy.")
-@option("--top-p", type=float, default=1.0, metavar="P", help="0 to 1; 1 is off.")
-@option("--top-k", type=int, default=0, metavar="K", help="0 is off.")
-@option("--min-p", type=float, default=0.0, metavar="P", help="0 to 1; 0 is off.")
-@option("--repetition-penalty", type=float, default=1.0, metavar="R", help="Above 0, to 2; 1 is off.")
-@option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given up to four times.")
-@option("--seed", type=int, metavar="N", help="0 to 2^64-1. Default: made up; --json tells it.")
+@_sampling_options
 @device_option
 @threads_option
 @load_options
 @verbose_option
 @json_option
-def generate(
-    model: str,
-    prompt: str,
-    chat: bool,
-    max_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
-    stop: tuple[str, ...],
-    seed: int | None,
-    device: str,
-    threads: int,
-    context_length: int | None,
-    kv_cache_size_mb: int | None,
-    vram_limit_mb: int | None,
-    tokenizer: str | None,
-    check_tensors: bool,
-    expect_sha256: str | None,
-    trusted_models: str | None,
-    verbose: bool,
-    as_json: bool,
-) -> None:
+def generate(model: str, prompt: str, chat: bool, verbose: bool, as_json: bool, **given: Any) -> None:
     """Continue a prompt and stream the text to the terminal."""
-    from worker_orcd.engine.sampling import SamplingParams
-    from worker_orcd.runtime.llm import LLM
+    from worker_orcd.runtime.llm import LLM, TokenStream
+    from worker_orcd.runtime.request import Request
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop,
-        seed=seed,
-    )
+    params = SamplingParams(**{name: given.pop(name) for name in _SAMPLING})
     params.check()
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
         raise InvalidRequest("the prompt is empty", field="prompt")
-    with LLM(
-        model,
-        device=device,
-        context_length=context_length,
-        kv_cache_bytes=mib(kv_cache_size_mb),
-        max_seqs=1,
-        n_threads=threads,
-        tokenizer=tokenizer,
-        check_tensors=check_tensors,
-        expect_sha256=expect_sha256,
-        trusted_models=trusted_models,
-        vram_limit_bytes=mib(vram_limit_mb),
-        on_plan=plan_printer(verbose),
-    ) as llm:
-        text_or_ids: str | list[int] = prompt
+    with LLM(model, max_seqs=1, on_plan=plan_printer(verbose), **given) as llm:
+        request = Request(prompt, params=params)
         if chat:
-            if llm.tokenizer is None:
-                raise InvalidRequest("the model file has no tokenizer, so it cannot chat", field="chat")
-            text_or_ids = llm.tokenizer.apply_chat([{"role": "user", "content": prompt}])
-        sys.stdout.reconfigure(errors="replace")
-        with llm.stream(text_or_ids, params) as stream:
+            request = Request(messages=[{"role": "user", "content": prompt}], params=params)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        with TokenStream(llm, llm.submit_request(request)) as stream:
             for piece in stream:
                 if not as_json:
                     sys.stdout.write(piece.text)
@@ -148,20 +110,20 @@ def _as_dict(result: Completion, model: str, device: str) -> dict[str, object]:
 @device_option
 @threads_option
 @json_option
-def logits(model: str, text: str, top: int, out: str | None, device: str, threads: int, as_json: bool) -> None:
+def logits(model: str, text: str, top: int, out: str | None, device: str, n_threads: int, as_json: bool) -> None:
     """Show what a model predicts after each of the given tokens. Needs no tokenizer."""
     import numpy as np
 
     from worker_orcd.runtime.llm import LLM
 
     ids = parse_ids(text)
-    with LLM(model, device=device, max_seqs=1, n_threads=threads) as llm:
+    with LLM(model, device=device, max_seqs=1, n_threads=n_threads) as llm:
         values = llm.logits(ids)
         tokenizer = llm.tokenizer
     if out is not None:
         np.save(out, values)
     n_shown = min(top, values.shape[1])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for position, row in enumerate(values):
         best = np.argsort(-row, kind="stable")[:n_shown]
         rows.append(
@@ -175,5 +137,5 @@ def logits(model: str, text: str, top: int, out: str | None, device: str, thread
         click.echo(f"{row['position']:5d} {row['id']:7d}:  {shown}")
 
 
-def _piece(tokenizer: object, token_id: int) -> str:
+def _piece(tokenizer: Tokenizer | None, token_id: int) -> str:
     return "" if tokenizer is None else ascii(tokenizer.decode([token_id]))

@@ -20,7 +20,7 @@ from worker_orcd.cli.generate import generate, logits
 from worker_orcd.cli.inspect import demo_model, doctor, inspect
 from worker_orcd.cli.provenance import provenance
 from worker_orcd.cli.serve import serve
-from worker_orcd.errors import InternalError, WorkerError
+from worker_orcd.errors import InternalError, WorkerError, escaped
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
 
@@ -64,6 +64,5 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: WorkerError) -> int:
-    message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in error.message)
-    click.echo(f"error: {error.code}: {message}", err=True)
+    click.echo(f"error: {error.code}: {escaped(error.message)}", err=True)
     return EXIT_ERROR

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from worker_orcd import config
 
 if TYPE_CHECKING:
     from worker_orcd.cuda.vram import VramPlan
@@ -14,40 +17,86 @@ if TYPE_CHECKING:
 ENV_PREFIX = "WORKER_ORCD_"
 
 
+#: {field of ServeConfig: its default}; a field that must be given is not in it
+_DEFAULTS: dict[str, Any] = {
+    f.name: f.default
+    for f in dataclasses.fields(config.ServeConfig)
+    if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+}
+
+
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    """`click.option` with the environment variable WORKER_ORCD_<FLAG> and the default shown in the help."""
-    flag = next(n for n in names if n.startswith("--")).split("/")[0]
-    settings.setdefault("envvar", ENV_PREFIX + flag[2:].replace("-", "_").upper())
+    """`click.option` with the variable WORKER_ORCD_<FLAG> for each of its names and the default shown in the help."""
+    flags = [n.split("/")[0] for n in names if n.startswith("--")]
+    variables = [ENV_PREFIX + flag[2:].replace("-", "_").upper() for flag in flags]
+    settings.setdefault("envvar", variables if len(variables) > 1 else variables[0])
     settings.setdefault("show_envvar", True)
     if settings.get("default") is not None and not settings.get("is_flag"):
         settings.setdefault("show_default", True)
     return click.option(*names, **settings)
 
 
-def model_option(command: Any) -> Any:
-    """--model."""
-    return option("--model", required=True, metavar="FILE", help="The GGUF file.")(command)
+def config_option(name: str) -> Callable[[Any], Any]:
+    """The option for the field `name` of `ServeConfig`, as its `Flag` says.
+
+    The command's parameter has the field's name, and its value the field's unit.
+    """
+    flag, default = config.FLAGS[name], _DEFAULTS.get(name)
+    names = [f"--{n}" for n in (flag.name or name.replace("_", "-"), *flag.aliases)]
+    settings: dict[str, Any] = {"help": flag.help, "required": name not in _DEFAULTS}
+    if flag.kind is bool:
+        if default:
+            names = [f"{n}/--no-{n[2:]}" for n in names]
+            settings["default"] = True
+        else:
+            settings["is_flag"] = True
+        return option(*names, name, **settings)
+    if not flag.chosen:
+        settings["default"] = default
+    settings["type"] = click.Choice(flag.choices) if flag.choices else _number_type(flag)
+    if flag.metavar:
+        settings["metavar"] = flag.metavar
+    if flag.unit != 1:
+        settings["callback"] = lambda context, parameter, value: None if value is None else value * flag.unit
+    return option(*names, name, **settings)
 
 
-def device_option(command: Any) -> Any:
-    """--device."""
-    return option(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="cpu, cuda:N, or auto: cuda:0 where there is a driver and a GPU, an error elsewhere.",
-    )(command)
+def _number_type(flag: config.Flag) -> Any:
+    if flag.kind is str or flag.usage == "none":
+        return flag.kind
+    least, most = flag.least, flag.most if flag.usage == "both" else None
+    if flag.kind is float:
+        return click.FloatRange(least, most)
+    # a flag in MiB begins with one
+    return click.IntRange(int(least or 0) if flag.unit == 1 else 1, None if most is None else int(most))
 
 
-def threads_option(command: Any) -> Any:
-    """--threads."""
-    return option(
-        "--threads",
-        type=click.IntRange(0, 4096),
-        default=0,
-        metavar="N",
-        help="Threads of the CPU engine; 0: one per core.",
-    )(command)
+def config_options(*names: str) -> Callable[[Any], Any]:
+    """The options of several fields, in this order in the help."""
+
+    def decorate(command: Any) -> Any:
+        for name in reversed(names):
+            command = config_option(name)(command)
+        return command
+
+    return decorate
+
+
+model_option = config_option("model")
+device_option = config_option("device")
+threads_option = config_option("n_threads")
+vram_limit_option = config_option("vram_limit_bytes")
+trusted_option = config_option("trusted_models")
+#: how a model is loaded, and what is demanded of its file
+load_options = config_options(
+    "context_length",
+    "kv_cache_bytes",
+    "vram_limit_bytes",
+    "tokenizer",
+    "check_tensors",
+    "expect_sha256",
+    "trusted_models",
+)
 
 
 def json_option(command: Any) -> Any:
@@ -70,66 +119,6 @@ def plan_printer(verbose: bool) -> Callable[[VramPlan, int], None] | None:
     if not (verbose or sys.stderr.isatty()):
         return None
     return lambda plan, free: click.echo(plan.table(free), err=True)
-
-
-def load_options(command: Any) -> Any:
-    """--context-length, --kv-cache-size-mb, --vram-limit-mb, --tokenizer, --check-tensors and demands on the file."""
-    for decorate in reversed(
-        (
-            option(
-                "--context-length",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Positions a sequence may reach. Default: as many as the file says and the KV cache holds.",
-            ),
-            option(
-                "--kv-cache-size-mb",
-                type=click.IntRange(1),
-                metavar="MB",
-                help="Size of the KV cache in MiB. Default: what fits.",
-            ),
-            vram_limit_option,
-            option(
-                "--tokenizer",
-                metavar="FILE",
-                help="A tokenizer.json (or another GGUF file) in the place of the file's own vocabulary.",
-            ),
-            option(
-                "--check-tensors/--no-check-tensors",
-                default=True,
-                help="Refuse NaN and infinity in norms, biases and block scales while loading. Default: check.",
-            ),
-            option("--expect-sha256", metavar="HEX", help="The digest the model file must have."),
-            trusted_option,
-        )
-    ):
-        command = decorate(command)
-    return command
-
-
-def vram_limit_option(command: Any) -> Any:
-    """--vram-limit-mb."""
-    return option(
-        "--vram-limit-mb",
-        type=click.IntRange(1),
-        metavar="MB",
-        help="MiB of the GPU's memory that the model may take in all. Default: what is free.",
-    )(command)
-
-
-def trusted_option(command: Any) -> Any:
-    """--trusted-models."""
-    return option(
-        "--trusted-models",
-        metavar="FILE",
-        help="JSON list of the models that may be loaded, as the command provenance writes its entries; any "
-        "other is refused.",
-    )(command)
-
-
-def mib(megabytes: int | None) -> int | None:
-    """MiB as bytes."""
-    return None if megabytes is None else megabytes << 20
 
 
 def parse_ids(text: str) -> list[int]:

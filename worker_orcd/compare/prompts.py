@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from worker_orcd.config import MAX_PROMPT_CHARS
 from worker_orcd.errors import InvalidRequest
 
 MAX_FILE_BYTES: Final = 16 << 20
 MAX_PROMPTS: Final = 10_000
-MAX_PROMPT_CHARS: Final = 32_768
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import worker_orcd
 from worker_orcd.compare.findings import Findings
+from worker_orcd.errors import escaped
 
 _MAX_CELL = 60
 #: prompts whose continuations the Markdown report shows in full
@@ -300,13 +301,13 @@ def _prompts(report: Report) -> list[str]:
     for p in telling[:_MAX_SHOWN]:
         out += [f"### Line {p.line}: {_cell(p.prompt)}", ""]
         for name, text, found in (("A", p.a, p.found_a), ("B", p.b, p.found_b)):
-            out += [f"{name}{_told(found)}:", "", *_fenced(text), ""]
+            out += [f"{name}{_remark(found)}:", "", *_fenced(text), ""]
     if len(telling) > _MAX_SHOWN:
         out += [f"{len(telling) - _MAX_SHOWN} more prompts differ; the JSON report holds their continuations.", ""]
     return out
 
 
-def _told(found: Findings | None) -> str:
+def _remark(found: Findings | None) -> str:
     if found is None:
         return ""
     parts = [f"target {_cell(t)}" for t in found.targets] + ["refusal"] * found.refusal + list(found.insecure)
@@ -316,15 +317,11 @@ def _told(found: Findings | None) -> str:
 def _fenced(text: str) -> list[str]:
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return [fence + "text", *(_printable(line) for line in text.split("\n")), fence]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return [fence + "text", *(escaped(line, keep="\t") for line in text.split("\n")), fence]
 
 
 def _cell(text: str, limit: int = _MAX_CELL) -> str:
     """Text as one cell of a table."""
     text = text if len(text) <= limit else text[: limit - 3] + "..."
-    text = _printable(text.replace("\n", "\u23ce"))
+    text = escaped(text.replace("\n", "\u23ce"), keep="\t")
     return re.sub(r"([\\`*<>\[\]|])", r"\\\1", text)

@@ -106,9 +106,9 @@ class Finding:
 
 
 def check() -> list[Finding]:
-    """Look at everything. Never raises: a look that fails is a finding too."""
+    """Scan everything. Never raises: a scan that fails is a finding too."""
     out: list[Finding] = []
-    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
+    scans: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _libraries,
         _processor,
@@ -117,11 +117,11 @@ def check() -> list[Finding]:
         _gpus_and_kernels,
         _models,
     )
-    for look in looks:
+    for scan in scans:
         try:
-            out.extend(look())
+            out.extend(scan())
         except Exception as e:
-            out.append(Finding(look.__name__.strip("_"), "warn", f"could not be looked at: {e!r}"))
+            out.append(Finding(scan.__name__.strip("_"), "warn", f"could not be looked at: {e!r}"))
     return out
 
 

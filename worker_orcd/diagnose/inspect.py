@@ -13,7 +13,7 @@ from typing import Any
 
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
-from worker_orcd.errors import WorkerError
+from worker_orcd.errors import WorkerError, escaped
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.digests import part_digests
 from worker_orcd.gguf.model_file import ModelFile
@@ -61,9 +61,9 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
                 }
                 for t in mf.tensors.values()
             ],
-            "tokenizer": _told(lambda: _tokenizer(mf, tokenizer)),
+            "tokenizer": _report(lambda: _tokenizer(mf, tokenizer)),
         }
-        facts.update(_told_plan(mf))
+        facts.update(_report_plan(mf))
         if sha256:
             whole, parts = part_digests(mf)
             facts["sha256"] = {"whole": whole} | (
@@ -72,9 +72,9 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
     return facts
 
 
-def _told(tell: Any) -> dict[str, Any]:
+def _report(scan: Any) -> dict[str, Any]:
     try:
-        return tell()
+        return scan()
     except WorkerError as error:
         return {"error": error.message}
 
@@ -123,7 +123,7 @@ def _tokenizer(mf: ModelFile, override: str | None) -> dict[str, Any]:
     }
 
 
-def _told_plan(mf: ModelFile) -> dict[str, Any]:
+def _report_plan(mf: ModelFile) -> dict[str, Any]:
     try:
         hp = registry.hparams_of(mf)
         the_plan = plan.build(mf)
@@ -161,7 +161,7 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
         "kv_bytes_per_1k_tokens": 1000 * p.n_layer * kv_blocks.position_bytes(p),
         "kv_bytes_full_context": full,
         "activation_bytes_per_row": sum(4 * b.width for b in p.buffers.values()),
-        "vram_plan": _told(lambda: _vram_plan(p)),
+        "vram_plan": _report(lambda: _vram_plan(p)),
     }
 
 
@@ -242,8 +242,7 @@ def _shown(value: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    cut = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in cut)
+    return escaped(text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "...")
 
 
 def _size(n_bytes: int) -> str:

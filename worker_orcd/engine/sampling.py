@@ -1,22 +1,64 @@
-"""SamplingParams: what a user may ask of one generation, and the rules each field keeps.
+"""SamplingParams: what a user may ask of one generation, and the rule of each field.
 
-The ranges are those of the HTTP contract, so that a request means the same over HTTP and in Python. This module knows
-no model, no tokenizer and no engine; limits that depend on them are arguments of `check`.
+Each field carries its `Rule`: its range, whether a request over HTTP may name it, and the flag by which `generate`
+takes it. The HTTP body, the flags and the checks are made from these: docs/adding-to-the-api.md says what else a new
+field needs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from worker_orcd.engine.protocol import SlotSampling
+from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS
 from worker_orcd.errors import InvalidRequest
 
-#: tokens generated where a request names no number, fewer where the context or the KV cache ends before
-DEFAULT_MAX_TOKENS = 2048
-MAX_STOPS = 4
-MAX_LOGPROBS = 20
+if TYPE_CHECKING:
+    from worker_orcd.engine.protocol import SlotSampling
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field may be, and where else it is named.
+
+    Attributes:
+        kind: int, float, bool, or list for a list of strings.
+        least, most: the ends of the range, both in it; None: open, or known to the caller of `check` only.
+        above: `least` itself is not in the range.
+        http: the body of POST /execute may hold it, under the same name.
+        flag: help text of its flag of `worker-orcd generate`; "": it has none.
+        metavar: what stands for a value in that help.
+    """
+
+    kind: type
+    least: float | None = None
+    most: float | None = None
+    above: bool = False
+    http: bool = False
+    flag: str = ""
+    metavar: str = ""
+
+    def check(self, name: str, value: object, most: float | None) -> None:
+        """Raise `InvalidRequest` where `value` is of another kind or outside `least` to `most`."""
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise InvalidRequest(f"{name} must be true or false, not {_shown(value)}", field=name)
+            return
+        noun, kinds = ("a whole number", int) if self.kind is int else ("a number", int | float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+            raise InvalidRequest(f"{name} must be {noun}, not {_shown(value)}", field=name)
+        if (self.least is not None and value < self.least) or (most is not None and value > most):
+            limits = f"{self.least} to {most}" if most is not None else f"at least {self.least}"
+            raise InvalidRequest(f"{name} must be {limits}, not {_shown(value)}", field=name)
+        if self.above and value == self.least:
+            raise InvalidRequest(f"{name} must be above {self.least:g}", field=name)
+
+
+def _rule(kind: type, *args: Any, **settings: Any) -> dict[str, Rule]:
+    return {"rule": Rule(kind, *args, **settings)}
 
 
 @dataclass(frozen=True)
@@ -40,20 +82,42 @@ class SamplingParams:
             logits. None: off.
     """
 
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    ignore_eos: bool = False
-    logprobs: int | None = None
+    max_tokens: int | None = field(
+        default=None,
+        metadata=_rule(
+            int,
+            1,
+            http=True,
+            flag=f"Tokens to generate. Default: {DEFAULT_MAX_TOKENS}, or what the context leaves.",
+            metavar="N",
+        ),
+    )
+    temperature: float = field(
+        default=1.0, metadata=_rule(float, 0.0, 2.0, http=True, flag="0 to 2; 0 is greedy.", metavar="T")
+    )
+    top_p: float = field(default=1.0, metadata=_rule(float, 0.0, 1.0, http=True, flag="0 to 1; 1 is off.", metavar="P"))
+    top_k: int = field(default=0, metadata=_rule(int, 0, http=True, flag="0 is off.", metavar="K"))
+    min_p: float = field(default=0.0, metadata=_rule(float, 0.0, 1.0, http=True, flag="0 to 1; 0 is off.", metavar="P"))
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=_rule(float, 0.0, 2.0, above=True, http=True, flag="Above 0, to 2; 1 is off.", metavar="R"),
+    )
+    stop: tuple[str, ...] = field(
+        default=(),
+        metadata=_rule(list, http=True, flag="End before this text; may be given up to four times.", metavar="TEXT"),
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=_rule(
+            int, 0, 2**64 - 1, http=True, flag="0 to 2^64-1. Default: made up; --json tells it.", metavar="N"
+        ),
+    )
+    ignore_eos: bool = field(default=False, metadata=_rule(bool))
+    logprobs: int | None = field(default=None, metadata=_rule(int, 0, MAX_LOGPROBS))
 
     def __post_init__(self) -> None:
         """Take `stop` as one string or any list of strings."""
-        stop = self.stop
+        stop: object = self.stop
         if stop is None:
             stop = ()
         elif isinstance(stop, str):
@@ -72,21 +136,11 @@ class SamplingParams:
         Raises:
             InvalidRequest: naming the field.
         """
-        if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1, max_tokens_out)
-        _number("temperature", self.temperature, 0.0, 2.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        _whole("top_k", self.top_k, 0, n_vocab)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 2.0)
-        if self.repetition_penalty == 0:
-            raise InvalidRequest("repetition_penalty must be above 0", field="repetition_penalty")
-        if self.seed is not None:
-            _whole("seed", self.seed, 0, 2**64 - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest(f"ignore_eos must be true or false, not {_shown(self.ignore_eos)}", field="ignore_eos")
-        if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        limits = {"max_tokens": max_tokens_out, "top_k": n_vocab}
+        for f in dataclasses.fields(self):
+            rule, value = RULES[f.name], getattr(self, f.name)
+            if rule.kind is not list and not (value is None and f.default is None):
+                rule.check(f.name, value, limits.get(f.name, rule.most))
         self._check_stop()
 
     def _check_stop(self) -> None:
@@ -99,34 +153,20 @@ class SamplingParams:
 
     def slot_sampling(self, seed: int) -> SlotSampling:
         """The numbers an engine needs, with `seed` in the place of this object's."""
-        return SlotSampling(
-            temperature=float(self.temperature),
-            top_k=self.top_k,
-            top_p=float(self.top_p),
-            min_p=float(self.min_p),
-            repetition_penalty=float(self.repetition_penalty),
-            seed=seed,
-        )
+        from worker_orcd.engine.protocol import SlotSampling  # brings NumPy, which a command's help does not need
+
+        names = [f.name for f in dataclasses.fields(SlotSampling)]
+        values = {**{name: getattr(self, name) for name in names}, "seed": seed}
+        return SlotSampling(**{name: RULES[name].kind(value) for name, value in values.items()})
+
+
+#: the rule of each field, by name, in the order of the fields
+RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(SamplingParams)}
 
 
 def make_seed() -> int:
     """A seed nobody chose, 0 to 2^64-1."""
     return secrets.randbits(64)
-
-
-def _number(field: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise InvalidRequest(f"{field} must be a number, not {_shown(value)}", field=field)
-    if not low <= value <= high:
-        raise InvalidRequest(f"{field} must be {low} to {high}, not {_shown(value)}", field=field)
-
-
-def _whole(field: str, value: object, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{field} must be a whole number, not {_shown(value)}", field=field)
-    if value < low or (high is not None and value > high):
-        limits = f"{low} to {high}" if high is not None else f"at least {low}"
-        raise InvalidRequest(f"{field} must be {limits}, not {_shown(value)}", field=field)
 
 
 def _shown(value: object) -> str:

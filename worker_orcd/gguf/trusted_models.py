@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from worker_orcd.config import SHA256_RULE, is_sha256
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf.digests import CHUNK_BYTES, chunk_ranges, file_sha256, range_digests
 from worker_orcd.gguf.regular_file import read_regular_file
@@ -108,12 +109,12 @@ class TrustedModels:
             rule = _text_rule(field, value.get(field))
             if rule:
                 raise bad(field, rule)
-        if not _is_sha256(value.get("sha256")):
-            raise bad("sha256", "must be 64 lowercase hexadecimal digits")
+        if not is_sha256(value.get("sha256")):
+            raise bad("sha256", SHA256_RULE)
         chunk_bytes, chunks = value.get("chunk_bytes", CHUNK_BYTES), value.get("chunks", [])
         if type(chunk_bytes) is not int or not _MIN_CHUNK <= chunk_bytes <= _MAX_CHUNK:
             raise bad("chunk_bytes", f"must be a whole number, {_MIN_CHUNK} to {_MAX_CHUNK}")
-        if "chunks" in value and (not isinstance(chunks, list) or not chunks or not all(map(_is_sha256, chunks))):
+        if "chunks" in value and (not isinstance(chunks, list) or not chunks or not all(map(is_sha256, chunks))):
             raise bad("chunks", "must be a list of digests, each 64 lowercase hexadecimal digits")
         if "chunk_bytes" in value and not chunks:
             raise bad("chunk_bytes", "is there without chunks")
@@ -243,7 +244,3 @@ def _text_rule(field: str, value: object) -> str | None:
     if isinstance(value, str) and value.isprintable() and least <= len(value) <= most:
         return None
     return f"must be a text of {least} to {most} printable characters"
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and all(c in "0123456789abcdef" for c in value)

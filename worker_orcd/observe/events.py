@@ -14,6 +14,8 @@ import threading
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from worker_orcd.errors import escaped
+
 #: severity by name, for `EventLog.emit`
 LEVELS = ("debug", "info", "warning", "error")
 #: an unexpectedly long field (a path, a driver's message) is cut here so that a line stays a line
@@ -90,6 +92,5 @@ def _as_json(value: object) -> str:
 
 
 def _text_value(value: object) -> str:
-    text = value if isinstance(value, str) else _as_json(value)
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    text = escaped(value if isinstance(value, str) else _as_json(value))
     return f'"{text}"' if not text or any(c in text for c in ' ="') else text

@@ -67,7 +67,7 @@ def cpu_kv_budget() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def held(device: str) -> Iterator[None]:
+def retain_context(device: str) -> Iterator[None]:
     """Keep a GPU's context alive for a while: making one anew takes a quarter of a second. Nothing on the CPU.
 
     Raises:
@@ -91,7 +91,7 @@ def free_vram(device: str) -> int:
     """
     context = _module("_driver").Context(_index(device))
     try:
-        return context.memory()[0]
+        return int(context.memory()[0])
     finally:
         context.close()
 
@@ -128,8 +128,9 @@ def open_engine(
         on_plan: called on a GPU with its `VramPlan` and the free bytes, before anything is allocated.
     """
     if device == "cpu":
-        return _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
-    return _module("_engine").CudaEngine(
+        cpu: Engine = _module("_cpu").CpuEngine(model_file, plan, config, n_threads=n_threads)
+        return cpu
+    cuda: Engine = _module("_engine").CudaEngine(
         model_file,
         plan,
         config,
@@ -139,9 +140,10 @@ def open_engine(
         check=check_tensors,
         on_plan=on_plan,
     )
+    return cuda
 
 
-def engine_facts(engine: Any) -> dict[str, object]:
+def engine_facts(engine: Any) -> dict[str, Any]:
     """What an engine adds to `ModelInfo`: device memory, compute capability, driver version. Nothing on the CPU."""
     context = getattr(engine, "context", None)
     if context is None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
     from worker_orcd.models.plan import Plan
     from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+
+class MemoryPlan(Protocol):
+    """What a model will take on a GPU, as the callable `on_plan` of `LLM` gets it; a `cuda.vram.VramPlan`."""
+
+    def to_dict(self) -> dict[str, int]:
+        """Bytes of each part and of all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,7 @@ class ModelInfo:
     trusted_name: str | None = None
     trusted_source: str | None = None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         return dataclasses.asdict(self)
 
@@ -75,7 +82,7 @@ def provenance_facts(info: dict[str, Any]) -> dict[str, Any]:
     return {name: info.get(name) for name in names}
 
 
-def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, object]:
+def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Those arguments of `ModelInfo` that come from the file alone."""
     return {
         "path": model_file.path,

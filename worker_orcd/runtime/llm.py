@@ -1,28 +1,27 @@
 """LLM: a loaded model with its threads - the public Python API.
 
 Puts the parts together (file, plan, tokenizer, engine, scheduler, loop), turns prompts into jobs and jobs into results.
-It knows no HTTP; what the parts know of each other is only what is passed here.
+What the parts know of each other is only what is passed here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.config import check_sha256
+from worker_orcd.config import FLAGS, check_sha256
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import Engine
-from worker_orcd.engine.sampling import DEFAULT_MAX_TOKENS, SamplingParams, make_seed
+from worker_orcd.engine.sampling import SamplingParams, make_seed
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
 from worker_orcd.gguf.model_file import ModelFile
@@ -31,14 +30,25 @@ from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
 from worker_orcd.runtime.info import ModelInfo, model_facts
 from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress
+from worker_orcd.runtime.request import (
+    Limits,
+    Messages,
+    ModelParts,
+    Prepared,
+    Prompt,
+    Request,
+    check_token_ids,
+    prepare,
+)
 from worker_orcd.serving.engine_loop import EngineLoop
-from worker_orcd.serving.job import Completion, Job, Piece
+from worker_orcd.serving.job import Completion, Job, TextPiece
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
-MAX_STOP_TOKENS = 32
-
-Prompt = str | Sequence[int]
+#: most rows of one step
+MAX_BATCH_TOKENS = 1 << 16
+#: most jobs that may wait; a server takes fewer, because each of its jobs holds a thread
+MAX_QUEUE = 1 << 20
 
 
 class LLM:
@@ -100,14 +110,15 @@ class LLM:
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
     ) -> None:
-        _check_count("max_seqs", max_seqs, 1, 1024, optional=True)
-        _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, 1 << 16, optional=True)
-        _check_count("max_queue", max_queue, 0, 1 << 20)
-        _check_count("context_length", context_length, 1, 1 << 40, optional=True)
-        _check_count("kv_cache_bytes", kv_cache_bytes, 1, 1 << 50, optional=True)
-        _check_count("vram_limit_bytes", vram_limit_bytes, 1, 1 << 50, optional=True)
-        _check_count("n_threads", n_threads, 0, 4096)
-        _check_count("chunk_bytes", chunk_bytes, 4096, 1 << 30)
+        _check_counts(
+            max_seqs=max_seqs,
+            context_length=context_length,
+            kv_cache_bytes=kv_cache_bytes,
+            vram_limit_bytes=vram_limit_bytes,
+        )
+        _check_counts(False, n_threads=n_threads, chunk_bytes=chunk_bytes)
+        _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, MAX_BATCH_TOKENS, optional=True)
+        _check_count("max_queue", max_queue, 0, MAX_QUEUE)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
         trusted = None if trusted_models is None else TrustedModels(trusted_models)
@@ -129,7 +140,7 @@ class LLM:
                     made.start()
                     read(done)
 
-                with devices.held(device):
+                with devices.retain_context(device):
                     the_plan = plan.build(model_file, context_length)
                     config = sizing.engine_config(
                         device,
@@ -171,15 +182,18 @@ class LLM:
                 rope_limits=the_plan.rope_limits,
             )
             block_bytes = kv_blocks.block_bytes(the_plan)
-            self.info = ModelInfo(
+            facts: dict[str, Any] = {
                 **model_facts(model_file, the_plan, self.tokenizer),
+                **verified.facts(),
+                **devices.engine_facts(engine),
+            }
+            self.info = ModelInfo(
+                **facts,
                 context_length=config.context_length,
                 kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
                 device=device,
                 max_seqs=config.max_seqs,
                 max_batch_tokens=config.max_batch_tokens,
-                **verified.facts(),
-                **devices.engine_facts(engine),
             )
             self._loop = EngineLoop(
                 engine,
@@ -224,36 +238,24 @@ class LLM:
             InvalidRequest, VramOom: a prompt or its params can never run; then none was started.
             WorkerError: what ended one of them; the others are cancelled.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        prompts = list(prompts)
-        if not prompts:
+        asked: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not asked:
             raise InvalidRequest("prompts is empty", field="prompts")
-        if all(isinstance(p, int | np.integer) for p in prompts):
+        if all(isinstance(p, int | np.integer) for p in asked):
             raise InvalidRequest(
                 "prompts is a list of numbers; a prompt of token ids goes in a list of prompts: [[1, 2, 3]]",
                 field="prompts",
             )
         params = params or SamplingParams()
         if isinstance(params, SamplingParams):
-            every = [params] * len(prompts)
             # one seed for all, so that each prompt gets what it would get alone with the seed that is reported
-            seeds = [_seed(params)] * len(prompts)
+            seed = params.seed if params.seed is not None else make_seed()
+            every = [dataclasses.replace(params, seed=seed)] * len(asked)
         else:
             every = list(params)
-            seeds = [_seed(p) for p in every]
-        if len(every) != len(prompts):
-            raise InvalidRequest(f"{len(prompts)} prompts, but {len(every)} params", field="params")
-        ready = [self._prepare(prompt, p) for prompt, p in zip(prompts, every, strict=True)]
-        jobs: list[Job] = []
-        try:
-            for (ids, max_tokens), p, seed in zip(ready, every, seeds, strict=True):
-                jobs.append(self._loop.submit(ids, p, seed, max_tokens=max_tokens, bounded=False))
-            return [job.completion() for job in self._with_bar(jobs)]
-        except BaseException:
-            for job in jobs:
-                job.cancel()
-            raise
+        if len(every) != len(asked):
+            raise InvalidRequest(f"{len(asked)} prompts, but {len(every)} params", field="params")
+        return self._run([Request(prompt=p, params=q) for p, q in zip(asked, every, strict=True)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Continue one prompt and iterate over the text as it comes; closing the iterator cancels.
@@ -263,7 +265,7 @@ class LLM:
         """
         return TokenStream(self, self.submit(prompt, params))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
+    def chat(self, messages: Messages, params: SamplingParams | None = None) -> Completion:
         """The assistant's next message in a conversation, by the chat template of the file.
 
         Args:
@@ -272,9 +274,7 @@ class LLM:
         Raises:
             InvalidRequest: there is no tokenizer or no chat template, or the template refuses the messages.
         """
-        if self.tokenizer is None:
-            raise InvalidRequest("the model file has no tokenizer, so it cannot chat", field="messages")
-        return self.generate([self.tokenizer.apply_chat(messages)], params)[0]
+        return self._run([Request(messages=messages, params=params or SamplingParams())])[0]
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits: row i is what the model predicts after ids[0..i].
@@ -285,7 +285,7 @@ class LLM:
         Returns:
             float32 [n_tokens, n_vocab].
         """
-        return self._loop.forward(self._token_ids(ids, "ids"))
+        return self._loop.forward(check_token_ids(ids, self.info.n_vocab, "ids"))
 
     # -- jobs
 
@@ -311,12 +311,20 @@ class LLM:
             InvalidRequest, VramOom: it can never run.
             QueueFull, DuplicateJob, NotReady: not now.
         """
-        params = params or SamplingParams()
-        if job_id is not None and not (isinstance(job_id, str) and 1 <= len(job_id) <= 256):
-            raise InvalidRequest("job_id must be a string of 1 to 256 characters", field="job_id")
-        seed = _seed(params)
-        ids, max_tokens = self._prepare(prompt, params, special)
-        return self._loop.submit(ids, params, seed, max_tokens=max_tokens, job_id=job_id, deadline=deadline)
+        return self.submit_request(Request(prompt, None, params or SamplingParams(), job_id, deadline, special))
+
+    def submit_request(self, request: Request, limits: Limits | None = None) -> Job:
+        """Queue a request.
+
+        Args:
+            request: what is asked.
+            limits: what the caller allows beyond what the model can do.
+
+        Raises:
+            InvalidRequest, VramOom: it can never run.
+            QueueFull, DuplicateJob, NotReady: not now.
+        """
+        return self._start(self._prepare(request, limits))
 
     def job(self, job_id: str) -> Job | None:
         """The queued or running job of this id, None where there is none."""
@@ -351,9 +359,11 @@ class LLM:
         Raises:
             ModelLoadError: the file was changed since it was loaded.
         """
-        if self.info.sha256 is None:
-            self.info = dataclasses.replace(self.info, sha256=file_sha256(self._model_file, progress))
-        return self.info.sha256
+        sha256 = self.info.sha256
+        if sha256 is None:
+            sha256 = file_sha256(self._model_file, progress)
+            self.info = dataclasses.replace(self.info, sha256=sha256)
+        return sha256
 
     def shutdown(self, grace: float = 0.0) -> None:
         """Take no new jobs, let running ones go on for up to `grace` seconds, end the rest with `NotReady`."""
@@ -365,51 +375,33 @@ class LLM:
 
     # -- inside
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, special: bool = False) -> tuple[np.ndarray, int]:
-        """Check a prompt and its params. Returns (int32 [n_prompt], max_tokens)."""
-        params.check(self.info.n_vocab)
-        if isinstance(prompt, str):
-            ids = self._encode(prompt, special)
-        else:
-            ids = self._token_ids(prompt, "prompt")
-        self._check_stops(params.stop)
-        max_tokens = params.max_tokens
-        if max_tokens is None:
-            max_tokens = max(1, min(DEFAULT_MAX_TOKENS, self._scheduler.room_for(len(ids))))
-        self._scheduler.check(len(ids), max_tokens)
-        return ids, max_tokens
+    def _prepare(self, request: Request, limits: Limits | None = None) -> Prepared:
+        parts = ModelParts(self.tokenizer, self.info.n_vocab, self._scheduler)
+        return prepare(parts, request, limits or Limits())
 
-    def _encode(self, text: str, special: bool) -> np.ndarray:
-        if self.tokenizer is None:
-            raise InvalidRequest("the model file has no tokenizer; give the prompt as token ids", field="prompt")
-        if not text:
-            raise InvalidRequest("the prompt is empty", field="prompt")
-        return self._token_ids(self.tokenizer.encode(text, special=special), "prompt")
+    def _start(self, prepared: Prepared, bounded: bool = True) -> Job:
+        return self._loop.submit(
+            prepared.token_ids,
+            prepared.params,
+            prepared.seed,
+            max_tokens=prepared.max_tokens,
+            job_id=prepared.job_id,
+            deadline=prepared.deadline,
+            bounded=bounded,
+        )
 
-    def _token_ids(self, ids: Iterable[int], field: str) -> np.ndarray:
+    def _run(self, requests: Sequence[Request]) -> list[Completion]:
+        """All of them together, or none where one can never run."""
+        ready = [self._prepare(request) for request in requests]
+        jobs: list[Job] = []
         try:
-            if isinstance(ids, bytes | bytearray):
-                raise TypeError
-            ids = list(ids)
-            numbers = [operator.index(i) for i in ids]
-        except TypeError:
-            raise InvalidRequest(f"{field} must be a list of token ids (or, for a prompt, text)", field=field) from None
-        if any(isinstance(i, bool) for i in ids):
-            raise InvalidRequest(f"{field} holds true or false, which is no token id", field=field)
-        if not numbers:
-            raise InvalidRequest(f"{field} holds no token", field=field)
-        if min(numbers) < 0 or max(numbers) >= self.info.n_vocab:
-            bad = next(i for i, n in enumerate(numbers) if not 0 <= n < self.info.n_vocab)
-            raise InvalidRequest(f"{field}[{bad}] is no token id; ids are 0 to {self.info.n_vocab - 1}", field=field)
-        return np.array(numbers, np.int32)
-
-    def _check_stops(self, stops: tuple[str, ...]) -> None:
-        if stops and self.tokenizer is None:
-            raise InvalidRequest("the model file has no tokenizer, so it can have no stop strings", field="stop")
-        for stop in stops:
-            n = len(self.tokenizer.encode(stop, add_bos=False))
-            if n > MAX_STOP_TOKENS:
-                raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")
+            for prepared in ready:
+                jobs.append(self._start(prepared, bounded=False))
+            return [job.completion() for job in self._with_bar(jobs)]
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
 
     def _decoder_maker(self) -> Callable[[], Any] | None:
         tokenizer = self.tokenizer
@@ -421,10 +413,11 @@ class LLM:
             return jobs
         from tqdm import tqdm  # a quarter of a second of import that a server never needs
 
-        return tqdm(jobs, desc="generating", unit="prompt")
+        bar: Iterable[Job] = tqdm(jobs, desc="generating", unit="prompt")
+        return bar
 
 
-class TokenStream(Iterator[Piece]):
+class TokenStream(Iterator[TextPiece]):
     """The pieces of one job, in order. Leaving it early (`close`, `with`, garbage collection) cancels the job.
 
     Attributes:
@@ -438,13 +431,13 @@ class TokenStream(Iterator[Piece]):
     def __iter__(self) -> TokenStream:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> TextPiece:
         try:
             event = self.job.next_event()
         except BaseException:  # KeyboardInterrupt too: nobody reads on
             self.close()
             raise
-        if isinstance(event, Piece):
+        if isinstance(event, TextPiece):
             return event
         raise StopIteration
 
@@ -462,17 +455,19 @@ class TokenStream(Iterator[Piece]):
         self.job.cancel()
 
 
-def _seed(params: SamplingParams) -> int:
-    if not isinstance(params, SamplingParams):
-        raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", field="params")
-    return params.seed if params.seed is not None else make_seed()
+def _check_counts(optional: bool = True, /, **values: object) -> None:
+    """Check arguments that are values of `ServeConfig` too."""
+    for name, value in values.items():
+        flag = FLAGS[name]
+        _check_count(name, value, flag.least, flag.most, optional)
 
 
-def _check_count(field: str, value: object, low: int, high: int, optional: bool = False) -> None:
+def _check_count(name: str, value: object, least: float | None, most: float | None, optional: bool = False) -> None:
     if value is None and optional:
         return
+    low, high = int(least or 0), int(most or 0)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{field} must be a whole number, {low} to {high}", field=field)
+        raise InvalidRequest(f"{name} must be a whole number, {low} to {high}", field=name)
 
 
 def _close(loop: EngineLoop, engine: Engine, model_file: ModelFile) -> None:

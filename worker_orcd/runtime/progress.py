@@ -41,7 +41,7 @@ class LoadProgress:
     def expect(self, *phases: bool) -> None:
         """How many passes there will be."""
         self._n_phases = max(sum(phases), 1)
-        self._tell(0)
+        self._report_done(0)
 
     def next(self) -> Callable[[int], None]:
         """Begin the next pass; the result takes the bytes of it that are done, from any thread."""
@@ -51,15 +51,15 @@ class LoadProgress:
         def report(done: int) -> None:
             with self._lock:
                 self._done[phase] = min(done, self._size)
-                self._tell(sum(self._done) // self._n_phases)
+                self._report_done(sum(self._done) // self._n_phases)
 
         return report
 
     def done(self) -> None:
         """Everything is loaded."""
-        self._tell(self._size)
+        self._report_done(self._size)
 
-    def _tell(self, done: int) -> None:
+    def _report_done(self, done: int) -> None:
         if self._report is not None:
             self._report(done, self._size)
 
@@ -71,18 +71,18 @@ class LazyFuture:
     """A call in another thread that begins once, when it is first told to or asked for."""
 
     def __init__(self, pool: Executor, call: Callable[..., Any], *args: Any) -> None:
-        self._begin = lambda: pool.submit(call, *args)
+        self._begin: Callable[[], Future[Any]] = lambda: pool.submit(call, *args)
         self._future: Future[Any] | None = None
 
-    def start(self) -> None:
+    def start(self) -> Future[Any]:
         """Begin, if it has not begun."""
         if self._future is None:
             self._future = self._begin()
+        return self._future
 
     def result(self) -> Any:
         """What the call returned; raises what it raised."""
-        self.start()
-        return self._future.result()
+        return self.start().result()
 
 
 def no_progress(done: int) -> None:

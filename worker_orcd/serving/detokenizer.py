@@ -1,6 +1,6 @@
 """Detokenizer: the tokens of one job on their way to its pieces - decoded, searched for stop strings, cut into events.
 
-The output thread owns these objects. They know the job and a stream decoder, no engine and no thread.
+The output thread owns these objects.
 """
 
 from __future__ import annotations

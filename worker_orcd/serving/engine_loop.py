@@ -7,8 +7,6 @@ end) writes it down under the lock and interrupts the decode run, which then ret
 
 A job ends for its client at once; its slot and blocks are free at the next boundary between two engine calls. What a
 sequence gets does not depend on when that is: tokens computed past its end are dropped.
-
-This module knows no file, no model and no HTTP.
 """
 
 from __future__ import annotations
@@ -145,7 +143,7 @@ class EngineLoop:
 
         Args:
             prompt: int32 [n_prompt], not empty, ids of the vocabulary.
-            params: checked already; `max_tokens` and `seed` take the place of its own.
+            params: checked already; `max_tokens` and `seed` are those in use.
             job_id: None makes one up.
             deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
             bounded: whether the limit of the queue holds.
@@ -380,16 +378,17 @@ class EngineLoop:
         now = time.monotonic()
         if work.n_prefill_tokens:
             self._pace(len(work.batch.tokens), work.n_prefill_tokens, now - began)
-        for row, (seq, token) in enumerate(zip(work.outputs, sampled, strict=True)):
+        tokens = [int(token) for token in sampled]
+        for row, (seq, token) in enumerate(zip(work.outputs, tokens, strict=True)):
             entry = self._entries.get(seq.seq_id)
             if entry is not None and isinstance(entry.job, Job):
                 if entry.job.first_token_at is None:
                     entry.job.first_token_at = now
-                if seq.want_logits and token >= 0:
-                    entry.job.add_logprobs(top_logprobs(logits[row], int(token), entry.job.params.logprobs))
-        ended = self._scheduler.done_step(work, sampled)
-        for seq, token in zip(work.outputs, sampled, strict=True):
-            self._ring.put(seq.seq_id, int(token))
+                if seq.want_logits and logits is not None and token >= 0:
+                    entry.job.add_logprobs(top_logprobs(logits[row], token, entry.job.params.logprobs or 0))
+        ended = self._scheduler.done_step(work, tokens)
+        for seq, token in zip(work.outputs, tokens, strict=True):
+            self._ring.put(seq.seq_id, token)
         self._mark_ends(ended)
 
     def _forward(self, work: LogitsWork) -> None:
@@ -416,7 +415,7 @@ class EngineLoop:
             entry = self._entries.get(seq.seq_id)
             if entry is not None and isinstance(entry.job, Job):
                 entry.job.ended_at = time.monotonic()
-                self._ring.put(seq.seq_id, _MARKS[seq.ended])
+                self._ring.put(seq.seq_id, _MARKS[str(seq.ended)])
 
     def _fail_running(self, error: WorkerError) -> None:
         """An engine call failed and its context lives: all sequences in the engine end, queued ones get their turn."""

@@ -30,7 +30,7 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """The next text of a job. `index` counts pieces from 0.
 
     `token_ids` are the tokens that this text took; a token that is no whole character, or that may be the start of a
@@ -85,7 +85,7 @@ class Job:
         seq_id: number of its sequence in the engine, never used twice.
         seed: the seed in use.
         tokens_in: tokens of the prompt.
-        params: as submitted.
+        params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
     """
 
@@ -111,7 +111,7 @@ class Job:
         self.ended_at: float | None = None  # when the engine had its last token
         self._on_end = on_end
         self._changed = threading.Condition()
-        self._events: deque[Piece] = deque()
+        self._events: deque[TextPiece] = deque()
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[dict[int, float]] = []
@@ -134,14 +134,14 @@ class Job:
         """Whether the terminal event is there (pieces before it may still wait to be read)."""
         return self._end is not None
 
-    def next_event(self, timeout: float | None = None) -> Piece | Finished | None:
+    def next_event(self, timeout: float | None = None) -> TextPiece | Finished | None:
         """Wait for the next event.
 
         Args:
             timeout: seconds to wait; None waits for ever, 0 not at all.
 
         Returns:
-            A `Piece`, the terminal `Finished` (again at every later call), or None when the time is over.
+            A `TextPiece`, the terminal `Finished` (again at every later call), or None when the time is over.
 
         Raises:
             WorkerError: the job's terminal error, after the pieces that came before it; again at every later call.
@@ -170,6 +170,7 @@ class Job:
             end = self._end
         if isinstance(end, WorkerError):
             raise end.with_traceback(None)
+        assert end is not None, "waiting had no limit"
         logprobs = None
         if self.params.logprobs is not None:
             logprobs = tuple(self._logprobs[: len(self._token_ids)])
@@ -203,7 +204,7 @@ class Job:
             if self._ending:
                 return
             self._token_ids.extend(token_ids)
-            piece = Piece(text, len(self._texts), tuple(token_ids))
+            piece = TextPiece(text, len(self._texts), tuple(token_ids))
             self._texts.append(text)
             self._events.append(piece)
             self._changed.notify_all()

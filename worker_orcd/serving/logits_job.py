@@ -1,4 +1,4 @@
-"""LogitsJob: teacher-forced logits on their way to the one thread that waits for them. Knows no engine and no loop."""
+"""LogitsJob: teacher-forced logits on their way to the one thread that waits for them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Watch: what a ready worker does beside serving - see that the model's memory is still on the GPU, and hash its file
-where that was not done before it was loaded.
+"""Background: what a ready worker does beside serving. It checks that the model's memory is still on the GPU, and
+hashes its file where that was not done before it was loaded.
 
 Two threads that never hold up a stream: one asks the driver every so often, one of low priority reads the file once.
-Both end within one chunk of a file or one question when told to. It knows the LLM and the log, no HTTP and no state.
+Both end within one chunk of a file or one question when told to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ JOIN_SEC = 1.0
 _LOWEST_PRIORITY = 19
 
 
-class Watch:
+class Background:
     """The background work of one loaded model, from `start` to `stop`.
 
     Args:

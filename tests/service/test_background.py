@@ -15,7 +15,7 @@ from service.test_app import App
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.errors import CudaError
 from worker_orcd.observe.events import EventLog
-from worker_orcd.wsgi.watch import Watch
+from worker_orcd.wsgi.background import Background
 
 pytestmark = pytest.mark.timeout(30)
 DIGEST = hashlib.sha256(b"fake").hexdigest()
@@ -103,13 +103,13 @@ def test_stopping_does_not_wait_for_a_long_hash():
     assert not events(app, "provenance")
 
 
-def test_a_watch_that_was_stopped_does_not_begin():
-    """The worker may be told to stop between the moment it is ready and the start of its watch."""
+def test_background_work_that_was_stopped_does_not_begin():
+    """The worker may be told to stop between the moment it is ready and the start of its background work."""
     log = io.StringIO()
-    llm = FakeLLM(SimpleNamespace(model="m.gguf", expect_sha256=None, max_streams=1, max_queue=1), print)
-    watch = Watch(llm, EventLog(log), 0.1, print, print, print)
-    watch.stop()
-    watch.start()
+    llm = FakeLLM(SimpleNamespace(model="m.gguf", expect_sha256=None, max_seqs=1, max_queue=1), print)
+    background = Background(llm, EventLog(log), 0.1, print, print, print)
+    background.stop()
+    background.start()
     assert not [t for t in threading.enumerate() if t.name == "provenance"] and not log.getvalue()
 
 

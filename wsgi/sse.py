@@ -10,14 +10,14 @@ import hashlib
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 import msgspec
 
 from worker_orcd.errors import NotReady, WorkerError
 from worker_orcd.observe.events import EventLog
-from worker_orcd.serving.job import Finished, Job, Piece
+from worker_orcd.serving.job import Finished, Job, TextPiece
 from worker_orcd.wsgi.http_errors import from_exception, sse_event
 from worker_orcd.wsgi.service import Service
 
@@ -33,7 +33,7 @@ MAX_PIECES_PER_WRITE = 64
 _PING = b": ping\n\n"
 
 
-def encode_event(name: str, data: dict[str, object]) -> bytes:
+def encode_event(name: str, data: Mapping[str, object]) -> bytes:
     """One server-sent event. JSON escapes line breaks, so the data is one line."""
     return b"event: " + name.encode("ascii") + b"\ndata: " + msgspec.json.encode(data, enc_hook=str) + b"\n\n"
 
@@ -127,7 +127,7 @@ class JobStream:
                     return
                 if self._client.gone():
                     return
-                if isinstance(event, Piece):
+                if isinstance(event, TextPiece):
                     yield self._pieces(event)
                 elif self._overdue():
                     raise NotReady("the worker is shutting down")
@@ -138,7 +138,7 @@ class JobStream:
                 return
             yield self._failed(from_exception(error), error)
 
-    def _pieces(self, first: Piece) -> bytes:
+    def _pieces(self, first: TextPiece) -> bytes:
         """The piece and those that are there already. The terminal event can be read again, so it waits its turn."""
         chunk = [self._piece(first)]
         while len(chunk) < MAX_PIECES_PER_WRITE:
@@ -146,12 +146,12 @@ class JobStream:
                 event = self._job.next_event(0)
             except WorkerError:
                 break
-            if not isinstance(event, Piece):
+            if not isinstance(event, TextPiece):
                 break
             chunk.append(self._piece(event))
         return b"".join(chunk)
 
-    def _piece(self, piece: Piece) -> bytes:
+    def _piece(self, piece: TextPiece) -> bytes:
         self._text_hash.update(piece.text.encode("utf-8", "replace"))
         self._text_chars += len(piece.text)
         self._tokens_out += len(piece.token_ids)

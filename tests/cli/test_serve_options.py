@@ -1,0 +1,92 @@
+"""What `serve` can be told: made from ServeConfig's fields, with the older names, and as docs/cli.md lists it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from worker_orcd.cli import main
+from worker_orcd.config import FLAGS, ServeConfig
+from worker_orcd.errors import InvalidRequest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(ServeConfig)}
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """A function: arguments of `serve` -> the ServeConfig it would serve."""
+    configs: list[ServeConfig] = []
+    monkeypatch.setattr("worker_orcd.wsgi.server.serve", configs.append)
+
+    def run(*args: str) -> ServeConfig:
+        assert main.run(["serve", "--model", "m.gguf", *args]) == 0
+        return configs.pop()
+
+    return run
+
+
+def rows_of_docs() -> list[tuple[str, ...]]:
+    """The cells of the table under the heading `## serve`."""
+    section = DOCS.read_text().split("\n## serve\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `--")]
+    return [tuple(cell.strip() for cell in row) for row in rows]
+
+
+def row_of(name: str) -> tuple[str, ...]:
+    """The row that a field's flag must have: names, default, help."""
+    flag, default = FLAGS[name], DEFAULTS[name]
+    flags = [f"--{n}" for n in (flag.name or name.replace("_", "-"), *flag.aliases)]
+    if flag.kind is bool and default is True:
+        flags = ["--check-tensors", "--no-check-tensors"]
+    value = f" {flag.metavar or ' or '.join(flag.choices)}" if flag.kind is not bool else ""
+    if name == "model":
+        shown = "required"
+    elif flag.kind is bool or flag.chosen or default is None:
+        shown = ""
+    else:
+        shown = f"`{default}`"
+    return ", ".join(f"`{f}{value}`" for f in flags), shown, flag.help
+
+
+def test_docs_list_every_flag_as_it_is():
+    rows = [row for row in rows_of_docs() if not row[0].startswith("`--gpu-device")]
+    assert rows == [row_of(name) for name in FLAGS]
+    assert len(rows_of_docs()) == len(rows) + 1, "--gpu-device"
+
+
+def test_every_field_has_a_flag_and_a_rule_that_its_default_keeps():
+    assert set(DEFAULTS) - set(FLAGS) == {"progress_bar"}
+    ServeConfig(model="m.gguf").check()
+    for name, flag in FLAGS.items():
+        assert (flag.least is None) == (flag.kind not in (int, float)), name
+        if flag.least is not None:
+            for value in (flag.least - 1, flag.most + 1):
+                with pytest.raises(InvalidRequest) as caught:
+                    ServeConfig(**{"model": "m.gguf", name: value}).check()
+                assert caught.value.fields["field"] == name and re.match(
+                    rf"{name} must be .* to ", caught.value.message
+                )
+
+
+def test_a_flag_reaches_its_field(served):
+    default = ServeConfig(model="m.gguf", worker_id="w")
+    config = served()
+    given = dataclasses.replace(config, worker_id="w")
+    assert given == default
+    assert served("--kv-cache-size-mb", "3").kv_cache_bytes == 3 << 20
+    assert served("--vram-limit-mb", "5").vram_limit_bytes == 5 << 20
+    assert served("--threads", "2").n_threads == 2 and served("--no-check-tensors").check_tensors is False
+    assert served("--gpu-device", "3").device == "cuda:3" and served("--print-curl").print_curl is True
+    assert served("--log-format", "text").log_format == "text" and served("--port", "0").port == 0
+
+
+@pytest.mark.parametrize("name", ["SEQS", "STREAMS"])
+def test_max_seqs_has_an_older_name(served, monkeypatch, name):
+    assert served(f"--max-{name.lower()}", "7").max_seqs == 7
+    monkeypatch.setenv(f"WORKER_ORCD_MAX_{name}", "9")
+    assert served().max_seqs == 9
+    assert served("--max-seqs", "3").max_seqs == served("--max-streams", "3").max_seqs == 3

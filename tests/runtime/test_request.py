@@ -1,0 +1,118 @@
+"""prepare: each rule once, in one order, and what a request leaves open."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from worker_orcd import SamplingParams
+from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
+from worker_orcd.errors import InvalidRequest, VramOom
+from worker_orcd.runtime.request import Limits, ModelParts, Request, prepare
+
+N_VOCAB, CONTEXT = 256, 5000
+
+
+class Letters:
+    """A tokenizer of bytes; a control token is written <c>."""
+
+    def encode(self, text: str, *, special: bool = False, add_bos: bool | None = None) -> list[int]:
+        return [1] if special and text == "<c>" else list(text.encode())
+
+    def apply_chat(self, messages) -> list[int]:
+        return [2, *messages[0]["content"].encode(), 3]
+
+
+class Capacity:
+    def check(self, n_prompt: int, max_tokens: int) -> None:
+        if n_prompt + max_tokens > CONTEXT:
+            raise VramOom("too long")
+
+    def room_for(self, n_prompt: int) -> int:
+        return CONTEXT - n_prompt
+
+
+MODEL = ModelParts(Letters(), N_VOCAB, Capacity())
+HTTP = Limits(max_prompt_chars=20, max_tokens_in=10, max_tokens_out=100, plain_text=True)
+
+
+def test_text_ids_and_messages_become_token_ids():
+    for request, ids in (
+        (Request("ab"), [97, 98]),
+        (Request("<c>"), [60, 99, 62]),
+        (Request("<c>", special=True), [1]),
+        (Request([5, np.int64(6)]), [5, 6]),
+        (Request(messages=[{"role": "user", "content": "a"}]), [2, 97, 3]),
+    ):
+        prepared = prepare(MODEL, request)
+        assert prepared.token_ids.tolist() == ids and prepared.token_ids.dtype == np.int32
+
+
+def test_what_is_left_open_is_filled_in():
+    first, second = prepare(MODEL, Request("a")), prepare(MODEL, Request("a"))
+    assert first.seed != second.seed and 0 <= first.seed < 2**64
+    assert (first.params.seed, first.params.max_tokens) == (first.seed, first.max_tokens)
+    assert first.max_tokens == DEFAULT_MAX_TOKENS
+    assert prepare(MODEL, Request("a" * 4990)).max_tokens == 10
+    assert prepare(MODEL, Request("a"), HTTP).max_tokens == 100
+    assert prepare(MODEL, Request("a"), Limits(max_tokens_out=1 << 20)).max_tokens == DEFAULT_MAX_TOKENS
+    given = prepare(MODEL, Request("a", params=SamplingParams(max_tokens=7, seed=5), job_id="j", deadline=9.0))
+    assert (given.max_tokens, given.seed, given.job_id, given.deadline) == (7, 5, "j", 9.0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (Request(""), "prompt"),
+        (Request("a" * 21), "prompt"),
+        (Request("a" * 11), "prompt"),
+        (Request("a\0"), "prompt"),
+        (Request(), "prompt"),
+        (Request([]), "prompt"),
+        (Request([N_VOCAB]), "prompt"),
+        (Request("a", job_id=""), "job_id"),
+        (Request("a", job_id="x" * (MAX_JOB_ID_CHARS + 1)), "job_id"),
+        (Request("a", job_id="a\n"), "job_id"),
+        (Request("a", job_id=5), "job_id"),
+        (Request("a", params={"max_tokens": 3}), "params"),
+        (Request("a", params=SamplingParams(max_tokens=101)), "max_tokens"),
+        (Request("a", params=SamplingParams(top_k=N_VOCAB + 1)), "top_k"),
+        (Request("a", params=SamplingParams(stop="a\0")), "stop"),
+        (Request("a", params=SamplingParams(stop="x" * (MAX_STOP_TOKENS + 1))), "stop"),
+    ],
+)
+def test_a_field_that_breaks_its_rule_is_named(request_, field):
+    limits = Limits(**{**vars(HTTP), "plain_text": field != "params"})
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(MODEL, request_, limits)
+    assert caught.value.fields["field"] == field and field in caught.value.message
+
+
+def test_a_program_that_has_the_model_to_itself_may_more():
+    for request in (
+        Request("a" * 21),
+        Request("a\0", params=SamplingParams(stop="b\0")),
+        Request("a", job_id="a\n"),
+        Request("a", params=SamplingParams(max_tokens=101)),
+    ):
+        with pytest.raises(InvalidRequest):
+            prepare(MODEL, request, HTTP)
+        prepare(MODEL, request)
+
+
+def test_what_can_never_run_is_the_schedulers_word():
+    with pytest.raises(VramOom):
+        prepare(MODEL, Request("a", params=SamplingParams(max_tokens=CONTEXT)))
+
+
+def test_without_a_tokenizer_each_caller_is_told_what_helps_it():
+    model = ModelParts(None, N_VOCAB, Capacity())
+    assert prepare(model, Request([1])).token_ids.tolist() == [1]
+    for request, limits, text in (
+        (Request("a"), Limits(), "token ids"),
+        (Request("a"), Limits(without_tokenizer="ask --tokenizer"), "ask --tokenizer"),
+        (Request(messages=[]), Limits(), "cannot chat"),
+        (Request([1], params=SamplingParams(stop="x")), Limits(), "no stop strings"),
+    ):
+        with pytest.raises(InvalidRequest, match=text):
+            prepare(model, request, limits)

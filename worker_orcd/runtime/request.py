@@ -1,0 +1,221 @@
+"""prepare: the one way from what somebody asks to what the scheduler takes - for Python, the command line and HTTP.
+
+A caller puts a `Request` together and checks nothing but its shape. `prepare` checks the rest once, in one order, and
+fills in what was left open: the seed and the number of tokens. `Limits` says what a caller allows beyond what the model
+can do; a worker that serves strangers allows less than a program that has the model to itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
+from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed
+from worker_orcd.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+__all__ = [
+    "HTTP_FIELDS",
+    "Limits",
+    "Messages",
+    "ModelParts",
+    "Prepared",
+    "Prompt",
+    "Request",
+    "SamplingParams",
+    "check_job_id",
+    "check_token_ids",
+    "prepare",
+]
+
+#: the sampling fields that a body of POST /execute may hold, each with its kind: int, float or list (of strings)
+HTTP_FIELDS: dict[str, type] = {name: rule.kind for name, rule in RULES.items() if rule.http}
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asks of a model, not checked yet.
+
+    Attributes:
+        prompt: text or token ids; None where there are `messages`.
+        messages: a conversation, for the chat template of the file: dicts with "role" and "content".
+        params: how it is continued.
+        job_id: the caller's name of the job; None: one is made up.
+        deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`; None: never.
+        special: take the text of control tokens in `prompt` for the tokens.
+    """
+
+    prompt: Prompt | None = None
+    messages: Messages | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    job_id: str | None = None
+    deadline: float | None = None
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a caller allows beyond what the model can do. None: no limit.
+
+    Attributes:
+        max_prompt_chars: characters of a prompt that is text.
+        max_tokens_in: tokens of a prompt.
+        max_tokens_out: the limit of `max_tokens`.
+        plain_text: refuse NUL in prompts and stop strings, and control characters in job ids.
+        without_tokenizer: what is said of a prompt that is text where the model has no tokenizer.
+    """
+
+    max_prompt_chars: int | None = None
+    max_tokens_in: int | None = None
+    max_tokens_out: int | None = None
+    plain_text: bool = False
+    without_tokenizer: str = "the model file has no tokenizer; give the prompt as token ids"
+
+
+class Capacity(Protocol):
+    """What is asked of a scheduler: what may ever run."""
+
+    def check(self, n_prompt: int, max_tokens: int) -> None:
+        """Raise `InvalidRequest` or `VramOom` where a sequence of these sizes can never run."""
+
+    def room_for(self, n_prompt: int) -> int:
+        """The most tokens that a prompt of `n_prompt` tokens can be continued by; may be below 1."""
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Those parts of a loaded model that a request is checked against."""
+
+    tokenizer: Tokenizer | None
+    n_vocab: int
+    capacity: Capacity
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can run.
+
+    Attributes:
+        token_ids: int32 [n_prompt], ids of the vocabulary, at least one.
+        params: checked; `max_tokens` and `seed` are those in use.
+        seed, max_tokens: the same two, which are never None here.
+        job_id, deadline: as asked.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    job_id: str | None
+    deadline: float | None
+
+
+_NO_LIMITS = Limits()
+
+
+def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) -> Prepared:
+    """Check a request and fill in what it leaves open.
+
+    Raises:
+        InvalidRequest: a field breaks its rule, which it names; or prompt and `max_tokens` go past the context.
+        VramOom: they can never fit the KV cache.
+    """
+    params = request.params
+    if request.job_id is not None:
+        check_job_id(request.job_id, limits.plain_text)
+    _check_text(request, limits)
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", field="params")
+    params.check(model.n_vocab, limits.max_tokens_out)
+    ids = _prompt_ids(model, request, limits)
+    n_prompt = len(ids)
+    if limits.max_tokens_in is not None and n_prompt > limits.max_tokens_in:
+        raise InvalidRequest(f"prompt has {n_prompt} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
+    _check_stop_tokens(params.stop, model.tokenizer)
+    max_tokens = params.max_tokens
+    if max_tokens is None:
+        most = DEFAULT_MAX_TOKENS if limits.max_tokens_out is None else min(DEFAULT_MAX_TOKENS, limits.max_tokens_out)
+        max_tokens = max(1, min(most, model.capacity.room_for(n_prompt)))
+    model.capacity.check(n_prompt, max_tokens)
+    seed = params.seed if params.seed is not None else make_seed()
+    in_use = replace(params, max_tokens=max_tokens, seed=seed)
+    return Prepared(ids, in_use, seed, max_tokens, request.job_id, request.deadline)
+
+
+def check_job_id(job_id: str, plain_text: bool = False) -> None:
+    """Raise `InvalidRequest` for a job id that is no text, empty or too long, or, as asked, not plain text."""
+    if not isinstance(job_id, str):
+        raise InvalidRequest(f"job_id must be a string of 1 to {MAX_JOB_ID_CHARS} characters", field="job_id")
+    if not 1 <= len(job_id) <= MAX_JOB_ID_CHARS:
+        raise InvalidRequest(f"job_id must have 1 to {MAX_JOB_ID_CHARS} characters, not {len(job_id)}", field="job_id")
+    if plain_text and any(ord(c) < 32 or ord(c) == 127 for c in job_id):
+        raise InvalidRequest("job_id holds a control character", field="job_id")
+
+
+def check_token_ids(ids: Iterable[int], n_vocab: int, name: str) -> npt.NDArray[np.int32]:
+    """Token ids as int32 [n].
+
+    Raises:
+        InvalidRequest: there is none, or one is no whole number or not of the vocabulary; says `name`.
+    """
+    try:
+        if isinstance(ids, bytes | bytearray):
+            raise TypeError
+        ids = list(ids)
+        numbers = [operator.index(i) for i in ids]
+    except TypeError:
+        raise InvalidRequest(f"{name} must be a list of token ids (or, for a prompt, text)", field=name) from None
+    if any(isinstance(i, bool) for i in ids):
+        raise InvalidRequest(f"{name} holds true or false, which is no token id", field=name)
+    if not numbers:
+        raise InvalidRequest(f"{name} holds no token", field=name)
+    if min(numbers) < 0 or max(numbers) >= n_vocab:
+        bad = next(i for i, n in enumerate(numbers) if not 0 <= n < n_vocab)
+        raise InvalidRequest(f"{name}[{bad}] is no token id; ids are 0 to {n_vocab - 1}", field=name)
+    return np.array(numbers, np.int32)
+
+
+def _check_text(request: Request, limits: Limits) -> None:
+    prompt, most = request.prompt, limits.max_prompt_chars
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidRequest("prompt must not be empty", field="prompt")
+        if most is not None and len(prompt) > most:
+            raise InvalidRequest(f"prompt has {len(prompt)} characters; at most {most} are taken", field="prompt")
+        if limits.plain_text and "\0" in prompt:
+            raise InvalidRequest("prompt holds a NUL character", field="prompt")
+    if limits.plain_text and any("\0" in s for s in request.params.stop):
+        raise InvalidRequest("stop holds a NUL character", field="stop")
+
+
+def _prompt_ids(model: ModelParts, request: Request, limits: Limits) -> npt.NDArray[np.int32]:
+    prompt: Any = request.prompt
+    if request.messages is not None:
+        if model.tokenizer is None:
+            raise InvalidRequest("the model file has no tokenizer, so it cannot chat", field="messages")
+        prompt = model.tokenizer.apply_chat(request.messages)
+    elif isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise InvalidRequest(limits.without_tokenizer, field="prompt")
+        prompt = model.tokenizer.encode(prompt, special=request.special)
+    return check_token_ids(prompt, model.n_vocab, "prompt")
+
+
+def _check_stop_tokens(stops: Sequence[str], tokenizer: Tokenizer | None) -> None:
+    if stops and tokenizer is None:
+        raise InvalidRequest("the model file has no tokenizer, so it can have no stop strings", field="stop")
+    for stop in stops:
+        n = len(tokenizer.encode(stop, add_bos=False)) if tokenizer is not None else 0
+        if n > MAX_STOP_TOKENS:
+            raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")
