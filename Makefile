@@ -14,7 +14,7 @@ BIN := .venv/bin
 WHEELS := build/wheel
 # the tree holds no compiled modules: nothing may import the package from here
 export PYTHONSAFEPATH := 1
-SOURCES := setup.py pyproject.toml tools/build_cuda.py \
+SOURCES := setup.py pyproject.toml tools/build_cuda.py tools/gen_params.py \
   $(shell find csrc pyx worker_orcd wsgi -type f ! -name '*.so' ! -path '*/fatbins/*' ! -path '*/__pycache__/*')
 INSTALLED := .venv/.installed$(if $(WORKER_ORCD_CUDA_ARCHS),-$(WORKER_ORCD_CUDA_ARCHS))
 

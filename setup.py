@@ -31,6 +31,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 import build_cuda  # noqa: E402
+import gen_params  # noqa: E402
 
 SANITIZE = os.environ.get("WORKER_ORCD_SANITIZE", "")
 #: C++ sources of an extension, as globs in csrc; an extension not named here has none
@@ -118,6 +119,7 @@ class BuildExt(build_ext):
         start = time.monotonic()
         base = Path(self.build_temp)
         base.mkdir(parents=True, exist_ok=True)
+        gen_params.write()
         built = cythonize(
             self.extensions,
             build_dir="build/cython",

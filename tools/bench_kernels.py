@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from gpu.kernel_harness import Gpu  # noqa: E402
 from gpu.matmul_host import Matmul, Matrix, Matvec  # noqa: E402

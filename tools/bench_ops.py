@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from gpu.kernel_harness import Gpu, params  # noqa: E402
-from gpu.ops_host import HEADER, KV_BLOCK, rule  # noqa: E402
-from test_sample import Sampler  # noqa: E402
+from gpu.ops_host import KV_BLOCK, rule  # noqa: E402
+from gpu.test_sample import Sampler  # noqa: E402
 
 #: bytes of KV cache to rotate through: well over the L2 of the GPUs this is for
 ROTATE = 256 << 20
@@ -76,7 +76,6 @@ def decode(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_keys: int) -> d
     smem = rule("decode_smem_bytes", head_dim)
     launches = [
         params(
-            HEADER,
             "AttentionDecodeParams",
             q=q,
             kv=cache.address(i),
@@ -115,7 +114,7 @@ def prefill(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_rows: int) -> 
     ]
     tiles.sort(key=lambda t: -t[2])
     dtiles = gpu.buffer(np.array(tiles, np.int32))
-    p = params(HEADER, "AttentionPrefillParams", q=q, kv=cache.arena, block_table=cache.tables, tiles=dtiles, out=out,
+    p = params("AttentionPrefillParams", q=q, kv=cache.arena, block_table=cache.tables, tiles=dtiles, out=out,
                q_stride=width, out_stride=width, n_head=n_head, n_head_kv=n_head_kv, max_blocks=cache.max_blocks,
                scale=head_dim**-0.5)  # fmt: skip
     kernel, smem = (
@@ -133,7 +132,7 @@ def norm(gpu: Gpu, n: int, n_rows: int) -> dict:
     """RMS norm of rows."""
     x = gpu.buffer(np.random.default_rng(1).standard_normal((n_rows, n), np.float32))
     w, out = gpu.buffer(np.ones(n, np.float32)), gpu.empty((n_rows, n))
-    p = params(HEADER, "NormParams", x=x, weight=w, out=out, x_stride=n, out_stride=n, n=n, eps=1e-6)
+    p = params("NormParams", x=x, weight=w, out=out, x_stride=n, out_stride=n, n=n, eps=1e-6)
     kernel, threads = gpu.kernel("norm", "norm_vec4"), rule("norm_threads", n, 0)
     seconds = gpu.time(lambda: gpu.launch(kernel, n_rows, threads, p, pdl=True))
     return {"us": seconds * 1e6, "GB/s": 8 * n_rows * n / seconds / 1e9}
@@ -147,7 +146,7 @@ def rope_kv(gpu: Gpu, shape: tuple[int, int, int], n_rows: int) -> dict:
     inv_freq = gpu.buffer((10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32))
     positions, slots = gpu.buffer(np.arange(n_rows, dtype=np.int32)), gpu.buffer(np.zeros(n_rows, np.int32))
     k, v = (x.ptr + 4 * heads * head_dim for heads in (n_head, n_head + n_head_kv))
-    p = params(HEADER, "RopeKvParams", q=x, k=k, v=v,
+    p = params("RopeKvParams", q=x, k=k, v=v,
                inv_freq=inv_freq, kv=cache.arena, block_table=cache.tables, positions=positions, slots=slots,
                q_stride=width,
                k_stride=width, v_stride=width, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim, n_rot=head_dim,

@@ -1,7 +1,7 @@
 // What the attention kernels share: scores in base 2, float32 operands as two halves, the last step of the softmax.
 #pragma once
 
-#include "params/ops_params.h"
+#include "params/attention_params.h"
 #include "common/ptx.cuh"
 
 // As DEVICE, for member functions.

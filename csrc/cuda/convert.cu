@@ -6,7 +6,7 @@
 //   into [2^13, 2^14), so that no activation overflows and none within 2^27 of the largest loses precision; scale[row]
 //   undoes it. Grid n_pad_rows, 256 threads. Reads 8 bytes (the second time from cache) and writes 2 per element.
 #include "common/activations.cuh"
-#include "params/matmul_params.h"
+#include "params/convert_params.h"
 #include "quant/types.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) convert_split(const __grid_constant__ ConvertParams p) {

@@ -2,7 +2,7 @@
 // in the order of the formula; never contracted).
 //
 // dequant_<type>(DequantParams): one thread per element, any grid (the elements are strided over).
-#include "params/matmul_params.h"
+#include "params/dequant_params.h"
 #include "quant/types.cuh"
 
 DEVICE float half_at(const uint8_t* p) { return half_float(raw_u16(p)); }

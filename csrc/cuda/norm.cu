@@ -1,13 +1,12 @@
-// RMS and layer norm of rows, with the residual add before it fused in.
+// RMS and layer norm of rows.
 //
-//   x += residual                                     (where given; x keeps the sum)
 //   rms:    out = x / sqrt(mean(x^2) + eps) * weight
 //   layer:  out = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias
 //
 // norm_vec4 / norm_scalar: one block a row, the row in registers, read once; the scalar form serves widths, strides
 // or addresses that are no multiple of 16 bytes. norm_group: one warp a group (per-head norms).
-// The order of every sum depends on n only. Bytes: 4 n (read) + 4 n (written), 16 n with the residual.
-#include "params/ops_params.h"
+// The order of every sum depends on n only. Bytes: 4 n (read) + 4 n (written).
+#include "params/norm_params.h"
 #include "common/ptx.cuh"
 
 static constexpr int kGroupWarps = 8;
@@ -61,7 +60,7 @@ DEVICE void norm(const NormParams& p) {
         if (column < p.n) load<kVec>(weight[i], p.weight + column);
     }
     pdl_wait();
-    float* x = p.x + (int64_t)blockIdx.x * p.x_stride;
+    const float* x = p.x + (int64_t)blockIdx.x * p.x_stride;
     float v[kLoads][kVec];
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
@@ -69,20 +68,6 @@ DEVICE void norm(const NormParams& p) {
 #pragma unroll
         for (int j = 0; j < kVec; j++) v[i][j] = 0.f;
         if (column < p.n) load<kVec>(v[i], x + column);
-    }
-    if (p.residual) {
-        const float* residual = p.residual + (int64_t)blockIdx.x * p.residual_stride;
-#pragma unroll
-        for (int i = 0; i < kLoads; i++) {
-            const int column = (i * blockDim.x + threadIdx.x) * kVec;
-            if (column < p.n) {
-                float r[kVec];
-                load<kVec>(r, residual + column);
-#pragma unroll
-                for (int j = 0; j < kVec; j++) v[i][j] += r[j];
-                store<kVec>(x + column, v[i]);
-            }
-        }
     }
     float mean = 0.f;
     if (p.kind == NORM_LAYER) {
@@ -123,7 +108,8 @@ DEVICE void norm(const NormParams& p) {
 // n, strides multiples of 4; all addresses 16-byte aligned.
 extern "C" __global__ void __launch_bounds__(1024) norm_vec4(const __grid_constant__ NormParams p) { norm<4>(p); }
 
-extern "C" __global__ void __launch_bounds__(512) norm_scalar(const __grid_constant__ NormParams p) { norm<1>(p); }
+// The 1 keeps nvcc from limiting it to 64 registers, of which one spills on sm_90a.
+extern "C" __global__ void __launch_bounds__(512, 1) norm_scalar(const __grid_constant__ NormParams p) { norm<1>(p); }
 
 extern "C" __global__ void __launch_bounds__(32 * kGroupWarps) norm_group(const __grid_constant__ NormParams p) {
     pdl_launch_dependents();

@@ -2,7 +2,7 @@
 //
 // Grid: y = row, x = columns / 1024; a thread has four neighbouring columns and moves them as 16 bytes where addresses,
 // strides and width allow it (the same for the whole launch). Clamps keep NaN.
-#include "params/ops_params.h"
+#include "params/pointwise_params.h"
 #include "common/ptx.cuh"
 
 // The tanh form of GELU (Hendrycks & Gimpel 2016).

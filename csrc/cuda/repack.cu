@@ -6,7 +6,7 @@
 // rows_<type>(RowsParams): rows of a repacked matrix as float32, exactly (embedding lookup; the weights of one row are
 //   spread over the packed tile, so it reads 16 times what it returns, of a matrix of which it reads little). Grid
 //   n_rows, 128 threads.
-#include "params/matmul_params.h"
+#include "params/repack_params.h"
 #include "quant/types.cuh"
 
 template <class Q>

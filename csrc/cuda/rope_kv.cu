@@ -7,7 +7,7 @@
 // row's cosines and sines into shared memory. The angle is reduced in float64 to half turns (sincospif needs no
 // further reduction): exact at any position, and without the slow path and stack frame of sincosf.
 // Bytes per row: 8 per element of q and k, 4 of v, 2 of k and v in the cache.
-#include "params/ops_params.h"
+#include "params/rope_kv_params.h"
 #include "common/ptx.cuh"
 
 // Finite for every finite input, so that a key that overflows cannot turn into NaN as inf - inf; NaN stays NaN.

@@ -11,7 +11,7 @@
 //                 the step number for the host.
 // All sums are of integers, so they do not depend on order, and atomics are harmless. Bytes: 4 n_vocab per row in each
 // of the first two launches, again in the third once per filter and once more where there is one.
-#include "params/ops_params.h"
+#include "params/sample_params.h"
 #include "common/ptx.cuh"
 #include "params/sampling.h"
 
@@ -442,7 +442,6 @@ DEVICE void publish(const SampleParams& p, int slot, int position, int token) {
         if (token >= 0) atomicOr(&p.seen[(int64_t)slot * p.seen_words + token / 32], 1u << (token % 32));
         if (p.next_tokens) p.next_tokens[row] = token >= 0 ? token : 0;
         if (p.advance) p.positions[row] = position + 1;
-        if (token < 0 && p.failed) *p.failed = 1;
         p.out[(int64_t)(step % p.out_steps) * p.out_stride + row] = token;
     }
     __threadfence_system();

@@ -3,7 +3,7 @@
 
 All device memory is in three arenas that are allocated before the weights are read; nothing is allocated afterwards.
 A decode step is one CUDA graph per batch size, captured at start-up; between steps nothing but token ids crosses to
-the host. Implements `worker_orcd.engine.protocol.Engine`. Knows no tokenizer, no scheduler and no HTTP.
+the host. Implements `worker_orcd.engine.protocol.Engine`.
 """
 
 from contextlib import closing
@@ -11,26 +11,27 @@ from contextlib import closing
 import numpy as np
 
 from cuda.bindings cimport cydriver as cu
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
-from worker_orcd.cuda import layout
-from worker_orcd.cuda import memory as cuda_memory
-from worker_orcd.cuda import expert_layout
-from worker_orcd.models import ops as plan_ops
-from worker_orcd.cuda.launches import Launches
-from worker_orcd.engine.protocol import BLOCK_SIZE
-from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
-from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
-from worker_orcd.cuda.vram import VramPlan
-
-from worker_orcd._driver cimport Context, DeviceMemory, Event, Graph, Kernel, Library, PinnedMemory, Stream, check, launch_nogil
+from worker_orcd cimport _params as c
+from worker_orcd._driver cimport Context, DeviceMemory, Graph, Kernel, PinnedMemory, Stream, launch_nogil
 from worker_orcd._nodes cimport Node, Shape
 from worker_orcd._ring cimport Control, TokenRing
 from worker_orcd._upload cimport Consumer
+
 from worker_orcd._driver import device_copy_gbps
+from worker_orcd._nodes import attention_heads, decode_max_splits, sample_sizes
 from worker_orcd._upload import FileRange, upload
+from worker_orcd.cuda import layout
+from worker_orcd.cuda import memory as cuda_memory
+from worker_orcd.cuda.launches import Launches
+from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
+from worker_orcd.cuda.vram import VramPlan
+from worker_orcd.engine.protocol import BLOCK_SIZE
+from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.models import ops as plan_ops
 
 cdef extern from *:
     """
@@ -41,30 +42,6 @@ cdef extern from *:
     void cpu_relax "_mm_pause"() nogil
     void fence "orcd_fence"() nogil
 
-cdef extern from "params/matmul_params.h" nogil:
-    ctypedef struct RepackParams:
-        const uint8_t* rows
-        uint8_t* w
-        int64_t row_bytes
-        int32_t k, n_out, row0, n_rows
-
-
-cdef extern from "params/ops_params.h" nogil:
-    ctypedef struct SlotSampling:
-        uint64_t seed
-        float temperature, top_p, min_p, repetition_penalty
-        int32_t top_k, reserved
-
-    enum: SAMPLE_MAX_VOCAB
-
-from worker_orcd._nodes import SampleNode, attention_heads, decode_max_splits, sample_sizes
-
-#: type id of vectors that need no widening
-F32 = 0
-#: head widths that the attention kernels are built for
-HEAD_DIMS = (32, 64, 80, 96, 128)
-#: columns of a row that the product kernels take at once
-ROW_STEP = 32
 #: batch sizes for which a decode step is captured; a batch runs in the smallest that holds it
 DECODE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64)
 #: steps whose tokens may be on their way to the host at once
@@ -74,70 +51,7 @@ cdef enum:
     MAX_BATCH = 64
 
 
-def plan_memory(plan, config):
-    """The three arenas (weights, kv, workspace) as `cuda_memory.Arena`s, before anything is allocated."""
-    for op in plan.ops:
-        if isinstance(op, plan_ops.Route) and (op.n_expert > expert_layout.MAX_EXPERTS
-                                                   or op.n_used > expert_layout.MAX_USED):
-            raise ModelLoadError(f"{op.weight}: {op.n_used} of {op.n_expert} experts, a GPU takes at most "
-                                 f"{expert_layout.MAX_USED} of {expert_layout.MAX_EXPERTS}", field=op.weight)
-    attention = [op for op in plan.ops if isinstance(op, plan_ops.Attention)]
-    splits = {op.window: decode_max_splits(config.context_length, op.window) for op in attention}
-    heads = attention_heads(attention[0].n_head, attention[0].n_head_kv)
-    sampling = dict(zip(("partial", "chunk_weights", "bin_weights", "bin_counts"), sample_sizes(plan.n_vocab), strict=True))
-    return (cuda_memory.weights_arena(plan), cuda_memory.kv_arena(plan, config),
-            cuda_memory.workspace_arena(plan, config, splits, heads, sampling))
-
-
-def check_supported(model_file, plan):
-    """Refuse a model whose shapes no kernel is built for.
-
-    Raises:
-        ModelLoadError: names the head width, the vocabulary or the tensor.
-    """
-    def refuse(reason, field):
-        raise ModelLoadError(f"{reason}; the CPU engine takes it (--device cpu)", model_file.path, field=field)
-
-    if plan.head_dim not in HEAD_DIMS:
-        refuse(f"heads of width {plan.head_dim} are not supported on a GPU (supported: {', '.join(map(str, HEAD_DIMS))})",
-               "attention.key_length")
-    if plan.n_vocab > SAMPLE_MAX_VOCAB:
-        refuse(f"a vocabulary of {plan.n_vocab} is past the {SAMPLE_MAX_VOCAB} that a GPU samples", "vocab_size")
-    for w in plan.weights.values():
-        if w.kind in ("matrix", "embedding", "experts") and w.shape[0] % ROW_STEP:
-            refuse(f"tensor {w.name!r}: rows of {w.shape[0]} are no multiple of {ROW_STEP}, which a GPU needs", w.name)
-
-
-cdef struct RepackLaunch:
-    cu.CUfunction kernel
-    unsigned int gx, gy
-    RepackParams p
-
-
-cdef class _Repack(Consumer):
-    """Turns the raw rows of a piece into strips at the tensor's place. Tags: (weight, row bytes, expert, row, rows)."""
-
-    cdef object launches, addresses
-    cdef vector[RepackLaunch] todo
-
-    def __init__(self, launches, addresses):
-        self.launches, self.addresses = launches, addresses
-
-    cdef int prepare(self, tag, uintptr_t address, size_t nbytes) except -1:
-        cdef RepackLaunch launch
-        w, row_bytes, expert, row0, n_rows = tag
-        cdef Kernel kernel = self.launches.kernel("repack", f"repack_{layout.kernel_suffix(w.type_id)}")
-        cdef uintptr_t to = self.addresses[w.name] + expert * layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
-        words = layout.n_k_tiles(w.type_id, w.shape[0]) * layout.packed_tile_bytes(w.type_id) // 4
-        launch.kernel, launch.gx, launch.gy = kernel.handle, (n_rows + 15) // 16, max(1, min(16, words // 2048))
-        launch.p.rows, launch.p.w, launch.p.row_bytes = <uint8_t*>address, <uint8_t*>to, row_bytes
-        launch.p.k, launch.p.n_out, launch.p.row0, launch.p.n_rows = w.shape[0], w.shape[1], row0, n_rows
-        self.todo.push_back(launch)
-        return 0
-
-    cdef int queue(self, size_t index, cu.CUstream stream) except -1 nogil:
-        cdef RepackLaunch* launch = &self.todo[index]
-        return launch_nogil(launch.kernel, stream, launch.gx, launch.gy, 1, 256, 0, &launch.p, False)
+include "engine_load.pxi"
 
 
 cdef class CudaEngine:
@@ -148,7 +62,8 @@ cdef class CudaEngine:
         plan: its `Plan`.
         config: `EngineConfig`; max_seqs at most 64.
         device: index of the GPU.
-        progress: called with (bytes done, bytes in all) while weights are loaded, first when that is under way; or None.
+        progress: called with (bytes done, bytes in all) while weights are loaded, first when that is under way; or
+            None.
         check: refuse NaN and infinity in values and block scales, as `ModelFile.check_tensors`.
         context: a `Context` to use instead of opening one (tests); not closed by the engine.
         on_plan: called with (`VramPlan`, free bytes) before anything is allocated, also where it does not fit.
@@ -160,11 +75,10 @@ cdef class CudaEngine:
             something.
     """
 
-    cdef readonly object plan, config, block_tables, rope_tables, model_file, memory, vram_plan
+    cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
-    cdef dict addresses
     cdef object launches    # `Launches`
     cdef list nodes, output_nodes, named_nodes, step_sampler, greedy
     cdef Stream stream
@@ -180,7 +94,7 @@ cdef class CudaEngine:
         if not 1 <= config.max_seqs <= MAX_BATCH:
             raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
         self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
-        self.addresses, self.graphs = {}, {}
+        self.graphs = {}
         check_supported(model_file, plan)
         self.memory = plan_memory(plan, config)
         self.own_context = context is None
@@ -189,7 +103,7 @@ cdef class CudaEngine:
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
         try:
             self._allocate(model_file, on_plan)
-            self._load(self._pieces(model_file, check), chunk_bytes, progress)
+            self._load(model_file, check, chunk_bytes, progress)
             self._build()
             self._capture()
         except BaseException:
@@ -200,96 +114,67 @@ cdef class CudaEngine:
 
     def _allocate(self, model_file, on_plan):
         """The three arenas, checked against what is free before the first byte is taken."""
-        weights, kv, workspace = self.memory
         self.vram_plan = VramPlan.of(self.memory)
         free, _ = self.context.memory()
         if on_plan is not None:
             on_plan(self.vram_plan, free)
         self.vram_plan.check(free, f"cuda:{self.context.device}", model_file.path)
-        self.weights = self.context.allocate(weights.nbytes, "weights")
-        self.kv = self.context.allocate(kv.nbytes, "kv")
-        self.workspace = self.context.allocate(workspace.nbytes, "workspace")
+        self.weights = self.context.allocate(self.memory.weights.nbytes, "weights")
+        self.kv = self.context.allocate(self.memory.kv.nbytes, "kv")
+        self.workspace = self.context.allocate(self.memory.workspace.nbytes, "workspace")
         self.kv.fill(0)
         self.workspace.fill(0)
-        for arena, memory in zip(self.memory, (self.weights, self.kv, self.workspace), strict=True):
-            for name, offset in arena.offsets.items():
-                self.addresses[name] = memory.pointer + offset
+        self.memory = cuda_memory.Arenas(*(
+            arena.at(memory.pointer)
+            for arena, memory in zip(self.memory, (self.weights, self.kv, self.workspace), strict=True)))
         self.stream = self.context.stream()
-        self.launches = Launches(self.plan, self.config, self.context, self.addresses)
+        self.launches = Launches(self.plan, self.config, self.context, self.memory)
 
-    def _pieces(self, model_file, bint check):
-        """What is to be loaded; small things that the host has to convert are written at once."""
-        pieces = []
-        for w in self.plan.weights.values():
-            if w.kind not in ("vector", "expert_vectors"):
-                pieces += self._matrix_pieces(model_file, w, check)
-            elif w.type_id == F32:
-                info = model_file.tensors[w.name]
-                pieces.append(FileRange(model_file.part_of(w.name), info.offset, info.nbytes, self.addresses[w.name],
-                                        None, F32 if check else None, w.name))
-            else:
-                if check:
-                    model_file.check_tensors(names=[w.name])
-                self._write(w.name, _widen(model_file.view(w.name), w.type_id))
-        for key, inv_freq in cuda_memory.inv_freq_tables(self.plan).items():
-            self._write(f"inv_freq:{key}", np.asarray(inv_freq, np.float32))
-        return pieces
-
-    def _matrix_pieces(self, model_file, w, bint check):
-        """The rows of a matrix (of each expert's) in pieces of whole strips that fit a quarter of the staging area."""
-        info, part = model_file.tensors[w.name], model_file.part_of(w.name)
-        n_out, experts = w.shape[1], w.shape[2] if w.kind == "experts" else 1
-        row_bytes = info.nbytes // (n_out * experts)
-        most = cuda_memory.STAGING_BYTES // 4 // row_bytes // layout.TILE_ROWS * layout.TILE_ROWS
-        if most == 0:
-            raise InternalError(f"rows of {w.name} ({row_bytes} bytes) do not fit the staging area")
-        for expert in range(experts):
-            for row in range(0, n_out, most):
-                n = min(most, n_out - row)
-                yield FileRange(part, info.offset + (expert * n_out + row) * row_bytes, n * row_bytes, None,
-                                (w, row_bytes, expert, row, n), w.type_id if check else None, w.name)
-
-    def _load(self, pieces, size_t chunk_bytes, progress):
-        """The pieces into their regions, matrices repacked on the device."""
+    def _load(self, model_file, bint check, size_t chunk_bytes, progress):
+        """All weights into their regions, matrices repacked on the device."""
+        weights = self.memory.weights
+        pieces = _pieces(model_file, self.plan, weights, self.weights, check)
         total = sum(piece.nbytes for piece in pieces)
         with closing(self.context.allocate(cuda_memory.STAGING_BYTES, "staging")) as staging:
             self.load_stats = upload(
-                self.context, pieces, consume=_Repack(self.launches, self.addresses), stream=self.stream,
+                self.context, pieces, consume=_Repack(self.launches, weights), stream=self.stream,
                 staging=staging, chunk_bytes=chunk_bytes,
                 progress=None if progress is None else lambda done: progress(min(done, total), total))
-
-    def _write(self, name, array):
-        """Copy a small host array into the region `name`, and wait."""
-        for arena, memory in zip(self.memory, (self.weights, self.kv, self.workspace), strict=True):
-            if name in arena.offsets:
-                memory.copy_from(np.ascontiguousarray(array).view(np.uint8).reshape(-1), arena.offsets[name])
-                return
-        raise KeyError(name)
 
     # ---- one step
 
     def _check_batch(self, batch):
         """Refuse rows that no kernel could survive. Returns int32 arrays (tokens, positions, slots, output_indices)."""
-        tokens, positions, slots, output_indices = (np.ascontiguousarray(a, np.int32) for a in
-                                              (batch.tokens, batch.positions, batch.slots, batch.output_indices))
+        tokens, positions, slots, output_indices = (
+            np.ascontiguousarray(a, np.int32)
+            for a in (batch.tokens, batch.positions, batch.slots, batch.output_indices))
         n = len(tokens)
         if not 1 <= n <= self.config.max_batch_tokens or len(positions) != n or len(slots) != n:
             raise InvalidRequest(f"a step takes 1 to {self.config.max_batch_tokens} rows, not {n}", field="rows")
         if not 0 <= batch.n_decode <= min(n, self.config.max_seqs):
             raise InvalidRequest(f"n_decode {batch.n_decode} of {n} rows", field="n_decode")
-        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            raise InvalidRequest(f"a token id lies outside 0..{self.n_vocab - 1}", field="token")
-        limit = self.config.context_length
-        if self.plan.max_positions is not None:
-            limit = min(limit, self.plan.max_positions)
-        if positions.min() < 0 or positions.max() >= limit:
-            raise InvalidRequest(f"a position lies outside 0..{limit - 1}", field="position")
-        if slots.min() < 0 or slots.max() >= self.config.max_seqs:
-            raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
+        self._check_rows(tokens, positions, positions, slots)
         if len(output_indices) and (output_indices.min() < 0 or output_indices.max() >= n):
             raise InvalidRequest(f"an output row lies outside 0..{n - 1}", field="output_indices")
         self._check_blocks(slots, positions, positions)
         return tokens, positions, slots, output_indices
+
+    def _check_rows(self, tokens, first, last, slots):
+        """Refuse tokens, positions from `first` to `last` and slots that are outside the model and the engine."""
+        limit = self.config.context_length
+        if self.plan.max_positions is not None:
+            limit = min(limit, self.plan.max_positions)
+        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
+            raise InvalidRequest(f"a token id lies outside 0..{self.n_vocab - 1}", field="token")
+        if first.min() < 0 or last.max() >= limit:
+            raise InvalidRequest(f"a position lies outside 0..{limit - 1}", field="position")
+        if slots.min() < 0 or slots.max() >= self.config.max_seqs:
+            raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
+        tables = self.rope_tables[slots]
+        if tables.min() < 0 or tables.max() > len(self.plan.rope_limits):
+            slot = slots[(tables < 0) | (tables > len(self.plan.rope_limits))][0]
+            raise InternalError(f"slot {slot}: frequency table {self.rope_tables[slot]} is not below "
+                                f"{len(self.plan.rope_limits) + 1}", field="rope_tables")
 
     def _check_blocks(self, slots, first, last):
         """Every position a row reads or writes, from `first` to `last`, must have a block of its group's pool."""
@@ -303,11 +188,11 @@ cdef class CudaEngine:
                     raise InternalError(f"slot {slot} has no KV block for a position of its rows (group {g})",
                                         field="block")
 
-    cdef int _send(self, str name, array) except -1:
-        """Queue a host array into the region `name`, by way of the pinned staging area."""
+    cdef int _send(self, region, array) except -1:
+        """Queue a host array into a `Region` of the workspace, by way of the pinned staging area."""
         cdef const uint8_t[::1] view = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         cdef size_t n = view.shape[0]
-        cdef uintptr_t address = self.addresses[name]
+        cdef uintptr_t address = region.address
         if n == 0:
             return 0
         if self.staged + n > self.staging.nbytes:
@@ -336,15 +221,15 @@ cdef class CudaEngine:
         Returns:
             number of attention tiles.
         """
-        tiles = _tiles(positions, slots, n_decode)
-        self._send("tokens", tokens)
-        self._send("positions", positions)
-        self._send("slots", slots)
-        self._send("output_indices", output_indices)
-        self._send("tiles", tiles)
-        self._send("block_tables", self.block_tables)
-        if self.plan.rope_orig_context:
-            self._send("rope_tables", self.rope_tables)
+        w, tiles = self.memory.workspace, _tiles(positions, slots, n_decode)
+        self._send(w.tokens, tokens)
+        self._send(w.positions, positions)
+        self._send(w.slots, slots)
+        self._send(w.output_indices, output_indices)
+        self._send(w.tiles, tiles)
+        self._send(w.block_tables, self.block_tables)
+        if self.plan.rope_limits:
+            self._send(w.rope_tables, self.rope_tables)
         return len(tiles)
 
     def step(self, batch, want_logits=False):
@@ -353,15 +238,16 @@ cdef class CudaEngine:
         self._enter()
         tokens, positions, slots, output_indices = self._check_batch(batch)
         if len(output_indices) > MAX_BATCH:
-            raise InvalidRequest(f"a step samples at most {MAX_BATCH} rows, not {len(output_indices)}", field="output_indices")
+            raise InvalidRequest(f"a step samples at most {MAX_BATCH} rows, not {len(output_indices)}",
+                                 field="output_indices")
         shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(output_indices)
         shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
         self._enqueue(self.nodes, &shape)
         self._enqueue(self.output_nodes, &shape)
         sampled = np.empty(shape.n_out, np.int32)
         if shape.n_out:
-            self._send("out_slots", slots[output_indices])
-            self._send("out_positions", positions[output_indices])
+            self._send(self.memory.workspace.sampling.slots, slots[output_indices])
+            self._send(self.memory.workspace.sampling.positions, positions[output_indices])
             self._enqueue(self.step_sampler, &shape)
             self.steps += 1
         self._finish()
@@ -371,26 +257,31 @@ cdef class CudaEngine:
         return sampled, logits
 
     def _logits(self, int n):
-        out = np.empty((n, self.n_vocab), np.float32)
-        if n:
-            self.workspace.copy_to(out.reshape(-1).view(np.uint8), self.memory[2].offsets["buffer:logits"])
+        return self._read("logits", np.empty((n, self.n_vocab), np.float32))
+
+    def _read(self, buffer, out):
+        """`out`, filled from the start of a buffer of the plan."""
+        if out.size:
+            self.workspace.copy_to(out.reshape(-1).view(np.uint8), self.memory.workspace.buffers[buffer].offset)
         return out
 
     def set_slot(self, int slot, sampling):
         """See `engine.Engine.set_slot`."""
-        cdef SlotSampling* state
+        cdef c.SlotSampling* state
         self._enter()
         if not 0 <= slot < self.config.max_seqs:
             raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
         words = (self.n_vocab + 31) // 32
-        state = <SlotSampling*>self.staging.host
-        self.staged = sizeof(SlotSampling)
-        state.seed, state.temperature, state.top_p = sampling.seed, sampling.temperature, sampling.top_p
-        state.min_p, state.repetition_penalty = sampling.min_p, sampling.repetition_penalty
-        state.top_k, state.reserved = sampling.top_k, 0
+        state = <c.SlotSampling*>self.staging.host
+        self.staged = sizeof(c.SlotSampling)
+        c.fill_SlotSampling(state, {
+            "seed": sampling.seed, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty, "top_k": sampling.top_k}, ())
         self.greedy[slot] = sampling.temperature == 0.0
-        cdef uintptr_t samples = self.addresses["samples"], seen = self.addresses["seen"]
-        self.stream.copy_in_nogil(<cu.CUdeviceptr>(samples + slot * sizeof(SlotSampling)), state, sizeof(SlotSampling))
+        cdef uintptr_t samples = self.memory.workspace.sampling.samples.address
+        cdef uintptr_t seen = self.memory.workspace.sampling.seen.address
+        self.stream.copy_in_nogil(<cu.CUdeviceptr>(samples + slot * sizeof(c.SlotSampling)), state,
+                                  sizeof(c.SlotSampling))
         self.stream.fill_nogil(<cu.CUdeviceptr>(seen + slot * words * 4), 0, words * 4)
         self._finish()
 
@@ -409,7 +300,7 @@ cdef class CudaEngine:
         for start in range(0, len(output_indices), MAX_BATCH):
             part = output_indices[start:start + MAX_BATCH]
             shape.n_out = len(part)
-            self._send("output_indices", part)
+            self._send(self.memory.workspace.output_indices, part)
             self._enqueue(self.output_nodes, &shape)
             self._finish()
             logits[start:start + len(part)] = self._logits(len(part))
@@ -432,10 +323,8 @@ cdef class CudaEngine:
         self._finish()
         view = plan_ops.output_of(self.plan.ops[names.index(stop_after)])
         buffer = self.plan.buffers[view.buf]
-        out = np.empty((n_rows if buffer.rows == "tokens" else len(output_indices), buffer.width), np.float32)
-        self.workspace.copy_to(out.reshape(-1).view(np.uint8), self.memory[2].offsets[f"buffer:{view.buf}"])
-        return out
-
+        return self._read(view.buf, np.empty((n_rows if buffer.rows == "tokens" else len(output_indices), buffer.width),
+                                             np.float32))
 
     # ---- the decode loop
 
@@ -445,20 +334,15 @@ cdef class CudaEngine:
         self.nodes, self.output_nodes = [], []
         for (_, nodes), op in zip(self.launches.nodes(ops), ops, strict=True):
             (self.output_nodes if self.launches.is_output(plan_ops.output_of(_last(op))) else self.nodes).extend(nodes)
-        self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory[2]))
+        self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory.workspace))
         self.out_ring = self.context.pinned(_ring_offset(0) + RING_STEPS * MAX_BATCH * 4)
         memset(self.out_ring.host, 0, self.out_ring.nbytes)
         self.greedy = [True] * self.config.max_seqs
-        self.step_sampler = [self._sampler("out_slots", "out_positions", 0, False, False)]
-        self.decode_samplers = {greedy: self._sampler("slots", "positions", self.addresses["tokens"], True, greedy)
+        ring = {"out": self.out_ring.pointer + _ring_offset(0), "out_steps": RING_STEPS, "out_stride": MAX_BATCH,
+                "host_step": self.out_ring.pointer}
+        self.step_sampler = [self.launches.sampler(ring, feed_back=False, greedy=False)]
+        self.decode_samplers = {greedy: self.launches.sampler(ring, feed_back=True, greedy=greedy)
                                 for greedy in (True, False)}
-
-    def _sampler(self, slots, positions, next_tokens, advance, greedy):
-        names = ("samples", "seen", "partial", "chunk_weights", "bin_weights", "bin_counts", "done", "step", "failed")
-        addresses = {name: self.addresses[name] for name in names} | {"logits": self.addresses["buffer:logits"]}
-        ring = self.out_ring.pointer
-        return SampleNode("sample", self.launches.image("sample"), addresses, self.addresses[slots], self.addresses[positions],
-                          next_tokens, ring + _ring_offset(0), ring, self.n_vocab, RING_STEPS, MAX_BATCH, advance, greedy)
 
     def _capture(self):
         """Record one decode step for every batch size, greedy and drawn; the row tables are the graphs' only inputs."""
@@ -479,10 +363,11 @@ cdef class CudaEngine:
             if n >= self.config.max_seqs:
                 break
 
-    def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_mask, TokenRing ring, Control control):
+    def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_mask, TokenRing ring,
+               Control control):
         """See `engine.Engine.decode`. Up to one step more than needed may run past a stop id or an interrupt; its
         tokens are returned, and those of slots that have not stopped go to the ring."""
-        cdef int n = len(slots), size, j
+        cdef int n = len(slots), size
         cdef int32_t[::1] stops = np.ascontiguousarray(stop_ids, np.int32)
         cdef uint8_t[::1] mask = np.ascontiguousarray(stop_mask, np.uint8)
         cdef int64_t[::1] ids = np.ascontiguousarray(seq_ids, np.int64)
@@ -491,15 +376,10 @@ cdef class CudaEngine:
         if not 1 <= n <= self.config.max_seqs or len(np.unique(slots)) != n:
             raise InvalidRequest(f"decode takes 1 to {self.config.max_seqs} distinct slots, not {n}", field="slots")
         if not len(tokens) == len(positions) == len(ids) == len(mask) == n or n_steps < 1:
-            raise InvalidRequest("arrays of one decode call must have one length, and n_steps be positive", field="slots")
+            raise InvalidRequest("arrays of one decode call must have one length, and n_steps be positive",
+                                 field="slots")
         last = positions + n_steps - 1
-        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            raise InvalidRequest(f"a token id lies outside 0..{self.n_vocab - 1}", field="token")
-        limit = min(self.config.context_length, self.plan.max_positions or self.config.context_length)
-        if positions.min() < 0 or last.max() >= limit:
-            raise InvalidRequest(f"a position lies outside 0..{limit - 1}", field="position")
-        if slots.min() < 0 or slots.max() >= self.config.max_seqs:
-            raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
+        self._check_rows(tokens, positions, last, slots)
         self._check_blocks(slots, positions, last)
         size = next(k for k in DECODE_SIZES if k >= n)
         pad = np.zeros(size - n, np.int32)
@@ -572,7 +452,6 @@ cdef class CudaEngine:
             if control.is_set():
                 ending = True
 
-
     # ---- the rest of the protocol
 
     def _enter(self):
@@ -640,13 +519,6 @@ def _last(op):
     if isinstance(op, MatMulGroup | ExpertGroup):
         return op.parts[-1]
     return op.kv if isinstance(op, RopeKv) else op
-
-
-def _widen(raw, int type_id):
-    """A vector of F16 or BF16 as float32."""
-    if type_id == 1:
-        return np.frombuffer(raw, np.float16).astype(np.float32)
-    return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _tiles(positions, slots, int n_decode):

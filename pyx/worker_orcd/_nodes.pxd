@@ -1,8 +1,6 @@
 # C view of the launches of one step: what the engine enqueues, op after op.
 from cuda.bindings cimport cydriver as cu
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
-
-from worker_orcd._driver cimport Kernel
+from libc.stdint cimport int32_t
 
 
 # The shape of one step. Decode rows come first; rows [n_decode, n_rows) are prompt rows, cut into n_tiles tiles.

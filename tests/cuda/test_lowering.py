@@ -10,7 +10,7 @@ from worker_orcd.models import plan
 from worker_orcd.models.ops import Add
 
 
-def test_llama_layer_becomes_eight_records():
+def test_llama_layer_becomes_nine_ops():
     p = plan.build(FakeFile())
     layer = [op for op in lower(p) if op.name.startswith("blk.1.")]
     kinds = [type(op).__name__ for op in layer]
@@ -22,7 +22,7 @@ def test_llama_layer_becomes_eight_records():
     assert residual.parts[0].out.buf == "x" and residual.parts[0].name == "blk.1.attn_output"
 
 
-def test_no_record_is_lost():
+def test_no_op_is_lost():
     p = plan.build(FakeFile())
     seen = []
     for op in lower(p):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from helpers.fake_file import FakeFile
 
+from worker_orcd._engine import plan_memory
 from worker_orcd.cuda import memory
 from worker_orcd.cuda.vram import VramPlan
+from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InsufficientVram
+from worker_orcd.models import plan
 
 PLAN = VramPlan(weights=12_000_000_000, kv=2_000_000_000, workspace=100_000_000, reserve=300, staging=200)
 
@@ -18,12 +22,11 @@ def test_sums():
 
 
 def test_of_arenas():
-    arenas = tuple(memory.Arena(name) for name in ("weights", "kv", "workspace"))
-    arenas[0].add("w", 1000)
-    arenas[1].add("k", 256)
-    arenas[2].add("x", 1)
-    arenas[2].add("y", 1)
-    assert VramPlan.of(arenas) == VramPlan(1024, 256, 512)
+    built = plan.build(FakeFile())
+    config = EngineConfig(4, 64, 256, tuple(16 for _ in built.kv_groups))
+    arenas = plan_memory(built, config)
+    assert VramPlan.of(arenas) == VramPlan(arenas.weights.nbytes, arenas.kv.nbytes, arenas.workspace.nbytes)
+    assert arenas.kv.nbytes == 16 * built.n_layer * memory.kv_block_bytes(built)
 
 
 def test_exactly_enough_is_enough_and_one_byte_less_is_not():
@@ -43,8 +46,8 @@ def test_the_largest_kv_cache_fits_and_no_larger_one(free: int):
     most = PLAN.largest_kv(free)
     assert most % memory.ALIGN == 0
     for kv, fits in ((most, free >= 12_100_000_300), (most + memory.ALIGN, False)):
-        plan = VramPlan(PLAN.weights, kv, PLAN.workspace, PLAN.reserve, PLAN.staging)
-        assert (plan.required <= free) == fits
+        other = VramPlan(PLAN.weights, kv, PLAN.workspace, PLAN.reserve, PLAN.staging)
+        assert (other.required <= free) == fits
 
 
 def test_the_error_says_what_kv_cache_would_fit():

@@ -1,6 +1,6 @@
 """The CUDA engine's start and end on the stand-in driver: memory as planned, and nothing left at any failing call.
 
-Kernels do nothing here, so no step is run: results are the business of tests/gpu.
+Kernels do nothing here: of a step only its launches are looked at, results are the business of tests/gpu.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_driver.cases import FAKE, NOTHING, leftovers
+from fake_driver.launch_record import recorded
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
 from worker_orcd.cuda import memory
 from worker_orcd.cuda.vram import VramPlan
-from worker_orcd.engine.protocol import EngineConfig
+from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
@@ -147,3 +149,37 @@ def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):
     assert e.value.fields["bytes_required"] > e.value.fields["bytes_available"] == floor << 20
     assert e.value.fields["path"] == str(path) and shown == []
     assert leftovers() == NOTHING
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "gpt-oss-MXFP4", "phi3-Q4_K_M"])
+def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, goldens_dir):
+    """A captured decode step launches what an ordinary step of the same rows does, but for where it draws from."""
+    with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        config = EngineConfig(3, 64, 256, tuple(16 for _ in built.kv_groups))
+        with recorded() as start:
+            engine = _engine.CudaEngine(file, built, config, context=context)
+        engine.block_tables[:] = np.arange(4)
+        rows = np.arange(3, dtype=np.int32)
+        with recorded() as step:
+            engine.step(Batch(rows, rows, rows, 3, rows))
+        prompt = np.arange(40, dtype=np.int32)
+        with recorded() as prefill:
+            engine.step(Batch(prompt, prompt, 0 * prompt, 0, prompt[-1:]))
+        labels = {memory.pointer: memory.label for memory in context.allocations()}
+        engine.close()
+    graph = [launch for launch in start if launch.captured][-len(step) :]  # the last one: of three rows, drawn
+    assert [launch.kernel for launch in graph] == [launch.kernel for launch in step]
+    assert step[-1].kernel == "sample_draw" and all(launch.pdl for launch in step + prefill)
+    for ours, theirs in zip(graph, step, strict=True):
+        assert (ours.grid, ours.block, ours.smem) == (theirs.grid, theirs.block, theirs.smem)
+        differ = {field for field, value in ours.fields.items() if value != theirs.fields[field]}
+        assert differ == ({"slots", "positions", "next_tokens", "advance"} if "sample" in ours.kernel else set())
+    assert {launch.kernel.split("_")[0] for launch in prefill} >= {"rows", "norm", "matmul", "rope", "attention"}
+    places = {
+        labels.get(value[0], "host" if field in ("out", "host_step") else field)
+        for launch in step + prefill
+        for field, value in launch.fields.items()
+        if isinstance(value, tuple)
+    }
+    assert places == {"weights", "kv", "workspace", "host"}

@@ -66,6 +66,10 @@ typedef struct Block {
     struct Block* next;
 } Block;
 
+// Told of every launch: the kernel's name, seven unsigned ints (grid, block, shared memory), the number of attributes,
+// the parameters, and whether it is recorded in a graph.
+typedef void (*Watcher)(const char*, const unsigned*, unsigned, const void*, int);
+
 static pthread_mutex_t heap = PTHREAD_MUTEX_INITIALIZER;
 static Block* blocks;
 static size_t used;
@@ -74,6 +78,7 @@ static int ready, contexts, live_streams, live_events, live_libraries;
 static __thread int current;
 enum { MOST_STREAMS = 256 };
 static Stream* streams[MOST_STREAMS];
+static Watcher watcher;
 static pthread_mutex_t streams_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static long setting(const char* name, long otherwise) {
@@ -450,6 +455,7 @@ Status cuFuncGetAttribute(int* v, int which, void* f) {
 }
 Status cuLaunchKernelEx(const void* config, void* f, void** params, void** extra) {
     Stream* s = *(Stream**)((const char*)config + 32);  // after seven unsigned ints
+    if (watcher) watcher(f, config, *(const unsigned*)((const char*)config + 48), params[0], s->capture != NULL);
     Op op = {.kind = KERNEL, .kernel = f};
     memcpy(op.params, params[0], !strcmp(f, "copy") ? 24 : 0);
     return push(s, op);
@@ -505,3 +511,13 @@ size_t fake_host_blocks(void) {
 }
 int fake_live(void) { return live_streams + live_events + live_libraries; }
 int fake_contexts(void) { return contexts; }
+void fake_watch_launches(Watcher w) { watcher = w; }
+// The start of the block that an address lies in, 0 where there is none.
+uint64_t fake_block_of(uint64_t p) {
+    uint64_t found = 0;
+    pthread_mutex_lock(&heap);
+    for (Block* b = blocks; b; b = b->next)
+        if (p >= (uint64_t)b->at && p < (uint64_t)b->at + b->n) found = (uint64_t)b->at;
+    pthread_mutex_unlock(&heap);
+    return found;
+}

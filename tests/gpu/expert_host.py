@@ -1,4 +1,4 @@
-"""Experts on the device: matrices, routing and products, launched as params/experts_params.h and expert_layout.py say.
+"""Experts on the device: matrices, routing and products, launched as csrc/params and expert_layout.py say.
 
 Shared by the tests of the expert kernels and benches of them.
 """
@@ -10,11 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from gpu.kernel_harness import Buffer, Gpu, params
-from gpu.matmul_host import HEADER as MATMUL_HEADER
 
 from worker_orcd.cuda import expert_layout, layout
-
-HEADER = "params/experts_params.h"
 
 
 @dataclass
@@ -37,7 +34,7 @@ def repack_experts(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, bias: np.nda
     kernel = gpu.kernel("repack", f"repack_{layout.kernel_suffix(type_id)}")
     for e in range(n_expert):
         rows = gpu.buffer(raw[e])
-        p = params(MATMUL_HEADER, "RepackParams", rows=rows, w=w.ptr + e * size, row_bytes=row_bytes, k=k, n_out=n_out,
+        p = params("RepackParams", rows=rows, w=w.ptr + e * size, row_bytes=row_bytes, k=k, n_out=n_out,
                    row0=0, n_rows=n_out)  # fmt: skip
         gpu.launch(kernel, (layout.n_row_tiles(n_out), 2), 256, p)
         gpu.sync()
@@ -92,7 +89,7 @@ class Route:
         self.list = List(gpu, n_rows * n_used, n_expert)
         self.logits = gpu.kernel("route", f"route_logits_{layout.kernel_suffix(router.type_id)}")
         self.params = params(
-            HEADER, "RouteParams", x=x, w=router.w, bias=router.bias, partial=self.partial, ids=self.ids,
+            "RouteParams", x=x, w=router.w, bias=router.bias, partial=self.partial, ids=self.ids,
             gates=self.gates, x_stride=x.shape[1], k=router.k, n_k_tiles=layout.n_k_tiles(router.type_id, router.k),
             n_expert=n_expert, n_used=n_used, n_rows=n_rows, item_rows=0, list=self.list.fields)  # fmt: skip
 
@@ -127,7 +124,7 @@ class _Products:
         """Slot by slot, each `n_rows` rows."""
         m, n, k_pad = self.m, self.n_rows, layout.k_padded(self.m.type_id, self.m.k)
         for i in range(self.n_inputs):
-            p = params(MATMUL_HEADER, "ConvertParams", x=self.x.ptr + 4 * i * m.k, out=out.ptr + i * n * out.shape[1],
+            p = params("ConvertParams", x=self.x.ptr + 4 * i * m.k, out=out.ptr + i * n * out.shape[1],
                        scale=scale and scale.ptr + 4 * i * n, x_stride=self.stride, out_bytes=out.shape[1], k=m.k,
                        k_pad=k_pad, n_rows=n, n_pad_rows=n)  # fmt: skip
             grid = (-(-k_pad // 2048), n) if kernel == "convert_split" else (n,)
@@ -146,7 +143,7 @@ class Decode(_Products):
         split_bytes = layout.x_split_bytes(m.type_id, m.k)
         self.split = gpu.empty((self.n_inputs * n_rows, split_bytes), np.uint8) if launch.needs_split else None
         self.params = params(
-            HEADER, "ExpertMatvecParams", **self.common, list=pairs.fields, x=x, split=self.split, x_stride=self.stride,
+            "ExpertMatvecParams", **self.common, list=pairs.fields, x=x, split=self.split, x_stride=self.stride,
             x_slot_stride=m.k if per_slot else 0, split_bytes=split_bytes, k=m.k, n_matrices=len(experts),
             split_slot_rows=n_rows if per_slot else 0, ring_bytes=launch.ring_bytes)  # fmt: skip
         self.kernel = gpu.kernel("experts_decode", launch.kernel)
@@ -169,7 +166,7 @@ class Prompt(_Products):
         self.half = gpu.empty((self.n_inputs * n_rows, layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
         self.scale = gpu.empty(self.n_inputs * n_rows)
         self.params = params(
-            HEADER, "ExpertMatmulParams", **self.common, list=pairs.fields, x=self.half, x_scale=self.scale,
+            "ExpertMatmulParams", **self.common, list=pairs.fields, x=self.half, x_scale=self.scale,
             x_bytes=self.half.shape[1], x_slot_rows=n_rows if per_slot else 0)  # fmt: skip
         self.kernel = gpu.kernel("experts_prefill", self.launch.kernel)
 

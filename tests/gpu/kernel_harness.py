@@ -1,13 +1,13 @@
 """Runs single CUDA kernels from Python: fatbins, parameter structs, guarded buffers, launches, times.
 
 For the kernel tests and tools/bench_kernels.py only; the engine has its own driver layer. Uses the device's primary
-context and one stream. Every driver call is checked. Knows no kernel.
+context and one stream. Every driver call is checked.
 
     gpu = Gpu()
     kernel = gpu.kernel("matvec", "matvec_q4_k_1")
     x = gpu.buffer(np_array)                      # a copy on the device, between guard bands
     out = gpu.empty((rows, n_out), np.float32)    # poisoned with NaN
-    p = params("params/matmul_params.h", "MatvecParams", n_rows=3, x=x, out=out)
+    p = params("MatvecParams", n_rows=3, x=x, out=out)
     gpu.launch(kernel, grid=(64,), block=(256,), params=p, smem=0, pdl=False)
     out.to_numpy()                                # waits, checks the guard bands
 """
@@ -15,19 +15,19 @@ context and one stream. Every driver call is checked. Knows no kernel.
 from __future__ import annotations
 
 import ctypes
-import functools
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gen_params
 import numpy as np
 from cuda.bindings import driver
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+KERNELS = ROOT / "tests" / "gpu" / "kernels"
 #: bytes of guard band on each side of a buffer; keeps the payload 256-byte aligned
 GUARD_BYTES = 1024
 GUARD_BYTE = 0xA5
@@ -43,45 +43,14 @@ def check(result: tuple, call: str) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-# ---- parameter structs, mirrored from the C headers ------------------------------------------------------------------
+# ---- parameter structs, as csrc/params has them ----------------------------------------------------------------------
 
-_SCALARS = {
-    "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8, "int16_t": ctypes.c_int16, "uint16_t": ctypes.c_uint16,
-    "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64,
-    "int": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double,
-}  # fmt: skip
-
-
-@functools.cache
-def structs(header: str) -> dict[str, type[ctypes.Structure]]:
-    """The structs of csrc/`header` as ctypes types, by name.
-
-    Understands `typedef struct [Tag] { ... } Name;` and `struct Name { ... };` with members that are fixed-width
-    scalars, float, double, pointers to anything, structs defined above, and arrays of those whose length is a number
-    or a #define of one. Pointers become uint64.
-    """
-    text = (CSRC / header).read_text()
-    text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
-    defines = {m[1]: int(m[2], 0) for m in re.finditer(r"^\s*#define\s+(\w+)\s+(\d\w*)\s*(?://.*)?$", text, re.M)}
-    text = re.sub(r"//[^\n]*|^\s*#[^\n]*", " ", text, flags=re.M)
-    found: dict[str, type[ctypes.Structure]] = {}
-    head, body = r"(?:typedef\s+struct(?:\s+\w+)?|struct\s+(?P<tag>\w+))", r"\{(?P<body>[^{}]*)\}"
-    for m in re.finditer(head + r"\s*" + body + r"\s*(?P<name>\w*)\s*;", text):
-        name = m["name"] or m["tag"]
-        fields: list[tuple[str, Any]] = []
-        for member in filter(None, (s.strip() for s in m["body"].split(";"))):
-            first, *rest = (s.strip() for s in member.split(","))
-            decl = re.fullmatch(r"(?:const\s+)?(?:struct\s+)?(\w+)\s*(?:const\b\s*)?(.*)", first, re.S)
-            assert decl, f"{header}: cannot read member {member!r} of {name}"
-            for part in (decl[2], *rest):
-                d = re.fullmatch(r"(\*?)\s*(?:const\s+)?(?:__restrict__\s+)?(\w+)((?:\s*\[\s*\w+\s*\])*)", part.strip())
-                assert d, f"{header}: cannot read declarator {part!r} of {name}"
-                kind: Any = ctypes.c_uint64 if d[1] else _SCALARS.get(decl[1]) or found[decl[1]]
-                for dim in reversed(re.findall(r"\w+", d[3])):
-                    kind = kind * (defines[dim] if dim in defines else int(dim, 0))
-                fields.append((d[2], kind))
-        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
-    return found
+#: parameter headers: the engine's, and those of kernels that only tests have
+HEADERS = gen_params.read([p for folder in (CSRC / "params", KERNELS) for p in sorted(folder.glob("*_params.h"))])
+#: the structs as ctypes types, by name; pointers are uint64
+STRUCTS = gen_params.mirror(HEADERS)
+#: the whole numbers that the headers define, by name
+CONSTANTS = {name: value for header in HEADERS for name, value in header.constants.items()}
 
 
 def _set_fields(struct: ctypes.Structure, values: dict[str, Any]) -> None:
@@ -102,13 +71,13 @@ def _set_fields(struct: ctypes.Structure, values: dict[str, Any]) -> None:
             setattr(struct, key, 0 if value is None else value)
 
 
-def params(header: str, struct: str, **values: Any) -> ctypes.Structure:
-    """A filled parameter struct of csrc/`header`; members not named are 0.
+def params(struct: str, **values: Any) -> ctypes.Structure:
+    """A filled parameter struct; members not named are 0.
 
     A value may be a number, None (null), a `Buffer` (its address), a sequence for an array member, or a dict for a
     member that is a struct.
     """
-    p = structs(header)[struct]()
+    p = STRUCTS[struct]()
     _set_fields(p, values)
     return p
 

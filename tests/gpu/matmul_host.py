@@ -1,4 +1,4 @@
-"""Matrices and products on the device, launched as csrc/params/matmul_params.h and worker_orcd/cuda/layout.py say.
+"""Matrices and products on the device, launched as csrc/params and worker_orcd/cuda/layout.py say.
 
 Shared by the tests of the matrix kernels and tools/bench_kernels.py.
 """
@@ -13,8 +13,6 @@ from gpu.kernel_harness import Buffer, Gpu, params
 
 from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants
-
-HEADER = "params/matmul_params.h"
 
 
 @dataclass
@@ -35,7 +33,7 @@ def repack(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, piece: int = 1 << 30
     for row0 in range(0, n_out, piece):
         rows = gpu.buffer(raw[row0 : row0 + piece])
         n = min(piece, n_out - row0)
-        p = params(HEADER, "RepackParams", rows=rows, w=w, row_bytes=raw.shape[1], k=k, n_out=n_out, row0=row0,
+        p = params("RepackParams", rows=rows, w=w, row_bytes=raw.shape[1], k=k, n_out=n_out, row0=row0,
                    n_rows=n)  # fmt: skip
         gpu.launch(kernel, (layout.n_row_tiles(n), 2), 256, p)
         gpu.sync()
@@ -48,7 +46,7 @@ def convert(gpu: Gpu, kernel: str, m: Matrix, x: Buffer, n_rows: int, stride: in
     """Launch a conversion of x into `out` (all its rows)."""
     pad_rows, out_bytes = out.shape
     k_pad = layout.k_padded(m.type_id, m.k)
-    p = params(HEADER, "ConvertParams", x=x, out=out, scale=scale, x_stride=stride, out_bytes=out_bytes, k=m.k,
+    p = params("ConvertParams", x=x, out=out, scale=scale, x_stride=stride, out_bytes=out_bytes, k=m.k,
                k_pad=k_pad, n_rows=n_rows, n_pad_rows=pad_rows)  # fmt: skip
     grid = (-(-k_pad // 2048), pad_rows) if kernel == "convert_split" else (pad_rows,)
     gpu.launch(gpu.kernel("convert", kernel), grid, 256, p, pdl=pdl)
@@ -75,7 +73,7 @@ class Matvec:
                           "n_out": a.n_out, "row_tile0": row_tile0, "add": int(add)})  # fmt: skip
             row_tile0 += layout.n_row_tiles(a.n_out)
         self.params = params(
-            HEADER, "MatvecParams", m=parts, x=x, split=self.split, x_stride=self.x_stride,
+            "MatvecParams", m=parts, x=x, split=self.split, x_stride=self.x_stride,
             split_bytes=layout.x_split_bytes(m.type_id, m.k), n_matrices=len(parts), n_row_tiles=row_tile0, k=m.k,
             n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows, ring_bytes=self.launch.ring_bytes)  # fmt: skip
         self.kernel = gpu.kernel("matvec", self.launch.kernel)
@@ -100,7 +98,7 @@ class Matmul:
         self.half = gpu.empty((pad, layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
         self.scale = gpu.empty(pad)
         self.params = params(
-            HEADER, "MatmulParams", w=m.w, x=self.half, x_scale=self.scale, bias=bias, out=out,
+            "MatmulParams", w=m.w, x=self.half, x_scale=self.scale, bias=bias, out=out,
             x_bytes=self.half.shape[1], out_stride=out.shape[1], n_out=m.n_out,
             n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows, add=int(add))  # fmt: skip
         self.kernel = gpu.kernel("matmul", self.launch.kernel)

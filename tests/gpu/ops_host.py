@@ -1,6 +1,6 @@
-"""What the tests of the smaller kernels share: rules of shape from params/ops_params.h, float64 errors, a paged cache.
+"""What the tests of the smaller kernels share: rules of shape from csrc/params, float64 errors, a paged cache.
 
-The rules are compiled from the header itself, so that tests and kernels cannot drift apart.
+The rules are compiled from the headers themselves, so that tests and kernels cannot drift apart.
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from gpu.kernel_harness import CSRC, Gpu
+from gpu.kernel_harness import CONSTANTS, CSRC, HEADERS, Gpu
 
-HEADER = "params/ops_params.h"
-KV_BLOCK = 64
-
-_FUNCTIONS = {
-    "norm_threads": 2, "decode_split": 1, "decode_max_splits": 2, "decode_head_tiles": 2, "decode_smem_bytes": 1,
-    "prefill_smem_bytes": 1,
-}  # fmt: skip
+KV_BLOCK = CONSTANTS["KV_BLOCK"]
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    source = '#include "params/ops_params.h"\n'
-    for name, n in _FUNCTIONS.items():
-        args = ", ".join(f"int32_t a{i}" for i in range(n))
-        source += f"int32_t host_{name}({args}) {{ return {name}({', '.join(f'a{i}' for i in range(n))}); }}\n"
+    source = ""
+    for header in HEADERS:
+        if header.rules:
+            source += f'#include "{header.name}"\n'
+        for name, (result, arguments) in header.rules.items():
+            declared, passed = ", ".join(map(" ".join, arguments)), ", ".join(a for _, a in arguments)
+            source += f"{result} host_{name}({declared}) {{ return {name}({passed}); }}\n"
     with tempfile.TemporaryDirectory() as tmp:
         c, so = Path(tmp) / "ops_host.c", Path(tmp) / "ops_host.so"
         c.write_text(source)
@@ -37,8 +34,9 @@ def _library() -> ctypes.CDLL:
 
 
 def rule(name: str, *args: int) -> int:
-    """The host function `name` of csrc/params/ops_params.h."""
-    assert len(args) == _FUNCTIONS[name]
+    """The function `name` of int32 numbers in csrc/params."""
+    result, arguments = next(header.rules[name] for header in HEADERS if name in header.rules)
+    assert {result, *(kind for kind, _ in arguments)} == {"int32_t"} and len(args) == len(arguments)
     return int(getattr(_library(), f"host_{name}")(*(ctypes.c_int32(int(a)) for a in args)))
 
 

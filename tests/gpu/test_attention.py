@@ -8,7 +8,7 @@ import limits
 import numpy as np
 import pytest
 from gpu.kernel_harness import available, params
-from gpu.ops_host import HEADER, KV_BLOCK, PagedCache, attention_reference, check_nmse, new_gpu, rule
+from gpu.ops_host import KV_BLOCK, PagedCache, attention_reference, check_nmse, new_gpu, rule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 
@@ -68,7 +68,7 @@ class Decode:
         partial = gpu.empty((n, n_head, max_splits, head_dim + 4))
         counters = gpu.buffer(np.zeros((n, n_head_kv * tiles), np.uint32))
         out = gpu.empty((n, n_head * head_dim + 4))
-        p = params(HEADER, "AttentionDecodeParams", q=dq, kv=self.arena, block_table=self.table, positions=dp, slots=ds,
+        p = params("AttentionDecodeParams", q=dq, kv=self.arena, block_table=self.table, positions=dp, slots=ds,
                    sinks=self.dsinks, out=out, partial=partial, counters=counters, q_stride=q.shape[1],
                    out_stride=q.shape[1], n_head=n_head, n_head_kv=n_head_kv, max_blocks=self.cache.max_blocks,
                    max_splits=max_splits, window=window, scale=self.scale)  # fmt: skip
@@ -166,7 +166,7 @@ class Prompts:
             row += n
         entries = sorted(entries, key=lambda e: -e[2]) + [(0, 0, 0, 0)] * n_spare
         dq, dtiles, out = gpu.buffer(q), gpu.buffer(np.array(entries, np.int32)), gpu.empty((n_rows, width))
-        p = params(HEADER, "AttentionPrefillParams", q=dq, kv=self.arena, block_table=self.table, tiles=dtiles,
+        p = params("AttentionPrefillParams", q=dq, kv=self.arena, block_table=self.table, tiles=dtiles,
                    sinks=self.dsinks, out=out, q_stride=width, out_stride=width, n_head=n_head, n_head_kv=n_head_kv,
                    max_blocks=self.cache.max_blocks, window=window, scale=self.scale)  # fmt: skip
         kernel = gpu.kernel("attention_prefill", f"attention_prefill_{head_dim}")

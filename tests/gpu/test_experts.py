@@ -9,7 +9,7 @@ from __future__ import annotations
 import limits
 import numpy as np
 import pytest
-from gpu.expert_host import HEADER, Decode, List, Prompt, Route, host_list, repack_experts
+from gpu.expert_host import Decode, List, Prompt, Route, host_list, repack_experts
 from gpu.kernel_harness import available, params
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
@@ -172,7 +172,7 @@ def test_list(gpu, n_rows, n_used, n_expert, load):
     ids = loads(np.random.default_rng(n_rows), n_rows, n_expert, n_used)[load]
     made = List(gpu, ids.size, n_expert)
     for item_rows in (16, 64):
-        p = params(HEADER, "RouteParams", ids=gpu.buffer(ids.astype(np.float32)), n_rows=n_rows, n_used=n_used,
+        p = params("RouteParams", ids=gpu.buffer(ids.astype(np.float32)), n_rows=n_rows, n_used=n_used,
                    n_expert=n_expert, item_rows=item_rows, list=made.fields)  # fmt: skip
         gpu.launch(gpu.kernel("route", "route_list"), 1, 1024, p)
         items, pairs = made.get()
@@ -281,7 +281,7 @@ def test_sum_is_in_slot_order(gpu):
         x = rng.standard_normal((n_rows, n_used * n)).astype(np.float32)
         gates = rng.random((n_rows, n_used)).astype(np.float32)
         out = gpu.empty((n_rows, n + 4))
-        p = params(HEADER, "ExpertSumParams", x=gpu.buffer(x), gates=gpu.buffer(gates), out=out, x_stride=n_used * n,
+        p = params("ExpertSumParams", x=gpu.buffer(x), gates=gpu.buffer(gates), out=out, x_stride=n_used * n,
                    out_stride=n + 4, n=n, n_used=n_used)  # fmt: skip
         gpu.launch(gpu.kernel("route", "expert_sum"), (-(-n // 1024), n_rows), 256, p)
         got = out.to_numpy()
@@ -304,7 +304,7 @@ def test_dependent_launches_wait(gpu, n_rows):
         route = Route(gpu, router, dx, n_rows, n_used, 16)
         a = Decode(gpu, [up], dx, [(hidden.ptr, n_used * n)], n_rows, n_used, False, route.list)
         b = Decode(gpu, [down], hidden, [(out.ptr, n_used * n)], n_rows, n_used, True, route.list)
-        p = params(HEADER, "ExpertSumParams", x=out, gates=route.gates, out=dx, x_stride=n_used * n, out_stride=n, n=n,
+        p = params("ExpertSumParams", x=out, gates=route.gates, out=dx, x_stride=n_used * n, out_stride=n, n=n,
                    n_used=n_used)  # fmt: skip
         for _ in range(3):
             route.run(True, pdl)

@@ -10,7 +10,7 @@ import limits
 import numpy as np
 import pytest
 from gpu.kernel_harness import available, params
-from gpu.matmul_host import HEADER, Matmul, Matvec, repack, row_lengths
+from gpu.matmul_host import Matmul, Matvec, repack, row_lengths
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
 
@@ -61,7 +61,7 @@ def test_dequant_is_exact(gpu, type_id):
     k = max(t.block_size, 32) * 3
     raw = random_blocks(type_id, 7, k, np.random.default_rng(type_id), mxfp4_exponents=(0, 253))
     blocks, out = gpu.buffer(raw), gpu.empty((7, k))
-    p = params(HEADER, "DequantParams", blocks=blocks, out=out, n_blocks=7 * k // t.block_size)
+    p = params("DequantParams", blocks=blocks, out=out, n_blocks=7 * k // t.block_size)
     gpu.launch(gpu.kernel("dequant", f"dequant_{layout.kernel_suffix(type_id)}"), 3, 256, p)
     assert np.array_equal(out.to_numpy().view(np.uint32), dequantized(type_id, raw).view(np.uint32))
 
@@ -75,8 +75,8 @@ def test_rows_of_a_repacked_matrix_are_exact(gpu, type_id, piece):
         m.w.check_guards()
         index = np.array([n_out - 1, 0, n_out // 2, -1, n_out, 3 % n_out], np.int32)
         out, stride = gpu.empty((6, k + 8)), k + 8
-        p = params(HEADER, "RowsParams", w=m.w, index=gpu.buffer(index), out=out, out_stride=stride, scale=1.0, k=k,
-                   n_table=n_out, n_rows=6)  # fmt: skip
+        p = params("RowsParams", w=m.w, index=gpu.buffer(index), out=out, out_stride=stride, scale=1.0, k=k,
+                   n_table=n_out)  # fmt: skip
         kernel = gpu.kernel("repack", f"rows_{layout.kernel_suffix(type_id)}")
         gpu.launch(kernel, 6, 128, p)
         got, want = out.to_numpy(), np.zeros((6, k), np.float32)

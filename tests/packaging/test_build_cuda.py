@@ -55,10 +55,22 @@ def test_targets_of_this_machine(monkeypatch: pytest.MonkeyPatch):
     assert chosen == build_cuda.Targets((), build_cuda.OLDEST_PTX) and "no GPU" in why
 
 
-@pytest.mark.parametrize(("capability", "arch"), [
-    ((8, 0), "80"), ((8, 6), "86"), ((8, 7), "86"), ((8, 9), "89"), ((9, 0), "90a"), ((10, 0), "100"),
-    ((10, 3), "100"), ((12, 0), "120"), ((12, 1), "120"), ((7, 5), None), ((11, 0), None),
-])
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), "80"),
+        ((8, 6), "86"),
+        ((8, 7), "86"),
+        ((8, 9), "89"),
+        ((9, 0), "90a"),
+        ((10, 0), "100"),
+        ((10, 3), "100"),
+        ((12, 0), "120"),
+        ((12, 1), "120"),
+        ((7, 5), None),
+        ((11, 0), None),
+    ],
+)
 def test_architecture_of_a_capability(capability: tuple[int, int], arch: str | None):
     assert build_cuda.arch_for(*capability) == arch
 

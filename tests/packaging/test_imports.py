@@ -39,16 +39,15 @@ COMPILED = {
     "_ring": (),
     "_spm": (),
     "_upload": ("_driver", "_gguf", "gguf"),
-    "_nodes": ("_driver",),
-    "_expert_nodes": ("_driver", "_nodes"),
-    "_engine": ("_driver", "_nodes", "_expert_nodes", "_ring", "_upload", "cuda", "engine", "models"),
+    "_nodes": ("_driver", "_params"),
+    "_engine": ("_driver", "_nodes", "_params", "_ring", "_upload", "cuda", "engine", "models"),
     "_cpu": ("_ring", "engine", "models", "gguf"),
 }
 #: room -> the compiled modules that it may import
 USES_COMPILED = {
     "diagnose": ("_ring",),
     "runtime": ("_cpu", "_driver", "_engine", "_ring"),
-    "cuda": ("_nodes", "_expert_nodes"),
+    "cuda": ("_nodes",),
     "tokenizer": ("_gguf", "_spm"),
     "gguf": ("_gguf",),
 }

@@ -84,4 +84,4 @@ def test_the_installed_package_is_whole():
     assert sorted(manifest) == kernels
     assert all(m["sass"] or m["ptx"] for m in manifest.values())
     suffixes = {p.suffix for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert suffixes <= {".py", ".so", ".fatbin", ".json", ".typed"}
+    assert suffixes <= {".py", ".pyi", ".so", ".fatbin", ".json", ".typed"}

@@ -1,7 +1,7 @@
 """The CUDA expert kernels' view of a step: lists of pairs, converted rows, launch geometry.
 
-The Python mirror of the constants of params/experts_params.h, for VRAM plan, engine and kernel tests. A pair
-is a row and one of its slots; an item is an expert with some of its pairs. Pure arithmetic: knows no driver, no file.
+The Python mirror of the constants of params/route_params.h and params/experts_params.h, for VRAM plan, engine and
+kernel tests. A pair is a row and one of its slots; an item is an expert with some of its pairs. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from worker_orcd.cuda import layout
 from worker_orcd.cuda.layout import SMEM_SMALL, Launch
 
-#: most experts of a layer, and most that a row uses
-MAX_EXPERTS, MAX_USED = 256, 32
 #: parts of K that a router logit is summed from
 ROUTE_SLICES = 16
 #: rows of one warp of route_logits
@@ -73,7 +71,7 @@ def decode_launch(
     resident = max(1, min({1: 24, 2: 16}[tiles] // warps, 227 * 1024 // (smem + 2048)))
     work = max_items(n_rows * n_used, n_expert, DECODE_ROWS) * n_matrices * layout.n_row_tiles(n_out)
     name = f"expert_matvec_{layout.kernel_suffix(type_id)}_{tiles}"
-    return Launch(name, (min(work, n_sm * resident), 1, 1), 32 * warps, smem, ring, tiles > 1)
+    return Launch(name, (min(work, n_sm * resident), 1, 1), 32 * warps, smem, ring, 8 * tiles, tiles > 1)
 
 
 def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:

@@ -120,13 +120,18 @@ def matvec_warps(type_id: int, k: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """How to launch a kernel: its name, grid, threads of a block and dynamic shared memory bytes."""
+    """How to launch a kernel: its name, grid, threads of a block and dynamic shared memory bytes.
+
+    Of decode kernels also the bytes of their weight rings, the rows of their tiles (1 tile for float32 input, several
+    for input by convert_split, padded to whole tiles) and whether they need that.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     block: int
     smem: int
     ring_bytes: int = 0
+    tile_rows: int = 0
     needs_split: bool = False
 
 
@@ -161,7 +166,7 @@ def matvec_launch(
         resident = max(1, min({1: 24, 2: 16, 4: 8, 8: 8}[tiles] // warps, 227 * 1024 // (smem + 1024)))
         grid = min(-(-total // shape.row_tiles), n_sm * resident)
         name = f"matvec_{kernel_suffix(type_id)}_{tiles}"
-        return Launch(name, (grid, 1, 1), 32 * warps, smem, ring, tiles > 1)
+        return Launch(name, (grid, 1, 1), 32 * warps, smem, ring, 8 * tiles, tiles > 1)
 
 
 # ---- prompt: matmul_<type> and matmul_<type>_small -------------------------------------------------------------------

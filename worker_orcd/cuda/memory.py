@@ -1,17 +1,20 @@
 """What the CUDA engine keeps in device memory: every region with its size, before anything is allocated.
 
 Three arenas: weights (repacked matrices, float32 vectors), the KV cache, and the workspace of a step. Pure arithmetic
-over the plan and the engine's sizes; knows no driver. All sizes in bytes, every region 256-byte aligned.
+over the plan and the engine's sizes. All sizes in bytes, every region 256-byte aligned. Once an arena is allocated,
+`at(address)` gives the same regions with their addresses.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 from worker_orcd.cuda import expert_layout, layout
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
-from worker_orcd.models.ops import Attention, ExpertMatMul, MatMul, Op, Rope, Route, Weight
+from worker_orcd.models.ops import Attention, ExpertMatMul, MatMul, Rope, Route, Weight
 from worker_orcd.models.plan import Plan
 
 ALIGN = 256
@@ -24,47 +27,191 @@ SAMPLE_SLOT_BYTES = 32
 #: device memory through which raw tensor bytes pass on their way into the repacked layout
 STAGING_BYTES = 64 << 20
 
+T = TypeVar("T")
 
-@dataclass
-class Arena:
-    """Named regions laid out one after the other."""
 
-    name: str
-    offsets: dict[str, int] = field(default_factory=dict)
-    nbytes: int = 0
+@dataclass(frozen=True)
+class Region:
+    """`nbytes` bytes from `offset` on in an arena that starts at device address `base`, 0: it is not allocated yet."""
 
-    def add(self, name: str, nbytes: int) -> None:
-        """Append a region of `nbytes`."""
-        if name in self.offsets:
-            raise ValueError(f"{self.name}: region {name!r} twice")
-        self.offsets[name] = self.nbytes
-        self.nbytes += -(-max(nbytes, 1) // ALIGN) * ALIGN
+    offset: int
+    nbytes: int
+    base: int = 0
+
+    @property
+    def address(self) -> int:
+        """Where it is on the device."""
+        if not self.base:
+            raise ValueError("the region's arena is not allocated")
+        return self.base + self.offset
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The arena of the weights.
+
+    Attributes:
+        nbytes: of the whole arena.
+        tensors: by name, repacked matrices and float32 vectors.
+        inv_freq: float32, the rotary frequency tables of `inv_freq_tables`.
+    """
+
+    nbytes: int
+    tensors: dict[str, Region]
+    inv_freq: tuple[Region, ...]
+
+    def at(self, base: int) -> Weights:
+        """The arena at device address `base`."""
+        return _moved(self, base)
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """The arena of the KV cache, a region for each layer; see csrc/params/kv_cache.h."""
+
+    nbytes: int
+    layers: tuple[Region, ...]
+
+    def at(self, base: int) -> KvCache:
+        """The arena at device address `base`."""
+        return _moved(self, base)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Scratch of layers of experts: router logits, and which pairs each expert has (`expert_layout.list_parts`)."""
+
+    partial: Region
+    decode_list: Region
+    prefill_list: Region
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Scratch and state of sampling; the names are those of csrc/params/sample_params.h.
+
+    `slots` and `positions` are int32 [MAX_OUT], those of the output rows of a step that is no decode step.
+    """
+
+    partial: Region
+    chunk_weights: Region
+    bin_weights: Region
+    bin_counts: Region
+    samples: Region
+    seen: Region
+    slots: Region
+    positions: Region
+    done: Region
+    step: Region
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The arena of a step. Rows are `max_batch_tokens`, rounded up to 128.
+
+    Attributes:
+        nbytes: of the whole arena.
+        buffers: float32 [rows or MAX_OUT, width], the plan's activations, by name.
+        tokens, positions, slots, output_indices: int32 [rows].
+        rope_tables: int32 [max_seqs].
+        tiles: `AttentionTile` [rows + max_seqs].
+        block_tables: int32 [n_kv_groups, max_seqs, max_blocks_per_seq].
+        attention_partial, attention_counters: scratch of decode attention.
+        x_split, x_half, x_half_scale: activations as converted for products of decode rows, of prompt rows.
+        routing: None where no layer has experts.
+        sampling: of output rows.
+    """
+
+    nbytes: int
+    buffers: dict[str, Region]
+    tokens: Region
+    positions: Region
+    slots: Region
+    output_indices: Region
+    rope_tables: Region
+    tiles: Region
+    block_tables: Region
+    attention_partial: Region
+    attention_counters: Region
+    x_split: Region
+    x_half: Region
+    x_half_scale: Region
+    routing: Routing | None
+    sampling: Sampling
+
+    def at(self, base: int) -> Workspace:
+        """The arena at device address `base`."""
+        return _moved(self, base)
+
+
+class Arenas(NamedTuple):
+    """The three arenas of an engine."""
+
+    weights: Weights
+    kv: KvCache
+    workspace: Workspace
+
+
+class SampleScratch(NamedTuple):
+    """Bytes of sampling's scratch for one output row."""
+
+    partial: int
+    chunk_weights: int
+    bin_weights: int
+    bin_counts: int
+
+
+def _moved(value: T, base: int) -> T:
+    """A value of the arenas' types with every region in it at `base`."""
+    moved: Any = value
+    if isinstance(value, Region):
+        moved = replace(value, base=base)
+    elif isinstance(value, dict):
+        moved = {name: _moved(region, base) for name, region in value.items()}
+    elif isinstance(value, tuple):
+        moved = tuple(_moved(region, base) for region in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        moved = type(value)(**{f.name: _moved(getattr(value, f.name), base) for f in fields(value)})
+    return moved  # type: ignore[no-any-return]
+
+
+class _End:
+    """The end of an arena whose regions are being laid out one after the other."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def add(self, nbytes: int) -> Region:
+        """The next region."""
+        region = Region(self.nbytes, nbytes)
+        self.nbytes += _aligned(nbytes)
+        return region
+
+
+def _aligned(nbytes: int) -> int:
+    """What a region takes of its arena."""
+    return -(-max(nbytes, 1) // ALIGN) * ALIGN
 
 
 def weight_bytes(w: Weight) -> int:
     """Device bytes of a weight: repacked, or float32 for vectors."""
     if w.kind in ("vector", "expert_vectors"):
-        n = 4
-        for size in w.shape:
-            n *= size
-        return n
+        return 4 * math.prod(w.shape)
     experts = w.shape[2] if w.kind == "experts" else 1
     return experts * layout.packed_bytes(w.type_id, w.shape[1], w.shape[0])
 
 
-def weights_arena(plan: Plan) -> Arena:
-    """All weights of the plan, and the rotary frequency tables as ``inv_freq:<op>`` (equal tables once)."""
-    arena = Arena("weights")
-    for w in plan.weights.values():
-        arena.add(w.name, weight_bytes(w))
-    for key, inv_freq in inv_freq_tables(plan).items():
-        arena.add(f"inv_freq:{key}", 4 * len(inv_freq))
-    return arena
+def weights_arena(plan: Plan) -> Weights:
+    """All weights of the plan, then the rotary frequency tables."""
+    end = _End()
+    tensors = {w.name: end.add(weight_bytes(w)) for w in plan.weights.values()}
+    inv_freq = tuple(end.add(4 * len(table)) for table in inv_freq_tables(plan))
+    return Weights(end.nbytes, tensors, inv_freq)
 
 
-def inv_freq_tables(plan: Plan) -> dict[int, tuple[float, ...]]:
-    """The distinct rotary frequency tables, by number: the frequencies, then those of long sequences if there are."""
-    return dict(enumerate(dict.fromkeys(op.inv_freq + op.inv_freq_long for op in plan.ops if isinstance(op, Rope))))
+def inv_freq_tables(plan: Plan) -> tuple[tuple[float, ...], ...]:
+    """The distinct rotary frequency tables: the frequencies, then those of long sequences if there are."""
+    return tuple(dict.fromkeys(op.inv_freq + op.inv_freq_long for op in plan.ops if isinstance(op, Rope)))
 
 
 def kv_block_bytes(plan: Plan) -> int:
@@ -72,72 +219,90 @@ def kv_block_bytes(plan: Plan) -> int:
     return kv_blocks.layer_block_bytes(plan)
 
 
-def kv_arena(plan: Plan, config: EngineConfig) -> Arena:
-    """One region per layer, ``layer:<i>``."""
-    arena = Arena("kv")
-    for layer in range(plan.n_layer):
-        arena.add(f"layer:{layer}", config.n_blocks[plan.kv_group_of[layer]] * kv_block_bytes(plan))
-    return arena
+def kv_arena(plan: Plan, config: EngineConfig) -> KvCache:
+    """One region for each layer."""
+    end, block = _End(), kv_block_bytes(plan)
+    layers = tuple(end.add(config.n_blocks[plan.kv_group_of[layer]] * block) for layer in range(plan.n_layer))
+    return KvCache(end.nbytes, layers)
 
 
-def workspace_arena(plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int,
-                    sample_bytes: dict[str, int]) -> Arena:  # fmt: skip
+def max_rows(config: EngineConfig) -> int:
+    """Rows of a step that there is room for."""
+    return -(-config.max_batch_tokens // 128) * 128
+
+
+def workspace_arena(
+    plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int, sample: SampleScratch
+) -> Workspace:
     """Activations, row tables and scratch of one step.
 
     Args:
         plan, config: the model and the engine's sizes.
         max_splits: decode attention splits by window.
         heads: blocks in y of a decode attention launch.
-        sample_bytes: scratch of sampling per output row, by name.
+        sample: scratch of sampling.
     """
-    arena = Arena("workspace")
-    rows = -(-config.max_batch_tokens // 128) * 128
-    for b in plan.buffers.values():
-        arena.add(f"buffer:{b.name}", (rows if b.rows == "tokens" else MAX_OUT) * b.width * 4)
-    arena.add("tokens", rows * 4)
-    arena.add("positions", rows * 4)
-    arena.add("slots", rows * 4)
-    arena.add("output_indices", rows * 4)
-    arena.add("rope_tables", config.max_seqs * 4)
-    arena.add("tiles", (rows + config.max_seqs) * 16)
-    groups = len(plan.kv_groups)
-    arena.add("block_tables", groups * config.max_seqs * config.max_blocks_per_seq * 4)
+    end, rows = _End(), max_rows(config)
     attention = [op for op in plan.ops if isinstance(op, Attention)]
     partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
-    arena.add("attention_partial", config.max_seqs * partial * 4)
-    arena.add("attention_counters", config.max_seqs * heads * 4)
     inputs = [_converted(plan, op) for op in plan.ops if isinstance(op, MatMul | ExpertMatMul)]
-    arena.add("x_split", MAX_OUT * max(n * split for n, split, _ in inputs))
-    arena.add("x_half", rows * max(n * half for n, _, half in inputs))
-    arena.add("x_half_scale", rows * max(n for n, _, _ in inputs) * 4)
+    # the order of the fields here is that of the regions
+    workspace = Workspace(
+        nbytes=0,
+        buffers={
+            b.name: end.add((rows if b.rows == "tokens" else MAX_OUT) * b.width * 4) for b in plan.buffers.values()
+        },
+        tokens=end.add(rows * 4),
+        positions=end.add(rows * 4),
+        slots=end.add(rows * 4),
+        output_indices=end.add(rows * 4),
+        rope_tables=end.add(config.max_seqs * 4),
+        tiles=end.add((rows + config.max_seqs) * 16),
+        block_tables=end.add(len(plan.kv_groups) * config.max_seqs * config.max_blocks_per_seq * 4),
+        attention_partial=end.add(config.max_seqs * partial * 4),
+        attention_counters=end.add(config.max_seqs * heads * 4),
+        x_split=end.add(MAX_OUT * max(n * split for n, split, _ in inputs)),
+        x_half=end.add(rows * max(n * half for n, _, half in inputs)),
+        x_half_scale=end.add(rows * max(n for n, _, _ in inputs) * 4),
+        routing=_routing(end, plan, rows),
+        sampling=Sampling(
+            partial=end.add(MAX_OUT * sample.partial),
+            chunk_weights=end.add(MAX_OUT * sample.chunk_weights),
+            bin_weights=end.add(MAX_OUT * sample.bin_weights),
+            bin_counts=end.add(MAX_OUT * sample.bin_counts),
+            samples=end.add(config.max_seqs * SAMPLE_SLOT_BYTES),
+            seen=end.add(config.max_seqs * -(-plan.n_vocab // 32) * 4),
+            slots=end.add(MAX_OUT * 4),
+            positions=end.add(MAX_OUT * 4),
+            done=end.add(4),
+            step=end.add(8),
+        ),
+    )
+    return replace(workspace, nbytes=end.nbytes)
+
+
+def _routing(end: _End, plan: Plan, rows: int) -> Routing | None:
     routes = [(op.n_expert, op.n_used) for op in plan.ops if isinstance(op, Route)]
-    if routes:
-        n_expert, n_used = (max(sizes) for sizes in zip(*routes, strict=True))
-        arena.add("route_partial", expert_layout.route_partial_bytes(rows, n_expert))
-        arena.add("decode_list", expert_layout.list_bytes(MAX_OUT * n_used, n_expert))
-        arena.add("prefill_list", expert_layout.list_bytes(rows * n_used, n_expert))
-    for name, nbytes in sample_bytes.items():
-        arena.add(name, MAX_OUT * nbytes)
-    arena.add("samples", config.max_seqs * SAMPLE_SLOT_BYTES)
-    arena.add("seen", config.max_seqs * -(-plan.n_vocab // 32) * 4)
-    arena.add("out_slots", MAX_OUT * 4)
-    arena.add("out_positions", MAX_OUT * 4)
-    arena.add("done", 4)
-    arena.add("step", 8)
-    arena.add("failed", 4)
-    return arena
+    if not routes:
+        return None
+    n_expert, n_used = (max(sizes) for sizes in zip(*routes, strict=True))
+    return Routing(
+        partial=end.add(expert_layout.route_partial_bytes(rows, n_expert)),
+        decode_list=end.add(expert_layout.list_bytes(MAX_OUT * n_used, n_expert)),
+        prefill_list=end.add(expert_layout.list_bytes(rows * n_used, n_expert)),
+    )
 
 
-def _converted(plan: Plan, op: Op) -> tuple[int, int, int]:
+def _converted(plan: Plan, op: MatMul | ExpertMatMul) -> tuple[int, int, int]:
     """Inputs that a row has in a product, and bytes of each as converted for decode and for prompts."""
     w = plan.weights[op.weight]
     n = op.n_used if isinstance(op, ExpertMatMul) and op.per_slot else 1
     return n, layout.x_split_bytes(w.type_id, w.shape[0]), layout.x_f16_bytes(w.type_id, w.shape[0])
 
 
-def staging_bytes(workspace: Arena) -> int:
+def staging_bytes(workspace: Workspace) -> int:
     """Pinned host memory through which the row tables of a step pass: each table once, the output rows in pieces."""
-    names = ("tokens", "positions", "slots", "output_indices", "tiles", "block_tables", "rope_tables", "out_slots",
-             "out_positions")  # fmt: skip
-    ends = sorted([*workspace.offsets.values(), workspace.nbytes])
-    return sum(ends[ends.index(workspace.offsets[n]) + 1] - workspace.offsets[n] for n in names) + ALIGN
+    w = workspace
+    tables = (w.tokens, w.positions, w.slots, w.output_indices, w.tiles, w.block_tables, w.rope_tables,
+              w.sampling.slots, w.sampling.positions)  # fmt: skip
+    return sum(_aligned(table.nbytes) for table in tables) + ALIGN

@@ -1,6 +1,6 @@
 """The VRAM plan: what a model takes on a GPU, known before anything is allocated, shown, compared with what is free.
 
-Pure arithmetic over the arenas of `memory.py`; knows no driver, no file and no engine.
+Pure arithmetic over the arenas of `memory.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class VramPlan:
     staging: int = cuda_memory.STAGING_BYTES
 
     @classmethod
-    def of(cls, arenas: tuple[cuda_memory.Arena, cuda_memory.Arena, cuda_memory.Arena]) -> VramPlan:
-        """The plan of the arenas (weights, kv, workspace)."""
-        return cls(*(arena.nbytes for arena in arenas))
+    def of(cls, arenas: cuda_memory.Arenas) -> VramPlan:
+        """The plan of the arenas."""
+        return cls(arenas.weights.nbytes, arenas.kv.nbytes, arenas.workspace.nbytes)
 
     @property
     def resident(self) -> int:

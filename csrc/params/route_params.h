@@ -1,0 +1,53 @@
+// Parameters of the routing kernels (route.cu). Plain C. Sizes are in elements, strides in elements of the row's type
+// unless the name says bytes.
+//
+// A pair is a row and one of its slots: number row * n_used + slot, rows counted from the launch's first.
+#ifndef WORKER_ORCD_ROUTE_PARAMS_H
+#define WORKER_ORCD_ROUTE_PARAMS_H
+
+#include <stdint.h>
+
+// Most experts of a layer, and most of them that a row uses.
+#define EXPERTS_MAX 256
+#define EXPERTS_USED_MAX 32
+// Parts of K whose sums a router logit is added up from, in order.
+#define ROUTE_SLICES 16
+// Rows of x that one warp of route_logits takes together.
+#define ROUTE_ROWS 8
+// Most pairs of one expert that a decode block takes together.
+#define EXPERT_DECODE_ROWS 16
+
+// Pairs [first, first + n) of the list's order, all of one expert.
+typedef struct {
+    int32_t expert;
+    int32_t first;
+    int32_t n;
+    int32_t unused;
+} ExpertItem;
+
+// Which pairs each expert has: written by the routing kernels, read by the products.
+typedef struct {
+    int32_t* n_items;
+    ExpertItem* items;  // [*n_items], by expert; 16-byte aligned
+    int32_t* pairs;     // [n_rows * n_used] pair numbers by expert, ascending within one
+} ExpertList;
+
+// route_logits_<type>, route_choose, route_list.
+typedef struct {
+    const float* x;     // [n_rows, x_stride]; 16-byte aligned rows
+    const uint8_t* w;   // repacked [n_expert, k]
+    const float* bias;  // [n_expert] or null
+    float* partial;     // [n_rows, ROUTE_SLICES, n_expert rounded up to 16]
+    float* ids;         // [n_rows, n_used] whole numbers
+    float* gates;       // [n_rows, n_used]
+    int64_t x_stride;
+    int32_t k;
+    int32_t n_k_tiles;
+    int32_t n_expert;
+    int32_t n_used;
+    int32_t n_rows;
+    int32_t item_rows;  // most pairs of an item; route_choose with 0 makes no list
+    ExpertList list;
+} RouteParams;
+
+#endif

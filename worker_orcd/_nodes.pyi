@@ -1,0 +1,131 @@
+"""Types of pyx/worker_orcd/_nodes.pyx: the launches of a step, made by cuda/launches.py alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+from worker_orcd._driver import Kernel
+from worker_orcd.cuda.layout import Launch
+
+#: numbers of the kernels' parameters by the plan's words
+NORM_KINDS: dict[str, int]
+ROPE_TYPES: dict[str, int]
+GLU_KINDS: dict[str, int]
+#: dynamic shared memory of sample_draw
+SAMPLE_DRAW_SMEM: int
+
+def decode_max_splits(context_length: int, window: int) -> int:
+    """Splits of the workspace that decode attention needs for a sequence of up to `context_length` positions."""
+
+def attention_heads(n_head: int, n_head_kv: int) -> int:
+    """Blocks in y of a decode attention launch."""
+
+def attention_smem(head_dim: int) -> tuple[int, int]:
+    """Dynamic shared memory of the attention kernels: (decode, prefill)."""
+
+def norm_threads(n: int, is_scalar: bool) -> int:
+    """Threads of a block of norm_vec4 or norm_scalar for rows of `n` columns."""
+
+def sample_chunks(n_vocab: int) -> int:
+    """Blocks of sample_max and sample_weigh for one row."""
+
+def sample_sizes(n_vocab: int) -> tuple[int, int, int, int]:
+    """Workspace of sampling per row, in bytes: (partial, chunk_weights, bin_weights, bin_counts)."""
+
+class Node:
+    """A named launch."""
+
+    def __init__(self, name: str, *args: Any) -> None: ...
+    @property
+    def name(self) -> str:
+        """Of the op."""
+
+class RowNode(Node):
+    """One kernel over the rows of a step, with parameters that do not change."""
+
+    def __init__(
+        self,
+        name: str,
+        kernel: Kernel,
+        struct: str,
+        fields: dict[str, Any],
+        grid: tuple[int, int],
+        block: int,
+        outputs: bool = False,
+    ) -> None: ...
+
+class AttentionNode(Node):
+    """Attention of decode rows and of prompt rows."""
+
+    def __init__(
+        self,
+        name: str,
+        decode_kernel: Kernel,
+        prefill_kernel: Kernel,
+        decode: dict[str, Any],
+        prefill: dict[str, Any],
+        head_dim: int,
+        sm_count: int,
+    ) -> None: ...
+
+class SampleNode(Node):
+    """The next token of every output row."""
+
+    def __init__(
+        self, name: str, largest: Kernel, weigh: Kernel, draw: Kernel, fields: dict[str, Any], greedy: bool
+    ) -> None: ...
+
+class Conversion:
+    """convert_split or convert_f16 with its parameters."""
+
+    def __init__(self, kernel: Kernel, fields: dict[str, Any], by_column: bool) -> None: ...
+
+class Bound:
+    """A kernel with its launch geometry."""
+
+    def __init__(self, kernel: Kernel, launch: Launch) -> None: ...
+
+class MatMulNode(Node):
+    """Products of one input with up to four matrices of one type."""
+
+    def __init__(
+        self,
+        name: str,
+        to_split: Conversion,
+        to_half: Conversion,
+        matvec: dict[str, Any],
+        matmuls: list[dict[str, Any]],
+        decode: list[Bound],
+        prompt: Callable[[int, int], Bound],
+        outputs: bool,
+    ) -> None: ...
+
+class RouteNode(Node):
+    """The experts of every row, and the lists of the decode rows and of the prompt rows."""
+
+    def __init__(
+        self,
+        name: str,
+        logits: Kernel,
+        choose: Kernel,
+        make_list: Kernel,
+        fields: dict[str, Any],
+        decode_list: dict[str, Any],
+        prefill_list: dict[str, Any],
+        partial_floats: int,
+        grid: Callable[[int], tuple[int, int, int]],
+        item_rows: Callable[[int], int],
+    ) -> None: ...
+
+class ExpertProductNode(Node):
+    """Products of every row and slot with one or two matrices of the expert in that slot."""
+
+    def __init__(
+        self,
+        name: str,
+        to_split: Conversion,
+        to_half: Conversion,
+        matvec: dict[str, Any],
+        matmul: dict[str, Any],
+        decode: list[Bound],
+        prompt: Callable[[int], Bound],
+    ) -> None: ...
