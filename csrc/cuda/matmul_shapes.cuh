@@ -19,11 +19,14 @@ struct MatvecShape {
 };
 
 // One prompt kernel: its block tile and stages (worker_orcd/cuda/layout.py, matmul_stages).
-template <class Q, int kWarpsM, int kWarpsN, int kTiles>
+template <class Q, int kWarpsM_, int kWarpsN_, int kTiles_>
 struct MatmulShape {
+    static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kTiles = kTiles_;
     static constexpr int kWarps = kWarpsM * kWarpsN;
     static constexpr int kRowTiles = 2 * kWarpsM;       // row tiles of a block
     static constexpr int kRows = 8 * kTiles * kWarpsN;  // rows of x of a block
+    static constexpr int kRowStep = 4 * kWarps;         // rows of x that all threads copy at once, 16 bytes each
+    static constexpr int kCopies = kRows / kRowStep;    // of x by one thread, per stage
     static constexpr int kXBytes = kRows * 2 * kSubK;   // one stage of x: 64 columns
     static constexpr int kWBytes = kRowTiles * Q::kPackedTileBytes;
     static constexpr int kBudget = kWarpsN == 1 ? 75776 : 49152;  // three or four blocks to a multiprocessor
