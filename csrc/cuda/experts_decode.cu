@@ -127,7 +127,7 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
         }
 
         for (int row_tile = part; row_tile < p.n_matrices * n_row_tiles; row_tile += n_parts) {
-            float acc[kTiles][4] = {};
+            Sums<1, kTiles> acc = {};
             for (int stage = warp; stage < n_stages; stage += n_warps) {
                 cp_async_wait<S::kDepth - 2>();
                 __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled
@@ -140,7 +140,13 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                     const uint8_t* packed_tile = ring + slot * S::kSlotBytes + u * Q::kPackedTileBytes;
                     const int x_block0 = k_tile * (Q::kTileK / 32);
                     if constexpr (kDense<Q>) {
-                        add_dense<Q>(acc, packed_tile, x_block0, x, lane);
+                        const auto codes = load_codes<Q>(packed_tile, 0, lane);
+#pragma unroll
+                        for (int b = 0; b < 2; ++b) {
+                            uint32_t high[1][8], low[1][8];
+                            dense_fragments<Q>(high[0], low[0], codes, b);
+                            add_dense<Q>(acc, high, low, x_block0 + b, x);
+                        }
                     } else {
 #pragma unroll 1
                         for (int sub = 0; sub < Q::kSubs; ++sub)
@@ -159,8 +165,8 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                 if (n_here <= 0) break;
                 float* set = partial + parity * n_warps * kSums;
                 float* to = set + warp * kSums + g * 8 + 2 * t;
-                *reinterpret_cast<float2*>(to) = make_float2(acc[tile][0], acc[tile][1]);
-                *reinterpret_cast<float2*>(to + 64) = make_float2(acc[tile][2], acc[tile][3]);
+                *reinterpret_cast<float2*>(to) = make_float2(acc[0][tile][0], acc[0][tile][1]);
+                *reinterpret_cast<float2*>(to + 64) = make_float2(acc[0][tile][2], acc[0][tile][3]);
                 __syncthreads();
                 for (int at = threadIdx.x; at < n_here * kTileRows; at += blockDim.x) {
                     const int n = at / kTileRows, o = o0 + at % kTileRows, pair = pairs[8 * tile + n];

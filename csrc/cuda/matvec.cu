@@ -15,6 +15,7 @@
 // Bytes: each weight once from memory; float32 x once per block (1 tile) or split x once per row tile pair (else).
 // Weights are in flight before the dependency wait.
 #include "common/activations.cuh"
+#include "common/mma_tile.cuh"
 #include "params/matmul_params.h"
 #include "matmul_shapes.cuh"
 
@@ -81,6 +82,7 @@ struct Activations {
     const uint8_t* sums[2];
     int64_t tile_bytes;  // between tiles
 
+    static DEVICE_MEMBER bool exists(int) { return true; }
     DEVICE_MEMBER uint4 high(int tile, int block) const { return at(tile, block * 128); }
     DEVICE_MEMBER uint4 low(int tile, int block) const { return at(tile, block * 128 + 64); }
     DEVICE_MEMBER float2 block_sums(int tile, int column, int block) const {
@@ -91,111 +93,6 @@ struct Activations {
         return *reinterpret_cast<const uint4*>(fragments + tile * tile_bytes + offset);
     }
 };
-
-// The compiler would hoist the loads of all blocks and tiles above the first product and spill.
-DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
-
-template <int kRowTiles, int kTiles>
-using Sums = float[kRowTiles][kTiles][4];
-
-// One 64-column sub-tile of a quantized type: block by block an exact product of codes, then its scales.
-template <class Q, int kTiles, int kRowTiles>
-DEVICE void add_sub(Sums<kRowTiles, kTiles>& acc, const uint8_t* const (&packed_tile)[kRowTiles], int sub, int x_block0,
-                    const Activations<kTiles>& x, int lane) {
-    constexpr int kParts = Q::kScaleK == 16 ? 2 : 1, kLoadTiles = kTiles == 8 ? 2 : 4;
-    Codes<Q::kLowBits, Q::kHighBits> codes[kRowTiles];
-    typename Q::Scales scales[kRowTiles];
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-        codes[i] = load_codes<Q>(packed_tile[i], sub, lane);
-        scales[i] = Q::load_scales(packed_tile[i], lane);
-    }
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-        keep_loads_here();
-        uint32_t a[kRowTiles][8];
-        float scale[kRowTiles][2][2], min[kRowTiles][2][2];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-            Q::scales(scales[i], 2 * sub + b, scale[i], min[i]);
-#pragma unroll
-            for (int pair = 0; pair < 8; ++pair) a[i][pair] = Q::bf16_pair(codes[i], 8 * b + pair);
-        }
-        const int x_block = x_block0 + 2 * sub + b;
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            if (kTiles >= 4 && tile % kLoadTiles == 0) keep_loads_here();
-            const uint4 high = x.high(tile, x_block), low = x.low(tile, x_block);
-            float2 sums[2];
-            if constexpr (Q::kHasMin) {
-                sums[0] = x.block_sums(tile, 0, x_block), sums[1] = x.block_sums(tile, 1, x_block);
-            }
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-                float d[kParts][4] = {};
-                mma_bf16(d[0], a[i], low.x, low.y);
-                mma_bf16(d[kParts - 1], a[i] + 4, low.z, low.w);
-                mma_bf16(d[0], a[i], high.x, high.y);
-                mma_bf16(d[kParts - 1], a[i] + 4, high.z, high.w);
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    float& sum = acc[i][tile][c];
-#pragma unroll
-                    for (int j = 0; j < kParts; ++j) {
-                        sum = fmaf(scale[i][j][c >> 1], d[j][c], sum);
-                        if constexpr (Q::kHasMin) {
-                            const float2 s = sums[c & 1];
-                            const float x_sum = kParts == 2 ? (j ? s.y : s.x) : s.x + s.y;
-                            sum = fmaf(min[i][j][c >> 1], x_sum, sum);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-// One 64-column k tile of an unquantized type.
-template <class Q, int kTiles, int kRowTiles>
-DEVICE void add_dense(Sums<kRowTiles, kTiles>& acc, const uint8_t* const (&packed_tile)[kRowTiles], int x_block0,
-                      const Activations<kTiles>& x, int lane) {
-    constexpr bool kTwoTerms = !std::is_same_v<Q, BF16>;
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-        uint32_t high[kRowTiles][8], low[kRowTiles][8];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-            const auto codes = load_codes<Q>(packed_tile[i], 0, lane);
-#pragma unroll
-            for (int pair = 0; pair < 8; ++pair) {
-                if constexpr (kTwoTerms) {
-                    float v[2];
-                    Q::values(codes, 8 * b + pair, v[0], v[1]);
-                    high[i][pair] = pack_bf16(v[0], v[1]);
-                    low[i][pair] = pack_bf16(v[0] - bf16_low(high[i][pair]), v[1] - bf16_high(high[i][pair]));
-                } else {
-                    high[i][pair] = codes.low[8 * b + pair];
-                }
-            }
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            const uint4 x_high = x.high(tile, x_block0 + b), x_low = x.low(tile, x_block0 + b);
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-                float (&d)[4] = acc[i][tile];
-                if constexpr (kTwoTerms) {
-                    mma_bf16(d, low[i], x_high.x, x_high.y);
-                    mma_bf16(d, low[i] + 4, x_high.z, x_high.w);
-                }
-                mma_bf16(d, high[i], x_low.x, x_low.y);
-                mma_bf16(d, high[i] + 4, x_low.z, x_low.w);
-                mma_bf16(d, high[i], x_high.x, x_high.y);
-                mma_bf16(d, high[i] + 4, x_high.z, x_high.w);
-            }
-        }
-    }
-}
 
 template <class Q, int kTiles>
 DEVICE void matvec(const MatvecParams& p) {
@@ -255,10 +152,17 @@ DEVICE void matvec(const MatvecParams& p) {
                     packed_tile[i] = ring + slot * S::kSlotBytes + i * S::kStageBytes + u * Q::kPackedTileBytes;
                 const int x_block0 = k_tile * (Q::kTileK / 32);
                 if constexpr (kDense<Q>) {
-                    add_dense<Q>(acc, packed_tile, x_block0, x, lane);
+#pragma unroll
+                    for (int b = 0; b < 2; ++b) {
+                        uint32_t high[S::kRowTiles][8], low[S::kRowTiles][8];
+#pragma unroll
+                        for (int i = 0; i < S::kRowTiles; ++i)
+                            dense_fragments<Q>(high[i], low[i], load_codes<Q>(packed_tile[i], 0, lane), b);
+                        add_dense<Q>(acc, high, low, x_block0 + b, x);
+                    }
                 } else {
 #pragma unroll 1
-                    for (int sub = 0; sub < Q::kSubs; ++sub) add_sub<Q>(acc, packed_tile, sub, x_block0, x, lane);
+                    for (int sub = 0; sub < Q::kSubs; ++sub) add_quantized<Q>(acc, packed_tile, sub, x_block0, x, lane);
                 }
             }
             slot = slot + 1 == S::kDepth ? 0 : slot + 1;
