@@ -65,16 +65,7 @@ DEVICE void rows(const RowsParams& p) {
             const int k = k_tile * Q::kTileK + sub * kSubK + pair_column(lane, pair);
             if ((pair & 1) != r || k >= p.k) continue;
             float low, high;
-            Q::values(codes, pair, low, high);
-            if constexpr (!kDense<Q>) {
-                float scale[2][2], min[2][2];
-                Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + (pair >> 3), scale, min);
-                const int j = Q::kScaleK == 16 ? (pair >> 2) & 1 : 0;
-                low = __fmul_rn(scale[j][pair & 1], low), high = __fmul_rn(scale[j][pair & 1], high);
-                if constexpr (Q::kHasMin) {
-                    low = __fadd_rn(low, min[j][pair & 1]), high = __fadd_rn(high, min[j][pair & 1]);
-                }
-            }
+            exact_weights<Q>(low, high, codes, packed_tile, sub, pair, lane);
             low = exists ? __fmul_rn(p.scale, low) : 0.0f, high = exists ? __fmul_rn(p.scale, high) : 0.0f;
             float2* to = reinterpret_cast<float2*>(out + k);
             const float2 old = p.add ? *to : make_float2(-0.0f, -0.0f);  // -0 + v is v, the sign of zero included

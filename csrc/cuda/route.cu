@@ -22,24 +22,12 @@ DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
     const auto codes = load_codes<Q>(packed_tile, sub, lane);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-        asm volatile("" ::: "memory");  // or the loads of all rows come first, and registers run out
+        keep_loads_here();  // of all rows of x they would be too many
         const int column0 = k_tile * Q::kTileK + sub * kSubK + 32 * b;
         if (column0 >= p.k) break;
         float w[8][2];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            Q::values(codes, 8 * b + i, w[i][0], w[i][1]);
-            if constexpr (!kDense<Q>) {
-                float scale[2][2], min[2][2] = {};
-                Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + b, scale, min);
-                const int j = Q::kScaleK == 16 ? i >> 2 : 0;
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    w[i][c] = __fmul_rn(scale[j][i & 1], w[i][c]);
-                    if constexpr (Q::kHasMin) w[i][c] = __fadd_rn(w[i][c], min[j][i & 1]);
-                }
-            }
-        }
+        for (int i = 0; i < 8; ++i) exact_weights<Q>(w[i][0], w[i][1], codes, packed_tile, sub, 8 * b + i, lane);
 #pragma unroll
         for (int n = 0; n < ROUTE_ROWS; ++n) {
             if (row0 + n >= p.n_rows) break;
@@ -71,7 +59,7 @@ DEVICE void route_logits(const RouteParams& p) {
     if (exists)
         for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
             for (int at = lane * 128; at < Q::kPackedTileBytes; at += 32 * 128)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(packed_tiles + k_tile * Q::kPackedTileBytes + at));
+                prefetch_l2(packed_tiles + k_tile * Q::kPackedTileBytes + at);
     pdl_wait();
     if (!exists) return;
 
