@@ -1,4 +1,4 @@
-/* Parameters of the matrix kernels (dequant.cu, repack.cu, matvec.cu, matmul.cu). Plain C: shared by the kernels, the
+/* Parameters of the matrix kernels (repack.cu, convert.cu, matvec.cu, matmul.cu). Plain C: shared by the kernels, the
    engine's extension modules and the kernel tests. Every kernel takes one of these by value. Sizes are in elements,
    strides in elements of the row's type unless the name says bytes; pointers are device pointers. */
 #ifndef WORKER_ORCD_MATMUL_PARAMS_H
@@ -8,13 +8,6 @@
 
 /* Matrices that one decode launch may cover. */
 #define MATVEC_MAX_MATRICES 4
-
-/* dequant_<type>: GGUF blocks to float32. */
-typedef struct {
-    const uint8_t* blocks; /* [n_blocks] raw GGUF blocks, any alignment */
-    float* out;            /* [n_blocks * block size] */
-    int64_t n_blocks;
-} DequantParams;
 
 /* repack_<type>: rows [row0, row0 + n_rows) of a matrix from GGUF blocks to its layout. */
 typedef struct {

@@ -13,7 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 harness = pytest.importorskip("gpu.kernel_harness")
 
 
-@pytest.mark.parametrize("header", ["params/experts_params.h", "params/matmul_params.h", "params/ops_params.h"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "params/experts_params.h",
+        "params/matmul_params.h",
+        "params/ops_params.h",
+        str(harness.TEST_KERNELS / "dequant_params.h"),
+    ],
+)
 def test_structs_are_laid_out_as_in_c(header, tmp_path):
     if not shutil.which("gcc"):
         pytest.skip("no gcc")

@@ -28,6 +28,8 @@ from cuda.bindings import driver
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+#: kernels that only tests use, each with its parameter header
+TEST_KERNELS = ROOT / "tests" / "gpu" / "kernels"
 #: bytes of guard band on each side of a buffer; keeps the payload 256-byte aligned
 GUARD_BYTES = 1024
 GUARD_BYTE = 0xA5
@@ -117,10 +119,17 @@ def params(header: str, struct: str, **values: Any) -> ctypes.Structure:
 
 
 def fatbin_path(name: str, arch: str) -> Path:
-    """The fatbin of csrc/`name`.cu: the packaged one if it is newer than all sources, else built now for `arch`."""
-    newest = max(p.stat().st_mtime for p in CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
+    """The fatbin of the kernel file `name`, of csrc/cuda or of the tests.
+
+    The packaged one if it is newer than all sources, else built now for `arch`; the tests' kernels are in no package.
+    """
+    sources = [p for folder in (CSRC, TEST_KERNELS) for p in folder.rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
+    newest = max(p.stat().st_mtime for p in sources)
     packaged = ROOT / "worker_orcd" / "fatbins" / f"{name}.fatbin"
-    if packaged.exists() and packaged.stat().st_mtime >= newest:
+    source = CSRC / "cuda" / f"{name}.cu"
+    if not source.exists():
+        source = TEST_KERNELS / f"{name}.cu"
+    elif packaged.exists() and packaged.stat().st_mtime >= newest:
         return packaged
     built = ROOT / "build" / "test-fatbins" / f"{name}.{arch}.fatbin"
     if built.exists() and built.stat().st_mtime >= newest:
@@ -141,7 +150,7 @@ def fatbin_path(name: str, arch: str) -> Path:
         "-gencode",
         target,
     ]
-    subprocess.run([*command, "-o", str(built), str(CSRC / "cuda" / f"{name}.cu")], check=True)
+    subprocess.run([*command, "-o", str(built), str(source)], check=True)
     return built
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu.kernel_harness import available, params
+from gpu.kernel_harness import TEST_KERNELS, available, params
 from gpu.matmul_host import HEADER, Matmul, Matvec, repack, row_lengths
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
@@ -64,7 +64,8 @@ def test_dequant_is_exact(gpu, type_id):
     k = max(t.block_size, 32) * 3
     raw = random_blocks(type_id, 7, k, np.random.default_rng(type_id), mxfp4_exponents=(0, 253))
     blocks, out = gpu.buffer(raw), gpu.empty((7, k))
-    p = params(HEADER, "DequantParams", blocks=blocks, out=out, n_blocks=7 * k // t.block_size)
+    header = str(TEST_KERNELS / "dequant_params.h")
+    p = params(header, "DequantParams", blocks=blocks, out=out, n_blocks=7 * k // t.block_size)
     gpu.launch(gpu.kernel("dequant", f"dequant_{layout.kernel_suffix(type_id)}"), 3, 256, p)
     assert np.array_equal(out.to_numpy().view(np.uint32), dequantized(type_id, raw).view(np.uint32))
 
