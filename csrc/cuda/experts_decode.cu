@@ -1,12 +1,12 @@
 // Decode: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of up to 64 rows, e = ids[r, s].
 //
-// expert_matvec_<type>_<tiles>(ExpertMatvecParams), one or two matrices of one shape and input (gate and up): tiles 1
-// converts float32 x itself into shared memory, for few rows; tiles 2 reads rows by convert_split. An item is an expert
-// and up to 8 * tiles of its pairs; a block takes one item and every so-many-th row tile of 16 outputs, so that with
-// any number of items all blocks of the grid have about equal work. Items are known on the device only: the grid is
-// what the GPU holds at once, whatever they are.
+// expert_matvec_<type>_<tiles>(ExpertMatvecParams), one or two matrices of one shape and input (gate and up). With
+// tiles 1, for few rows, a block converts float32 x into shared memory itself; with tiles 2 it reads rows by
+// convert_split. An item is an expert and up to 8 * tiles of its pairs. The blocks that share an item divide its row
+// tiles of 16 outputs among them, so with any number of items all blocks have about equal work. How many items there
+// are is known on the device only: the grid is what the GPU holds at once.
 //
-// As in matvec.cu, K is cut into stages, stage i belonging to warp i % warps, each warp with a ring of its own, and the
+// As in matvec.cu, K is cut into stages, stage i belongs to warp i % warps, each warp has a ring of its own, and the
 // warps' sums are added in order of the warp: a pair's result has the same bits alone and in any company.
 //
 // Bytes: the chosen experts' weights once per item from memory; x once per block (1 tile) or from L1 (2 tiles).
@@ -68,8 +68,7 @@ template <class Q, int kTiles>
 DEVICE void expert_matvec(const ExpertMatvecParams& p) {
     using S = MatvecShape<Q, 1>;
     constexpr int kSums = 128;
-    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [rows of an item][split_bytes] (1
-    // tile)
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, 1 tile: [item.n][split_bytes] rows
     extern __shared__ __align__(128) uint8_t smem[];
     __shared__ int pairs[8 * kTiles];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
@@ -90,7 +89,7 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
         const ExpertItem item = p.list.items[i];
         const int n_parts = max(1, (n_blocks - i + n_items - 1) / n_items);
         stream.begin(item.expert, part, n_parts);
-        __syncthreads();  // the item before is done with
+        __syncthreads();  // nobody reads the item before any more
         if (threadIdx.x < item.n) pairs[threadIdx.x] = p.list.pairs[item.first + threadIdx.x];
         __syncthreads();
 
@@ -130,8 +129,8 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
             Sums<1, kTiles> acc = {};
             for (int stage = warp; stage < n_stages; stage += n_warps) {
                 cp_async_wait<S::kDepth - 2>();
-                __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled
-                               // next
+                // Everyone's part of this stage has landed, everyone has left the slot that is filled next.
+                __syncwarp();
                 stream.issue();
 #pragma unroll
                 for (int u = 0; u < S::kStageKTiles; ++u) {
@@ -156,7 +155,7 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                 slot = slot + 1 == S::kDepth ? 0 : slot + 1;
             }
 
-            // partial[warp][row of the row tile][row of the tile], two sets: one barrier a round suffices.
+            // partial[warp][output of the row tile][row of x], two sets in turn: one barrier a round suffices.
             const ExpertMatrix& m = p.m[row_tile >= n_row_tiles];
             const int o0 = (row_tile >= n_row_tiles ? row_tile - n_row_tiles : row_tile) * kTileRows;
 #pragma unroll

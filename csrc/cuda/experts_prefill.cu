@@ -1,10 +1,10 @@
 // Prompts: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of any number of rows.
 //
-// expert_matmul_<type>_<rows>(ExpertMatmulParams): the product of matmul.cu in tiles of 128 outputs x 64 (16) pairs of
-// one expert, whose rows of x are gathered. 128 threads, grid (matrices * tiles along n_out, items that there can be):
-// how many there are is known on the device only, the blocks of the others end at once.
+// expert_matmul_<type>_<rows>(ExpertMatmulParams), rows 64 or 16: a block has 128 outputs x an item, which is up to
+// `rows` pairs of one expert, and gathers their rows of x. 128 threads, grid (matrices * blocks along n_out, most items
+// that there can be): how many items there are is known on the device only, the blocks of the others end at once.
 //
-// One output is one chain of tensor core products over ascending K, whatever the tile and whoever shares it: both
+// The loop over K is common/prefill_tile.cuh: an output is one chain of tensor core products over ascending K, so both
 // variants and any company give a pair the same bits. Numbers as in matmul.cu: weights and x in fp16, powers of two per
 // row, float32 accumulators.
 //
@@ -40,7 +40,7 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
     if (static_cast<int>(blockIdx.y) >= *p.list.n_items) return;
     const ExpertItem item = p.list.items[blockIdx.y];
     const uint8_t* const weights = m.w + item.expert * p.matrix_bytes;
-    // Rows past the item's are its last one, computed and dropped.
+    // Rows past the item's end are its last one again, computed and dropped.
     if (threadIdx.x < S::kRows)
         pairs[threadIdx.x] = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
     __syncthreads();

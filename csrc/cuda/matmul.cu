@@ -1,17 +1,13 @@
 // Prompts: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for any number of rows r, quantized W, float32 results.
 //
-// matmul_<type>(MatmulParams): tiles of 128 outputs x 64 rows; matmul_<type>_small: 64 x 64. 128 threads, grid (tiles
-// along n_out, tiles along rows). One output is one chain of tensor core products over ascending K,
-// whatever the tile: both variants and any number of rows give a row the same bits.
-//
-// A warp holds 32 outputs x 64 (32) rows. Records of the weights and 64-column slices of x arrive in shared memory by
-// cp.async, several stages ahead; a warp turns the codes of its two row tiles into fp16 A fragments in registers
-// (packed tiles are in fragment order) and x is the B operand, one 16-byte shared load for 32 columns (x is in fragment
-// order too).
+// matmul_<type>(MatmulParams): blocks of 128 outputs x 64 rows, each warp 32 x 64; matmul_<type>_small: 64 x 64, each
+// warp 32 x 32. 128 threads, grid (blocks along n_out, blocks along the rows). The loop over K is
+// common/prefill_tile.cuh: an output is one chain of tensor core products over ascending K, so both variants and any
+// number of rows give a row the same bits.
 //
 // Numbers: weights rounded to fp16 once, after scaling in float32 where the scale is no fp16 number; x in fp16 times a
-// power of two per row (convert_f16); float32 accumulators. Types that may leave the range of fp16 carry a power of
-// two per output (quant/types.cuh, kRowScaled).
+// power of two per row (convert_f16); float32 accumulators. Types whose weights may leave the range of fp16 carry a
+// power of two per output (quant/types.cuh, kRowScaled).
 //
 // Bytes: weights ceil(rows / 64) times, x ceil(n_out / 128) times, mostly from L2.
 #include "common/prefill_tile.cuh"
@@ -37,7 +33,7 @@ DEVICE void matmul(const MatmulParams& p) {
     pdl_launch_dependents();
     pdl_wait();
 
-    // x has rows for whole tiles.
+    // x has rows for whole blocks of 64.
     const int x_row = threadIdx.x / 8, x_chunk = threadIdx.x % 8;
     const AdjacentRows<S::kRowStep> x{p, p.x + static_cast<int64_t>(row0 + x_row) * p.x_bytes + x_chunk * 16};
     float acc[2][kTiles][4] = {}, inverse[2][2];

@@ -1,19 +1,20 @@
 // Decode: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for 1 .. 64 rows r, quantized W, float32 results.
 //
 // matvec_<type>_<tiles>(MatvecParams), tiles 1, 2, 4, 8: up to 8 * tiles rows. One launch may cover several matrices of
-// one type that share the input; their row tiles of 16 output rows are numbered through.
+// one type that share the input; their row tiles of 16 outputs are numbered through.
 //
-// A block owns kRowTiles row tiles at a time and walks over the row tiles of the launch. K is cut into stages (128
-// columns, 64 or 256 for types with other packed tiles), stage i belonging to warp i % warps: each warp streams its
-// stages through a ring of its own in shared memory (cp.async, no block-wide barrier), forms products on the tensor
-// cores, and the warps' sums are added in order of the warp. So the order of a row's sum depends on K, the type and the
-// number of warps: not on the rows of the launch, nor on `tiles`, nor on the grid.
+// Any grid and number of warps: a block takes one or two row tiles (kRowTiles) at a time, in steps of the grid. K is
+// cut into stages of 128 columns (64 for unquantized types, 256 for K-quants). Stage i belongs to warp i % warps: each
+// warp streams its stages through a ring of its own in shared memory (cp.async, no block-wide barrier) and multiplies
+// on the tensor cores; the warps' sums are added in order of the warp. So the order of an output's sum depends on K,
+// the type and the number of warps, and neither on the rows of the launch nor on `tiles` nor on the grid.
 //
-// Numbers: codes are exact in bf16, activations two bf16 terms, products per scale block accumulate in float32 and are
-// scaled in float32: the weights are exact. Unquantized matrices: bf16 terms too (F32 and F16 two of the weight).
+// Numbers: codes are exact in bf16 and activations are two bf16 terms; the products of a scale block accumulate in
+// float32 and are scaled in float32, so the weights are exact. Unquantized weights become bf16 terms too, F32 and F16
+// two of them.
 //
-// Bytes: each weight once from memory; float32 x once per block (1 tile) or split x once per row tile pair (else).
-// Weights are in flight before the dependency wait.
+// Bytes: each weight once from memory. x: with 1 tile each block converts the float32 rows itself, else it reads the
+// split rows once per step, from L2. Weights are in flight before the wait for the kernel before.
 #include "common/activations.cuh"
 #include "common/mma_tile.cuh"
 #include "params/matmul_params.h"
@@ -27,7 +28,7 @@ DEVICE int matrix_of(const MatvecParams& p, int row_tile) {
     return m;
 }
 
-// First packed tile of a row tile.
+// Where a row tile's packed tiles begin.
 template <class Q>
 DEVICE const uint8_t* row_tile_address(const MatvecParams& p, int row_tile) {
     const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
@@ -97,7 +98,7 @@ struct Activations {
 template <class Q, int kTiles>
 DEVICE void matvec(const MatvecParams& p) {
     using S = MatvecShape<Q, kTiles>;
-    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [n_rows][split_bytes] rows (1 tile)
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, 1 tile: [n_rows][split_bytes] rows
     extern __shared__ __align__(128) uint8_t smem[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
     const int n_stages = (p.n_k_tiles + S::kStageKTiles - 1) / S::kStageKTiles;
@@ -140,7 +141,8 @@ DEVICE void matvec(const MatvecParams& p) {
         Sums<S::kRowTiles, kTiles> acc = {};
         for (int stage = warp; stage < n_stages; stage += n_warps) {
             cp_async_wait<S::kDepth - 2>();
-            __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled next
+            // Everyone's part of this stage has landed, everyone has left the slot that is filled next.
+            __syncwarp();
             loader.issue();
 #pragma unroll kTiles >= 4 ? 1 : S::kStageKTiles
             for (int u = 0; u < S::kStageKTiles; ++u) {
@@ -168,7 +170,7 @@ DEVICE void matvec(const MatvecParams& p) {
             slot = slot + 1 == S::kDepth ? 0 : slot + 1;
         }
 
-        // partial[warp][row tile][row of the row tile][row of the tile], two sets: one barrier a round suffices.
+        // partial[warp][row tile][output of it][row of x], two sets in turn: one barrier a round suffices.
 #pragma unroll
         for (int x_tile = 0; x_tile < kTiles; ++x_tile) {
             const int n_here = min(8, p.n_rows - 8 * x_tile);
@@ -201,8 +203,8 @@ DEVICE void matvec(const MatvecParams& p) {
     cp_async_wait<0>();
 }
 
-// With one block asked for the compiler spends all registers on scheduling, with none it saves them. Tried one by one:
-// the 8-tile kernels that would then spill get the other.
+// Blocks per multiprocessor of the 8-tile kernels: asked for 1, the compiler spends all registers on scheduling, asked
+// for none (0) it saves them. Tried one by one: the types that would spill with the one get the other.
 template <class Q>
 constexpr int kBlocks8 = MatvecShape<Q, 8>::kRowTiles == 1 && Q::kLowBits > 2 ? 1 : 0;
 

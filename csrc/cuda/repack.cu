@@ -1,11 +1,9 @@
 // Into the layout of quant/layout.cuh and out of it again.
 //
-// repack_<type>(RepackParams): grid (row tiles of the piece, any number of blocks a row tile), 256 threads. Reads each
-// raw
-//   byte through the cache several times and writes every packed tile once; runs at load only.
-// rows_<type>(RowsParams): rows of a repacked matrix as float32, exactly (embedding lookup; the weights of one row are
-//   spread over the packed tile, so it reads 16 times what it returns, of a matrix of which it reads little). Grid
-//   n_rows, 128 threads.
+// repack_<type>(RepackParams): grid (row tiles of the piece, any number of blocks for each), 256 threads. Runs at load.
+//   Bytes: every packed tile is written once, every raw byte read several times, from memory once.
+// rows_<type>(RowsParams): rows of a repacked matrix as float32, exactly (embedding lookup). Grid n_rows, 128 threads.
+//   Bytes: a row's weights are spread over its packed tiles, so it reads up to 16 times what the row has.
 #include "params/matmul_params.h"
 #include "quant/types.cuh"
 

@@ -2,7 +2,7 @@
 //
 // Why: one such number turns every token into garbage with no error anywhere. The file is read with pread into small
 // buffers, not through its mapping: that runs at memory speed too, keeps the process small, and a file cut meanwhile is
-// a short read. This file must not know: Python, GGUF.
+// a short read.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ bool knows(uint32_t type) noexcept;
 
 // Checks whole blocks of `type`, which must have a rule, that lie in memory. Returns what the first bad number is
 // called, its offset in `at`; kFine: there is none.
-Kind look(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept;
+Kind scan(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept;
 
 // Checks all pieces with up to n_threads threads. The fault returned is the first in order of pieces and offsets.
 Fault run(const Piece* pieces, size_t n_pieces, int n_threads) noexcept;

@@ -59,7 +59,7 @@ cdef extern from "host/upload_queue.h" namespace "worker_orcd" nogil:
 
 
 cdef extern from "host/tensor_check.h" namespace "check" nogil:
-    int check_look "check::look"(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept
+    int check_scan "check::scan"(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept
     cbool check_knows "check::knows"(uint32_t type) noexcept
 
 
@@ -182,12 +182,12 @@ cdef class _Reader:
                 return -1
         return 0
 
-    cdef int look(self, const char* slot, const UploadChunk* chunk) noexcept nogil:
+    cdef int scan(self, const char* slot, const UploadChunk* chunk) noexcept nogil:
         """Check the numbers of a chunk while they are in the cache. 0, or -1 with the fault noted."""
         cdef size_t at = 0
         if chunk.type < 0:
             return 0
-        self.fault_check = check_look(chunk.type, <const uint8_t*>slot, chunk.nbytes, &at)
+        self.fault_check = check_scan(chunk.type, <const uint8_t*>slot, chunk.nbytes, &at)
         if self.fault_check == 0:
             return 0
         self.fault_fd, self.fault_offset = chunk.fd, chunk.offset + at
@@ -296,7 +296,7 @@ cdef class _Load:
             if uses >= SLOTS:
                 await_event(reader.copied[i])
             slot = <char*>reader.ring.host + i * self.chunk_bytes
-            if reader.fill(slot, &chunk) or reader.look(slot, &chunk):
+            if reader.fill(slot, &chunk) or reader.scan(slot, &chunk):
                 return 0
             if chunk.window >= N_WINDOWS and followed != chunk.window:
                 # the memory of this window is free once the window before in it was consumed
