@@ -2,8 +2,7 @@
 //
 // Life: construct, add_* in plan order, finish() (allocates everything), then prepare() + run() or decode() any number
 // of times from one thread. All memory is taken in finish(); steps allocate nothing and throw nothing. Every number
-// that comes from outside is checked in prepare(). Knows no Python: _cpu.pyx lowers the plan and turns errors into
-// exceptions.
+// that comes from outside is checked in prepare(). _cpu.pyx lowers the plan and turns errors into exceptions.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@
 // Every kernel computes a row (or a part of one) with the same formula whatever else is computed beside it: sums over k
 // run in 16 lanes (element k in lane k mod 16, one fused multiply-add per element in ascending order), then one fixed
 // tree over the lanes. AVX-512 and AVX2 give the same bits; the baseline rounds products and may differ in the last
-// ones. This header knows no plan, no thread and no Python.
+// ones.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // The plan as flat structs: what the ops of worker_orcd/models/ops.py become when an engine is made.
 //
 // Field meanings are those of the ops of the same name there. Buffers, matrices, vectors and rotation tables are
-// indices into the engine's lists; -1 is none. Knows no Python and no kernel.
+// indices into the engine's lists; -1 is none.
 #pragma once
 
 #include <cstdint>

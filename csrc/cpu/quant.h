@@ -9,7 +9,7 @@
 // float32 (never fused), so a value is the same in the matrix-vector kernel, the panel kernel and `dequantize`.
 // A NaN scale gives NaN values (their payload is not defined); E8M0 255 is NaN.
 //
-// Included inside the namespace of an instruction set, after its simd header. Knows no matrix and no thread.
+// Included inside the namespace of an instruction set, after its simd header.
 #pragma once
 
 WO_INLINE uint16_t u16_at(const uint8_t* p) {

@@ -1,7 +1,7 @@
 // Running the ops of the plan: which rows and columns each reads, and how its work is cut into chunks for threads.
 //
 // A chunk boundary never changes a result: products are cut by outputs, everything else by rows or heads, and each
-// kernel computes one of those by a formula that knows nothing of the others.
+// kernel computes each of those by a formula in which the others do not occur.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

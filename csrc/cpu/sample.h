@@ -1,4 +1,4 @@
-// Drawing tokens from logits on the CPU, by the rule of csrc/params/sampling.h. Knows no plan and no thread.
+// Drawing tokens from logits on the CPU, by the rule of csrc/params/sampling.h.
 #pragma once
 
 #include <cstddef>

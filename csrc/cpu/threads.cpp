@@ -5,7 +5,8 @@
 
 namespace worker_orcd {
 
-// Looks before sleeping: about 50 us, more than the serial part between two jobs of a decode step.
+// Times a waiting thread looks for a job before it sleeps: about 50 us, more than the serial part between two jobs of a
+// decode step.
 static constexpr int kSpins = 1500;
 
 static inline void pause_cpu() { __builtin_ia32_pause(); }

@@ -2,7 +2,7 @@
 //
 // A step of a small model is some hundred jobs of a few microseconds, so waiting threads spin for a moment before they
 // sleep, and a job is over as soon as its chunks are done: a worker that the system has not woken (or has put aside)
-// takes none and delays nobody. Which thread runs a chunk never matters to a result. Knows no plan and no kernel.
+// takes none and delays nobody. Which thread runs a chunk never matters to a result.
 #pragma once
 
 #include <atomic>

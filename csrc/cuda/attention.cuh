@@ -4,8 +4,6 @@
 #include "params/attention_params.h"
 #include "common/ptx.cuh"
 
-// As DEVICE, for member functions.
-
 static constexpr float kLog2e = 1.4426950408889634f;
 
 // x = hi + lo to 22 bits: a float32 operand as two float16 ones. Key magnitudes of real models make the rounding of

@@ -1,6 +1,6 @@
 // Activations from float32 rows to the forms the matrix kernels read, once per product.
 //
-// convert_split(ConvertParams): bf16 high and low parts (activations.cuh), for decode launches of more than one tile.
+// convert_split(ConvertParams): bf16 high and low terms (activations.cuh), for decode launches of more than one tile.
 //   Grid (any, n_pad_rows), 256 threads. Reads 4 bytes and writes 4.25 per element.
 // convert_f16(ConvertParams): fp16 in fragment order, each row times a power of two that brings its largest magnitude
 //   into [2^13, 2^14), so that no activation overflows and none within 2^27 of the largest loses precision; scale[row]

@@ -1,12 +1,12 @@
 // Decode: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of up to 64 rows, e = ids[r, s].
 //
-// expert_matvec_<type>_<tiles>(ExpertMatvecParams), one or two matrices of one shape and input (gate and up): tiles 1
-// converts float32 x itself into shared memory, for few rows; tiles 2 reads rows by convert_split. An item is an expert
-// and up to 8 * tiles of its pairs; a block takes one item and every so-many-th row tile of 16 outputs, so that with
-// any number of items all blocks of the grid have about equal work. Items are known on the device only: the grid is
-// what the GPU holds at once, whatever they are.
+// expert_matvec_<type>_<tiles>(ExpertMatvecParams), one or two matrices of one shape and input (gate and up). With
+// tiles 1, for few rows, a block converts float32 x into shared memory itself; with tiles 2 it reads rows by
+// convert_split. An item is an expert and up to 8 * tiles of its pairs. The blocks that share an item divide its row
+// tiles of 16 outputs among them, so with any number of items all blocks have about equal work. How many items there
+// are is known on the device only: the grid is what the GPU holds at once.
 //
-// As in matvec.cu, K is cut into stages, stage i belonging to warp i % warps, each warp with a ring of its own, and the
+// As in matvec.cu, K is cut into stages, stage i belongs to warp i % warps, each warp has a ring of its own, and the
 // warps' sums are added in order of the warp: a pair's result has the same bits alone and in any company.
 //
 // Bytes: the chosen experts' weights once per item from memory; x once per block (1 tile) or from L1 (2 tiles).
@@ -68,8 +68,7 @@ template <class Q, int kTiles>
 DEVICE void expert_matvec(const ExpertMatvecParams& p) {
     using S = MatvecShape<Q, 1>;
     constexpr int kSums = 128;
-    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [rows of an item][split_bytes] (1
-    // tile)
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, 1 tile: [item.n][split_bytes] rows
     extern __shared__ __align__(128) uint8_t smem[];
     __shared__ int pairs[8 * kTiles];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
@@ -90,7 +89,7 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
         const ExpertItem item = p.list.items[i];
         const int n_parts = max(1, (n_blocks - i + n_items - 1) / n_items);
         stream.begin(item.expert, part, n_parts);
-        __syncthreads();  // the item before is done with
+        __syncthreads();  // nobody reads the item before any more
         if (threadIdx.x < item.n) pairs[threadIdx.x] = p.list.pairs[item.first + threadIdx.x];
         __syncthreads();
 
@@ -127,11 +126,11 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
         }
 
         for (int row_tile = part; row_tile < p.n_matrices * n_row_tiles; row_tile += n_parts) {
-            float acc[kTiles][4] = {};
+            Sums<1, kTiles> acc = {};
             for (int stage = warp; stage < n_stages; stage += n_warps) {
                 cp_async_wait<S::kDepth - 2>();
-                __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled
-                               // next
+                // Everyone's part of this stage has landed, everyone has left the slot that is filled next.
+                __syncwarp();
                 stream.issue();
 #pragma unroll
                 for (int u = 0; u < S::kStageKTiles; ++u) {
@@ -140,7 +139,13 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                     const uint8_t* packed_tile = ring + slot * S::kSlotBytes + u * Q::kPackedTileBytes;
                     const int x_block0 = k_tile * (Q::kTileK / 32);
                     if constexpr (kDense<Q>) {
-                        add_dense<Q>(acc, packed_tile, x_block0, x, lane);
+                        const auto codes = load_codes<Q>(packed_tile, 0, lane);
+#pragma unroll
+                        for (int b = 0; b < 2; ++b) {
+                            uint32_t high[1][8], low[1][8];
+                            dense_fragments<Q>(high[0], low[0], codes, b);
+                            add_dense<Q>(acc, high, low, x_block0 + b, x);
+                        }
                     } else {
 #pragma unroll 1
                         for (int sub = 0; sub < Q::kSubs; ++sub)
@@ -150,7 +155,7 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                 slot = slot + 1 == S::kDepth ? 0 : slot + 1;
             }
 
-            // partial[warp][row of the row tile][row of the tile], two sets: one barrier a round suffices.
+            // partial[warp][output of the row tile][row of x], two sets in turn: one barrier a round suffices.
             const ExpertMatrix& m = p.m[row_tile >= n_row_tiles];
             const int o0 = (row_tile >= n_row_tiles ? row_tile - n_row_tiles : row_tile) * kTileRows;
 #pragma unroll
@@ -159,8 +164,8 @@ DEVICE void expert_matvec(const ExpertMatvecParams& p) {
                 if (n_here <= 0) break;
                 float* set = partial + parity * n_warps * kSums;
                 float* to = set + warp * kSums + g * 8 + 2 * t;
-                *reinterpret_cast<float2*>(to) = make_float2(acc[tile][0], acc[tile][1]);
-                *reinterpret_cast<float2*>(to + 64) = make_float2(acc[tile][2], acc[tile][3]);
+                *reinterpret_cast<float2*>(to) = make_float2(acc[0][tile][0], acc[0][tile][1]);
+                *reinterpret_cast<float2*>(to + 64) = make_float2(acc[0][tile][2], acc[0][tile][3]);
                 __syncthreads();
                 for (int at = threadIdx.x; at < n_here * kTileRows; at += blockDim.x) {
                     const int n = at / kTileRows, o = o0 + at % kTileRows, pair = pairs[8 * tile + n];

@@ -1,5 +1,5 @@
 // Compile-time sizes of the decode and prompt kernels, by type. worker_orcd/cuda/layout.py computes the same numbers
-// for the launches, and a test compares the two on the CPU. Knows no kernel.
+// for the launches, and a test compares the two on the CPU.
 #pragma once
 
 #include "quant/types.cuh"
@@ -15,23 +15,26 @@ struct MatvecShape {
     static constexpr int kSlotBytes = kRowTiles * kStageBytes;
     static constexpr int kFit = 10240 / kSlotBytes;
     static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
-    static constexpr int kSums = kRowTiles * 128;  // float32 partial sums of a warp for 8 rows
+    static constexpr int kSums = kRowTiles * 128;  // float32 partial sums of a warp for 8 rows of x
 };
 
 // One prompt kernel: its block tile and stages (worker_orcd/cuda/layout.py, matmul_stages).
-template <class Q, int kWarpsM, int kWarpsN, int kTiles>
+template <class Q, int kWarpsM_, int kWarpsN_, int kTiles_>
 struct MatmulShape {
+    static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kTiles = kTiles_;
     static constexpr int kWarps = kWarpsM * kWarpsN;
     static constexpr int kRowTiles = 2 * kWarpsM;       // row tiles of a block
     static constexpr int kRows = 8 * kTiles * kWarpsN;  // rows of x of a block
+    static constexpr int kRowStep = 4 * kWarps;         // rows of x that all threads copy at once, 16 bytes each
+    static constexpr int kCopies = kRows / kRowStep;    // of x by one thread, per stage
     static constexpr int kXBytes = kRows * 2 * kSubK;   // one stage of x: 64 columns
     static constexpr int kWBytes = kRowTiles * Q::kPackedTileBytes;
     static constexpr int kBudget = kWarpsN == 1 ? 75776 : 49152;  // three or four blocks to a multiprocessor
     static constexpr int slots(int stages) { return Q::kSubs > 1 ? 2 : stages; }
     static constexpr int bytes(int stages) { return stages * kXBytes + slots(stages) * kWBytes; }
     static constexpr int kStages = bytes(4) <= kBudget ? 4 : bytes(3) <= kBudget ? 3 : 2;
-    // A k tile of several stages arrives with its first one, at most kStages - 1 <= kSubs - 1 stages early, when the k
-    // tile two before it is done with: two slots serve.
+    // A packed tile of several sub-tiles arrives with the stage of its first one. That is at most kStages - 1 stages
+    // early, which is less than kSubs, so the packed tile two before it is done with: two slots suffice.
     static constexpr int kSlots = slots(kStages);
     static_assert(Q::kSubs == 1 || kStages <= Q::kSubs);
 };

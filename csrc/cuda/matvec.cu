@@ -1,20 +1,22 @@
 // Decode: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for 1 .. 64 rows r, quantized W, float32 results.
 //
 // matvec_<type>_<tiles>(MatvecParams), tiles 1, 2, 4, 8: up to 8 * tiles rows. One launch may cover several matrices of
-// one type that share the input; their row tiles of 16 output rows are numbered through.
+// one type that share the input; their row tiles of 16 outputs are numbered through.
 //
-// A block owns kRowTiles row tiles at a time and walks over the row tiles of the launch. K is cut into stages (128
-// columns, 64 or 256 for types with other packed tiles), stage i belonging to warp i % warps: each warp streams its
-// stages through a ring of its own in shared memory (cp.async, no block-wide barrier), forms products on the tensor
-// cores, and the warps' sums are added in order of the warp. So the order of a row's sum depends on K, the type and the
-// number of warps: not on the rows of the launch, nor on `tiles`, nor on the grid.
+// Any grid and number of warps: a block takes one or two row tiles (kRowTiles) at a time, in steps of the grid. K is
+// cut into stages of 128 columns (64 for unquantized types, 256 for K-quants). Stage i belongs to warp i % warps: each
+// warp streams its stages through a ring of its own in shared memory (cp.async, no block-wide barrier) and multiplies
+// on the tensor cores; the warps' sums are added in order of the warp. So the order of an output's sum depends on K,
+// the type and the number of warps, and neither on the rows of the launch nor on `tiles` nor on the grid.
 //
-// Numbers: codes are exact in bf16, activations two bf16 terms, products per scale block accumulate in float32 and are
-// scaled in float32: the weights are exact. Unquantized matrices: bf16 terms too (F32 and F16 two of the weight).
+// Numbers: codes are exact in bf16 and activations are two bf16 terms; the products of a scale block accumulate in
+// float32 and are scaled in float32, so the weights are exact. Unquantized weights become bf16 terms too, F32 and F16
+// two of them.
 //
-// Bytes: each weight once from memory; float32 x once per block (1 tile) or split x once per row tile pair (else).
-// Weights are in flight before the dependency wait.
+// Bytes: each weight once from memory. x: with 1 tile each block converts the float32 rows itself, else it reads the
+// split rows once per step, from L2. Weights are in flight before the wait for the kernel before.
 #include "common/activations.cuh"
+#include "common/mma_tile.cuh"
 #include "params/matmul_params.h"
 #include "matmul_shapes.cuh"
 
@@ -26,7 +28,7 @@ DEVICE int matrix_of(const MatvecParams& p, int row_tile) {
     return m;
 }
 
-// First packed tile of a row tile.
+// Where a row tile's packed tiles begin.
 template <class Q>
 DEVICE const uint8_t* row_tile_address(const MatvecParams& p, int row_tile) {
     const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
@@ -81,6 +83,7 @@ struct Activations {
     const uint8_t* sums[2];
     int64_t tile_bytes;  // between tiles
 
+    static DEVICE_MEMBER bool exists(int) { return true; }
     DEVICE_MEMBER uint4 high(int tile, int block) const { return at(tile, block * 128); }
     DEVICE_MEMBER uint4 low(int tile, int block) const { return at(tile, block * 128 + 64); }
     DEVICE_MEMBER float2 block_sums(int tile, int column, int block) const {
@@ -92,115 +95,10 @@ struct Activations {
     }
 };
 
-// The compiler would hoist the loads of all blocks and tiles above the first product and spill.
-DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
-
-template <int kRowTiles, int kTiles>
-using Sums = float[kRowTiles][kTiles][4];
-
-// One 64-column sub-tile of a quantized type: block by block an exact product of codes, then its scales.
-template <class Q, int kTiles, int kRowTiles>
-DEVICE void add_sub(Sums<kRowTiles, kTiles>& acc, const uint8_t* const (&packed_tile)[kRowTiles], int sub, int x_block0,
-                    const Activations<kTiles>& x, int lane) {
-    constexpr int kParts = Q::kScaleK == 16 ? 2 : 1, kLoadTiles = kTiles == 8 ? 2 : 4;
-    Codes<Q::kLowBits, Q::kHighBits> codes[kRowTiles];
-    typename Q::Scales scales[kRowTiles];
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-        codes[i] = load_codes<Q>(packed_tile[i], sub, lane);
-        scales[i] = Q::load_scales(packed_tile[i], lane);
-    }
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-        keep_loads_here();
-        uint32_t a[kRowTiles][8];
-        float scale[kRowTiles][2][2], min[kRowTiles][2][2];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-            Q::scales(scales[i], 2 * sub + b, scale[i], min[i]);
-#pragma unroll
-            for (int pair = 0; pair < 8; ++pair) a[i][pair] = Q::bf16_pair(codes[i], 8 * b + pair);
-        }
-        const int x_block = x_block0 + 2 * sub + b;
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            if (kTiles >= 4 && tile % kLoadTiles == 0) keep_loads_here();
-            const uint4 high = x.high(tile, x_block), low = x.low(tile, x_block);
-            float2 sums[2];
-            if constexpr (Q::kHasMin) {
-                sums[0] = x.block_sums(tile, 0, x_block), sums[1] = x.block_sums(tile, 1, x_block);
-            }
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-                float d[kParts][4] = {};
-                mma_bf16(d[0], a[i], low.x, low.y);
-                mma_bf16(d[kParts - 1], a[i] + 4, low.z, low.w);
-                mma_bf16(d[0], a[i], high.x, high.y);
-                mma_bf16(d[kParts - 1], a[i] + 4, high.z, high.w);
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    float& sum = acc[i][tile][c];
-#pragma unroll
-                    for (int j = 0; j < kParts; ++j) {
-                        sum = fmaf(scale[i][j][c >> 1], d[j][c], sum);
-                        if constexpr (Q::kHasMin) {
-                            const float2 s = sums[c & 1];
-                            const float x_sum = kParts == 2 ? (j ? s.y : s.x) : s.x + s.y;
-                            sum = fmaf(min[i][j][c >> 1], x_sum, sum);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-// One 64-column k tile of an unquantized type.
-template <class Q, int kTiles, int kRowTiles>
-DEVICE void add_dense(Sums<kRowTiles, kTiles>& acc, const uint8_t* const (&packed_tile)[kRowTiles], int x_block0,
-                      const Activations<kTiles>& x, int lane) {
-    constexpr bool kTwoTerms = !std::is_same_v<Q, BF16>;
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-        uint32_t high[kRowTiles][8], low[kRowTiles][8];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-            const auto codes = load_codes<Q>(packed_tile[i], 0, lane);
-#pragma unroll
-            for (int pair = 0; pair < 8; ++pair) {
-                if constexpr (kTwoTerms) {
-                    float v[2];
-                    Q::values(codes, 8 * b + pair, v[0], v[1]);
-                    high[i][pair] = pack_bf16(v[0], v[1]);
-                    low[i][pair] = pack_bf16(v[0] - bf16_low(high[i][pair]), v[1] - bf16_high(high[i][pair]));
-                } else {
-                    high[i][pair] = codes.low[8 * b + pair];
-                }
-            }
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            const uint4 x_high = x.high(tile, x_block0 + b), x_low = x.low(tile, x_block0 + b);
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-                float (&d)[4] = acc[i][tile];
-                if constexpr (kTwoTerms) {
-                    mma_bf16(d, low[i], x_high.x, x_high.y);
-                    mma_bf16(d, low[i] + 4, x_high.z, x_high.w);
-                }
-                mma_bf16(d, high[i], x_low.x, x_low.y);
-                mma_bf16(d, high[i] + 4, x_low.z, x_low.w);
-                mma_bf16(d, high[i], x_high.x, x_high.y);
-                mma_bf16(d, high[i] + 4, x_high.z, x_high.w);
-            }
-        }
-    }
-}
-
 template <class Q, int kTiles>
 DEVICE void matvec(const MatvecParams& p) {
     using S = MatvecShape<Q, kTiles>;
-    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, [n_rows][split_bytes] rows (1 tile)
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, 1 tile: [n_rows][split_bytes] rows
     extern __shared__ __align__(128) uint8_t smem[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
     const int n_stages = (p.n_k_tiles + S::kStageKTiles - 1) / S::kStageKTiles;
@@ -243,7 +141,8 @@ DEVICE void matvec(const MatvecParams& p) {
         Sums<S::kRowTiles, kTiles> acc = {};
         for (int stage = warp; stage < n_stages; stage += n_warps) {
             cp_async_wait<S::kDepth - 2>();
-            __syncwarp();  // everyone's part of this stage has landed, everyone has left the slot that is filled next
+            // Everyone's part of this stage has landed, everyone has left the slot that is filled next.
+            __syncwarp();
             loader.issue();
 #pragma unroll kTiles >= 4 ? 1 : S::kStageKTiles
             for (int u = 0; u < S::kStageKTiles; ++u) {
@@ -255,16 +154,23 @@ DEVICE void matvec(const MatvecParams& p) {
                     packed_tile[i] = ring + slot * S::kSlotBytes + i * S::kStageBytes + u * Q::kPackedTileBytes;
                 const int x_block0 = k_tile * (Q::kTileK / 32);
                 if constexpr (kDense<Q>) {
-                    add_dense<Q>(acc, packed_tile, x_block0, x, lane);
+#pragma unroll
+                    for (int b = 0; b < 2; ++b) {
+                        uint32_t high[S::kRowTiles][8], low[S::kRowTiles][8];
+#pragma unroll
+                        for (int i = 0; i < S::kRowTiles; ++i)
+                            dense_fragments<Q>(high[i], low[i], load_codes<Q>(packed_tile[i], 0, lane), b);
+                        add_dense<Q>(acc, high, low, x_block0 + b, x);
+                    }
                 } else {
 #pragma unroll 1
-                    for (int sub = 0; sub < Q::kSubs; ++sub) add_sub<Q>(acc, packed_tile, sub, x_block0, x, lane);
+                    for (int sub = 0; sub < Q::kSubs; ++sub) add_quantized<Q>(acc, packed_tile, sub, x_block0, x, lane);
                 }
             }
             slot = slot + 1 == S::kDepth ? 0 : slot + 1;
         }
 
-        // partial[warp][row tile][row of the row tile][row of the tile], two sets: one barrier a round suffices.
+        // partial[warp][row tile][output of it][row of x], two sets in turn: one barrier a round suffices.
 #pragma unroll
         for (int x_tile = 0; x_tile < kTiles; ++x_tile) {
             const int n_here = min(8, p.n_rows - 8 * x_tile);
@@ -297,8 +203,8 @@ DEVICE void matvec(const MatvecParams& p) {
     cp_async_wait<0>();
 }
 
-// With one block asked for the compiler spends all registers on scheduling, with none it saves them. Tried one by one:
-// the 8-tile kernels that would then spill get the other.
+// Blocks per multiprocessor of the 8-tile kernels: asked for 1, the compiler spends all registers on scheduling, asked
+// for none (0) it saves them. Tried one by one: the types that would spill with the one get the other.
 template <class Q>
 constexpr int kBlocks8 = MatvecShape<Q, 8>::kRowTiles == 1 && Q::kLowBits > 2 ? 1 : 0;
 

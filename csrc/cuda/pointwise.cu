@@ -1,7 +1,12 @@
 // Elementwise operations on strided float32 rows: gated activations, GELU, residual add, gather of rows.
 //
+//   glu            out = silu(a) * b, gelu(a) * b, or u * sigmoid(1.702 u) * (v + 1) with u = min(a, 7), v = b to +-7
+//   act_gelu_tanh  out = gelu(a)
+//   add            out += a
+//   gather_rows    out[j] = a[rows[j]], zeros where rows[j] is negative
+//
 // Grid: y = row, x = columns / 1024; a thread has four neighbouring columns and moves them as 16 bytes where addresses,
-// strides and width allow it (the same for the whole launch). Clamps keep NaN.
+// strides and width allow it (the same for the whole launch). Clamps keep NaN. Bytes: 4 per element of each operand.
 #include "params/pointwise_params.h"
 #include "common/ptx.cuh"
 

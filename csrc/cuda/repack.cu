@@ -1,11 +1,9 @@
 // Into the layout of quant/layout.cuh and out of it again.
 //
-// repack_<type>(RepackParams): grid (row tiles of the piece, any number of blocks a row tile), 256 threads. Reads each
-// raw
-//   byte through the cache several times and writes every packed tile once; runs at load only.
-// rows_<type>(RowsParams): rows of a repacked matrix as float32, exactly (embedding lookup; the weights of one row are
-//   spread over the packed tile, so it reads 16 times what it returns, of a matrix of which it reads little). Grid
-//   n_rows, 128 threads.
+// repack_<type>(RepackParams): grid (row tiles of the piece, any number of blocks for each), 256 threads. Runs at load.
+//   Bytes: every packed tile is written once, every raw byte read several times, from memory once.
+// rows_<type>(RowsParams): rows of a repacked matrix as float32, exactly (embedding lookup). Grid n_rows, 128 threads.
+//   Bytes: a row's weights are spread over its packed tiles, so it reads up to 16 times what the row has.
 #include "params/repack_params.h"
 #include "quant/types.cuh"
 
@@ -65,16 +63,7 @@ DEVICE void rows(const RowsParams& p) {
             const int k = k_tile * Q::kTileK + sub * kSubK + pair_column(lane, pair);
             if ((pair & 1) != r || k >= p.k) continue;
             float low, high;
-            Q::values(codes, pair, low, high);
-            if constexpr (!kDense<Q>) {
-                float scale[2][2], min[2][2];
-                Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + (pair >> 3), scale, min);
-                const int j = Q::kScaleK == 16 ? (pair >> 2) & 1 : 0;
-                low = __fmul_rn(scale[j][pair & 1], low), high = __fmul_rn(scale[j][pair & 1], high);
-                if constexpr (Q::kHasMin) {
-                    low = __fadd_rn(low, min[j][pair & 1]), high = __fadd_rn(high, min[j][pair & 1]);
-                }
-            }
+            exact_weights<Q>(low, high, codes, packed_tile, sub, pair, lane);
             low = exists ? __fmul_rn(p.scale, low) : 0.0f, high = exists ? __fmul_rn(p.scale, high) : 0.0f;
             float2* to = reinterpret_cast<float2*>(out + k);
             const float2 old = p.add ? *to : make_float2(-0.0f, -0.0f);  // -0 + v is v, the sign of zero included

@@ -1,15 +1,17 @@
 // From the router to the lists of the expert products, and the weighted sum of their results.
 //
-// route_logits_<type>(RouteParams): sums of x W^T over each of ROUTE_SLICES parts of K, float32. A warp takes one row
-// tile
-//   (16 experts) and one part for ROUTE_ROWS rows. Grid (row tiles * ROUTE_SLICES / 8, rows / ROUTE_ROWS), 256 threads.
-// route_choose(RouteParams): logits = the parts in order + bias; the n_used largest (ties: the lower id); softmax over
+// route_logits_<type>(RouteParams): the router's logits x W^T, as float32 sums over each of ROUTE_SLICES parts of K.
+//   A warp takes 16 experts (a row tile) and one part for ROUTE_ROWS rows. Grid (row tiles * ROUTE_SLICES / 8,
+//   rows / ROUTE_ROWS), 256 threads.
+// route_choose(RouteParams): logit = its parts in order + bias; the n_used largest (ties: the lower id); softmax over
 //   those. A warp a row; grid any, 1024 threads. With item_rows a single block, which also makes the list.
 // route_list(RouteParams): the list alone, for more rows. One block of 1024 threads.
 // expert_sum(ExpertSumParams): grid (n / 1024, rows), 256 threads.
 //
-// A row's logits are the same bits in a decode step and in any chunk of a prompt: its experts do not depend on how it
-// came. Exact weights, float32 products. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per row tile.
+// A row's logits are the same bits in a decode step and in any chunk of a prompt, so its experts do not depend on how
+// it came. Weights are exact, products float32. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per 16
+// experts.
+#include "common/order.cuh"
 #include "params/experts_params.h"
 #include "quant/types.cuh"
 
@@ -22,24 +24,12 @@ DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
     const auto codes = load_codes<Q>(packed_tile, sub, lane);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-        asm volatile("" ::: "memory");  // or the loads of all rows come first, and registers run out
+        keep_loads_here();  // of all rows of x they would be too many
         const int column0 = k_tile * Q::kTileK + sub * kSubK + 32 * b;
         if (column0 >= p.k) break;
         float w[8][2];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            Q::values(codes, 8 * b + i, w[i][0], w[i][1]);
-            if constexpr (!kDense<Q>) {
-                float scale[2][2], min[2][2] = {};
-                Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + b, scale, min);
-                const int j = Q::kScaleK == 16 ? i >> 2 : 0;
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    w[i][c] = __fmul_rn(scale[j][i & 1], w[i][c]);
-                    if constexpr (Q::kHasMin) w[i][c] = __fadd_rn(w[i][c], min[j][i & 1]);
-                }
-            }
-        }
+        for (int i = 0; i < 8; ++i) exact_weights<Q>(w[i][0], w[i][1], codes, packed_tile, sub, 8 * b + i, lane);
 #pragma unroll
         for (int n = 0; n < ROUTE_ROWS; ++n) {
             if (row0 + n >= p.n_rows) break;
@@ -67,11 +57,11 @@ DEVICE void route_logits(const RouteParams& p) {
     const bool exists = row_tile * kTileRows < p.n_expert;
 
     pdl_launch_dependents();
-    // The router's weights depend on nothing: they come nearer while the kernel before ends.
+    // No kernel writes the router's weights: they come to L2 while the kernel before ends.
     if (exists)
         for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
             for (int at = lane * 128; at < Q::kPackedTileBytes; at += 32 * 128)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(packed_tiles + k_tile * Q::kPackedTileBytes + at));
+                prefetch_l2(packed_tiles + k_tile * Q::kPackedTileBytes + at);
     pdl_wait();
     if (!exists) return;
 
@@ -95,19 +85,7 @@ DEVICE void route_logits(const RouteParams& p) {
     }
 }
 
-// A number that orders as the logit does, lower ids first; 0 is below all. NaN has a place, so that ids stay ids.
-DEVICE uint64_t order_key(float logit, int id) {
-    const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 becomes 0
-    const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - id);
-}
-
-DEVICE float logit_of(uint64_t key) {
-    const uint32_t ordered = key >> 32;
-    return __uint_as_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
-}
-
-// One row by one warp.
+// One row by one warp. NaN has a place in the order, so that every choice is an expert.
 DEVICE void choose(const RouteParams& p, int row, int lane) {
     constexpr int kPerLane = EXPERTS_MAX / 32;
     const int n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
@@ -138,7 +116,7 @@ DEVICE void choose(const RouteParams& p, int row, int lane) {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i)
             if (keys[i] == best) keys[i] = 0;
-        const float logit = logit_of(best);
+        const float logit = key_value(best);
         if (slot == 0) largest = logit;
         const float weight = expf(logit - largest);
         total += weight;

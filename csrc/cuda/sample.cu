@@ -12,6 +12,7 @@
 // All sums are of integers, so they do not depend on order, and atomics are harmless. Bytes: 4 n_vocab per row in each
 // of the first two launches, again in the third once per filter and once more where there is one.
 #include "params/sample_params.h"
+#include "common/order.cuh"
 #include "common/ptx.cuh"
 #include "params/sampling.h"
 
@@ -31,7 +32,7 @@ struct Row {
     int n_vocab;
     bool is_aligned;
 
-    __device__ __forceinline__ Row(const SampleParams& p, int row, int slot_index) {
+    DEVICE_MEMBER Row(const SampleParams& p, int row, int slot_index) {
         logits = p.logits + (int64_t)row * p.logits_stride;
         slot = p.samples[slot_index];
         seen = slot.repetition_penalty != 1.f ? p.seen + (int64_t)slot_index * p.seen_words : nullptr;
@@ -39,12 +40,12 @@ struct Row {
         is_aligned = (reinterpret_cast<uint64_t>(logits) & 15) == 0;
     }
 
-    __device__ __forceinline__ bool is_greedy() const { return sampling_is_greedy(slot.temperature); }
-    __device__ __forceinline__ bool has_top_k() const { return slot.top_k > 0 && slot.top_k < n_vocab; }
-    __device__ __forceinline__ bool has_filter() const { return has_top_k() || slot.top_p < 1.f; }
+    DEVICE_MEMBER bool is_greedy() const { return sampling_is_greedy(slot.temperature); }
+    DEVICE_MEMBER bool has_top_k() const { return slot.top_k > 0 && slot.top_k < n_vocab; }
+    DEVICE_MEMBER bool has_filter() const { return has_top_k() || slot.top_p < 1.f; }
 
     // Logits first .. first + 3 (first a multiple of 4); -infinity beyond the vocabulary.
-    __device__ __forceinline__ void load(float (&v)[4], int first) const {
+    DEVICE_MEMBER void load(float (&v)[4], int first) const {
         if (is_aligned && first + 4 <= n_vocab) {
             const float4 t = *reinterpret_cast<const float4*>(logits + first);
             v[0] = t.x, v[1] = t.y, v[2] = t.z, v[3] = t.w;
@@ -55,12 +56,12 @@ struct Row {
     }
 
     // Seen bits of tokens first .. first + 3.
-    __device__ __forceinline__ uint32_t seen_bits(int first) const {
+    DEVICE_MEMBER uint32_t seen_bits(int first) const {
         return seen && first < n_vocab ? seen[first / 32] >> (first % 32) & 15u : 0u;
     }
 
     // Temperature and penalty; the product must not be fused with the difference that follows it.
-    __device__ __forceinline__ float x(float logit, bool is_seen) const {
+    DEVICE_MEMBER float x(float logit, bool is_seen) const {
         float v = is_greedy() ? logit : sampling_temper(logit, slot.temperature);
         if (is_seen)
             v = v > 0.f ? sampling_penalize(v, slot.repetition_penalty) : __fmul_rn(v, slot.repetition_penalty);
@@ -71,12 +72,6 @@ struct Row {
 DEVICE int bin_of(float x, float max) {
     const int bin = (int)((max - x) * kBinsPerUnit);
     return bin < SAMPLE_BINS - 1 ? bin : SAMPLE_BINS - 1;
-}
-
-// Place of a token in the order; the larger key is the earlier token. -0 counts as 0.
-DEVICE uint64_t order_key(float x, int id) {
-    const uint32_t u = __float_as_uint(x + 0.f);
-    return (uint64_t)(u & 0x80000000u ? ~u : u | 0x80000000u) << 32 | (uint32_t)~id;
 }
 
 // The row's maximum over all chunks; `bad` where the row has no distribution. Every warp for itself.
@@ -382,9 +377,8 @@ DEVICE int draw(DrawShared& s, const SampleParams& p, const Row& row, float max,
     };
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row.has_filter()) {
-        // down to the limit token, which is `floor` or better
-        const uint32_t top = (uint32_t)(limit_key >> 32);
-        const float limit_x = __uint_as_float(top & 0x80000000u ? top & 0x7fffffffu : ~top);
+        // No token of the prefix is deeper than its last one, the limit.
+        const float limit_x = key_value(limit_key);
         const float depth = limit_key ? max - limit_x : 28.f;
         for (int chunk = warp; chunk < p.n_chunks; chunk += kDrawThreads / 32) {
             const int end = (chunk + 1) * SAMPLE_CHUNK < row.n_vocab ? (chunk + 1) * SAMPLE_CHUNK : row.n_vocab;

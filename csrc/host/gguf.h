@@ -3,13 +3,13 @@
 // Why: every size in a GGUF file is an attacker's number, and readers have overflowed in the same few places again and
 // again. All size arithmetic of the project's file reading is here, through __builtin_*_overflow, and every byte is
 // read through `Cursor`, which knows where the file ends. Each number is read once: the bytes may change meanwhile.
-// This file must not know: Python, mmap, what a key means (except general.alignment), which tensor types exist
-// (the caller hands their block sizes in).
+// The caller hands in the block sizes of the tensor types that exist. No key but general.alignment has a meaning here.
 //
 // Layout (little endian): "GGUF", u32 version, u64 n_tensors, u64 n_keys, keys, tensor records, padding, data.
-//   key:    string name, u32 type, value          string: u64 length, bytes          array: u32 type, u64 count,
-//   elements record: string name, u32 n_dims, u64 dims[n_dims] (row length first), u32 type, u64 offset from the data's
-//   start
+//   key     string name, u32 type, value
+//   record  string name, u32 n_dims, u64 dims[n_dims] (row length first), u32 type, u64 offset from the data's start
+//   string  u64 length, bytes
+//   array   u32 type, u64 count, elements
 #pragma once
 
 #include <algorithm>

@@ -3,7 +3,7 @@
 // Why: reading a mapped page whose file was truncated (or whose disk fails) raises SIGBUS, which ends the process. One
 // process-wide handler, installed with the first mapping, puts zero pages over the rest of the mapping that faulted and
 // marks it; whoever computes from the mapping asks `was_cut` afterwards. Faults elsewhere go to the handler before
-// ours. This file must not know: GGUF, Python. Its state is static: exactly one extension (_gguf) may include it.
+// ours. The state is static: exactly one extension (_gguf) may include this header.
 #pragma once
 
 #include <errno.h>

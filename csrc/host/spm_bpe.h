@@ -3,7 +3,7 @@
 //
 // A heap of candidate pairs over a linked list of pieces: n characters give at most 3n candidates, so O(n log n) also
 // for one word of 10^6 characters. A candidate is outdated when a side was joined meanwhile, which its length tells.
-// Knows no special tokens and no model; Python-free.
+// Special tokens are the caller's to find: the text here has none.
 #pragma once
 
 #include <algorithm>

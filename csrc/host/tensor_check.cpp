@@ -1,4 +1,5 @@
-// The check of check.h: one table of where the scales of a block are, one scan, threads that take chunks in order.
+// The checks of tensor_check.h: one table of where the scales of a block are, one scan, threads that take chunks in
+// order.
 //
 // Bytes moved: every byte of the ranges once, into a buffer that stays in the level-2 cache.
 #include "tensor_check.h"
@@ -41,7 +42,7 @@ inline bool is_bad(const uint8_t* p) {
 // Offset in data[0, n) of the first bad number, or n: blocks of kBytes with numbers at kAt of each. Groups of 64 blocks
 // keep the inner loop free of branches.
 template <Number kNumber, size_t kBytes, size_t... kAt>
-size_t scan(const uint8_t* data, size_t n) {
+size_t scan_blocks(const uint8_t* data, size_t n) {
     constexpr size_t kGroup = 64 * kBytes;
     for (size_t group = 0; group < n; group += kGroup) {
         const size_t end = std::min(n, group + kGroup);
@@ -60,22 +61,24 @@ struct Rule {
     uint32_t type;
     size_t bytes;  // of a block
     Kind kind;     // what a bad number there is called
-    size_t (*scan)(const uint8_t* data, size_t n);
+    size_t (*scan_blocks)(const uint8_t* data, size_t n);
 };
 
 constexpr Rule kRules[] = {
-    {0, 4, kValue, scan<Number::F32, 4, 0>},         {1, 2, kValue, scan<Number::F16, 2, 0>},
-    {2, 18, kScale, scan<Number::F16, 18, 0>},        // Q4_0: d
-    {3, 20, kScale, scan<Number::F16, 20, 0, 2>},     // Q4_1: d, m
-    {6, 22, kScale, scan<Number::F16, 22, 0>},        // Q5_0: d
-    {7, 24, kScale, scan<Number::F16, 24, 0, 2>},     // Q5_1: d, m
-    {8, 34, kScale, scan<Number::F16, 34, 0>},        // Q8_0: d
-    {10, 84, kScale, scan<Number::F16, 84, 80, 82>},  // Q2_K: behind 16 scales, 64 quants: d, dmin
-    {11, 110, kScale, scan<Number::F16, 110, 108>},   // Q3_K: behind 32 high bits, 64 quants, 12 scales: d
-    {12, 144, kScale, scan<Number::F16, 144, 0, 2>},  // Q4_K: d, dmin
-    {13, 176, kScale, scan<Number::F16, 176, 0, 2>},  // Q5_K: d, dmin
-    {14, 210, kScale, scan<Number::F16, 210, 208>},   // Q6_K: behind 128 low bits, 64 high bits, 16 scales: d
-    {30, 2, kValue, scan<Number::BF16, 2, 0>},       {39, 17, kExponent, scan<Number::E8M0, 17, 0>},  // MXFP4: e
+    {0, 4, kValue, scan_blocks<Number::F32, 4, 0>},
+    {1, 2, kValue, scan_blocks<Number::F16, 2, 0>},
+    {2, 18, kScale, scan_blocks<Number::F16, 18, 0>},        // Q4_0: d
+    {3, 20, kScale, scan_blocks<Number::F16, 20, 0, 2>},     // Q4_1: d, m
+    {6, 22, kScale, scan_blocks<Number::F16, 22, 0>},        // Q5_0: d
+    {7, 24, kScale, scan_blocks<Number::F16, 24, 0, 2>},     // Q5_1: d, m
+    {8, 34, kScale, scan_blocks<Number::F16, 34, 0>},        // Q8_0: d
+    {10, 84, kScale, scan_blocks<Number::F16, 84, 80, 82>},  // Q2_K: behind 16 scales, 64 quants: d, dmin
+    {11, 110, kScale, scan_blocks<Number::F16, 110, 108>},   // Q3_K: behind 32 high bits, 64 quants, 12 scales: d
+    {12, 144, kScale, scan_blocks<Number::F16, 144, 0, 2>},  // Q4_K: d, dmin
+    {13, 176, kScale, scan_blocks<Number::F16, 176, 0, 2>},  // Q5_K: d, dmin
+    {14, 210, kScale, scan_blocks<Number::F16, 210, 208>},   // Q6_K: behind 128 low bits, 64 high bits, 16 scales: d
+    {30, 2, kValue, scan_blocks<Number::BF16, 2, 0>},
+    {39, 17, kExponent, scan_blocks<Number::E8M0, 17, 0>},  // MXFP4: e
 };
 
 const Rule* rule_of(uint32_t type) {
@@ -97,7 +100,7 @@ struct Work {
     const FileRange* ranges;
     std::vector<Chunk> chunks;
     std::atomic<size_t> next{0};
-    std::atomic<size_t> first_bad{SIZE_MAX};  // chunks behind it need no look
+    std::atomic<size_t> first_bad{SIZE_MAX};  // chunks behind it need no scan
     std::mutex lock;
     Fault fault;
 
@@ -137,7 +140,7 @@ bool knows(uint32_t type) noexcept { return rule_of(type) != nullptr; }
 
 Kind scan(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept {
     const Rule& r = *rule_of(type);
-    *at = r.scan(data, nbytes);
+    *at = r.scan_blocks(data, nbytes);
     return *at == nbytes ? kFine : r.kind;
 }
 

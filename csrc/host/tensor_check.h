@@ -2,7 +2,7 @@
 //
 // Why: one such number turns every token into garbage with no error anywhere. The file is read with pread into small
 // buffers, not through its mapping: that runs at memory speed too, keeps the process small, and a file cut meanwhile is
-// a short read. This file must not know: Python, GGUF.
+// a short read.
 #pragma once
 
 #include <cstddef>

@@ -2,7 +2,7 @@
 //
 // Both are used without the GIL, so they are plain C++: a bounded ring under one mutex (a step pushes at most
 // max_seqs entries, so the lock is taken a few hundred times a second) and an atomic flag. Header-only because two
-// extensions (the CPU and the CUDA engine) push into objects that a third (_ring) owns. Knows no engine, no Python.
+// extensions (the CPU and the CUDA engine) push into objects that a third (_ring) owns.
 #pragma once
 
 #include <atomic>

@@ -4,7 +4,7 @@
 // A load is a list of chunks, in windows; readers take chunks in order. A chunk of window w may be sent only once
 // window w is open, which is when what was in its memory before (window w - n_windows) has been consumed. When every
 // chunk of a window has been sent, the coordinator consumes it and opens the next. Readers never wait for a later chunk
-// than their own, so they cannot block each other. Knows no file, no CUDA and no Python.
+// than their own, so they cannot block each other.
 #pragma once
 
 #include <chrono>
@@ -69,19 +69,19 @@ class UploadQueue {
 
     // A thread of the load is at work; the coordinator has consumed `n` windows.
     void began() noexcept {
-        tell([&] { ++n_began_; });
+        report([&] { ++n_began_; });
     }
     void consumed(size_t n) noexcept {
-        tell([&] { n_consumed_ = n; });
+        report([&] { n_consumed_ = n; });
     }
 
     // For the thread that waits for the load: up to timeout_s until n threads have begun, or until more than n windows
     // are consumed. 1: so it is; 0: not yet; -1: the load has stopped.
     int wait_began(size_t n, double timeout_s) noexcept {
-        return wait_told(timeout_s, [&] { return n_began_ >= n; });
+        return wait_report(timeout_s, [&] { return n_began_ >= n; });
     }
     int wait_consumed(size_t n, double timeout_s) noexcept {
-        return wait_told(timeout_s, [&] { return n_consumed_ > n; });
+        return wait_report(timeout_s, [&] { return n_consumed_ > n; });
     }
     size_t n_consumed() noexcept {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -94,7 +94,7 @@ class UploadQueue {
         stopped_ = true;
         opened_.notify_all();
         full_.notify_all();
-        told_.notify_all();
+        reported_.notify_all();
     }
 
     uint64_t bytes_sent() noexcept {
@@ -104,21 +104,21 @@ class UploadQueue {
 
   private:
     template <class Change>
-    void tell(Change change) noexcept {
+    void report(Change change) noexcept {
         std::lock_guard<std::mutex> lock(mutex_);
         change();
-        told_.notify_all();
+        reported_.notify_all();
     }
 
     template <class Condition>
-    int wait_told(double timeout_s, Condition condition) noexcept {
+    int wait_report(double timeout_s, Condition condition) noexcept {
         std::unique_lock<std::mutex> lock(mutex_);
-        told_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return stopped_ || condition(); });
+        reported_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return stopped_ || condition(); });
         return stopped_ ? -1 : condition();
     }
 
     std::mutex mutex_;
-    std::condition_variable opened_, full_, told_;
+    std::condition_variable opened_, full_, reported_;
     std::vector<UploadChunk> chunks_;
     std::vector<size_t> left_;  // [n_windows] chunks that are not sent yet
     size_t next_ = 0, open_ = 0, n_began_ = 0, n_consumed_ = 0;

@@ -10,11 +10,10 @@ import collections
 import faulthandler
 import gc
 import json
+import struct
 import sys
 import threading
 import time
-
-import numpy as np
 
 from worker_orcd import LLM, SamplingParams, _driver
 from worker_orcd.engine.protocol import EngineConfig
@@ -174,10 +173,10 @@ def poison(model: str, index: int) -> dict[str, object]:
     while min(done) < 1 and time.monotonic() < end:
         time.sleep(0.01)
     context = llm._loop._engine.context
-    kernel = context.load("dequant").kernel("dequant_q8_0")
+    kernel = context.load("repack").kernel("repack_q8_0")
     stream = context.stream()
     began = time.monotonic()
-    kernel.launch(stream, (1, 1, 1), 32, 0, np.array([0x10, 0x10, 1], np.uint64).tobytes())
+    kernel.launch(stream, (1, 1, 1), 256, 0, struct.pack("<QQq4i", 0x10, 0x10, 34, 32, 1, 0, 1))  # RepackParams
     for thread in threads:
         thread.join(20)
     seconds = time.monotonic() - began

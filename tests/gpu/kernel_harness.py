@@ -86,10 +86,17 @@ def params(struct: str, **values: Any) -> ctypes.Structure:
 
 
 def fatbin_path(name: str, arch: str) -> Path:
-    """The fatbin of csrc/`name`.cu: the packaged one if it is newer than all sources, else built now for `arch`."""
-    newest = max(p.stat().st_mtime for p in CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
+    """The fatbin of the kernel file `name`, of csrc/cuda or of the tests.
+
+    The packaged one if it is newer than all sources, else built now for `arch`; the tests' kernels are in no package.
+    """
+    sources = [p for folder in (CSRC, KERNELS) for p in folder.rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
+    newest = max(p.stat().st_mtime for p in sources)
     packaged = ROOT / "worker_orcd" / "fatbins" / f"{name}.fatbin"
-    if packaged.exists() and packaged.stat().st_mtime >= newest:
+    source = CSRC / "cuda" / f"{name}.cu"
+    if not source.exists():
+        source = KERNELS / f"{name}.cu"
+    elif packaged.exists() and packaged.stat().st_mtime >= newest:
         return packaged
     built = ROOT / "build" / "test-fatbins" / f"{name}.{arch}.fatbin"
     if built.exists() and built.stat().st_mtime >= newest:
@@ -110,7 +117,7 @@ def fatbin_path(name: str, arch: str) -> Path:
         "-gencode",
         target,
     ]
-    subprocess.run([*command, "-o", str(built), str(CSRC / "cuda" / f"{name}.cu")], check=True)
+    subprocess.run([*command, "-o", str(built), str(source)], check=True)
     return built
 
 

@@ -46,7 +46,7 @@ def test_copy_bandwidth_is_measured(context):
 
 
 def test_a_poisoned_context_is_sticky(gpu: int):
-    """In a process of its own: a copy kernel's bad address cannot be undone."""
+    """In a process of its own: a kernel's bad address cannot be undone."""
     done = subprocess.run(
         [
             sys.executable,
@@ -56,8 +56,8 @@ import struct
 from worker_orcd import _driver, errors
 c = _driver.Context({gpu})
 s = c.stream()
-k = c.load("dequant").kernel("dequant_q8_0")
-k.launch(s, (1, 1, 1), 32, 0, struct.pack("<QQq", 0x10, 0x10, 1))
+k = c.load("repack").kernel("repack_q8_0")
+k.launch(s, (1, 1, 1), 256, 0, struct.pack("<QQq4i", 0x10, 0x10, 34, 32, 1, 0, 1))  # RepackParams: one block
 try:
     s.synchronize()
 except errors.CudaError as e:

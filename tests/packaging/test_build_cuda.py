@@ -98,3 +98,15 @@ def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build_cuda.os.path, "exists", lambda path: False)
     with pytest.raises(build_cuda.BuildError, match="cuda-toolkit"):
         build_cuda.cuda_root()
+
+
+def test_kernels_of_the_tests_compile(tmp_path: Path):
+    """tests/gpu compiles them when it needs them; they must follow the headers that they include on any machine."""
+    sources = sorted((build_cuda.ROOT / "tests" / "gpu" / "kernels").glob("*.cu"))
+    assert sources
+    try:
+        compiler = build_cuda.Compiler(build_cuda.Targets(("90a",), None), tmp_path)
+    except build_cuda.BuildError as e:
+        pytest.skip(str(e))
+    for source in sources:
+        assert compiler.compile(source).stat().st_size > 0

@@ -1,9 +1,10 @@
-// Activations as the matrix kernels read them: 32-column blocks in fragment order (x_slot), split or scaled.
+// Activations as the decode kernels read them: float32 split into two bf16 terms, x = high + low, with a relative error
+// of 2^-17 over the whole range of float32.
 //
-// Split (decode): x = high + low, two bf16 terms, relative error 2^-17 over the whole range of float32. A row holds
-// per block 64 bytes of high parts and 64 of low parts (lane t's eight columns are 16 adjacent bytes of each), then,
-// after all blocks, per block two float32 sums of its halves, for the minima of types that have them.
-// The same functions serve convert.cu and the decode kernels, so that a row has the same bits wherever it is converted.
+// A split row holds for each 32-column block 64 bytes of high terms and 64 of low ones, in fragment order (x_slot: lane
+// t's eight columns are 16 adjacent bytes), and after all blocks two float32 sums for each block, of its halves, for
+// the minima of types that have them. convert.cu and the decode kernels use the same functions, so a row has the same
+// bits wherever it is converted.
 #pragma once
 
 #include "quant/layout.cuh"
@@ -18,8 +19,9 @@ DEVICE void load_columns(float (&v)[8], const float* x, int t) {
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
-// Writes item `item` (= 4 * block + t) of a split row; the four lanes t of a block must call together (full warps).
-// `x` is the row, or null for a row of zeros; blocks from n_x_blocks on are zeros.
+// Writes lane t's columns of a block, item = 4 * block + t, of a split row of n_blocks blocks. Full warps must call:
+// the four lanes of a block add up its sums. `x` is the row, or null for a row of zeros; blocks from n_x_blocks on are
+// zeros.
 DEVICE void split_item(uint8_t* row, const float* x, int item, int n_blocks, int n_x_blocks) {
     const int block = item >> 2, t = item & 3;
     float v[8] = {};

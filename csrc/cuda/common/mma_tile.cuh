@@ -1,13 +1,15 @@
-// One row tile (16 rows) of weights, as a warp multiplies it: A fragments from codes, and sums over a few rows of x.
+// The arithmetic of packed tiles on the tensor cores: what a warp does with weights and activations that it can read.
 //
-// The sums are for kernels that take one row tile at a time (matvec.cu takes several). Packed tiles and converted x are
-// in fragment order (quant/layout.cuh, activations.cuh). Knows no kernel and no way of loading.
+//   add_quantized, add_dense   decode (matvec.cu, experts_decode.cu): sums over x for one or more row tiles
+//   f16_fragments              prompts (prefill_tile.cuh): weights as fp16 A fragments
+//
+// Weights lie in the layout of quant/layout.cuh, activations in that of activations.cuh. `lane` is 4g + t.
 #pragma once
 
 #include "quant/types.cuh"
 
-// Where a lane finds its activations in rows by split_item: B fragments of row 8 * tile + g, sums of rows 8 * tile + 2t
-// and the next. Tiles from n_tiles on have no rows.
+// Where a lane finds its activations in rows written by split_item: B fragments of row 8 * tile + g, sums of rows
+// 8 * tile + 2t and the next. Tiles from n_tiles on have no rows.
 template <int kTiles>
 struct SplitRows {
     const uint8_t* rows;
@@ -15,6 +17,7 @@ struct SplitRows {
     uint32_t sums[kTiles][2];
     int n_tiles;
 
+    DEVICE_MEMBER bool exists(int tile) const { return tile == 0 || tile < n_tiles; }
     DEVICE_MEMBER uint4 high(int tile, int block) const { return at(tile, block * 128); }
     DEVICE_MEMBER uint4 low(int tile, int block) const { return at(tile, block * 128 + 64); }
     DEVICE_MEMBER float2 block_sums(int tile, int column, int block) const {
@@ -26,82 +29,114 @@ struct SplitRows {
     }
 };
 
-// One 64-column sub-tile of a quantized type: block by block an exact product of codes, then its scales.
-template <class Q, int kTiles>
-DEVICE void add_quantized(float (&acc)[kTiles][4], const uint8_t* packed_tile, int sub, int x_block0,
-                          const SplitRows<kTiles>& x, int lane) {
-    constexpr int kParts = Q::kScaleK == 16 ? 2 : 1;
-    const auto codes = load_codes<Q>(packed_tile, sub, lane);
-    const auto scales = Q::load_scales(packed_tile, lane);
+// Weights that one bf16 number cannot hold: they become two, high and low.
+template <class Q>
+constexpr bool kTwoTerms = std::is_same_v<Q, F32> || std::is_same_v<Q, F16>;
+
+// A lane's float32 sums by row tile and by tile of 8 rows of x, in the order of mma_bf16.
+template <int kRowTiles, int kTiles>
+using Sums = float[kRowTiles][kTiles][4];
+
+// One 64-column sub-tile of a quantized type: block by block an exact product of codes, then its scales. `packed_tiles`
+// is an array with the address of each row tile's packed tile or, for one row tile, the address itself (an array of one
+// costs the compiler registers). `x_block0` is the k tile's first 32-column block of x. X is SplitRows or a type with
+// the same members.
+template <class Q, int kTiles, int kRowTiles, class W, class X>
+DEVICE void add_quantized(Sums<kRowTiles, kTiles>& acc, W packed_tiles, int sub, int x_block0, const X& x, int lane) {
+    constexpr int kParts = Q::kScaleK == 16 ? 2 : 1, kLoadTiles = kTiles == 8 ? 2 : 4;
+    Codes<Q::kLowBits, Q::kHighBits> codes[kRowTiles];
+    typename Q::Scales scales[kRowTiles];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+        const uint8_t* packed_tile;
+        if constexpr (std::is_same_v<W, const uint8_t*>)
+            packed_tile = packed_tiles;
+        else
+            packed_tile = packed_tiles[i];
+        codes[i] = load_codes<Q>(packed_tile, sub, lane);
+        scales[i] = Q::load_scales(packed_tile, lane);
+    }
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-        asm volatile("" ::: "memory");  // or the loads of both blocks come first, and registers run out
-        uint32_t a[8];
-        float scale[2][2], min[2][2];
-        Q::scales(scales, 2 * sub + b, scale, min);
+        keep_loads_here();  // of both blocks and of all tiles they would be too many
+        uint32_t a[kRowTiles][8];
+        float scale[kRowTiles][2][2], min[kRowTiles][2][2];
 #pragma unroll
-        for (int pair = 0; pair < 8; ++pair) a[pair] = Q::bf16_pair(codes, 8 * b + pair);
+        for (int i = 0; i < kRowTiles; ++i) {
+            Q::scales(scales[i], 2 * sub + b, scale[i], min[i]);
+#pragma unroll
+            for (int pair = 0; pair < 8; ++pair) a[i][pair] = Q::bf16_pair(codes[i], 8 * b + pair);
+        }
         const int x_block = x_block0 + 2 * sub + b;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            if (tile > 0 && tile >= x.n_tiles) break;
+            if (!x.exists(tile)) break;
+            if (kTiles >= 4 && tile % kLoadTiles == 0) keep_loads_here();
             const uint4 high = x.high(tile, x_block), low = x.low(tile, x_block);
-            float d[kParts][4] = {};
-            mma_bf16(d[0], a, low.x, low.y);
-            mma_bf16(d[kParts - 1], a + 4, low.z, low.w);
-            mma_bf16(d[0], a, high.x, high.y);
-            mma_bf16(d[kParts - 1], a + 4, high.z, high.w);
             float2 sums[2];
-            if constexpr (Q::kHasMin)
+            if constexpr (Q::kHasMin) {
                 sums[0] = x.block_sums(tile, 0, x_block), sums[1] = x.block_sums(tile, 1, x_block);
+            }
 #pragma unroll
-            for (int c = 0; c < 4; ++c)
+            for (int i = 0; i < kRowTiles; ++i) {
+                float d[kParts][4] = {};
+                mma_bf16(d[0], a[i], low.x, low.y);
+                mma_bf16(d[kParts - 1], a[i] + 4, low.z, low.w);
+                mma_bf16(d[0], a[i], high.x, high.y);
+                mma_bf16(d[kParts - 1], a[i] + 4, high.z, high.w);
 #pragma unroll
-                for (int j = 0; j < kParts; ++j) {
-                    float& sum = acc[tile][c];
-                    sum = fmaf(scale[j][c >> 1], d[j][c], sum);
-                    if constexpr (Q::kHasMin) {
-                        const float2 s = sums[c & 1];
-                        sum = fmaf(min[j][c >> 1], kParts == 2 ? (j ? s.y : s.x) : s.x + s.y, sum);
+                for (int c = 0; c < 4; ++c) {
+                    float& sum = acc[i][tile][c];
+#pragma unroll
+                    for (int j = 0; j < kParts; ++j) {
+                        sum = fmaf(scale[i][j][c >> 1], d[j][c], sum);
+                        if constexpr (Q::kHasMin) {
+                            const float2 s = sums[c & 1];
+                            const float x_sum = kParts == 2 ? (j ? s.y : s.x) : s.x + s.y;
+                            sum = fmaf(min[i][j][c >> 1], x_sum, sum);
+                        }
                     }
                 }
+            }
         }
     }
 }
 
-// One 64-column k tile of an unquantized type; F32 and F16 as two bf16 terms of the weight.
-template <class Q, int kTiles>
-DEVICE void add_dense(float (&acc)[kTiles][4], const uint8_t* packed_tile, int x_block0, const SplitRows<kTiles>& x,
-                      int lane) {
-    constexpr bool kTwoTerms = !std::is_same_v<Q, BF16>;
-    const auto codes = load_codes<Q>(packed_tile, 0, lane);
+// A fragments of 32-column block b of an unquantized type; F32 and F16 as two bf16 terms of the weight.
+template <class Q>
+DEVICE void dense_fragments(uint32_t (&high)[8], uint32_t (&low)[8], const Codes<Q::kLowBits, 0>& codes, int b) {
 #pragma unroll
-    for (int b = 0; b < 2; ++b) {
-        uint32_t high[8], low[8];
-#pragma unroll
-        for (int pair = 0; pair < 8; ++pair) {
-            if constexpr (kTwoTerms) {
-                float v[2];
-                Q::values(codes, 8 * b + pair, v[0], v[1]);
-                high[pair] = pack_bf16(v[0], v[1]);
-                low[pair] = pack_bf16(v[0] - bf16_low(high[pair]), v[1] - bf16_high(high[pair]));
-            } else {
-                high[pair] = codes.low[8 * b + pair];
-            }
+    for (int pair = 0; pair < 8; ++pair) {
+        if constexpr (kTwoTerms<Q>) {
+            float v[2];
+            Q::values(codes, 8 * b + pair, v[0], v[1]);
+            high[pair] = pack_bf16(v[0], v[1]);
+            low[pair] = pack_bf16(v[0] - bf16_low(high[pair]), v[1] - bf16_high(high[pair]));
+        } else {
+            high[pair] = codes.low[8 * b + pair];
         }
+    }
+}
+
+// The products of such fragments with 32-column block x_block of x.
+template <class Q, int kTiles, int kRowTiles, class X>
+DEVICE void add_dense(Sums<kRowTiles, kTiles>& acc, const uint32_t (&high)[kRowTiles][8],
+                      const uint32_t (&low)[kRowTiles][8], int x_block, const X& x) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            if (tile > 0 && tile >= x.n_tiles) break;
-            const uint4 x_high = x.high(tile, x_block0 + b), x_low = x.low(tile, x_block0 + b);
-            float (&d)[4] = acc[tile];
-            if constexpr (kTwoTerms) {
-                mma_bf16(d, low, x_high.x, x_high.y);
-                mma_bf16(d, low + 4, x_high.z, x_high.w);
+    for (int tile = 0; tile < kTiles; ++tile) {
+        if (!x.exists(tile)) break;
+        const uint4 x_high = x.high(tile, x_block), x_low = x.low(tile, x_block);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+            float (&d)[4] = acc[i][tile];
+            if constexpr (kTwoTerms<Q>) {
+                mma_bf16(d, low[i], x_high.x, x_high.y);
+                mma_bf16(d, low[i] + 4, x_high.z, x_high.w);
             }
-            mma_bf16(d, high, x_low.x, x_low.y);
-            mma_bf16(d, high + 4, x_low.z, x_low.w);
-            mma_bf16(d, high, x_high.x, x_high.y);
-            mma_bf16(d, high + 4, x_high.z, x_high.w);
+            mma_bf16(d, high[i], x_low.x, x_low.y);
+            mma_bf16(d, high[i] + 4, x_low.z, x_low.w);
+            mma_bf16(d, high[i], x_high.x, x_high.y);
+            mma_bf16(d, high[i] + 4, x_high.z, x_high.w);
         }
     }
 }

@@ -1,5 +1,5 @@
-// The PTX instructions that CUDA C++ has no name for, as inline functions: matrix products, asynchronous copies into
-// shared memory, programmatic dependent launch, cache hints. Needs sm_80. Knows no layout, no type and no kernel.
+// The PTX instructions that CUDA C++ has no name for, as inline functions: programmatic dependent launch, asynchronous
+// copies into shared memory, matrix products, packed conversions. Needs sm_80.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -51,16 +51,14 @@ DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- loads with cache hints --------------------------------------------------------------------------------------
+// ---- loads -------------------------------------------------------------------------------------------------------
 
-// 16 bytes that are read once and never written during the kernel: keeps them out of L1.
-DEVICE uint4 load_once(const void* global) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(global));
-    return v;
-}
+// Keeps the compiler from moving loads across this point: hoisted above a loop's first products, they take more
+// registers than there are.
+DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
+
+// Brings the cache line of `global` into L2.
+DEVICE void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ---- matrix products: d[16x8] += a[16x16] b[16x8], float32 accumulators ------------------------------------------
 // With g = lane / 4 and t = lane % 4 (low half of a register first):
@@ -83,13 +81,6 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1)
 // Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
 DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem)
-                 : "memory");
-}
-
-DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(smem)
                  : "memory");

@@ -1,7 +1,7 @@
 // From integer codes to packed bf16 and fp16 numbers, exactly, without conversion instructions.
 //
-// A code below the significand of a power of two ("magic" exponent) is that power plus the code; subtracting power and
-// zero point together leaves the number. Both steps are exact: codes have at most 8 bits. Knows no quant type.
+// A code in the low bits of a power of two's significand makes the number "power plus code"; subtracting the power and
+// the zero point together leaves the code's value. Both steps are exact: codes have at most 8 bits.
 #pragma once
 
 #include "layout.cuh"
@@ -30,7 +30,7 @@ HOST_DEVICE uint32_t both_halves(uint32_t word, int high) {
     return half | half << 16;
 }
 
-// Base of types whose codes are integers c with weight scale * (c - kZero) (+ min). Derived gives code(q, pair).
+// Base of types whose codes are integers c with weight scale * (c - kZero) (+ min). The type gives code(q, pair).
 template <class Q, int kZero>
 struct IntegerCodes {
     // The two numbers of a pair before scaling.

@@ -2,10 +2,10 @@
 //
 // A matrix W [n_out, K] in GGUF blocks is cut into row tiles of 16 rows and k tiles of kTileK columns (64 for types
 // with 32-element blocks and for unquantized ones, 256 for K-quants: whole blocks, so that no scale is stored twice).
-// The packed tile of (row tile s, k tile u) is kPackedTileBytes long and lies at (s * n_k_tiles + u) *
-// kPackedTileBytes: a row tile is one contiguous stream of the bytes its 16 rows have in the file, bit for bit, in
-// another order; padding (zero bits, so zero weights) exists only below the last row and, where K is an odd number of
-// 32-blocks, right of the last column.
+// The packed tile of row tile s and k tile u is kPackedTileBytes long, the (s * n_k_tiles + u)-th of the matrix: a row
+// tile is one contiguous stream of the bytes that its 16 rows have in the file, bit for bit, in another order. Padding
+// (zero bits, so zero weights) exists only below the last row and, where K is an odd number of 32-column blocks, right
+// of the last column.
 //
 // Inside a packed tile: the code planes, then the scales. A plane of kBits holds one kBits-wide part of every code,
 // ordered so that lane l = 4g + t of a warp loads exactly what it needs for A fragments of mma.m16n8k16 in loads of up
@@ -16,7 +16,7 @@
 // that is, register a[2h + r] of product j (of two per block). The columns of a product are a permutation of the
 // mathematical order; activations are stored in the same permutation (see `x_slot`).
 //
-// The layout functions are plain C++ and are tested on the CPU. This file knows no quant type.
+// The layout functions are plain C++ and are tested on the CPU. What differs by type is in the other headers here.
 #pragma once
 
 #include <stdint.h>
@@ -115,9 +115,9 @@ struct Plane {
 
 // ---- raw GGUF blocks ---------------------------------------------------------------------------------------------
 
-// The rows of one row tile in GGUF order, from block `block0` on.
+// The up to 16 rows of a row tile in GGUF order, from some block of each row on.
 struct RawRowTile {
-    const uint8_t* rows;  // first block of row 0 of the row tile
+    const uint8_t* rows;  // that block of the first row
     int64_t row_bytes;
     int n_rows;    // rows that exist, at most 16
     int n_blocks;  // blocks that exist, from rows on
@@ -137,7 +137,7 @@ HOST_DEVICE uint32_t pad_u8(const uint8_t* block, int offset) { return block ? b
 HOST_DEVICE uint32_t pad_u16(const uint8_t* block, int offset) { return block ? raw_u16(block + offset) : 0u; }
 HOST_DEVICE uint32_t pad_u32(const uint8_t* block, int offset) { return block ? raw_u32(block + offset) : 0u; }
 
-// Word `index` of the packed tile of type Q that holds the k tile at the start of `raw`.
+// Word `index` of the packed tile of type Q that the first k tile of `raw` becomes.
 template <class Q>
 HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
     const int offset = index * 4;
@@ -159,7 +159,7 @@ HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
     return Q::scale_word(raw, (offset - Q::kScaleOffset) / 4);
 }
 
-// Sizes of a packed tile: what every type derives from its bits.
+// Sizes of a packed tile, from what the format defines: base of every type.
 template <int kTileK_, int kBlockK_, int kBlockBytes_, int kLowBits_, int kHighBits_>
 struct PackedTile {
     static constexpr int kTileK = kTileK_;

@@ -1,13 +1,19 @@
 // All matrix types, and what kernels ask of a type beyond its header.
 //
 // A type gives (static members):
-//   PackedTile<...>             sizes; raw_code, scale_word: from GGUF blocks to the packed tile
-//   values(codes, pair)     the two numbers of a pair, before scales, in float32, exact
-//   quantized types:        Scales, load_scales, scales(s, block, scale[j][r], min[j][r]) for 32-column block `block`
-//   of
-//                           the k tile: j the half of the block (only 0 where kScaleK is 32), r the row g + 8r
-//                           bf16_pair, f16_pair: the unscaled pair, packed, exact
-//                           with kHalfScale: half_scale (and half_min) as packed fp16, exact
+//   PackedTile<...>           sizes of its packed tile
+//   raw_code, scale_word      from GGUF blocks to the packed tile
+//   values(codes, pair)       the two numbers of a pair, before scales, in float32, exact
+// a row-scaled type (kRowScaled) also:
+//   raw_exponent(block)       a biased float32 exponent, at least that of the block's largest magnitude
+// a quantized type also:
+//   kScaleK, kHasMin          columns of one scale (16 or 32), whether a minimum is added
+//   Scales, load_scales       what a lane needs of the scales of a packed tile
+//   scales(s, block, scale[j][r], min[j][r])
+//                             of 32-column block `block` of the k tile; j: half of the block (only 0 where kScaleK is
+//                             32), r: row g + 8r
+//   bf16_pair, f16_pair       the unscaled pair, packed, exact
+//   half_scale, half_min      with kHalfScale: the scale (and minimum) as packed fp16, exact
 #pragma once
 
 #include <type_traits>
@@ -23,18 +29,27 @@
 #include "q8_0.cuh"
 
 // X(Type, name in kernel names)
-#define FOR_EACH_TYPE(X)                                                                                            \
-    X(F32, f32)                                                                                                     \
-    X(F16, f16)                                                                                                     \
-    X(BF16, bf16)                                                                                                   \
-    X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q5_0, q5_0) X(Q5_1, q5_1) X(Q8_0, q8_0) X(Q2_K, q2_k) X(Q3_K, q3_k) X(Q4_K, q4_k) \
-        X(Q5_K, q5_k) X(Q6_K, q6_k) X(MXFP4, mxfp4)
+#define FOR_EACH_TYPE(X) \
+    X(F32, f32)          \
+    X(F16, f16)          \
+    X(BF16, bf16)        \
+    X(Q4_0, q4_0)        \
+    X(Q4_1, q4_1)        \
+    X(Q5_0, q5_0)        \
+    X(Q5_1, q5_1)        \
+    X(Q8_0, q8_0)        \
+    X(Q2_K, q2_k)        \
+    X(Q3_K, q3_k)        \
+    X(Q4_K, q4_k)        \
+    X(Q5_K, q5_k)        \
+    X(Q6_K, q6_k)        \
+    X(MXFP4, mxfp4)
 
 template <class Q>
 constexpr bool kDense = std::is_same_v<Q, F32> || std::is_same_v<Q, F16> || std::is_same_v<Q, BF16>;
 
-// Types whose weights may lie outside the range of fp16. After their packed tiles comes one float32 per row (whole row
-// tiles), a power of two: the prompt kernel multiplies fp16(w / row scale) and scales the result back.
+// Types whose weights may lie outside the range of fp16. After a matrix's packed tiles comes one float32 per row (of
+// whole row tiles), a power of two: prompts multiply fp16(w / row scale) and scale the result back.
 template <class Q>
 constexpr bool kRowScaled = std::is_same_v<Q, F32> || std::is_same_v<Q, BF16> || std::is_same_v<Q, MXFP4>;
 
@@ -46,3 +61,22 @@ HOST_DEVICE uint32_t row_scale_bits(int max_exponent) {
 }
 // Bits of 1 / scale for a power of two.
 HOST_DEVICE uint32_t inverse_bits(uint32_t scale_bits) { return (254u << 23) - scale_bits; }
+
+#ifdef __CUDACC__
+
+// The two weights of a lane's `pair` of sub-tile `sub`, bit for bit what the format defines: scale * code, then + min,
+// each rounded to float32 by itself (never contracted).
+template <class Q, class C>
+DEVICE void exact_weights(float& low, float& high, const C& codes, const uint8_t* packed_tile, int sub, int pair,
+                          int lane) {
+    Q::values(codes, pair, low, high);
+    if constexpr (!kDense<Q>) {
+        float scale[2][2], min[2][2];
+        Q::scales(Q::load_scales(packed_tile, lane), 2 * sub + (pair >> 3), scale, min);
+        const int j = Q::kScaleK == 16 ? (pair >> 2) & 1 : 0;
+        low = __fmul_rn(scale[j][pair & 1], low), high = __fmul_rn(scale[j][pair & 1], high);
+        if constexpr (Q::kHasMin) low = __fadd_rn(low, min[j][pair & 1]), high = __fadd_rn(high, min[j][pair & 1]);
+    }
+}
+
+#endif

@@ -1,14 +1,16 @@
-// Raw GGUF blocks to float32, every type, bit for bit what the format defines (products and sums rounded one by one,
-// in the order of the formula; never contracted).
+// Raw GGUF blocks to float32, every type, bit for bit what the format defines: products and sums rounded one by one, in
+// the order of the formula, never contracted. The engine never does this to a matrix; the tests do, to hold raw_code
+// and the formulas in csrc/cuda/quant against the gguf package.
 //
-// dequant_<type>(DequantParams): one thread per element, any grid (the elements are strided over).
-#include "params/dequant_params.h"
+// dequant_<type>(DequantParams): a thread per element, any grid (it strides over the elements). Reads every block
+// several times, mostly from L1, and writes 4 bytes per element.
+#include "dequant_params.h"
 #include "quant/types.cuh"
 
 DEVICE float half_at(const uint8_t* p) { return half_float(raw_u16(p)); }
 DEVICE float scaled(float scale, int q) { return __fmul_rn(scale, static_cast<float>(q)); }
 
-// Element k of `block`: code * scale (+ min); the formulas are in the types' headers.
+// Element k of block `b`: code * scale (+ min); the formulas are in the types' headers.
 template <class Q>
 DEVICE float raw_value(const uint8_t* b, int k) {
     const int q = static_cast<int>(Q::raw_code(b, k));
