@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -163,7 +164,7 @@ def _check_same_vocabulary(a: ModelFile, b: ModelFile, different: Callable[..., 
         raise different(f"{f.name} of the vocabulary", in_a, in_b)
 
 
-def _short(value: object) -> str:
+def _short(value: Any) -> str:
     if isinstance(value, arch.Arch):
         return value.name
     text = repr(value)
