@@ -3,6 +3,7 @@
 # Links in build/types say it; the paths that are printed are those of the source tree. The rest is in pyproject.toml.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ -x .venv/bin/mypy ] || { echo "mypy is not in .venv: make lint installs it" >&2; exit 1; }
 names=build/types/worker_orcd
 rm -rf "$names"
 mkdir -p "$names"
