@@ -42,8 +42,9 @@ def talk(*frames: dict[str, Any]) -> list[dict[str, Any]]:
     for frame in frames:
         renderer.write_frame(said, frame)
     done = subprocess.run(
-        [sys.executable, "-P", renderer.__file__], input=said.getvalue(), capture_output=True, timeout=60, check=True
-    )
+        # by its name, by which coverage knows it
+        [sys.executable, "-m", "worker_orcd.chat.renderer"], input=said.getvalue(), capture_output=True, timeout=60,
+        check=True)  # fmt: skip
     assert done.stderr == b""
     answers, stream = [], io.BytesIO(done.stdout)
     while (answer := renderer.read_frame(stream)) is not None:
