@@ -14,10 +14,11 @@ BIN := .venv/bin
 WHEELS := build/wheel
 # the tree holds no compiled modules: nothing may import the package from here
 export PYTHONSAFEPATH := 1
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml tools/build_cuda.py \
   $(shell find csrc pyx worker_orcd wsgi -type f ! -name '*.so' ! -path '*/fatbins/*' ! -path '*/__pycache__/*')
 INSTALLED := .venv/.installed$(if $(WORKER_ORCD_CUDA_ARCHS),-$(WORKER_ORCD_CUDA_ARCHS))
+# what clang-format looks at
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help serve test test-gpu bench lint format sanitize sanitize-cpu wheel install clean
 .DELETE_ON_ERROR:
