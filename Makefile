@@ -17,8 +17,10 @@ export PYTHONSAFEPATH := 1
 SOURCES := setup.py pyproject.toml tools/build_cuda.py tools/gen_params.py \
   $(shell find csrc pyx worker_orcd wsgi -type f ! -name '*.so' ! -path '*/fatbins/*' ! -path '*/__pycache__/*')
 INSTALLED := .venv/.installed$(if $(WORKER_ORCD_CUDA_ARCHS),-$(WORKER_ORCD_CUDA_ARCHS))
+# what clang-format looks at
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help serve test test-gpu bench lint sanitize sanitize-cpu wheel install clean
+.PHONY: help serve test test-gpu bench lint format sanitize sanitize-cpu wheel install clean
 .DELETE_ON_ERROR:
 
 help: ## what can be made
@@ -33,8 +35,11 @@ serve: $(INSTALLED) ## install, fetch the demo model if no MODEL is given, serve
 	  else device=cpu; echo "There is no usable GPU here: serving on the CPU (--device cpu)." >&2; fi; fi; \
 	exec $(BIN)/worker-orcd serve --model "$$model" --device "$$device" --port $(PORT) --print-curl $(ARGS)
 
-test: $(INSTALLED) .venv/.tested ## the tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+# a part of the tests, ARGS="tests/chat", runs a part of the lines: only all of them are measured
+test: $(INSTALLED) .venv/.tested ## the tests that need no GPU, and how much of the package they run
+	@rm -rf build/coverage
+	$(BIN)/python -m pytest -m "not gpu" $(or $(ARGS),--cov --cov-report=)
+	@$(if $(ARGS),,$(BIN)/python tools/coverage_by_room.py)
 
 test-gpu: $(INSTALLED) .venv/.tested ## the tests that need a GPU
 	WORKER_ORCD_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
@@ -43,8 +48,19 @@ bench: $(INSTALLED) ## prefill and decode speed of MODEL (default: the demo mode
 	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/worker-orcd demo-model); \
 	exec $(BIN)/worker-orcd bench --model "$$model" $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-lint: .venv/.tested ## ruff over everything
-	$(BIN)/ruff check .
+lint: .venv/.tested ## ruff, mypy, clang-format and cython-lint: all that they find, changing nothing
+	@failed=; run() { echo "$$1"; "$${@:2}" || failed="$$failed $$1,"; }; \
+	run "ruff check" $(BIN)/ruff check .; \
+	run "ruff format" $(BIN)/ruff format --check .; \
+	run "mypy" tools/check_types.sh; \
+	run "clang-format" $(BIN)/clang-format --dry-run --Werror $(CPP); \
+	PATH="$(CURDIR)/$(BIN):$$PATH" run "cython-lint" cython-lint pyx; \
+	[ -z "$$failed" ] || { echo "Not clean:$${failed%,} (make format writes what can be written)." >&2; exit 1; }
+
+format: .venv/.tested ## write Python, C++ and CUDA in the tree's format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 sanitize: $(INSTALLED) .venv/.tested ## compute-sanitizer's four tools over the GPU tests
 	tools/sanitize_gpu.sh $(ARGS)
@@ -77,7 +93,8 @@ $(INSTALLED): .venv/.python $(SOURCES)
 
 .venv/.tested: .venv/.python pyproject.toml
 	@echo "Installing the test tools." >&2
-	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' \
-	  > .venv/test-requirements.txt
-	@$(BIN)/pip install -q --disable-pip-version-check -r .venv/test-requirements.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*p["dependencies"], *p["optional-dependencies"]["test"], sep="\n")' > .venv/test-requirements.txt
+	@$(BIN)/pip install -q --disable-pip-version-check -r .venv/test-requirements.txt || \
+	  { echo "The test tools could not be installed (the extra \"test\" of pyproject.toml)." >&2; exit 1; }
 	@touch $@

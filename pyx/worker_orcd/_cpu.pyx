@@ -1,12 +1,12 @@
 # cython: language_level=3, boundscheck=True, wraparound=False
 """The CPU engine: lowers a plan to flat C structs once, then runs steps in C++ with the GIL released.
 
-Implements `worker_orcd.engine.protocol.Engine`. Weights are read where they lie, in the mapping of the model file; vectors are
-widened to float32. Everything that comes from Python is checked here or in the C++ `prepare`, so that no call can take
-the process down. Knows no tokenizer, no scheduler and no HTTP.
+Implements `worker_orcd.engine.protocol.Engine`. Weights are read where they lie, in the mapping of the model file;
+vectors are widened to float32. Everything that comes from Python is checked here or in the C++ `prepare`, so that no
+call can take the process down. Knows no tokenizer, no scheduler and no HTTP.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from posix.unistd cimport getpid
@@ -335,7 +335,6 @@ cdef class CpuEngine:
         if stop_after is not None and stop_after not in self.op_index:
             raise InternalError(f"the plan has no op {stop_after!r}", field="stop_after")
         self._prepare_batch(batch)
-        cdef Py_ssize_t n_out = len(batch.output_indices)
         cdef int32_t n_ops = self.engine.n_ops() if stop_after is None else self.op_index[stop_after] + 1
         cdef int32_t buffer = self.buffer_index["logits"] if stop_after is None else self.op_buffer[stop_after]
         cdef Py_ssize_t rows = self.engine.buffer_rows(buffer)
@@ -357,8 +356,8 @@ cdef class CpuEngine:
     def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control):
         """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
 
-        See `worker_orcd.engine.protocol.Engine.decode`. At least one step runs. A token of -1 (nothing to draw from, see
-        `step`) also ends the call at that step; it goes into the result and not into the ring.
+        See `worker_orcd.engine.protocol.Engine.decode`. At least one step runs. A token of -1 (nothing to draw from,
+        see `step`) also ends the call at that step; it goes into the result and not into the ring.
 
         Raises:
             as `step`; the positions and blocks of all `n_steps` steps are checked before the first.

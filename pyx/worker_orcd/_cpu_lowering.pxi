@@ -104,7 +104,10 @@ cdef class _Lowering:
         """Fill `op` from an op of the plan."""
         cdef double[::1] inv_freq
         kind, plan = type(r).__name__, self.plan
-        rows = lambda v: plan.buffers[v.buf].rows if v.buf in plan.buffers else None
+
+        def rows(v):
+            return plan.buffers[v.buf].rows if v.buf in plan.buffers else None
+
         if kind == "Embed":
             op.kind = OpKind.kEmbed
             n_embd = plan.weights[r.weight].shape[0]
@@ -134,13 +137,15 @@ cdef class _Lowering:
             same = (r.inp, r.out)
         elif kind == "Rope":
             op.kind = OpKind.kRope
-            self.require(r.rope_type in ("interleaved", "neox") and r.n_rot == 2 * len(r.inv_freq) and 0 < r.n_rot <= r.head_dim
-                         and len(r.inv_freq_long) in (0, len(r.inv_freq)),
+            self.require(r.rope_type in ("interleaved", "neox") and r.n_rot == 2 * len(r.inv_freq)
+                         and 0 < r.n_rot <= r.head_dim and len(r.inv_freq_long) in (0, len(r.inv_freq)),
                          f"{r.name}: {r.rope_type}, {r.n_rot} of {r.head_dim}")
             op.inp = self.view(r.x, r.n_head * r.head_dim, r.name)
-            op.n_head, op.head_dim, op.n_rot, op.interleaved = r.n_head, r.head_dim, r.n_rot, r.rope_type == "interleaved"
+            op.n_head, op.head_dim, op.n_rot = r.n_head, r.head_dim, r.n_rot
+            op.interleaved = r.rope_type == "interleaved"
             inv_freq = np.array(r.inv_freq + r.inv_freq_long, np.float64)
-            op.rope_table = self.engine.add_rope_table(&inv_freq[0], r.n_rot // 2, 2 if r.inv_freq_long else 1, r.mscale)
+            n_sets = 2 if r.inv_freq_long else 1
+            op.rope_table = self.engine.add_rope_table(&inv_freq[0], r.n_rot // 2, n_sets, r.mscale)
             same = (r.x,)
         elif kind == "KvWrite" or kind == "Attention":
             self.require(0 <= r.layer < plan.n_layer and r.n_head_kv == plan.n_head_kv and r.head_dim == plan.head_dim,

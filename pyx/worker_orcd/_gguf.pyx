@@ -2,9 +2,9 @@
 """GGUF files: mapped read-only, parsed with bounds checked in one place, tensors as zero-copy views.
 
 What it is for: everything that reads a model starts here, and a model file is untrusted input. The parse and all its
-size arithmetic are C++ (csrc/host/gguf.h); this module maps the file (csrc/host/mapping.h: a cut file is an error, no SIGBUS),
-turns the result into Python objects, and decodes metadata when somebody asks. It must not know: CUDA, NumPy, what a
-key or a tensor means.
+size arithmetic are C++ (csrc/host/gguf.h); this module maps the file (csrc/host/mapping.h: a cut file is an error, no
+SIGBUS), turns the result into Python objects, and decodes metadata when somebody asks. It does not know what a key or a
+tensor means.
 """
 
 import os
@@ -160,7 +160,8 @@ class TensorInfo:
         self.nbytes = nbytes
 
     def __repr__(self) -> str:
-        return f"TensorInfo({self.name!r}, {self.shape}, type {self.type_id}, offset {self.offset}, {self.nbytes} bytes)"
+        return (f"TensorInfo({self.name!r}, {self.shape}, type {self.type_id}, offset {self.offset}, "
+                f"{self.nbytes} bytes)")
 
 
 cdef object _number(const uint8_t* p, uint32_t type):
@@ -233,11 +234,11 @@ cdef class Metadata:
 
     cdef list nested(self, str key, Value* v, uint64_t limit):
         """An array of arrays; its inner headers are read again, so they are checked again."""
-        cdef uint64_t i, at = v.offset, count, start, step
+        cdef uint64_t _, at = v.offset, count, step
         cdef uint32_t elem
         cdef const uint8_t* base = self.mapping.base
         cdef list out = []
-        for i in range(min(v.count, limit)):
+        for _ in range(min(v.count, limit)):
             if v.end - at >= 12:
                 memcpy(&elem, base + at, 4)
                 memcpy(&count, base + at + 4, 8)
@@ -455,7 +456,8 @@ cdef class GgufFile:
             raise ModelLoadError(f"was cut from {self.size} to {now.st_size} bytes while it was open", self.path,
                                  now.st_size)
         if self.mapping.was_cut():
-            raise ModelLoadError("could not be read everywhere: it was cut while it was open, or its disk fails", self.path)
+            reason = "could not be read everywhere: it was cut while it was open, or its disk fails"
+            raise ModelLoadError(reason, self.path)
         if now.st_size != self.size or now.st_mtime_ns != self.stat.st_mtime_ns:
             raise ModelLoadError("was written to while it was open", self.path)
         if not same_path:

@@ -13,7 +13,7 @@ cdef extern from "host/spm_bpe.h" namespace "worker_orcd" nogil:
         SpmVocab() except +
         void build(const char *blob, const uint32_t *offsets, const float *scores, size_t n_vocab) except +
     void spm_merge(const SpmVocab &vocab, const char *text, size_t n_bytes, const int32_t *byte_ids,
-                     int32_t unk_id, vector[int32_t] &out) except +
+                   int32_t unk_id, vector[int32_t] &out) except +
 
 #: pieces are linked by 32-bit indices
 cdef enum: MAX_BYTES = 1 << 30

@@ -14,7 +14,7 @@ from helpers.gguf_forge import I32, STR, U32, Forge
 
 from worker_orcd.chat import template as chat
 from worker_orcd.chat.template import ChatTemplate
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import InternalError, InvalidRequest
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -231,6 +231,17 @@ def test_time_memory_and_output_are_limited(source, says):  # C2
 )  # fmt: skip
 def test_errors_of_a_template_are_one_line(source, says):
     assert says in refused(source)
+
+
+def test_an_answer_that_takes_too_long_is_one_error(monkeypatch):
+    monkeypatch.setattr(chat, "WALL_SECONDS", 0.1)
+    assert "did not finish within 0.1 s" in refused("{% for i in range(10 ** 9) %}{% endfor %}")
+
+
+def test_a_process_that_cannot_be_started_is_an_error_of_ours(monkeypatch, tmp_path):
+    monkeypatch.setattr(chat.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(InternalError, match=r"cannot be started: .*No such file"):
+        template("text").render(HELLO)
 
 
 def test_helpers_templates_expect():

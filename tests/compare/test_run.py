@@ -175,6 +175,20 @@ def test_unreadable_prompt_files(tmp_path):
         read_targets(tmp_path / "latin")
     with pytest.raises(InvalidRequest, match="directory"):
         read_prompts(tmp_path)
+    (tmp_path / "blank").write_bytes(b"\n\n")
+    with pytest.raises(InvalidRequest, match="no target string"):
+        read_targets(tmp_path / "blank")
+
+
+def test_prompt_files_have_limits(monkeypatch, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("one\ntwo\nthree\n")
+    monkeypatch.setattr("worker_orcd.compare.prompts.MAX_PROMPTS", 2)
+    with pytest.raises(InvalidRequest, match="more than 2 prompts"):
+        read_prompts(path)
+    monkeypatch.setattr("worker_orcd.compare.prompts.MAX_FILE_BYTES", 13)
+    with pytest.raises(InvalidRequest, match="larger than 13 bytes"):
+        read_prompts(path)
 
 
 # -- one model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,42 @@ def test_a_look_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(doctor, "_driver", broken)
     assert any("no /proc here" in f.detail and f.status == "warn" for f in doctor.check())
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    def version(name: str) -> str:
+        if name == "falcon":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name.endswith("._engine") else name)
+    libraries = [f for f in doctor.check() if f.name == "libraries"]
+    assert [f.status for f in libraries] == ["ok", "missing"] and libraries[1].advice == "pip install falcon"
+    modules = [f for f in doctor.check() if f.name == "compiled modules"]
+    assert [f.status for f in modules] == ["ok", "missing"] and modules[1].detail == "_engine (the CUDA engine)"
+
+
+def test_no_kernels(monkeypatch: pytest.MonkeyPatch):
+    assert pretend(monkeypatch, images={}, gpus=[H100])["GPU kernels"].status == "missing"
+    assert not doctor.has_gpu()
+
+
+@pytest.mark.parametrize("answer", [OSError("no processes left"), subprocess.TimeoutExpired("python", 60), "no JSON"])
+def test_a_driver_that_does_not_answer_is_no_driver(answer: Exception | str, monkeypatch: pytest.MonkeyPatch):
+    def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+        if isinstance(answer, Exception):
+            raise answer
+        return subprocess.CompletedProcess([], -11, answer, "")
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    found = by_name(doctor.check())["NVIDIA driver"]
+    assert found.status == "missing" and "asking it failed" in found.detail
+
+
+def test_as_a_program_it_tells_whether_there_is_a_gpu():
+    done = subprocess.run([sys.executable, "-m", "worker_orcd.diagnose.doctor"], check=False, timeout=120)
+    assert done.returncode == (0 if doctor.has_gpu() else 1)
 
 
 def test_demo_model_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

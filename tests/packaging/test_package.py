@@ -77,6 +77,7 @@ def test_the_installed_package_is_whole():
     assert installed == set(modules), "a module is installed that the tree does not hold"
     compiled = sorted(p.stem for p in (ROOT / "pyx" / "worker_orcd").glob("_*.pyx"))
     assert sorted(p.name for p in package.glob("*.so")) == [f"{name}.abi3.so" for name in compiled]
+    assert sorted(p.stem for p in package.glob("*.pyi")) == compiled
     kernels = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
     fatbins = sorted(p.stem for p in (package / "fatbins").glob("*.fatbin"))
     assert fatbins == kernels

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Library
 from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import quants
+from worker_orcd.tokenizer import metadata
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
@@ -442,6 +443,16 @@ def test_config_beside_names_special_tokens_and_template(tmp_path):
     assert tokenizer.chat_template == "{{ 'a' }}"
     (tmp_path / "chat_template.jinja").write_text("{{ 'b' }}")
     assert Tokenizer.from_file(tmp_path).apply_chat([{"role": "user", "content": "x"}]) == [4, 1]
+
+
+def test_damaged_template_beside_is_one_error(tmp_path):
+    _library().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ModelLoadError, match=r"chat_template\.jinja: is not UTF-8: .* \(at byte 3\)"):
+        Tokenizer.from_file(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"a" * (metadata.MAX_TEMPLATE_CHARS + 1))
+    with pytest.raises(ModelLoadError, match="the chat template has 1048577 characters, limit 1048576"):
+        Tokenizer.from_file(tmp_path)
 
 
 def test_ids_with_gaps_are_counted(tmp_path):

@@ -17,18 +17,23 @@ import json
 import resource
 import signal
 import sys
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar
 
 import jinja2
 import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+T = TypeVar("T")
 
 
 def read_frame(stream: BinaryIO) -> dict[str, Any] | None:
     """The next frame, or None where the other side has closed."""
     head = stream.read(4)
     body = stream.read(int.from_bytes(head, "big")) if len(head) == 4 else b""
-    return json.loads(body) if body else None
+    frame: dict[str, Any] | None = json.loads(body) if body else None
+    return frame
 
 
 def write_frame(stream: BinaryIO, frame: dict[str, Any]) -> None:
@@ -48,7 +53,7 @@ def strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None,
            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
     """JSON as it is, where jinja2's own filter would escape it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -93,7 +98,7 @@ class Renderer:
         self._tokens = {"bos_token": setup["bos_token"], "eos_token": setup["eos_token"]}
         self._template = self.limited(lambda: environment().from_string(setup["template"]))
 
-    def limited(self, work: Any) -> Any:
+    def limited(self, work: Callable[[], T]) -> T:
         """Run `work` under the timer: where it runs out, SIGPROF ends this process."""
         signal.setitimer(signal.ITIMER_PROF, self._cpu_seconds)
         try:

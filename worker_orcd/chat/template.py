@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from worker_orcd.errors import InternalError, InvalidRequest
 
@@ -98,14 +98,15 @@ class ChatTemplate:
 
     def _check(self, process: _Process, answer: dict[str, Any]) -> str:
         if "text" in answer:
-            return answer["text"]
+            text: str = answer["text"]
+            return text
         if not process.alive:
             self._process = None
         reason = " ".join(answer["error"].split())
         raise InvalidRequest(f"the chat template of {self._path} {reason}", field="messages")
 
 
-def _checked(messages: Any) -> list[dict[str, Any]]:
+def _checked(messages: object) -> list[dict[str, Any]]:
     """The messages as plain JSON values, or InvalidRequest naming what is wrong with which."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise InvalidRequest("messages must be a non-empty list", field="messages")
@@ -126,7 +127,7 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
     return out
 
 
-def _plain(value: Any, where: str, depth: int) -> Any:
+def _plain(value: object, where: str, depth: int) -> Any:
     if depth == 0:
         raise InvalidRequest(f"{where} is nested more than {MAX_DEPTH} levels deep", field=where)
     if isinstance(value, str):
@@ -181,7 +182,9 @@ class _Process:
             )  # fmt: skip
         except OSError as e:
             raise InternalError(f"the process that renders chat templates cannot be started: {e}") from None
-        self._end = weakref.finalize(self, _end, self._process, self.owner)
+        # both are there: they were asked for
+        self._stdin, self._stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+        self._end = weakref.finalize(self, _end, self._process, (self._stdin, self._stdout), self.owner)
 
     @property
     def alive(self) -> bool:
@@ -192,10 +195,11 @@ class _Process:
         """Send a frame and wait for its answer; `{"error": ...}` also where the process ended over it."""
         body = json.dumps(frame, ensure_ascii=False).encode()
         try:
-            self._process.stdin.write(len(body).to_bytes(4, "big") + body)
-            self._process.stdin.flush()
+            self._stdin.write(len(body).to_bytes(4, "big") + body)
+            self._stdin.flush()
             deadline = time.monotonic() + WALL_SECONDS
-            return json.loads(self._read(int.from_bytes(self._read(4, deadline), "big"), deadline))
+            answer: dict[str, Any] = json.loads(self._read(int.from_bytes(self._read(4, deadline), "big"), deadline))
+            return answer
         except TimeoutError:
             self._end()
             return {"error": f"did not finish within {WALL_SECONDS:g} s"}
@@ -206,7 +210,7 @@ class _Process:
             return {"error": f"ended the process that renders it (status {self._process.returncode})"}
 
     def _read(self, n_bytes: int, deadline: float) -> bytes:
-        fd, out = self._process.stdout.fileno(), bytearray()
+        fd, out = self._stdout.fileno(), bytearray()
         poll = select.poll()  # select() fails on file numbers from 1024 on, which a busy server has
         poll.register(fd, select.POLLIN)
         while len(out) < n_bytes:
@@ -219,12 +223,12 @@ class _Process:
         return bytes(out)
 
 
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+def _end(process: subprocess.Popen[bytes], pipes: tuple[IO[bytes], ...], owner: int) -> None:
     """Close the pipes and reap the process, in the process that started it only."""
     if os.getpid() != owner:
         return
     process.kill()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in pipes:
         try:
             pipe.close()
         except OSError:  # what could not be flushed is of no use to a process that ended

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: rows worked on together: with 200,000 columns of float64 about 25 MB for each temporary
 _ROWS: Final = 16
@@ -48,9 +49,10 @@ def logit_distance(a: np.ndarray, b: np.ndarray) -> LogitDistance:
     return LogitDistance(relative, np.maximum(kl_ab, 0.0), np.maximum(kl_ba, 0.0), same)
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
+def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     x = x - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    log_p: NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return log_p
 
 
 def activation_distance(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from worker_orcd.config import MAX_PROMPT_CHARS
 from worker_orcd.errors import InvalidRequest
@@ -114,7 +114,7 @@ def _parse_json(line: str, where: str) -> Prompt:
     raise _bad(f"{where}: prompt must be text or a list of token ids, and not empty")
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 

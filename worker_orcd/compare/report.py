@@ -169,7 +169,8 @@ class Report:
             "version": worker_orcd.__version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return _finite({**head, **asdict(self), "checks": checks})
+        finite: dict[str, Any] = _finite({**head, **asdict(self), "checks": checks})
+        return finite
 
     def to_json(self) -> str:
         """The report as one JSON object, a key a line."""
@@ -180,7 +181,7 @@ class Report:
         return "\n".join([*_head(self), *_numbers(self), *_rates(self), *_layers(self), *_prompts(self)]) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

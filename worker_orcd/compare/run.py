@@ -34,6 +34,7 @@ from worker_orcd.runtime import devices
 from worker_orcd.runtime.llm import LLM
 from worker_orcd.serving.job import Completion
 from worker_orcd.tokenizer import metadata
+from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 #: sequences that decode together
 _MAX_SEQS = 8
@@ -119,7 +120,7 @@ def check_same_model(a: ModelFile, b: ModelFile, own_vocabulary: bool = True) ->
         own_vocabulary: look at the vocabularies too.
     """
 
-    def different(what: str, in_a: Any, in_b: Any) -> ModelLoadError:
+    def different(what: str, in_a: object, in_b: object) -> ModelLoadError:
         return ModelLoadError(
             f"is not the model of {a.path}: {what} is {_short(in_b)} here and {_short(in_a)} there", b.path, field=what
         )
@@ -214,13 +215,14 @@ def _run(
 def _ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:
     if prompt.text is None:
         return list(prompt.ids)
-    if llm.tokenizer is None:
+    tokenizer: Tokenizer | None = llm.tokenizer
+    if tokenizer is None:
         raise InvalidRequest(
             f"the prompt of line {prompt.line} is text, but the model has no tokenizer", field="prompts"
         )
     if chat:
-        return llm.tokenizer.apply_chat([{"role": "user", "content": prompt.text}])
-    return llm.tokenizer.encode(prompt.text)
+        return tokenizer.apply_chat([{"role": "user", "content": prompt.text}])
+    return tokenizer.encode(prompt.text)
 
 
 def _layers(
@@ -329,8 +331,10 @@ def _report(
 
 def _rate(results: list[PromptResult], hit: Callable[[PromptResult, Findings], bool | None]) -> Rate | None:
     """How often there is a hit; a prompt for which `hit` is None does not count. None: it was looked for nowhere."""
-    pairs = [(hit(r, r.found_a), hit(r, r.found_b)) for r in results if r.found_a is not None and r.found_b is not None]
-    pairs = [pair for pair in pairs if None not in pair]
+    looked = [
+        (hit(r, r.found_a), hit(r, r.found_b)) for r in results if r.found_a is not None and r.found_b is not None
+    ]
+    pairs = [(a, b) for a, b in looked if a is not None and b is not None]
     n = len(pairs)
     if n == 0:
         return None

@@ -12,6 +12,7 @@ This module knows no kernel, no pointer and no compiled code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from worker_orcd.models.ops import Add, ExpertMatMul, KvWrite, MatMul, Op, Rope, View
 from worker_orcd.models.plan import Plan
@@ -58,23 +59,23 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
         op = ops[i]
         if isinstance(op, MatMul):
             group = [op]
-            while len(group) < max_group and i + len(group) < len(ops) and _joins(plan, op, ops[i + len(group)]):
-                group.append(ops[i + len(group)])
-            i += len(group)
-            after = ops[i] if i < len(ops) else None
-            alone = len(group) == 1 and isinstance(after, Add) and after.inp == op.out
-            if alone and not _read_again(ops, i + 1, op.out):
-                into = MatMul(op.name, op.weight, op.bias, op.inp, after.out)
+            i += 1
+            while len(group) < max_group and i < len(ops) and _joins(after := ops[i], plan, op):
+                group.append(after)
+                i += 1
+            added = ops[i] if len(group) == 1 and i < len(ops) else None
+            if isinstance(added, Add) and added.inp == op.out and not _read_again(ops, i + 1, op.out):
+                into = MatMul(op.name, op.weight, op.bias, op.inp, added.out)
                 out.append(MatMulGroup(op.name, (into,), op.inp, residual=True))
                 i += 1
             else:
                 out.append(MatMulGroup(op.name, tuple(group), op.inp))
         elif isinstance(op, ExpertMatMul):
-            pair = ops[i : i + 2] if i + 1 < len(ops) and _pairs(plan, op, ops[i + 1]) else (op,)
-            out.append(ExpertGroup(op.name, tuple(pair)))
+            pair = (op, other) if i + 1 < len(ops) and _pairs(other := ops[i + 1], plan, op) else (op,)
+            out.append(ExpertGroup(op.name, pair))
             i += len(pair)
-        elif [type(o) for o in ops[i : i + 3]] == [Rope, Rope, KvWrite]:
-            out.append(RopeKv(ops[i + 2].name, op, ops[i + 1], ops[i + 2]))
+        elif (found := _rotations(ops[i : i + 3])) is not None:
+            out.append(found)
             i += 3
         elif isinstance(op, KvWrite):
             out.append(RopeKv(op.name, None, None, op))
@@ -92,7 +93,15 @@ def _alone(op: Op) -> Op:
     return ExpertGroup(op.name, (op,)) if isinstance(op, ExpertMatMul) else op
 
 
-def _pairs(plan: Plan, first: ExpertMatMul, op: Op) -> bool:
+def _rotations(ops: tuple[Op, ...]) -> RopeKv | None:
+    """Rotation of q, of k and the cache write as one, where `ops` are these."""
+    match ops:
+        case (Rope() as q, Rope() as k, KvWrite() as kv):
+            return RopeKv(kv.name, q, k, kv)
+    return None
+
+
+def _pairs(op: Op, plan: Plan, first: ExpertMatMul) -> TypeGuard[ExpertMatMul]:
     """Whether `op` can share a launch with `first`: same experts, input and shape, same weight type."""
     if not isinstance(op, ExpertMatMul) or (op.ids, op.inp, op.per_slot) != (first.ids, first.inp, first.per_slot):
         return False
@@ -100,7 +109,7 @@ def _pairs(plan: Plan, first: ExpertMatMul, op: Op) -> bool:
     return (a.type_id, a.shape) == (b.type_id, b.shape)
 
 
-def _joins(plan: Plan, first: MatMul, op: Op) -> bool:
+def _joins(op: Op, plan: Plan, first: MatMul) -> TypeGuard[MatMul]:
     """Whether `op` can share a launch with `first`: same input, same weight type."""
     if not isinstance(op, MatMul) or op.inp != first.inp:
         return False
@@ -111,7 +120,7 @@ def _read_again(ops: tuple[Op, ...], start: int, view: View) -> bool:
     """Whether an op from `start` on reads columns of `view` before some op has written them anew."""
     for op in ops[start:]:
         fields = vars(op)
-        written = op.out if "out" in fields and not isinstance(op, Add) else None
+        written = fields["out"] if "out" in fields and not isinstance(op, Add) else None
         for name, value in fields.items():
             if isinstance(value, View) and name != "out" and value.buf == view.buf and _overlap(value, view):
                 return True

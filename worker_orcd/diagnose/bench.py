@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -262,7 +263,8 @@ def run(
     ) as bench:
         progress("bandwidth")
         bandwidth = measure_bandwidth(bench.engine, bench.device, bench.n_threads)
-        facts, stats = devices.engine_facts(bench.engine), getattr(bench.engine, "load_stats", None)
+        vram_bytes = devices.engine_facts(bench.engine).get("vram_bytes")
+        stats = getattr(bench.engine, "load_stats", None)
         report = Report(
             bench.model_file.name,
             bench.plan.arch,
@@ -271,13 +273,13 @@ def run(
             bench.n_threads if bench.device == "cpu" else None,
             bench.load_s,
             sum(bench.model_file.tensors[name].nbytes for name in bench.plan.weights),
-            int(facts.get("vram_bytes", 0)),
+            vram_bytes if isinstance(vram_bytes, int) else 0,
             bandwidth,
             None if stats is None else stats.gb_per_s,
         )
         for name, n, batch in tests:
             progress(f"{name} {n} x {batch}" if name == "decode" else f"{name} {n}")
-            timed = bench.prefill if name == "prefill" else lambda n, b=batch: bench.decode(n, b)
+            timed = bench.prefill if name == "prefill" else partial(bench.decode, batch=batch)
             timed(n)
             seconds = [timed(n) for _ in range(repeat)]
             report.results.append(_measured(name, n, batch, seconds, bench, bandwidth))
@@ -335,8 +337,8 @@ def host_bandwidth(n_threads: int) -> float:
     pairs = list(zip(sources, targets, strict=True))
     best = 0.0
     for _ in range(_HOST_ROUNDS):
-        copying = _together([lambda s=s, t=t: np.copyto(t, s) for s, t in pairs])
-        summing = _together([lambda s=s: s.sum() for s in sources])
+        copying = _together([partial(np.copyto, t, s) for s, t in pairs])
+        summing = _together([s.sum for s in sources])
         n_bytes = 8 * n_words * n_threads
         best = max(best, 2 * n_bytes / copying, n_bytes / summing)
     return best / 1e9

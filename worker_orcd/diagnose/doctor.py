@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from worker_orcd.diagnose import demo_model
 
@@ -103,6 +104,33 @@ class Finding:
     status: str
     detail: str
     advice: str = ""
+
+
+class _Image(TypedDict):
+    """A kernel image as fatbins/manifest.json lists it."""
+
+    sass: list[str]
+    ptx: str | None
+
+
+class _Gpu(TypedDict):
+    """A GPU as `_ASK_DRIVER` tells it; sizes in bytes."""
+
+    name: str
+    total: int
+    free: int | None
+    capability: list[int]
+    bus: str
+
+
+class _Driver(TypedDict):
+    """What `_ASK_DRIVER` prints."""
+
+    library: bool
+    version: str | None
+    status: int
+    gpus: list[_Gpu]
+    why: NotRequired[str]
 
 
 def check() -> list[Finding]:
@@ -268,7 +296,7 @@ def _models() -> Iterator[Finding]:
         yield Finding("models", "ok", f"{where}: {', '.join(found)}")
 
 
-def _images() -> dict[str, dict[str, object]]:
+def _images() -> dict[str, _Image]:
     """The packaged kernel images: name -> {"sass": [arch, ...], "ptx": arch or None}."""
     folder = Path(__file__).parents[1] / "fatbins"
     try:
@@ -278,11 +306,11 @@ def _images() -> dict[str, dict[str, object]]:
     return {name: image for name, image in listed.items() if (folder / f"{name}.fatbin").is_file()}
 
 
-def _codes(image: dict[str, object]) -> list[str]:
+def _codes(image: _Image) -> list[str]:
     return [f"sm_{a}" for a in image["sass"]] + ([f"PTX {image['ptx']}"] if image["ptx"] else [])
 
 
-def _fits(capability: list[int], images: dict[str, dict[str, object]]) -> bool:
+def _fits(capability: list[int], images: dict[str, _Image]) -> bool:
     """Whether every image has code for the compute capability: machine code of its generation, or older PTX."""
     major, minor = capability
 
@@ -297,13 +325,14 @@ def _fits(capability: list[int], images: dict[str, dict[str, object]]) -> bool:
     )
 
 
-def _driver() -> dict[str, object]:
+def _driver() -> _Driver:
     """The driver's answers, from a process of its own."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _ASK_DRIVER], check=False, capture_output=True, text=True, timeout=60
         )
-        return json.loads(done.stdout)
+        answers: _Driver = json.loads(done.stdout)
+        return answers
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:
         return {"library": False, "version": None, "status": 0, "gpus": [], "why": f"asking it failed: {e}"}
 

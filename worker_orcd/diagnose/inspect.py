@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from worker_orcd.engine import kv_blocks
@@ -72,7 +73,7 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
     return facts
 
 
-def _report(scan: Any) -> dict[str, Any]:
+def _report(scan: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     try:
         return scan()
     except WorkerError as error:
@@ -165,7 +166,7 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
     }
 
 
-def _vram_plan(p: plan.Plan) -> dict[str, Any]:
+def _vram_plan(p: plan.Plan) -> dict[str, int]:
     """What a GPU must have free for `VRAM_SEQS` sequences and a KV cache of one full context."""
     context = min(p.context_length, p.max_positions or p.context_length)
     blocks = tuple(kv_blocks.blocks_needed(g, context) for g in p.kv_groups)
@@ -218,7 +219,7 @@ def as_text(facts: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def _section(out: list[str], title: str, values: dict[str, Any]) -> None:
+def _section(out: list[str], title: str, values: Mapping[str, Any]) -> None:
     out += ["", f"{title}:"]
     if list(values) == ["error"]:
         out.append(f"  none: {_safe(values['error'])}")
@@ -227,7 +228,7 @@ def _section(out: list[str], title: str, values: dict[str, Any]) -> None:
     out += [f"  {_safe(k):{width}s}  {_shown(v)}" for k, v in values.items()]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, dict) and set(value) == {"type", "length"}:
         return f"{value['type']} of {value['length']:,d}"
     if isinstance(value, str):

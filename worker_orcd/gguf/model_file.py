@@ -11,14 +11,24 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from worker_orcd._gguf import GgufFile, Metadata, TensorInfo, check_ranges
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 
-REQUIRED: Final[Any] = object()
+
+class Required(Enum):
+    """The default of a key that a file must have."""
+
+    REQUIRED = "required"
+
+
+REQUIRED: Final = Required.REQUIRED
+
+D = TypeVar("D")
 
 _PART_NAME: Final = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 #: bytes that `check_tensors` looks at before Python has a word again (signals, the caller's progress)
@@ -84,8 +94,9 @@ class ModelFile:
             return f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf"
 
         if number != 0 or int(named["no"]) != 1:
-            part = int(named["no"])
-            raise ModelLoadError(f"is part {part} of a split model; load it by its first, {part_path(0)}", self.path)
+            raise ModelLoadError(
+                f"is part {int(named['no'])} of a split model; load it by its first, {part_path(0)}", self.path
+            )
         for i in range(1, count):
             path = part_path(i)
             if not os.path.exists(path):
@@ -110,40 +121,45 @@ class ModelFile:
         """The bytes of a tensor, read-only and zero-copy; valid as long as the view is kept."""
         return self._part_of[name].view(name)
 
-    def get_int(self, key: str, lo: int, hi: int, default: Any = REQUIRED) -> Any:
+    def get_int(self, key: str, lo: int, hi: int, default: D | Required = REQUIRED) -> int | D:
         """The integer `key` of any width, lo <= value <= hi; `default` where the file lacks it.
 
         Raises:
             ModelLoadError: missing without a default, of another type, or out of range; names key and byte offset.
         """
-        return _integer(self.metadata, key, lo, hi, default)
-
-    def get_float(self, key: str, lo: float, hi: float, default: Any = REQUIRED) -> Any:
-        """The finite float `key`, lo <= value <= hi; else as `get_int`."""
-        value = _typed(self.metadata, key, _FLOATS, default)
-        if key in self.metadata and not (math.isfinite(value) and lo <= value <= hi):
-            raise self.error(key, f"is {value}, must be from {lo} to {hi}")
+        value: int | D = _integer(self.metadata, key, lo, hi, default)
         return value
 
-    def get_str(self, key: str, default: Any = REQUIRED) -> Any:
+    def get_float(self, key: str, lo: float, hi: float, default: D | Required = REQUIRED) -> float | D:
+        """The finite float `key`, lo <= value <= hi; else as `get_int`."""
+        found = _typed(self.metadata, key, _FLOATS, default)
+        if key in self.metadata and not (math.isfinite(found) and lo <= found <= hi):
+            raise self.error(key, f"is {found}, must be from {lo} to {hi}")
+        value: float | D = found
+        return value
+
+    def get_str(self, key: str, default: D | Required = REQUIRED) -> str | D:
         """The string `key`; else as `get_int`."""
-        return _typed(self.metadata, key, {"string"}, default)
+        value: str | D = _typed(self.metadata, key, {"string"}, default)
+        return value
 
-    def get_bool(self, key: str, default: Any = REQUIRED) -> Any:
+    def get_bool(self, key: str, default: D | Required = REQUIRED) -> bool | D:
         """The bool `key`; else as `get_int`."""
-        return _typed(self.metadata, key, {"bool"}, default)
+        value: bool | D = _typed(self.metadata, key, {"bool"}, default)
+        return value
 
-    def get_ints(self, key: str, lo: int, hi: int, n: int, default: Any = REQUIRED) -> Any:
+    def get_ints(self, key: str, lo: int, hi: int, n: int, default: D | Required = REQUIRED) -> list[int] | D:
         """`n` integers, one for each layer, each lo <= value <= hi; a file may give one integer for all of them."""
         if key not in self.metadata or not self.metadata.value_type(key).startswith("array"):
-            value = self.get_int(key, lo, hi, default)
-            return value if key not in self.metadata else [value] * n
+            single = _integer(self.metadata, key, lo, hi, default)
+            whole: list[int] | D = single if key not in self.metadata else [single] * n
+            return whole
         kind = self.metadata.value_type(key)
         if kind.removeprefix("array[").removesuffix("]") not in _INTEGERS:
             raise self.error(key, f"is {kind}, must be integers")
         if self.metadata.array_len(key) != n or n > _MAX_PER_LAYER:
             raise self.error(key, f"has {self.metadata.array_len(key)} elements, must have {n}")
-        values = self.metadata[key]
+        values: list[int] = self.metadata[key]
         for i, value in enumerate(values):
             if not lo <= value <= hi:
                 raise self.error(key, f"[{i}] is {value}, must be from {lo} to {hi}")
@@ -218,8 +234,8 @@ def _key_error(metadata: Metadata, key: str, reason: str) -> ModelLoadError:
     return ModelLoadError(f"{key}{gap}{reason}", metadata.path, offset, field=key)
 
 
-def _typed(metadata: Metadata, key: str, types: frozenset[str] | set[str], default: Any) -> Any:
-    """The value of `key` if it is stored as one of `types`; `default` where the file lacks it."""
+def _typed(metadata: Metadata, key: str, types: frozenset[str] | set[str], default: object) -> Any:
+    """The value of `key` if it is stored as one of `types`, which say its type; `default` where the file lacks it."""
     if key not in metadata:
         if default is REQUIRED:
             raise _key_error(metadata, key, "is missing")
@@ -230,7 +246,7 @@ def _typed(metadata: Metadata, key: str, types: frozenset[str] | set[str], defau
     return metadata[key]
 
 
-def _integer(metadata: Metadata, key: str, lo: int, hi: int, default: Any) -> Any:
+def _integer(metadata: Metadata, key: str, lo: int, hi: int, default: object) -> Any:
     value = _typed(metadata, key, _INTEGERS, default)
     if key in metadata and not lo <= value <= hi:
         raise _key_error(metadata, key, f"is {value}, must be {lo}" + (f" to {hi}" if hi != lo else ""))

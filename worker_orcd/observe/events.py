@@ -12,7 +12,7 @@ import math
 import sys
 import threading
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TextIO
 
 from worker_orcd.errors import escaped
 
@@ -53,9 +53,9 @@ class EventLog:
         child._lock = self._lock
         return child
 
-    def emit(self, event: str, level: str = "info", **fields: object) -> None:
+    def emit(self, event: str, level: str = "info", /, **fields: object) -> None:
         """Write one event. Fields of value None are left out."""
-        record = {
+        record: dict[str, object] = {
             "ts": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": level,
             "event": event,
@@ -71,10 +71,10 @@ class EventLog:
             except (OSError, ValueError):
                 pass
 
-    def _as_text(self, record: dict[str, Any]) -> str:
-        clock = record["ts"][11:23]
+    def _as_text(self, record: dict[str, object]) -> str:
+        clock = str(record["ts"])[11:23]
         shown = {k: v for k, v in record.items() if k not in ("ts", "level", "event") and k not in self._base}
-        level = "" if record["level"] == "info" else f" {record['level'].upper()}"
+        level = "" if record["level"] == "info" else f" {str(record['level']).upper()}"
         return f"{clock}{level} {record['event']}" + "".join(f" {k}={_text_value(v)}" for k, v in shown.items())
 
 

@@ -7,8 +7,8 @@ the file at all, and that it is sound, is metadata.py's matter.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
+from worker_orcd._gguf import Metadata
 from worker_orcd.tokenizer.bpe import BpeEncoder
 from worker_orcd.tokenizer.metadata import CONTROL, UNKNOWN, USER_DEFINED, TokenizerMetadata, validate
 from worker_orcd.tokenizer.parts import TokenizerParts
@@ -20,7 +20,7 @@ from worker_orcd.tokenizer.vocab import Vocab, byte_level_bytes, spm_bytes
 _PHI3_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
-def load(metadata: Any) -> TokenizerParts | None:
+def load(metadata: Metadata) -> TokenizerParts | None:
     """Build the tokenizer of a GGUF file; None where it has none.
 
     Args:
@@ -35,7 +35,7 @@ def load(metadata: Any) -> TokenizerParts | None:
     return _build(meta, metadata.get("general.architecture") == "phi3", metadata_sha256(metadata))
 
 
-def metadata_sha256(metadata: Any) -> str:
+def metadata_sha256(metadata: Metadata) -> str:
     """Which vocabulary, merges and rules a file holds: SHA-256 over its keys ``tokenizer.ggml.*`` in order of name.
 
     Each key adds the line ``key type length`` (length of an array, else 1; spaces between, a newline behind) and its

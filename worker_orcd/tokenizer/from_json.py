@@ -112,7 +112,8 @@ def _states(part: Any) -> list[dict[str, Any]]:
     if part is None:
         return []
     state = json.loads(part.__getstate__())
-    return state.get("decoders", state.get("pretokenizers", [state]))
+    states: list[dict[str, Any]] = state.get("decoders", state.get("pretokenizers", [state]))
+    return states
 
 
 def _table(tokenizer: Tokenizer, tokens: list[str], control: set[int], added: Iterable[int]) -> Vocab | None:

@@ -2,8 +2,7 @@
 
 `validate` is the gate between an untrusted file and the tokenizer code: what passes has a vocabulary without
 duplicates, ids inside it, merges made of known pieces and byte tokens that name a byte, so nothing behind it needs to
-look again. This module knows no tokenizer library, no engine and no text; it reads a metadata mapping only
-(`_gguf.GgufFile.metadata`: `.get`, `in`, `.value_type(key)`, `.array_len(key)`, `.offset(key)`, `.path`).
+look again.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+from worker_orcd._gguf import Metadata
 from worker_orcd.errors import ModelLoadError
 
 #: values of `tokenizer.ggml.token_type` (ggml's enum llama_token_type)
@@ -33,6 +33,9 @@ _PRE_ADDS_BOS: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3"})
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 _P: Final = "tokenizer.ggml."
+
+T = TypeVar("T", str, bool, int)
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class TokenizerMetadata:
         return len(self.tokens)
 
 
-def validate(metadata: Any) -> TokenizerMetadata | None:
+def validate(metadata: Metadata) -> TokenizerMetadata | None:
     """Check the tokenizer keys of a file.
 
     Args:
@@ -103,16 +106,16 @@ def validate(metadata: Any) -> TokenizerMetadata | None:
 class _Reader:
     """Typed access to the tokenizer keys of one file, with errors that name key and offset."""
 
-    def __init__(self, metadata: Any) -> None:
+    def __init__(self, metadata: Metadata) -> None:
         self.meta = metadata
-        self.path: str = metadata.path
+        self.path = metadata.path
 
     def fail(self, key: str, reason: str) -> ModelLoadError:
         offset = self.meta.offset(key) if key in self.meta else None
         gap = "" if reason.startswith("[") else " "
         return ModelLoadError(f"{key}{gap}{reason}", self.path, offset, field=key)
 
-    def scalar(self, key: str, kind: type, default: Any) -> Any:
+    def scalar(self, key: str, kind: type[T], default: D) -> T | D:
         """The value of `key` (`kind` str, bool or int), or `default` where the file lacks it."""
         if key not in self.meta:
             return default
@@ -129,7 +132,8 @@ class _Reader:
         n = self.meta.array_len(key)
         if n > limit:
             raise self.fail(key, f"has {n} elements, more than the {limit} supported")
-        return self.meta[key]
+        elements: list[Any] = self.meta[key]
+        return elements
 
     def per_token(self, key: str, value_type: str, n_vocab: int) -> list[Any]:
         """An array with one element for each token."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from worker_orcd.tokenizer.special_tokens import SpecialTokens
 from worker_orcd.tokenizer.vocab import Vocab
+
+#: where a tokenizer is from, and how it encodes
+Kind = Literal["gguf-bpe", "gguf-spm", "hf-json"]
 
 
 @dataclass
@@ -29,7 +33,7 @@ class TokenizerParts:
         chat_template: jinja source, or None.
     """
 
-    kind: str
+    kind: Kind
     path: str
     sha256: str
     n_vocab: int

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from worker_orcd._gguf import GgufFile, Metadata
 from worker_orcd.chat.template import ChatTemplate
-from worker_orcd.errors import InvalidRequest, ModelLoadError
+from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.gguf import quants
 from worker_orcd.tokenizer import from_gguf, from_json
 from worker_orcd.tokenizer.parts import TokenizerParts
 from worker_orcd.tokenizer.special_tokens import SpecialTokens, end_of_turn, stop_ids
@@ -40,7 +42,7 @@ class Tokenizer:
 
     def __init__(self, parts: TokenizerParts) -> None:
         self._parts = parts
-        self.kind: Literal["gguf-bpe", "gguf-spm", "hf-json"] = parts.kind
+        self.kind = parts.kind
         self.path = parts.path
         self.sha256 = parts.sha256
         self.n_vocab = parts.n_vocab
@@ -75,9 +77,6 @@ class Tokenizer:
             path = os.path.join(path, "tokenizer.json")
         if path.endswith(".json"):
             return cls(from_json.load(path))
-        from worker_orcd._gguf import GgufFile
-        from worker_orcd.gguf import quants
-
         file = GgufFile(path, quants.BLOCK_SIZES)
         try:
             parts = from_gguf.load(file.metadata)
@@ -178,6 +177,8 @@ class Tokenizer:
     def _decode_by_library(self, ids: list[int], skip_special: bool) -> str:
         if ids and min(ids) < 0:
             raise InvalidRequest(f"token id {min(ids)} is negative", field="ids")
+        if self._parts.decode is None:
+            raise InternalError(f"the tokenizer of {self.path} has neither a table nor a decoder")
         return self._parts.decode([i for i in ids if i < self.n_vocab], skip_special)
 
     def stream(self, *, skip_special: bool = False, continues: bool = False) -> StreamDecoder:
@@ -217,7 +218,7 @@ class Tokenizer:
             else:  # without marks, control tokens of the messages are text; user-defined ones are found now
                 fragments += self._chat_special.cut(fragment.replace(mark, ""), False)
         ids = self._encode(fragments, True)
-        if self.add_bos and ids[:1] != [self.bos_id]:
+        if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
 
@@ -238,7 +239,7 @@ def _check_same_tokens(tokenizer: Tokenizer, model_file: ModelFile) -> None:
         )
 
 
-def _completed(parts: TokenizerParts, metadata: Any) -> TokenizerParts:
+def _completed(parts: TokenizerParts, metadata: Metadata) -> TokenizerParts:
     """`parts` of another file with what they lack from a model's metadata: special ids and the chat template."""
     found: dict[str, Any] = {}
     for name in ("bos", "eos", "eot", "eom"):
