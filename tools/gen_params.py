@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,11 @@ def _declarations(header: Header, mirrored: dict[str, type[ctypes.Structure]]) -
 def _fill(name: str, fields: tuple[Field, ...]) -> list[str]:
     """The function that fills a struct."""
     wanted = [f for f in fields if f.name not in _PADDING]
-    names = ", ".join(f'"{f.name}"' for f in wanted)
+    names = textwrap.wrap(", ".join(f'"{f.name}"' for f in wanted) + ",", 100)
     out = [f"cdef inline int fill_{name}({name}* p, dict fields, tuple later) except -1:"]
-    out.append(f'    cdef dict values = all_fields("{name}", fields, later, ({names},))')
+    out.append(f'    cdef dict values = all_fields("{name}", fields, later, (')
+    out += [f"        {line}" for line in names]
+    out[-1] += "))"
     out.append(f"    memset(p, 0, sizeof({name}))")
     for f in wanted:
         value = f'values["{f.name}"]'

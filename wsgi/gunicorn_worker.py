@@ -17,8 +17,10 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from gunicorn import util
@@ -47,7 +49,7 @@ class StreamWorker(ThreadWorker):
         super().init_signals()
         signal.signal(signal.SIGINT, self.handle_exit)
 
-    def handle_exit(self, sig: int, frame: object) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or SIGINT: stop in order, once."""
         if self.alive:
             super().handle_exit(sig, frame)
@@ -58,7 +60,7 @@ class StreamWorker(ThreadWorker):
         self.alive = False
         self.method_queue.defer(lambda: None)
 
-    def set_accept_enabled(self, enabled: bool) -> None:
+    def set_accept_enabled(self, enabled: bool | None) -> None:
         """As gunicorn's, but a stopping worker does not stop to answer."""
         if enabled or self.alive:
             super().set_accept_enabled(enabled)
@@ -84,15 +86,16 @@ class StreamWorker(ThreadWorker):
         super().load_wsgi()
         app: Any = self.wsgi
 
-        def read_then_answer(environ: dict[str, Any], start_response: Any) -> Any:
+        def read_then_answer(environ: MutableMapping[str, Any], start_response: Any) -> Iterable[bytes]:
             try:
-                return app(environ, start_response)
+                answer: Iterable[bytes] = app(environ, start_response)
+                return answer
             finally:
                 self._reading.pop(environ["gunicorn.socket"], None)
 
         self.wsgi = read_then_answer
 
-    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+    def wait_for_and_dispatch_events(self, timeout: float | None) -> None:
         """The main loop's turn: events, then requests that take too long to arrive."""
         super().wait_for_and_dispatch_events(timeout)
         now = time.monotonic()

@@ -175,7 +175,7 @@ class _Application(BaseApplication):
 
     def _worker_ended(self, server: object, worker: StreamWorker) -> None:
         """In the worker process, after its main loop. A thread may hang in a read or a load: leave without it."""
-        if worker.pid != os.getpid():
+        if str(worker.pid) != str(os.getpid()):  # a text until the fork
             return  # gunicorn also tells the master of a worker that vanished
         service = self._service
         if service is None:
@@ -242,6 +242,8 @@ def _leave(code: int) -> None:
 
 class _Arbiter(Arbiter):
     """A master that ends with its worker, and takes every request to end as an orderly one."""
+
+    app: _Application
 
     _stopping = False
 

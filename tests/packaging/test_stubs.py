@@ -45,7 +45,7 @@ def test_stubs_name_what_the_modules_hold(tmp_path: Path):
 
 
 def constructor(signature: str) -> list[tuple[str, bool]]:
-    """(name, whether it has a default) of each argument in the signature that Cython writes into a class's docstring."""
+    """(name, whether it has a default) of each argument in the signature that Cython writes in a docstring."""
     signature = re.sub(r"\[[^]]*\]|'[^']*'", "", signature)  # types of memoryviews and text of defaults hold commas
     arguments = [a.partition("=") for a in signature.split(",") if a.strip()]
     return [(name.split()[-1], equals == "=") for name, equals, _ in arguments]
