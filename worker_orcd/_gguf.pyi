@@ -107,8 +107,7 @@ class GgufFile:
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...
 
-def has_check(type_id: int) -> bool:
-    """Whether `check_ranges` has a rule for this tensor type."""
-
-def check_ranges(ranges: Iterable[tuple[int, int, int, int]], n_threads: int) -> tuple[int, int, str] | None:
+def check_ranges(
+    ranges: Iterable[tuple[int, tuple[int, str, tuple[int, ...]], int, int]], n_threads: int
+) -> tuple[int, int, str] | None:
     """The first NaN or infinity in (descriptor, type id, offset, nbytes) runs: (index of the run, offset, what)."""

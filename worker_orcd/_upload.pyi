@@ -22,7 +22,7 @@ class FileRange:
     nbytes: int
     to: int | None = None
     tag: object = None
-    type_id: int | None = None
+    rule: tuple[int, str, tuple[int, ...]] | None = None
     name: str = ""
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// The checks of tensor_check.h: one table of where the scales of a block are, one scan, threads that take chunks in
+// The checks of tensor_check.h: one scan by the type's rule, threads that take chunks in
 // order.
 //
 // Bytes moved: every byte of the ranges once, into a buffer that stays in the level-2 cache.
@@ -21,70 +21,63 @@
 namespace check {
 namespace {
 
-enum class Number : uint8_t { F32, F16, BF16, E8M0 };
+constexpr size_t kNumberBytes[] = {4, 2, 2, 1};
 
 template <Number kNumber>
 inline bool is_bad(const uint8_t* p) {
-    if constexpr (kNumber == Number::E8M0) {
+    if constexpr (kNumber == kE8M0) {
         return *p == 255;
-    } else if constexpr (kNumber == Number::F32) {
+    } else if constexpr (kNumber == kF32) {
         uint32_t v;
         std::memcpy(&v, p, 4);
         return (v & 0x7f800000u) == 0x7f800000u;
     } else {
-        constexpr uint16_t kExponentMask = kNumber == Number::F16 ? 0x7c00 : 0x7f80;
+        constexpr uint16_t kExponentMask = kNumber == kF16 ? 0x7c00 : 0x7f80;
         uint16_t v;
         std::memcpy(&v, p, 2);
         return (v & kExponentMask) == kExponentMask;
     }
 }
 
-// Offset in data[0, n) of the first bad number, or n: blocks of kBytes with numbers at kAt of each. Groups of 64 blocks
-// keep the inner loop free of branches.
-template <Number kNumber, size_t kBytes, size_t... kAt>
-size_t scan_blocks(const uint8_t* data, size_t n) {
-    constexpr size_t kGroup = 64 * kBytes;
-    for (size_t group = 0; group < n; group += kGroup) {
-        const size_t end = std::min(n, group + kGroup);
+// Offset in data[0, n) of the first bad number, or n: blocks of kBytes (0: of `block_bytes`) with numbers at at[0, kN) of
+// each. Groups of 64 blocks keep the inner loop free of branches.
+template <Number kNumber, size_t kN, size_t kBytes = 0>
+size_t scan_blocks(const uint8_t* data, size_t n, size_t block_bytes, const uint16_t* at) {
+    const size_t bytes = kBytes ? kBytes : block_bytes, first = kBytes ? 0 : at[0], second = kN > 1 ? at[1] : first;
+    for (size_t group = 0; group < n; group += 64 * bytes) {
+        const size_t end = std::min(n, group + 64 * bytes);
         bool bad = false;
-        for (size_t i = group; i < end; i += kBytes) bad |= (is_bad<kNumber>(data + i + kAt) | ...);
+        for (size_t i = group; i < end; i += bytes) {
+            bad |= is_bad<kNumber>(data + i + first);
+            if constexpr (kN > 1) bad |= is_bad<kNumber>(data + i + second);
+        }
         if (!bad) continue;
-        for (size_t i = group; i < end; i += kBytes)
-            for (size_t at : {kAt...})
-                if (is_bad<kNumber>(data + i + at)) return i + at;
+        for (size_t i = group; i < end; i += bytes)
+            for (size_t k = 0; k < kN; ++k)
+                if (is_bad<kNumber>(data + i + (k ? second : first))) return i + (k ? second : first);
     }
     return n;
 }
 
-// How a type is checked; an unquantized element is a block of one value.
-struct Rule {
-    uint32_t type;
-    size_t bytes;  // of a block
-    Kind kind;     // what a bad number there is called
-    size_t (*scan_blocks)(const uint8_t* data, size_t n);
-};
+template <Number kNumber>
+size_t scan_numbers(const Rule& r, const uint8_t* data, size_t n) {
+    if (r.block_bytes == kNumberBytes[kNumber])  // a stride that the compiler knows
+        return scan_blocks<kNumber, 1, kNumberBytes[kNumber]>(data, n, r.block_bytes, r.at);
+    return (r.n_at == 1 ? scan_blocks<kNumber, 1> : scan_blocks<kNumber, 2>)(data, n, r.block_bytes, r.at);
+}
 
-constexpr Rule kRules[] = {
-    {0, 4, kValue, scan_blocks<Number::F32, 4, 0>},
-    {1, 2, kValue, scan_blocks<Number::F16, 2, 0>},
-    {2, 18, kScale, scan_blocks<Number::F16, 18, 0>},        // Q4_0: d
-    {3, 20, kScale, scan_blocks<Number::F16, 20, 0, 2>},     // Q4_1: d, m
-    {6, 22, kScale, scan_blocks<Number::F16, 22, 0>},        // Q5_0: d
-    {7, 24, kScale, scan_blocks<Number::F16, 24, 0, 2>},     // Q5_1: d, m
-    {8, 34, kScale, scan_blocks<Number::F16, 34, 0>},        // Q8_0: d
-    {10, 84, kScale, scan_blocks<Number::F16, 84, 80, 82>},  // Q2_K: behind 16 scales, 64 quants: d, dmin
-    {11, 110, kScale, scan_blocks<Number::F16, 110, 108>},   // Q3_K: behind 32 high bits, 64 quants, 12 scales: d
-    {12, 144, kScale, scan_blocks<Number::F16, 144, 0, 2>},  // Q4_K: d, dmin
-    {13, 176, kScale, scan_blocks<Number::F16, 176, 0, 2>},  // Q5_K: d, dmin
-    {14, 210, kScale, scan_blocks<Number::F16, 210, 208>},   // Q6_K: behind 128 low bits, 64 high bits, 16 scales: d
-    {30, 2, kValue, scan_blocks<Number::BF16, 2, 0>},
-    {39, 17, kExponent, scan_blocks<Number::E8M0, 17, 0>},  // MXFP4: e
-};
-
-const Rule* rule_of(uint32_t type) {
-    for (const Rule& r : kRules)
-        if (r.type == type) return &r;
-    return nullptr;
+size_t first_bad_number(const Rule& r, const uint8_t* data, size_t n) {
+    switch (r.number) {
+        case kF32:
+            return scan_numbers<kF32>(r, data, n);
+        case kF16:
+            return scan_numbers<kF16>(r, data, n);
+        case kBF16:
+            return scan_numbers<kBF16>(r, data, n);
+        case kE8M0:
+            return scan_numbers<kE8M0>(r, data, n);
+    }
+    return n;
 }
 
 constexpr size_t kChunkBytes = 256 * 1024;
@@ -122,7 +115,7 @@ struct Work {
             have += static_cast<size_t>(n);
         }
         size_t at = 0;
-        const Kind kind = check::scan(p.type, buffer, c.nbytes, &at);
+        const Kind kind = check::scan(p.rule, buffer, c.nbytes, &at);
         return {kind, 0, 0, c.offset + at};
     }
 
@@ -136,12 +129,11 @@ struct Work {
 
 }  // namespace
 
-bool knows(uint32_t type) noexcept { return rule_of(type) != nullptr; }
-
-Kind scan(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept {
-    const Rule& r = *rule_of(type);
-    *at = r.scan_blocks(data, nbytes);
-    return *at == nbytes ? kFine : r.kind;
+Kind scan(const Rule& rule, const uint8_t* data, size_t nbytes, size_t* at) noexcept {
+    *at = first_bad_number(rule, data, nbytes);
+    if (*at == nbytes) return kFine;
+    if (rule.number == kE8M0) return kExponent;
+    return rule.block_bytes == kNumberBytes[rule.number] ? kValue : kScale;
 }
 
 Fault run(const FileRange* ranges, size_t n_ranges, int n_threads) noexcept try {
@@ -149,9 +141,9 @@ Fault run(const FileRange* ranges, size_t n_ranges, int n_threads) noexcept try 
     work.ranges = ranges;
     for (size_t i = 0; i < n_ranges; i++) {
         const FileRange& p = ranges[i];
-        const Rule* r = rule_of(p.type);
-        if (!r || p.nbytes % r->bytes) return {kType, 0, i, p.offset};
-        const uint64_t step = kChunkBytes / r->bytes * r->bytes;
+        const uint32_t block = p.rule.block_bytes;
+        if (p.nbytes % block) return {kPartial, 0, i, p.offset};
+        const uint64_t step = kChunkBytes / block * block;
         for (uint64_t at = 0; at < p.nbytes; at += step)
             work.chunks.push_back({i, p.offset + at, static_cast<size_t>(std::min(step, p.nbytes - at))});
     }

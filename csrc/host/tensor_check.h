@@ -10,18 +10,28 @@
 
 namespace check {
 
-// Bytes [offset, offset + nbytes) of the open file fd: whole blocks of ggml type `type`.
+enum Number : uint8_t { kF32, kF16, kBF16, kE8M0 };
+
+// Where the numbers of a type's block are that must be finite. An unquantized element is a block of one number.
+struct Rule {
+    uint32_t block_bytes;
+    Number number;
+    uint8_t n_at;  // 1 or 2
+    uint16_t at[2];
+};
+
+// Bytes [offset, offset + nbytes) of the open file fd: whole blocks.
 struct FileRange {
     int fd;
-    uint32_t type;
+    Rule rule;
     uint64_t offset;
     uint64_t nbytes;
 };
 
-enum Kind : int { kFine = 0, kValue = 1, kScale = 2, kExponent = 3, kShort = 4, kErrno = 5, kType = 6 };
+enum Kind : int { kFine = 0, kValue = 1, kScale = 2, kExponent = 3, kShort = 4, kErrno = 5, kPartial = 6 };
 
 // The first fault: kValue/kScale: NaN or infinity, kExponent: an E8M0 scale of 255, kShort: the file ended,
-// kErrno: a read failed with `error`, kType: no rule for the range's type.
+// kErrno: a read failed with `error`, kPartial: the range is no run of whole blocks.
 struct Fault {
     Kind kind = kFine;
     int error = 0;
@@ -29,12 +39,9 @@ struct Fault {
     uint64_t offset = 0;
 };
 
-// Whether `type` has a rule.
-bool knows(uint32_t type) noexcept;
-
-// Checks whole blocks of `type`, which must have a rule, that lie in memory. Returns what the first bad number is
-// called, its offset in `at`; kFine: there is none.
-Kind scan(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept;
+// Checks whole blocks that lie in memory. Returns what the first bad number is called, its offset in `at`; kFine: there
+// is none.
+Kind scan(const Rule& rule, const uint8_t* data, size_t nbytes, size_t* at) noexcept;
 
 // Checks all ranges with up to n_threads threads. The fault returned is the first in order of ranges and offsets.
 Fault run(const FileRange* ranges, size_t n_ranges, int n_threads) noexcept;

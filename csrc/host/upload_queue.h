@@ -22,7 +22,7 @@ struct UploadChunk {
     uint32_t nbytes;  // at most the chunk size of the load
     uint32_t window;  // ascending over the list
     int32_t fd;
-    int32_t type;  // ggml type of its blocks, to be checked; -1: any bytes
+    int32_t rule;  // index of what its blocks are checked by, in the load's list; -1: any bytes
 };
 
 class UploadQueue {

@@ -31,6 +31,7 @@ from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.gguf import quants
 from worker_orcd.models import ops as plan_ops
 
 cdef extern from *:

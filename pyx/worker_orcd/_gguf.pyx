@@ -74,7 +74,7 @@ cdef extern from "host/mapping.h" namespace "mapping" nogil:
 cdef extern from "host/tensor_check.h" namespace "check" nogil:
     cppclass FileRange:
         int fd
-        uint32_t type
+        Rule rule
         uint64_t offset
         uint64_t nbytes
 
@@ -84,7 +84,6 @@ cdef extern from "host/tensor_check.h" namespace "check" nogil:
         size_t range
         uint64_t offset
 
-    cbool check_knows "check::knows"(uint32_t type) noexcept
     CheckFault check_run "check::run"(const FileRange* ranges, size_t n_ranges, int n_threads) noexcept
 
 
@@ -92,10 +91,12 @@ _TYPE_NAMES = {
     U8: "uint8", I8: "int8", U16: "uint16", I16: "int16", U32: "uint32", I32: "int32", F32: "float32", BOOL: "bool",
     STRING: "string", ARRAY: "array", U64: "uint64", I64: "int64", F64: "float64",
 }  # fmt: skip
+#: how a number may be written, see `check_ranges`
+_NUMBERS = {"F32": CHECK_F32, "F16": CHECK_F16, "BF16": CHECK_BF16, "E8M0": CHECK_E8M0}
 #: what `check_ranges` says of a fault, by its kind
 CHECK_REASONS = {
     1: "holds NaN or infinity", 2: "holds NaN or infinity in a block scale", 3: "holds the E8M0 scale 255 (NaN)",
-    4: "is cut: the file ends inside it", 6: "is of a type that cannot be checked",
+    4: "is cut: the file ends inside it", 6: "is no run of whole blocks",
 }  # fmt: skip
 
 
@@ -500,16 +501,25 @@ cdef dict _tensor_infos(vector[Tensor]& tensors):
     return out
 
 
-def has_check(uint32_t type_id) -> bool:
-    """Whether `check_ranges` has a rule for this tensor type."""
-    return check_knows(type_id)
+cdef Rule rule_of(tuple description):
+    """The C form of a rule, see `check_ranges`."""
+    cdef Rule rule
+    block_bytes, number, offsets = description
+    if number not in _NUMBERS or not 1 <= len(offsets) <= 2 or max(offsets) >= block_bytes:
+        raise ValueError(f"no rule to check numbers by: {description}")
+    rule.block_bytes, rule.n_at = block_bytes, len(offsets)
+    rule.number = <Number><int>_NUMBERS[number]
+    for i, offset in enumerate(offsets):
+        rule.at[i] = offset
+    return rule
 
 
 def check_ranges(ranges, int n_threads) -> tuple[int, int, str] | None:
     """Look for NaN and infinity in values and block scales, without the GIL.
 
     Args:
-        ranges: (file descriptor, type id, offset, nbytes) each, whole blocks; read with pread.
+        ranges: (file descriptor, rule, offset, nbytes) each, whole blocks; read with pread. A rule is (bytes of a
+            block, format of its numbers, offsets of those in the block): `QuantType.check_rule`.
         n_threads: threads to use at most.
 
     Returns:
@@ -518,8 +528,8 @@ def check_ranges(ranges, int n_threads) -> tuple[int, int, str] | None:
     cdef vector[FileRange] todo
     cdef FileRange r
     cdef CheckFault fault
-    for fd, type_id, offset, nbytes in ranges:
-        r.fd, r.type, r.offset, r.nbytes = fd, type_id, offset, nbytes
+    for fd, rule, offset, nbytes in ranges:
+        r.fd, r.rule, r.offset, r.nbytes = fd, rule_of(rule), offset, nbytes
         todo.push_back(r)
     with nogil:
         fault = check_run(todo.data(), todo.size(), n_threads)

@@ -26,7 +26,7 @@ from libcpp.vector cimport vector
 from posix.types cimport off_t
 from posix.unistd cimport pread
 
-from worker_orcd.gguf import quants
+from worker_orcd._gguf cimport Rule, rule_of
 from worker_orcd._gguf import CHECK_REASONS
 from worker_orcd.errors import CudaError, ModelLoadError
 
@@ -40,7 +40,7 @@ cdef extern from "host/upload_queue.h" namespace "worker_orcd" nogil:
         uint32_t nbytes
         uint32_t window
         int32_t fd
-        int32_t type
+        int32_t rule
 
     cdef cppclass UploadQueue:
         void add(const UploadChunk& chunk) except +
@@ -59,8 +59,7 @@ cdef extern from "host/upload_queue.h" namespace "worker_orcd" nogil:
 
 
 cdef extern from "host/tensor_check.h" namespace "check" nogil:
-    int check_scan "check::scan"(uint32_t type, const uint8_t* data, size_t nbytes, size_t* at) noexcept
-    cbool check_knows "check::knows"(uint32_t type) noexcept
+    int check_scan "check::scan"(const Rule& rule, const uint8_t* data, size_t nbytes, size_t* at) noexcept
 
 
 #: readers where the caller names no number; more do not help (a reader brings 6-8 GB/s, the link carries 50)
@@ -86,7 +85,7 @@ class FileRange:
         offset, nbytes: where in it.
         to: the device address it belongs at, or None: it passes through staging and `consume`.
         tag: what `consume` is told, for example (tensor, first row, rows).
-        type_id: ggml type of the bytes, whole blocks of it, if NaN and infinity in them are an error; None: any bytes.
+        rule: how the bytes, whole blocks, are checked for NaN and infinity (`QuantType.check_rule`); None: any bytes.
         name: what the error calls them.
     """
 
@@ -95,7 +94,7 @@ class FileRange:
     nbytes: int
     to: int | None = None
     tag: object = None
-    type_id: int | None = None
+    rule: tuple | None = None
     name: str = ""
 
 
@@ -182,12 +181,12 @@ cdef class _Reader:
                 return -1
         return 0
 
-    cdef int scan(self, const char* slot, const UploadChunk* chunk) noexcept nogil:
+    cdef int scan(self, const char* slot, const UploadChunk* chunk, const Rule* rules) noexcept nogil:
         """Check the numbers of a chunk while they are in the cache. 0, or -1 with the fault noted."""
         cdef size_t at = 0
-        if chunk.type < 0:
+        if chunk.rule < 0:
             return 0
-        self.fault_check = check_scan(chunk.type, <const uint8_t*>slot, chunk.nbytes, &at)
+        self.fault_check = check_scan(rules[chunk.rule], <const uint8_t*>slot, chunk.nbytes, &at)
         if self.fault_check == 0:
             return 0
         self.fault_fd, self.fault_offset = chunk.fd, chunk.offset + at
@@ -210,6 +209,8 @@ cdef class _Load:
     cdef size_t chunk_bytes
     cdef list readers
     cdef Consumer consume
+    cdef vector[Rule] rules     # what chunks are checked by
+    cdef dict rule_index
     cdef vector[size_t] staged  # of each window the number of staged ranges up to its end
     cdef list events
     cdef cu.CUevent consumed[N_WINDOWS]
@@ -219,7 +220,7 @@ cdef class _Load:
 
     def __init__(self, Context context, Stream consumer, Consumer consume, size_t chunk_bytes):
         self.context, self.consumer, self.consume, self.chunk_bytes = context, consumer, consume, chunk_bytes
-        self.readers = []
+        self.readers, self.rule_index = [], {}
         self.events = [Event(context, False, False) for _ in range(N_WINDOWS)]
         for i in range(N_WINDOWS):
             self.consumed[i] = (<Event>self.events[i]).handle
@@ -258,12 +259,15 @@ cdef class _Load:
         cdef UploadChunk chunk
         cdef size_t done = 0, nbytes = r.nbytes, most = self.chunk_bytes
         cdef uint64_t offset = r.offset
-        chunk.fd, chunk.window, chunk.type = r.file.fileno(), window, -1
-        if r.type_id is not None:
-            block = quants.TYPES[r.type_id].type_size
-            if not check_knows(r.type_id) or nbytes % block:
-                raise ValueError(f"a range of {nbytes} bytes is no run of blocks of type {r.type_id}")
-            chunk.type = r.type_id
+        chunk.fd, chunk.window, chunk.rule = r.file.fileno(), window, -1
+        if r.rule is not None:
+            block = r.rule[0]
+            if nbytes % block:
+                raise ValueError(f"a range of {nbytes} bytes is no run of blocks of {block}")
+            if r.rule not in self.rule_index:
+                self.rules.push_back(rule_of(r.rule))
+                self.rule_index[r.rule] = len(self.rule_index)
+            chunk.rule = self.rule_index[r.rule]
             unit = math.lcm(block, ALIGN)   # copies to aligned addresses, where a chunk is large enough
             most = most // unit * unit if unit <= most else most // block * block
         while done < nbytes:
@@ -296,7 +300,7 @@ cdef class _Load:
             if uses >= SLOTS:
                 await_event(reader.copied[i])
             slot = <char*>reader.ring.host + i * self.chunk_bytes
-            if reader.fill(slot, &chunk) or reader.scan(slot, &chunk):
+            if reader.fill(slot, &chunk) or reader.scan(slot, &chunk, self.rules.data()):
                 return 0
             if chunk.window >= N_WINDOWS and followed != chunk.window:
                 # the memory of this window is free once the window before in it was consumed

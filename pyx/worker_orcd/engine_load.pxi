@@ -88,7 +88,7 @@ def _pieces(model_file, plan, weights, DeviceMemory memory, bint check):
         elif w.type_id == F32:
             info = model_file.tensors[w.name]
             pieces.append(FileRange(model_file.part_of(w.name), info.offset, info.nbytes, region.address, None,
-                                    F32 if check else None, w.name))
+                                    quants.TYPES[F32].check_rule if check else None, w.name))
         else:
             if check:
                 model_file.check_tensors(names=[w.name])
@@ -110,7 +110,8 @@ def _matrix_pieces(model_file, w, bint check):
         for row in range(0, n_out, most):
             n = min(most, n_out - row)
             yield FileRange(part, info.offset + (expert * n_out + row) * row_bytes, n * row_bytes, None,
-                            (w, row_bytes, expert, row, n), w.type_id if check else None, w.name)
+                            (w, row_bytes, expert, row, n), quants.TYPES[w.type_id].check_rule if check else None,
+                            w.name)
 
 
 def _widen(raw, int type_id):

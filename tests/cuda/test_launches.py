@@ -12,13 +12,13 @@ from worker_orcd._nodes import RowNode
 from worker_orcd.cuda import launches, lowering
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
-from worker_orcd.models import plan
+from worker_orcd.models import ops, plan
 
 NORM = {"x": 256, "weight": 512, "bias": 0, "out": 256, "x_stride": 64, "out_stride": 64, "n": 64, "kind": 0,
         "n_group": 0, "eps": 1e-5}  # fmt: skip
 
 
-def op_classes(base: type[plan.Op] = plan.Op) -> set[type[plan.Op]]:
+def op_classes(base: type[ops.Op] = ops.Op) -> set[type[ops.Op]]:
     """Every op of the package, those of plans and those that lowering makes."""
     found = set()
     for op in base.__subclasses__():
@@ -28,7 +28,7 @@ def op_classes(base: type[plan.Op] = plan.Op) -> set[type[plan.Op]]:
 
 
 def test_every_op_that_lowering_makes_has_launches():
-    replaced = {plan.MatMul, plan.ExpertMatMul}  # always part of a group
+    replaced = {ops.MatMul, ops.ExpertMatMul}  # always part of a group
     assert set(launches.MAKERS) == op_classes() - replaced
 
 
@@ -39,7 +39,7 @@ def test_lowering_leaves_no_op_that_is_replaced(fuse: bool):
 
 def test_an_op_without_a_row_is_named():
     @dataclass(frozen=True)
-    class Convolve(plan.Op):
+    class Convolve(ops.Op):
         pass
 
     built = plan.build(FakeFile())
@@ -77,7 +77,7 @@ def test_an_op_names_its_layer(monkeypatch):
     placed = type(arenas)(*(arena.at(1 << 30) for arena in arenas))
     made = launches.Launches(built, config, None, placed)
     monkeypatch.setattr(made, "kernel", lambda image, name, smem=0: None)
-    write = next(op for op in built.ops if isinstance(op, plan.KvWrite))
+    write = next(op for op in built.ops if isinstance(op, ops.KvWrite))
     assert len(made.nodes((write,))) == 1
     with pytest.raises(IndexError):
         made.nodes((replace(write, layer=built.n_layer),))

@@ -11,7 +11,7 @@ from worker_orcd._engine import plan_memory
 from worker_orcd.cuda import memory
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import plan
+from worker_orcd.models import ops, plan
 
 
 def regions(value: object) -> Iterator[memory.Region]:
@@ -53,7 +53,7 @@ def test_regions_are_those_of_the_plan(built, arenas):
         rows = 128 if buffer.rows == "tokens" else memory.MAX_OUT
         assert arenas.workspace.buffers[name].nbytes == 4 * rows * buffer.width
     assert (arenas.workspace.routing is None) == ("gpt-oss" not in built.arch)
-    for op in (op for op in built.ops if isinstance(op, plan.Rope)):
+    for op in (op for op in built.ops if isinstance(op, ops.Rope)):
         table = op.inv_freq + op.inv_freq_long
         assert arenas.weights.inv_freq[memory.inv_freq_tables(built).index(table)].nbytes == 4 * len(table)
 

@@ -18,7 +18,7 @@ import pytest
 from helpers import gguf_forge as g
 from helpers.hostile_cases import CASES, SCALES, Case, go_through
 
-from worker_orcd._gguf import GgufFile, has_check
+from worker_orcd._gguf import GgufFile, check_ranges
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
@@ -200,10 +200,18 @@ def test_random_damage(goldens_dir, tmp_path, name):
     print(f"600 damaged files, {loaded} of them still loaded")
 
 
-def test_every_quant_type_has_a_check():
-    assert all(map(has_check, quants.TYPES))
-    for type_id, (size, elements, _) in SCALES.items():
+def test_the_scales_of_every_quantized_type_are_attacked():
+    for type_id, (size, elements, at) in SCALES.items():
         assert quants.BLOCK_SIZES[type_id] == (elements, size)
+        assert quants.TYPES[type_id].check_rule == (size, "F16", at)
+    others = {t.name: t.number for t in quants.TYPES.values() if t.id not in SCALES}
+    assert others == {"F32": "F32", "F16": "F16", "BF16": "BF16", "MXFP4": "E8M0"}
+
+
+@pytest.mark.parametrize("rule", [(18, "F8", (0,)), (18, "F16", ()), (18, "F16", (0, 2, 4)), (18, "F16", (18,))])
+def test_a_rule_that_no_check_can_follow_is_refused(rule, tmp_path):
+    with open(tmp_path / "data", "wb+") as file, pytest.raises(ValueError, match="no rule to check numbers by"):
+        check_ranges([(file.fileno(), rule, 0, 18)], 1)
 
 
 # G19: what is at the path

@@ -6,10 +6,6 @@ import numpy as np
 
 from worker_orcd.gguf import quants
 
-#: where the float16 numbers of a block are
-_HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-           "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "F16": [0]}  # fmt: skip
-
 
 def random_blocks(
     type_id: int, n_out: int, k: int, rng: np.random.Generator, mxfp4_exponents: tuple[int, int] = (112, 132)
@@ -22,14 +18,17 @@ def random_blocks(
     def put(at: int, values: np.ndarray) -> None:
         raw[:, :, at : at + values.dtype.itemsize] = np.ascontiguousarray(values)[..., None].view(np.uint8)
 
-    for offset in _HALVES.get(t.name, []):
-        put(offset, rng.standard_normal(shape, np.float32).astype(np.float16))
-    if t.name == "F32":
-        put(0, rng.standard_normal(shape, np.float32))
-    if t.name == "BF16":
-        put(0, (rng.standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16))
-    if t.name == "MXFP4":
-        put(0, rng.integers(*mxfp4_exponents, shape).astype(np.uint8))
+    for offset in t.number_at:
+        if t.number == "E8M0":
+            put(offset, rng.integers(*mxfp4_exponents, shape).astype(np.uint8))
+            continue
+        numbers = rng.standard_normal(shape, np.float32)
+        if t.number == "F16":
+            put(offset, numbers.astype(np.float16))
+        elif t.number == "BF16":
+            put(offset, (numbers.view(np.uint32) >> 16).astype(np.uint16))
+        else:
+            put(offset, numbers)
     return raw.reshape(n_out, -1)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from worker_orcd._upload import FileRange, upload
 from worker_orcd.errors import CudaError, ModelLoadError
+from worker_orcd.gguf import quants
 
 MIB = 1 << 20
 
@@ -185,9 +186,8 @@ def test_numbers_that_no_weight_may_be(context, make_file, type_id: int, block: 
     memory = context.allocate(n)
 
     def load(type_id: int | None) -> None:
-        upload(
-            context, [FileRange(file, 5, n, memory.pointer, None, type_id, "blk.7.w")], chunk_bytes=chunk, n_readers=4
-        )
+        rule = None if type_id is None else quants.TYPES[type_id].check_rule
+        upload(context, [FileRange(file, 5, n, memory.pointer, None, rule, "blk.7.w")], chunk_bytes=chunk, n_readers=4)
 
     load(None)
     assert contents(memory) == bytes(data[5:])
@@ -215,7 +215,7 @@ def test_the_first_fault_in_the_order_of_the_ranges_is_reported(context, make_fi
     memory = context.allocate(16 * MIB)
 
     def file_range(name: str, offset: int, nbytes: int) -> FileRange:
-        return FileRange(file, offset, nbytes, memory.pointer + offset, None, 0, name)
+        return FileRange(file, offset, nbytes, memory.pointer + offset, None, quants.BY_NAME["F32"].check_rule, name)
 
     ranges = [
         file_range("good", 2 * MIB, 14 * MIB),
@@ -233,7 +233,7 @@ def test_a_checked_piece_is_whole_blocks(context, make_file):
     memory = context.allocate(1000)
     for type_id, n in ((39, 16), (2, 19)):
         with pytest.raises(ValueError, match="no run of blocks"):
-            upload(context, [FileRange(file, 0, n, memory.pointer, None, type_id, "w")])
+            upload(context, [FileRange(file, 0, n, memory.pointer, None, quants.TYPES[type_id].check_rule, "w")])
 
 
 def test_a_file_that_cannot_be_read(context, make_file, tmp_path: Path):

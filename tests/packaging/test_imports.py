@@ -40,7 +40,7 @@ COMPILED = {
     "_spm": (),
     "_upload": ("_driver", "_gguf", "gguf"),
     "_nodes": ("_driver", "_params"),
-    "_engine": ("_driver", "_nodes", "_params", "_ring", "_upload", "cuda", "engine", "models"),
+    "_engine": ("_driver", "_nodes", "_params", "_ring", "_upload", "cuda", "engine", "gguf", "models"),
     "_cpu": ("_ring", "engine", "models", "gguf"),
 }
 #: room -> the compiled modules that it may import
@@ -88,6 +88,12 @@ def python_imports(path: Path) -> dict[str, set[str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             names = {f"{node.module}.{a.name}" for a in node.names}
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "_module"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            names = {f"worker_orcd.{node.args[0].value}"}  # runtime/devices.py opens compiled modules by name
         out["typing" if id(node) in typing else "always"] |= names
     return out
 
@@ -211,11 +217,11 @@ def diagram() -> str:
     graph = actual_imports()
 
     def reach(room: str) -> set[str]:
-        return set().union(*({n} | reach(n) for n in graph[room])) if graph[room] else set()
+        return set().union(*({n} | reach(n) for n in graph.get(room, ())))
 
     lines = ["```mermaid", "flowchart TD"]
     for room in graph:
-        implied = set().union(*(reach(n) for n in graph[room])) if graph[room] else set()
+        implied = set().union(*(reach(n) for n in graph[room]))
         lines += [f"    {room} --> {n}" for n in sorted(graph[room] - implied)]
     return "\n".join([*lines, "```"])
 

@@ -76,4 +76,4 @@ def test_a_field_that_a_header_gains_is_asked_for(tmp_path: Path):
         gen_params.pxd(gen_params.read([path]))
     path.write_text("typedef struct {\n    const float* x;  // [n]\n    int32_t n, unused;\n} NewParams;\n")
     text = gen_params.pxd(gen_params.read([path]))
-    assert '("x", "n",)' in text and "    p.n = values" in text and 'values["unused"]' not in text
+    assert '"x", "n",))' in text and "    p.n = values" in text and 'values["unused"]' not in text

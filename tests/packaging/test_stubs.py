@@ -23,7 +23,7 @@ worker_orcd\..*\.__(reduce|setstate)_cython__
 worker_orcd\._\w+\.__test__
 worker_orcd\._\w+\.__pyx_capi__
 worker_orcd\._(cpu|engine)\.BLOCK_SIZE
-worker_orcd\._cpu\.TYPES
+worker_orcd\._cpu\.(TYPES|ACT_ACTIVATIONS|GLU_ACTIVATIONS)
 worker_orcd\._upload\.CHECK_REASONS
 """
 

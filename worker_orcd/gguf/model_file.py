@@ -185,7 +185,11 @@ class ModelFile:
         n_threads = n_threads or min(len(os.sched_getaffinity(0)), 8)
         done = 0
         for batch in self._check_batches(self.tensors if names is None else names):
-            found = check_ranges([(part.fileno(), t.type_id, offset, n) for part, t, offset, n in batch], n_threads)
+            rules = [quants.TYPES[tensor.type_id].check_rule for _, tensor, _, _ in batch]
+            found = check_ranges(
+                [(part.fileno(), rule, offset, n) for (part, _, offset, n), rule in zip(batch, rules, strict=True)],
+                n_threads,
+            )
             if found is not None:
                 index, offset, reason = found
                 part, tensor, _, _ = batch[index]

@@ -19,12 +19,22 @@ class QuantType:
         name: ggml's name, for example ``"Q4_K"``.
         block_size: elements of one block; a row's length is a multiple of it.
         type_size: bytes of one block.
+        number: how the numbers of a block that must be finite are written: its scales, minima, or for an unquantized
+            type the element itself. "F32", "F16", "BF16" or "E8M0".
+        number_at: where they are, in bytes from the start of the block; one or two.
     """
 
     id: int
     name: str
     block_size: int
     type_size: int
+    number: str
+    number_at: tuple[int, ...]
+
+    @property
+    def check_rule(self) -> tuple[int, str, tuple[int, ...]]:
+        """What the checks of model files need to know."""
+        return self.type_size, self.number, self.number_at
 
     def row_bytes(self, n_elements: int) -> int:
         """Bytes of a row of `n_elements` (a multiple of `block_size`)."""
@@ -32,20 +42,20 @@ class QuantType:
 
 
 _ROWS = (
-    QuantType(0, "F32", 1, 4),
-    QuantType(1, "F16", 1, 2),
-    QuantType(2, "Q4_0", 32, 18),
-    QuantType(3, "Q4_1", 32, 20),
-    QuantType(6, "Q5_0", 32, 22),
-    QuantType(7, "Q5_1", 32, 24),
-    QuantType(8, "Q8_0", 32, 34),
-    QuantType(10, "Q2_K", 256, 84),
-    QuantType(11, "Q3_K", 256, 110),
-    QuantType(12, "Q4_K", 256, 144),
-    QuantType(13, "Q5_K", 256, 176),
-    QuantType(14, "Q6_K", 256, 210),
-    QuantType(30, "BF16", 1, 2),
-    QuantType(39, "MXFP4", 32, 17),
+    QuantType(0, "F32", 1, 4, "F32", (0,)),
+    QuantType(1, "F16", 1, 2, "F16", (0,)),
+    QuantType(2, "Q4_0", 32, 18, "F16", (0,)),
+    QuantType(3, "Q4_1", 32, 20, "F16", (0, 2)),
+    QuantType(6, "Q5_0", 32, 22, "F16", (0,)),
+    QuantType(7, "Q5_1", 32, 24, "F16", (0, 2)),
+    QuantType(8, "Q8_0", 32, 34, "F16", (0,)),
+    QuantType(10, "Q2_K", 256, 84, "F16", (80, 82)),
+    QuantType(11, "Q3_K", 256, 110, "F16", (108,)),
+    QuantType(12, "Q4_K", 256, 144, "F16", (0, 2)),
+    QuantType(13, "Q5_K", 256, 176, "F16", (0, 2)),
+    QuantType(14, "Q6_K", 256, 210, "F16", (208,)),
+    QuantType(30, "BF16", 1, 2, "BF16", (0,)),
+    QuantType(39, "MXFP4", 32, 17, "E8M0", (0,)),
 )
 
 TYPES: dict[int, QuantType] = {t.id: t for t in _ROWS}
