@@ -18,7 +18,7 @@ from oracle.numpy_engine import NumpyEngine
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import plan
+from worker_orcd.models import ops, plan
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +72,7 @@ def test_every_record_agrees_with_the_oracle(name, goldens_dir):
             engine.set_slot(0, GREEDY)
             got = engine.forward(prompt_batch(tokens, outputs=outputs), stop_after=op.name)
             want = oracle.run(tokens, np.arange(n), np.zeros(n, int), outputs, stop_after=op.name)
-            view = plan.output_of(op)
+            view = ops.output_of(op)
             columns = slice(view.offset, view.offset + view.width)
             error = nmse(got[:, columns], want[:, columns])
             worst = max(worst, (error, op.name))
@@ -206,7 +206,7 @@ def test_a_stop_id_and_an_interrupt_end_the_loop(goldens_dir):
         engine.close()
 
 
-@pytest.mark.parametrize("bad", ["token", "position", "slot", "block"])
+@pytest.mark.parametrize("bad", ["token", "position", "slot", "block", "frequency table"])
 def test_rows_out_of_range_are_refused(bad, goldens_dir):
     from worker_orcd.errors import WorkerError
 
@@ -218,6 +218,8 @@ def test_rows_out_of_range_are_refused(bad, goldens_dir):
         batch.positions[:] += 256
     elif bad == "slot":
         batch.slots[:] = 4
+    elif bad == "frequency table":
+        engine.rope_tables[0] = 1
     else:
         engine.block_tables[0, 0, 0] = -1
     try:
