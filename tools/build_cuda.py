@@ -3,7 +3,6 @@
 Used by setup.py, and by hand while writing kernels: ``python tools/build_cuda.py --archs 90a csrc/cuda/ops.cu``.
 A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), spills.txt, the flags or
 the compiler changed. A kernel that spills registers fails the build unless csrc/cuda/spills.txt lists it with a reason.
-This file knows no kernel, no setuptools and nothing of the package at run time except the manifest it leaves there.
 """
 
 from __future__ import annotations

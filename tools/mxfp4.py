@@ -2,7 +2,7 @@
 
 A block stores 17 bytes: the scale byte e, meaning 2^(e - 127), then 16 bytes with the codes of elements 0-15 in the low
 and of elements 16-31 in the high nibbles. The magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign.
-Source of the format: OCP Microscaling Formats (MX) v1.0. It knows no file and no model.
+Source of the format: OCP Microscaling Formats (MX) v1.0.
 
 Which scale is best: let k be the exponent with max|x| / 2^k in [4, 8). Grid values of the scales above k + 1 that are
 below 8 * 2^k lie on the grid of k + 1 too, so none of them is better than k + 1. Below k - 1 the largest element is cut

@@ -3,7 +3,7 @@
 
 Implements `worker_orcd.engine.protocol.Engine`. Weights are read where they lie, in the mapping of the model file;
 vectors are widened to float32. Everything that comes from Python is checked here or in the C++ `prepare`, so that no
-call can take the process down. Knows no tokenizer, no scheduler and no HTTP.
+call can take the process down.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t

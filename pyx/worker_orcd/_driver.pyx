@@ -3,7 +3,7 @@
 
 Every call is checked and names itself in the error. A context belongs to the process that made it: after a fork it is
 refused by name. Objects own what they wrap; `close()` frees it and is idempotent, and so does dropping the object.
-Nothing happens on import. This module knows no model, no plan and no kernel by name.
+Nothing happens on import.
 
 Here: checking and planted faults, the devices, the context. driver_memory.pxi: memory. driver_work.pxi: streams,
 events, kernels, graphs.

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The ring of sampled tokens between a decode loop and the output thread, and the flag that interrupts the loop.
 
-Both can be used by engines without the GIL (see `_ring.pxd`) and by Python from any thread. Knows no engine.
+Both can be used by engines without the GIL (see `_ring.pxd`) and by Python from any thread.
 """
 
 from libc.stdint cimport int32_t, int64_t

@@ -2,7 +2,7 @@
 """Score-ranked merging of neighbouring pieces (SentencePiece's BPE), O(n log n) in the text.
 
 The algorithm is in csrc/host/spm_bpe.h; this file checks the arguments, owns the vocabulary and lets other Python
-threads run meanwhile. It knows no special tokens and no text encoding beyond UTF-8 lengths.
+threads run meanwhile.
 """
 
 from libc.stdint cimport int32_t, uint32_t

@@ -7,8 +7,7 @@ never read through a mapping here, so one that is cut during the load is a short
 
 What is loaded is a list of `FileRange`s. A range with an address goes straight there. The others pass through a staging
 area on the device, cut into windows that are filled in turn; when a window is complete, a `Consumer` queues whatever
-turns the raw bytes into their place (repacking kernels) behind the copies. This module knows no tensor, no layout and
-no kernel.
+turns the raw bytes into their place (repacking kernels) behind the copies.
 """
 
 import math

@@ -3,7 +3,7 @@
 The template runs in a process of its own (renderer.py) with limits on time, memory and output, so that no template
 can hang or fill this one. Users' text that looks like a control token is *marked* before rendering: one character that
 occurs nowhere else is put inside it, so that only control tokens which the template itself wrote are found in the
-result; `Tokenizer.apply_chat` takes the marks out again after looking. This module knows no tokenizer and no model.
+result; `Tokenizer.apply_chat` takes the marks out again after looking.
 """
 
 from __future__ import annotations

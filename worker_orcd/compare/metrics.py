@@ -1,4 +1,4 @@
-"""How far two predictions of the same tokens are apart: NumPy on logits and activations. Knows no model and no file."""
+"""How far two predictions of the same tokens are apart: NumPy on logits and activations."""
 
 from __future__ import annotations
 

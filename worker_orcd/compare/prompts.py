@@ -1,4 +1,4 @@
-"""The prompts of a comparison: a file of text, one prompt a line, or of JSON objects. Knows no model."""
+"""The prompts of a comparison: a file of text, one prompt a line, or of JSON objects."""
 
 from __future__ import annotations
 

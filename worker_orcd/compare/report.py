@@ -1,4 +1,4 @@
-"""The report of a comparison: what was found as plain data, as JSON and as Markdown. Knows no model and no engine.
+"""The report of a comparison: what was found as plain data, as JSON and as Markdown.
 
 Prompts and continuations come from files that may be hostile: in Markdown they are shown between fences that they
 cannot close, without control characters.

@@ -1,7 +1,7 @@
 """The CUDA kernels' view of matrices: bytes of the repacked layouts, converted activations, launch geometry.
 
 The Python mirror of csrc/cuda/quant/layout.cuh and the constants of matvec.cu and matmul.cu there, for the VRAM plan,
-the lowering and the kernel tests. Pure arithmetic: knows no driver and no file.
+the lowering and the kernel tests. Pure arithmetic.
 """
 
 from __future__ import annotations

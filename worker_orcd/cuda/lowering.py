@@ -6,7 +6,6 @@ Four rewrites, each local to neighbouring ops:
 - a product whose result is only added to the residual stream adds it itself (`residual`);
 - rotation of q and k and the cache write become one `RopeKv`.
 With `fuse=False` every op stays alone, so that any op's output can be looked at.
-This module knows no kernel, no pointer and no compiled code.
 """
 
 from __future__ import annotations

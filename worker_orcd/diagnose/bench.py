@@ -2,7 +2,7 @@
 
 No tokenizer and no scheduler are involved: random token ids, blocks handed out once, one step after the other. What a
 decode step must read from memory (`bytes_per_step`), divided by its time, is compared with the bandwidth measured in
-the same run, which is the bound of a small batch. It knows no engine by name; `devices` opens it.
+the same run, which is the bound of a small batch.
 """
 
 from __future__ import annotations

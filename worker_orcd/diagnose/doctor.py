@@ -1,8 +1,7 @@
 """What this machine has, what is missing for worker-orcd, and what to do about it.
 
 `check` only looks: it never raises, allocates nothing on a GPU and makes no CUDA context. The driver is asked in a
-process of its own, so that a broken one cannot take this process down. The command line formats the findings; this
-module knows no engine.
+process of its own, so that a broken one cannot take this process down. The command line formats the findings.
 """
 
 from __future__ import annotations

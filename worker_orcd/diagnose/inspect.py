@@ -1,7 +1,7 @@
 """The report of `worker-orcd inspect`: a model file as facts, and those facts as text.
 
 Everything is read from the head of the file, without a GPU and without loading weights. A part that cannot be told
-(a vocabulary-only file has no plan) says why instead of ending the report. It knows no engine.
+(a vocabulary-only file has no plan) says why instead of ending the report.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Provenance: which bytes a model is made of. SHA-256 of the file, of its parts, of its chunks, each in its own thread.
 
 The bytes of a model are those of its file, or of all parts of a split model one after another; every range here is one
-of these bytes. What digests are good is `trusted_models.py`'s matter; this module knows no list, no engine, no HTTP.
+of these bytes. What digests are good is `trusted_models.py`'s matter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A model as files: one GGUF file or all parts of a split one, with typed access to its keys.
 
 `ModelFile` is what the rest of the project reads models through. It knows how parts are named and belong together and
-what a model file must have beyond being GGUF; it must not know what an architecture means (`models`), no
-engine and no tokenizer.
+what a model file must have beyond being GGUF.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The narration log: what the worker did, one event a line, for people and for machines.
 
 An event is a name and flat fields. It never carries a prompt or generated text: `text_facts` gives what may be said of
-one (length and SHA-256). This module knows no HTTP, no model and no configuration.
+one (length and SHA-256).
 """
 
 from __future__ import annotations

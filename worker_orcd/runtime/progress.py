@@ -1,7 +1,4 @@
-"""What a load does side by side, and its progress over several passes through the model's bytes.
-
-Knows no file, no engine and no request.
-"""
+"""What a load does side by side, and its progress over several passes through the model's bytes."""
 
 from __future__ import annotations
 

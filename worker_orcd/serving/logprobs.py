@@ -1,4 +1,4 @@
-"""Log-probabilities of a drawn token and of the most likely ones, from one row of raw logits. Knows nothing else."""
+"""Log-probabilities of a drawn token and of the most likely ones, from one row of raw logits."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The answer does not depend on how the text is cut into pieces: of several stop strings the one that is complete first
 ends the text; of two complete at the same character, the longer. One Knuth-Morris-Pratt automaton a string, so the work
-is linear in the text. This module knows no token and no tokenizer.
+is linear in the text.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A *control* token means something to the model that no text means (end of turn, start of a role): its text is taken for
 the token only where the caller asks. A *user-defined* token is a shorthand for its text and always matched. Which
 tokens end generation is told by the file's eos/eot/eom ids and, since many files name only one of those, by the texts
-that chat models use. This module knows no tokenizer library and no file format.
+that chat models use.
 """
 
 from __future__ import annotations

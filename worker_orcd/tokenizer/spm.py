@@ -2,8 +2,8 @@
 
 A text is one word: spaces become U+2581, and the neighbouring pair whose union is the token with the best score is
 joined until none is left; characters that end up in no token are spelled in byte tokens. Equal scores are decided by
-position, which ranked merges of a BPE library cannot express, so the merging is ours (`_merge`). This file knows no
-file format and no special tokens, which are cut out before text gets here.
+position, which ranked merges of a BPE library cannot express, so the merging is ours (`_spm`).
+Special tokens are cut out before text gets here.
 """
 
 from __future__ import annotations

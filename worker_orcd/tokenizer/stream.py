@@ -1,7 +1,7 @@
 """Streaming decode: token ids one at a time in, complete characters out.
 
 The pieces of one stream, `flush` included, are exactly the decode of all its tokens at once. Both decoders share that
-promise; which one a tokenizer uses is its own matter. This module knows no tokenizer library and no model.
+promise; which one a tokenizer uses is its own matter.
 """
 
 from __future__ import annotations

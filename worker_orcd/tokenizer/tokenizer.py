@@ -2,7 +2,7 @@
 
 The public face over three kinds: `gguf-bpe` and `gguf-spm` (from_gguf.py) and `hf-json` (from_json.py). Here
 is what they share: special tokens, BOS, decoding, streaming, chat. Control tokens in a text are text unless the caller
-asks; only a chat template writes them as ids. This module knows no engine and no server.
+asks; only a chat template writes them as ids.
 """
 
 from __future__ import annotations

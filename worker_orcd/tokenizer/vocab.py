@@ -2,8 +2,7 @@
 
 A vocabulary of 150,000 tokens as Python objects is 10 MB of small objects; as one blob it is 1.5 MB. Text comes out of
 bytes by one rule everywhere: UTF-8, and each maximal part of an ill-formed sequence becomes one U+FFFD (what
-`bytes.decode("utf-8", "replace")` does), so decoding at once and decoding piece by piece agree. This module knows no
-file format and no tokenizer library.
+`bytes.decode("utf-8", "replace")` does), so decoding at once and decoding piece by piece agree.
 """
 
 from __future__ import annotations
