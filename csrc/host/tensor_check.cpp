@@ -39,8 +39,8 @@ inline bool is_bad(const uint8_t* p) {
     }
 }
 
-// Offset in data[0, n) of the first bad number, or n: blocks of kBytes (0: of `block_bytes`) with numbers at at[0, kN) of
-// each. Groups of 64 blocks keep the inner loop free of branches.
+// Offset in data[0, n) of the first bad number, or n: blocks of kBytes (0: of `block_bytes`) with numbers at at[0, kN)
+// of each. Groups of 64 blocks keep the inner loop free of branches.
 template <Number kNumber, size_t kN, size_t kBytes = 0>
 size_t scan_blocks(const uint8_t* data, size_t n, size_t block_bytes, const uint16_t* at) {
     const size_t bytes = kBytes ? kBytes : block_bytes, first = kBytes ? 0 : at[0], second = kN > 1 ? at[1] : first;
