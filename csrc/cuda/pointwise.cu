@@ -17,7 +17,7 @@ DEVICE float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
 DEVICE float glu_value(int kind, float g, float u) {
     if (kind == GLU_SILU) return g * sigmoid(g) * u;
-    if (kind == GLU_GELU) return gelu_tanh(g) * u;
+    if (kind == GLU_GELU_TANH) return gelu_tanh(g) * u;
     g = g > 7.f ? 7.f : g;
     u = u > 7.f ? 7.f : u < -7.f ? -7.f : u;
     return g * sigmoid(1.702f * g) * (u + 1.f);

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define GLU_SILU 0
-#define GLU_GELU 1
+#define GLU_GELU_TANH 1
 #define GLU_SWIGLU_OAI 2
 
 // glu, act_gelu_tanh, add, gather_rows: grid (ceil(ceil(n / 4) / 256), n_rows), block 256.

@@ -15,7 +15,7 @@ from worker_orcd._driver cimport Kernel
 #: numbers of the kernels' parameters by the plan's words
 NORM_KINDS = {"rms": c.NORM_RMS, "layer": c.NORM_LAYER}
 ROPE_TYPES = {"interleaved": c.ROPE_INTERLEAVED, "neox": c.ROPE_NEOX}
-GLU_KINDS = {"silu": c.GLU_SILU, "gelu": c.GLU_GELU, "swiglu_oai": c.GLU_SWIGLU_OAI}
+GLU_KINDS = {"silu": c.GLU_SILU, "gelu_tanh": c.GLU_GELU_TANH, "swiglu_oai": c.GLU_SWIGLU_OAI}
 #: dynamic shared memory of sample_draw
 SAMPLE_DRAW_SMEM = c.SAMPLE_DRAW_SMEM
 

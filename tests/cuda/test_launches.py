@@ -8,11 +8,11 @@ import pytest
 from helpers.fake_file import FakeFile
 
 from worker_orcd._engine import plan_memory
-from worker_orcd._nodes import RowNode
+from worker_orcd._nodes import GLU_KINDS, NORM_KINDS, ROPE_TYPES, RowNode
 from worker_orcd.cuda import launches, lowering
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
-from worker_orcd.models import ops, plan
+from worker_orcd.models import ops, plan, registry
 
 NORM = {"x": 256, "weight": 512, "bias": 0, "out": 256, "x_stride": 64, "out_stride": 64, "n": 64, "kind": 0,
         "n_group": 0, "eps": 1e-5}  # fmt: skip
@@ -35,6 +35,12 @@ def test_every_op_that_lowering_makes_has_launches():
 @pytest.mark.parametrize("fuse", [True, False])
 def test_lowering_leaves_no_op_that_is_replaced(fuse: bool):
     assert {type(op) for op in lowering.lower(plan.build(FakeFile()), fuse=fuse)} <= set(launches.MAKERS)
+
+
+def test_the_words_of_the_plan_are_those_of_the_kernels():
+    assert set(GLU_KINDS) == set(ops.GLU_ACTIVATIONS)
+    assert {row.norm for row in registry.ROWS.values()} <= set(NORM_KINDS)
+    assert {row.rope_type for row in registry.ROWS.values()} - {""} <= set(ROPE_TYPES)
 
 
 def test_an_op_without_a_row_is_named():

@@ -5,6 +5,7 @@ Limits are normalized mean squared errors. Needs a GPU and the tiny reference mo
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import time
@@ -18,7 +19,7 @@ from oracle.numpy_engine import NumpyEngine
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import ops, plan
+from worker_orcd.models import ops, plan, registry
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +62,7 @@ def nmse(a, b):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_record_agrees_with_the_oracle(name, goldens_dir):
+def test_every_op_agrees_with_the_oracle(name, goldens_dir):
     mf, p, engine = open_engine(goldens_dir / f"{name}.gguf")
     tokens = np.random.default_rng(CLEAR_CHOICE.get(name, 0)).integers(0, p.n_vocab, 70)
     n, worst = len(tokens), (0.0, "")
@@ -80,6 +81,21 @@ def test_every_record_agrees_with_the_oracle(name, goldens_dir):
     finally:
         engine.close()
     print(f"{name}: worst op {worst[1]} NMSE {worst[0]:.3g}, limit {limits.CUDA_OP_NMSE}")
+
+
+@pytest.mark.parametrize("act", ops.GLU_ACTIVATIONS)
+def test_a_row_of_another_activation_is_a_flag(act, goldens_dir, monkeypatch):
+    """An activation has one name from the row to the kernel."""
+    monkeypatch.setitem(registry.ROWS, "qwen2", dataclasses.replace(registry.ROWS["qwen2"], act=act))
+    mf, p, engine = open_engine(goldens_dir / "qwen2-Q8_0.gguf")
+    assert {op.kind for op in p.ops if isinstance(op, ops.Glu)} == {act}
+    tokens = np.random.default_rng(0).integers(0, p.n_vocab, 40)
+    try:
+        got = engine.forward(prompt_batch(tokens))
+        want = NumpyEngine(mf, p).run(tokens, np.arange(40), np.zeros(40, int), np.arange(40))
+        assert nmse(got, want) <= limits.CUDA_OP_NMSE
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("name", sorted(CLEAR_CHOICE))
