@@ -83,7 +83,9 @@ def _parse(path: Path, text: str, known: dict[str, int]) -> Header:
         members = (_fields(s.strip(), known | constants) for s in m[1].split(";") if s.strip())
         structs[m[2]] = tuple(field for member in members for field in member)
     for m in re.finditer(r"static HOST_DEVICE (\w+) (\w+)\(([^)]*)\)", text):
-        rules[m[2]] = m[1], tuple((kind, name) for kind, name in (a.split() for a in m[3].split(",")))
+        arguments = [a.split() for a in m[3].split(",")]
+        if all(len(a) == 2 and a[1].isidentifier() for a in arguments):  # else of arrays
+            rules[m[2]] = m[1], tuple((kind, name) for kind, name in arguments)
     if len(structs) != len(re.findall(r"\bstruct\b", text)):
         raise ValueError(f"{path.name}: a struct that is not `typedef struct {{ ... }} Name;`")
     name = path.relative_to(CSRC) if path.is_relative_to(CSRC) else path.name

@@ -10,7 +10,8 @@ from worker_orcd._ring import Control, TokenRing
 from worker_orcd._upload import UploadStats
 from worker_orcd.cuda.memory import Arenas
 from worker_orcd.cuda.vram import VramPlan
-from worker_orcd.engine.protocol import Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import Batch, EngineConfig
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models.plan import Plan
 
@@ -68,7 +69,7 @@ class CudaEngine:
     def load_stats(self) -> UploadStats:
         """How the weights were loaded."""
 
-    def set_slot(self, slot: int, sampling: SlotSampling) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
         """Give a slot to a new sequence."""
 
     def step(self, batch: Batch, want_logits: bool = False) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:

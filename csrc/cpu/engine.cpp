@@ -119,8 +119,10 @@ void Engine::finish(int32_t logits_buffer) {
     expert_counts_.resize(experts + 1);
     for (int i = 0; i < n_threads(); ++i) sample_scratch_.emplace_back(sizes_.n_vocab);
     slots_state_.reserve((size_t)sizes_.max_seqs);
+    SlotSampling greedy = {};  // and nothing penalized, until `set_slot` says otherwise
+    greedy.repetition_penalty = greedy.top_p = 1;
     for (int32_t i = 0; i < sizes_.max_seqs; ++i)
-        slots_state_.push_back(Slot{SlotSampling(), SampledSet(sizes_.n_vocab, sizes_.context_length)});
+        slots_state_.push_back(Slot{greedy, SampledSet(sizes_.n_vocab, sizes_.context_length)});
     slot_seen_.resize((size_t)sizes_.max_seqs);
     for (auto* v : {&tokens_, &positions_, &slots_, &output_indices_}) v->reserve(max_batch_tokens);
     tiles_.reserve(max_batch_tokens);

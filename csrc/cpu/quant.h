@@ -217,52 +217,33 @@ struct QuantMXFP4 {
     }
 };
 
+// Every decoder, by its name without Quant.
+#define FOR_EACH_DECODER(X) \
+    X(F32)                  \
+    X(F16)                  \
+    X(BF16)                 \
+    X(Q4_0)                 \
+    X(Q4_1)                 \
+    X(Q5_0)                 \
+    X(Q5_1)                 \
+    X(Q8_0)                 \
+    X(Q2_K)                 \
+    X(Q3_K)                 \
+    X(Q4_K)                 \
+    X(Q5_K)                 \
+    X(Q6_K)                 \
+    X(MXFP4)
+
 // Calls action.run<Decoder>() for a type id; false where there is none.
 template <class Action>
 WO_INLINE bool with_decoder(int type, Action& action) {
     switch (type) {
-        case QuantF32::kType:
-            action.template run<QuantF32>();
-            return true;
-        case QuantF16::kType:
-            action.template run<QuantF16>();
-            return true;
-        case QuantBF16::kType:
-            action.template run<QuantBF16>();
-            return true;
-        case QuantQ4_0::kType:
-            action.template run<QuantQ4_0>();
-            return true;
-        case QuantQ4_1::kType:
-            action.template run<QuantQ4_1>();
-            return true;
-        case QuantQ5_0::kType:
-            action.template run<QuantQ5_0>();
-            return true;
-        case QuantQ5_1::kType:
-            action.template run<QuantQ5_1>();
-            return true;
-        case QuantQ8_0::kType:
-            action.template run<QuantQ8_0>();
-            return true;
-        case QuantQ2_K::kType:
-            action.template run<QuantQ2_K>();
-            return true;
-        case QuantQ3_K::kType:
-            action.template run<QuantQ3_K>();
-            return true;
-        case QuantQ4_K::kType:
-            action.template run<QuantQ4_K>();
-            return true;
-        case QuantQ5_K::kType:
-            action.template run<QuantQ5_K>();
-            return true;
-        case QuantQ6_K::kType:
-            action.template run<QuantQ6_K>();
-            return true;
-        case QuantMXFP4::kType:
-            action.template run<QuantMXFP4>();
-            return true;
+#define CASE(Name)                          \
+    case Quant##Name::kType:                \
+        action.template run<Quant##Name>(); \
+        return true;
+        FOR_EACH_DECODER(CASE)
+#undef CASE
     }
     return false;
 }

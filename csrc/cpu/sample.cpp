@@ -8,8 +8,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "params/sampling.h"
-
 namespace worker_orcd {
 
 SampledSet::SampledSet(int64_t n_vocab, int64_t context_length) : bits_((size_t)(n_vocab + 63) / 64, 0) {

@@ -5,13 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace worker_orcd {
+#include "params/sampling.h"
 
-struct SlotSampling {
-    float temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
-    int32_t top_k = 0;
-    uint64_t seed = 0;
-};
+namespace worker_orcd {
 
 // The tokens sampled in a slot, each once: what the repetition penalty counts.
 class SampledSet {

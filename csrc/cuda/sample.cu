@@ -14,7 +14,6 @@
 #include "params/sample_params.h"
 #include "common/order.cuh"
 #include "common/ptx.cuh"
-#include "params/sampling.h"
 
 static constexpr int kThreads = 256;
 static constexpr int kDrawThreads = 1024;
@@ -43,6 +42,8 @@ struct Row {
     DEVICE_MEMBER bool is_greedy() const { return sampling_is_greedy(slot.temperature); }
     DEVICE_MEMBER bool has_top_k() const { return slot.top_k > 0 && slot.top_k < n_vocab; }
     DEVICE_MEMBER bool has_filter() const { return has_top_k() || slot.top_p < 1.f; }
+    // Tokens of less weight are left out.
+    DEVICE_MEMBER uint64_t least_weight() const { return sampling_min_p_limit(slot.min_p); }
 
     // Logits first .. first + 3 (first a multiple of 4); -infinity beyond the vocabulary.
     DEVICE_MEMBER void load(float (&v)[4], int first) const {
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) sample_weigh(const __grid
         for (int b = threadIdx.x; b < SAMPLE_BINS; b += kThreads) counts[b] = low[b] = high[b] = 0;
         __syncthreads();
     }
-    const uint64_t least = sampling_min_p_limit(row.slot.min_p);
+    const uint64_t least = row.least_weight();
     uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < SAMPLE_CHUNK / kThreads / 4; i++) {
@@ -348,7 +349,7 @@ DEVICE void find_limit(DrawShared& s, const Row& row, float max, bool by_weight,
 // The token of a row that has a distribution and is not greedy. All threads get it.
 DEVICE int draw(DrawShared& s, const SampleParams& p, const Row& row, float max, int position) {
     const int row_index = blockIdx.x;
-    const uint64_t least = sampling_min_p_limit(row.slot.min_p);
+    const uint64_t least = row.least_weight();
     uint64_t limit_key = 0;
     if (row.has_filter()) {
         for (int b = threadIdx.x; b < SAMPLE_BINS; b += kDrawThreads) {

@@ -1,10 +1,11 @@
-// Parameters of sample.cu; csrc/params/sampling.h says how a token is drawn. Plain C.
+// Parameters of sample.cu; csrc/params/sampling.h says how a token is drawn, and how a slot samples. Plain C.
 #ifndef WORKER_ORCD_SAMPLE_PARAMS_H
 #define WORKER_ORCD_SAMPLE_PARAMS_H
 
 #include <stdint.h>
 
 #include "params/host_device.h"
+#include "params/sampling.h"
 
 #define SAMPLE_CHUNK 4096  // logits of one block of sample_max and sample_weigh
 #define SAMPLE_BINS 2048
@@ -12,17 +13,6 @@
 #define SAMPLE_DRAW_SMEM 67072  // dynamic shared memory of sample_draw
 
 static HOST_DEVICE int32_t sample_chunks(int32_t n_vocab) { return (n_vocab + SAMPLE_CHUNK - 1) / SAMPLE_CHUNK; }
-
-// How one slot samples; csrc/params/sampling.h says what the numbers mean.
-typedef struct {
-    uint64_t seed;
-    float temperature;         // below 1e-5: greedy
-    float top_p;               // 1: off
-    float min_p;               // 0: off
-    float repetition_penalty;  // 1: off
-    int32_t top_k;             // 0: off
-    int32_t reserved;
-} SlotSampling;
 
 // What sample_max leaves of one chunk.
 typedef struct {

@@ -29,6 +29,17 @@
 #define SAMPLING_ONE ((uint64_t)1 << 40)
 #define SAMPLING_MAX 3.402823466e+38f
 
+// How one slot samples: the numbers of the rule above.
+typedef struct {
+    uint64_t seed;
+    float temperature;         // below 1e-5: greedy
+    float top_p;               // 1: off
+    float min_p;               // 0: off
+    float repetition_penalty;  // 1: off
+    int32_t top_k;             // 0: off
+    int32_t reserved;
+} SlotSampling;
+
 // Philox4x32-10 (Salmon et al. 2011): four random words of a 128-bit counter under a 64-bit key.
 static HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1, uint32_t out[4]) {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];

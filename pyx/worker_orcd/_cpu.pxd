@@ -1,8 +1,9 @@
 # C view of the CPU engine (csrc/cpu/engine.h) and its kernels, for _cpu.pyx alone.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 
+from worker_orcd._params cimport SlotSampling
 from worker_orcd._ring cimport ControlFlag, TokenQueue
 
 
@@ -56,11 +57,6 @@ cdef extern from "cpu/ops.h" namespace "worker_orcd" nogil:
 
 
 cdef extern from "cpu/sample.h" namespace "worker_orcd" nogil:
-    cdef cppclass SlotSampling:
-        float temperature, top_p, min_p, repetition_penalty
-        int32_t top_k
-        uint64_t seed
-
     cdef cppclass SampledSet:
         SampledSet(int64_t n_vocab, int64_t context_length) except +
         void insert(int32_t token) except +

@@ -11,6 +11,7 @@ from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from posix.unistd cimport getpid
 
+from worker_orcd._params cimport SlotSampling, fill_SlotSampling
 from worker_orcd._ring cimport Control, TokenRing
 
 import os
@@ -85,17 +86,10 @@ def dequantize(type_id, buffer, n_elements, isa=None):
     return out
 
 
-cdef SlotSampling _sampling_params(sampling) except *:
-    """The C struct of a `SlotSampling`, or InvalidRequest naming the field that is out of range."""
+cdef SlotSampling _slot_sampling(sampling) except *:
+    """The C struct of a `SamplingParams`, or InvalidRequest naming the field that is out of range."""
     cdef SlotSampling p
-    for field, low, high in (("temperature", 0, 1e30), ("top_p", 0, 1), ("min_p", 0, 1),
-                             ("repetition_penalty", 0, 1e30), ("top_k", 0, (1 << 31) - 1),
-                             ("seed", 0, (1 << 64) - 1)):
-        value = getattr(sampling, field)
-        if not low <= value <= high or (field == "repetition_penalty" and value == 0):
-            raise InvalidRequest(f"{field} {value} is out of range", field=field)
-    p.temperature, p.top_p, p.min_p = sampling.temperature, sampling.top_p, sampling.min_p
-    p.repetition_penalty, p.top_k, p.seed = sampling.repetition_penalty, sampling.top_k, sampling.seed
+    fill_SlotSampling(&p, sampling.numbers(), ())
     return p
 
 
@@ -105,7 +99,7 @@ def sample_token(logits, position, sampling, sampled=()):
     Args:
         logits: float32 [n_vocab].
         position: of the row; the drawn token's is one further.
-        sampling: a `SlotSampling`.
+        sampling: `SamplingParams` with a seed.
         sampled: token ids drawn before in the slot, for the repetition penalty.
 
     Returns:
@@ -114,7 +108,7 @@ def sample_token(logits, position, sampling, sampled=()):
     Raises:
         InvalidRequest: names the argument or sampling field that is out of range.
     """
-    cdef SlotSampling p = _sampling_params(sampling)
+    cdef SlotSampling p = _slot_sampling(sampling)
     cdef float[::1] row = np.array(logits, np.float32).reshape(-1)
     cdef int64_t n_vocab = row.shape[0]
     if not 0 < n_vocab < 1 << 24:
@@ -274,7 +268,11 @@ cdef class CpuEngine:
                              _int_array(batch.output_indices, np.int32, "output_indices"), 1)
 
     def set_slot(self, slot, sampling):
-        """Give a slot to a new sequence: sets its `SlotSampling` and forgets the tokens of the one before.
+        """Give a slot to a new sequence: how its tokens are drawn; those of the one before are forgotten.
+
+        Args:
+            slot: index of the slot.
+            sampling: `SamplingParams` with a seed.
 
         Raises:
             InternalError: slot out of range, or the engine is closed or busy.
@@ -283,7 +281,7 @@ cdef class CpuEngine:
         self._check_usable()
         if not 0 <= slot < self.config.max_seqs:
             raise InternalError(f"slot {slot} is not below {self.config.max_seqs}", field="slot")
-        cdef SlotSampling p = _sampling_params(sampling)
+        cdef SlotSampling p = _slot_sampling(sampling)
         self.engine.set_slot(slot, p)
 
     def step(self, batch, want_logits=False):

@@ -275,9 +275,7 @@ cdef class CudaEngine:
         words = (self.n_vocab + 31) // 32
         state = <c.SlotSampling*>self.staging.host
         self.staged = sizeof(c.SlotSampling)
-        c.fill_SlotSampling(state, {
-            "seed": sampling.seed, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty, "top_k": sampling.top_k}, ())
+        c.fill_SlotSampling(state, sampling.numbers(), ())
         self.greedy[slot] = sampling.temperature == 0.0
         cdef uintptr_t samples = self.memory.workspace.sampling.samples.address
         cdef uintptr_t seen = self.memory.workspace.sampling.seen.address

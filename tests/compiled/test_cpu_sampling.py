@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,3 +125,11 @@ def test_refusals():
         token([1, 2], sampled=[2])
     with pytest.raises(InvalidRequest, match="logits"):
         token([])
+
+
+def test_numbers_that_are_not_those_of_the_struct_are_refused():
+    numbers = sampling().numbers()
+    short = {name: value for name, value in numbers.items() if name != "min_p"}
+    for odd in (short, {**numbers, "max_p": 1.0}):
+        with pytest.raises(TypeError, match=r"SlotSampling takes the fields .*min_p"):
+            sample_token(np.zeros(4, np.float32), 0, SimpleNamespace(numbers=lambda odd=odd: odd))

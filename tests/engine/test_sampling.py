@@ -7,10 +7,10 @@ import math
 import re
 from pathlib import Path
 
+import gen_params
 import numpy as np
 import pytest
 
-from worker_orcd.engine.protocol import SlotSampling
 from worker_orcd.engine.sampling import RULES, SamplingParams
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.serving.logprobs import top_logprobs
@@ -112,7 +112,13 @@ def test_every_field_has_its_rule_and_its_row_in_the_docs():
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(names)
 
 
-def test_an_engine_gets_the_numbers_and_the_seed_in_use():
+def test_an_engine_gets_the_numbers_that_its_struct_has():
     params = SamplingParams(temperature=0, top_k=3, top_p=1, min_p=0.5, repetition_penalty=2, seed=8)
-    assert params.slot_sampling(9) == SlotSampling(0.0, 3, 1.0, 0.5, 2.0, 9)
-    assert {f.name for f in dataclasses.fields(SlotSampling)} <= set(RULES)
+    numbers = {"temperature": 0, "top_k": 3, "top_p": 1, "min_p": 0.5, "repetition_penalty": 2, "seed": 8}
+    header = next(h for h in gen_params.read() if "SlotSampling" in h.structs)
+    names = {f.name for f in header.structs["SlotSampling"]} - {"reserved"}
+    assert names >= set(numbers) and params.numbers() == {name: getattr(params, name) for name in names}
+    assert numbers.items() <= params.numbers().items()
+    for field, value in {"seed": None, "top_k": 2**31, "temperature": math.nan}.items():
+        with pytest.raises(InvalidRequest, match=field):
+            dataclasses.replace(params, **{field: value}).numbers()

@@ -14,13 +14,14 @@ import numpy as np
 
 from worker_orcd._engine import CudaEngine
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.engine.protocol import Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import Batch, EngineConfig
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
-GREEDY = SlotSampling(0.0, 0, 1.0, 0.0, 1.0, 0)
-FILTERED = SlotSampling(0.8, 40, 0.95, 0.02, 1.1, 7)
+GREEDY = SamplingParams(temperature=0.0, seed=0)
+FILTERED = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02, repetition_penalty=1.1, seed=7)
 N_SEQS = 4
 
 

@@ -17,7 +17,7 @@ from helpers import long_rope
 from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import ops, plan, registry
 
@@ -28,7 +28,8 @@ MODELS = ["llama-Q4_0", "llama-Q4_K_M", "llama-F16", "qwen2-Q8_0", "qwen2-Q4_K_M
 #: seeds of prompts in which no two router logits that decide are nearer than 0.006 (they are of order 3): a nearer pair
 #: may change places between two ways of rounding, and then whole rows differ
 CLEAR_CHOICE = {"gpt-oss-MXFP4": 23, "gpt-oss-MXFP4_MOE": 32, "gpt-oss-Q4_K_M": 30}
-GREEDY = SlotSampling(0.0, 0, 1.0, 0.0, 1.0, 0)
+GREEDY = SamplingParams(temperature=0.0, seed=0)
+FILTERED = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02, repetition_penalty=1.1, seed=7)
 
 
 def open_engine(path, **changes):
@@ -148,7 +149,7 @@ def run_decode(engine, slots, first, start, n_steps):
 
 
 @pytest.mark.parametrize("name", ["qwen2-Q4_K_M", "gpt-oss-MXFP4_MOE"])
-@pytest.mark.parametrize("sampling", [GREEDY, SlotSampling(0.8, 40, 0.95, 0.02, 1.1, 7)])
+@pytest.mark.parametrize("sampling", [GREEDY, FILTERED])
 def test_decode_loop_equals_single_steps_and_does_not_depend_on_neighbours(sampling, name, goldens_dir):
     _, p, engine = open_engine(goldens_dir / f"{name}.gguf")
     rng = np.random.default_rng(2)

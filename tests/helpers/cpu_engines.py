@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from worker_orcd._cpu import CpuEngine, cpu_features
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan as P
 
 ISAS = cpu_features()["available"]
 
 
-def sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0) -> SlotSampling:
-    return SlotSampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+def sampling(temperature=0.0, seed=0, **numbers) -> SamplingParams:
+    return SamplingParams(temperature=temperature, seed=seed, **numbers)
 
 
 def make_engine(model_file, plan, n_threads=2, max_seqs=4, max_batch_tokens=256, context_length=192) -> CpuEngine:

@@ -12,7 +12,8 @@ import zlib
 
 import numpy as np
 
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.models.plan import KvGroup
 
 STOP_ID = 0
@@ -39,13 +40,13 @@ class FakeEngine:
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
         self.kv = [np.full((n, BLOCK_SIZE, 3), -1, np.int64) for n in config.n_blocks]  # (token, position, rope table)
         self.history: dict[int, list[int]] = {}
-        self.sampling: dict[int, SlotSampling] = {}
+        self.sampling: dict[int, SamplingParams] = {}
         self.calls: list[str] = []
         self.fail_with: Exception | None = None
         self.closed = False
         self.n_rows_seen = 0
 
-    def set_slot(self, slot: int, sampling: SlotSampling) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
         self.sampling[slot] = sampling
 
     def step(self, batch: Batch, want_logits: bool = False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from worker_orcd.gguf import quants
@@ -32,8 +34,14 @@ def random_blocks(
     return raw.reshape(n_out, -1)
 
 
+#: types that the gguf package does not know: id -> blocks uint8 [n, type_size] to float32 [n, block_size]
+OWN_TYPES: dict[int, Callable[[np.ndarray], np.ndarray]] = {}
+
+
 def dequantized(type_id: int, raw: np.ndarray) -> np.ndarray:
-    """float32 [n_out, k], by the gguf package."""
+    """float32 [n_out, k] of blocks uint8 [n_out, row bytes], by the gguf package or one of `OWN_TYPES`."""
+    if type_id in OWN_TYPES:
+        return OWN_TYPES[type_id](raw.reshape(-1, quants.TYPES[type_id].type_size)).reshape(raw.shape[0], -1)
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 

@@ -1,6 +1,6 @@
 """The oracle: a plan interpreted in NumPy with float64 accumulation, plain enough to be read beside the formulas.
 
-It shares nothing with the engines but the plan ops. Weights are dequantized with the `gguf` package. The KV cache
+It shares nothing with the engines but the plan ops. Weights are dequantized by `helpers.quant_blocks`. The KV cache
 is a dict of positions per (layer, slot), rounded to float16 as the engines do (`kv_dtype`).
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import gguf
 import numpy as np
+from helpers.quant_blocks import dequantized
 
 from worker_orcd.models.ops import View, output_of
 from worker_orcd.models.plan import Plan
@@ -17,15 +17,8 @@ from worker_orcd.models.plan import Plan
 
 def dequantize(info, data) -> np.ndarray:
     """A tensor as float64 [..., n_out, n_in] (GGUF shape reversed)."""
-    t = gguf.GGMLQuantizationType(info.type_id)
-    raw = np.frombuffer(data, np.uint8)
-    if t == gguf.GGMLQuantizationType.F32:
-        flat = raw.view(np.float32)
-    elif t == gguf.GGMLQuantizationType.F16:
-        flat = raw.view(np.float16)
-    else:
-        flat = gguf.quants.dequantize(raw, t)
-    return flat.astype(np.float64).reshape(info.shape[::-1])
+    values = dequantized(info.type_id, np.frombuffer(data, np.uint8)[None])
+    return values.astype(np.float64).reshape(info.shape[::-1])
 
 
 def gelu_tanh(x):

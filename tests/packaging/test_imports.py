@@ -41,7 +41,7 @@ COMPILED = {
     "_upload": ("_driver", "_gguf", "gguf"),
     "_nodes": ("_driver", "_params"),
     "_engine": ("_driver", "_nodes", "_params", "_ring", "_upload", "cuda", "engine", "gguf", "models"),
-    "_cpu": ("_ring", "engine", "models", "gguf"),
+    "_cpu": ("_params", "_ring", "engine", "models", "gguf"),
 }
 #: room -> the compiled modules that it may import
 USES_COMPILED = {

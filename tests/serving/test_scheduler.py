@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker_orcd.engine.kv_blocks import blocks_needed, blocks_of, blocks_within, window_blocks
-from worker_orcd.engine.protocol import EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import EngineConfig
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup, Plan
 from worker_orcd.serving.scheduler import Scheduler
@@ -20,8 +21,8 @@ from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, Step
 FULL = KvGroup(0, (0,))
 
 
-def sampling(seed: int = 1) -> SlotSampling:
-    return SlotSampling(1.0, 0, 1.0, 0.0, 1.0, seed)
+def sampling(seed: int = 1) -> SamplingParams:
+    return SamplingParams(seed=seed)
 
 
 def sequence(seq_id: int, n_prompt: int, max_tokens: int = 4, **kw) -> SequenceState:

@@ -20,7 +20,8 @@ import numpy as np
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine import kv_blocks
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig, SlotSampling
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig
+from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
@@ -32,7 +33,7 @@ DECODE_CHUNK = 64
 #: bytes of host memory that the bandwidth test walks through, well past the caches
 _HOST_BYTES = 512 << 20
 _HOST_ROUNDS = 5
-_GREEDY = SlotSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0)
+_GREEDY = SamplingParams(temperature=0.0, seed=0)
 
 
 @dataclass(frozen=True)

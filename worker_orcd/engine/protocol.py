@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from worker_orcd.engine.sampling import SamplingParams
+
 #: positions of one KV block
 BLOCK_SIZE = 64
 
@@ -38,23 +40,6 @@ class EngineConfig:
     def max_blocks_per_seq(self) -> int:
         """Columns of a block table."""
         return -(-self.context_length // BLOCK_SIZE)
-
-
-@dataclass(frozen=True)
-class SlotSampling:
-    """How the tokens of one slot are drawn; the numbers of `SamplingParams`, checked already.
-
-    temperature 0 is greedy (argmax, the lowest id on a tie). `seed` keys the counter-based generator together with
-    the position of the drawn token, so a draw depends on nothing else. Repetition penalty counts the tokens sampled
-    in this slot since `set_slot`.
-    """
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int
 
 
 @dataclass
@@ -86,8 +71,18 @@ class Engine(Protocol):
     #: int32 [max_seqs], written likewise: index of the plan's rotary frequency table that the slot's sequence turns by
     rope_tables: np.ndarray
 
-    def set_slot(self, slot: int, sampling: SlotSampling) -> None:
-        """Give a slot to a new sequence: sets its sampling and forgets the tokens of the one before."""
+    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
+        """Give a slot to a new sequence: sets how its tokens are drawn and forgets the tokens of the one before.
+
+        Args:
+            slot: index of the slot.
+            sampling: with a seed; of its fields only `numbers()` count. The seed keys the counter-based generator
+                together with the position of the drawn token, so a draw depends on nothing else. The repetition
+                penalty counts the tokens sampled in this slot since this call.
+
+        Raises:
+            InvalidRequest: a number out of range, named.
+        """
 
     def step(self, batch: Batch, want_logits: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """Run one ragged step.

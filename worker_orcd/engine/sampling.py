@@ -11,13 +11,10 @@ import dataclasses
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS
 from worker_orcd.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from worker_orcd.engine.protocol import SlotSampling
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,9 @@ class Rule:
 
     Attributes:
         kind: int, float, bool, or list for a list of strings.
-        least, most: the ends of the range, both in it; None: open, or known to the caller of `check` only.
+        least, most: the ends of the range, both in it; None: open. The caller of `check` may know a smaller end.
         above: `least` itself is not in the range.
+        drawn: engines draw by it: it is a field of `SlotSampling` in csrc/params/sampling.h, under the same name.
         http: the body of POST /execute may hold it, under the same name.
         flag: help text of its flag of `worker-orcd generate`; "": it has none.
         metavar: what stands for a value in that help.
@@ -37,6 +35,7 @@ class Rule:
     least: float | None = None
     most: float | None = None
     above: bool = False
+    drawn: bool = False
     http: bool = False
     flag: str = ""
     metavar: str = ""
@@ -93,14 +92,22 @@ class SamplingParams:
         ),
     )
     temperature: float = field(
-        default=1.0, metadata=_rule(float, 0.0, 2.0, http=True, flag="0 to 2; 0 is greedy.", metavar="T")
+        default=1.0, metadata=_rule(float, 0.0, 2.0, drawn=True, http=True, flag="0 to 2; 0 is greedy.", metavar="T")
     )
-    top_p: float = field(default=1.0, metadata=_rule(float, 0.0, 1.0, http=True, flag="0 to 1; 1 is off.", metavar="P"))
-    top_k: int = field(default=0, metadata=_rule(int, 0, http=True, flag="0 is off.", metavar="K"))
-    min_p: float = field(default=0.0, metadata=_rule(float, 0.0, 1.0, http=True, flag="0 to 1; 0 is off.", metavar="P"))
+    top_p: float = field(
+        default=1.0, metadata=_rule(float, 0.0, 1.0, drawn=True, http=True, flag="0 to 1; 1 is off.", metavar="P")
+    )
+    top_k: int = field(
+        default=0, metadata=_rule(int, 0, 2**31 - 1, drawn=True, http=True, flag="0 is off.", metavar="K")
+    )
+    min_p: float = field(
+        default=0.0, metadata=_rule(float, 0.0, 1.0, drawn=True, http=True, flag="0 to 1; 0 is off.", metavar="P")
+    )
     repetition_penalty: float = field(
         default=1.0,
-        metadata=_rule(float, 0.0, 2.0, above=True, http=True, flag="Above 0, to 2; 1 is off.", metavar="R"),
+        metadata=_rule(
+            float, 0.0, 2.0, above=True, drawn=True, http=True, flag="Above 0, to 2; 1 is off.", metavar="R"
+        ),
     )
     stop: tuple[str, ...] = field(
         default=(),
@@ -109,7 +116,13 @@ class SamplingParams:
     seed: int | None = field(
         default=None,
         metadata=_rule(
-            int, 0, 2**64 - 1, http=True, flag="0 to 2^64-1. Default: made up; --json tells it.", metavar="N"
+            int,
+            0,
+            2**64 - 1,
+            drawn=True,
+            http=True,
+            flag="0 to 2^64-1. Default: made up; --json tells it.",
+            metavar="N",
         ),
     )
     ignore_eos: bool = field(default=False, metadata=_rule(bool))
@@ -151,13 +164,16 @@ class SamplingParams:
         if not all(self.stop):
             raise InvalidRequest("stop holds an empty string", field="stop")
 
-    def slot_sampling(self, seed: int) -> SlotSampling:
-        """The numbers an engine needs, with `seed` in the place of this object's."""
-        from worker_orcd.engine.protocol import SlotSampling  # brings NumPy, which a command's help does not need
+    def numbers(self) -> dict[str, float]:
+        """What an engine draws by: the fields of `SlotSampling` in csrc/params/sampling.h.
 
-        names = [f.name for f in dataclasses.fields(SlotSampling)]
-        values = {**{name: getattr(self, name) for name in names}, "seed": seed}
-        return SlotSampling(**{name: RULES[name].kind(value) for name, value in values.items()})
+        Raises:
+            InvalidRequest: one is outside its range, or the seed is not chosen yet; names the field.
+        """
+        drawn = {name: getattr(self, name) for name, rule in RULES.items() if rule.drawn}
+        for name, value in drawn.items():
+            RULES[name].check(name, value, RULES[name].most)
+        return drawn
 
 
 #: the rule of each field, by name, in the order of the fields

@@ -1,7 +1,6 @@
 """The table of ggml tensor types: the only place that knows their ids, block sizes and names.
 
-Adding a type is one row here, one header in `csrc/cuda/quant/` and one block decoder in `csrc/cpu/quant.h`,
-and one case in the oracle test."""
+docs/adding-a-quant-type.md says what else a new row needs."""
 
 from __future__ import annotations
 

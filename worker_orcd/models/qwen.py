@@ -8,8 +8,8 @@ from worker_orcd.models.hparams import Arch, HParams
 
 
 def qwen(b: Builder, hp: HParams) -> None:
-    """x += attention(norm(x)); x += ffn(norm(x))."""
-    blocks.decoder(b, hp, blocks.attention, blocks.ffn)
+    """x += attention(norm(x)); x += ffn(norm(x)), or the experts of a row that has them."""
+    blocks.decoder(b, hp, blocks.attention, blocks.moe if hp.arch.ffn == "moe" else blocks.ffn)
 
 
 ROWS = (

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,7 @@ class EngineLoop:
                 seq_id,
                 prompt,
                 max_tokens,
-                params.slot_sampling(seed),
+                replace(params, seed=seed),
                 not params.ignore_eos,
                 params.logprobs is not None,
             )

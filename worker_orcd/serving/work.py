@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker_orcd.engine.protocol import Batch, SlotSampling
+from worker_orcd.engine.protocol import Batch
+from worker_orcd.engine.sampling import SamplingParams
 
 
 @dataclass(eq=False)
@@ -31,7 +32,7 @@ class SequenceState:
     seq_id: int
     prompt: np.ndarray
     max_tokens: int
-    sampling: SlotSampling | None = None
+    sampling: SamplingParams | None = None
     stops: bool = True
     want_logits: bool = False
     slot: int = -1

@@ -32,3 +32,8 @@ struct BF16 : PackedTile<64, 1, 2, 16, 0> {
         low = bits_float(q.low[pair] << 16), high = bits_float(q.low[pair] & 0xffff0000u);
     }
 };
+
+#define DENSE_TYPES(X) \
+    X(F32, f32)        \
+    X(F16, f16)        \
+    X(BF16, bf16)

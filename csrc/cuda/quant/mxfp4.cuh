@@ -53,3 +53,5 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
     }
 #endif
 };
+
+#define MXFP4_TYPES(X) X(MXFP4, mxfp4)

@@ -45,3 +45,5 @@ struct Q2_K : PackedTile<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
         }
     }
 };
+
+#define Q2_K_TYPES(X) X(Q2_K, q2_k)

@@ -47,3 +47,5 @@ struct Q3_K : PackedTile<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
         }
     }
 };
+
+#define Q3_K_TYPES(X) X(Q3_K, q3_k)

@@ -16,3 +16,7 @@ struct Q4_1 : PackedTile<64, 32, 20, 4, 0>, HalfScalesMins<Q4_1>, IntegerCodes<Q
     static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 4, k); }
     static HOST_DEVICE uint32_t code(const Codes<4, 0>& q, int pair) { return Plane<4>::codes(q.low, pair); }
 };
+
+#define Q4_0_TYPES(X) \
+    X(Q4_0, q4_0)     \
+    X(Q4_1, q4_1)

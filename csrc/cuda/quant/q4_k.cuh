@@ -60,3 +60,7 @@ struct Q5_K : PackedTile<256, 256, 176, 4, 1>, KScales<Q5_K>, IntegerCodes<Q5_K,
         return Plane<4>::codes(q.low, pair) | Plane<1>::codes<4>(q.high, pair);
     }
 };
+
+#define Q4_K_TYPES(X) \
+    X(Q4_K, q4_k)     \
+    X(Q5_K, q5_k)

@@ -22,3 +22,7 @@ struct Q5_1 : PackedTile<64, 32, 24, 4, 1>, HalfScalesMins<Q5_1>, IntegerCodes<Q
     }
     static HOST_DEVICE uint32_t code(const Codes<4, 1>& q, int pair) { return code5(q, pair); }
 };
+
+#define Q5_0_TYPES(X) \
+    X(Q5_0, q5_0)     \
+    X(Q5_1, q5_1)

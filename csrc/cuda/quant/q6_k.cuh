@@ -47,3 +47,5 @@ struct Q6_K : PackedTile<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
         }
     }
 };
+
+#define Q6_K_TYPES(X) X(Q6_K, q6_k)

@@ -23,3 +23,5 @@ struct Q8_0 : PackedTile<64, 32, 34, 8, 0>, HalfScales<Q8_0> {
     }
 #endif
 };
+
+#define Q8_0_TYPES(X) X(Q8_0, q8_0)

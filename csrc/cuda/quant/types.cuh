@@ -28,22 +28,17 @@
 #include "q6_k.cuh"
 #include "q8_0.cuh"
 
-// X(Type, name in kernel names)
+// X(Type, name in kernel names) for every type: each header lists its own.
 #define FOR_EACH_TYPE(X) \
-    X(F32, f32)          \
-    X(F16, f16)          \
-    X(BF16, bf16)        \
-    X(Q4_0, q4_0)        \
-    X(Q4_1, q4_1)        \
-    X(Q5_0, q5_0)        \
-    X(Q5_1, q5_1)        \
-    X(Q8_0, q8_0)        \
-    X(Q2_K, q2_k)        \
-    X(Q3_K, q3_k)        \
-    X(Q4_K, q4_k)        \
-    X(Q5_K, q5_k)        \
-    X(Q6_K, q6_k)        \
-    X(MXFP4, mxfp4)
+    DENSE_TYPES(X)       \
+    Q4_0_TYPES(X)        \
+    Q5_0_TYPES(X)        \
+    Q8_0_TYPES(X)        \
+    Q2_K_TYPES(X)        \
+    Q3_K_TYPES(X)        \
+    Q4_K_TYPES(X)        \
+    Q6_K_TYPES(X)        \
+    MXFP4_TYPES(X)
 
 template <class Q>
 constexpr bool kDense = std::is_same_v<Q, F32> || std::is_same_v<Q, F16> || std::is_same_v<Q, BF16>;
