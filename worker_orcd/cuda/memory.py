@@ -90,7 +90,7 @@ class Routing:
 class Sampling:
     """Scratch and state of sampling; the names are those of csrc/params/sample_params.h.
 
-    `slots` and `positions` are int32 [MAX_OUT], those of the output rows of a step that is no decode step.
+    `slots` and `positions` are int32 [MAX_OUT], those of the output rows where a step is no decode step.
     """
 
     partial: Region
@@ -117,7 +117,7 @@ class Workspace:
         tiles: `AttentionTile` [rows + max_seqs].
         block_tables: int32 [n_kv_groups, max_seqs, max_blocks_per_seq].
         attention_partial, attention_counters: scratch of decode attention.
-        x_split, x_half, x_half_scale: activations as converted for products of decode rows, of prompt rows.
+        x_split, x_half, x_half_scale: activations as converted for products of decode rows, of prefill rows.
         routing: None where no layer has experts.
         sampling: of output rows.
     """
@@ -226,8 +226,8 @@ def kv_arena(plan: Plan, config: EngineConfig) -> KvCache:
     return KvCache(end.nbytes, layers)
 
 
-def max_rows(config: EngineConfig) -> int:
-    """Rows of a step that there is room for."""
+def padded_batch_tokens(config: EngineConfig) -> int:
+    """Rows that activations and row tables have room for: `max_batch_tokens` in whole tiles of the prefill kernels."""
     return -(-config.max_batch_tokens // 128) * 128
 
 
@@ -242,7 +242,7 @@ def workspace_arena(
         heads: blocks in y of a decode attention launch.
         sample: scratch of sampling.
     """
-    end, rows = _End(), max_rows(config)
+    end, rows = _End(), padded_batch_tokens(config)
     attention = [op for op in plan.ops if isinstance(op, Attention)]
     partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
     inputs = [_converted(plan, op) for op in plan.ops if isinstance(op, MatMul | ExpertMatMul)]
@@ -294,7 +294,7 @@ def _routing(end: _End, plan: Plan, rows: int) -> Routing | None:
 
 
 def _converted(plan: Plan, op: MatMul | ExpertMatMul) -> tuple[int, int, int]:
-    """Inputs that a row has in a product, and bytes of each as converted for decode and for prompts."""
+    """Inputs that a row has in a product, and bytes of each as converted for decode and for prefill."""
     w = plan.weights[op.weight]
     n = op.n_used if isinstance(op, ExpertMatMul) and op.per_slot else 1
     return n, layout.x_split_bytes(w.type_id, w.shape[0]), layout.x_f16_bytes(w.type_id, w.shape[0])

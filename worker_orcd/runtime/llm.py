@@ -45,7 +45,7 @@ from worker_orcd.serving.job import Completion, Job, TextPiece
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
-#: most rows of one step
+#: most tokens of one step
 MAX_BATCH_TOKENS = 1 << 16
 #: most jobs that may wait; a server takes fewer, because each of its jobs holds a thread
 MAX_QUEUE = 1 << 20

@@ -1,6 +1,6 @@
 """EngineLoop: the two threads between jobs and an engine.
 
-The engine thread is the only one that calls the engine: a ragged step while prompt rows are pending, else a decode run
+The engine thread is the only one that calls the engine: a ragged step while prompts are pending, else a decode run
 of many steps without the GIL. The output thread turns tokens into pieces and watches deadlines. Tokens and the marks
 that end a sequence go through one ring, so their order is kept. Whoever has news for the engine thread (a new job, an
 end) writes it down under the lock and interrupts the decode run, which then returns at its next token.
@@ -45,7 +45,7 @@ from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, Step
 #: the -1 by which an engine says that it could draw no token
 _STOP, _LENGTH, _FAILED, _WAKE = -1001, -1002, -1003, -1004
 _MARKS = {"stop": _STOP, "length": _LENGTH, "failed": _FAILED}
-#: a step with prompt rows is kept about this long, so that a cancelled prompt stops within 100 ms
+#: a step with prefill tokens is kept about this long, so that a cancelled prompt stops within 100 ms
 STEP_SECONDS = 0.08
 MIN_PREFILL_TOKENS = 16
 #: how long `close` waits for each thread; a call that hangs in the device keeps its thread, and the engine
@@ -404,7 +404,7 @@ class EngineLoop:
                 entry.job.end(None)
 
     def _pace(self, n_rows: int, n_prefill_tokens: int, seconds: float) -> None:
-        """Choose the prompt rows of the next step so that it takes about `STEP_SECONDS`."""
+        """Choose the prefill tokens of the next step so that it takes about `STEP_SECONDS`."""
         limit = self._scheduler.config.max_batch_tokens
         fit = int(n_rows * STEP_SECONDS / max(seconds, 1e-6))
         if n_prefill_tokens >= MIN_PREFILL_TOKENS:  # a shorter chunk says little about how fast a long one is
