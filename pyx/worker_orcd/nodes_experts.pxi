@@ -1,8 +1,8 @@
 # The launches of a layer of experts: routing, and the products of the chosen experts; included by _nodes.pyx.
 #
 # Which rows an expert has is known on the device only. Routing leaves two lists there, one of the decode rows and one
-# of the prefill rows, and the products' grids are sized for the worst case: nothing here waits for the device, so all of
-# it can be recorded in a graph.
+# of the prefill rows, and the products' grids are sized for the worst case: nothing here waits for the device, so all
+# of it can be recorded in a graph.
 
 
 cdef dict NO_LIST = {"n_items": 0, "items": 0, "pairs": 0}
