@@ -30,7 +30,7 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
-from worker_orcd.runtime import devices, llm
+from worker_orcd.runtime import devices, loading
 from worker_orcd.serving.job import Finished
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -149,7 +149,7 @@ def test_bad_params_are_refused(model, params, field):
 
 
 def test_without_a_tokenizer_ids_still_work(path, monkeypatch):
-    monkeypatch.setattr(llm.Tokenizer, "from_model", lambda *_: None)
+    monkeypatch.setattr(loading.Tokenizer, "from_model", lambda *_: None)
     with LLM(path, device="cpu", progress=False) as model:
         assert model.tokenizer is None and model.info.tokenizer_kind is None
         (result,) = model.generate([[1, 2, 3]], SamplingParams(max_tokens=5, seed=1))
