@@ -12,7 +12,7 @@ from helpers.command_line import one_error_line
 from worker_orcd.cli import main
 from worker_orcd.engine.sampling import RULES, SamplingParams
 
-PROGRAM = [sys.executable, "-m", "worker_orcd"]
+PROGRAM = [sys.executable, "-m", "worker_orcd"]  # runs worker_orcd/__main__.py
 
 
 def test_generate_is_the_same_every_time_and_streams_what_json_tells(call, model_path):

@@ -1,4 +1,5 @@
-"""Provenance: digests of files, parts, chunks and tokenizers; the list of trusted models, which fails closed."""
+"""Provenance: digests of files, parts, chunks and tokenizers; the list of trusted models, which fails closed and must
+be a regular file (gguf.regular_file)."""
 
 from __future__ import annotations
 

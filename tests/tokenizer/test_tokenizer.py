@@ -1,4 +1,7 @@
-"""The tokenizer as users meet it: reference ids, special tokens, BOS, stop ids, long inputs, which file is taken."""
+"""The tokenizer as users meet it: reference ids, special tokens, BOS, stop ids, long inputs, which file is taken.
+
+That is tokenizer.tokenizer with what it is made of: from_gguf, library, metadata, parts, special_tokens.
+"""
 
 import json
 import os
