@@ -1,4 +1,5 @@
-"""LLM on a fake engine: arguments, prompts, results, loading and ending. Files, plans and tokenizers are real."""
+"""LLM on a fake engine: arguments, prompts, results, loading, token_stream and ending. Files, plans and tokenizers are
+real."""
 
 from __future__ import annotations
 
@@ -180,6 +181,13 @@ def test_logits(model):
 def test_chat_needs_a_template(model):
     with pytest.raises(InvalidRequest, match="chat template"):
         model.chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("messages", [None, [], "hi", [1]])
+def test_a_conversation_that_is_none(model, messages):
+    with pytest.raises(InvalidRequest) as caught:
+        model.chat(messages)
+    assert caught.value.fields["field"] == "messages"
 
 
 # -- streams and jobs

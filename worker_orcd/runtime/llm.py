@@ -222,7 +222,8 @@ class LLM:
         Raises:
             InvalidRequest: there is no tokenizer or no chat template, or the template refuses the messages.
         """
-        return self._run([Request(messages=messages, params=params or SamplingParams())])[0]
+        # None is refused as no conversation, and not as a request that lacks a prompt
+        return self._run([Request(messages=() if messages is None else messages, params=params or SamplingParams())])[0]
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits: row i is what the model predicts after ids[0..i].
