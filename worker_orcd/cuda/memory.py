@@ -23,7 +23,7 @@ MAX_OUT = 64
 #: device memory beside the arenas: kernels, graphs, and what the driver takes for them
 RESERVE_BYTES = 32 << 20
 #: bytes of a slot's sampling parameters on the device
-SAMPLE_SLOT_BYTES = 32
+SLOT_SAMPLING_BYTES = 32
 #: device memory through which raw tensor bytes pass on their way into the repacked layout
 STAGING_BYTES = 64 << 20
 
@@ -270,7 +270,7 @@ def workspace_arena(
             chunk_weights=end.add(MAX_OUT * sample.chunk_weights),
             bin_weights=end.add(MAX_OUT * sample.bin_weights),
             bin_counts=end.add(MAX_OUT * sample.bin_counts),
-            samples=end.add(config.max_seqs * SAMPLE_SLOT_BYTES),
+            samples=end.add(config.max_seqs * SLOT_SAMPLING_BYTES),
             seen=end.add(config.max_seqs * -(-plan.n_vocab // 32) * 4),
             slots=end.add(MAX_OUT * 4),
             positions=end.add(MAX_OUT * 4),
