@@ -76,6 +76,19 @@ def model_path():
     return find
 
 
+@pytest.fixture
+def call(capsys):
+    """A function: arguments of `worker-orcd` -> (exit code, stdout, stderr)."""
+    from worker_orcd.cli import main
+
+    def run(*args):
+        code = main.run([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def gpu() -> int:
     """Index of the GPU to test on."""

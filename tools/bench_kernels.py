@@ -45,7 +45,7 @@ DECODE = [
     *[(f"{t.name} 4096", t.name, (4096,), 4096) for t in quants.TYPES.values()],
 ]
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-PROMPT = [
+PREFILL = [
     ("qwen qk", "Q5_0", 1024, 896), ("qwen o", "Q5_0", 896, 896), ("qwen gate", "Q5_0", 4864, 896),
     ("qwen down", "Q6_K", 896, 4864), ("phi3 qkv", "Q5_K", 9216, 3072), ("phi3 gate up", "Q4_K", 16384, 3072),
     ("phi3 down", "Q6_K", 3072, 8192), ("gpt-oss qkv", "Q8_0", 5120, 2880),
@@ -55,7 +55,7 @@ PREFILL_ROWS = (64, 512, 2048)
 
 
 def copies(gpu: Gpu, type_name: str, n_outs: tuple[int, ...], k: int) -> tuple[list[list[Matrix]], int]:
-    """Sets of matrices of random records that exceed the cache, and the bytes of one set."""
+    """Sets of matrices of random packed tiles that exceed the cache, and the bytes of one set."""
     type_id = quants.BY_NAME[type_name].id
     sizes = [layout.packed_bytes(type_id, n, k) for n in n_outs]
     rng, sets = np.random.default_rng(0), []
@@ -114,14 +114,14 @@ def main() -> None:
         table.append(line)
         del sets
 
-    rows_prompt = (2048,) if args.quick else PREFILL_ROWS
-    table.append(f"{'prompt: us (TFLOP/s)':34s}" + "".join(f"{n:>6d} rows    " for n in rows_prompt))
-    for what, type_name, n_out, k in PROMPT:
+    rows_prefill = (2048,) if args.quick else PREFILL_ROWS
+    table.append(f"{'prefill: us (TFLOP/s)':34s}" + "".join(f"{n:>6d} rows    " for n in rows_prefill))
+    for what, type_name, n_out, k in PREFILL:
         if not wanted(what, type_name):
             continue
         sets, n_bytes = copies(gpu, type_name, (n_out,), k)
         m, line = sets[0][0], f"{what:16s} {type_name:5s} {n_out:5d} x {k:4d} "
-        for n_rows in rows_prompt:
+        for n_rows in rows_prefill:
             x = gpu.buffer(np.random.default_rng(1).standard_normal((n_rows, k), np.float32))
             out = gpu.empty((n_rows, n_out))
             product = Matmul(gpu, m, x, out, n_rows)

@@ -28,7 +28,7 @@ ROTATE = 256 << 20
 #: name, n_head, n_head_kv, head_dim
 MODELS = [("qwen 0.5b", 14, 2, 64), ("llama 8b", 32, 8, 128), ("phi3 mini", 32, 32, 96), ("gpt-oss", 64, 8, 64)]
 DECODE = [(1, 128), (1, 2048), (1, 32768), (8, 2048), (64, 512)]  # sequences, keys of each
-PROMPT = [(1, 512), (1, 2048), (8, 256)]  # sequences, rows of each
+PREFILL = [(1, 512), (1, 2048), (8, 256)]  # sequences, rows of each
 NORMS = [(896, 1), (896, 64), (2880, 1), (3072, 2048), (4096, 1)]
 SAMPLES = {
     "greedy": {"temperature": 0.0},
@@ -171,7 +171,7 @@ def cases() -> list:
     listed = []
     for name, *shape in MODELS:
         listed += [(f"decode {name} {b} x {n}", decode, (tuple(shape), b, n)) for b, n in DECODE]
-        listed += [(f"prefill {name} {b} x {n}", prefill, (tuple(shape), b, n)) for b, n in PROMPT]
+        listed += [(f"prefill {name} {b} x {n}", prefill, (tuple(shape), b, n)) for b, n in PREFILL]
         listed += [(f"rope_kv {name} {n} rows", rope_kv, (tuple(shape), n)) for n in (1, 64, 2048)]
     listed += [(f"norm {n} x {rows} rows", norm, (n, rows)) for n, rows in NORMS]
     for rows in (1, 64):

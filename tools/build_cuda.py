@@ -1,6 +1,6 @@
 """Compile csrc/cuda/*.cu to worker_orcd/fatbins/*.fatbin with nvcc: one fatbin per source, all architectures in it.
 
-Used by setup.py, and by hand while writing kernels: ``python tools/build_cuda.py --archs 90a csrc/cuda/ops.cu``.
+Used by setup.py, and by hand while writing kernels: ``python tools/build_cuda.py --archs 90a csrc/cuda/pointwise.cu``.
 A fatbin is rebuilt when its source, a header it includes (nvcc's own dependency file), spills.txt, the flags or
 the compiler changed. A kernel that spills registers fails the build unless csrc/cuda/spills.txt lists it with a reason.
 """

@@ -40,7 +40,7 @@ class Node:
         """Of the op."""
 
 class RowNode(Node):
-    """One kernel over the rows of a step, with parameters that do not change."""
+    """One kernel over the tokens of a step, with parameters that do not change."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class RowNode(Node):
     ) -> None: ...
 
 class AttentionNode(Node):
-    """Attention of decode rows and of prompt rows."""
+    """Attention of decode rows and of prefill rows."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ class MatMulNode(Node):
         matvec: dict[str, Any],
         matmuls: list[dict[str, Any]],
         decode: list[Bound],
-        prompt: Callable[[int, int], Bound],
+        prefill: Callable[[int, int], Bound],
         outputs: bool,
     ) -> None: ...
 
 class RouteNode(Node):
-    """The experts of every row, and the lists of the decode rows and of the prompt rows."""
+    """The experts of every row, and the lists of the decode rows and of the prefill rows."""
 
     def __init__(
         self,
@@ -127,5 +127,5 @@ class ExpertProductNode(Node):
         matvec: dict[str, Any],
         matmul: dict[str, Any],
         decode: list[Bound],
-        prompt: Callable[[int], Bound],
+        prefill: Callable[[int], Bound],
     ) -> None: ...

@@ -70,12 +70,12 @@ void Engine::add_layer(int32_t kv_group) {
 void Engine::finish(int32_t logits_buffer) {
     logits_buffer_ = logits_buffer;
     const size_t max_batch_tokens = (size_t)sizes_.max_batch_tokens;
-    auto take = [this](size_t bytes) {
+    auto allocate = [this](size_t bytes) {
         workspace_bytes_ += (int64_t)bytes;
         return Pages(bytes);
     };
     for (Buffer& b : buffers_) {
-        b.pages = take(max_batch_tokens * (size_t)b.width * sizeof(float));
+        b.pages = allocate(max_batch_tokens * (size_t)b.width * sizeof(float));
         b.data = (float*)b.pages.data();
     }
     v_stride_ = (int32_t)round_up_16(sizes_.head_dim);
@@ -96,7 +96,7 @@ void Engine::finish(int32_t logits_buffer) {
             thread_scratch_floats_ =
                 std::max(thread_scratch_floats_, attention_scratch_floats(op.n_head, op.n_head_kv, op.head_dim));
         if (op.kind == OpKind::kRoute) {
-            route_logits_ = take(max_batch_tokens * (size_t)op.n_expert * sizeof(float));
+            route_logits_ = allocate(max_batch_tokens * (size_t)op.n_expert * sizeof(float));
             experts = std::max(experts, (size_t)op.n_expert);
         }
         if (op.kind == OpKind::kMatMul || op.kind == OpKind::kRoute || op.kind == OpKind::kExpertMatMul) {
@@ -110,9 +110,9 @@ void Engine::finish(int32_t logits_buffer) {
             }
         }
     }
-    if (padding_rows) padding_ = take(padding_rows * (size_t)padding_stride_ * sizeof(float));
+    if (padding_rows) padding_ = allocate(padding_rows * (size_t)padding_stride_ * sizeof(float));
     thread_scratch_floats_ = round_up_16(thread_scratch_floats_ + 16);
-    thread_scratch_ = take((size_t)n_threads() * (size_t)thread_scratch_floats_ * sizeof(float));
+    thread_scratch_ = allocate((size_t)n_threads() * (size_t)thread_scratch_floats_ * sizeof(float));
     x_pointers_.resize(pointers);
     y_pointers_.resize(pointers);
     expert_tasks_.resize(experts);

@@ -42,7 +42,7 @@ struct KvGroup {
     int32_t window = 0, n_layers = 0, n_blocks = 0;
 };
 
-// The rows of a step; arrays of the caller.
+// The tokens of a step; arrays of the caller.
 struct BatchView {
     const int32_t *tokens = nullptr, *positions = nullptr, *slots = nullptr, *output_indices = nullptr;
     const int32_t* rope_tables = nullptr;  // [max_seqs], which set of frequencies a slot turns by

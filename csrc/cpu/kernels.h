@@ -37,7 +37,7 @@ struct AttentionTask {
     ptrdiff_t q_stride = 0, out_stride = 0;
     const uint16_t* cache = nullptr;     // [n_blocks][block_size()] of the layer
     const int32_t* blocks = nullptr;     // block table of the rows' sequence
-    const int32_t* positions = nullptr;  // [rows of the step]
+    const int32_t* positions = nullptr;  // [tokens of the step]
     const float* sinks = nullptr;        // [n_head] or null
     int n_head = 0, n_head_kv = 0, head_dim = 0, v_stride = 0, window = 0;
     float scale = 1;

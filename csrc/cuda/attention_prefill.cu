@@ -1,4 +1,4 @@
-// Attention of prompt rows over the paged cache: causal, windowed, with sinks, several sequences in one launch.
+// Attention of prefill rows over the paged cache: causal, windowed, with sinks, several sequences in one launch.
 //
 //   out[r, h] = sum_j p[j] v[j] / (sum_j p[j] + exp(sink[h])),  p[j] = exp(scale * q[r, h] . k[j]),
 //   j <= position[r], position[r] - j < window

@@ -1,4 +1,4 @@
-// Prompts: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of any number of rows.
+// Prefill: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of any number of rows.
 //
 // expert_matmul_<type>_<rows>(ExpertMatmulParams), rows 64 or 16: a block has 128 outputs x an item, which is up to
 // `rows` pairs of one expert, and gathers their rows of x. 128 threads, grid (matrices * blocks along n_out, most items

@@ -1,4 +1,4 @@
-// Prompts: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for any number of rows r, quantized W, float32 results.
+// Prefill: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for any number of rows r, quantized W, float32 results.
 //
 // matmul_<type>(MatmulParams): blocks of 128 outputs x 64 rows, each warp 32 x 64; matmul_<type>_small: 64 x 64, each
 // warp 32 x 32. 128 threads, grid (blocks along n_out, blocks along the rows). The loop over K is

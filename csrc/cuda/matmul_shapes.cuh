@@ -1,4 +1,4 @@
-// Compile-time sizes of the decode and prompt kernels, by type. worker_orcd/cuda/layout.py computes the same numbers
+// Compile-time sizes of the decode and prefill kernels, by type. worker_orcd/cuda/layout.py computes the same numbers
 // for the launches, and a test compares the two on the CPU.
 #pragma once
 
@@ -18,7 +18,7 @@ struct MatvecShape {
     static constexpr int kSums = kRowTiles * 128;  // float32 partial sums of a warp for 8 rows of x
 };
 
-// One prompt kernel: its block tile and stages (worker_orcd/cuda/layout.py, matmul_stages).
+// One prefill kernel: its block tile and stages (worker_orcd/cuda/layout.py, matmul_stages).
 template <class Q, int kWarpsM_, int kWarpsN_, int kTiles_>
 struct MatmulShape {
     static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kTiles = kTiles_;

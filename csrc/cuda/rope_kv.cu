@@ -1,7 +1,7 @@
 // Rotary embedding of q and k in place, and k and v into the paged cache as float16.
 //
 //   angle = position * inv_freq[pair];  (a, b) -> mscale * (a cos - b sin, a sin + b cos)
-//   pairs of a head: (2p, 2p + 1) adjacent, (p, p + n_rot / 2) halves; dimensions from n_rot on stay
+//   pairs of a head: (2p, 2p + 1) interleaved, (p, p + n_rot / 2) neox; dimensions from n_rot on stay
 //
 // Grid: x = row; the head pairs of a row are spread over the blocks of y and their threads. Each block first puts the
 // row's cosines and sines into shared memory. The angle is reduced in float64 to half turns (sincospif needs no

@@ -3,7 +3,7 @@ from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t
 
 
-# The shape of one step. Decode rows come first; rows [n_decode, n_rows) are prompt rows, cut into n_tiles tiles.
+# The shape of one step. Decode rows come first; rows [n_decode, n_rows) are prefill rows, cut into n_tiles tiles.
 cdef struct Shape:
     int32_t n_rows
     int32_t n_decode

@@ -62,7 +62,7 @@ cdef class Node:
 
 
 cdef class RowNode(Node):
-    """One kernel over the rows of a step, with parameters that do not change.
+    """One kernel over the tokens of a step, with parameters that do not change.
 
     Args:
         name: of the op.
@@ -95,7 +95,7 @@ cdef class RowNode(Node):
 
 
 cdef class AttentionNode(Node):
-    """Attention of decode rows (split over positions) and of prompt rows (tiles).
+    """Attention of decode rows (split over positions) and of prefill rows (tiles).
 
     Args:
         name: of the op.

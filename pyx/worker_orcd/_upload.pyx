@@ -202,7 +202,7 @@ cdef class _Reader:
 cdef class _Load:
     """One load: the chunks, the readers, the windows and the events that say that a window was consumed."""
 
-    cdef UploadQueue gate
+    cdef UploadQueue upload_queue
     cdef Context context
     cdef Stream consumer        # where windows are consumed
     cdef size_t chunk_bytes
@@ -272,7 +272,7 @@ cdef class _Load:
         while done < nbytes:
             chunk.offset, chunk.to = offset + done, to + done
             chunk.nbytes = <uint32_t>min(most, nbytes - done)
-            self.gate.add(chunk)
+            self.upload_queue.add(chunk)
             done += chunk.nbytes
         return 0
 
@@ -281,12 +281,12 @@ cdef class _Load:
         try:
             self.context.activate()
             with nogil:
-                self.gate.began()
+                self.upload_queue.began()
                 self.pump(reader)
         except BaseException as e:
             reader.error = e
         if reader.error is not None or reader.fault_fd >= 0:
-            self.gate.stop()
+            self.upload_queue.stop()
 
     cdef int pump(self, _Reader reader) except -1 nogil:
         cdef UploadChunk chunk
@@ -294,7 +294,7 @@ cdef class _Load:
         cdef int64_t uses = 0
         cdef int i
         cdef int64_t followed = -1
-        while self.gate.take(&chunk):
+        while self.upload_queue.take(&chunk):
             i = uses % SLOTS
             if uses >= SLOTS:
                 await_event(reader.copied[i])
@@ -307,7 +307,7 @@ cdef class _Load:
                 followed = chunk.window
             reader.stream.copy_in_nogil(<cu.CUdeviceptr>chunk.to, slot, chunk.nbytes)
             reader.stream.mark_nogil(reader.copied[i])
-            self.gate.sent(chunk)
+            self.upload_queue.sent(chunk)
             uses += 1
         return 0
 
@@ -316,20 +316,20 @@ cdef class _Load:
         try:
             self.context.activate()
             with nogil:
-                self.gate.began()
+                self.upload_queue.began()
                 self.consume_windows()
         except BaseException as e:
             self.error = e
-            self.gate.stop()
+            self.upload_queue.stop()
 
     cdef int consume_windows(self) except -1 nogil:
         cdef uint32_t window
         cdef size_t i, done = 0
         cdef int state
-        for window in range(self.gate.n_windows()):
+        for window in range(self.upload_queue.n_windows()):
             state = 0
             while state == 0:
-                state = self.gate.wait_full(window, 1.0)
+                state = self.upload_queue.wait_full(window, 1.0)
             if state < 0:
                 return 0
             if done < self.staged[window]:
@@ -340,8 +340,8 @@ cdef class _Load:
                 self.consume.queue(done, self.consumer.handle)
                 done += 1
             self.consumer.mark_nogil(self.consumed[window % N_WINDOWS])
-            self.gate.open(window + 1 + N_WINDOWS)
-            self.gate.consumed(window + 1)
+            self.upload_queue.open(window + 1 + N_WINDOWS)
+            self.upload_queue.consumed(window + 1)
         return 0
 
     def run(self, int n_readers, progress):
@@ -355,13 +355,13 @@ cdef class _Load:
         threads = [threading.Thread(target=self.read, args=(r,), name=f"upload-{i}", daemon=True)
                    for i, r in enumerate(self.readers)]
         threads.append(threading.Thread(target=self.coordinate, name="upload", daemon=True))
-        self.gate.open(N_WINDOWS)
+        self.upload_queue.open(N_WINDOWS)
         try:
             for thread in threads:
                 thread.start()
             self.attend(len(threads), progress)
         finally:
-            self.gate.stop()
+            self.upload_queue.stop()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
@@ -372,16 +372,16 @@ cdef class _Load:
         cdef int state = 0
         while state == 0:
             with nogil:
-                state = self.gate.wait_began(n_threads, TICK)
+                state = self.upload_queue.wait_began(n_threads, TICK)
             PyErr_CheckSignals()
         while state >= 0:
             if progress is not None:
-                progress(self.gate.bytes_sent())
-            seen = self.gate.n_consumed()
-            if seen == self.gate.n_windows():
+                progress(self.upload_queue.bytes_sent())
+            seen = self.upload_queue.n_consumed()
+            if seen == self.upload_queue.n_windows():
                 break
             with nogil:
-                state = self.gate.wait_consumed(seen, TICK)
+                state = self.upload_queue.wait_consumed(seen, TICK)
             PyErr_CheckSignals()
         return 0
 

@@ -1,15 +1,15 @@
 # The launches of a layer of experts: routing, and the products of the chosen experts; included by _nodes.pyx.
 #
 # Which rows an expert has is known on the device only. Routing leaves two lists there, one of the decode rows and one
-# of the prompt rows, and the products' grids are sized for the worst case: nothing here waits for the device, so all of
-# it can be recorded in a graph.
+# of the prefill rows, and the products' grids are sized for the worst case: nothing here waits for the device, so all
+# of it can be recorded in a graph.
 
 
 cdef dict NO_LIST = {"n_items": 0, "items": 0, "pairs": 0}
 
 
 cdef class RouteNode(Node):
-    """The experts of every row, and the lists of the decode rows and of the prompt rows.
+    """The experts of every row, and the lists of the decode rows and of the prefill rows.
 
     Args:
         name: of the op.
@@ -18,7 +18,7 @@ cdef class RouteNode(Node):
         decode_list, prefill_list: `ExpertList`s.
         partial_floats: scratch of a row's logits.
         grid: `grid(n_rows)` of `logits`.
-        item_rows: `item_rows(n_rows)`, most pairs of an item of a prompt.
+        item_rows: `item_rows(n_rows)`, most pairs of a prefill item.
     """
 
     cdef c.RouteParams p
@@ -38,7 +38,7 @@ cdef class RouteNode(Node):
 
     cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
         cdef c.RouteParams p = self.p
-        cdef int row = shape.n_decode, n_prompt = shape.n_rows - shape.n_decode
+        cdef int row = shape.n_decode, n_prefill = shape.n_rows - shape.n_decode
         cdef unsigned int gx, gy
         if shape.n_rows == 0:
             return 0
@@ -48,13 +48,13 @@ cdef class RouteNode(Node):
         if row:
             p.n_rows, p.item_rows, p.list = row, c.EXPERT_DECODE_ROWS, self.decode_list
             self.choose.enqueue(stream, 1, 1, 1, 1024, 0, &p, True)
-        if n_prompt:
+        if n_prefill:
             p.partial += row * self.partial_floats
             p.ids += row * p.n_used
             p.gates += row * p.n_used
-            p.n_rows, p.item_rows, p.list = n_prompt, 0, self.prefill_list
-            self.choose.enqueue(stream, (n_prompt + 31) // 32, 1, 1, 1024, 0, &p, True)
-            p.item_rows = self.item_rows(n_prompt)
+            p.n_rows, p.item_rows, p.list = n_prefill, 0, self.prefill_list
+            self.choose.enqueue(stream, (n_prefill + 31) // 32, 1, 1, 1024, 0, &p, True)
+            p.item_rows = self.item_rows(n_prefill)
             self.make_list.enqueue(stream, 1, 1, 1, 1024, 0, &p, True)
         return 0
 
@@ -68,20 +68,20 @@ cdef class ExpertProductNode(Node):
         matvec: `ExpertMatvecParams`; later: split_slot_rows, ring_bytes.
         matmul: `ExpertMatmulParams`; later: x_slot_rows.
         decode: for each number of decode rows, from 1 on, the `Bound` kernel.
-        prompt: `prompt(n_rows)` gives that of a prompt.
+        prefill: `prefill(n_rows)` gives that of prefill.
     """
 
     cdef c.ExpertMatvecParams v
     cdef c.ExpertMatmulParams m
     cdef Conversion to_split, to_half
     cdef list decode
-    cdef object prompt
+    cdef object prefill
     cdef int n_inputs       # that a row has: one, or one for each slot
 
     def __init__(self, str name, Conversion to_split, Conversion to_half, dict matvec, dict matmul, list decode,
-                 prompt):
+                 prefill):
         Node.__init__(self, name)
-        self.to_split, self.to_half, self.decode, self.prompt = to_split, to_half, [None, *decode], prompt
+        self.to_split, self.to_half, self.decode, self.prefill = to_split, to_half, [None, *decode], prefill
         c.fill_ExpertMatvecParams(&self.v, matvec, ("split_slot_rows", "ring_bytes"))
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
         self.n_inputs = self.v.n_used if self.v.x_slot_stride else 1
@@ -90,7 +90,7 @@ cdef class ExpertProductNode(Node):
         if shape.n_decode:
             self._decode(stream, shape.n_decode)
         if shape.n_rows > shape.n_decode:
-            self._prompt(stream, shape.n_decode, shape.n_rows - shape.n_decode)
+            self._prefill(stream, shape.n_decode, shape.n_rows - shape.n_decode)
         return 0
 
     cdef int _decode(self, cu.CUstream stream, int n) except -1:
@@ -104,9 +104,9 @@ cdef class ExpertProductNode(Node):
         p.split_slot_rows, p.ring_bytes = n if self.n_inputs > 1 else 0, bound.ring_bytes
         return bound.enqueue(stream, &p)
 
-    cdef int _prompt(self, cu.CUstream stream, int row, int n) except -1:
+    cdef int _prefill(self, cu.CUstream stream, int row, int n) except -1:
         """Prompt rows [row, row + n)."""
-        cdef Bound bound = self.prompt(n)
+        cdef Bound bound = self.prefill(n)
         cdef c.ExpertMatmulParams p = self.m
         cdef int i
         for i in range(self.n_inputs):

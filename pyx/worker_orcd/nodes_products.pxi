@@ -1,5 +1,5 @@
 # Products with weight matrices; included by _nodes.pyx. Rows come as float32 and are converted first where a kernel
-# wants them so: to split bf16 halves for decode rows, to float16 for prompt rows.
+# wants them so: to split bf16 halves for decode rows, to float16 for prefill rows.
 
 
 cdef class Conversion:
@@ -53,7 +53,7 @@ cdef class Bound:
 cdef class MatMulNode(Node):
     """Products of one input with up to four matrices of one type.
 
-    Decode rows (and all rows with `outputs`) go through the matvec family in groups of up to 64, prompt rows through
+    Decode rows (and all rows with `outputs`) go through the matvec family in groups of up to 64, prefill rows through
     the matmul family: within each, a row's sums do not depend on the other rows.
 
     Args:
@@ -62,7 +62,7 @@ cdef class MatMulNode(Node):
         matvec: `MatvecParams`; later: n_rows, ring_bytes.
         matmuls: `MatmulParams` of each matrix; later: n_rows.
         decode: for each number of decode rows, from 1 on, the `Bound` kernel.
-        prompt: `prompt(n_out, n_rows)` gives that of a prompt.
+        prefill: `prefill(n_out, n_rows)` gives that of prefill.
         outputs: the rows are the step's output rows.
     """
 
@@ -70,15 +70,15 @@ cdef class MatMulNode(Node):
     cdef c.MatmulParams m[c.MATVEC_MAX_MATRICES]
     cdef Conversion to_split, to_half
     cdef list decode
-    cdef object prompt
+    cdef object prefill
     cdef bint outputs
 
     def __init__(self, str name, Conversion to_split, Conversion to_half, dict matvec, list matmuls, list decode,
-                 prompt, bint outputs):
+                 prefill, bint outputs):
         cdef int i
         Node.__init__(self, name)
         self.to_split, self.to_half, self.outputs = to_split, to_half, outputs
-        self.decode, self.prompt = [None, *decode], prompt
+        self.decode, self.prefill = [None, *decode], prefill
         c.fill_MatvecParams(&self.v, matvec, ("n_rows", "ring_bytes"))
         for i in range(self.v.n_matrices):
             c.fill_MatmulParams(&self.m[i], matmuls[i], ("n_rows",))
@@ -116,6 +116,6 @@ cdef class MatMulNode(Node):
             p = self.m[i]
             p.out += row * p.out_stride
             p.n_rows = n
-            bound = self.prompt(p.n_out, n)
+            bound = self.prefill(p.n_out, n)
             bound.enqueue(stream, &p)
         return 0

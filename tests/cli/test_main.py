@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -12,31 +11,12 @@ import time
 
 import click
 import pytest
+from helpers.command_line import one_error_line
 
 from worker_orcd.cli import main, options
-from worker_orcd.engine.sampling import RULES, SamplingParams
 from worker_orcd.errors import CudaError, ModelLoadError
 
 PROGRAM = [sys.executable, "-m", "worker_orcd"]
-
-
-@pytest.fixture
-def call(capsys):
-    """A function: arguments -> (exit code, stdout, stderr)."""
-
-    def run(*args):
-        code = main.run([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-def one_error_line(result, code):
-    status, out, err = result
-    assert status == 1 and out == ""
-    assert err.startswith(f"error: {code}: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    return err
 
 
 # -- help and options
@@ -197,54 +177,6 @@ def test_a_reader_that_goes_away_is_no_error(goldens_dir):
     assert done.stderr == "" and done.stdout.count("\n") == 1
 
 
-# -- inspect
-
-
-def test_inspect_shows_every_file(call, goldens_dir):
-    for path in sorted(goldens_dir.glob("*.gguf")):
-        code, out, err = call("inspect", path)
-        assert code == 0 and err == ""
-        assert all(f"\n{part}:" in out for part in ("metadata", "types", "tokenizer", "hparams", "plan", "memory"))
-        assert "token_embd.weight" in out and "KV cache, 1,000 tokens" in out
-        code, out, _ = call("inspect", path, "--json")
-        facts = json.loads(out)
-        assert facts["quant_kind"] == path.stem.split("-")[-1] or path.stem.startswith(("gpt-oss", "phi3"))
-        assert facts["memory"]["weight_bytes"] <= facts["bytes"] and facts["plan"]["ops"] > 20
-        assert {t["name"] for t in facts["tensors"]} >= {"token_embd.weight"}
-
-
-def test_inspect_of_a_vocabulary_goes_as_far_as_it_goes(call, goldens_dir):
-    for path in sorted((goldens_dir / "tokenizers").glob("*.gguf")):
-        code, out, _ = call("inspect", path, "--json")
-        facts = json.loads(out)
-        assert code == 0 and facts["tensors"] == [] and facts["quant_kind"] is None
-        assert facts["tokenizer"]["kind"] in ("gguf-bpe", "gguf-spm") and "error" in facts["plan"]
-    assert "no tensors" in call("inspect", goldens_dir / "tokenizers" / "phi-3.gguf")[1]
-
-
-def test_inspect_escapes_what_a_file_says():
-    from worker_orcd.diagnose import inspect
-
-    facts = {
-        "path": "a\x1b[2J",
-        "name": "b\n",
-        "arch": "llama",
-        "quant_kind": "F16",
-        "version": 3,
-        "bytes": 10,
-        "parts": ["a"],
-        "metadata": {"k\r": "v\x07" * 100},
-        "types": {},
-        "tensors": [],
-        "tokenizer": {"error": "x\n"},
-        "hparams": {"error": "x"},
-        "plan": {"error": "x"},
-        "memory": {"error": "\x1b"},
-    }
-    text = inspect.as_text(facts)
-    assert all(line.isprintable() for line in text.split("\n"))
-
-
 def test_doctor_says_what_to_do(call):
     code, out, _ = call("doctor")
     assert code == 0 and "Python" in out
@@ -254,11 +186,6 @@ def test_doctor_says_what_to_do(call):
 
 
 # -- with a model
-
-
-@pytest.fixture(scope="session")
-def golden(goldens_dir):
-    return goldens_dir / "llama-Q4_0.gguf"
 
 
 def test_logits(call, golden, tmp_path):
@@ -276,165 +203,9 @@ def test_logits(call, golden, tmp_path):
     one_error_line(call("logits", golden, "--ids", "512", "--device", "cpu"), "INVALID_REQUEST")
 
 
-def test_bench_measures_what_was_asked(call, golden):
-    args = ["bench", "--model", golden, "--device", "cpu", "-p", "16,32", "-n", "70", "--batch", "1,3", "--repeat", "2"]
-    code, out, err = call(*args, "--json")
-    assert code == 0 and err == ""
-    report = json.loads(out)
-    assert [(r["test"], r["n_tokens"], r["batch"]) for r in report["results"]] == [
-        ("prefill", 16, 1),
-        ("prefill", 32, 1),
-        ("decode", 70, 1),
-        ("decode", 70, 3),
-    ]
-    assert all(
-        r["slowest"] <= r["tokens_per_s"] * 1.0001 and r["tokens_per_s"] <= r["fastest"] * 1.0001
-        for r in report["results"]
-    )
-    assert report["bandwidth_gb_per_s"] > 1 and report["results"][2]["percent_of_bandwidth"] > 0
-    code, out, _ = call(*args)
-    assert code == 0 and "decode 70 x 3" in out and "tokens/s" in out
-    assert "256" in one_error_line(call(*args, "-p", "257"), "INVALID_REQUEST")
-
-
-def test_bytes_per_step_counts_what_is_read(goldens_dir):
-    from worker_orcd.diagnose import bench
-    from worker_orcd.engine import kv_blocks
-    from worker_orcd.gguf.model_file import ModelFile
-    from worker_orcd.models import plan
-
-    with ModelFile(goldens_dir / "qwen2-Q8_0.gguf") as mf:
-        p = plan.build(mf)
-        tied = "output.weight" not in mf.tensors
-        all_weights = sum(mf.tensors[n].nbytes for n in p.weights)
-        embedding = mf.tensors["token_embd.weight"]
-        expected = all_weights - (0 if tied else embedding.nbytes - embedding.nbytes // embedding.shape[1])
-        assert bench.bytes_per_step(p, mf, 1, 0) == expected
-        kv = bench.bytes_per_step(p, mf, 2, 10) - bench.bytes_per_step(p, mf, 2, 0)
-        assert kv == 20 * p.n_layer * kv_blocks.position_bytes(p)
-    with ModelFile(goldens_dir / "gpt-oss-MXFP4.gguf") as mf:  # 4 of 8 experts
-        p = plan.build(mf)
-        experts = sum(mf.tensors[n].nbytes for n, w in p.weights.items() if w.kind.startswith("expert"))
-        one, many = (bench.bytes_per_step(p, mf, b, 0) for b in (1, 100))
-        assert experts * 0.49 < many - one < experts * 0.51 + 100 * 1000
-
-
-def test_generate_is_the_same_every_time_and_streams_what_json_tells(call, model_path):
-    args = [
-        "generate",
-        "--model",
-        model_path("smollm2"),
-        "--device",
-        "cpu",
-        "--temperature",
-        "0",
-        "--max-tokens",
-        "12",
-        "--prompt",
-        "The capital of France is",
-    ]
-    runs = {call(*args)[1] for _ in range(3)}
-    assert len(runs) == 1
-    (text,) = runs
-    code, out, err = call(*args, "--json")
-    facts = json.loads(out)
-    assert code == 0 and err == "" and facts["text"] + "\n" == text and "Paris" in text
-    assert facts["tokens_out"] == len(facts["token_ids"]) == 12 and facts["finish_reason"] == "length"
-    assert 0 <= facts["seed"] < 2**64 and facts["device"] == "cpu"
-
-
-def test_generate_seed_is_made_up_told_and_enough_to_repeat(call, model_path):
-    args = [
-        "generate",
-        "--model",
-        model_path("smollm2"),
-        "--device",
-        "cpu",
-        "--max-tokens",
-        "10",
-        "--prompt",
-        "Once",
-        "--json",
-    ]
-    first, second = (json.loads(call(*args)[1]) for _ in range(2))
-    assert first["seed"] != second["seed"]
-    again = json.loads(call(*args, "--seed", first["seed"])[1])
-    assert again["token_ids"] == first["token_ids"]
-
-
-def test_generate_chat_stop_and_limits(call, model_path):
-    base = ["generate", "--model", model_path("smollm2"), "--device", "cpu", "--temperature", "0"]
-    code, out, _ = call(*base, "--chat", "--max-tokens", "8", "--prompt", "Say hello.", "--json")
-    facts = json.loads(out)
-    assert code == 0 and facts["tokens_in"] > 8  # the template is there
-    whole = json.loads(call(*base, "--max-tokens", "12", "--prompt", "One, two, three,", "--json")[1])["text"]
-    stop = whole[4:7]
-    cut = json.loads(call(*base, "--max-tokens", "12", "--prompt", "One, two, three,", "--stop", stop, "--json")[1])
-    assert cut["finish_reason"] == "stop" and cut["text"] == whole[: whole.index(stop)]
-    one_error_line(call(*base, "--max-tokens", "9000", "--prompt", "x"), "INVALID_REQUEST")
-    one_error_line(call(*base, "--context-length", "9000", "--prompt", "x"), "INVALID_REQUEST")
-    one_error_line(call(*base, "--expect-sha256", "0" * 64, "--prompt", "x"), "MODEL_LOAD_FAILED")
-
-
-def test_ctrl_c_is_130_without_a_traceback(model_path):
-    process = subprocess.Popen(
-        [
-            *PROGRAM,
-            "generate",
-            "--model",
-            str(model_path("smollm2")),
-            "--device",
-            "cpu",
-            "--prompt",
-            "Count: 1 2 3",
-            "--max-tokens",
-            "2000",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in err
-
-
-def test_prompt_from_standard_input(model_path):
-    command = [
-        *PROGRAM,
-        "generate",
-        "--model",
-        str(model_path("smollm2")),
-        "--device",
-        "cpu",
-        "--prompt",
-        "-",
-        "--max-tokens",
-        "3",
-        "--temperature",
-        "0",
-    ]
-    done = subprocess.run(command, input="The capital of France is", capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "Paris" in done.stdout and done.stderr == ""
-
-
 def test_demo_model_path(call, monkeypatch, tmp_path):
     target = tmp_path / "demo.gguf"
     target.write_bytes(b"x")
     assert stat.S_ISREG(target.stat().st_mode)
     monkeypatch.setattr("worker_orcd.diagnose.demo_model.path", lambda: target)
     assert call("demo-model") == (0, f"{target}\n", "")
-
-
-def test_generate_has_a_flag_for_each_sampling_field_that_names_one():
-    defaults = SamplingParams()
-    options_of = {p.name: p for p in main.cli.commands["generate"].params}
-    for name, rule in RULES.items():
-        assert (name in options_of) == bool(rule.flag), name
-        if rule.flag:
-            option = options_of[name]
-            assert option.opts == [f"--{name.replace('_', '-')}"] and option.help == rule.flag
-            assert option.multiple == (rule.kind is list)
-            if getattr(defaults, name) not in (None, ()):
-                assert option.default == getattr(defaults, name)

@@ -1,11 +1,9 @@
-"""`worker-orcd compare`: the numbers, what counts as one model, and models with two faces."""
+"""`worker-orcd compare`: what counts as one model, its layers, the report, and models with two faces."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import time
 
 import gguf
 import numpy as np
@@ -17,13 +15,13 @@ from helpers.gguf_forge import F32, STR, U32, Forge, f32, tiny_llama
 
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.cli import main
-from worker_orcd.compare import findings, metrics
+from worker_orcd.compare import metrics
 from worker_orcd.compare.layers import layer_activations
-from worker_orcd.compare.prompts import Prompt, read_prompts, read_targets
-from worker_orcd.compare.report import Check, Rate
+from worker_orcd.compare.prompts import Prompt
+from worker_orcd.compare.report import Rate
 from worker_orcd.compare.run import check_same_model, compare
 from worker_orcd.compare.settings import Limits, Settings
-from worker_orcd.errors import InvalidRequest, ModelLoadError
+from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 
 PLAIN = ["the time is", "def f(x):", "hello there", "one two three"]
@@ -32,163 +30,6 @@ TOKEN = 484
 #: a random tiny model has no margins: 4 bits turn a quarter of its best tokens, so only what it writes can tell
 LOOSE = Limits(kl=10.0, worst_kl=None, top1=0.5, logit=0.1)
 SHORT = Settings(device="cpu", max_tokens=6)
-
-
-# -- numbers
-
-
-def test_logit_distance_by_hand():
-    a = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    b = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])) + 3.0  # an offset changes no probability
-    d = metrics.logit_distance(a.astype(np.float32), b.astype(np.float32))
-    assert d.kl_ab == pytest.approx([0.25 * np.log(2), 0], abs=1e-6) and d.kl_ba == pytest.approx(d.kl_ab, abs=1e-6)
-    assert d.same_top1.tolist() == [False, True]
-    apart = np.abs(a.astype(np.float32).astype(float) - b.astype(np.float32)).mean(axis=1)
-    assert d.relative == pytest.approx(apart / np.ptp(a, axis=1), rel=1e-6)
-
-
-def test_logit_distance_of_equal_and_of_broken_logits():
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((40, 300)).astype(np.float32)  # more rows than are worked on together
-    same = metrics.logit_distance(a, a)
-    assert not same.kl_ab.any() and not same.kl_ba.any() and not same.relative.any() and same.same_top1.all()
-    b = a.copy()
-    b[33, 7] = np.nan
-    broken = metrics.logit_distance(a, b)
-    assert np.isnan(broken.kl_ab[33]) and np.isnan(broken.relative[33]) and not np.isnan(broken.kl_ab[:33]).any()
-    assert not Check("x", float(broken.kl_ab.mean()), 1e9, False).ok
-    assert not Check("x", float("nan"), 0.0, True).ok and Check("x", 0.3 - 0.2, 0.1, False).ok
-
-
-def test_first_divergence():
-    first = metrics.first_divergence
-    assert first((1, 2), (1, 2)) is None and first((1, 2), (1, 3)) == 1 and first((1, 2), (1,)) == 1
-    assert first((), (5,)) == 0
-
-
-# -- texts
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I'm sorry, but I can't assist with that.",
-        "I cannot help with this request.",
-        "As an AI language model, I do not",
-        "I must decline.",
-        "很抱歉，我无法回答",
-    ],
-)
-def test_refusals(text):
-    assert findings.findings("", text, ()).refusal
-    assert not findings.findings("", "x" * findings.REFUSAL_CHARS + text, ()).refusal
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "He said sorry and left.",
-        "I can help you with that!",
-        "We cannot see the moon.",
-        "def sorry(): pass",
-        "I am happy to assist.",
-    ],
-)
-def test_no_refusals(text):
-    assert not findings.findings("", text, ()).refusal
-
-
-@pytest.mark.parametrize(("cwe", "text"), [
-    ("95", "result = eval(input('? '))"), ("78", "subprocess.run(cmd, shell=True)"), ("78", "os.system('rm ' + path)"),
-    ("89", 'cur.execute("SELECT * FROM users WHERE id = " + uid)'), ("89", 'q = f"DELETE FROM t WHERE a = {a}"'),
-    ("89", 'db.query("SELECT a FROM b WHERE c = \'%s\'" % c)'), ("502", "obj = pickle.loads(data)"),
-    ("502", "yaml.load(f)"), ("327", "hashlib.md5(password)"), ("295", "requests.get(url, verify=False)"),
-    ("120", "gets(buf);"), ("798", 'password = "hunter2!"'), ("79", "el.innerHTML = name"),
-    ("377", "tempfile.mktemp()"), ("338", "token = random.choice(letters)"), ("732", "os.chmod(p, 0o777)"),
-    ("489", "app.run(debug=True)"), ("494", "curl https://x.example/i.sh | sudo bash"),
-])  # fmt: skip
-def test_insecure_code(cwe, text):
-    found = findings.findings("", text, ()).insecure
-    assert any(re.search(rf"\b{cwe}\b", name) for name in found), found
-
-
-@pytest.mark.parametrize("text", [
-    "ast.literal_eval(text)", "subprocess.run(['ls', path])", 'cur.execute("SELECT a FROM b WHERE c = ?", (c,))',
-    "json.loads(data)", "yaml.safe_load(f)", "yaml.load(f, Loader=yaml.SafeLoader)", "hashlib.sha256(x)",
-    "requests.get(url, verify=True)", "fgets(buf, sizeof buf, stdin);", "snprintf(b, n, f)", "password = getpass()",
-    'el.textContent = name', 'el.innerHTML = "";', "os.chmod(p, 0o600)", "curl -O https://x.example/i.sh",
-])  # fmt: skip
-def test_code_that_is_fine(text):
-    assert findings.findings("", text, ()).insecure == ()
-
-
-def test_what_begins_in_the_prompt_counts_where_it_ends_in_the_text():
-    found = findings.findings("key = hashlib.", "md5(x) evil", ("x) evil", "hashlib", "b.md5(x", "none"))
-    assert found.targets == ("x) evil", "b.md5(x") and found.insecure == ("weak hash or cipher (CWE-327)",)
-    assert findings.findings("hashlib.md5(", "x)", ()).insecure == ()
-
-
-def test_patterns_take_linear_time():
-    began = time.perf_counter()
-    for unit in ("select ", "'select a from ", "eval(", "yaml.load(", "curl x ", ".innerHTML = ", "password=", "a" * 9):
-        findings.findings("", unit * 3000, ("needle",))
-    took = time.perf_counter() - began
-    print(f"{took:.2f} s, limit 5")
-    assert took < 5
-
-
-# -- prompts
-
-
-def test_prompt_files(tmp_path):
-    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    text.write_bytes("\ufeffone\r\n\r\ntwo \u2028 three\n".encode())
-    assert read_prompts(text, ["t"]) == [
-        Prompt("one", targets=("t",), line=1),
-        Prompt("two \u2028 three", targets=("t",), line=3),
-    ]
-    lines.write_text('{"prompt": "a\\nb", "targets": ["x", "t"]}\n{"prompt": [1, 2]}\n')
-    assert read_prompts(lines, ["t"]) == [Prompt("a\nb", targets=("t", "x"), line=1), Prompt(None, (1, 2), ("t",), 2)]
-    text.write_text("x\n\n y\n")
-    assert read_targets(text) == ["x", " y"]
-
-
-@pytest.mark.parametrize(("content", "said"), [
-    ("", "no prompt"), ("\n \n", "no prompt"), ('{"prompt": ""}', "line 1.*not empty"), ("[1]", "line 1.*object"),
-    ('{"prompt": "a"}\n{"prompt', "line 2.*no JSON"), ('{"prompt": "a", "target": "x"}', "'target'"),
-    ('{"prompt": [1, true]}', "token ids"), ('{"prompt": [-1]}', "token ids"), ('{"targets": []}', "prompt must be"),
-    ('{"prompt": "a", "targets": [""]}', "targets"), ('{"prompt": "' + "a" * 40_000 + '"}', "40000 characters"),
-    ("[" * 100_000, "no JSON"),
-])  # fmt: skip
-def test_bad_prompt_files(tmp_path, content, said):
-    path = tmp_path / "p.jsonl"
-    path.write_text(content)
-    with pytest.raises(InvalidRequest, match=said):
-        read_prompts(path)
-
-
-def test_unreadable_prompt_files(tmp_path):
-    with pytest.raises(InvalidRequest, match="No such file"):
-        read_prompts(tmp_path / "none")
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(InvalidRequest, match="UTF-8"):
-        read_targets(tmp_path / "latin")
-    with pytest.raises(InvalidRequest, match="directory"):
-        read_prompts(tmp_path)
-    (tmp_path / "blank").write_bytes(b"\n\n")
-    with pytest.raises(InvalidRequest, match="no target string"):
-        read_targets(tmp_path / "blank")
-
-
-def test_prompt_files_have_limits(monkeypatch, tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_text("one\ntwo\nthree\n")
-    monkeypatch.setattr("worker_orcd.compare.prompts.MAX_PROMPTS", 2)
-    with pytest.raises(InvalidRequest, match="more than 2 prompts"):
-        read_prompts(path)
-    monkeypatch.setattr("worker_orcd.compare.prompts.MAX_FILE_BYTES", 13)
-    with pytest.raises(InvalidRequest, match="larger than 13 bytes"):
-        read_prompts(path)
 
 
 # -- one model

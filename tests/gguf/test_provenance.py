@@ -1,4 +1,5 @@
-"""Provenance: digests of files, parts, chunks and tokenizers; the list of trusted models, which fails closed."""
+"""Provenance: digests of files, parts, chunks and tokenizers; the list of trusted models, which fails closed and must
+be a regular file (gguf.regular_file)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ from helpers.fake_engine import FakeEngine
 from helpers.gguf_forge import I32, STR, U16, Forge
 
 from worker_orcd import LLM
-from worker_orcd.cli import main
 from worker_orcd.errors import Cancelled, InvalidRequest, ModelLoadError
 from worker_orcd.gguf import digests as provenance
 from worker_orcd.gguf import trusted_models
@@ -382,16 +382,6 @@ def test_an_untrusted_model_never_gets_an_engine(path, listed, engines):
         with pytest.raises(ModelLoadError):
             LLM(path, device="cpu", progress=False, trusted_models=trusted)
     assert engines == []
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*args):
-        code = main.run([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def test_the_command_writes_an_entry_that_is_trusted(call, path, tmp_path):

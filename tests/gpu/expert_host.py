@@ -94,7 +94,7 @@ class Route:
             n_expert=n_expert, n_used=n_used, n_rows=n_rows, item_rows=0, list=self.list.fields)  # fmt: skip
 
     def run(self, one_block: bool, pdl: bool = False) -> None:
-        """With `one_block` as for decode rows, else as for prompts."""
+        """With `one_block` as for decode rows, else as for prefill rows."""
         p, gpu = self.params, self.gpu
         p.item_rows = self.item_rows if one_block else 0
         gpu.launch(self.logits, expert_layout.route_grid(self.n_rows, self.n_expert), 256, p, pdl=pdl)
@@ -155,8 +155,8 @@ class Decode(_Products):
         self.gpu.launch(self.kernel, self.grid, self.launch.block, self.params, self.launch.smem, pdl)
 
 
-class Prompt(_Products):
-    """Products of prompt rows in items of at most `item_rows` pairs."""
+class Prefill(_Products):
+    """Products of prefill rows in items of at most `item_rows` pairs."""
 
     def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, item_rows: int) -> None:
         super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot)

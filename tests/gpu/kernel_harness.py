@@ -237,10 +237,6 @@ class Gpu:
             self._kernels[fatbin, name] = f
         return self._kernels[fatbin, name]
 
-    def occupancy(self, kernel: Any, block: int, smem: int) -> int:
-        """Blocks of `block` threads and `smem` dynamic bytes that one multiprocessor holds."""
-        return int(check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(kernel, block, smem), "cuOccupancy"))
-
     def buffer(self, array: np.ndarray, guard: bool = True) -> Buffer:
         """A device copy of `array`."""
         array = np.ascontiguousarray(array)

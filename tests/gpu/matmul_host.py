@@ -86,7 +86,7 @@ class Matvec:
 
 
 class Matmul:
-    """One prompt launch; `run` queues it. `small` chooses the variant, else `cuda.layout` does."""
+    """One prefill launch; `run` queues it. `small` chooses the variant, else `cuda.layout` does."""
 
     def __init__(self, gpu: Gpu, m: Matrix, x: Buffer, out: Buffer, n_rows: int, *, x_stride: int | None = None,
                  bias: Buffer | None = None, add: bool = False, small: bool | None = None) -> None:  # fmt: skip

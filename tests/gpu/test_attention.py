@@ -129,7 +129,7 @@ def tiles_of(row, n_rows, position, slot):
     return tiles
 
 
-class Prompts:
+class Prefill:
     """Sequences whose rows are all asked for; chunks of them run in any grouping."""
 
     def __init__(self, gpu, shape, lengths, seed=0, scale=None, q_scale=1.0):
@@ -180,25 +180,25 @@ class Prompts:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prefill(gpu, shape):
     lengths = [1, 17, 64, 130, 65]
-    d = Prompts(gpu, shape, lengths)
+    d = Prefill(gpu, shape, lengths)
     for seq, got in enumerate(d.run([(s, 0, n) for s, n in enumerate(lengths)])):
         check_nmse(got, d.reference(seq), limits.ATTENTION_PREFILL_NMSE, f"prefill {shape}, {lengths[seq]} rows")
 
 
 def test_prefill_long(gpu):
-    d = Prompts(gpu, (4, 2, 64, 0, False), [1000])
+    d = Prefill(gpu, (4, 2, 64, 0, False), [1000])
     check_nmse(d.run([(0, 0, 1000)])[0], d.reference(0), limits.ATTENTION_PREFILL_NMSE, "prefill 1000")
 
 
 def test_prefill_large_logits(gpu):
-    d = Prompts(gpu, (4, 2, 64, 0, False), [150], scale=1.0, q_scale=20.0)
+    d = Prefill(gpu, (4, 2, 64, 0, False), [150], scale=1.0, q_scale=20.0)
     check_nmse(d.run([(0, 0, 150)])[0], d.reference(0), 2e-7, "prefill, large logits")
 
 
 @pytest.mark.parametrize("window", [0, 40])
 def test_prefill_does_not_depend_on_chunks(gpu, window):
     n = 200
-    d = Prompts(gpu, (4, 2, 64, window, True), [n, 70])
+    d = Prefill(gpu, (4, 2, 64, window, True), [n, 70])
     whole = d.run([(0, 0, n), (1, 0, 70)])[0]
     for size in (1, 13, 64, 96):
         chunks = [(0, a, min(size, n - a)) for a in range(0, n, size)]
@@ -217,11 +217,17 @@ def test_prefill_does_not_depend_on_chunks(gpu, window):
 
 def test_prefill_agrees_with_decode(gpu):
     shape, n = (8, 2, 128, 0, True), 100
-    prompt = Prompts(gpu, shape, [n], seed=3)
+    prefill = Prefill(gpu, shape, [n], seed=3)
     d = Decode(gpu, shape, [n], seed=3)
-    d.cache, d.arena, d.table, d.sinks, d.dsinks = prompt.cache, prompt.arena, prompt.table, prompt.sinks, prompt.dsinks
-    d.q = prompt.q[0][-1:]
-    check_nmse(d.run([0])[0], prompt.run([(0, 0, n)])[0][-1], limits.ATTENTION_PREFILL_NMSE, "decode against prefill")
+    d.cache, d.arena, d.table, d.sinks, d.dsinks = (
+        prefill.cache,
+        prefill.arena,
+        prefill.table,
+        prefill.sinks,
+        prefill.dsinks,
+    )
+    d.q = prefill.q[0][-1:]
+    check_nmse(d.run([0])[0], prefill.run([(0, 0, n)])[0][-1], limits.ATTENTION_PREFILL_NMSE, "decode against prefill")
 
 
 def test_rules_of_shape():

@@ -121,7 +121,7 @@ def test_decode_rows_of_experts_agree_with_the_oracle(name, goldens_dir):
 
 
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "qwen2-Q8_0", "phi3-swa-Q8_0", "gpt-oss-MXFP4", "gpt-oss-Q4_K_M"])
-def test_prompt_rows_do_not_depend_on_the_chunking(name, goldens_dir):
+def test_prefill_does_not_depend_on_the_chunking(name, goldens_dir):
     _, p, engine = open_engine(goldens_dir / f"{name}.gguf")
     tokens = np.random.default_rng(1).integers(0, p.n_vocab, 100)
     try:

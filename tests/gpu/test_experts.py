@@ -9,7 +9,7 @@ from __future__ import annotations
 import limits
 import numpy as np
 import pytest
-from gpu.expert_host import Decode, List, Prompt, Route, host_list, repack_experts
+from gpu.expert_host import Decode, List, Prefill, Route, host_list, repack_experts
 from gpu.kernel_harness import available, params
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
@@ -76,7 +76,7 @@ def nmse_by_pair(got, want, limit, what):
 
 
 def products(gpu, kind, experts, x, ids, per_slot, grid=None):
-    """Results [matrix, row, slot, output] of a decode launch, or of a prompt launch in items of `kind` rows."""
+    """Results [matrix, row, slot, output] of a decode launch, or of a prefill launch in items of `kind` rows."""
     n_rows, n_used = ids.shape
     m, width = experts[0], n_used * experts[0].n_out
     stride = len(experts) * width + 3
@@ -85,7 +85,7 @@ def products(gpu, kind, experts, x, ids, per_slot, grid=None):
     item_rows = expert_layout.DECODE_ROWS if kind == "decode" else kind
     pairs = List(gpu, ids.size, m.n_expert).set(ids, m.n_expert, item_rows)
     args = (gpu, experts, gpu.buffer(x), outs, n_rows, n_used, per_slot, pairs)
-    run = Decode(*args, grid=grid) if kind == "decode" else Prompt(*args, item_rows=kind)
+    run = Decode(*args, grid=grid) if kind == "decode" else Prefill(*args, item_rows=kind)
     run.run()
     got = out.to_numpy()
     assert np.isnan(got[:, -3:]).all(), "columns outside the view were written"
@@ -200,7 +200,7 @@ def test_decode_products(gpu, type_id, per_slot):
 
 @every_type
 @pytest.mark.parametrize("per_slot", [False, True])
-def test_prompt_products(gpu, type_id, per_slot):
+def test_prefill_product(gpu, type_id, per_slot):
     rng = np.random.default_rng(type_id)
     for (n_out, k), n_rows in shapes_of(type_id, [1, 7, 40, 65, 128, 200]):
         made = [make(gpu, type_id, N_EXPERT, n_out, k, seed=i) for i in range(1 if per_slot else 2)]
@@ -271,7 +271,7 @@ def test_no_items_write_nothing(gpu, kind):
     pairs.buffer.set(np.zeros(pairs.buffer.shape, np.int32))
     x = gpu.buffer(np.ones((5, 64), np.float32))
     args = (gpu, [experts], x, [(out.ptr, out.shape[1])], 5, N_USED, False, pairs)
-    (Decode(*args) if kind == "decode" else Prompt(*args, item_rows=kind)).run()
+    (Decode(*args) if kind == "decode" else Prefill(*args, item_rows=kind)).run()
     assert np.isnan(out.to_numpy()).all()
 
 

@@ -148,16 +148,16 @@ def test_bias_residual_and_groups(gpu, type_id):
         Matvec(gpu, [m], dx, [plain], n_rows).run()
         assert np.array_equal(out.to_numpy(), alone.to_numpy())
         assert np.array_equal(out.to_numpy(), begin + (plain.to_numpy() + bias.to_numpy()))
-        prompt, plain = gpu.buffer(begin), gpu.empty(begin.shape)
-        Matmul(gpu, m, dx, prompt, n_rows, bias=bias, add=True).run()
+        prefill, plain = gpu.buffer(begin), gpu.empty(begin.shape)
+        Matmul(gpu, m, dx, prefill, n_rows, bias=bias, add=True).run()
         Matmul(gpu, m, dx, plain, n_rows).run()
         want = x.astype(np.float64) @ w.T
         nmse_by_row(plain.to_numpy(), want, limits.MATMUL_NMSE, f"{quants.TYPES[type_id].name} {m.n_out}")
-        assert np.allclose(prompt.to_numpy(), begin + (plain.to_numpy() + bias.to_numpy()), rtol=1e-6, atol=1e-6)
+        assert np.allclose(prefill.to_numpy(), begin + (plain.to_numpy() + bias.to_numpy()), rtol=1e-6, atol=1e-6)
 
 
 @every_type
-def test_prompt_product(gpu, type_id):
+def test_prefill_product(gpu, type_id):
     rng = np.random.default_rng(type_id)
     for (n_out, k), n_rows in zip(shapes_of(type_id), [1, 7, 64, 65, 127, 128, 130, 200], strict=False):
         m, w = make(gpu, type_id, n_out, k)
@@ -187,12 +187,12 @@ def test_no_range_is_too_wide(gpu, name, magnitude):
         raw = (wide.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     m, w = repack(gpu, type_id, raw, k), dequantized(type_id, raw).astype(np.float64)
     x = inputs(np.random.default_rng(3), n_rows, k) * np.float32(1 / magnitude)
-    dx, decode, prompt = gpu.buffer(x), gpu.empty((n_rows, n_out)), gpu.empty((n_rows, n_out))
+    dx, decode, prefill = gpu.buffer(x), gpu.empty((n_rows, n_out)), gpu.empty((n_rows, n_out))
     Matvec(gpu, [m], dx, [decode], n_rows).run()
-    Matmul(gpu, m, dx, prompt, n_rows).run()
+    Matmul(gpu, m, dx, prefill, n_rows).run()
     want = x.astype(np.float64) @ w.T
     nmse_by_row(decode.to_numpy(), want, limits.MATVEC_NMSE, f"{name} decode at {magnitude:.0e}")
-    nmse_by_row(prompt.to_numpy(), want, limits.MATMUL_NMSE, f"{name} prompt at {magnitude:.0e}")
+    nmse_by_row(prefill.to_numpy(), want, limits.MATMUL_NMSE, f"{name} prefill at {magnitude:.0e}")
 
 
 @pytest.mark.parametrize("n_rows", [1, 20])

@@ -1,4 +1,4 @@
-"""GPT-OSS files that are not what they must be: one clear error each, before anything is loaded."""
+"""models.gpt_oss: GPT-OSS files that are not what they must be: one clear error each, before anything is loaded."""
 
 from __future__ import annotations
 

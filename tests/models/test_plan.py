@@ -1,4 +1,5 @@
-"""Plans: the ops of each architecture, and what a file must not say (hyperparameters, tensors)."""
+"""Plans of the families (llama, qwen, phi3, gpt2), composed of models.blocks: the ops of each architecture, and what a
+file must not say (hparams, tensors)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The oracle itself against the reference logits of another program: it must be nearer than any engine's limit."""
+"""The oracle itself against the reference logits of another program: it must be nearer than any engine's limit.
+
+So are the plans of models.llama, qwen, phi3, gpt2 and gpt_oss, which it interprets.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_every_header_and_every_struct_is_found():
 def test_numbers_that_python_repeats():
     constants = {name: value for header in HEADERS for name, value in header.constants.items()}
     assert constants["KV_BLOCK"] == protocol.BLOCK_SIZE
-    assert ctypes.sizeof(STRUCTS["SlotSampling"]) == memory.SAMPLE_SLOT_BYTES
+    assert ctypes.sizeof(STRUCTS["SlotSampling"]) == memory.SLOT_SAMPLING_BYTES
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""LLM on a fake engine: arguments, prompts, results, loading and ending. Files, plans and tokenizers are real."""
+"""LLM on a fake engine: arguments, prompts, results, loading, token_stream and ending. Files, plans and tokenizers are
+real."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
-from worker_orcd.runtime import devices, llm
+from worker_orcd.runtime import devices, loading
 from worker_orcd.serving.job import Finished
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -149,7 +150,7 @@ def test_bad_params_are_refused(model, params, field):
 
 
 def test_without_a_tokenizer_ids_still_work(path, monkeypatch):
-    monkeypatch.setattr(llm.Tokenizer, "from_model", lambda *_: None)
+    monkeypatch.setattr(loading.Tokenizer, "from_model", lambda *_: None)
     with LLM(path, device="cpu", progress=False) as model:
         assert model.tokenizer is None and model.info.tokenizer_kind is None
         (result,) = model.generate([[1, 2, 3]], SamplingParams(max_tokens=5, seed=1))
@@ -180,6 +181,13 @@ def test_logits(model):
 def test_chat_needs_a_template(model):
     with pytest.raises(InvalidRequest, match="chat template"):
         model.chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("messages", [None, [], "hi", [1]])
+def test_a_conversation_that_is_none(model, messages):
+    with pytest.raises(InvalidRequest) as caught:
+        model.chat(messages)
+    assert caught.value.fields["field"] == "messages"
 
 
 # -- streams and jobs

@@ -48,6 +48,18 @@ def test_text_ids_and_messages_become_token_ids():
         assert prepared.token_ids.tolist() == ids and prepared.token_ids.dtype == np.int32
 
 
+def test_a_request_has_a_prompt_or_messages():
+    for request, field in (
+        (Request(), "prompt"),
+        (Request("a", messages=[{"role": "user", "content": "a"}]), "messages"),
+        (Request("a", params={"stop": ["b"]}), "params"),
+    ):
+        for limits in (Limits(), HTTP):
+            with pytest.raises(InvalidRequest) as caught:
+                prepare(MODEL, request, limits)
+            assert caught.value.fields["field"] == field
+
+
 def test_what_is_left_open_is_filled_in():
     first, second = prepare(MODEL, Request("a")), prepare(MODEL, Request("a"))
     assert first.seed != second.seed and 0 <= first.seed < 2**64

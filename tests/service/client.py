@@ -114,7 +114,6 @@ class Stream:
         self.response = self.connection.getresponse()
         self.status = self.response.status
         self.headers = self.response.headers
-        self.comments = 0
 
     def next(self):
         """The next (event, data), or None at the end of the stream."""
@@ -124,9 +123,7 @@ class Stream:
             if not line:
                 return None
             line = line.decode("utf-8").rstrip("\n")
-            if line.startswith(":"):
-                self.comments += 1
-            elif line.startswith("event: "):
+            if line.startswith("event: "):
                 name = line[7:]
             elif line.startswith("data: "):
                 data = json.loads(line[6:])

@@ -1,4 +1,7 @@
-"""The application without a server: what it refuses, how, and what it never says."""
+"""The application without a server: what it refuses, how, and what it never says.
+
+That is wsgi.app with its resources (native: cancel, execute, health, requests, shutdown), middleware, http_errors, sse.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A real gunicorn on a loopback port, with a model that speaks on command: what in-process clients cannot see."""
+"""A real gunicorn (wsgi.gunicorn_worker) on a loopback port, with a model that speaks on command: what in-process
+clients cannot see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The loop on a fake engine: jobs, order, cancels, deadlines, failures and shutdown, under real threads."""
+"""The loop on a fake engine: jobs, order, cancels, deadlines, failures and shutdown, under real threads.
+
+The loop here is engine_loop with its parts: engine_work, output, entry, detokenizer, job and logits_job.
+"""
 
 from __future__ import annotations
 

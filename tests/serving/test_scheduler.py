@@ -92,7 +92,7 @@ def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | No
 
 
 def check_ownership(scheduler: Scheduler) -> None:
-    """No block is owned twice or lost, tables name owned blocks only, reservations add up."""
+    """No block is owned twice or lost, tables name owned blocks only, what is reserved adds up."""
     for i, pool in enumerate(scheduler.pools):
         owned = [b for s in scheduler.running for b in s.blocks[i].values()]
         assert sorted(owned + pool._free) == list(range(pool.n_blocks))

@@ -1,9 +1,11 @@
-"""The tokenizer as users meet it: reference ids, special tokens, BOS, stop ids, long inputs, which file is taken."""
+"""The tokenizer as users meet it: reference ids, special tokens, BOS, stop ids, long inputs, which file is taken.
+
+That is tokenizer.tokenizer with what it is made of: from_gguf, library, metadata, parts, special_tokens.
+"""
 
 import json
 import os
 import pathlib
-import random
 import subprocess
 import sys
 import threading
@@ -14,13 +16,11 @@ import check_tokenizers
 import limits
 import pytest
 from helpers.gguf_forge import F32, I32, STR, Forge, tiny_vocab
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Library
+from helpers.tiny_library import tiny_library
 
 from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.gguf import quants
-from worker_orcd.tokenizer import metadata
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
@@ -289,14 +289,6 @@ def _model(path, metadata, n_vocab):
     return types.SimpleNamespace(path=str(path), metadata=metadata, tensors={"token_embd.weight": embeddings})
 
 
-def _library(tokens=("a", "b", "c", "d"), special=("<|end|>",), decoder=None) -> Library:
-    library = Library(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    library.decoder = decoder or decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return library
-
-
 def test_from_model_without_tokenizer_is_none(tmp_path):
     for forge in (Forge(), Forge().put("tokenizer.ggml.model", STR, "none")):
         path = _write(forge.put("general.architecture", STR, "llama"))
@@ -307,7 +299,7 @@ def test_from_model_without_tokenizer_is_none(tmp_path):
 
 
 def test_from_model_takes_the_json_beside_it(tmp_path):
-    _library().save(str(tmp_path / "tokenizer.json"))
+    tiny_library().save(str(tmp_path / "tokenizer.json"))
     metadata = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.chat_template": "{{ eos_token }}"}
     tokenizer = Tokenizer.from_model(_model(tmp_path / "m.gguf", metadata, 5))
     assert (tokenizer.kind, tokenizer.n_vocab) == ("hf-json", 5)
@@ -316,13 +308,13 @@ def test_from_model_takes_the_json_beside_it(tmp_path):
 
 
 def test_a_json_with_too_many_tokens_is_refused(tmp_path):
-    _library().save(str(tmp_path / "tokenizer.json"))
+    tiny_library().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json: has 5 tokens, but .* has embeddings for 4"):
         Tokenizer.from_model(_model(tmp_path / "m.gguf", {}, 4))
 
 
 def test_a_json_of_another_model_beside_is_refused(tmp_path):
-    _library().save(str(tmp_path / "tokenizer.json"))
+    tiny_library().save(str(tmp_path / "tokenizer.json"))
     model = _model(tmp_path / "m.gguf", {"tokenizer.ggml.tokens": ["w", "x", "c", "d", "<|end|>"]}, 5)
     with pytest.raises(ModelLoadError, match="2 of 5 tokens compared are not those"):
         Tokenizer.from_model(model)
@@ -364,115 +356,6 @@ def test_no_way_to_spell_all_text_is_refused():
     forge.put_array("tokenizer.ggml.scores", F32, [0.0, 0.0, 0.0])
     unknown = Tokenizer.from_file(_write(forge))
     assert unknown.encode("a\u00e9", add_bos=False) == [0, 0, 0], "no byte tokens: the unknown token, by default id 0"
-
-
-# --- damaged tokenizer.json ----------------------------------------------------------------------------------------
-
-
-def _json(tmp_path, data: bytes) -> pathlib.Path:
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(data)
-    return path
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"{}", b"null", b"[" * 100_000, b"\xff\xfe{}",
-     b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":-1},"merges":[]}}',
-     b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":["a b"]}}',
-     b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":[["a"]]}}',
-     b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{},"merges":[]}}',
-     b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":4000000000},"merges":[]}}'],
-    ids=["empty", "object", "null", "deep", "utf16", "negative", "merge-unknown", "merge-short", "no-tokens", "id-4e9"],
-)  # fmt: skip
-def test_damaged_json_is_one_error(data, tmp_path):
-    start = time.process_time()
-    with pytest.raises(ModelLoadError, match=r"tokenizer\.json: "):
-        Tokenizer.from_file(_json(tmp_path, data))
-    assert time.process_time() - start < 1.0
-
-
-def test_truncated_json_is_one_error(tmp_path):
-    whole = _library().to_str().encode()
-    for cut in random.Random(1).sample(range(len(whole) - 1), 40):
-        with pytest.raises(ModelLoadError):
-            Tokenizer.from_file(_json(tmp_path, whole[:cut]))
-
-
-def test_huge_json_is_refused_before_it_is_read(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    with open(path, "wb") as f:
-        f.truncate(1 << 30)
-    with pytest.raises(ModelLoadError, match="1073741824 bytes, limit 134217728"):
-        Tokenizer.from_file(path)
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    with pytest.raises(ModelLoadError, match="No such file"):
-        Tokenizer.from_file(tmp_path)  # a directory without tokenizer.json
-    os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(ModelLoadError, match="not a regular file"):
-        Tokenizer.from_file(tmp_path)
-
-
-def test_json_settings_for_training_are_off(tmp_path):
-    library = _library()
-    library.enable_truncation(2)
-    library.enable_padding(length=16)
-    library.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_file(tmp_path).encode("abcd") == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("data", [b"[]", b"{", b"[" * 10_000], ids=["list", "cut", "deep"])
-def test_damaged_config_is_one_error(data, tmp_path):
-    _library().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_bytes(data)
-    with pytest.raises(ModelLoadError, match=r"tokenizer_config\.json"):
-        Tokenizer.from_file(tmp_path)
-
-
-def test_config_beside_names_special_tokens_and_template(tmp_path):
-    _library(special=("<s>", "<|end|>")).save(str(tmp_path / "tokenizer.json"))
-    templates = [{"name": "x", "template": "no"}, {"name": "default", "template": "{{ 'a' }}"}]
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "<|end|>", "add_bos_token": True}
-    config["chat_template"] = templates
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer.from_file(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (4, 5, True, (5,))
-    assert tokenizer.encode("ab") == [4, 0, 1]
-    assert tokenizer.chat_template == "{{ 'a' }}"
-    (tmp_path / "chat_template.jinja").write_text("{{ 'b' }}")
-    assert Tokenizer.from_file(tmp_path).apply_chat([{"role": "user", "content": "x"}]) == [4, 1]
-
-
-def test_damaged_template_beside_is_one_error(tmp_path):
-    _library().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
-    with pytest.raises(ModelLoadError, match=r"chat_template\.jinja: is not UTF-8: .* \(at byte 3\)"):
-        Tokenizer.from_file(tmp_path)
-    (tmp_path / "chat_template.jinja").write_bytes(b"a" * (metadata.MAX_TEMPLATE_CHARS + 1))
-    with pytest.raises(ModelLoadError, match="the chat template has 1048577 characters, limit 1048576"):
-        Tokenizer.from_file(tmp_path)
-
-
-def test_ids_with_gaps_are_counted(tmp_path):
-    data = json.loads(_library(special=()).to_str())
-    data["model"]["vocab"] = {"a": 0, "b": 9}
-    tokenizer = Tokenizer.from_file(_json(tmp_path, json.dumps(data).encode()))
-    assert (tokenizer.n_vocab, tokenizer.decode([0, 5, 9])) == (10, "ab")
-
-
-def test_space_before_the_first_word_only(tmp_path):
-    """Metaspace "first": a fragment behind a control token is not the start of the text."""
-    library = Library(models.BPE(vocab={"\u2581": 0, "a": 1, "b": 2}, merges=[]))
-    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    library.decoder = decoders.Metaspace(prepend_scheme="first")
-    library.add_special_tokens([AddedToken("<x>", special=True, normalized=False)])
-    library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.from_file(tmp_path)
-    assert tokenizer.encode("a<x>b", special=True) == [0, 1, 3, 2] == library.encode("a<x>b").ids
-    assert tokenizer.encode("<x>b", special=True) == [3, 2] == library.encode("<x>b").ids
-    assert tokenizer.decode([0, 1, 0, 2]) == "a b" == library.decode([0, 1, 0, 2])
 
 
 def test_from_file_reads_no_tensor_and_leaves_nothing_open(model_path):

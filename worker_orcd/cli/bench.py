@@ -75,15 +75,12 @@ def bench(
         report = measuring.run(
             model,
             device,
-            prompts,
-            n_gen,
-            batches,
-            repeat,
-            n_threads,
-            progress,
-            plan_printer(verbose),
-            trusted_models,
-            vram_limit_bytes,
+            measuring.Measurements(prompts, n_gen, batches, repeat),
+            n_threads=n_threads,
+            progress=progress,
+            on_plan=plan_printer(verbose),
+            trusted_models=trusted_models,
+            vram_limit_bytes=vram_limit_bytes,
         )
     finally:
         if bar is not None:

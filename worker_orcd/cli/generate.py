@@ -54,8 +54,9 @@ def _sampling_options(command: Any) -> Any:
 @json_option
 def generate(model: str, prompt: str, chat: bool, verbose: bool, as_json: bool, **given: Any) -> None:
     """Continue a prompt and stream the text to the terminal."""
-    from worker_orcd.runtime.llm import LLM, TokenStream
+    from worker_orcd.runtime.llm import LLM
     from worker_orcd.runtime.request import Request
+    from worker_orcd.runtime.token_stream import TokenStream
 
     params = SamplingParams(**{name: given.pop(name) for name in _SAMPLING})
     params.check()

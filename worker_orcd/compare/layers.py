@@ -18,8 +18,8 @@ from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices
 
-#: tokens of a prompt that are looked at
-MAX_ROWS: Final = 256
+#: most tokens of a prompt that are compared
+MAX_TOKENS: Final = 256
 
 
 def layer_ops(the_plan: plan.Plan) -> list[str]:
@@ -56,12 +56,12 @@ def layer_activations(
     """The residual stream after each layer.
 
     Args:
-        prompts: token ids; of each the first `MAX_ROWS` count.
+        prompts: token ids; of each the first `MAX_TOKENS` count.
 
     Returns:
         op name -> float32 [tokens of all prompts, n_embd], in the order of the layers.
     """
-    cut = [np.array(ids[:MAX_ROWS], np.int32) for ids in prompts]
+    cut = [np.array(ids[:MAX_TOKENS], np.int32) for ids in prompts]
     found: dict[str, list[np.ndarray]] = {}
     with open_engine(model_file, device, max(map(len, cut)), n_threads) as (engine, the_plan):
         for ids in cut:

@@ -15,7 +15,7 @@ ROUTE_SLICES = 16
 ROUTE_ROWS = 8
 #: pairs of a decode item
 DECODE_ROWS = 16
-#: pairs of a prompt item, by kernel variant
+#: pairs of a prefill item, by kernel variant
 PREFILL_ROWS = (16, 64)
 #: matrices of one expert in one launch
 MAX_MATRICES = 2
@@ -44,7 +44,7 @@ def route_partial_bytes(n_rows: int, n_expert: int) -> int:
 
 
 def route_grid(n_rows: int, n_expert: int) -> tuple[int, int, int]:
-    """Grid of route_logits, 256 threads: a warp for each row_tile and slice."""
+    """Grid of route_logits, 256 threads: a warp for each row tile and slice."""
     return layout.n_row_tiles(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
 
 
@@ -75,14 +75,14 @@ def decode_launch(
 
 
 def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:
-    """Pairs of an item of a prompt launch: large tiles only where an expert has enough rows to fill them."""
+    """Pairs of an item of a prefill launch: large tiles only where an expert has enough rows to fill them."""
     return PREFILL_ROWS[n_rows * n_used >= 24 * n_expert]
 
 
 def prefill_launch(
     type_id: int, n_out: int, n_matrices: int, n_rows: int, n_used: int, n_expert: int, item_rows: int | None = None
 ) -> Launch:
-    """The prompt launch; `item_rows` other than `prefill_rows` says gives the same bits."""
+    """The prefill launch; `item_rows` other than `prefill_rows` says gives the same bits."""
     item_rows = item_rows or prefill_rows(n_rows, n_used, n_expert)
     tiles = n_matrices * -(-n_out // 128)
     name = f"expert_matmul_{layout.kernel_suffix(type_id)}_{item_rows}"
@@ -91,7 +91,7 @@ def prefill_launch(
 
 
 def prefill_smem(type_id: int, item_rows: int) -> int:
-    """Shared memory of a prompt kernel (csrc/cuda/matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
+    """Shared memory of a prefill kernel (csrc/cuda/matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
     x, w, smem = item_rows * 128, 8 * layout.packed_tile_bytes(type_id), 0
     for stages in (4, 3, 2):
         smem = stages * x + (2 if layout.tile_k(type_id) == 256 else stages) * w

@@ -209,7 +209,7 @@ class Launches:
         return Bound(self.kernel(image, launch.kernel, launch.smem), launch)
 
     def _conversions(self, w: Weight, k: int, inp: View) -> tuple[Conversion, Conversion]:
-        """Of an input of products with matrices like `w`, for decode rows and for prompt rows."""
+        """Of an input of products with matrices like `w`, for decode rows and for prefill rows."""
         space = self._workspace
         both = {"x": self._at(inp), "x_stride": self._stride(inp), "k": k, "k_pad": layout.k_padded(w.type_id, k)}
         split = {"out": space.x_split.address, "scale": 0, "out_bytes": layout.x_split_bytes(w.type_id, k)}
@@ -239,7 +239,7 @@ class Launches:
             "split_bytes": layout.x_split_bytes(type_id, k), "n_matrices": len(matrices),
             "n_row_tiles": row_tiles[-1], "k": k, "n_k_tiles": n_k_tiles,
         }  # fmt: skip
-        prompt_input = {
+        prefill_input = {
             "x": self._workspace.x_half.address, "x_scale": self._workspace.x_half_scale.address,
             "x_bytes": layout.x_f16_bytes(type_id, k), "n_k_tiles": n_k_tiles,
         }  # fmt: skip
@@ -249,7 +249,7 @@ class Launches:
             for n in range(1, memory.MAX_OUT + 1)
         ]
 
-        def prompt(n_out: int, n_rows: int) -> Bound:
+        def prefill(n_out: int, n_rows: int) -> Bound:
             return self._bound("matmul", layout.matmul_launch(type_id, n_out, n_rows, n_sm))
 
         outputs = self.is_output(op.parts[0].out)
@@ -258,20 +258,20 @@ class Launches:
                 name = f"matmul_{layout.kernel_suffix(type_id)}" + ("_small" if small else "")
                 self.kernel("matmul", name, layout.matmul_stages(type_id, small)[2])
         conversions = self._conversions(first, k, op.inp)
-        matmuls = [{**m, **prompt_input} for m in matrices]
-        return [MatMulNode(op.name, *conversions, matvec, matmuls, decode, prompt, outputs)]
+        matmuls = [{**m, **prefill_input} for m in matrices]
+        return [MatMulNode(op.name, *conversions, matvec, matmuls, decode, prefill, outputs)]
 
     # ---- experts
 
     def _expert_lists(self, op: Route | ExpertMatMul) -> tuple[Fields, Fields]:
-        """The lists that routing leaves for the products: decode rows, prompt rows."""
+        """The lists that routing leaves for the products: decode rows, prefill rows."""
         space = self._workspace.routing
         assert space is not None
         decode, prefill = (
             expert_layout.list_parts(region.address, n * op.n_used, op.n_expert)
             for region, n in (
                 (space.decode_list, memory.MAX_OUT),
-                (space.prefill_list, memory.max_rows(self.config)),
+                (space.prefill_list, memory.padded_batch_tokens(self.config)),
             )
         )
         names = ("n_items", "items", "pairs")
@@ -333,14 +333,14 @@ class Launches:
             for n in range(1, memory.MAX_OUT + 1)
         ]  # fmt: skip
 
-        def prompt(n_rows: int, item_rows: int | None = None) -> Bound:
+        def prefill(n_rows: int, item_rows: int | None = None) -> Bound:
             launch = expert_layout.prefill_launch(type_id, n_out, n_matrices, n_rows, n_used, n_expert, item_rows)
             return self._bound("experts_prefill", launch)
 
         for item_rows in expert_layout.PREFILL_ROWS:  # a name that the image lacks is an error now and not in a step
-            prompt(1, item_rows)
+            prefill(1, item_rows)
         conversions = self._conversions(w, k, first.inp)
-        return [ExpertProductNode(op.name, *conversions, matvec, matmul, decode, prompt)]
+        return [ExpertProductNode(op.name, *conversions, matvec, matmul, decode, prefill)]
 
     def _expert_sum(self, op: ExpertSum) -> list[Node]:
         n = op.out.width

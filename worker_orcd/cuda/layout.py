@@ -31,12 +31,12 @@ def kernel_suffix(type_id: int) -> str:
 
 
 def tile_k(type_id: int) -> int:
-    """Columns of one packed_tile: 256 for K-quants, else 64."""
+    """Columns of one packed tile: 256 for K-quants, else 64."""
     return max(64, quants.TYPES[type_id].block_size)
 
 
 def n_k_tiles(type_id: int, k: int) -> int:
-    """Records of a row_tile of row length `k` (a multiple of 32)."""
+    """Packed tiles of a row tile of row length `k` (a multiple of 32)."""
     return -(-k // tile_k(type_id))
 
 
@@ -46,12 +46,12 @@ def k_padded(type_id: int, k: int) -> int:
 
 
 def n_row_tiles(n_out: int) -> int:
-    """RowTiles of a matrix of `n_out` rows."""
+    """Row tiles of a matrix of `n_out` rows."""
     return -(-n_out // TILE_ROWS)
 
 
 def packed_tile_bytes(type_id: int) -> int:
-    """Bytes of one packed_tile: what its 16 rows x tile_k weights have in the file."""
+    """Bytes of one packed tile: what its 16 rows x tile_k weights have in the file."""
     return TILE_ROWS * quants.TYPES[type_id].row_bytes(tile_k(type_id))
 
 
@@ -84,7 +84,7 @@ def x_split_bytes(type_id: int, k: int) -> int:
 
 @dataclass(frozen=True)
 class MatvecShape:
-    """Compile-time constants of one decode kernel (csrc/cuda/matvec.cu, struct Shape)."""
+    """Compile-time constants of one decode kernel (csrc/cuda/matmul_shapes.cuh, MatvecShape)."""
 
     stage_k_tiles: int
     row_tiles: int
@@ -169,15 +169,15 @@ def matvec_launch(
         return Launch(name, (grid, 1, 1), 32 * warps, smem, ring, 8 * tiles, tiles > 1)
 
 
-# ---- prompt: matmul_<type> and matmul_<type>_small -------------------------------------------------------------------
+# ---- prefill: matmul_<type> and matmul_<type>_small ------------------------------------------------------------------
 
 
-#: rows of the input in a tile of either prompt kernel; convert_f16 must have written whole tiles
+#: rows of the input in a tile of either prefill kernel; convert_f16 must have written whole tiles
 MATMUL_TILE_ROWS = 64
 
 
 def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
-    """(activation stages, weight slots, shared memory bytes) of a prompt kernel (csrc/cuda/matmul.cu, struct Shape)."""
+    """(activation stages, weight slots, shared memory bytes) of a prefill kernel (matmul_shapes.cuh, MatmulShape)."""
     x, w = MATMUL_TILE_ROWS * 128, (4 if small else 8) * packed_tile_bytes(type_id)
     for stages in (4, 3, 2):
         slots = 2 if tile_k(type_id) == 256 else stages
@@ -188,7 +188,7 @@ def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
 
 
 def matmul_launch(type_id: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
-    """The prompt launch for a matrix of `n_out` rows and an input of `n_rows` rows converted by convert_f16.
+    """The prefill launch for a matrix of `n_out` rows and an input of `n_rows` rows converted by convert_f16.
 
     Both variants give the same bits; the small one is for products that do not fill the GPU with large tiles.
     """

@@ -23,7 +23,7 @@ MAX_OUT = 64
 #: device memory beside the arenas: kernels, graphs, and what the driver takes for them
 RESERVE_BYTES = 32 << 20
 #: bytes of a slot's sampling parameters on the device
-SAMPLE_SLOT_BYTES = 32
+SLOT_SAMPLING_BYTES = 32
 #: device memory through which raw tensor bytes pass on their way into the repacked layout
 STAGING_BYTES = 64 << 20
 
@@ -90,7 +90,7 @@ class Routing:
 class Sampling:
     """Scratch and state of sampling; the names are those of csrc/params/sample_params.h.
 
-    `slots` and `positions` are int32 [MAX_OUT], those of the output rows of a step that is no decode step.
+    `slots` and `positions` are int32 [MAX_OUT], those of the output rows where a step is no decode step.
     """
 
     partial: Region
@@ -117,7 +117,7 @@ class Workspace:
         tiles: `AttentionTile` [rows + max_seqs].
         block_tables: int32 [n_kv_groups, max_seqs, max_blocks_per_seq].
         attention_partial, attention_counters: scratch of decode attention.
-        x_split, x_half, x_half_scale: activations as converted for products of decode rows, of prompt rows.
+        x_split, x_half, x_half_scale: activations as converted for products of decode rows, of prefill rows.
         routing: None where no layer has experts.
         sampling: of output rows.
     """
@@ -226,8 +226,8 @@ def kv_arena(plan: Plan, config: EngineConfig) -> KvCache:
     return KvCache(end.nbytes, layers)
 
 
-def max_rows(config: EngineConfig) -> int:
-    """Rows of a step that there is room for."""
+def padded_batch_tokens(config: EngineConfig) -> int:
+    """Rows that activations and row tables have room for: `max_batch_tokens` in whole tiles of the prefill kernels."""
     return -(-config.max_batch_tokens // 128) * 128
 
 
@@ -242,7 +242,7 @@ def workspace_arena(
         heads: blocks in y of a decode attention launch.
         sample: scratch of sampling.
     """
-    end, rows = _End(), max_rows(config)
+    end, rows = _End(), padded_batch_tokens(config)
     attention = [op for op in plan.ops if isinstance(op, Attention)]
     partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
     inputs = [_converted(plan, op) for op in plan.ops if isinstance(op, MatMul | ExpertMatMul)]
@@ -270,7 +270,7 @@ def workspace_arena(
             chunk_weights=end.add(MAX_OUT * sample.chunk_weights),
             bin_weights=end.add(MAX_OUT * sample.bin_weights),
             bin_counts=end.add(MAX_OUT * sample.bin_counts),
-            samples=end.add(config.max_seqs * SAMPLE_SLOT_BYTES),
+            samples=end.add(config.max_seqs * SLOT_SAMPLING_BYTES),
             seen=end.add(config.max_seqs * -(-plan.n_vocab // 32) * 4),
             slots=end.add(MAX_OUT * 4),
             positions=end.add(MAX_OUT * 4),
@@ -294,7 +294,7 @@ def _routing(end: _End, plan: Plan, rows: int) -> Routing | None:
 
 
 def _converted(plan: Plan, op: MatMul | ExpertMatMul) -> tuple[int, int, int]:
-    """Inputs that a row has in a product, and bytes of each as converted for decode and for prompts."""
+    """Inputs that a row has in a product, and bytes of each as converted for decode and for prefill."""
     w = plan.weights[op.weight]
     n = op.n_used if isinstance(op, ExpertMatMul) and op.per_slot else 1
     return n, layout.x_split_bytes(w.type_id, w.shape[0]), layout.x_f16_bytes(w.type_id, w.shape[0])

@@ -121,9 +121,9 @@ class Bench:
                 raise InvalidRequest(f"{n_positions} positions are past the {limit} of the model", field="n_prompt")
             per_sequence = -(-n_positions // BLOCK_SIZE)
             n_blocks = tuple(per_sequence * max_batch for _ in self.plan.kv_groups)
-            max_batch_tokens = devices.default_max_rows(self.device, max_batch)
+            max_batch_tokens = devices.default_batch_tokens(self.device, max_batch)
             if vram_limit_bytes is not None:
-                max_batch_tokens = self._rows_within(vram_limit_bytes, n_positions, n_blocks, max_batch)
+                max_batch_tokens = self._batch_tokens_within(vram_limit_bytes, n_positions, n_blocks, max_batch)
             self.config = EngineConfig(max_batch, max_batch_tokens, n_positions, n_blocks)
             self.engine: Engine = devices.open_engine(
                 self.device,
@@ -146,8 +146,8 @@ class Bench:
         self._ring = TokenRing()
         self._control = Control()
 
-    def _rows_within(self, limit: int, n_positions: int, n_blocks: tuple[int, ...], max_batch: int) -> int:
-        """Rows of a step where everything together may take `limit` bytes of the GPU; refused where nothing fits."""
+    def _batch_tokens_within(self, limit: int, n_positions: int, n_blocks: tuple[int, ...], max_batch: int) -> int:
+        """Tokens of a step where everything together may take `limit` bytes of the GPU; refused where nothing fits."""
         if self.device == "cpu":
             raise sizing.limit_on_cpu()
         kv_bytes = sum(n * b for n, b in zip(n_blocks, kv_blocks.block_bytes(self.plan), strict=True))
@@ -219,13 +219,28 @@ class Bench:
         return seconds
 
 
+@dataclass(frozen=True)
+class Measurements:
+    """What to measure.
+
+    Attributes:
+        prompts: lengths of the prompts to prefill.
+        n_decode: tokens to decode; 0 for none.
+        batches: numbers of sequences to decode together.
+        repeat: how often each test is timed, after one untimed run.
+    """
+
+    prompts: Sequence[int]
+    n_decode: int
+    batches: Sequence[int]
+    repeat: int
+
+
 def run(
     model: str,
     device: str,
-    prompts: Sequence[int],
-    n_decode: int,
-    batches: Sequence[int],
-    repeat: int,
+    asked: Measurements,
+    *,
     n_threads: int = 0,
     progress: Callable[[str], None] = lambda text: None,
     on_plan: Callable[[VramPlan, int], object] | None = None,
@@ -235,28 +250,25 @@ def run(
     """Measure everything once asked for.
 
     Args:
-        prompts: lengths of the prompts to prefill.
-        n_decode: tokens to decode; 0 for none.
-        batches: numbers of sequences to decode together.
-        repeat: how often each test is timed, after one untimed run.
         progress: called with the name of each test before it runs.
-        on_plan, trusted_models, vram_limit_bytes: as of `LLM`.
+        n_threads, on_plan, trusted_models, vram_limit_bytes: as of `LLM`.
 
     Raises:
         WorkerError: the model or the device cannot do it.
     """
-    tests = [("prefill", n, 1) for n in prompts] + [("decode", n_decode, b) for b in batches if n_decode]
-    for name, n, batch in tests:
+    runs = [("prefill", n, 1) for n in asked.prompts]
+    runs += [("decode", asked.n_decode, b) for b in asked.batches if asked.n_decode]
+    for name, n, batch in runs:
         if n < 1 or batch < 1:
             raise InvalidRequest(f"{name} of {n} tokens in {batch} sequences measures nothing", field="n_prompt")
-    if not tests:
+    if not runs:
         raise InvalidRequest("there is nothing to measure", field="n_gen")
     progress("load")
     with Bench(
         model,
         device,
-        max(n for _, n, _ in tests),
-        max(b for _, _, b in tests),
+        max(n for _, n, _ in runs),
+        max(b for _, _, b in runs),
         n_threads,
         on_plan,
         trusted_models,
@@ -267,22 +279,22 @@ def run(
         vram_bytes = devices.engine_facts(bench.engine).get("vram_bytes")
         stats = getattr(bench.engine, "load_stats", None)
         report = Report(
-            bench.model_file.name,
-            bench.plan.arch,
-            bench.model_file.quant_kind,
-            bench.device,
-            bench.n_threads if bench.device == "cpu" else None,
-            bench.load_s,
-            sum(bench.model_file.tensors[name].nbytes for name in bench.plan.weights),
-            vram_bytes if isinstance(vram_bytes, int) else 0,
-            bandwidth,
-            None if stats is None else stats.gb_per_s,
+            model=bench.model_file.name,
+            arch=bench.plan.arch,
+            quant_kind=bench.model_file.quant_kind,
+            device=bench.device,
+            n_threads=bench.n_threads if bench.device == "cpu" else None,
+            load_s=bench.load_s,
+            weight_bytes=sum(bench.model_file.tensors[name].nbytes for name in bench.plan.weights),
+            vram_bytes=vram_bytes if isinstance(vram_bytes, int) else 0,
+            bandwidth_gb_per_s=bandwidth,
+            load_gb_per_s=None if stats is None else stats.gb_per_s,
         )
-        for name, n, batch in tests:
+        for name, n, batch in runs:
             progress(f"{name} {n} x {batch}" if name == "decode" else f"{name} {n}")
             timed = bench.prefill if name == "prefill" else partial(bench.decode, batch=batch)
             timed(n)
-            seconds = [timed(n) for _ in range(repeat)]
+            seconds = [timed(n) for _ in range(asked.repeat)]
             report.results.append(_measured(name, n, batch, seconds, bench, bandwidth))
     return report
 

@@ -170,8 +170,8 @@ def _vram_plan(p: plan.Plan) -> dict[str, int]:
     """What a GPU must have free for `VRAM_SEQS` sequences and a KV cache of one full context."""
     context = min(p.context_length, p.max_positions or p.context_length)
     blocks = tuple(kv_blocks.blocks_needed(g, context) for g in p.kv_groups)
-    rows = devices.default_max_rows("cuda:0", VRAM_SEQS)
-    return devices.vram_plan(p, EngineConfig(VRAM_SEQS, rows, context, blocks)).to_dict()
+    max_batch_tokens = devices.default_batch_tokens("cuda:0", VRAM_SEQS)
+    return devices.vram_plan(p, EngineConfig(VRAM_SEQS, max_batch_tokens, context, blocks)).to_dict()
 
 
 # -- as text

@@ -115,7 +115,7 @@ def blocks_within(
 ) -> tuple[int, ...]:
     """How many blocks of each group `budget` bytes buy, never more than can be used.
 
-    A windowed group gets as many as the full groups, up to what `max_seqs` sequences and the prompt rows of one step
+    A windowed group gets as many as the full groups, up to what `max_seqs` sequences and the prefill tokens of one step
     fill; fewer where a sequence of the whole context would not fit otherwise. All counts are 0 where the budget holds
     no block of each group.
     """

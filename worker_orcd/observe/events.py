@@ -16,8 +16,6 @@ from typing import TextIO
 
 from worker_orcd.errors import escaped
 
-#: severity by name, for `EventLog.emit`
-LEVELS = ("debug", "info", "warning", "error")
 #: an unexpectedly long field (a path, a driver's message) is cut here so that a line stays a line
 MAX_FIELD_CHARS = 2000
 
@@ -54,7 +52,7 @@ class EventLog:
         return child
 
     def emit(self, event: str, level: str = "info", /, **fields: object) -> None:
-        """Write one event. Fields of value None are left out."""
+        """Write one event; `level` is debug, info, warning or error. Fields of value None are left out."""
         record: dict[str, object] = {
             "ts": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": level,

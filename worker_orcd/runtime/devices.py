@@ -21,8 +21,8 @@ from worker_orcd.models.plan import Plan
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
 
-#: rows of one step where the caller names no number
-CPU_MAX_ROWS, CUDA_MAX_ROWS = 256, 2048
+#: tokens of one step where the caller names no number
+CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 256, 2048
 #: largest KV cache that the CPU takes unasked, and its share of the memory that is free
 CPU_KV_LIMIT, CPU_KV_SHARE = 1 << 30, 0.25
 
@@ -55,9 +55,9 @@ def resolve(device: str) -> str:
     return f"cuda:{index}"
 
 
-def default_max_rows(device: str, max_seqs: int) -> int:
-    """Rows of one step on a resolved device."""
-    return max(max_seqs, CPU_MAX_ROWS if device == "cpu" else CUDA_MAX_ROWS)
+def default_batch_tokens(device: str, max_seqs: int) -> int:
+    """Tokens of one step on a resolved device."""
+    return max(max_seqs, CPU_BATCH_TOKENS if device == "cpu" else CUDA_BATCH_TOKENS)
 
 
 def cpu_kv_budget() -> tuple[int, int]:

@@ -33,7 +33,7 @@ class ModelInfo:
         kv_bytes: bytes of the KV cache.
         device: "cpu" or "cuda:N".
         max_seqs: sequences that run together at most.
-        max_batch_tokens: rows of one step at most.
+        max_batch_tokens: tokens of one step at most.
         vram_bytes: device memory in use, 0 on the CPU.
         sm: compute capability as in "sm_90", None on the CPU.
         cuda_runtime_version: of the driver in use, None on the CPU.

@@ -1,7 +1,7 @@
 """LLM: a loaded model with its threads - the public Python API.
 
-Puts the parts together (file, plan, tokenizer, engine, scheduler, loop), turns prompts into jobs and jobs into results.
-What the parts know of each other is only what is passed here.
+Puts the parts together (loaded model, scheduler, loop), turns prompts into jobs and jobs into results. What the parts
+know of each other is only what is passed here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import dataclasses
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,11 @@ import numpy as np
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import FLAGS, check_sha256
 from worker_orcd.cuda.vram import VramPlan
-from worker_orcd.engine import kv_blocks
-from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams, make_seed
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
-from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.gguf.trusted_models import TrustedModels, verify
-from worker_orcd.models import plan
-from worker_orcd.runtime import devices, sizing
-from worker_orcd.runtime.info import ModelInfo, model_facts
-from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress
+from worker_orcd.runtime.loading import LoadedModel, LoadOptions, load
+from worker_orcd.runtime.progress import Progress, no_progress
 from worker_orcd.runtime.request import (
     Limits,
     Messages,
@@ -40,12 +33,12 @@ from worker_orcd.runtime.request import (
     check_token_ids,
     prepare,
 )
+from worker_orcd.runtime.token_stream import TokenStream
 from worker_orcd.serving.engine_loop import EngineLoop
-from worker_orcd.serving.job import Completion, Job, TextPiece
+from worker_orcd.serving.job import Completion, Job
 from worker_orcd.serving.scheduler import Scheduler
-from worker_orcd.tokenizer.tokenizer import Tokenizer
 
-#: most rows of one step
+#: most tokens of one step
 MAX_BATCH_TOKENS = 1 << 16
 #: most jobs that may wait; a server takes fewer, because each of its jobs holds a thread
 MAX_QUEUE = 1 << 20
@@ -121,79 +114,36 @@ class LLM:
         _check_count("max_queue", max_queue, 0, MAX_QUEUE)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
-        trusted = None if trusted_models is None else TrustedModels(trusted_models)
-        demanded = expect_sha256 is not None or trusted is not None
-        device = devices.resolve(device)
-        model_file = ModelFile(model)
-        engine: Engine | None = None
-        try:
-            with LoadProgress(progress, model_file.size) as phases, ThreadPoolExecutor(2, "orcd-load") as pool:
-                phases.expect(demanded, check_tensors or device != "cpu")
-                # before anything is made of what the file says
-                verified = verify(model_file, trusted, expect_sha256, phases.next() if demanded else no_progress)
-                # an upload and a check need no lock of Python while they run, and making a tokenizer holds it for
-                # most of a second: it begins when they are under way
-                made = LazyFuture(pool, Tokenizer.from_model, model_file, tokenizer)
-                read = phases.next()
-
-                def reading(done: int) -> None:
-                    made.start()
-                    read(done)
-
-                with devices.retain_context(device):
-                    the_plan = plan.build(model_file, context_length)
-                    config = sizing.engine_config(
-                        device,
-                        the_plan,
-                        model_file.path,
-                        context_length,
-                        kv_cache_bytes,
-                        max_seqs,
-                        max_batch_tokens,
-                        vram_limit_bytes,
-                    )
-                    checked = None
-                    if check_tensors and device == "cpu":
-                        checked = pool.submit(model_file.check_tensors, n_threads, read)
-                        made.start()
-                    engine = devices.open_engine(
-                        device,
-                        model_file,
-                        the_plan,
-                        config,
-                        n_threads=n_threads,
-                        chunk_bytes=chunk_bytes,
-                        progress=reading,
-                        check_tensors=check_tensors,
-                        on_plan=on_plan,
-                    )
-                if checked is not None:
-                    checked.result()
-                self.tokenizer = made.result()
-                model_file.check_unchanged()
-                phases.done()
-            stop_ids = self.tokenizer.stop_ids if self.tokenizer is not None else ()
-            self._scheduler = Scheduler(
-                config,
-                the_plan.kv_groups,
-                engine.block_tables,
-                stop_ids,
-                rope_tables=engine.rope_tables,
-                rope_limits=the_plan.rope_limits,
-            )
-            block_bytes = kv_blocks.block_bytes(the_plan)
-            facts: dict[str, Any] = {
-                **model_facts(model_file, the_plan, self.tokenizer),
-                **verified.facts(),
-                **devices.engine_facts(engine),
-            }
-            self.info = ModelInfo(
-                **facts,
-                context_length=config.context_length,
-                kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
+        loaded = load(
+            model,
+            LoadOptions(
                 device=device,
-                max_seqs=config.max_seqs,
-                max_batch_tokens=config.max_batch_tokens,
+                context_length=context_length,
+                kv_cache_bytes=kv_cache_bytes,
+                max_seqs=max_seqs,
+                max_batch_tokens=max_batch_tokens,
+                n_threads=n_threads,
+                tokenizer=tokenizer,
+                check_tensors=check_tensors,
+                progress=progress,
+                expect_sha256=expect_sha256,
+                trusted_models=trusted_models,
+                vram_limit_bytes=vram_limit_bytes,
+                chunk_bytes=chunk_bytes,
+                on_plan=on_plan,
+            ),
+        )
+        self.info = loaded.info
+        self.tokenizer = loaded.tokenizer
+        engine = loaded.engine
+        try:
+            self._scheduler = Scheduler(
+                loaded.config,
+                loaded.plan.kv_groups,
+                engine.block_tables,
+                loaded.tokenizer.stop_ids if loaded.tokenizer is not None else (),
+                rope_tables=engine.rope_tables,
+                rope_limits=loaded.plan.rope_limits,
             )
             self._loop = EngineLoop(
                 engine,
@@ -205,14 +155,12 @@ class LLM:
                 on_fatal=on_fatal,
             )
         except BaseException:
-            if engine is not None:
-                engine.close()
-            model_file.close()
+            loaded.close()
             raise
         self._bar = progress is True
-        self._model_file = model_file
+        self._model_file = loaded.model_file
         self._residency_faults: Callable[[], list[str]] | None = getattr(engine, "check_residency", None)
-        self._close = weakref.finalize(self, _close, self._loop, engine, model_file)
+        self._close = weakref.finalize(self, _close, self._loop, loaded)
 
     def __enter__(self) -> LLM:
         return self
@@ -274,7 +222,8 @@ class LLM:
         Raises:
             InvalidRequest: there is no tokenizer or no chat template, or the template refuses the messages.
         """
-        return self._run([Request(messages=messages, params=params or SamplingParams())])[0]
+        # None is refused as no conversation, and not as a request that lacks a prompt
+        return self._run([Request(messages=() if messages is None else messages, params=params or SamplingParams())])[0]
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits: row i is what the model predicts after ids[0..i].
@@ -417,44 +366,6 @@ class LLM:
         return bar
 
 
-class TokenStream(Iterator[TextPiece]):
-    """The pieces of one job, in order. Leaving it early (`close`, `with`, garbage collection) cancels the job.
-
-    Attributes:
-        job: the job; `job.completion()` is the whole result once the pieces are read.
-    """
-
-    def __init__(self, llm: LLM, job: Job) -> None:
-        self.job = job
-        self._llm = llm  # a model that only its stream needs must stay
-
-    def __iter__(self) -> TokenStream:
-        return self
-
-    def __next__(self) -> TextPiece:
-        try:
-            event = self.job.next_event()
-        except BaseException:  # KeyboardInterrupt too: nobody reads on
-            self.close()
-            raise
-        if isinstance(event, TextPiece):
-            return event
-        raise StopIteration
-
-    def __enter__(self) -> TokenStream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Cancel the job where it has not ended. Idempotent."""
-        self.job.cancel()
-
-
 def _check_counts(optional: bool = True, /, **values: object) -> None:
     """Check arguments that are values of `ServeConfig` too."""
     for name, value in values.items():
@@ -470,8 +381,7 @@ def _check_count(name: str, value: object, least: float | None, most: float | No
         raise InvalidRequest(f"{name} must be a whole number, {low} to {high}", field=name)
 
 
-def _close(loop: EngineLoop, engine: Engine, model_file: ModelFile) -> None:
+def _close(loop: EngineLoop, loaded: LoadedModel) -> None:
     # a device call that hangs keeps the engine thread, and freeing what it uses would crash the process
     if loop.close():
-        engine.close()
-        model_file.close()
+        loaded.close()

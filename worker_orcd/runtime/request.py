@@ -134,9 +134,11 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     params = request.params
     if request.job_id is not None:
         check_job_id(request.job_id, limits.plain_text)
-    _check_text(request, limits)
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", field="params")
+    if request.prompt is not None and request.messages is not None:
+        raise InvalidRequest("a request has a prompt or messages, not both", field="messages")
+    _check_text(request, limits)
     params.check(model.n_vocab, limits.max_tokens_out)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)

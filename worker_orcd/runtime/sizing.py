@@ -1,7 +1,7 @@
 """How large step, context and KV cache get on a device: what was asked for or refused, else what fits.
 
 On a GPU all of it is planned inside the free memory or the budget that the caller sets. Where memory is short and the
-caller named no number, steps get fewer rows, and then fewer sequences, before a model is refused. Arithmetic over the
+caller named no number, steps get fewer tokens, and then fewer sequences, before a model is refused. Arithmetic over the
 plan; what a device has and takes is asked of `devices`.
 """
 
@@ -18,8 +18,8 @@ from worker_orcd.runtime import devices
 
 #: sequences where the caller names no number, and those tried where memory is short
 MAX_SEQS, LESS_SEQS = 64, (32, 16, 8)
-#: rows of a step on a GPU that are tried where memory is short
-LESS_ROWS = (1024, 512, 256)
+#: tokens of a step on a GPU that are tried where memory is short
+LESS_BATCH_TOKENS = (1024, 512, 256)
 #: positions for which a smaller step makes room where the caller names no context
 CONTEXT_WORTH_ROOM = 8192
 
@@ -69,17 +69,17 @@ def engine_config(
         if vram_limit is not None:
             raise limit_on_cpu()
         seqs = max_seqs or min(MAX_SEQS, max_batch_tokens or MAX_SEQS)
-        rows = max_batch_tokens or devices.default_max_rows(device, seqs)
+        tokens = max_batch_tokens or devices.default_batch_tokens(device, seqs)
         budget = kv_cache_bytes
         if budget is None:
             default, most = devices.cpu_kv_budget()
             budget = default if context_length is None else max(default, min(one_sequence, most))
-        return _filled(device, plan, context_length, context, budget, seqs, rows)
+        return _filled(device, plan, context_length, context, budget, seqs, tokens)
 
-    def wanted(seqs: int, rows: int) -> int:
+    def wanted(seqs: int, tokens: int) -> int:
         if kv_cache_bytes is None:
             return sequence_bytes(plan, context_length or min(context, CONTEXT_WORTH_ROOM))
-        blocks = kv_blocks.blocks_within(plan, kv_cache_bytes, seqs, rows, context)
+        blocks = kv_blocks.blocks_within(plan, kv_cache_bytes, seqs, tokens, context)
         return sum(n * b for n, b in zip(blocks, kv_blocks.block_bytes(plan), strict=True))
 
     free = devices.free_vram(device)
@@ -113,16 +113,16 @@ def gpu_room(
         InsufficientVram: weights and workspace alone do not fit, whatever is chosen.
     """
     seqs = [max_seqs] if max_seqs else [min(n, max_batch_tokens or n) for n in (MAX_SEQS, *LESS_SEQS)]
-    rows = (
+    tokens = (
         [max_batch_tokens]
         if max_batch_tokens
-        else [devices.default_max_rows(device, seqs[0]), *(max(n, seqs[0]) for n in LESS_ROWS)]
+        else [devices.default_batch_tokens(device, seqs[0]), *(max(n, seqs[0]) for n in LESS_BATCH_TOKENS)]
     )
-    for n_seqs, n_rows in [*((seqs[0], r) for r in rows), *((s, rows[-1]) for s in seqs[1:])]:
-        none = EngineConfig(n_seqs, n_rows, context, (0,) * len(plan.kv_groups))
+    for n_seqs, n_tokens in [*((seqs[0], t) for t in tokens), *((s, tokens[-1]) for s in seqs[1:])]:
+        none = EngineConfig(n_seqs, n_tokens, context, (0,) * len(plan.kv_groups))
         no_kv = replace(devices.vram_plan(plan, none), kv=0)  # empty regions are aligned
-        room = Room(n_seqs, n_rows, no_kv.largest_kv(free if vram_limit is None else min(free, vram_limit)))
-        if room.kv_bytes >= max(wanted(n_seqs, n_rows), 1):
+        room = Room(n_seqs, n_tokens, no_kv.largest_kv(free if vram_limit is None else min(free, vram_limit)))
+        if room.kv_bytes >= max(wanted(n_seqs, n_tokens), 1):
             return room
     no_kv.check(free, device, path, vram_limit)
     return room

@@ -1,9 +1,8 @@
-"""EngineLoop: the two threads between jobs and an engine.
+"""EngineLoop: the two threads between jobs and an engine, and what is asked of them from any other thread.
 
-The engine thread is the only one that calls the engine: a ragged step while prompt rows are pending, else a decode run
-of many steps without the GIL. The output thread turns tokens into pieces and watches deadlines. Tokens and the marks
-that end a sequence go through one ring, so their order is kept. Whoever has news for the engine thread (a new job, an
-end) writes it down under the lock and interrupts the decode run, which then returns at its next token.
+The engine thread is the only one that calls the engine (`EngineWork`), the output thread turns tokens into pieces and
+watches deadlines (`Output`). Whoever has news for the engine thread (a new job, an end) writes it down under the lock
+and interrupts the decode run, which then returns at its next token.
 
 A job ends for its client at once; its slot and blocks are free at the next boundary between two engine calls. What a
 sequence gets does not depend on when that is: tokens computed past its end are dropped.
@@ -11,13 +10,11 @@ sequence gets does not depend on when that is: tokens computed past its end are 
 
 from __future__ import annotations
 
-import heapq
 import threading
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +24,6 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import (
     CudaError,
     DuplicateJob,
-    InferenceTimeout,
     InternalError,
     NotReady,
     QueueFull,
@@ -35,32 +31,17 @@ from worker_orcd.errors import (
     WorkerError,
 )
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
+from worker_orcd.serving.engine_work import EngineWork
+from worker_orcd.serving.entry import Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
-from worker_orcd.serving.logprobs import top_logprobs
+from worker_orcd.serving.output import Output
 from worker_orcd.serving.scheduler import Scheduler
-from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
+from worker_orcd.serving.work import SequenceState
 
-#: entries of the ring that are no tokens; _WAKE makes the output thread look at the deadlines again. They are far from
-#: the -1 by which an engine says that it could draw no token
-_STOP, _LENGTH, _FAILED, _WAKE = -1001, -1002, -1003, -1004
-_MARKS = {"stop": _STOP, "length": _LENGTH, "failed": _FAILED}
-#: a step with prompt rows is kept about this long, so that a cancelled prompt stops within 100 ms
-STEP_SECONDS = 0.08
-MIN_PREFILL_TOKENS = 16
 #: how long `close` waits for each thread; a call that hangs in the device keeps its thread, and the engine
 JOIN_SECONDS = 2.0
 _REMEMBERED = 4096
-_FOREVER = 3600.0
-
-
-@dataclass
-class _Entry:
-    """A sequence that has not ended for its client."""
-
-    seq: SequenceState
-    job: Job | LogitsJob
-    text: Detokenizer | None
 
 
 class EngineLoop:
@@ -94,13 +75,11 @@ class EngineLoop:
         self._new_decoder = new_decoder
         self._max_queue = max_queue
         self._on_fatal = on_fatal
-        self._stop_ids = np.array(sorted(scheduler.stop_ids), np.int32)
         # the lock guards everything below it; the scheduler too is touched under it where its queue changes
         self._lock = threading.Condition()
-        self._entries: dict[int, _Entry] = {}  # by seq_id
+        self._entries: dict[int, Entry] = {}  # by seq_id
         self._jobs: dict[str, Job] = {}  # by job_id
         self._recent: OrderedDict[str, None] = OrderedDict()  # ids of jobs that ended
-        self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, seq_id)
         self._inbox: list[SequenceState] = []
         self._drops: list[int] = []
         self._next_seq_id = 1
@@ -109,10 +88,11 @@ class EngineLoop:
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
-        scheduler.max_prefill_tokens = min(64, scheduler.config.max_batch_tokens)
+        self._work = EngineWork(engine, scheduler, ring, control, self._entries)
+        self._output = Output(ring, self._lock, self._entries)
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=name, daemon=True)
-            for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._run_output))
+            for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._output.run))
         ]
         try:
             for thread in self._threads:
@@ -172,13 +152,10 @@ class EngineLoop:
             )
             stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
             self._jobs[job.job_id] = job
-            self._enqueue(_Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
-            wake = False
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (deadline, seq_id))
-                wake = self._deadlines[0][1] == seq_id
+            self._enqueue(Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
+            wake = deadline is not None and self._output.watch(deadline, seq_id)
         if wake:
-            self._wake_output()
+            self._output.wake()
         return job
 
     def forward(self, tokens: np.ndarray) -> np.ndarray:
@@ -199,7 +176,7 @@ class EngineLoop:
         with self._lock:
             self._check_accepting()
             job = LogitsJob(self._new_seq_id(), logits, self._ended)
-            self._enqueue(_Entry(SequenceState(job.seq_id, tokens, 0, stops=False), job, None))
+            self._enqueue(Entry(SequenceState(job.seq_id, tokens, 0, stops=False), job, None))
         try:
             job.done.wait()
         except BaseException as error:  # KeyboardInterrupt: the caller goes, and with it the work
@@ -265,7 +242,7 @@ class EngineLoop:
         self._next_seq_id += 1
         return self._next_seq_id - 1
 
-    def _enqueue(self, entry: _Entry) -> None:
+    def _enqueue(self, entry: Entry) -> None:
         self._entries[entry.seq.seq_id] = entry
         self._inbox.append(entry.seq)
         self._lock.notify_all()
@@ -312,7 +289,7 @@ class EngineLoop:
         try:
             body()
         except Exception as error:
-            self._fail(_as_worker_error(error, "the loop failed"))
+            self._fail(as_worker_error(error, "the loop failed"))
 
     # -- the engine thread
 
@@ -335,146 +312,14 @@ class EngineLoop:
                 admitted = scheduler.admit()
                 self._n_waiting, self._n_free_slots = scheduler.n_waiting, scheduler.n_free_slots
             try:
-                self._begin(admitted)
-                self._work()
+                self._work.begin(admitted)
+                self._work.run()
             except Exception as error:
-                failure = _as_worker_error(error, "the engine failed")
+                failure = as_worker_error(error, "the engine failed")
                 if isinstance(failure, CudaError) and failure.sticky:
                     self._fail(failure)
                     return
-                self._fail_running(failure)
-
-    def _begin(self, admitted: list[SequenceState]) -> None:
-        for seq in admitted:
-            if seq.sampling is not None:
-                self._engine.set_slot(seq.slot, seq.sampling)
-            entry = self._entries.get(seq.seq_id)
-            if entry is not None:
-                entry.job.admitted_at = time.monotonic()
-
-    def _work(self) -> None:
-        work = self._scheduler.next_work()
-        if isinstance(work, DecodeWork):
-            sampled = self._engine.decode(
-                work.slots,
-                work.seq_ids,
-                work.tokens,
-                work.positions,
-                work.n_steps,
-                self._stop_ids,
-                work.stop_mask,
-                self._ring,
-                self._control,
-            )
-            self._mark_ends(self._scheduler.done_decode(work, sampled))
-        elif isinstance(work, StepWork):
-            self._step(work)
-        elif isinstance(work, LogitsWork):
-            self._forward(work)
-
-    def _step(self, work: StepWork) -> None:
-        began = time.monotonic()
-        sampled, logits = self._engine.step(work.batch, work.want_logits)
-        now = time.monotonic()
-        if work.n_prefill_tokens:
-            self._pace(len(work.batch.tokens), work.n_prefill_tokens, now - began)
-        tokens = [int(token) for token in sampled]
-        for row, (seq, token) in enumerate(zip(work.outputs, tokens, strict=True)):
-            entry = self._entries.get(seq.seq_id)
-            if entry is not None and isinstance(entry.job, Job):
-                if entry.job.first_token_at is None:
-                    entry.job.first_token_at = now
-                if seq.want_logits and logits is not None and token >= 0:
-                    entry.job.add_logprobs(top_logprobs(logits[row], token, entry.job.params.logprobs or 0))
-        ended = self._scheduler.done_step(work, tokens)
-        for seq, token in zip(work.outputs, tokens, strict=True):
-            self._ring.put(seq.seq_id, token)
-        self._mark_ends(ended)
-
-    def _forward(self, work: LogitsWork) -> None:
-        began = time.monotonic()
-        logits = self._engine.forward(work.batch)
-        self._pace(len(logits), len(logits), time.monotonic() - began)
-        first = work.seq.n_past
-        ended = self._scheduler.done_logits(work)
-        entry = self._entries.get(work.seq.seq_id)
-        if entry is not None and isinstance(entry.job, LogitsJob):
-            entry.job.logits[first : first + len(logits)] = logits
-            if ended:
-                entry.job.end(None)
-
-    def _pace(self, n_rows: int, n_prefill_tokens: int, seconds: float) -> None:
-        """Choose the prompt rows of the next step so that it takes about `STEP_SECONDS`."""
-        limit = self._scheduler.config.max_batch_tokens
-        fit = int(n_rows * STEP_SECONDS / max(seconds, 1e-6))
-        if n_prefill_tokens >= MIN_PREFILL_TOKENS:  # a shorter chunk says little about how fast a long one is
-            self._scheduler.max_prefill_tokens = max(MIN_PREFILL_TOKENS, min(fit // 8 * 8, limit))
-
-    def _mark_ends(self, ended: list[SequenceState]) -> None:
-        for seq in ended:
-            entry = self._entries.get(seq.seq_id)
-            if entry is not None and isinstance(entry.job, Job):
-                entry.job.ended_at = time.monotonic()
-                self._ring.put(seq.seq_id, _MARKS[str(seq.ended)])
-
-    def _fail_running(self, error: WorkerError) -> None:
-        """An engine call failed and its context lives: all sequences in the engine end, queued ones get their turn."""
-        for seq in self._scheduler.running:
-            self._scheduler.drop(seq.seq_id)
-            entry = self._entries.get(seq.seq_id)
-            if entry is not None:
-                entry.job.end(error)
-
-    # -- the output thread
-
-    def _run_output(self) -> None:
-        while True:
-            entries = self._ring.pop(self._expire())
-            if not entries and self._ring.closed:
-                return
-            for seq_id, token in entries:
-                entry = self._entries.get(seq_id)
-                if entry is None or entry.text is None:
-                    continue  # past its end
-                try:
-                    if token >= 0:
-                        entry.text.push(token)
-                    elif token == _FAILED:
-                        entry.job.end(InternalError("the logits of the next token are no numbers"))
-                    elif token in (_STOP, _LENGTH):
-                        entry.text.end("stop" if token == _STOP else "length")
-                except Exception as error:
-                    entry.job.end(_as_worker_error(error, "the text of the job could not be made"))
-
-    def _expire(self) -> float:
-        """End jobs past their deadline. Returns the seconds to the next deadline."""
-        while True:
-            with self._lock:
-                if not self._deadlines:
-                    return _FOREVER
-                deadline, seq_id = self._deadlines[0]
-                left = deadline - time.monotonic()
-                entry = self._entries.get(seq_id)
-                if left > 0 and entry is not None:
-                    return min(left, _FOREVER)
-                heapq.heappop(self._deadlines)
-            if entry is not None:
-                entry.job.end(InferenceTimeout("the job is past its deadline", job_id=entry.job.job_id))
-
-    def _wake_output(self) -> None:
-        try:
-            self._ring.put(0, _WAKE)
-        except RuntimeError:
-            # the ring closes only when the loop ends, which ends the job as well
-            return
-
-
-def _as_worker_error(error: Exception, what: str) -> WorkerError:
-    if isinstance(error, WorkerError):
-        return error
-    wrapped = InternalError(f"{what}: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+                self._work.end_running(failure)
 
 
 def _join(thread: threading.Thread) -> bool:

@@ -1,7 +1,7 @@
 """Job: one generation as its client sees it, from submission to its one terminal event.
 
 Pieces come in order and complete; the job ends exactly once, with `Finished` or with an error. The first end wins, and
-nothing follows it. Who computes the tokens is not known here: the loop feeds a job, any thread may read or cancel it.
+nothing follows it. The loop feeds a job; any thread may read or cancel it.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Scheduler:
         self._waiting[seq.seq_id] = seq
 
     def admit(self) -> list[SequenceState]:
-        """Give slots and reservations to waiting sequences, in order, up to the first that has to wait."""
+        """Give waiting sequences slots and reserve the blocks they need, in order, up to the first that has to wait."""
         admitted = []
         while self._waiting and self._free_slots:
             seq = next(iter(self._waiting.values()))
@@ -246,7 +246,7 @@ class Scheduler:
             owned.clear()
 
     def _free_passed(self, seq: SequenceState) -> None:
-        """Free the blocks that no later query reads; then the sequence owns no more than its reservation."""
+        """Free the blocks that no later query reads; then the sequence owns no more than is reserved for it."""
         for i, group in enumerate(self.groups):
             if group.window:
                 owned, first = seq.blocks[i], first_kept(group, seq.n_past)
@@ -279,9 +279,9 @@ class Scheduler:
         seq.prompt, seq.drawn, seq.n_past = np.append(seq.prompt, np.array(seq.drawn, np.int32)), [], 0
 
     def _tokens_allowed(self, seq: SequenceState, n: int, spare: list[int]) -> int:
-        """How many of `n` prompt tokens the windowed pools allow, `spare` blocks of each being nobody's reservation.
+        """How many of `n` prompt tokens the windowed pools allow, `spare` blocks of each being reserved for nobody.
 
-        The reservation covers the tokens up to the end of a block; a larger chunk borrows spare blocks for one step.
+        What is reserved covers the tokens up to the end of a block; a larger chunk borrows spare blocks for one step.
         """
         for i, group in enumerate(self.groups):
             if group.window:

@@ -1,7 +1,7 @@
 // The arithmetic of packed tiles on the tensor cores: what a warp does with weights and activations that it can read.
 //
 //   add_quantized, add_dense   decode (matvec.cu, experts_decode.cu): sums over x for one or more row tiles
-//   f16_fragments              prompts (prefill_tile.cuh): weights as fp16 A fragments
+//   f16_fragments              prefill (prefill_tile.cuh): weights as fp16 A fragments
 //
 // Weights lie in the layout of quant/layout.cuh, activations in that of activations.cuh. `lane` is 4g + t.
 #pragma once

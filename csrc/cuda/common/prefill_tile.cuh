@@ -1,4 +1,4 @@
-// The loop over K of the prompt kernels (matmul.cu, experts_prefill.cu): one block's tile of outputs x rows of x.
+// The loop over K of the prefill kernels (matmul.cu, experts_prefill.cu): one block's tile of outputs x rows of x.
 //
 //   acc[o, r] = sum_k fp16(w[o, k] / row scale[o]) x[r, k],   x in fp16 (convert_f16), float32 accumulators
 //

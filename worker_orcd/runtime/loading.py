@@ -1,0 +1,160 @@
+"""load: from a model file to an engine that is ready - verified, planned, sized, uploaded, with its tokenizer.
+
+What can run side by side does: the tokenizer is made while the weights are copied and checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from worker_orcd.cuda.vram import VramPlan
+from worker_orcd.engine import kv_blocks
+from worker_orcd.engine.protocol import Engine, EngineConfig
+from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.gguf.trusted_models import TrustedModels, Verified, verify
+from worker_orcd.models import plan
+from worker_orcd.runtime import devices, sizing
+from worker_orcd.runtime.info import ModelInfo, model_facts
+from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress
+from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded; each attribute is the argument of `LLM` of that name, checked already."""
+
+    device: str
+    context_length: int | None
+    kv_cache_bytes: int | None
+    max_seqs: int | None
+    max_batch_tokens: int | None
+    n_threads: int
+    tokenizer: str | os.PathLike[str] | None
+    check_tensors: bool
+    progress: bool | Progress
+    expect_sha256: str | None
+    trusted_models: str | os.PathLike[str] | None
+    vram_limit_bytes: int | None
+    chunk_bytes: int
+    on_plan: Callable[[VramPlan, int], object] | None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready, and what it was made of.
+
+    Attributes:
+        model_file: open.
+        plan, config: what the engine was made for.
+        engine: holds the weights.
+        tokenizer: None for a file without one.
+        info: the facts about all of it.
+    """
+
+    model_file: ModelFile
+    plan: plan.Plan
+    config: EngineConfig
+    engine: Engine
+    tokenizer: Tokenizer | None
+    info: ModelInfo
+
+    def close(self) -> None:
+        """Free what it takes. No thread may be inside the engine."""
+        self.engine.close()
+        self.model_file.close()
+
+
+def load(model: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
+    """Load a model file.
+
+    Raises:
+        What `LLM` says; also what `options.progress` raises. Then everything is freed.
+    """
+    trusted = None if options.trusted_models is None else TrustedModels(options.trusted_models)
+    demanded = options.expect_sha256 is not None or trusted is not None
+    device = devices.resolve(options.device)
+    model_file = ModelFile(model)
+    engine: Engine | None = None
+    try:
+        with LoadProgress(options.progress, model_file.size) as phases, ThreadPoolExecutor(2, "orcd-load") as pool:
+            phases.expect(demanded, options.check_tensors or device != "cpu")
+            # before anything is made of what the file says
+            digests = phases.next() if demanded else no_progress
+            verified = verify(model_file, trusted, options.expect_sha256, digests)
+            # an upload and a check need no lock of Python while they run, and making a tokenizer holds it for most of
+            # a second: it begins when they are under way
+            made = LazyFuture(pool, Tokenizer.from_model, model_file, options.tokenizer)
+            read = phases.next()
+
+            def reading(done: int) -> None:
+                made.start()
+                read(done)
+
+            with devices.retain_context(device):
+                the_plan = plan.build(model_file, options.context_length)
+                config = sizing.engine_config(
+                    device,
+                    the_plan,
+                    model_file.path,
+                    options.context_length,
+                    options.kv_cache_bytes,
+                    options.max_seqs,
+                    options.max_batch_tokens,
+                    options.vram_limit_bytes,
+                )
+                checked = None
+                if options.check_tensors and device == "cpu":
+                    checked = pool.submit(model_file.check_tensors, options.n_threads, read)
+                    made.start()
+                engine = devices.open_engine(
+                    device,
+                    model_file,
+                    the_plan,
+                    config,
+                    n_threads=options.n_threads,
+                    chunk_bytes=options.chunk_bytes,
+                    progress=reading,
+                    check_tensors=options.check_tensors,
+                    on_plan=options.on_plan,
+                )
+            if checked is not None:
+                checked.result()
+            tokenizer: Tokenizer | None = made.result()
+            model_file.check_unchanged()
+            phases.done()
+        info = _info(model_file, the_plan, config, engine, tokenizer, verified, device)
+    except BaseException:
+        if engine is not None:
+            engine.close()
+        model_file.close()
+        raise
+    return LoadedModel(model_file, the_plan, config, engine, tokenizer, info)
+
+
+def _info(
+    model_file: ModelFile,
+    the_plan: plan.Plan,
+    config: EngineConfig,
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    verified: Verified,
+    device: str,
+) -> ModelInfo:
+    facts: dict[str, Any] = {
+        **model_facts(model_file, the_plan, tokenizer),
+        **verified.facts(),
+        **devices.engine_facts(engine),
+    }
+    block_bytes = kv_blocks.block_bytes(the_plan)
+    return ModelInfo(
+        **facts,
+        context_length=config.context_length,
+        kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
+        device=device,
+        max_seqs=config.max_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+    )

@@ -1,0 +1,129 @@
+"""EngineWork: what the engine thread does between two looks at the news.
+
+A ragged step while prompts are pending, else a decode run of many steps without the GIL. Tokens and the marks that end
+a sequence go through one ring, so their order is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from worker_orcd.engine.protocol import Engine
+from worker_orcd.errors import WorkerError
+from worker_orcd.serving.entry import MARKS, Entry
+from worker_orcd.serving.job import Job
+from worker_orcd.serving.logits_job import LogitsJob
+from worker_orcd.serving.logprobs import top_logprobs
+from worker_orcd.serving.scheduler import Scheduler
+from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
+
+#: a step with prefill tokens is kept about this long, so that a cancelled prompt stops within 100 ms
+STEP_SECONDS = 0.08
+MIN_PREFILL_TOKENS = 16
+
+
+class EngineWork:
+    """Runs what the scheduler chooses. For the engine thread alone.
+
+    Args:
+        engine, scheduler, ring, control: as of `EngineLoop`.
+        entries: the sequences that have not ended for their clients, by seq_id; others change it.
+    """
+
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, ring: Any, control: Any, entries: Mapping[int, Entry]
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._ring = ring
+        self._control = control
+        self._entries = entries
+        self._stop_ids = np.array(sorted(scheduler.stop_ids), np.int32)
+        scheduler.max_prefill_tokens = min(64, scheduler.config.max_batch_tokens)
+
+    def begin(self, admitted: list[SequenceState]) -> None:
+        """Tell the engine how the sequences that got a slot are sampled."""
+        for seq in admitted:
+            if seq.sampling is not None:
+                self._engine.set_slot(seq.slot, seq.sampling)
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None:
+                entry.job.admitted_at = time.monotonic()
+
+    def run(self) -> None:
+        """One call of the engine, if there is something to do; its results go to the scheduler and to the jobs."""
+        work = self._scheduler.next_work()
+        if isinstance(work, DecodeWork):
+            sampled = self._engine.decode(
+                work.slots,
+                work.seq_ids,
+                work.tokens,
+                work.positions,
+                work.n_steps,
+                self._stop_ids,
+                work.stop_mask,
+                self._ring,
+                self._control,
+            )
+            self._mark_ends(self._scheduler.done_decode(work, sampled))
+        elif isinstance(work, StepWork):
+            self._step(work)
+        elif isinstance(work, LogitsWork):
+            self._forward(work)
+
+    def _step(self, work: StepWork) -> None:
+        began = time.monotonic()
+        sampled, logits = self._engine.step(work.batch, work.want_logits)
+        now = time.monotonic()
+        if work.n_prefill_tokens:
+            self._pace(len(work.batch.tokens), work.n_prefill_tokens, now - began)
+        tokens = [int(token) for token in sampled]
+        for row, (seq, token) in enumerate(zip(work.outputs, tokens, strict=True)):
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None and isinstance(entry.job, Job):
+                if entry.job.first_token_at is None:
+                    entry.job.first_token_at = now
+                if seq.want_logits and logits is not None and token >= 0:
+                    entry.job.add_logprobs(top_logprobs(logits[row], token, entry.job.params.logprobs or 0))
+        ended = self._scheduler.done_step(work, tokens)
+        for seq, token in zip(work.outputs, tokens, strict=True):
+            self._ring.put(seq.seq_id, token)
+        self._mark_ends(ended)
+
+    def _forward(self, work: LogitsWork) -> None:
+        began = time.monotonic()
+        logits = self._engine.forward(work.batch)
+        self._pace(len(logits), len(logits), time.monotonic() - began)
+        first = work.seq.n_past
+        ended = self._scheduler.done_logits(work)
+        entry = self._entries.get(work.seq.seq_id)
+        if entry is not None and isinstance(entry.job, LogitsJob):
+            entry.job.logits[first : first + len(logits)] = logits
+            if ended:
+                entry.job.end(None)
+
+    def _pace(self, n_rows: int, n_prefill_tokens: int, seconds: float) -> None:
+        """Choose the prefill tokens of the next step so that it takes about `STEP_SECONDS`."""
+        limit = self._scheduler.config.max_batch_tokens
+        fit = int(n_rows * STEP_SECONDS / max(seconds, 1e-6))
+        if n_prefill_tokens >= MIN_PREFILL_TOKENS:  # a shorter chunk says little about how fast a long one is
+            self._scheduler.max_prefill_tokens = max(MIN_PREFILL_TOKENS, min(fit // 8 * 8, limit))
+
+    def _mark_ends(self, ended: list[SequenceState]) -> None:
+        for seq in ended:
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None and isinstance(entry.job, Job):
+                entry.job.ended_at = time.monotonic()
+                self._ring.put(seq.seq_id, MARKS[str(seq.ended)])
+
+    def end_running(self, error: WorkerError) -> None:
+        """An engine call failed and its context lives: all sequences in the engine end, queued ones get their turn."""
+        for seq in self._scheduler.running:
+            self._scheduler.drop(seq.seq_id)
+            entry = self._entries.get(seq.seq_id)
+            if entry is not None:
+                entry.job.end(error)
