@@ -183,8 +183,8 @@ def test_nul_and_noncharacters_survive(vocabulary):
 
 # --- long inputs ---------------------------------------------------------------------------------------------------
 
-#: seconds of processor time for any T6 input
-T6_LIMIT = 1.0
+#: instrumented code is slower by nature: there the ids count, and no time
+SANITIZED = os.environ.get("WORKER_ORCD_SANITIZED") == "1"
 
 
 @pytest.mark.parametrize("name", [*VOCABULARIES, "gpt-oss"])
@@ -194,13 +194,13 @@ def test_long_runs_are_quick_and_exact(name, what, request):  # T6
     text = what * (32_768 if what > "\uffff" else 1_000_000)
     seconds = float("inf")
     for _ in range(3):  # the machine may be busy with other things
-        if seconds >= T6_LIMIT:
+        if seconds >= limits.TOKENIZE_SECONDS:
             start = time.process_time()
             ids = tokenizer.encode(text, add_bos=False)
             seconds = time.process_time() - start
-    print(f"{name} {what!r} x {len(text)}: {len(ids)} tokens in {seconds:.2f} s (limit {T6_LIMIT})")
+    print(f"{name} {what!r} x {len(text)}: {len(ids)} tokens in {seconds:.2f} s (limit {limits.TOKENIZE_SECONDS})")
     assert tokenizer.decode(ids) == text
-    assert seconds < T6_LIMIT
+    assert SANITIZED or seconds < limits.TOKENIZE_SECONDS
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
