@@ -1,6 +1,7 @@
-"""The table of ggml tensor types: the only place that knows their ids, block sizes and names.
+"""The table of ggml tensor types: the only place that knows their ids, names, block sizes and where scales lie.
 
-docs/adding-a-quant-type.md says what else a new row needs."""
+docs/adding-a-quant-type.md says what else a new row needs.
+"""
 
 from __future__ import annotations
 
