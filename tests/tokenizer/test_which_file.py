@@ -1,16 +1,18 @@
-"""Which tokenizer a model gets: the one asked for, its own, the one beside it, none."""
+"""Which tokenizer a model gets: the one asked for, its own, the one beside it, none; and who is told of it."""
 
 import json
 import pathlib
 import types
 
 import pytest
-from helpers.gguf_forge import STR, U32, Forge, tiny_vocab
+from helpers.gguf_forge import STR, U32, Forge, tiny_llama, tiny_vocab
 from helpers.tiny_library import tiny_library
 
 from worker_orcd._gguf import GgufFile
+from worker_orcd.cli.main import run
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf import quants
+from worker_orcd.runtime.llm import LLM
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 
@@ -120,3 +122,39 @@ def test_override_may_be_a_gguf_vocabulary(tmp_path):
     path = _write(tmp_path / "v.gguf", tiny_vocab())
     tokenizer = Tokenizer.from_model(_model(tmp_path / "m.gguf", {}, 10), override=path)
     assert (tokenizer.kind, tokenizer.encode("aab")) == ("gguf-bpe", [0, 3])
+
+
+# --- who is told ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A whole model without a vocabulary."""
+    forge = tiny_llama()
+    forge.drop(*[k for k in forge.keys if k.startswith("tokenizer.")])
+    return _write(tmp_path / "m.gguf", forge)
+
+
+def test_info_says_where_the_tokenizer_is_from(bare, tmp_path):
+    def source(model, **given):
+        with LLM(model, device="cpu", kv_cache_bytes=1 << 20, **given) as llm:
+            return llm.info.tokenizer_source, llm.info.tokenizer_path, llm.info.tokenizer_kind
+
+    assert source(bare) == (None, None, None)
+    _neighbours(tmp_path)
+    beside = str(tmp_path / "tokenizer.json")
+    assert source(bare) == ("beside", beside, "hf-json")
+    assert source(bare, tokenizer=beside) == ("given", beside, "hf-json")
+    own = _write(tmp_path / "own.gguf", tiny_llama())
+    assert source(own) == ("model", str(own), "gguf-bpe")
+    assert source(own, tokenizer=tmp_path) == ("given", beside, "hf-json")
+
+
+def test_generate_says_on_standard_error_that_a_neighbour_is_used(bare, tmp_path, capsys):
+    _neighbours(tmp_path)
+    assert (
+        run(["generate", "--model", str(bare), "--device", "cpu", "--prompt", "ab", "--max-tokens", "1", "--json"]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert err == f"the model file holds no vocabulary; {tmp_path}/tokenizer.json is used\n"
+    assert json.loads(out)["tokens_in"] == 2
