@@ -16,6 +16,8 @@ from worker_orcd.errors import InvalidRequest, WorkerError, excerpt
 #: From this length on the library's batch call is used, which leaves out character offsets (0.3 s instead of 0.5 s for
 #: 10^6 characters). Not for shorter text: it starts a thread pool, which warns about every later fork.
 _LONG_TEXT = 1 << 16
+#: what every message of a file that cannot be loaded begins with
+_LOADING = "Cannot instantiate Tokenizer from buffer: "
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def failing_as(make: Callable[[str], WorkerError]) -> Iterator[None]:
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise make(excerpt(str(e))) from None
+        raise make(excerpt(str(e).removeprefix(_LOADING))) from None
 
 
 def encode_with(tokenizer: Tokenizer, text: str) -> list[int]:
