@@ -19,9 +19,9 @@ from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens
 class AddedTokens(SpecialTokens):
     """Cuts text at the added tokens of a tokenizer.json.
 
-    Every one is looked for in the text as it is written. The library looks for a *normalized* token in normalized text:
-    a special one is held to its own text here, so that nothing else becomes a control token, and one that is not
-    special is left for the library to find in the fragments.
+    The library looks for a *normalized* token in normalized text. Here nothing is normalized: a special token is held
+    to its own text, so that no other becomes a control token, and one that is not special is left for the library to
+    find in the fragments.
 
     Args:
         added: id -> token, as the library's `get_added_tokens_decoder` gives them.
@@ -31,7 +31,7 @@ class AddedTokens(SpecialTokens):
         self._added = {i: t for i, t in added.items() if t.content and (t.special or not t.normalized)}
         super().__init__([SpecialToken(i, t.content, t.special, t.lstrip, t.rstrip) for i, t in self._added.items()])
         self._finder = Tokenizer(models.BPE())
-        self._finder.add_tokens([_as_written(t) for t in self._added.values()])
+        self._finder.add_tokens(list(self._added.values()))
         self._ids = {self._finder.token_to_id(t.content): i for i, t in self._added.items()}
 
     def only(self, wanted: Callable[[SpecialToken], bool]) -> AddedTokens:
@@ -56,15 +56,3 @@ class AddedTokens(SpecialTokens):
             fragments.append(self._ids[token])
             at = end
         return [*fragments, text[at:]] if at < len(text) else fragments
-
-
-def _as_written(token: AddedToken) -> AddedToken:
-    """`token`, looked for in text that is not normalized."""
-    return AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=False,
-        special=token.special,
-    )
