@@ -19,6 +19,34 @@ def escaped(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+#: characters of a file's text that a message quotes
+MAX_QUOTED = 80
+
+
+def excerpt(text: str, limit: int = MAX_QUOTED) -> str:
+    """The start of text that a file or a library gave, for a message: escaped, on one line, at most `limit` characters.
+
+    Text that is longer ends in "..."; no escape is cut in two.
+    """
+    shown = escaped(text[: limit + 1])
+    if len(text) <= limit and len(shown) <= limit:
+        return shown
+    kept: list[str] = []
+    room = limit - len("...")
+    for character in text[:limit]:
+        piece = escaped(character)
+        room -= len(piece)
+        if room < 0:
+            break
+        kept.append(piece)
+    return "".join(kept) + "..."
+
+
+def quoted(text: str, limit: int = MAX_QUOTED) -> str:
+    """`excerpt` of `text` between single quotes."""
+    return f"'{excerpt(text, limit)}'"
+
+
 class WorkerError(Exception):
     """Base of all errors of worker-orcd.
 

@@ -241,6 +241,9 @@ class Service:
             gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
             **{k: info.get(k) for k in ("quant_kind", "device", "context_length", "kv_bytes", "vram_bytes")},
         )
+        if info.get("tokenizer_source") == "beside":
+            reason = "the model file holds no vocabulary; the tokenizer.json beside it is used"
+            events.emit("tokenizer_beside", "warning", path=info["tokenizer_path"], message=reason)
         if info.get("verified_by") is not None:
             events.emit("provenance", **provenance_facts(info))
         background = Background(

@@ -403,6 +403,19 @@ def test_a_refusal_is_logged_without_its_text(app):
     assert refused["path"] == "/execute" and "secret" not in app.out.getvalue()
 
 
+@pytest.mark.parametrize("source", ["model", "given", "beside", None])
+def test_the_log_says_that_a_tokenizer_beside_the_model_is_used(source):
+    def load(config, progress, on_fatal, on_plan):
+        llm = FakeLLM(config, on_fatal)
+        llm.info.tokenizer_source, llm.info.tokenizer_path = source, "/models/tokenizer.json"
+        return llm
+
+    app = App(load).ready()
+    app.service.stop(0)
+    told = [(e["level"], e["path"]) for e in app.log if e["event"] == "tokenizer_beside"]
+    assert told == ([("warning", "/models/tokenizer.json")] if source == "beside" else [])
+
+
 def test_the_log_tells_the_life_of_a_job_and_never_its_text(app):
     events_of(app.execute(prompt="say sesame", stop=["open sesame"]))
     names = [e["event"] for e in app.log]

@@ -81,15 +81,15 @@ def test_damaged_config_is_one_error(data, tmp_path):
 def test_config_beside_names_special_tokens_and_template(tmp_path):
     tiny_library(special=("<s>", "<|end|>")).save(str(tmp_path / "tokenizer.json"))
     templates = [{"name": "x", "template": "no"}, {"name": "default", "template": "{{ 'a' }}"}]
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "<|end|>", "add_bos_token": True}
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "<|end|>"}
     config["chat_template"] = templates
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.from_file(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (4, 5, True, (5,))
-    assert tokenizer.encode("ab") == [4, 0, 1]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (4, 5, False, (5,))
+    assert tokenizer.encode("ab", add_bos=True) == [4, 0, 1]
     assert tokenizer.chat_template == "{{ 'a' }}"
     (tmp_path / "chat_template.jinja").write_text("{{ 'b' }}")
-    assert Tokenizer.from_file(tmp_path).apply_chat([{"role": "user", "content": "x"}]) == [4, 1]
+    assert Tokenizer.from_file(tmp_path).apply_chat([{"role": "user", "content": "x"}]) == [1]
 
 
 def test_damaged_template_beside_is_one_error(tmp_path):
@@ -105,8 +105,12 @@ def test_damaged_template_beside_is_one_error(tmp_path):
 def test_ids_with_gaps_are_counted(tmp_path):
     data = json.loads(tiny_library(special=()).to_str())
     data["model"]["vocab"] = {"a": 0, "b": 9}
-    tokenizer = Tokenizer.from_file(_json(tmp_path, json.dumps(data).encode()))
-    assert (tokenizer.n_vocab, tokenizer.decode([0, 5, 9])) == (10, "ab")
+    for decoder, text in ((data["decoder"], "ab"), (json.loads(decoders.WordPiece().__getstate__()), "a b")):
+        data["decoder"] = decoder
+        tokenizer = Tokenizer.from_file(_json(tmp_path, json.dumps(data).encode()))
+        assert (tokenizer.n_vocab, tokenizer.decode([0, 5, 9, 8])) == (10, text)
+        stream = tokenizer.stream()
+        assert "".join([*map(stream.push, [0, 5, 9, 8]), stream.flush()]) == text, "an id of no token says nothing"
 
 
 def test_space_before_the_first_word_only(tmp_path):

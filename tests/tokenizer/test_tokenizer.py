@@ -1,4 +1,4 @@
-"""The tokenizer as users meet it: reference ids, special tokens, BOS, stop ids, long inputs, which file is taken.
+"""The tokenizer as users meet it: reference ids, special tokens, BOS, stop ids, decoding, long inputs.
 
 That is tokenizer.tokenizer with what it is made of: from_gguf, library, metadata, parts, special_tokens.
 """
@@ -10,17 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import check_tokenizers
 import limits
 import pytest
 from helpers.gguf_forge import F32, I32, STR, Forge, tiny_vocab
-from helpers.tiny_library import tiny_library
 
-from worker_orcd._gguf import GgufFile
 from worker_orcd.errors import InvalidRequest, ModelLoadError
-from worker_orcd.gguf import quants
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
@@ -181,6 +177,26 @@ def test_nul_and_noncharacters_survive(vocabulary):
         assert tokenizer.decode(tokenizer.encode(text, add_bos=False)) == text
 
 
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_unused_ids_decode_to_nothing(model):
+    """What a converter names an id that the model's tokenizer has no token for is nobody's text."""
+    forge = tiny_vocab(model=model)
+    head = {"gpt2": ["a", "b", "c", "[PAD3]", "<s>", "</s>"], "llama": ["<unk>", "<s>", "</s>"]}[model]
+    tail = [] if model == "gpt2" else [f"<0x{i:02X}>" for i in range(256)] + ["\u2581", "a", "[PAD3]"]
+    kinds = {"gpt2": [1, 1, 1, 5, 3, 3], "llama": [2, 3, 3] + [6] * 256 + [1, 1, 5]}[model]
+    forge.put_array("tokenizer.ggml.tokens", STR, head + tail).put_array("tokenizer.ggml.token_type", I32, kinds)
+    forge.put_array("tokenizer.ggml.merges", STR, [])
+    tokenizer = Tokenizer.from_file(_write(forge))
+    unused, a = kinds.index(5), (head + tail).index("a")
+    for skip in (False, True):
+        assert tokenizer.decode([unused], skip_special=skip) == ""
+        assert tokenizer.decode([a, unused, a], skip_special=skip) == "aa"
+        stream = tokenizer.stream(skip_special=skip)
+        assert [stream.push(i) for i in (a, unused, a)] == ["a", "", "a"]
+        assert stream.flush() == ""
+    assert unused not in tokenizer.encode("[PAD3]", special=True)
+
+
 # --- long inputs ---------------------------------------------------------------------------------------------------
 
 #: instrumented code is slower by nature: there the ids count, and no time
@@ -282,49 +298,6 @@ def _write(forge: Forge, name: str = "vocab.gguf") -> pathlib.Path:
     path = _written[-1] / name
     path.write_bytes(forge.build())
     return path
-
-
-def _model(path, metadata, n_vocab):
-    embeddings = types.SimpleNamespace(shape=(64, n_vocab))
-    return types.SimpleNamespace(path=str(path), metadata=metadata, tensors={"token_embd.weight": embeddings})
-
-
-def test_from_model_without_tokenizer_is_none(tmp_path):
-    for forge in (Forge(), Forge().put("tokenizer.ggml.model", STR, "none")):
-        path = _write(forge.put("general.architecture", STR, "llama"))
-        with GgufFile(path, quants.BLOCK_SIZES) as file:
-            assert Tokenizer.from_model(_model(tmp_path / "m.gguf", file.metadata, 4)) is None
-        with pytest.raises(ModelLoadError, match="holds no tokenizer"):
-            Tokenizer.from_file(path)
-
-
-def test_from_model_takes_the_json_beside_it(tmp_path):
-    tiny_library().save(str(tmp_path / "tokenizer.json"))
-    metadata = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.chat_template": "{{ eos_token }}"}
-    tokenizer = Tokenizer.from_model(_model(tmp_path / "m.gguf", metadata, 5))
-    assert (tokenizer.kind, tokenizer.n_vocab) == ("hf-json", 5)
-    assert (tokenizer.eos_id, tokenizer.stop_ids) == (3, (3, 4)), "what the json does not say is the model's"
-    assert tokenizer.apply_chat([{"role": "user", "content": "a"}]) == [3]
-
-
-def test_a_json_with_too_many_tokens_is_refused(tmp_path):
-    tiny_library().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ModelLoadError, match=r"tokenizer\.json: has 5 tokens, but .* has embeddings for 4"):
-        Tokenizer.from_model(_model(tmp_path / "m.gguf", {}, 4))
-
-
-def test_a_json_of_another_model_beside_is_refused(tmp_path):
-    tiny_library().save(str(tmp_path / "tokenizer.json"))
-    model = _model(tmp_path / "m.gguf", {"tokenizer.ggml.tokens": ["w", "x", "c", "d", "<|end|>"]}, 5)
-    with pytest.raises(ModelLoadError, match="2 of 5 tokens compared are not those"):
-        Tokenizer.from_model(model)
-    assert Tokenizer.from_model(model, override=tmp_path).kind == "hf-json", "asked for by name, it is taken"
-
-
-def test_override_may_be_a_gguf_vocabulary(tmp_path):
-    path = _write(_bpe(["a", "b", "ab"], ["a b"]))
-    tokenizer = Tokenizer.from_model(_model(tmp_path / "m.gguf", {}, 10), override=path)
-    assert (tokenizer.kind, tokenizer.encode("aab")) == ("gguf-bpe", [0, 2])
 
 
 def test_unknown_pre_tokenizer_is_named():

@@ -22,7 +22,7 @@ from worker_orcd.cli.options import (
     verbose_option,
 )
 from worker_orcd.engine.sampling import RULES, SamplingParams
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import InvalidRequest, escaped
 
 if TYPE_CHECKING:
     from worker_orcd.serving.job import Completion
@@ -65,6 +65,8 @@ def generate(model: str, prompt: str, chat: bool, verbose: bool, as_json: bool, 
     if not prompt:
         raise InvalidRequest("the prompt is empty", field="prompt")
     with LLM(model, max_seqs=1, on_plan=plan_printer(verbose), **given) as llm:
+        if llm.info.tokenizer_source == "beside":
+            click.echo(f"the model file holds no vocabulary; {escaped(str(llm.info.tokenizer_path))} is used", err=True)
         request = Request(prompt, params=params)
         if chat:
             request = Request(messages=[{"role": "user", "content": prompt}], params=params)

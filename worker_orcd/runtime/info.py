@@ -26,6 +26,9 @@ class ModelInfo:
     Attributes:
         path, name, arch, quant_kind: of the model file.
         tokenizer_kind: "gguf-bpe", "gguf-spm", "hf-json", or None for a model without a tokenizer.
+        tokenizer_path: the file it came from.
+        tokenizer_source: "model" for the model file's own, "given" for one that was asked for, "beside" for a
+            tokenizer.json beside a model file that holds none, None without a tokenizer.
         n_vocab, n_embd, n_layer, n_params: sizes; n_params counts the elements of all tensors.
         trained_context_length: positions the model was made for.
         context_length: positions a sequence may reach here.
@@ -64,6 +67,8 @@ class ModelInfo:
     vram_bytes: int = 0
     sm: str | None = None
     cuda_runtime_version: str | None = None
+    tokenizer_path: str | None = None
+    tokenizer_source: str | None = None
     sha256: str | None = None
     tokenizer_sha256: str | None = None
     chat_template_sha256: str | None = None
@@ -90,6 +95,7 @@ def model_facts(model_file: ModelFile, plan: Plan, tokenizer: Tokenizer | None) 
         "arch": plan.arch,
         "quant_kind": model_file.quant_kind,
         "tokenizer_kind": tokenizer.kind if tokenizer is not None else None,
+        "tokenizer_path": tokenizer.path if tokenizer is not None else None,
         "n_vocab": plan.n_vocab,
         "n_embd": plan.n_embd,
         "n_layer": plan.n_layer,

@@ -58,7 +58,8 @@ class LLM:
             fewer where memory of the GPU is short.
         max_queue: jobs of `submit` that may wait for their turn.
         n_threads: threads of the CPU engine; 0: one per core.
-        tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary.
+        tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary; None: that, and
+            where the file has none a tokenizer.json beside it (`info.tokenizer_source` says which).
         check_tensors: refuse NaN and infinity in norms, biases and block scales.
         progress: show the load. True: a progress bar where stderr is a terminal; or a callable (bytes done, bytes in
             all), which may raise to end the load.

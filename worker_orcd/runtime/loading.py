@@ -126,7 +126,8 @@ def load(model: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
             tokenizer: Tokenizer | None = made.result()
             model_file.check_unchanged()
             phases.done()
-        info = _info(model_file, the_plan, config, engine, tokenizer, verified, device)
+        source = _tokenizer_source(model_file, tokenizer, options)
+        info = _info(model_file, the_plan, config, engine, tokenizer, source, verified, device)
     except BaseException:
         if engine is not None:
             engine.close()
@@ -135,12 +136,22 @@ def load(model: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
     return LoadedModel(model_file, the_plan, config, engine, tokenizer, info)
 
 
+def _tokenizer_source(model_file: ModelFile, tokenizer: Tokenizer | None, options: LoadOptions) -> str | None:
+    """See `ModelInfo.tokenizer_source`."""
+    if tokenizer is None:
+        return None
+    if options.tokenizer is not None:
+        return "given"
+    return "model" if tokenizer.path == model_file.path else "beside"
+
+
 def _info(
     model_file: ModelFile,
     the_plan: plan.Plan,
     config: EngineConfig,
     engine: Engine,
     tokenizer: Tokenizer | None,
+    tokenizer_source: str | None,
     verified: Verified,
     device: str,
 ) -> ModelInfo:
@@ -152,6 +163,7 @@ def _info(
     block_bytes = kv_blocks.block_bytes(the_plan)
     return ModelInfo(
         **facts,
+        tokenizer_source=tokenizer_source,
         context_length=config.context_length,
         kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
         device=device,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from worker_orcd.errors import ModelLoadError
+from worker_orcd.errors import ModelLoadError, quoted
 from worker_orcd.tokenizer.library import encode_with, failing_as
 from worker_orcd.tokenizer.metadata import TokenizerMetadata
 
@@ -97,7 +97,8 @@ class BpeEncoder:
         if splits is None:
             known = ", ".join(sorted(PRE_TOKENIZERS))
             raise ModelLoadError(
-                f"tokenizer.ggml.pre names the unknown pre-tokenizer {meta.pre[:64]!r}; supported are {known}",
+                f"tokenizer.ggml.pre names the unknown pre-tokenizer {quoted(meta.pre)}; supported are {known} (with "
+                "--tokenizer the model's tokenizer.json takes its place)",
                 meta.path,
                 field="tokenizer.ggml.pre",
             )

@@ -10,7 +10,7 @@ import hashlib
 
 from worker_orcd._gguf import Metadata
 from worker_orcd.tokenizer.bpe import BpeEncoder
-from worker_orcd.tokenizer.metadata import CONTROL, UNKNOWN, USER_DEFINED, TokenizerMetadata, validate
+from worker_orcd.tokenizer.metadata import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, TokenizerMetadata, validate
 from worker_orcd.tokenizer.parts import TokenizerParts
 from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens, find_known
 from worker_orcd.tokenizer.spm import SpmEncoder
@@ -62,12 +62,14 @@ def _build(meta: TokenizerMetadata, phi3: bool, sha256: str) -> TokenizerParts:
     special = SpecialTokens(
         [SpecialToken(i, t := meta.tokens[i], i in control, strip_right=strips(t)) for i in sorted(literal)]
     )
+    # an unused id is a place in the embeddings that no text was given to; its name is the converter's
+    shown = ["" if meta.types[i] == UNUSED and i not in control else t for i, t in enumerate(meta.tokens)]
     if spm:
         encode = SpmEncoder(meta, control).encode
-        data = spm_bytes(meta.tokens, literal, meta.byte_ids)
+        data = spm_bytes(shown, literal, meta.byte_ids)
     else:
         encode = BpeEncoder(meta).encode
-        data = byte_level_bytes(meta.tokens, literal)
+        data = byte_level_bytes(shown, literal)
     table = Vocab(*data, control, strip_space=spm and meta.add_space_prefix)
     return TokenizerParts(
         kind="gguf-spm" if spm else "gguf-bpe",
@@ -84,8 +86,9 @@ def _build(meta: TokenizerMetadata, phi3: bool, sha256: str) -> TokenizerParts:
         eos_id=meta.eos_id,
         eot_id=meta.eot_id,
         eom_id=meta.eom_id,
+        fill_end_ids=meta.fill_end_ids,
         unk_id=meta.unk_id,
         pad_id=meta.pad_id,
-        add_bos=meta.add_bos,
+        begin=(meta.bos_id,) if meta.add_bos and meta.bos_id is not None else (),
         chat_template=meta.chat_template,
     )

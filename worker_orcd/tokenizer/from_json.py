@@ -1,9 +1,9 @@
 """`hf-json`: a tokenizer.json of the `tokenizers` library, beside a model or given by path.
 
 The library loads and runs it; this file bounds what is read, refuses what does not fit, tells control tokens from text
-and turns the vocabulary into bytes where the file's decoder allows, so that streaming costs nothing. What
-tokenizer.json does not say (which token begins a text, the chat template) is read from tokenizer_config.json and
-chat_template.jinja beside it, where they are.
+and turns the vocabulary into bytes where the file's decoder allows, so that streaming costs nothing. What a text begins
+with is what the file's post-processor puts before it. What tokenizer.json does not say (which tokens are BOS and EOS,
+the chat template) is read from tokenizer_config.json and chat_template.jinja beside it, where they are.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from worker_orcd.errors import ModelLoadError
+from worker_orcd.errors import ModelLoadError, excerpt
 from worker_orcd.gguf.regular_file import read_regular_file
+from worker_orcd.tokenizer.added_tokens import AddedTokens
 from worker_orcd.tokenizer.library import decode_with, encode_with, failing_as
 from worker_orcd.tokenizer.metadata import MAX_TEMPLATE_CHARS, MAX_TOKENS
 from worker_orcd.tokenizer.parts import TokenizerParts
-from worker_orcd.tokenizer.special_tokens import SpecialToken, SpecialTokens, find_known
+from worker_orcd.tokenizer.special_tokens import find_known
 from worker_orcd.tokenizer.vocab import SPM_SPACE, Vocab, byte_level_bytes, spm_bytes
 
 #: published tokenizer.json files stay under 40 MB
 MAX_JSON_BYTES = 128 << 20
 #: tokenizer_config.json and chat_template.jinja
 MAX_CONFIG_BYTES = 4 << 20
+
+#: id of the text in `_begin`: above those of every vocabulary
+_TEXT_ID = 0x7FFFFFFF
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -46,10 +50,6 @@ def load(path: str) -> TokenizerParts:
     added = tokenizer.get_added_tokens_decoder()
     tokens = _texts(tokenizer, added, path)
     control = {i for i, t in added.items() if t.special}
-    special = SpecialTokens(
-        # other added tokens are the library's to match, in every text
-        [SpecialToken(i, t.content, True, t.lstrip, t.rstrip) for i, t in added.items() if i in control and t.content]
-    )
     config = _config(path)
 
     def named(name: str) -> int | None:
@@ -57,25 +57,25 @@ def load(path: str) -> TokenizerParts:
         text = text.get("content") if isinstance(text, dict) else text
         return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
-    with failing_as(lambda reason: ModelLoadError(f"cannot tokenize an empty text: {reason}", path)):
-        begin = tokenizer.encode("", add_special_tokens=True).ids[:1]
-    add_bos = config.get("add_bos_token")
-    bos_id = named("bos") if not begin else begin[0]
+    encoder = JsonEncoder(tokenizer)
+    begin = _begin(tokenizer, len(tokens), path)
+    bos_id = named("bos")
     return TokenizerParts(
         kind="hf-json",
         path=path,
         sha256=hashlib.sha256(data).hexdigest(),
         n_vocab=len(tokens),
-        encode=JsonEncoder(tokenizer).encode,
-        special=special,
+        encode=encoder.encode,
+        encode_special=encoder.encode_special,
+        special=AddedTokens(added),
         table=_table(tokenizer, tokens, control, added),
         decode=lambda token_ids, skip: decode_with(tokenizer, token_ids, skip),
         known_ids=find_known(tokenizer.token_to_id, added.__contains__),
-        bos_id=bos_id,
+        bos_id=begin[0] if bos_id is None and begin else bos_id,
         eos_id=named("eos"),
         unk_id=named("unk"),
         pad_id=named("pad"),
-        add_bos=bos_id is not None and (add_bos if isinstance(add_bos, bool) else bool(begin)),
+        begin=begin,
         chat_template=_chat_template(path, config),
         text_of=lambda token: tokenizer.id_to_token(token) or "",
     )
@@ -86,7 +86,7 @@ def _parse(data: bytes, path: str) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(data)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # control tokens are cut out before the library sees the text; what is left of them there is text
+    # here the text of a control token is text; JsonEncoder holds another tokenizer for where it is not
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -105,6 +105,26 @@ def _texts(tokenizer: Tokenizer, added: dict[int, Any], path: str) -> list[str]:
     for token, of in added.items():
         texts[token] = of.content  # also where the vocabulary has two texts for an id
     return texts
+
+
+def _begin(tokenizer: Tokenizer, n_vocab: int, path: str) -> tuple[int, ...]:
+    """The ids that the post-processor puts before a text. What it puts behind one ends it, and no prompt is at its end.
+
+    The library applies it to a text of one token that no vocabulary has, so that before and behind can be told apart
+    whatever kinds of post-processor the file has in sequence.
+    """
+    if tokenizer.post_processor is None:
+        return ()
+    probe = Tokenizer(models.WordLevel({"text": _TEXT_ID}, unk_token="text"))
+    probe.post_processor = tokenizer.post_processor
+    with failing_as(lambda reason: ModelLoadError(f"its post_processor fails: {reason}", path)):
+        ids = probe.encode("text", add_special_tokens=True).ids
+    if ids.count(_TEXT_ID) != 1:
+        raise ModelLoadError("its post_processor leaves the text out or repeats it", path)
+    begin = tuple(ids[: ids.index(_TEXT_ID)])
+    if any(i >= n_vocab for i in begin):
+        raise ModelLoadError(f"its post_processor writes token id {max(begin)}, but there are {n_vocab} tokens", path)
+    return begin
 
 
 def _states(part: Any) -> list[dict[str, Any]]:
@@ -134,10 +154,15 @@ def _table(tokenizer: Tokenizer, tokens: list[str], control: set[int], added: It
 
 
 class JsonEncoder:
-    """Text without control tokens -> ids. Safe to use from several threads."""
+    """Text -> ids. Safe to use from several threads.
+
+    Args:
+        tokenizer: takes the text of a control token for text.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._special = _finding_control_tokens(tokenizer)
         self._lock = threading.Lock()
         states = _states(tokenizer.pre_tokenizer)
         #: this pre-tokenizer puts a space before the first word of a text, which a later fragment is not
@@ -154,6 +179,25 @@ class JsonEncoder:
             self._tokenizer.pre_tokenizer = self._first if first else self._later
             return encode_with(self._tokenizer, text)
 
+    def encode_special(self, text: str) -> list[int]:
+        """Ids of a whole text, in which the text of a control token is the token."""
+        return encode_with(self._special, text)
+
+
+def _finding_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` once more, sharing its vocabulary, but with control tokens found in text.
+
+    The library has a switch for that, which no thread may turn while another one encodes.
+    """
+    other = Tokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        other.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        other.pre_tokenizer = tokenizer.pre_tokenizer
+    added = tokenizer.get_added_tokens_decoder()
+    other.add_tokens([added[i] for i in sorted(added)])  # numbered upwards, as they were the first time
+    return other
+
 
 def _config(path: str) -> dict[str, Any]:
     """tokenizer_config.json beside `path`, or {}."""
@@ -163,7 +207,7 @@ def _config(path: str) -> dict[str, Any]:
     try:
         config = json.loads(read_regular_file(beside, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as e:
-        raise ModelLoadError(f"is no JSON: {e}", beside) from None
+        raise ModelLoadError(f"is no JSON: {excerpt(str(e))}", beside) from None
     if not isinstance(config, dict):
         raise ModelLoadError("is no JSON object", beside)
     return config

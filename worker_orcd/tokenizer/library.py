@@ -11,22 +11,24 @@ from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
-from worker_orcd.errors import InvalidRequest, WorkerError
+from worker_orcd.errors import InvalidRequest, WorkerError, excerpt
 
 #: From this length on the library's batch call is used, which leaves out character offsets (0.3 s instead of 0.5 s for
 #: 10^6 characters). Not for shorter text: it starts a thread pool, which warns about every later fork.
 _LONG_TEXT = 1 << 16
+#: what every message of a file that cannot be loaded begins with
+_LOADING = "Cannot instantiate Tokenizer from buffer: "
 
 
 @contextmanager
 def failing_as(make: Callable[[str], WorkerError]) -> Iterator[None]:
-    """Turn whatever the library raises in the block into `make(its message)`."""
+    """Turn whatever the library raises in the block into `make(start of its message)`, which may quote a file."""
     try:
         yield
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise make(str(e)[:200]) from None
+        raise make(excerpt(str(e).removeprefix(_LOADING))) from None
 
 
 def encode_with(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from worker_orcd._gguf import Metadata
-from worker_orcd.errors import ModelLoadError
+from worker_orcd.errors import ModelLoadError, quoted
 
 #: values of `tokenizer.ggml.token_type` (ggml's enum llama_token_type)
 UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
@@ -27,8 +27,11 @@ MAX_TOKEN_CHARS: Final = 4096
 #: characters of a chat template; published ones stay under 32 KiB
 MAX_TEMPLATE_CHARS: Final = 1 << 20
 
-#: pre-tokenizers whose models begin every text with BOS although their files may not say so
-_PRE_ADDS_BOS: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3"})
+#: pre-tokenizers whose models begin every text with BOS although their files may not say so (llama.cpp's defaults)
+_PRE_ADDS_BOS: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
+
+#: names of keys, as `special` takes them, of tokens that a code model ends a filled-in file with
+_FILL_ENDS: Final = ("fim_pad", "fim_rep", "fim_sep")
 
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -54,6 +57,7 @@ class TokenizerMetadata:
         scores: finite score by id ("llama": always there; "gpt2": empty where the file has none).
         merges: pairs of pieces, best first; both and their concatenation are in `vocab` ("llama": empty).
         bos_id, eos_id, eot_id, eom_id, unk_id, pad_id: ids below `n_vocab`, or None.
+        fill_end_ids: ids below `n_vocab` that the file names as the end of a filled-in file, 0 to 3.
         add_bos: whether text starts with `bos_id` (then not None).
         add_space_prefix: whether text gets a leading space ("llama").
         byte_ids: for "llama" with byte tokens the id of each of the 256 bytes, else empty.
@@ -77,7 +81,8 @@ class TokenizerMetadata:
     pad_id: int | None
     add_bos: bool
     add_space_prefix: bool
-    byte_ids: tuple[int, ...] = field(default=())
+    fill_end_ids: tuple[int, ...] = ()
+    byte_ids: tuple[int, ...] = ()
     chat_template: str | None = None
     chat_template_offset: int | None = None
 
@@ -147,7 +152,7 @@ class _Reader:
         if model == "none":
             return None
         if model not in ("gpt2", "llama"):
-            raise self.fail(_P + "model", f"is {model[:64]!r}; supported are 'gpt2' and 'llama'")
+            raise self.fail(_P + "model", f"is {quoted(model)}; supported are 'gpt2' and 'llama'")
         spm = model == "llama"
         tokens, vocab = self.read_tokens()
         n_vocab = len(tokens)
@@ -171,6 +176,7 @@ class _Reader:
             merges=[] if spm else self.read_merges(vocab),
             bos_id=bos_id, eos_id=eos_id, eot_id=special("eot"), eom_id=special("eom"), unk_id=unk_id,
             pad_id=special("padding"), add_bos=add_bos,
+            fill_end_ids=tuple(i for i in map(special, _FILL_ENDS) if i is not None),
             add_space_prefix=self.scalar(_P + "add_space_prefix", bool, spm),
             byte_ids=byte_ids if spm else (), chat_template=template,
             chat_template_offset=None if template is None else self.meta.offset("tokenizer.chat_template"),
@@ -191,7 +197,7 @@ class _Reader:
         vocab = {t: i for i, t in enumerate(tokens)}
         if len(vocab) != len(tokens):
             i = next(i for i, t in enumerate(tokens) if vocab[t] != i)
-            raise self.fail(key, f"holds {tokens[i][:64]!r} twice, as ids {i} and {vocab[tokens[i]]}")
+            raise self.fail(key, f"holds {quoted(tokens[i])} twice, as ids {i} and {vocab[tokens[i]]}")
         return tokens, vocab
 
     def read_types(self, n_vocab: int, required: bool) -> list[int]:
@@ -228,7 +234,7 @@ class _Reader:
             if kind != BYTE:
                 continue
             if not _BYTE_TOKEN.fullmatch(tokens[i]):
-                raise self.fail(key, f"[{i}] is the byte token {tokens[i][:64]!r}, must be of the form <0x0A>")
+                raise self.fail(key, f"[{i}] is the byte token {quoted(tokens[i])}, must be of the form <0x0A>")
             value = int(tokens[i][3:5], 16)
             if value in by_value:
                 raise self.fail(key, f"[{i}] is a second token for byte 0x{value:02X}, after id {by_value[value]}")
@@ -261,6 +267,6 @@ class _Reader:
     def bad_merge(self, key: str, i: int, line: str, vocab: dict[str, int]) -> ModelLoadError:
         pieces = line.split(" ")
         if len(pieces) != 2 or "" in pieces:
-            return self.fail(key, f"[{i}] is {line[:64]!r}, must be two pieces and one space between them")
+            return self.fail(key, f"[{i}] is {quoted(line)}, must be two pieces and one space between them")
         unknown = next(p for p in (*pieces, "".join(pieces)) if p not in vocab)
-        return self.fail(key, f"[{i}] is {line[:64]!r}, but {unknown[:64]!r} is not in the vocabulary")
+        return self.fail(key, f"[{i}] is {quoted(line)}, but {quoted(unknown)} is not in the vocabulary")

@@ -23,13 +23,15 @@ class TokenizerParts:
         sha256: digest of what it was made from, see `Tokenizer.sha256`.
         n_vocab: ids are below this.
         encode: (text without special tokens, whether it starts the whole text) -> ids.
+        encode_special: a whole text, control tokens included -> ids; None: `special` and `encode` do it together.
         special: finds control tokens, and user-defined ones where `encode` does not.
         table: bytes of every token, or None where only `decode` can tell.
         decode: (ids below n_vocab, skip special tokens) -> text; None where there is a table.
         known_ids: text -> id of control tokens known by their text (`special_tokens.find_known`).
         text_of: id of a control token -> its text.
         bos_id, eos_id, eot_id, eom_id, unk_id, pad_id: as the file names them.
-        add_bos: whether text starts with `bos_id`.
+        fill_end_ids: further ids that the file names as ending generation.
+        begin: ids that every text begins with: BOS, seldom several tokens, often none.
         chat_template: jinja source, or None.
     """
 
@@ -49,5 +51,7 @@ class TokenizerParts:
     eom_id: int | None = None
     unk_id: int | None = None
     pad_id: int | None = None
-    add_bos: bool = False
+    encode_special: Callable[[str], list[int]] | None = None
+    fill_end_ids: tuple[int, ...] = ()
+    begin: tuple[int, ...] = ()
     chat_template: str | None = None

@@ -18,15 +18,16 @@ END_TEXTS = (
 )  # fmt: skip
 #: texts that do so only where the file types them as control or user-defined: web text holds them too, and vocabularies
 #: learned from it (Qwen's) have an ordinary token "</s>"
-END_TEXTS_IF_SPECIAL = ("</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>")
+END_TEXTS_IF_SPECIAL = ("</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "[e~[", "<turn|>", "<|flush|>",
+                        "<|calls|>", "<PAD>", "[PAD]", "<REPO>")  # fmt: skip
 #: what a code model writes when the file it was asked to fill is complete
 FILL_END_TEXTS = ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<reponame>",
                   "<|file_sep|>")  # fmt: skip
 #: control tokens of fill-in-the-middle that some converters type as user-defined
 FILL_TEXTS = ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>",
               "<|fim_middle|>", "<fim-middle>", "<fim_middle>")  # fmt: skip
-#: the harmony format: messages end with <|end|> and generation goes on; only these two stop it
-HARMONY_STOPS = ("<|return|>", "<|call|>")
+#: formats whose messages end with <|end|> while generation goes on (harmony, and one like it): only these two stop it
+MESSAGE_STOPS = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))
 
 #: what C's isspace takes for space, the set that the strip flags mean
 _SPACE = " \t\n\v\f\r"
@@ -58,11 +59,11 @@ def stop_ids(ids: Mapping[str, int], named: Collection[int | None]) -> tuple[int
 
     Args:
         ids: what `find_known` found.
-        named: the ids that the file names as eos, eot and eom, where it does.
+        named: the ids that the file names as eos, eot, eom and ends of a filled-in file, where it does.
     """
-    harmony = [ids[t] for t in HARMONY_STOPS if t in ids]
-    if len(harmony) == len(HARMONY_STOPS):
-        return tuple(sorted(harmony))
+    for pair in MESSAGE_STOPS:
+        if all(t in ids for t in pair):
+            return tuple(sorted(ids[t] for t in pair))
     texts = (*END_TEXTS, *END_TEXTS_IF_SPECIAL, *FILL_END_TEXTS)
     return tuple(sorted({ids[t] for t in texts if t in ids} | {i for i in named if i is not None}))
 
@@ -97,6 +98,13 @@ class SpecialTokens:
         #: a text with none of these has no special token; there are few, while the tokens can be hundreds
         self._heads = {special: {t.text[:2] for t in tokens if special or not t.control} for special in (False, True)}
 
+    def only(self, wanted: Callable[[SpecialToken], bool]) -> SpecialTokens:
+        """Those of these tokens that are `wanted`."""
+        return SpecialTokens([t for t in self._tokens if wanted(t)])
+
+    def _may_hold(self, text: str, special: bool) -> bool:
+        return any(head in text for head in self._heads[special])
+
     @property
     def tokens(self) -> list[SpecialToken]:
         """All of them, longest first."""
@@ -110,7 +118,7 @@ class SpecialTokens:
             special: whether control tokens are matched too.
         """
         fragments: list[str | int] = [text] if text else []
-        if not any(head in text for head in self._heads[special]):
+        if not self._may_hold(text, special):
             return fragments
         for token in self._tokens:
             if (special or not token.control) and token.text in text:

@@ -17,8 +17,9 @@ from worker_orcd.chat.template import ChatTemplate
 from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.tokenizer import from_gguf, from_json
+from worker_orcd.tokenizer.metadata import MAX_TOKENS
 from worker_orcd.tokenizer.parts import TokenizerParts
-from worker_orcd.tokenizer.special_tokens import SpecialTokens, end_of_turn, stop_ids
+from worker_orcd.tokenizer.special_tokens import end_of_turn, stop_ids
 from worker_orcd.tokenizer.stream import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Tokenizer:
             ``tokenizer.ggml.*`` in a canonical form (`from_gguf.metadata_sha256`).
         n_vocab: ids are below this.
         bos_id, eos_id, eot_id, unk_id, pad_id: special ids, or None.
-        add_bos: whether `encode` begins with `bos_id` unless told otherwise.
+        add_bos: whether `encode` begins with BOS unless told otherwise.
         stop_ids: ids that end generation, ascending.
         chat_template: jinja source of the file, or None.
     """
@@ -49,15 +50,16 @@ class Tokenizer:
         self.bos_id = parts.bos_id
         self.unk_id = parts.unk_id
         self.pad_id = parts.pad_id
-        self.add_bos = parts.add_bos
+        self.add_bos = bool(parts.begin)
+        self._begin = list(parts.begin) or ([] if parts.bos_id is None else [parts.bos_id])
         self.eos_id = parts.eos_id
         self.eot_id = end_of_turn(parts.known_ids) if parts.eot_id is None else parts.eot_id
-        self.stop_ids = stop_ids(parts.known_ids, (parts.eos_id, parts.eot_id, parts.eom_id))
+        self.stop_ids = stop_ids(parts.known_ids, (parts.eos_id, parts.eot_id, parts.eom_id, *parts.fill_end_ids))
         self.chat_template = parts.chat_template
         self._chat = None
         if parts.chat_template is not None:
             # a control token of one character cannot be told from the text of a message, so in chat it is no token
-            self._chat_special = SpecialTokens([t for t in parts.special.tokens if len(t.text) > 1 or not t.control])
+            self._chat_special = parts.special.only(lambda t: len(t.text) > 1 or not t.control)
             bos, eos = ("" if i is None else parts.text_of(i) for i in (parts.bos_id, parts.eos_id))
             controls = [t.text for t in self._chat_special.tokens if t.control]
             self._chat = ChatTemplate(parts.chat_template, parts.path, bos, eos, controls)
@@ -88,9 +90,11 @@ class Tokenizer:
 
     @classmethod
     def from_model(cls, model_file: ModelFile, override: str | os.PathLike[str] | None = None) -> Tokenizer | None:
-        """The tokenizer of a model: `override`, else a tokenizer.json beside the model, else the model's own metadata.
+        """The tokenizer of a model: `override`, else the model's own vocabulary, else a tokenizer.json beside it.
 
-        Special ids and a chat template that a tokenizer.json does not name are taken from the model's metadata.
+        A tokenizer from another file is completed from the model's metadata: special ids and a chat template that
+        `override` does not name are the model's; before those of a tokenizer.json that only lies beside it, the
+        model's come first.
 
         Args:
             model_file: the open model.
@@ -100,30 +104,28 @@ class Tokenizer:
             The tokenizer, or None where there is none at all.
 
         Raises:
-            ModelLoadError: as `from_file`; the tokenizer has more ids than the model has embeddings; or the
-                tokenizer.json beside the model holds other tokens than the model's metadata.
+            ModelLoadError: as `from_file`; the tokenizer has more ids than the model has embeddings; or the model
+                names special ids that the tokenizer.json beside it does not have.
         """
-        beside = os.path.join(os.path.dirname(model_file.path), "tokenizer.json")
         if override is not None:
-            tokenizer = cls.from_file(override)
-        elif os.path.exists(beside):
-            tokenizer = cls.from_file(beside)
-            _check_same_tokens(tokenizer, model_file)
-        else:
-            parts = from_gguf.load(model_file.metadata)
-            if parts is None:
-                return None
-            tokenizer = cls(parts)
-        embeddings = model_file.tensors.get("token_embd.weight")
-        if embeddings is not None and tokenizer.n_vocab > embeddings.shape[-1]:
-            raise ModelLoadError(
-                f"has {tokenizer.n_vocab} tokens, but {model_file.path} has embeddings for {embeddings.shape[-1]}: "
-                "it is not this model's tokenizer",
-                tokenizer.path,
-            )
-        if tokenizer.path != model_file.path:
-            tokenizer = cls(_completed(tokenizer._parts, model_file.metadata))
-        return tokenizer
+            parts = cls.from_file(override)._parts
+            _check_fits(parts, model_file, "it is not this model's tokenizer")
+            return cls(_completed(parts, _named(model_file.metadata, parts.n_vocab), own_first=False))
+        own = from_gguf.load(model_file.metadata)
+        if own is not None:
+            _check_fits(own, model_file, "its vocabulary and its tensors do not belong together")
+            return cls(own)
+        beside = os.path.join(os.path.dirname(model_file.path), "tokenizer.json")
+        if not os.path.isfile(beside):
+            return None
+        parts = from_json.load(beside)
+        remedy = "it is not this model's tokenizer; move it away, or name the right one with --tokenizer"
+        _check_fits(parts, model_file, remedy)
+        for name, value in _named(model_file.metadata, MAX_TOKENS).items():
+            if isinstance(value, int) and value >= parts.n_vocab:
+                reason = f"has {parts.n_vocab} tokens, but {model_file.path} has {name} {value}: {remedy}"
+                raise ModelLoadError(reason, beside)
+        return cls(_completed(parts, _named(model_file.metadata, parts.n_vocab), own_first=True))
 
     def encode(self, text: str, *, special: bool = False, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text.
@@ -131,7 +133,8 @@ class Tokenizer:
         Args:
             text: any text without lone surrogates.
             special: take the text of a control token for the token; otherwise it is text like any other.
-            add_bos: begin with `bos_id`; None: as the file says (`self.add_bos`).
+            add_bos: begin with BOS (`bos_id`, or the several tokens that a tokenizer.json puts first); None: as the
+                file says (`self.add_bos`). Nothing is ever put behind a text, since it is to be gone on from.
 
         Raises:
             InvalidRequest: the text holds lone surrogates; BOS is asked for and there is none.
@@ -143,9 +146,11 @@ class Tokenizer:
             raise InvalidRequest(reason, field="text") from None
         ids: list[int] = []
         if self.add_bos if add_bos is None else add_bos:
-            if self.bos_id is None:
+            if not self._begin:
                 raise InvalidRequest("add_bos is asked for, but the tokenizer has no BOS token", field="add_bos")
-            ids.append(self.bos_id)
+            ids += self._begin
+        if special and self._parts.encode_special is not None:
+            return ids + self._parts.encode_special(text)
         return ids + self._encode(self._parts.special.cut(text, special), True)
 
     def _encode(self, fragments: list[str | int], first: bool) -> list[int]:
@@ -218,35 +223,34 @@ class Tokenizer:
             else:  # without marks, control tokens of the messages are text; user-defined ones are found now
                 fragments += self._chat_special.cut(fragment.replace(mark, ""), False)
         ids = self._encode(fragments, True)
-        if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
+        if self.add_bos and (not ids or ids[0] not in (self._begin[0], self.bos_id)):
+            ids[:0] = self._begin
         return ids
 
 
-def _check_same_tokens(tokenizer: Tokenizer, model_file: ModelFile) -> None:
-    """Refuse a tokenizer.json of another model that happens to lie in the same directory: compare 256 tokens."""
-    tokens = model_file.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        return
-    n = min(len(tokens), tokenizer.n_vocab)
-    ids = range(0, n, max(1, n // 256))
-    other = sum(tokenizer._parts.text_of(i) != tokens[i] for i in ids)
-    if other > len(ids) // 4:  # converters rename a few
-        raise ModelLoadError(
-            f"{other} of {len(ids)} tokens compared are not those of {model_file.path}, which lies beside it: move it "
-            "away, or name the model's own tokenizer",
-            tokenizer.path,
-        )
+def _check_fits(parts: TokenizerParts, model_file: ModelFile, conclusion: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embeddings for."""
+    embeddings = model_file.tensors.get("token_embd.weight")
+    if embeddings is not None and parts.n_vocab > embeddings.shape[-1]:
+        where = "" if parts.path == model_file.path else f"{model_file.path} has "
+        reason = f"has {parts.n_vocab} tokens, but {where}embeddings for {embeddings.shape[-1]}: {conclusion}"
+        raise ModelLoadError(reason, parts.path)
 
 
-def _completed(parts: TokenizerParts, metadata: Metadata) -> TokenizerParts:
-    """`parts` of another file with what they lack from a model's metadata: special ids and the chat template."""
-    found: dict[str, Any] = {}
+def _named(metadata: Metadata, limit: int) -> dict[str, int | str]:
+    """Special ids below `limit` and the chat template in a model's metadata, by their names in `TokenizerParts`."""
+    found: dict[str, int | str] = {}
     for name in ("bos", "eos", "eot", "eom"):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if getattr(parts, f"{name}_id") is None and isinstance(value, int) and 0 <= value < parts.n_vocab:
+        if type(value) is int and 0 <= value < limit:
             found[f"{name}_id"] = value
     template = metadata.get("tokenizer.chat_template")
-    if parts.chat_template is None and isinstance(template, str):
+    if isinstance(template, str):
         found["chat_template"] = template
+    return found
+
+
+def _completed(parts: TokenizerParts, named: dict[str, int | str], own_first: bool) -> TokenizerParts:
+    """`parts` of another file with what the model's metadata names: all of it, or only what they lack."""
+    found: dict[str, Any] = {k: v for k, v in named.items() if own_first or getattr(parts, k) is None}
     return replace(parts, **found)
