@@ -11,7 +11,7 @@ import gen_params
 import numpy as np
 import pytest
 
-from worker_orcd.engine.sampling import RULES, SamplingParams
+from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.serving.logprobs import top_logprobs
 
@@ -90,6 +90,13 @@ def test_refused_by_name(field, value):
         SamplingParams(**{field: value}).check(n_vocab=100, max_tokens_out=2048)
     assert caught.value.fields["field"] == field
     assert field in caught.value.message and len(caught.value.message) < 120 and "\n" not in caught.value.message
+
+
+def test_a_seed_that_is_made_up_is_the_same_number_as_a_double():
+    seeds = [make_seed() for _ in range(500)]
+    assert all(seed == float(seed) for seed in seeds) and len(set(seeds)) == 500
+    assert max(seeds) >= 2**52, "53 bits are used"
+    assert float(2**53 - 1) == 2**53 - 1 and float(2**53 + 1) != 2**53 + 1
 
 
 def test_top_logprobs():

@@ -62,7 +62,7 @@ def test_a_request_has_a_prompt_or_messages():
 
 def test_what_is_left_open_is_filled_in():
     first, second = prepare(MODEL, Request("a")), prepare(MODEL, Request("a"))
-    assert first.seed != second.seed and 0 <= first.seed < 2**64
+    assert first.seed != second.seed and 0 <= first.seed < 2**53
     assert (first.params.seed, first.params.max_tokens) == (first.seed, first.max_tokens)
     assert first.max_tokens == DEFAULT_MAX_TOKENS
     assert prepare(MODEL, Request("a" * 4990)).max_tokens == 10

@@ -74,8 +74,8 @@ class SamplingParams:
         repetition_penalty: above 0.0, to 2.0; 1 is off; over the generated tokens.
         stop: up to 4 strings, none empty, each at most 32 tokens. The text ends before the first of them. One string
             may be given as it is.
-        seed: 0 to 2^64-1. None: made up for the call and reported in the result. All prompts of one call that share
-            one `SamplingParams` get the same seed, so each gets what it would get alone.
+        seed: 0 to 2^64-1. None: made up for the call (`make_seed`) and reported in the result. All prompts of one call
+            that share one `SamplingParams` get the same seed, so each gets what it would get alone.
         ignore_eos: go on past the model's end-of-text tokens, to `max_tokens` or a stop string.
         logprobs: 0-20: with each token the log-probability of it and of so many most likely ones, from the raw
             logits. None: off.
@@ -121,7 +121,7 @@ class SamplingParams:
             2**64 - 1,
             drawn=True,
             http=True,
-            flag="0 to 2^64-1. Default: made up; --json tells it.",
+            flag="0 to 2^64-1. Default: made up, below 2^53; --json tells it.",
             metavar="N",
         ),
     )
@@ -181,8 +181,8 @@ RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields
 
 
 def make_seed() -> int:
-    """A seed nobody chose, 0 to 2^64-1."""
-    return secrets.randbits(64)
+    """A seed nobody chose, 0 to 2^53-1: a client whose numbers are doubles (JavaScript) can send it back as it was."""
+    return secrets.randbits(53)
 
 
 def _shown(value: object) -> str:
