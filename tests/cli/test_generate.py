@@ -54,7 +54,8 @@ def test_generate_seed_is_made_up_told_and_enough_to_repeat(call, model_path):
     ]
     first, second = (json.loads(call(*args)[1]) for _ in range(2))
     assert first["seed"] != second["seed"]
-    through_doubles = int(json.loads(json.dumps(float(first["seed"]))))  # as a program in JavaScript reads and writes it
+    # as a program in JavaScript reads and writes it
+    through_doubles = int(json.loads(json.dumps(float(first["seed"]))))
     again = json.loads(call(*args, "--seed", through_doubles)[1])
     assert again["token_ids"] == first["token_ids"]
 
