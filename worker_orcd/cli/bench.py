@@ -20,6 +20,7 @@ from worker_orcd.cli.options import (
     verbose_option,
     vram_limit_option,
 )
+from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from worker_orcd.diagnose.bench import Report
@@ -61,7 +62,7 @@ def bench(
     prompts = parse_ids(n_prompt) if n_prompt.strip() else []
     batches = parse_ids(batch)
     bar = None
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         from tqdm import tqdm
 
         n_tests = len(prompts) + (len(batches) if n_gen else 0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker_orcd import config
+from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from worker_orcd.cuda.vram import VramPlan
@@ -51,7 +52,7 @@ def config_option(name: str) -> Callable[[Any], Any]:
         else:
             settings["is_flag"] = True
         return option(*names, name, **settings)
-    if not flag.chosen:
+    if not flag.chosen and name in _DEFAULTS:  # with a default, be it None, click demands nothing
         settings["default"] = default
     settings["type"] = click.Choice(flag.choices) if flag.choices else _number_type(flag)
     if flag.metavar:
@@ -116,7 +117,7 @@ def verbose_option(command: Any) -> Any:
 
 def plan_printer(verbose: bool) -> Callable[[VramPlan, int], None] | None:
     """What prints a VRAM plan on stderr for whoever looks; None where nobody does."""
-    if not (verbose or sys.stderr.isatty()):
+    if not (verbose or is_terminal(sys.stderr)):
         return None
     return lambda plan, free: click.echo(plan.table(free), err=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import click
 
@@ -25,7 +24,7 @@ def provenance(model: str, name: str | None, source: str, out: str | None) -> No
     from worker_orcd.gguf.trusted_models import entry_of
     from worker_orcd.runtime.progress import LoadProgress
 
-    with ModelFile(model) as model_file, LoadProgress(sys.stderr.isatty(), model_file.size, "hashing") as bar:
+    with ModelFile(model) as model_file, LoadProgress(True, model_file.size, "hashing") as bar:
         entry = entry_of(model_file, os.path.basename(model) if name is None else name, source, bar.next())
     text = json.dumps(entry, indent=1, ensure_ascii=False)
     if out is None:

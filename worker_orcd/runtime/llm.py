@@ -33,6 +33,7 @@ from worker_orcd.runtime.request import (
     check_token_ids,
     prepare,
 )
+from worker_orcd.runtime.streams import is_terminal
 from worker_orcd.runtime.token_stream import TokenStream
 from worker_orcd.serving.engine_loop import EngineLoop
 from worker_orcd.serving.job import Completion, Job
@@ -358,7 +359,7 @@ class LLM:
         return None if tokenizer is None else lambda: tokenizer.stream(continues=True)
 
     def _with_bar(self, jobs: list[Job]) -> Iterable[Job]:
-        if not self._bar or len(jobs) < 2 or not sys.stderr.isatty():
+        if not self._bar or len(jobs) < 2 or not is_terminal(sys.stderr):
             return jobs
         from tqdm import tqdm  # a quarter of a second of import that a server never needs
 
