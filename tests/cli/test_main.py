@@ -83,6 +83,63 @@ def test_a_flag_can_come_from_the_environment(call, monkeypatch, tmp_path):
     assert "from-env.gguf" in one_error_line(call("generate", "--prompt", "x"), "MODEL_LOAD_FAILED")
 
 
+HOME_PATHS = [
+    ["inspect", "~/m.gguf"],
+    ["inspect", "~/m.gguf", "--tokenizer=~/t.json"],
+    ["generate", "--model=~/m.gguf", "--prompt", "x", "--device", "cpu", "--max-tokens", "1"],
+    ["generate", "--model", "~/m.gguf", "--tokenizer", "~/v.gguf", "--prompt", "x", "--device", "cpu"],
+    ["generate", "--model", "~/m.gguf", "--trusted-models", "~/l.json", "--prompt", "x", "--device", "cpu"],
+    ["logits", "~/m.gguf", "--ids", "1", "--device", "cpu", "--out", "~/out.npy"],
+    ["provenance", "~/m.gguf", "--out", "~/l.json"],
+    [
+        "compare",
+        "~/m.gguf",
+        "~/m.gguf",
+        "--prompts",
+        "~/p.txt",
+        "--targets",
+        "~/t.txt",
+        "--out",
+        "~/o",
+        "--device",
+        "cpu",
+    ],
+]
+
+
+def test_paths_may_begin_with_the_home(call, golden, monkeypatch, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for args in HOME_PATHS:  # nothing is there yet: the path is said as it was looked for
+        code, out, err = call(*args)
+        assert code == 1 and out == "" and str(home) in err and "~" not in err, args
+    for name in ("m.gguf", "v.gguf"):
+        (home / name).symlink_to(golden)
+    (home / "p.txt").write_text("a\n")
+    (home / "t.txt").write_text("b\n")
+    assert call("provenance", "~/m.gguf", "--out", "~/l.json")[0] == 0 and (home / "l.json").exists()
+    for args in HOME_PATHS[2:]:
+        assert call(*args)[0] == 0, args
+    assert (home / "out.npy").exists() and (home / "o" / "compare.json").exists()
+    monkeypatch.setenv("WORKER_ORCD_MODEL", "~/m.gguf")
+    assert call("generate", "--prompt", "x", "--device", "cpu", "--max-tokens", "1")[0] == 0
+    assert os.listdir(tmp_path) == ["home"], "a folder named ~ was made"
+
+
+def test_every_option_that_takes_a_file_takes_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of")
+    seen = 0
+    for command in main.cli.commands.values():
+        for parameter in command.params:
+            metavar = parameter.metavar or ""
+            if metavar.startswith(("FILE", "DIR")) or metavar.endswith(".gguf"):
+                assert parameter.type.convert("~/x", parameter, None) == "/home/of/x", (command.name, parameter.name)
+                seen += 1
+    assert seen > 15
+
+
 def test_parse_ids():
     assert options.parse_ids("1,2, 3") == [1, 2, 3]
     with pytest.raises(click.BadParameter):

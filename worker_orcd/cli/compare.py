@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from worker_orcd.cli.options import device_option, json_option, option, threads_option
+from worker_orcd.cli.options import FilePath, device_option, json_option, option, threads_option
 from worker_orcd.compare.settings import Limits, Settings
 from worker_orcd.runtime.streams import is_terminal
 
 
 @click.command()
-@click.argument("a", metavar="A.gguf")
-@click.argument("b", metavar="B.gguf")
+@click.argument("a", metavar="A.gguf", type=FilePath())
+@click.argument("b", metavar="B.gguf", type=FilePath())
 @option(
     "--prompts",
     required=True,

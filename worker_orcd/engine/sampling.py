@@ -11,6 +11,7 @@ import dataclasses
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS
@@ -56,6 +57,15 @@ class Rule:
             raise InvalidRequest(f"{name} must be above {self.least:g}", field=name)
 
 
+def plain_number(value: Any) -> Any:
+    """A number of NumPy (a scalar, or an array of no dimensions) as Python's own, for JSON too; else `value` itself."""
+    if getattr(value, "shape", None) != () or not callable(getattr(value, "item", None)):
+        return value
+    number = value.item()
+    # a long double has no number of Python that is as exact
+    return float(number) if isinstance(number, Real) and not isinstance(number, int | float) else number
+
+
 def _rule(kind: type, *args: Any, **settings: Any) -> dict[str, Rule]:
     return {"rule": Rule(kind, *args, **settings)}
 
@@ -63,6 +73,8 @@ def _rule(kind: type, *args: Any, **settings: Any) -> dict[str, Rule]:
 @dataclass(frozen=True)
 class SamplingParams:
     """How one prompt is continued. The order of sampling is temperature, repetition penalty, top-k, top-p, min-p, draw.
+
+    Numbers of NumPy are taken as Python's.
 
     Attributes:
         max_tokens: tokens to generate at most, >= 1. None: `DEFAULT_MAX_TOKENS`, or what the context and the KV cache
@@ -129,7 +141,9 @@ class SamplingParams:
     logprobs: int | None = field(default=None, metadata=_rule(int, 0, MAX_LOGPROBS))
 
     def __post_init__(self) -> None:
-        """Take `stop` as one string or any list of strings."""
+        """Take `stop` as one string or any list of strings, and numbers of NumPy as plain ones."""
+        for name in RULES:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         stop: object = self.stop
         if stop is None:
             stop = ()
