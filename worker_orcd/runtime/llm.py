@@ -105,6 +105,9 @@ class LLM:
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
     ) -> None:
+        model = file_path("model", model)
+        tokenizer = None if tokenizer is None else file_path("tokenizer", tokenizer)
+        trusted_models = None if trusted_models is None else file_path("trusted_models", trusted_models)
         numbers = (context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads)
         context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads = map(plain_number, numbers)
         vram_limit_bytes, chunk_bytes = plain_number(vram_limit_bytes), plain_number(chunk_bytes)
@@ -119,9 +122,6 @@ class LLM:
         _check_count("max_queue", max_queue, 0, MAX_QUEUE)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
-        model = file_path("model", model)
-        tokenizer = None if tokenizer is None else file_path("tokenizer", tokenizer)
-        trusted_models = None if trusted_models is None else file_path("trusted_models", trusted_models)
         loaded = load(
             model,
             LoadOptions(
