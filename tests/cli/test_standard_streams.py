@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -112,8 +113,9 @@ def test_serve_with_all_streams_closed(goldens_dir):
         with urllib.request.urlopen(request, timeout=20) as answer:
             assert "event: end" in answer.read().decode()
         # neither the master nor the worker may hold anything but the null device there
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-        for pid in (process.pid, int(children.stdout.split()[0])):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        for pid in (process.pid, *children):
             assert {os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)} == {"/dev/null"}
     finally:
         process.send_signal(signal.SIGTERM)
