@@ -4,8 +4,8 @@ Usage: python tools/compare_llama_cpp.py MODEL.gguf [--python PATH] [--threads N
 
 llama.cpp is used through the package llama-cpp-python. `--python` names the interpreter that has it, where it is not
 this one. The two programs take turns, so that neither has the machine in a better hour; the process that waits is idle.
-Both feed random token ids, neither samples a text: llama.cpp decodes without any sampler, worker-orcd with its greedy
-one. Prints the medians and their ratio.
+One sequence decodes: llama.cpp is fed random ids and uses no sampler, worker-orcd begins with a random id and goes on
+with its greedy sampler. Prints the medians and their ratio.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def compare(llama: LlamaCpp, args: argparse.Namespace, tests: dict[str, int]) ->
     with Bench(args.model, "cpu", max(tests.values()), n_threads=args.threads) as ours:
         for turn in range(args.repeat + 1):
             for test, n in tests.items():
-                mine = ours.prefill(n) if test == "prefill" else ours.decode(n)
+                mine = ours.prefill(n) if test == "prefill" else ours.decode(n)[0]
                 theirs = llama.time(test, n)
                 if turn:
                     seconds.setdefault((test, "worker_orcd"), []).append(mine)

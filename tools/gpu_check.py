@@ -201,7 +201,8 @@ def check_bench(args: argparse.Namespace, log: Path) -> Result:
             rate = "" if m["gb_per_s"] is None else f"  {m['gb_per_s']:8,.1f} GB/s"
             share = "" if m["percent_of_bandwidth"] is None else f"  {m['percent_of_bandwidth']:4.0f} %"
             name = f"{m['test']} {m['n_tokens']}" + (f" x {m['batch']}" if m["test"] == "decode" else "")
-            lines.append(f"  {name:18s} {m['tokens_per_s']:12,.1f} tokens/s{rate}{share}")
+            distinct = f"  {100 * m['distinct']:3.0f} % of the tokens of a step differ" if m["batch"] > 1 else ""
+            lines.append(f"  {name:18s} {m['tokens_per_s']:12,.1f} tokens/s{rate}{share}{distinct}")
     if not args.model:
         lines.append("no --model was given")
     return Result("bench", ok, total, lines, figures)

@@ -7,6 +7,7 @@ option is a field here and the place that uses it.
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -241,8 +242,25 @@ class ServeConfig:
 FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(ServeConfig) if "flag" in f.metadata}
 
 
+def file_path(name: str, value: object) -> str:
+    """The argument `name`, a path as text or `os.PathLike`, as text, with a leading ~ as the user's home.
+
+    Raises:
+        InvalidRequest: it is no path, or holds a NUL character, which would end it.
+    """
+    try:
+        path = os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise _refused(name, f"must be a path, not {type(value).__name__}") from None
+    if "\0" in path:
+        raise _refused(name, "holds a NUL character, which no path can")
+    return os.path.expanduser(path)
+
+
 def check_device(device: str) -> None:
     """Raise `InvalidRequest` where `device` is not "auto", "cpu" or "cuda:N"."""
+    if not isinstance(device, str):
+        raise _refused("device", f"must be auto, cpu or cuda:N, not {type(device).__name__}")
     if device in ("auto", "cpu"):
         return
     kind, _, index = device.partition(":")

@@ -36,7 +36,7 @@ def test_generate_is_the_same_every_time_and_streams_what_json_tells(call, model
     facts = json.loads(out)
     assert code == 0 and err == "" and facts["text"] + "\n" == text and "Paris" in text
     assert facts["tokens_out"] == len(facts["token_ids"]) == 12 and facts["finish_reason"] == "length"
-    assert 0 <= facts["seed"] < 2**64 and facts["device"] == "cpu"
+    assert 0 <= facts["seed"] < 2**53 and facts["device"] == "cpu"
 
 
 def test_generate_seed_is_made_up_told_and_enough_to_repeat(call, model_path):
@@ -54,7 +54,9 @@ def test_generate_seed_is_made_up_told_and_enough_to_repeat(call, model_path):
     ]
     first, second = (json.loads(call(*args)[1]) for _ in range(2))
     assert first["seed"] != second["seed"]
-    again = json.loads(call(*args, "--seed", first["seed"])[1])
+    # as a program in JavaScript reads and writes it
+    through_doubles = int(json.loads(json.dumps(float(first["seed"]))))
+    again = json.loads(call(*args, "--seed", through_doubles)[1])
     assert again["token_ids"] == first["token_ids"]
 
 

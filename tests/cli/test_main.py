@@ -61,6 +61,9 @@ def test_version(call):
     "args",
     [
         ["generate"],
+        ["generate", "--prompt", "x"],
+        ["bench"],
+        ["serve"],
         ["nonsense"],
         ["serve", "--model", "m", "--port", "x"],
         ["serve", "--model", "m", "--port", "70000"],
@@ -78,6 +81,63 @@ def test_a_flag_can_come_from_the_environment(call, monkeypatch, tmp_path):
     monkeypatch.setenv("WORKER_ORCD_MODEL", str(tmp_path / "from-env.gguf"))
     monkeypatch.setenv("WORKER_ORCD_DEVICE", "cpu")
     assert "from-env.gguf" in one_error_line(call("generate", "--prompt", "x"), "MODEL_LOAD_FAILED")
+
+
+HOME_PATHS = [
+    ["inspect", "~/m.gguf"],
+    ["inspect", "~/m.gguf", "--tokenizer=~/t.json"],
+    ["generate", "--model=~/m.gguf", "--prompt", "x", "--device", "cpu", "--max-tokens", "1"],
+    ["generate", "--model", "~/m.gguf", "--tokenizer", "~/v.gguf", "--prompt", "x", "--device", "cpu"],
+    ["generate", "--model", "~/m.gguf", "--trusted-models", "~/l.json", "--prompt", "x", "--device", "cpu"],
+    ["logits", "~/m.gguf", "--ids", "1", "--device", "cpu", "--out", "~/out.npy"],
+    ["provenance", "~/m.gguf", "--out", "~/l.json"],
+    [
+        "compare",
+        "~/m.gguf",
+        "~/m.gguf",
+        "--prompts",
+        "~/p.txt",
+        "--targets",
+        "~/t.txt",
+        "--out",
+        "~/o",
+        "--device",
+        "cpu",
+    ],
+]
+
+
+def test_paths_may_begin_with_the_home(call, golden, monkeypatch, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for args in HOME_PATHS:  # nothing is there yet: the path is said as it was looked for
+        code, out, err = call(*args)
+        assert code == 1 and out == "" and str(home) in err and "~" not in err, args
+    for name in ("m.gguf", "v.gguf"):
+        (home / name).symlink_to(golden)
+    (home / "p.txt").write_text("a\n")
+    (home / "t.txt").write_text("b\n")
+    assert call("provenance", "~/m.gguf", "--out", "~/l.json")[0] == 0 and (home / "l.json").exists()
+    for args in HOME_PATHS[2:]:
+        assert call(*args)[0] == 0, args
+    assert (home / "out.npy").exists() and (home / "o" / "compare.json").exists()
+    monkeypatch.setenv("WORKER_ORCD_MODEL", "~/m.gguf")
+    assert call("generate", "--prompt", "x", "--device", "cpu", "--max-tokens", "1")[0] == 0
+    assert os.listdir(tmp_path) == ["home"], "a folder named ~ was made"
+
+
+def test_every_option_that_takes_a_file_takes_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of")
+    seen = 0
+    for command in main.cli.commands.values():
+        for parameter in command.params:
+            metavar = parameter.metavar or ""
+            if metavar.startswith(("FILE", "DIR")) or metavar.endswith(".gguf"):
+                assert parameter.type.convert("~/x", parameter, None) == "/home/of/x", (command.name, parameter.name)
+                seen += 1
+    assert seen > 15
 
 
 def test_parse_ids():
@@ -171,10 +231,47 @@ def test_a_device_that_is_not_there_is_one_line(call, monkeypatch):
     one_error_line(call("generate", "--model", "m", "--prompt", "x", "--device", "cuda:0"), "CUDA_ERROR")
 
 
-def test_a_reader_that_goes_away_is_no_error(goldens_dir):
-    command = " ".join([*PROGRAM, "inspect", str(goldens_dir / "gpt-oss-MXFP4.gguf")])
-    done = subprocess.run(["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, check=False)
-    assert done.stderr == "" and done.stdout.count("\n") == 1
+def test_a_reader_that_goes_away_is_141_and_no_word(goldens_dir):
+    """As of a program that SIGPIPE ends. The reader has gone before the first byte, or after the first line."""
+    golden, llama = goldens_dir / "gpt-oss-MXFP4.gguf", goldens_dir / "llama-Q4_0.gguf"
+    ids = ["--ids", ",".join(["1"] * 200), "--top", "50", "--device", "cpu"]
+    short = [
+        ["--help"],
+        ["serve", "--help"],
+        ["inspect", golden, "--json"],
+        ["provenance", golden],
+        ["generate", "--model", llama, "--device", "cpu", "--prompt", "a", "--max-tokens", "3"],
+    ]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    begun = [
+        subprocess.Popen([*PROGRAM, *map(str, args)], stdout=write_end, stderr=subprocess.PIPE, text=True)
+        for args in short
+    ]
+    os.close(write_end)
+    for args, process in zip(short, begun, strict=True):
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (141, ""), args
+    command = " ".join([*PROGRAM, "logits", *map(str, [golden, *ids])]) + " | head -n 1; exit ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (141, "", 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(goldens_dir):
+    command = [*PROGRAM, "inspect", str(goldens_dir / "gpt-oss-MXFP4.gguf")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    one_error_line((done.returncode, "", done.stderr), "INTERNAL")
+
+
+def test_an_error_that_nobody_reads_has_its_code():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    for args, code in ((["nonsense"], 2), (["inspect", "/nowhere.gguf"], 1)):
+        done = subprocess.run([*PROGRAM, *args], stdout=subprocess.PIPE, stderr=write_end, check=False)
+        assert (done.returncode, done.stdout) == (code, b""), args
+    os.close(write_end)
 
 
 def test_doctor_says_what_to_do(call):
@@ -183,6 +280,61 @@ def test_doctor_says_what_to_do(call):
     findings = json.loads(call("doctor", "--json")[1])
     assert {"name", "status", "detail", "advice"} == set(findings[0])
     assert all(f["advice"] for f in findings if f["status"] == "missing")
+
+
+# -- errors as lines of the log
+
+USAGE = [
+    (["serve", "--model", "m", "--port", "x"], 2, "port"),
+    (["serve", "--port", "1"], 2, "model"),
+    (["serve", "--model", "m", "--unknown"], 2, None),
+    (["serve", "--model", "m", "extra\n\x1b[31m"], 2, None),
+    (["serve", "--model", "m", "--worker-id", "x"], 1, "worker_id"),
+    (["serve", "--model", "m", "--device", "cpu", "--gpu-device", "1"], 1, "gpu_device"),
+    (["serve", "--model", "m", "--host", "256.1.1.1"], 1, "port"),
+]
+JSON = ["--log-format", "json"]
+
+
+def one_error_event(result: tuple[int, str, str], code: int) -> dict[str, object]:
+    """The event of a command that failed with this exit code: one line of JSON on stderr, nothing on stdout."""
+    status, out, err = result
+    assert (status, out, err.count("\n")) == (code, "", 1) and err.endswith("\n"), err
+    event = json.loads(err)
+    assert (event["level"], event["event"], event["code"]) == ("error", "error", "INVALID_REQUEST")
+    assert event["ts"].endswith("Z") and event["retriable"] is False and event["message"]
+    return event
+
+
+@pytest.mark.parametrize(("args", "code", "field"), USAGE, ids=lambda value: str(value)[:40])
+def test_errors_on_arguments_are_events_where_the_log_is_json(call, monkeypatch, args, code, field):
+    said = call(*args)
+    assert said[0] == code and ("Error: " in said[2] if code == 2 else said[2].startswith("error: INVALID_REQUEST"))
+    for given in ([*args, *JSON], [args[0], *JSON, *args[1:]], [args[0], "--log-format=json", *args[1:]]):
+        assert one_error_event(call(*given), code).get("field") == field
+    monkeypatch.setenv("WORKER_ORCD_LOG_FORMAT", "json")
+    assert one_error_event(call(*args), code).get("field") == field
+    status, _, err = call(*args, "--log-format", "text")
+    assert status == code and not err.startswith("{"), "the command line wins"
+
+
+def test_errors_are_events_only_where_the_log_is_json(call, monkeypatch):
+    for args in (["--log-format", "json", "serve"], ["nonsense", *JSON], ["generate", *JSON], [*JSON, "--nonsense"]):
+        one_error_event(call(*args), 2)
+    for args in (["serve", "--", "--log-format", "json"], ["serve", "--log-format"], ["serve", "--log-format", "xml"]):
+        status, _, err = call(*args)
+        assert status == 2 and "Error: " in err and not err.startswith("{")
+    monkeypatch.setenv("WORKER_ORCD_LOG_FORMAT", "json")
+    status, _, err = call("generate")  # has no log
+    assert status == 2 and "Error: " in err
+    monkeypatch.setenv("WORKER_ORCD_PORT", "x")
+    assert one_error_event(call("serve", "--model", "m"), 2)["field"] == "port"
+
+
+def test_an_error_event_is_written_before_the_process_ends():
+    command = [*PROGRAM, "serve", "--model", "m", "--port", "x", *JSON]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    one_error_event((done.returncode, done.stdout, done.stderr), 2)
 
 
 # -- with a model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def test_a_flag_reaches_its_field(served):
     assert served("--vram-limit-mb", "5").vram_limit_bytes == 5 << 20
     assert served("--threads", "2").n_threads == 2 and served("--no-check-tensors").check_tensors is False
     assert served("--gpu-device", "3").device == "cuda:3" and served("--print-curl").print_curl is True
+    home = os.path.expanduser("~")
+    assert served("--tokenizer", "~/t.json").tokenizer == f"{home}/t.json"
+    assert served("--trusted-models=~/l.json", "--model=~/m.gguf").trusted_models == f"{home}/l.json"
     assert served("--log-format", "text").log_format == "text" and served("--port", "0").port == 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from worker_orcd.diagnose import demo_model
+from worker_orcd.diagnose import demo_model, doctor
 from worker_orcd.errors import ModelLoadError
 
 MODEL = b"the demo model"
@@ -102,3 +102,8 @@ def test_models_are_in_the_home_unless_said_otherwise(monkeypatch: pytest.Monkey
     assert demo_model.models_dir() == Path.home() / ".cache" / "worker-orcd" / "models"
     monkeypatch.setenv("WORKER_ORCD_MODELS", "~/mine")
     assert demo_model.models_dir() == Path.home() / "mine"
+    monkeypatch.setenv("WORKER_ORCD_MODELS", "~nobody-of-this-name/mine")
+    assert str(demo_model.models_dir()) == "~nobody-of-this-name/mine"
+    with pytest.raises(ModelLoadError, match="home is not known"):
+        demo_model.path(progress=False)
+    assert all(f.status for f in doctor.check())

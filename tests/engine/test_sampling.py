@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import gen_params
 import numpy as np
 import pytest
 
-from worker_orcd.engine.sampling import RULES, SamplingParams
+from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.serving.logprobs import top_logprobs
 
@@ -90,6 +91,68 @@ def test_refused_by_name(field, value):
         SamplingParams(**{field: value}).check(n_vocab=100, max_tokens_out=2048)
     assert caught.value.fields["field"] == field
     assert field in caught.value.message and len(caught.value.message) < 120 and "\n" not in caught.value.message
+
+
+NUMPY = {
+    "max_tokens": (np.int64(5), 5),
+    "temperature": (np.float32(0.5), 0.5),
+    "top_p": (np.float64(0.25), 0.25),
+    "top_k": (np.array(3, np.uint16), 3),
+    "min_p": (np.longdouble(0.125), 0.125),
+    "repetition_penalty": (np.int8(1), 1),
+    "stop": (np.array(["a", "b"]), ("a", "b")),
+    "seed": (np.uint64(2**64 - 1), 2**64 - 1),
+    "ignore_eos": (np.bool_(True), True),
+    "logprobs": (np.array(2), 2),
+}
+
+
+def test_numbers_of_numpy_are_taken_as_plain_ones():
+    params = SamplingParams(**{name: given for name, (given, _) in NUMPY.items()})
+    params.check(n_vocab=100, max_tokens_out=2048)
+    assert params == SamplingParams(**{name: plain for name, (_, plain) in NUMPY.items()})
+    assert json.loads(json.dumps(dataclasses.asdict(params)))["seed"] == 2**64 - 1
+    assert all(type(getattr(params, name)) is type(plain) for name, (_, plain) in NUMPY.items())
+    for name, rule in RULES.items():
+        if rule.kind in (int, float):
+            number = np.dtype(rule.kind).type(rule.least)
+            assert type(getattr(SamplingParams(**{name: number}), name)) is rule.kind, name
+    changed = dataclasses.replace(params, max_tokens=np.int32(7))
+    assert changed.max_tokens == 7 and type(changed.max_tokens) is int
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", np.float64(5.0)),
+        ("max_tokens", np.bool_(True)),
+        ("max_tokens", np.array([5])),
+        ("temperature", np.float32("nan")),
+        ("temperature", np.complex64(1)),
+        ("temperature", np.array([0.5])),
+        ("temperature", np.float16(2.5)),
+        ("temperature", np.datetime64("2026-01-01")),
+        ("seed", np.int64(-1)),
+        ("ignore_eos", np.int64(1)),
+        ("stop", np.array(5)),
+    ],
+)
+def test_a_number_of_numpy_has_the_rule_of_its_field(field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value}).check()
+    assert caught.value.fields["field"] == field and len(caught.value.message) < 120
+
+
+def test_plain_number_leaves_all_else_alone():
+    for value in (None, "a", 5, 2.5, [1], object(), np.array([1]), np.array([[1]])):
+        assert plain_number(value) is value
+
+
+def test_a_seed_that_is_made_up_is_the_same_number_as_a_double():
+    seeds = [make_seed() for _ in range(500)]
+    assert all(seed == float(seed) for seed in seeds) and len(set(seeds)) == 500
+    assert max(seeds) >= 2**52, "53 bits are used"
+    assert float(2**53 - 1) == 2**53 - 1 and float(2**53 + 1) != 2**53 + 1
 
 
 def test_top_logprobs():

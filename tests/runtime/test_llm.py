@@ -3,8 +3,10 @@ real."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from helpers.fake_engine import FakeEngine
 
-from worker_orcd import LLM, SamplingParams
+from worker_orcd import LLM, SamplingParams, Tokenizer
 from worker_orcd.diagnose import doctor
 from worker_orcd.errors import (
     Cancelled,
@@ -31,6 +33,8 @@ from worker_orcd.errors import (
     VramOom,
     WorkerError,
 )
+from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.gguf.trusted_models import entry_of
 from worker_orcd.runtime import devices, loading
 from worker_orcd.serving.job import Finished
 
@@ -110,6 +114,13 @@ def test_stop_string(model):
     [
         ([], "prompts"),
         ([1, 2, 3], "prompts"),
+        (np.array([1, 2, 3]), "prompts"),
+        (None, "prompts"),
+        (5, "prompts"),
+        (np.array(5), "prompts"),
+        (b"ab", "prompts"),
+        ({"prompt": "a"}, "prompts"),
+        ({"a"}, "prompts"),
         ([""], "prompt"),
         ([[]], "prompt"),
         ([[-1]], "prompt"),
@@ -126,7 +137,7 @@ def test_stop_string(model):
 )
 def test_bad_prompts_are_refused_before_anything_runs(model, engines, prompts, field):
     with pytest.raises(InvalidRequest) as caught:
-        model.generate(["good", *prompts] if prompts and field == "prompt" else prompts)
+        model.generate(["good", *prompts] if field == "prompt" else prompts)
     assert caught.value.fields["field"] == field and len(caught.value.message) < 160
     assert engines[0].calls == []
 
@@ -141,12 +152,52 @@ def test_bad_prompts_are_refused_before_anything_runs(model, engines, prompts, f
         ({"max_tokens": 3}, "params"),
         ([{"max_tokens": 3}], "params"),
         ([SamplingParams()] * 2, "params"),
+        ([], "params"),
+        ([None], "params"),
+        ({}, "params"),
+        (0, "params"),
+        ("greedy", "params"),
     ],
 )
 def test_bad_params_are_refused(model, params, field):
-    with pytest.raises(InvalidRequest) as caught:
-        model.generate(["good"], params)
-    assert caught.value.fields["field"] == field
+    calls = [lambda: model.generate(["good"], params)]
+    if not isinstance(params, list):
+        calls += [lambda: model.stream("good", params), lambda: model.submit("good", params)]
+    if not isinstance(params, SamplingParams | list):  # this file has no chat template
+        calls += [lambda: model.chat([{"role": "user", "content": "a"}], params)]
+    for call in calls:
+        with pytest.raises(InvalidRequest) as caught:
+            call()
+        assert caught.value.fields["field"] == field
+
+
+def test_prompts_and_params_may_come_from_any_iterable(model):
+    params = SamplingParams(max_tokens=3, seed=1)
+    expected = [r.token_ids for r in model.generate(["a", [1, 2]], params)]
+    for prompts in (("a", [1, 2]), iter(["a", np.array([1, 2])]), (p for p in ("a", (1, 2)))):
+        assert [r.token_ids for r in model.generate(prompts, iter([params, params]))] == expected
+    rows = np.array([[1, 2], [3, 4]])
+    assert [r.tokens_in for r in model.generate(rows, params)] == [2, 2]
+
+
+def test_numbers_of_numpy_do_what_plain_ones_do_and_results_are_plain(path):
+    sizes = {"context_length": 128, "kv_cache_bytes": 1 << 20, "max_seqs": 4, "max_batch_tokens": 64, "max_queue": 8}
+    sizes |= {"n_threads": 1, "chunk_bytes": 4096}
+    numbers = {name: np.int64(value) for name, value in sizes.items()}
+    given = {"max_tokens": np.int64(4), "temperature": np.float32(0.5), "seed": np.uint32(3), "logprobs": np.int8(2)}
+    with LLM(path, device="cpu", progress=False, **numbers) as model:
+        assert json.loads(json.dumps(model.info.to_dict()))["context_length"] == 128
+        results = model.generate(["a", np.array([1, 2, 3])], SamplingParams(**given))
+        plain = model.generate(["a", [1, 2, 3]], SamplingParams(max_tokens=4, temperature=0.5, seed=3, logprobs=2))
+        for result, expected in zip(results, plain, strict=True):
+            assert result.token_ids == expected.token_ids and result.logprobs == expected.logprobs
+            assert json.loads(json.dumps(dataclasses.asdict(result)))["seed"] == 3
+        deadline = np.float32(time.monotonic() + 1000)
+        job = model.submit(np.array([1, 2]), SamplingParams(**given), deadline=deadline)
+        assert len(job.completion().token_ids) <= 4
+    for name in sizes:
+        with pytest.raises(InvalidRequest, match=f"{name} must be a whole number"):
+            LLM(path, device="cpu", progress=False, **{name: np.float64(8)})
 
 
 def test_without_a_tokenizer_ids_still_work(path, monkeypatch):
@@ -280,6 +331,11 @@ def test_the_context_is_what_fits(path):
         ({"expect_sha256": "12"}, InvalidRequest, "expect_sha256 must be"),
         ({"expect_sha256": "0" * 64}, ModelLoadError, "SHA-256 is "),
         ({"tokenizer": "/nowhere/tokenizer.json"}, ModelLoadError, "/nowhere/tokenizer.json"),
+        ({"tokenizer": 5}, InvalidRequest, "tokenizer must be a path, not int"),
+        ({"trusted_models": ["a"]}, InvalidRequest, "trusted_models must be a path, not list"),
+        ({"tokenizer": "a\0b.json"}, InvalidRequest, "tokenizer holds a NUL"),
+        ({"device": None}, InvalidRequest, "device must be auto, cpu or cuda:N, not NoneType"),
+        ({"device": 0}, InvalidRequest, "device must be auto, cpu or cuda:N, not int"),
     ],
 )
 def test_bad_arguments(path, engines, arguments, error, text):
@@ -289,6 +345,32 @@ def test_bad_arguments(path, engines, arguments, error, text):
     if error is InsufficientVram:
         assert caught.value.fields["bytes_required"] > caught.value.fields["bytes_available"]
     assert all(e.closed for e in engines)
+
+
+@pytest.mark.parametrize("model", [None, 5, ["m.gguf"], b"m\0.gguf"])
+def test_a_model_is_a_path(engines, model):
+    with pytest.raises(InvalidRequest) as caught:
+        LLM(model, device="cpu")
+    assert caught.value.fields["field"] == "model"
+
+
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode])
+def test_paths_may_begin_with_the_home(path, tmp_path, monkeypatch, kind):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "m.gguf").symlink_to(path)
+    (home / "vocabulary.gguf").symlink_to(path)
+    with ModelFile(path) as model_file:
+        (home / "trusted.json").write_text(json.dumps(entry_of(model_file, "tiny", "")))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    files = {"tokenizer": kind("~/vocabulary.gguf"), "trusted_models": kind("~/trusted.json")}
+    with LLM(kind("~/m.gguf"), device="cpu", progress=False, **files) as model:
+        assert model.info.path == str(home / "m.gguf") and model.info.trusted_name == "tiny"
+        assert model.tokenizer.path == str(home / "vocabulary.gguf")
+    assert Tokenizer.from_file(kind("~/m.gguf")).n_vocab == 512
+    with pytest.raises(InvalidRequest, match="tokenizer must be a path"):
+        Tokenizer.from_file(None)
 
 
 def test_a_job_that_fits_the_context_but_not_the_cache(goldens_dir, engines, monkeypatch):

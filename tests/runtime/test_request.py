@@ -8,7 +8,7 @@ import pytest
 from worker_orcd import SamplingParams
 from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
 from worker_orcd.errors import InvalidRequest, VramOom
-from worker_orcd.runtime.request import Limits, ModelParts, Request, prepare
+from worker_orcd.runtime.request import Limits, ModelParts, Request, prepare, requests_of
 
 N_VOCAB, CONTEXT = 256, 5000
 
@@ -62,7 +62,7 @@ def test_a_request_has_a_prompt_or_messages():
 
 def test_what_is_left_open_is_filled_in():
     first, second = prepare(MODEL, Request("a")), prepare(MODEL, Request("a"))
-    assert first.seed != second.seed and 0 <= first.seed < 2**64
+    assert first.seed != second.seed and 0 <= first.seed < 2**53
     assert (first.params.seed, first.params.max_tokens) == (first.seed, first.max_tokens)
     assert first.max_tokens == DEFAULT_MAX_TOKENS
     assert prepare(MODEL, Request("a" * 4990)).max_tokens == 10
@@ -70,6 +70,15 @@ def test_what_is_left_open_is_filled_in():
     assert prepare(MODEL, Request("a"), Limits(max_tokens_out=1 << 20)).max_tokens == DEFAULT_MAX_TOKENS
     given = prepare(MODEL, Request("a", params=SamplingParams(max_tokens=7, seed=5), job_id="j", deadline=9.0))
     assert (given.max_tokens, given.seed, given.job_id, given.deadline) == (7, 5, "j", 9.0)
+    of_numpy = prepare(MODEL, Request("a", deadline=np.float32(9.5)))
+    assert of_numpy.deadline == 9.5 and type(of_numpy.deadline) is float
+
+
+def test_prompts_of_one_call_share_a_seed_where_they_share_params():
+    first, second = requests_of(["a", [1]], None)
+    assert first.prompt == "a" and second.prompt == [1] and first.params.seed == second.params.seed is not None
+    assert [r.params.seed for r in requests_of(["a", "b"], [SamplingParams(seed=1), SamplingParams()])] == [1, None]
+    assert [r.prompt for r in requests_of("ab", SamplingParams(seed=4))] == ["ab"]
 
 
 @pytest.mark.parametrize(

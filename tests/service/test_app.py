@@ -212,6 +212,11 @@ def test_events_in_order_and_seed_reported(app):
     assert set(events[-2][1]) == {"queue_ms", "prefill_ms", "decode_ms", "tokens_per_s"}
 
 
+def test_a_seed_that_is_made_up_is_the_same_number_as_a_double(app):
+    seeds = {events_of(app.execute(prompt="say a", job_id=f"s{n}"))[0][1]["seed"] for n in range(20)}
+    assert len(seeds) == 20 and all(type(s) is int and 0 <= s < 2**53 and float(s) == s for s in seeds)
+
+
 def test_an_error_of_a_running_job_is_its_terminal_event(app):
     events = events_of(app.execute(prompt="fail"))
     assert [n for n, _ in events] == ["started", "token", "error"]

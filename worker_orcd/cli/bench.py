@@ -20,6 +20,7 @@ from worker_orcd.cli.options import (
     verbose_option,
     vram_limit_option,
 )
+from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from worker_orcd.diagnose.bench import Report
@@ -53,14 +54,15 @@ def bench(
     """Measure prefill and decode speed on random token ids. Needs no tokenizer.
 
     GB/s is what a decode step must read from memory (weights once, the KV cache of every sequence) over its time;
-    the last column compares it with the memory bandwidth measured in the same run.
+    the column beside it compares that with the memory bandwidth measured in the same run. Each sequence of a batch has
+    tokens of its own; the last column says how many of those in a step differ.
     """
     from worker_orcd.diagnose import bench as measuring
 
     prompts = parse_ids(n_prompt) if n_prompt.strip() else []
     batches = parse_ids(batch)
     bar = None
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         from tqdm import tqdm
 
         n_tests = len(prompts) + (len(batches) if n_gen else 0)
@@ -98,11 +100,14 @@ def as_text(report: Report) -> str:
         f"{report.model}: {report.arch} {report.quant_kind}, {report.weight_bytes / 1e6:.0f} MB of weights",
         f"{report.device}{threads}; loaded in {report.load_s:.2f} s{speed}{vram}; memory bandwidth {bandwidth}",
         "",
-        f"{'test':18s} {'tokens/s':>10s} {'slowest':>10s} {'fastest':>10s} {'GB/s':>8s} {'of bandwidth':>13s}",
+        f"{'test':18s} {'tokens/s':>10s} {'slowest':>10s} {'fastest':>10s} {'GB/s':>8s} {'of bandwidth':>13s} "
+        f"{'distinct':>9s}",
     ]
     for r in report.results:
         name = f"{r.test} {r.n_tokens}" + (f" x {r.batch}" if r.test == "decode" else "")
         rate = f"{r.gb_per_s:8.2f}" if r.gb_per_s is not None else " " * 8
-        percent = f"{r.percent_of_bandwidth:11.0f} %" if r.percent_of_bandwidth is not None else ""
-        out.append(f"{name:18s} {r.tokens_per_s:10.1f} {r.slowest:10.1f} {r.fastest:10.1f} {rate} {percent}".rstrip())
+        percent = f"{r.percent_of_bandwidth:11.0f} %" if r.percent_of_bandwidth is not None else " " * 13
+        distinct = f"{100 * r.distinct:7.0f} %" if r.distinct is not None else ""
+        speeds = f"{r.tokens_per_s:10.1f} {r.slowest:10.1f} {r.fastest:10.1f}"
+        out.append(f"{name:18s} {speeds} {rate} {percent} {distinct}".rstrip())
     return "\n".join(out)

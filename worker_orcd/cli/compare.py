@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
-from worker_orcd.cli.options import device_option, json_option, option, threads_option
+from worker_orcd.cli.options import FilePath, device_option, json_option, option, threads_option
 from worker_orcd.compare.settings import Limits, Settings
+from worker_orcd.runtime.streams import is_terminal
 
 
 @click.command()
-@click.argument("a", metavar="A.gguf")
-@click.argument("b", metavar="B.gguf")
+@click.argument("a", metavar="A.gguf", type=FilePath())
+@click.argument("b", metavar="B.gguf", type=FilePath())
 @option(
     "--prompts",
     required=True,
@@ -127,7 +128,7 @@ def compare(
     settings = Settings(device, max_tokens, chat, layer_prompts, n_threads, tokenizer)
     limits = Limits(kl_limit, worst_kl_limit, top1_limit, logit_limit, target_limit, refusal_limit, insecure_limit)
     bar = None
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         from tqdm import tqdm
 
         bar = tqdm(leave=False, bar_format="{desc} [{elapsed}]")

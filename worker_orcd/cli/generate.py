@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker_orcd.cli.options import (
+    FilePath,
     device_option,
     json_option,
     load_options,
@@ -23,6 +24,7 @@ from worker_orcd.cli.options import (
 )
 from worker_orcd.engine.sampling import RULES, SamplingParams
 from worker_orcd.errors import InvalidRequest, escaped
+from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from worker_orcd.serving.job import Completion
@@ -61,7 +63,10 @@ def generate(model: str, prompt: str, chat: bool, verbose: bool, as_json: bool, 
     params = SamplingParams(**{name: given.pop(name) for name in _SAMPLING})
     params.check()
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"standard input is no {error.encoding} text", field="prompt") from None
     if not prompt:
         raise InvalidRequest("the prompt is empty", field="prompt")
     with LLM(model, max_seqs=1, on_plan=plan_printer(verbose), **given) as llm:
@@ -83,7 +88,7 @@ def generate(model: str, prompt: str, chat: bool, verbose: bool, as_json: bool, 
             return
         sys.stdout.write("\n")
         sys.stdout.flush()
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             click.echo(
                 f"[{result.tokens_in} tokens in, {len(result.token_ids)} out, "
                 f"{result.timings.tokens_per_s:.1f} tokens/s, {result.finish_reason}, seed {result.seed}]",
@@ -106,7 +111,7 @@ def _as_dict(result: Completion, model: str, device: str) -> dict[str, object]:
 
 
 @click.command()
-@click.argument("model", metavar="FILE")
+@click.argument("model", metavar="FILE", type=FilePath())
 @option("--ids", "text", required=True, metavar="1,2,3", help="Token ids of the input.")
 @option("--top", type=click.IntRange(1), default=5, metavar="N", help="Predictions to show for each position.")
 @option("--out", metavar="FILE.npy", help="Also write all logits, float32 [n_tokens, n_vocab].")

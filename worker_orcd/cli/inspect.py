@@ -8,11 +8,11 @@ import textwrap
 
 import click
 
-from worker_orcd.cli.options import json_option, option
+from worker_orcd.cli.options import FilePath, json_option, option
 
 
 @click.command()
-@click.argument("model", metavar="FILE")
+@click.argument("model", metavar="FILE", type=FilePath())
 @option("--tensors/--no-tensors", default=True, help="Show the table of tensors. Default: show.")
 @option("--tokenizer", metavar="FILE", help="A tokenizer.json in the place of the file's own vocabulary.")
 @option("--sha256", is_flag=True, help="Also read the whole file and show its SHA-256, and that of each part.")

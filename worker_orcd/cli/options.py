@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker_orcd import config
+from worker_orcd.errors import InvalidRequest
+from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from worker_orcd.cuda.vram import VramPlan
@@ -25,8 +27,26 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+class FilePath(click.ParamType):  # type: ignore[type-arg]  # older releases of click have no argument there
+    """A path; a leading ~ is the user's home. Shells leave it alone in `--model=~/m.gguf` and files of variables."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as text. Called by click."""
+        try:
+            return config.file_path("the path", value)
+        except InvalidRequest as error:
+            self.fail(error.message, param, ctx)
+
+
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    """`click.option` with the variable WORKER_ORCD_<FLAG> for each of its names and the default shown in the help."""
+    """`click.option` with the variable WORKER_ORCD_<FLAG> for each of its names and the default shown in the help.
+
+    What the help shows as FILE or DIR is a path.
+    """
+    if settings.get("metavar", "").startswith(("FILE", "DIR")):
+        settings["type"] = FilePath()
     flags = [n.split("/")[0] for n in names if n.startswith("--")]
     variables = [ENV_PREFIX + flag[2:].replace("-", "_").upper() for flag in flags]
     settings.setdefault("envvar", variables if len(variables) > 1 else variables[0])
@@ -51,7 +71,7 @@ def config_option(name: str) -> Callable[[Any], Any]:
         else:
             settings["is_flag"] = True
         return option(*names, name, **settings)
-    if not flag.chosen:
+    if not flag.chosen and name in _DEFAULTS:  # with a default, be it None, click demands nothing
         settings["default"] = default
     settings["type"] = click.Choice(flag.choices) if flag.choices else _number_type(flag)
     if flag.metavar:
@@ -116,7 +136,7 @@ def verbose_option(command: Any) -> Any:
 
 def plan_printer(verbose: bool) -> Callable[[VramPlan, int], None] | None:
     """What prints a VRAM plan on stderr for whoever looks; None where nobody does."""
-    if not (verbose or sys.stderr.isatty()):
+    if not (verbose or is_terminal(sys.stderr)):
         return None
     return lambda plan, free: click.echo(plan.table(free), err=True)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import click
 
-from worker_orcd.cli.options import option
+from worker_orcd.cli.options import FilePath, option
 
 
 @click.command()
-@click.argument("model", metavar="FILE")
+@click.argument("model", metavar="FILE", type=FilePath())
 @option("--name", metavar="NAME", help="What to call the model. Default: the name of the file.")
 @option("--source", default="", show_default=False, metavar="TEXT", help="Where it comes from, for people.")
 @option("--out", metavar="FILE", help="Write there instead of to standard output; an existing file is replaced.")
@@ -25,7 +24,7 @@ def provenance(model: str, name: str | None, source: str, out: str | None) -> No
     from worker_orcd.gguf.trusted_models import entry_of
     from worker_orcd.runtime.progress import LoadProgress
 
-    with ModelFile(model) as model_file, LoadProgress(sys.stderr.isatty(), model_file.size, "hashing") as bar:
+    with ModelFile(model) as model_file, LoadProgress(True, model_file.size, "hashing") as bar:
         entry = entry_of(model_file, os.path.basename(model) if name is None else name, source, bar.next())
     text = json.dumps(entry, indent=1, ensure_ascii=False)
     if out is None:

@@ -10,6 +10,7 @@ import click
 from worker_orcd.cli.options import config_option, option
 from worker_orcd.config import FLAGS, ServeConfig
 from worker_orcd.errors import InvalidRequest
+from worker_orcd.runtime.streams import is_terminal
 
 
 def _serve_options(command: Any) -> Any:
@@ -40,7 +41,7 @@ def serve(gpu_device: int | None, **given: Any) -> None:
                 f"--device {device} and --gpu-device {gpu_device} contradict each other", field="gpu_device"
             )
         given["device"] = f"cuda:{gpu_device}"
-    on_terminal = sys.stderr.isatty()
+    on_terminal = is_terminal(sys.stderr)
     log_format = given["log_format"] or ("text" if on_terminal else "json")
     for_people = on_terminal and log_format == "text"
     given |= {"log_format": log_format, "print_curl": given["print_curl"] or for_people, "progress_bar": for_people}

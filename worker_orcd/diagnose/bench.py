@@ -3,6 +3,11 @@
 No tokenizer and no scheduler are involved: random token ids, blocks handed out once, one step after the other. What a
 decode step must read from memory (`bytes_per_step`), divided by its time, is compared with the bandwidth measured in
 the same run, which is the bound of a small batch.
+
+Every sequence of a batch begins with an id of its own and goes on with what it draws itself, so that the rows of a step
+differ as those of real requests do: a mixture of experts reads other experts for each. Ids are of the whole vocabulary.
+Control tokens are among them, a fraction of a percent that costs what any token costs; telling them apart would take a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -44,6 +48,8 @@ class Measured:
         ms: median time of one repeat.
         gb_per_s: bytes read per step over the time of a step, decode only.
         percent_of_bandwidth: of the bandwidth measured in the same run, decode only.
+        distinct: how many different tokens the sequences feed to a step, of as many as they are: 1.0 is all of them;
+            mean over the steps of the last repeat, decode only.
     """
 
     test: str
@@ -55,12 +61,14 @@ class Measured:
     ms: float
     gb_per_s: float | None = None
     percent_of_bandwidth: float | None = None
+    distinct: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
     """All of a run. Rates in GB/s (10^9). `load_s` is everything up to a ready engine, `load_gb_per_s` the rate of the
-    copies to the GPU alone; None on the CPU."""
+    copies to the GPU alone; None on the CPU. `rows` says how the sequences of a batch relate: "distinct", each has its
+    own tokens. Reports of versions before that lack the field: there all sequences had the same."""
 
     model: str
     arch: str
@@ -72,6 +80,7 @@ class Report:
     vram_bytes: int
     bandwidth_gb_per_s: float | None
     load_gb_per_s: float | None = None
+    rows: str = "distinct"
     results: list[Measured] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
@@ -139,7 +148,11 @@ class Bench:
         for slot in range(max_batch):
             blocks = np.arange(slot * per_sequence, (slot + 1) * per_sequence, dtype=np.int32)
             self.engine.block_tables[:, slot, :per_sequence] = blocks
-        self._ids = np.random.default_rng(1).integers(0, self.plan.n_vocab, n_positions, dtype=np.int32)
+        rng = np.random.default_rng(1)
+        self._ids = rng.integers(0, self.plan.n_vocab, n_positions, dtype=np.int32)
+        others = rng.permutation(self.plan.n_vocab).astype(np.int32)
+        # a single sequence begins as the first of many does
+        self._first_ids = np.resize(np.concatenate([self._ids[:1], others[others != self._ids[0]]]), max_batch)
         self._ring = TokenRing()
         self._control = Control()
 
@@ -185,12 +198,17 @@ class Bench:
             )
         return time.perf_counter() - began
 
-    def decode(self, n_tokens: int, batch: int = 1) -> float:
-        """Seconds for `n_tokens` decode steps of `batch` sequences that begin with one random id each."""
+    def decode(self, n_tokens: int, batch: int = 1) -> tuple[float, np.ndarray]:
+        """Time `n_tokens` decode steps of `batch` sequences, each of which begins with a random id of its own.
+
+        Returns:
+            (seconds, int32 [n_tokens, batch]: what each sequence fed to each step).
+        """
         slots = np.arange(batch, dtype=np.int32)
         for slot in slots:
             self.engine.set_slot(int(slot), _GREEDY)
-        tokens = self._ids[:1].repeat(batch)
+        tokens = self._first_ids[:batch].copy()
+        fed = [tokens[np.newaxis]]
         positions = np.zeros(batch, np.int32)
         no_stops, stop_mask = np.empty(0, np.int32), np.zeros(batch, np.uint8)
         seconds = 0.0
@@ -209,11 +227,17 @@ class Bench:
                 self._control,
             )
             seconds += time.perf_counter() - began
+            fed.append(out)
             tokens, positions = np.ascontiguousarray(out[-1]), positions + np.int32(n_steps)
             for _ in range(batch * n_steps):  # a pop takes all there is; none waits
                 if not self._ring.pop(0.0):
                     break
-        return seconds
+        return seconds, np.concatenate(fed)[:n_tokens]
+
+
+def distinct_share(fed: np.ndarray) -> float:
+    """Different tokens of a step over the sequences in it, mean over the steps of `fed`, int32 [n_steps, batch]."""
+    return statistics.fmean(len(set(step.tolist())) / len(step) for step in fed)
 
 
 @dataclass(frozen=True)
@@ -289,19 +313,28 @@ def run(
         )
         for name, n, batch in runs:
             progress(f"{name} {n} x {batch}" if name == "decode" else f"{name} {n}")
-            timed = bench.prefill if name == "prefill" else partial(bench.decode, batch=batch)
-            timed(n)
-            seconds = [timed(n) for _ in range(asked.repeat)]
-            report.results.append(_measured(name, n, batch, seconds, bench, bandwidth))
+            if name == "prefill":
+                report.results.append(_prefill(bench, n, asked.repeat))
+            else:
+                report.results.append(_decode(bench, n, batch, asked.repeat, bandwidth))
     return report
 
 
-def _measured(test: str, n: int, batch: int, seconds: list[float], bench: Bench, bandwidth: float | None) -> Measured:
-    rates = [n * batch / s for s in seconds]
-    median = statistics.median(seconds)
-    rate, percent = None, None
-    if test == "decode":
-        n_bytes = bytes_per_step(bench.plan, bench.model_file, batch, n // 2)
-        rate = n_bytes * n / median / 1e9
-        percent = 100 * rate / bandwidth if bandwidth else None
-    return Measured(test, n, batch, n * batch / median, min(rates), max(rates), 1e3 * median, rate, percent)
+def _prefill(bench: Bench, n: int, repeat: int) -> Measured:
+    bench.prefill(n)
+    return Measured("prefill", n, 1, *_rates(n, [bench.prefill(n) for _ in range(repeat)]))
+
+
+def _decode(bench: Bench, n: int, batch: int, repeat: int, bandwidth: float | None) -> Measured:
+    bench.decode(n, batch)
+    runs = [bench.decode(n, batch) for _ in range(repeat)]
+    rates = _rates(n * batch, [seconds for seconds, _ in runs])
+    rate = 1e-9 * bytes_per_step(bench.plan, bench.model_file, batch, n // 2) * rates[0] / batch
+    percent = 100 * rate / bandwidth if bandwidth else None
+    return Measured("decode", n, batch, *rates, rate, percent, distinct_share(runs[-1][1]))
+
+
+def _rates(n: int, seconds: list[float]) -> tuple[float, float, float, float]:
+    """Of runs of `n` tokens: tokens a second by their median, of the slowest, of the fastest; the median in ms."""
+    rates, median = [n / s for s in seconds], statistics.median(seconds)
+    return n / median, min(rates), max(rates), 1e3 * median

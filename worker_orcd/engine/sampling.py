@@ -11,6 +11,7 @@ import dataclasses
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS
@@ -56,6 +57,15 @@ class Rule:
             raise InvalidRequest(f"{name} must be above {self.least:g}", field=name)
 
 
+def plain_number(value: Any) -> Any:
+    """A number of NumPy (a scalar, or an array of no dimensions) as Python's own, for JSON too; else `value` itself."""
+    if getattr(value, "shape", None) != () or not callable(getattr(value, "item", None)):
+        return value
+    number = value.item()
+    # a long double has no number of Python that is as exact
+    return float(number) if isinstance(number, Real) and not isinstance(number, int | float) else number
+
+
 def _rule(kind: type, *args: Any, **settings: Any) -> dict[str, Rule]:
     return {"rule": Rule(kind, *args, **settings)}
 
@@ -63,6 +73,8 @@ def _rule(kind: type, *args: Any, **settings: Any) -> dict[str, Rule]:
 @dataclass(frozen=True)
 class SamplingParams:
     """How one prompt is continued. The order of sampling is temperature, repetition penalty, top-k, top-p, min-p, draw.
+
+    Numbers of NumPy are taken as Python's.
 
     Attributes:
         max_tokens: tokens to generate at most, >= 1. None: `DEFAULT_MAX_TOKENS`, or what the context and the KV cache
@@ -74,8 +86,8 @@ class SamplingParams:
         repetition_penalty: above 0.0, to 2.0; 1 is off; over the generated tokens.
         stop: up to 4 strings, none empty, each at most 32 tokens. The text ends before the first of them. One string
             may be given as it is.
-        seed: 0 to 2^64-1. None: made up for the call and reported in the result. All prompts of one call that share
-            one `SamplingParams` get the same seed, so each gets what it would get alone.
+        seed: 0 to 2^64-1. None: made up for the call (`make_seed`) and reported in the result. All prompts of one call
+            that share one `SamplingParams` get the same seed, so each gets what it would get alone.
         ignore_eos: go on past the model's end-of-text tokens, to `max_tokens` or a stop string.
         logprobs: 0-20: with each token the log-probability of it and of so many most likely ones, from the raw
             logits. None: off.
@@ -121,7 +133,7 @@ class SamplingParams:
             2**64 - 1,
             drawn=True,
             http=True,
-            flag="0 to 2^64-1. Default: made up; --json tells it.",
+            flag="0 to 2^64-1. Default: made up, below 2^53; --json tells it.",
             metavar="N",
         ),
     )
@@ -129,7 +141,9 @@ class SamplingParams:
     logprobs: int | None = field(default=None, metadata=_rule(int, 0, MAX_LOGPROBS))
 
     def __post_init__(self) -> None:
-        """Take `stop` as one string or any list of strings."""
+        """Take `stop` as one string or any list of strings, and numbers of NumPy as plain ones."""
+        for name in RULES:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         stop: object = self.stop
         if stop is None:
             stop = ()
@@ -181,8 +195,8 @@ RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields
 
 
 def make_seed() -> int:
-    """A seed nobody chose, 0 to 2^64-1."""
-    return secrets.randbits(64)
+    """A seed nobody chose, 0 to 2^53-1: a client whose numbers are doubles (JavaScript) can send it back as it was."""
+    return secrets.randbits(53)
 
 
 def _shown(value: object) -> str:

@@ -36,7 +36,7 @@ def resolve(device: str) -> str:
         InvalidRequest: another name.
         CudaError: no driver, no GPU, no such GPU, or a build without the CUDA engine.
     """
-    if device == "cuda":
+    if isinstance(device, str) and device == "cuda":
         device = "cuda:0"
     check_device(device)
     if device == "cpu":

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.config import FLAGS, check_sha256
+from worker_orcd.config import FLAGS, check_sha256, file_path
 from worker_orcd.cuda.vram import VramPlan
-from worker_orcd.engine.sampling import SamplingParams, make_seed
+from worker_orcd.engine.sampling import SamplingParams, plain_number
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
 from worker_orcd.runtime.loading import LoadedModel, LoadOptions, load
@@ -32,7 +32,9 @@ from worker_orcd.runtime.request import (
     Request,
     check_token_ids,
     prepare,
+    requests_of,
 )
+from worker_orcd.runtime.streams import is_terminal
 from worker_orcd.runtime.token_stream import TokenStream
 from worker_orcd.serving.engine_loop import EngineLoop
 from worker_orcd.serving.job import Completion, Job
@@ -104,6 +106,12 @@ class LLM:
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
     ) -> None:
+        model = file_path("model", model)
+        tokenizer = None if tokenizer is None else file_path("tokenizer", tokenizer)
+        trusted_models = None if trusted_models is None else file_path("trusted_models", trusted_models)
+        numbers = (context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads)
+        context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads = map(plain_number, numbers)
+        vram_limit_bytes, chunk_bytes = plain_number(vram_limit_bytes), plain_number(chunk_bytes)
         _check_counts(
             max_seqs=max_seqs,
             context_length=context_length,
@@ -187,24 +195,7 @@ class LLM:
             InvalidRequest, VramOom: a prompt or its params can never run; then none was started.
             WorkerError: what ended one of them; the others are cancelled.
         """
-        asked: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not asked:
-            raise InvalidRequest("prompts is empty", field="prompts")
-        if all(isinstance(p, int | np.integer) for p in asked):
-            raise InvalidRequest(
-                "prompts is a list of numbers; a prompt of token ids goes in a list of prompts: [[1, 2, 3]]",
-                field="prompts",
-            )
-        params = params or SamplingParams()
-        if isinstance(params, SamplingParams):
-            # one seed for all, so that each prompt gets what it would get alone with the seed that is reported
-            seed = params.seed if params.seed is not None else make_seed()
-            every = [dataclasses.replace(params, seed=seed)] * len(asked)
-        else:
-            every = list(params)
-        if len(every) != len(asked):
-            raise InvalidRequest(f"{len(asked)} prompts, but {len(every)} params", field="params")
-        return self._run([Request(prompt=p, params=q) for p, q in zip(asked, every, strict=True)])
+        return self._run(requests_of(prompts, params))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Continue one prompt and iterate over the text as it comes; closing the iterator cancels.
@@ -224,7 +215,7 @@ class LLM:
             InvalidRequest: there is no tokenizer or no chat template, or the template refuses the messages.
         """
         # None is refused as no conversation, and not as a request that lacks a prompt
-        return self._run([Request(messages=() if messages is None else messages, params=params or SamplingParams())])[0]
+        return self._run([Request(messages=() if messages is None else messages, params=_or_default(params))])[0]
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits: row i is what the model predicts after ids[0..i].
@@ -261,7 +252,7 @@ class LLM:
             InvalidRequest, VramOom: it can never run.
             QueueFull, DuplicateJob, NotReady: not now.
         """
-        return self.submit_request(Request(prompt, None, params or SamplingParams(), job_id, deadline, special))
+        return self.submit_request(Request(prompt, None, _or_default(params), job_id, deadline, special))
 
     def submit_request(self, request: Request, limits: Limits | None = None) -> Job:
         """Queue a request.
@@ -359,12 +350,17 @@ class LLM:
         return None if tokenizer is None else lambda: tokenizer.stream(continues=True)
 
     def _with_bar(self, jobs: list[Job]) -> Iterable[Job]:
-        if not self._bar or len(jobs) < 2 or not sys.stderr.isatty():
+        if not self._bar or len(jobs) < 2 or not is_terminal(sys.stderr):
             return jobs
         from tqdm import tqdm  # a quarter of a second of import that a server never needs
 
         bar: Iterable[Job] = tqdm(jobs, desc="generating", unit="prompt")
         return bar
+
+
+def _or_default(params: SamplingParams | None) -> SamplingParams:
+    # anything else that is false is refused where the request is checked
+    return SamplingParams() if params is None else params
 
 
 def _check_counts(optional: bool = True, /, **values: object) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
+from worker_orcd.runtime.streams import is_terminal
+
 #: called with (bytes done, bytes in all)
 Progress = Callable[[int, int], object]
 
@@ -22,7 +24,7 @@ class LoadProgress:
         self._done: list[int] = []  # bytes of each pass that has begun
         self._bar: Any = None
         self._report: Progress | None = progress if callable(progress) else None
-        if progress is True and sys.stderr.isatty():
+        if progress is True and is_terminal(sys.stderr):
             from tqdm import tqdm
 
             self._bar = tqdm(total=size, desc=verb, unit="B", unit_scale=True, leave=False)

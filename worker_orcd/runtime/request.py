@@ -8,7 +8,7 @@ can do; a worker that serves strangers allows less than a program that has the m
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
-from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed
+from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
 from worker_orcd.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "check_job_id",
     "check_token_ids",
     "prepare",
+    "requests_of",
 ]
 
 #: the sampling fields that a body of POST /execute may hold, each with its kind: int, float or list (of strings)
@@ -62,6 +63,10 @@ class Request:
     job_id: str | None = None
     deadline: float | None = None
     special: bool = False
+
+    def __post_init__(self) -> None:
+        """Take a deadline that is a number of NumPy as a plain one."""
+        object.__setattr__(self, "deadline", plain_number(self.deadline))
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,46 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     seed = params.seed if params.seed is not None else make_seed()
     in_use = replace(params, max_tokens=max_tokens, seed=seed)
     return Prepared(ids, in_use, seed, max_tokens, request.job_id, request.deadline)
+
+
+def requests_of(
+    prompts: Prompt | Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams] | None
+) -> list[Request]:
+    """A request for each of `prompts`, with `params` for all or for each; None: the defaults.
+
+    Raises:
+        InvalidRequest: these are no prompts, none at all, or token ids of one prompt; or not as many params.
+    """
+    asked: list[Any] = (
+        [prompts] if isinstance(prompts, str) else _listed("prompts", prompts, "text or a list of prompts")
+    )
+    if not asked:
+        raise InvalidRequest("prompts is empty", field="prompts")
+    if all(isinstance(p, int | np.integer) for p in asked):
+        raise InvalidRequest(
+            "prompts is a list of numbers; a prompt of token ids goes in a list of prompts: [[1, 2, 3]]",
+            field="prompts",
+        )
+    params = SamplingParams() if params is None else params
+    if isinstance(params, SamplingParams):
+        # one seed for all, so that each prompt gets what it would get alone with the seed that is reported
+        seed = params.seed if params.seed is not None else make_seed()
+        every = [replace(params, seed=seed)] * len(asked)
+    else:
+        every = _listed("params", params, "SamplingParams or a list of them")
+    if len(every) != len(asked):
+        raise InvalidRequest(f"{len(asked)} prompts, but {len(every)} params", field="params")
+    return [Request(prompt=p, params=q) for p, q in zip(asked, every, strict=True)]
+
+
+def _listed(name: str, values: Any, what: str) -> list[Any]:
+    try:
+        if isinstance(values, str | bytes | bytearray | Mapping | Set):  # no list, or one without an order
+            raise TypeError
+        each = iter(values)
+    except TypeError:
+        raise InvalidRequest(f"{name} must be {what}, not {type(values).__name__}", field=name) from None
+    return list(each)
 
 
 def check_job_id(job_id: str, plain_text: bool = False) -> None:

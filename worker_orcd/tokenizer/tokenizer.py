@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker_orcd._gguf import GgufFile, Metadata
 from worker_orcd.chat.template import ChatTemplate
+from worker_orcd.config import file_path
 from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.tokenizer import from_gguf, from_json
@@ -72,9 +73,10 @@ class Tokenizer:
             path: a model .gguf, a vocabulary-only .gguf, a tokenizer.json, or a directory that holds one.
 
         Raises:
+            InvalidRequest: `path` is no path.
             ModelLoadError: the file cannot be read, is damaged, or holds no tokenizer.
         """
-        path = os.fsdecode(path)
+        path = file_path("tokenizer", path)
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         if path.endswith(".json"):
