@@ -62,6 +62,11 @@ class Deputy:
         """Whether this is a process that was forked later; no thread came along."""
         return self._pid != os.getpid()
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether it works for the calling thread: the main thread, which holds no lock of ours and so may wait."""
+        return self._started and threading.get_ident() == threading.main_thread().ident
+
     def check_process(self) -> None:
         """Raise `EngineGone` in a process that was forked later. Takes no lock: a copy of one may be held for ever."""
         if self.forked:
@@ -94,7 +99,7 @@ class Deputy:
         Returns, raises:
             What `work` does; an interrupt of the waiting main thread, and then the work goes on.
         """
-        if not self._started or threading.get_ident() != threading.main_thread().ident:
+        if not self.stands_in:
             return work()
         result: T = self._await(_Errand(work))
         return result

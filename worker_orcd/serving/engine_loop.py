@@ -117,6 +117,11 @@ class EngineLoop:
         """The error the loop died of, or None."""
         return self._error
 
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler; `check` and `room_for` may be asked from any thread."""
+        return self._scheduler
+
     def submit(
         self,
         prompt: np.ndarray,

@@ -183,9 +183,9 @@ class Job:
             self._deputy.call(self._cancel)
 
     def abandon(self) -> None:
-        """`leave` without any waiting or lock, for `__del__` and handlers of interrupts."""
-        if self._deputy is None:
-            self._cancel()
+        """`leave` for `__del__`: the garbage collector may call it in a thread that holds a lock of the loop."""
+        if self._deputy is None or self._deputy.stands_in:
+            self.leave()
         elif not (self._ending or self._deputy.forked):
             self._deputy.post(self._cancel)
 
