@@ -83,8 +83,8 @@ class Engine {
     // One token of each output row into `tokens` [n_out] (-1: no distribution) and into its slot's history.
     void sample_rows(int32_t* tokens) noexcept;
     // Runs up to n_steps steps of a batch of n rows prepared with that n_steps; row j's sampled token is its next
-    // input. out [n_steps][n]. Returns the steps done; see worker_orcd/engine/protocol.py for when it stops early. A step
-    // during which a watched file changed does not count, and its tokens go nowhere.
+    // input. out [n_steps][n]. Returns the steps done; see worker_orcd/engine/protocol.py for when it stops early. A
+    // step during which a watched file changed does not count, and its tokens go nowhere.
     int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
                    const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept;
 

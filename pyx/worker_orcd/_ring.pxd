@@ -25,7 +25,6 @@ cdef extern from "host/token_queue.h" namespace "worker_orcd" nogil:
 
 cdef class TokenRing:
     cdef TokenQueue* queue
-    cdef int pid
     # Appends n pairs, waiting while the ring is full; returns fewer than n only when it was closed.
     cdef size_t push_many(self, const int64_t* seq_ids, const int32_t* tokens, size_t n) noexcept nogil
 

@@ -6,7 +6,6 @@ Both can be used by engines without the GIL (see `_ring.pxd`) and by Python from
 
 from libc.stdint cimport int32_t, int64_t
 from libcpp cimport bool as cbool
-from posix.unistd cimport getpid
 
 import math
 
@@ -32,12 +31,9 @@ cdef class TokenRing:
         if not 1 <= capacity <= 1 << 24:
             raise ValueError(f"capacity must be 1 to {1 << 24}, not {capacity}")
         self.queue = new TokenQueue(<size_t>capacity)
-        self.pid = getpid()
 
     def __dealloc__(self):
-        # in a forked child the waiters of the parent count as waiting still: to free what they wait on would wait for them
-        if self.pid == getpid():
-            del self.queue
+        del self.queue
 
     cdef size_t push_many(self, const int64_t* seq_ids, const int32_t* tokens, size_t n) noexcept nogil:
         return self.queue.push_many(seq_ids, tokens, n)

@@ -374,7 +374,12 @@ class LLM:
 
     def _abandon(self, jobs: list[Job]) -> None:
         """Cancel what was started, and what is being started while the caller is thrown out already."""
-        self._deputy.post(lambda: [job.cancel() for job in jobs])
+
+        def cancel() -> None:
+            for job in jobs:
+                job.cancel()
+
+        self._deputy.post(cancel)
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
         """All of them together, or none where one can never run."""
@@ -390,7 +395,8 @@ class LLM:
     def _with_bar(self, jobs: list[Job]) -> Iterable[Job]:
         if not self._bar or len(jobs) < 2 or not sys.stderr.isatty():
             return jobs
-        return bar(jobs, desc="generating", unit="prompt")
+        shown: Iterable[Job] = bar(jobs, desc="generating", unit="prompt")
+        return shown
 
 
 def _check_counts(optional: bool = True, /, **values: object) -> None:

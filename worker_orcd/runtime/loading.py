@@ -68,9 +68,7 @@ class LoadedModel:
         self.model_file.close()
 
 
-def load(
-    model: str | os.PathLike[str], options: LoadOptions, go_on: Callable[[], None] = lambda: None
-) -> LoadedModel:
+def load(model: str | os.PathLike[str], options: LoadOptions, go_on: Callable[[], None] = lambda: None) -> LoadedModel:
     """Load a model file.
 
     Args:

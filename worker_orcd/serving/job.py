@@ -1,8 +1,8 @@
 """Job: one generation as its client sees it, from submission to its one terminal event.
 
 Pieces come in order and complete; the job ends exactly once, with `Finished` or with an error. The first end wins, and
-nothing follows it. The loop feeds a job; any thread may read or cancel it. Who reads takes no lock that who feeds needs:
-a reader may be the main thread, which a signal handler can throw out anywhere.
+nothing follows it. The loop feeds a job; any thread may read or cancel it. Who reads takes no lock that who feeds
+needs: a reader may be the main thread, which a signal handler can throw out anywhere.
 """
 
 from __future__ import annotations
