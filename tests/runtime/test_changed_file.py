@@ -129,7 +129,7 @@ def test_what_one_step_gave_is_void(path, call):
 def test_a_change_that_was_undone_is_remembered(path):
     """Tools that copy in place set the time back when they are done."""
     engine = engine_of(path)
-    tokens, raised = run_paced(engine, 60, lambda n: grow(path) if n == 10 else None)
+    _, raised = run_paced(engine, 60, lambda n: grow(path) if n == 10 else None)
     assert raised
     os.truncate(path, path.stat().st_size - 4)
     os.utime(path, (LONG_AGO, LONG_AGO))

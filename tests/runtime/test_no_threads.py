@@ -27,16 +27,18 @@ class Limit:
 
     def __init__(self, monkeypatch, n: int, forever: bool) -> None:
         self.n_started = 0
-        start = _thread.start_new_thread
 
-        def limited(*args):
-            self.n_started += 1
-            if self.n_started == n or (forever and self.n_started > n):
-                raise RuntimeError("can't start new thread")
-            return start(*args)
+        def limited(start):
+            def start_or_not(*args):
+                self.n_started += 1
+                if self.n_started == n or (forever and self.n_started > n):
+                    raise RuntimeError("can't start new thread")
+                return start(*args)
 
-        monkeypatch.setattr(_thread, "start_new_thread", limited)
-        monkeypatch.setattr(threading, "_start_new_thread", limited)
+            return start_or_not
+
+        monkeypatch.setattr(_thread, "start_new_thread", limited(_thread.start_new_thread))
+        monkeypatch.setattr(threading.Thread, "start", limited(threading.Thread.start))
 
 
 def present() -> tuple[list[str], int]:
