@@ -12,9 +12,11 @@ import sys
 import textwrap
 
 import pytest
+from helpers.gguf_forge import STR, tiny_llama
 
 #: interrupts of each kind; the script takes any number
-N_INTERRUPTS = 100
+N_INTERRUPTS = 200
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 SCRIPT = """
     import faulthandler, gc, os, random, signal, sys, threading, time
@@ -55,6 +57,7 @@ SCRIPT = """
             time.sleep(0.005)
 
     def run(name, call, check=lambda: None):
+        call()
         began = time.perf_counter()
         call()
         span = time.perf_counter() - began
@@ -75,15 +78,20 @@ SCRIPT = """
     load()
     run("load", load)
     model = LLM(path, device="cpu", progress=False, n_threads=2)
-    ids = model.generate(["hello"], params)[0].token_ids
+    ids = model.generate(["abba"], params)[0].token_ids
     logits = model.logits([1, 2, 3])
 
     def check():
-        assert model.generate(["hello"], params)[0].token_ids == ids
+        assert model.generate(["abba"], params)[0].token_ids == ids
         assert (model.logits([1, 2, 3]) == logits).all()
 
-    run("generate", lambda: model.generate(["hello", [1, 2]], params), check)
-    run("stream", lambda: list(model.stream("hello", params)), check)
+    def chat():
+        n = draw.randrange(1, 20)  # an answer to the question before would have another length
+        assert model.chat([{"role": "user", "content": "a" * n}], params).tokens_in == n
+
+    run("generate", lambda: model.generate(["abba", [1, 2]], params), check)
+    run("stream", lambda: list(model.stream("abba", params)), check)
+    run("chat", chat, check)
     run("logits", lambda: model.logits([1, 2, 3]), check)
     until = time.monotonic() + 10
     while model._loop._entries or model._loop._jobs or model._scheduler.running:
@@ -112,9 +120,11 @@ def interrupts(path, n: int, seed: int) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(120)
-def test_interrupts_at_any_moment(goldens_dir):
-    done = interrupts(goldens_dir / "llama-Q4_0.gguf", N_INTERRUPTS, 1)
+def test_interrupts_at_any_moment(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_llama().put("tokenizer.chat_template", STR, TEMPLATE).build())
+    done = interrupts(path, N_INTERRUPTS, 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"\w+", done.stdout) == [
-        word for name in ("load", "generate", "stream", "logits", "close") for word in (name, str(N_INTERRUPTS))
+        word for name in ("load", "generate", "stream", "chat", "logits", "close") for word in (name, str(N_INTERRUPTS))
     ]
