@@ -102,6 +102,15 @@ def test_an_interrupt_ends_the_waiting_and_not_the_work(deputy):
     assert deputy.call(lambda: list(done)) == [1], "the next errand comes behind it"
 
 
+def test_its_own_thread_may_finish_or_dismiss_it():
+    for end in (lambda d: d.finish(lambda: None), lambda d: d.dismiss()):
+        deputy = Deputy()
+        deputy.start()
+        deputy.call(lambda end=end, deputy=deputy: end(deputy))
+        deputy._thread.join(5)
+        assert not deputy._thread.is_alive() and deputy.call(here) == here()
+
+
 @pytest.mark.parametrize("which", ["starter", "deputy"])
 def test_no_thread_to_be_had(monkeypatch, which):
     def none(*_):

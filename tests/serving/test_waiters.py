@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+
+import pytest
 
 from worker_orcd.serving.waiters import Waiters
 
@@ -39,6 +42,35 @@ def test_the_time_runs_out():
 def test_what_becomes_so_while_one_lies_down_wakes_it():
     waiters, answers = Waiters(), iter([False, True, True])
     assert waiters.wait_for(lambda: next(answers)) and not waiters._asleep
+
+
+def test_the_main_thread_sees_a_signal_that_did_not_wake_it():
+    """A signal that another thread gets stands in for one that comes right before the sleep."""
+
+    class Hit(Exception):
+        pass
+
+    def hit(*_):
+        raise Hit
+
+    before = signal.signal(signal.SIGUSR1, hit)
+    said = threading.Event()
+
+    def signal_itself() -> None:
+        time.sleep(0.05)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    other = threading.Thread(target=signal_itself)
+    other.start()
+    began = time.monotonic()
+    waiters = Waiters()
+    try:
+        with pytest.raises(Hit):
+            waiters.wait_for(said.is_set, 20)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - began < 5 and not waiters._asleep
+    other.join()
 
 
 def test_many_threads_that_tell_and_wait():

@@ -144,16 +144,16 @@ class LLM:
             deputy.start()
             deputy.call(lambda: running.open(model, options, max_queue, on_fatal, deputy))
             loaded, self._loop = running.parts()
+            self.info = loaded.info
+            self.tokenizer = loaded.tokenizer
+            self._scheduler = self._loop.scheduler
+            self._bar = progress is True
+            self._model_file = loaded.model_file
+            self._residency_faults: Callable[[], list[str]] | None = getattr(loaded.engine, "check_residency", None)
         except BaseException:
             running.give_up()
             self.close()
             raise
-        self.info = loaded.info
-        self.tokenizer = loaded.tokenizer
-        self._scheduler = self._loop.scheduler
-        self._bar = progress is True
-        self._model_file = loaded.model_file
-        self._residency_faults: Callable[[], list[str]] | None = getattr(loaded.engine, "check_residency", None)
 
     def __enter__(self) -> LLM:
         return self
@@ -425,5 +425,6 @@ def _close(deputy: Deputy, running: Running) -> None:
         return  # the threads, the device and the processes are the parent's
     if running.in_own_thread():
         running.close()  # the deputy would wait for the thread that waits for it
+        deputy.dismiss()
     else:
         deputy.finish(running.close)

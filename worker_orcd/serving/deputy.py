@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from worker_orcd.errors import EngineGone, InternalError
+from worker_orcd.serving.waiters import sleep_on
 
 T = TypeVar("T")
 
@@ -115,22 +116,28 @@ class Deputy:
     def finish(self, work: Callable[[], object]) -> None:
         """Do a last `work` in the deputy's thread, whoever calls, and end the thread. Idempotent: each call has its
         `work` done, the later ones when there is no thread any more."""
-        if not self._started or threading.current_thread() is self._thread:
+        if not self._started:
             work()
-            return
-        self._await(_Errand(lambda: self._work_and_end(work)))
-        if self._thread.ident is not None:
-            self._thread.join(_JOIN_SECONDS)
+        elif threading.current_thread() is self._thread:
+            self._work_and_end(work)
+        else:
+            self._await(_Errand(lambda: self._work_and_end(work)))
+            if self._thread.ident is not None:
+                self._thread.join(_JOIN_SECONDS)
+
+    def dismiss(self) -> None:
+        """End the thread behind what it was asked for, without waiting."""
+        self._errands.put(None)
 
     def _work_and_end(self, work: Callable[[], object]) -> None:
         try:
             work()
         finally:
-            self._errands.put(None)
+            self.dismiss()
 
     def _await(self, errand: _Errand) -> Any:
         self._put(errand)
-        errand.done.acquire()
+        sleep_on(errand.done, -1.0)
         if errand.error is not None:
             raise errand.error
         return errand.value

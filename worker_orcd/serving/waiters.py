@@ -6,10 +6,29 @@ each waiter sleeps on a lock of its own, so an interrupt at any moment leaves no
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+#: how long the main thread sleeps at a time, see `sleep_on`
+_SLICE_SECONDS = 0.2
+
+
+def sleep_on(lock: threading.Lock, seconds: float) -> bool:
+    """Wait up to `seconds` (-1: for ever) for a lock that somebody else will release. Returns whether it was.
+
+    The main thread wakes now and then: a signal that comes between its last instruction and its sleep, or to another
+    thread, does not wake it, and would be seen only at the end.
+    """
+    if threading.get_ident() != threading.main_thread().ident:
+        return lock.acquire(True, seconds)
+    until = time.monotonic() + seconds if seconds >= 0 else math.inf
+    while not lock.acquire(True, max(min(until - time.monotonic(), _SLICE_SECONDS), 0.0)):
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 class Waiters:
@@ -45,7 +64,7 @@ class Waiters:
             self._asleep.append(lock)
             try:
                 if not ready():  # else it became so before anyone could know of this one
-                    lock.acquire(True, left)
+                    sleep_on(lock, left)
             finally:
                 self._forget(lock)
         return True
