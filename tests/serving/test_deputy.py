@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import os
 import signal
 import threading
+import weakref
 
 import pytest
 
@@ -43,6 +45,28 @@ def test_errors_come_back(deputy):
         deputy.call(lambda: exec("raise SystemExit(3)"))
     deputy.post(lambda: 1 / 0)
     assert deputy.call(here) == "a-deputy"
+
+
+def test_an_error_holds_nothing_once_it_is_dropped(deputy):
+    class Big:
+        pass
+
+    seen = []
+
+    def work() -> None:
+        big = Big()
+        seen.append(weakref.ref(big))
+        raise ZeroDivisionError
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            deputy.call(work)
+        deputy.call(lambda: None)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_errands_keep_their_order(deputy):

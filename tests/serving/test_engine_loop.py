@@ -469,6 +469,23 @@ def test_what_will_fail_again_at_every_job_kills_the_loop(error):
             rig.submit()
 
 
+def test_who_is_told_of_the_end_may_fail():
+    told = []
+
+    def fail(error):
+        told.append(error)
+        raise ValueError("planted")
+
+    with Rig(never_stop=True, step_seconds=0.002) as rig:
+        rig.loop._on_fatal = fail
+        jobs = [rig.submit(max_tokens=300) for _ in range(3)]
+        rig.engine.fail_with = CudaError("illegal address", call="cuLaunchKernel", sticky=True)
+        assert [read(job)[1] for job in jobs] == [rig.loop.error] * 3
+        wait_for(lambda: told)
+        with pytest.raises(NotReady):
+            rig.submit()
+
+
 def test_a_panic_of_the_engine_is_an_error_of_what_runs():
     with Rig(never_stop=True, step_seconds=0.005) as rig:
         job = rig.submit(max_tokens=300)

@@ -138,9 +138,13 @@ class Deputy:
     def _await(self, errand: _Errand) -> Any:
         self._put(errand)
         sleep_on(errand.done, -1.0)
-        if errand.error is not None:
-            raise errand.error
-        return errand.value
+        error, errand.error = errand.error, None
+        if error is None:
+            return errand.value
+        try:
+            raise error
+        finally:
+            del error  # else it would hold, through this frame, itself and all that the work had in its hands
 
     def _put(self, errand: _Errand) -> None:
         self._errands.put(errand)
