@@ -150,6 +150,7 @@ def test_no_thread_to_be_had(monkeypatch, which):
     assert done == [1]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_is_told(deputy):
     assert not deputy.forked
     deputy.check_process()

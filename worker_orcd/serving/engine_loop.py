@@ -108,7 +108,7 @@ class EngineLoop:
                 thread.start()
         except RuntimeError as error:
             self.close()
-            raise InternalError(f"the system gives no thread: {error}") from error
+            raise InternalError(f"the system gives no thread for the loop of the engine: {error}") from error
 
     # -- from any thread
 
