@@ -81,6 +81,10 @@ class GgufFile:
         """Bytes of the file."""
 
     @property
+    def stat(self) -> os.stat_result:
+        """Of the file when it was opened."""
+
+    @property
     def data_offset(self) -> int:
         """Byte offset of tensor data."""
 

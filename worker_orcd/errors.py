@@ -55,12 +55,14 @@ class WorkerError(Exception):
         status: the HTTP status the code maps to.
         retriable: whether the same request may succeed later.
         message: one readable line.
+        sticky: whether every later call of the engine will fail like this one, so that the process has to end.
         fields: extra facts by name (path, offset, field, device, bytes_required, bytes_available, ...).
     """
 
     code = "INTERNAL"
     status = 500
     retriable = False
+    sticky = False
 
     def __init__(self, message: str, **fields: object) -> None:
         super().__init__(message)
@@ -144,6 +146,12 @@ class Cancelled(WorkerError):
 
 class InternalError(WorkerError):
     """A fault of worker-orcd itself."""
+
+
+class EngineGone(InternalError):
+    """The engine is closed, or belongs to the process that this one was forked from."""
+
+    sticky = True
 
 
 class QueueFull(WorkerError):

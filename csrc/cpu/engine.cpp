@@ -253,6 +253,7 @@ int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* s
     for (int32_t step = 0; step < n_steps; ++step, out += n) {
         run(n_ops(), nullptr);
         sample_rows(out);
+        if (files_.changed()) return step;
         bool stop = false;
         for (int32_t j = 0; j < n; ++j) {
             if (out[j] < 0) {

@@ -14,6 +14,7 @@
 #include "ops.h"
 #include "sample.h"
 #include "threads.h"
+#include "host/file_watch.h"
 #include "host/token_queue.h"
 
 namespace worker_orcd {
@@ -70,6 +71,8 @@ class Engine {
     void add_kv_group(const KvGroup& group);
     void add_layer(int32_t kv_group);  // the layer's place in its group is the order of adding
     void add_op(const Op& op) { ops_.push_back(op); }
+    // A file that matrices lie in.
+    void watch(const WatchedFile& file) { files_.add(file); }
     void finish(int32_t logits_buffer);  // throws std::bad_alloc
 
     // Copies and checks a batch. `tables`: int32 [n_groups][max_seqs][max_blocks_per_seq]. False: `error` says why.
@@ -80,7 +83,8 @@ class Engine {
     // One token of each output row into `tokens` [n_out] (-1: no distribution) and into its slot's history.
     void sample_rows(int32_t* tokens) noexcept;
     // Runs up to n_steps steps of a batch of n rows prepared with that n_steps; row j's sampled token is its next
-    // input. out [n_steps][n]. Returns the steps done; see worker_orcd/engine/protocol.py for when it stops early.
+    // input. out [n_steps][n]. Returns the steps done; see worker_orcd/engine/protocol.py for when it stops early. A
+    // step during which a watched file changed does not count, and its tokens go nowhere.
     int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
                    const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept;
 
@@ -92,6 +96,8 @@ class Engine {
     int64_t kv_bytes() const { return kv_bytes_; }
     int64_t workspace_bytes() const { return workspace_bytes_; }
     int n_threads() const { return pool_.n_threads(); }
+    // Whether a watched file has changed: then what was computed since the last look is void.
+    bool files_changed() noexcept { return files_.changed(); }
 
   private:
     struct Buffer {
@@ -157,6 +163,7 @@ class Engine {
     const EngineSizes sizes_;
     const Kernels* const kernels_;
     ThreadPool pool_;
+    FileWatch files_;
 
     std::vector<Buffer> buffers_;
     std::vector<Matrix> matrices_;

@@ -73,6 +73,12 @@ cdef extern from "cpu/threads.h" namespace "worker_orcd" nogil:
     int usable_cores "worker_orcd::ThreadPool::usable_cores"() noexcept
 
 
+cdef extern from "host/file_watch.h" namespace "worker_orcd" nogil:
+    cdef struct WatchedFile:
+        int fd
+        int64_t size, mtime_ns
+
+
 cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
     cdef cppclass EngineSizes:
         int32_t max_seqs, max_batch_tokens, context_length, max_blocks_per_seq, n_vocab, n_head_kv, head_dim
@@ -100,6 +106,7 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         void add_kv_group(const KvGroup& group) except +
         void add_layer(int32_t kv_group) except +
         void add_op(const Op& op) except +
+        void watch(const WatchedFile& file) except +
         void finish(int32_t logits_buffer) except +
         cbool prepare(const BatchView& batch, const int32_t* tables, BatchError* error) except +
         void run(int32_t n_ops, float* logits) noexcept
@@ -113,3 +120,4 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         int64_t kv_bytes() noexcept
         int64_t workspace_bytes() noexcept
         int n_threads() noexcept
+        cbool files_changed() noexcept

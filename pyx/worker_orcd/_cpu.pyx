@@ -19,7 +19,7 @@ import os
 import numpy as np
 
 from worker_orcd.engine.protocol import BLOCK_SIZE
-from worker_orcd.errors import InternalError, InvalidRequest
+from worker_orcd.errors import EngineGone, InternalError, InvalidRequest, ModelLoadError
 from worker_orcd.models.ops import ACT_ACTIVATIONS, GLU_ACTIVATIONS, output_of
 from worker_orcd.gguf.quants import TYPES
 
@@ -163,7 +163,7 @@ cdef class CpuEngine:
 
     Raises:
         InvalidRequest: sizes out of range, an unknown WORKER_ORCD_CPU_ISA.
-        InternalError: a plan that does not fit its file or itself; no memory, no threads.
+        InternalError: a plan that does not fit its file or itself; no memory, fewer threads than asked for.
     """
 
     cdef Engine* engine
@@ -201,9 +201,18 @@ cdef class CpuEngine:
         sizes.max_blocks_per_seq = config.max_blocks_per_seq
         sizes.n_vocab, sizes.n_head_kv, sizes.head_dim = plan.n_vocab, plan.n_head_kv, plan.head_dim
         cdef int threads = n_threads or usable_cores()
+        cdef WatchedFile file
         shape = (len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq)
         try:
             self.engine = new Engine(sizes, threads, kernels)
+        except RuntimeError as e:
+            raise InternalError(f"the system gives no {threads} threads for the CPU engine: {e}") from None
+        except MemoryError:
+            raise InternalError("the CPU engine could not be set up: no memory") from None
+        try:
+            for part in getattr(model_file, "parts", ()):
+                file.fd, file.size, file.mtime_ns = part.fileno(), part.size, part.stat.st_mtime_ns
+                self.engine.watch(file)
             _Lowering(self).run()
             self.engine.finish(self.buffer_index["logits"])
             # Backed by a bytearray, which cannot be resized while it is looked at; an array's own memory could be.
@@ -235,11 +244,18 @@ cdef class CpuEngine:
 
     cdef int _check_usable(self) except -1:
         if self.engine is NULL:
-            raise InternalError("the engine is closed")
+            raise EngineGone("the engine is closed")
         if self.busy:
             raise InternalError("the engine is in use by another thread")
         if self.pid != getpid():
-            raise InternalError("the engine was made before this process forked; it works in the parent only")
+            raise EngineGone("the engine was made before this process forked; it works in the parent only")
+        return 0
+
+    cdef int _check_files(self) except -1:
+        """Void what was just computed where a weight may have changed under it. Other names of a file are nothing."""
+        self.model_file.check_unchanged(same_path=False)
+        if self.engine.files_changed():
+            raise ModelLoadError("was written to while a step read it", self.model_file.path)
         return 0
 
     cdef int _prepare(self, tokens, positions, slots, output_indices, int32_t n_steps) except -1:
@@ -250,7 +266,6 @@ cdef class CpuEngine:
         batch.tokens, batch.positions = _int32s(tokens), _int32s(positions)
         batch.slots, batch.output_indices = _int32s(slots), _int32s(output_indices)
         batch.rope_tables = &self.rope_tables_view[0]
-        self.model_file.check_unchanged()
         if not self.engine.prepare(batch, &self.tables[0, 0, 0], &error):
             field, message = error.field.decode(), error.message.decode()
             if field in ("tokens", "positions"):
@@ -293,8 +308,9 @@ cdef class CpuEngine:
 
         Raises:
             InvalidRequest: a token or position out of range; `fields["field"]` names the array.
-            InternalError: slots, output_indices or block tables that cannot be, or the engine is closed or busy.
-            ModelLoadError: the model file changed.
+            InternalError: slots, output_indices or block tables that cannot be, or the engine is busy.
+            ModelLoadError: the model file was cut or written to; nothing that was computed counts.
+            EngineGone: the engine is closed, or was made before this process forked.
         """
         self._check_usable()
         self._prepare_batch(batch)
@@ -313,6 +329,7 @@ cdef class CpuEngine:
                     self.engine.sample_rows(sampled_data)
         finally:
             self.busy = False
+        self._check_files()
         return sampled, logits
 
     def forward(self, batch, stop_after=None):
@@ -349,6 +366,7 @@ cdef class CpuEngine:
                     memcpy(data, self.engine.buffer_data(buffer), n_bytes)
         finally:
             self.busy = False
+        self._check_files()
         return out
 
     def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control):
@@ -386,6 +404,7 @@ cdef class CpuEngine:
                                           control_c.flag, &out_view[0, 0])
         finally:
             self.busy = False
+        self._check_files()
         return out[:done]
 
     def close(self):

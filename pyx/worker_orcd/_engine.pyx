@@ -30,7 +30,7 @@ from worker_orcd.cuda.launches import Launches
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE
-from worker_orcd.errors import CudaError, InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.errors import CudaError, EngineGone, InternalError, InvalidRequest, ModelLoadError
 from worker_orcd.gguf import quants
 from worker_orcd.models import ops as plan_ops
 
@@ -462,7 +462,7 @@ cdef class CudaEngine:
 
     def _require_open(self):
         if self.closed:
-            raise InternalError("the engine is closed")
+            raise EngineGone("the engine is closed")
         self.context.require_open()
 
     def check_residency(self):

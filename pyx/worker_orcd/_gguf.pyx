@@ -384,7 +384,7 @@ cdef class GgufFile:
     cdef readonly Metadata metadata
     cdef readonly dict tensors
     cdef FileMapping mapping
-    cdef object stat
+    cdef readonly object stat
     cdef int fd
 
     def __cinit__(self):

@@ -27,7 +27,7 @@ from posix.unistd cimport pread
 
 from worker_orcd._gguf cimport Rule, rule_of
 from worker_orcd._gguf import CHECK_REASONS
-from worker_orcd.errors import CudaError, ModelLoadError
+from worker_orcd.errors import CudaError, InternalError, ModelLoadError
 
 from worker_orcd._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
 
@@ -357,8 +357,11 @@ cdef class _Load:
         threads.append(threading.Thread(target=self.coordinate, name="upload", daemon=True))
         self.upload_queue.open(N_WINDOWS)
         try:
-            for thread in threads:
-                thread.start()
+            try:
+                for thread in threads:
+                    thread.start()
+            except RuntimeError as e:
+                raise InternalError(f"the system gives no thread for the upload: {e}") from e
             self.attend(len(threads), progress)
         finally:
             self.upload_queue.stop()
@@ -458,6 +461,7 @@ def upload(Context context, ranges, *, consume=None, Stream stream=None, DeviceM
         ModelLoadError: a file was cut, written to or replaced meanwhile, or cannot be read, or a range with a type
             holds NaN or infinity; path and offset.
         CudaError: the driver refused something.
+        InternalError: the system gives no thread.
     """
     cdef size_t window_bytes = 0
     ranges = list(ranges)

@@ -370,7 +370,8 @@ def test_the_file_is_watched():
     engine.step(batch(*GOOD))
     assert mf.checks == before + 1
 
-    def changed():
+    def changed(same_path):
+        assert not same_path, "a file that was moved is still mapped"
         raise ModelLoadError("changed while open", "m.gguf")
 
     mf.check_unchanged = changed

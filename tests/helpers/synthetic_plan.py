@@ -64,7 +64,7 @@ class MemoryFile:
     def view(self, name: str) -> memoryview:
         return memoryview(self.data[name])
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, same_path: bool = True) -> None:
         self.checks += 1
 
 

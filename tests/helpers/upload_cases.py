@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from worker_orcd._upload import FileRange, upload
-from worker_orcd.errors import CudaError, ModelLoadError
+from worker_orcd.errors import CudaError, InternalError, ModelLoadError
 from worker_orcd.gguf import quants
 
 MIB = 1 << 20
@@ -273,6 +273,27 @@ def test_what_a_callback_raises_ends_the_load(context, make_file, where: str):
         free.append(context.memory()[0])
     assert free[1] == free[2]
     assert threading.active_count() == n_threads
+
+
+@pytest.mark.parametrize("which", ["upload-0", "upload-1", "upload"])
+def test_a_thread_that_the_system_does_not_give_ends_the_load(context, make_file, monkeypatch, which: str):
+    file, data = make_file(MIB)
+    memory = context.allocate(MIB)
+    n_threads = threading.active_count()
+    start = threading.Thread.start
+
+    def failing(thread: threading.Thread) -> None:
+        if thread.name == which:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", failing)
+        with pytest.raises(InternalError, match="the system gives no thread for the upload: can't start new thread"):
+            upload(context, [FileRange(file, 0, MIB, memory.pointer)], chunk_bytes=4096, n_readers=2)
+    assert threading.active_count() == n_threads
+    upload(context, [FileRange(file, 0, MIB, memory.pointer)], chunk_bytes=4096, n_readers=2)
+    assert contents(memory) == data
 
 
 def test_arguments_are_checked(context, make_file):

@@ -443,6 +443,42 @@ def test_what_is_no_model(tmp_path, engines, kind):
     assert str(where) in caught.value.message
 
 
+def _set(**values):
+    params = SamplingParams()
+    for name, value in values.items():
+        object.__setattr__(params, name, value)
+    return params
+
+
+def test_wrong_arguments_hurt_nobody_else(model, engines):
+    """Whatever is wrong with a call is refused before another thread sees it."""
+    engines[0].step_seconds = 0.002
+    going = model.submit([1, 2], SamplingParams(max_tokens=150, seed=1, ignore_eos=True))
+    wrong = [
+        *(lambda d=d: model.submit([1], deadline=d) for d in ("a", float("nan"), [], True)),
+        *(lambda j=j: model.submit([1], job_id=j) for j in (5, b"a", ["a"], "", "x" * 257)),
+        *(
+            lambda v=v: model.submit([1], _set(**v))
+            for v in ({"max_tokens": "a"}, {"seed": 1.5}, {"stop": [1]}, {"logprobs": "x"}, {"temperature": None})
+        ),
+        *(lambda i=i: model.submit(i) for i in (np.array([1.5]), np.array([[1, 2]]), [2**70], [None], 5)),
+        *(lambda r=r: model.submit_request(r) for r in (None, "text", {"prompt": "x"})),
+        *(lambda g=g: model.shutdown(g) for g in ("a", float("nan"), None)),
+    ]
+    for call in wrong:
+        with pytest.raises(InvalidRequest):
+            call()
+    assert len(going.completion().token_ids) == 150 and model.error is None
+    assert model.generate([[1]], SamplingParams(max_tokens=3))
+
+
+@pytest.mark.parametrize("name", ["progress", "on_fatal", "on_plan"])
+def test_what_is_called_must_be_callable(path, name):
+    with pytest.raises(InvalidRequest, match=f"{name} must be callable, not int") as caught:
+        LLM(path, device="cpu", **{"progress": False, name: 5})
+    assert caught.value.fields["field"] == name
+
+
 # -- ending
 
 

@@ -137,3 +137,90 @@ def test_without_a_tokenizer_each_caller_is_told_what_helps_it():
     ):
         with pytest.raises(InvalidRequest, match=text):
             prepare(model, request, limits)
+
+
+@pytest.mark.parametrize("deadline", ["a", "5", float("nan"), True, [], 1j, np.array([1.0]), object()])
+def test_a_deadline_that_is_no_time_is_refused(deadline):
+    with pytest.raises(InvalidRequest, match="deadline must be a number of seconds") as caught:
+        prepare(MODEL, Request("a", deadline=deadline))
+    assert caught.value.fields["field"] == "deadline"
+
+
+@pytest.mark.parametrize(
+    ("deadline", "seconds"),
+    [
+        (5, 5.0),
+        (np.float32(2.5), 2.5),
+        (np.int64(7), 7.0),
+        (-1.0, -1.0),
+        (float("inf"), float("inf")),
+        (10**400, float("inf")),
+        (-(10**400), -float("inf")),
+    ],
+)
+def test_a_deadline_is_a_plain_float(deadline, seconds):
+    given = prepare(MODEL, Request("a", deadline=deadline)).deadline
+    assert type(given) is float and given == seconds
+
+
+def test_what_other_threads_get_is_plain_whatever_it_was():
+    class Text(str):
+        def __eq__(self, other):
+            raise RuntimeError("compared")
+
+        __hash__ = None
+
+        def __str__(self):
+            return "another"
+
+    class Params(SamplingParams):
+        def check(self, *_):
+            return None
+
+        def __getattribute__(self, name):
+            return super().__getattribute__(name)
+
+    class Number(float):
+        def __lt__(self, other):
+            return super().__lt__(other)
+
+    params = Params(max_tokens=7, temperature=Number(0.5), stop=[Text("ab")], seed=3)
+    given = prepare(MODEL, Request("a", params=params, job_id=Text("j")))
+    assert type(given.job_id) is str and given.job_id == "j"
+    assert type(given.params) is SamplingParams and given.params is not params
+    assert type(given.params.temperature) is float and given.params.temperature == 0.5
+    assert [type(s) for s in given.params.stop] == [str] and given.params.stop == ("ab",)
+    object.__setattr__(params, "temperature", "hot")
+    assert given.params.temperature == 0.5, "a copy"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", "a"),
+        ("temperature", None),
+        ("temperature", float("nan")),
+        ("top_p", 3.0),
+        ("top_k", 1.5),
+        ("min_p", [0.1]),
+        ("repetition_penalty", 0.0),
+        ("stop", [1]),
+        ("stop", 5),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("ignore_eos", "yes"),
+        ("logprobs", "x"),
+        ("logprobs", 21),
+    ],
+)
+def test_a_field_that_was_set_later_is_checked_as_well(name, value):
+    class Unchecked(SamplingParams):
+        def check(self, *_):
+            return None
+
+    for kind in (SamplingParams, Unchecked):
+        params = kind()
+        object.__setattr__(params, name, value)
+        with pytest.raises(InvalidRequest) as caught:
+            prepare(MODEL, Request("a", params=params))
+        assert caught.value.fields["field"] == name

@@ -19,15 +19,18 @@ from worker_orcd.errors import (
     Cancelled,
     CudaError,
     DuplicateJob,
+    EngineGone,
     InferenceTimeout,
     InternalError,
     InvalidRequest,
+    ModelLoadError,
     NotReady,
     QueueFull,
     VramOom,
     WorkerError,
 )
 from worker_orcd.models.plan import KvGroup
+from worker_orcd.serving import engine_work
 from worker_orcd.serving.engine_loop import EngineLoop
 from worker_orcd.serving.job import Finished, TextPiece
 from worker_orcd.serving.scheduler import Scheduler
@@ -371,6 +374,126 @@ def test_a_failing_decoder_hurts_its_job_only():
         good, bad = rig.submit(max_tokens=50), rig.submit(max_tokens=50)
         assert isinstance(read(bad)[1], InternalError)
         assert good.completion().finish_reason == "length"
+        rig.settle()
+
+
+class Panic(BaseException):
+    """As the libraries raise that are written in Rust."""
+
+
+@pytest.mark.parametrize("error", [KeyError, Panic])
+@pytest.mark.parametrize("method", ["push", "flush"])
+def test_a_decoder_that_fails_anywhere_hurts_its_job_only(method, error):
+    def fail(*_):
+        raise error("planted")
+
+    failing = type("Failing", (LetterDecoder,), {method: fail})
+    decoders = iter([LetterDecoder(), failing(), LetterDecoder()])
+    with Rig(never_stop=True, decoder=lambda: next(decoders)) as rig:
+        good, bad = rig.submit(max_tokens=50), rig.submit(max_tokens=20)
+        end = read(bad)[1]
+        assert isinstance(end, InternalError) and f"could not be made: {error.__name__}: " in end.message
+        assert good.completion().finish_reason == "length" and rig.loop.error is None
+        assert rig.submit(max_tokens=3).completion().finish_reason == "length"
+        rig.settle()
+
+
+def test_a_job_that_cannot_be_started_fails_alone():
+    class Picky(FakeEngine):
+        def set_slot(self, slot, sampling):
+            if sampling.seed == 99:
+                raise InvalidRequest("no such number", field="seed")
+            super().set_slot(slot, sampling)
+
+    with Rig(max_seqs=2, never_stop=True, step_seconds=0.002, engine_class=Picky) as rig:
+        good = rig.submit(max_tokens=100)
+        wait_for(lambda: good.state == "decode")
+        bad, behind = rig.submit(seed=99), rig.submit(max_tokens=5)
+        end = read(bad)[1]
+        assert isinstance(end, InvalidRequest) and end.fields["field"] == "seed"
+        assert [job.completion().finish_reason for job in (good, behind)] == ["length"] * 2
+        assert rig.fatal == []
+        rig.settle()
+
+
+def test_a_lost_device_at_a_start_kills_the_loop():
+    class Lost(FakeEngine):
+        def set_slot(self, slot, sampling):
+            raise CudaError("illegal address", call="cuMemcpyHtoD", sticky=True)
+
+    with Rig(engine_class=Lost) as rig:
+        assert isinstance(read(rig.submit())[1], CudaError)
+        wait_for(lambda: rig.fatal)
+
+
+def test_logprobs_that_cannot_be_made_end_one_job(monkeypatch):
+    def fail(logits, token, n):
+        if n == 7:
+            raise IndexError("planted")
+        return {token: -1.0}
+
+    monkeypatch.setattr(engine_work, "top_logprobs", fail)
+    with Rig(never_stop=True) as rig:
+        good, bad = rig.submit(max_tokens=20, logprobs=1), rig.submit(max_tokens=20, logprobs=7)
+        end = read(bad)[1]
+        assert isinstance(end, InternalError) and "log-probabilities" in end.message and "planted" in end.message
+        assert len(good.completion().logprobs) == 20
+        rig.settle()
+
+
+def test_logits_that_cannot_be_kept_end_one_job():
+    class Wide(FakeEngine):
+        def forward(self, batch, stop_after=None):
+            logits = super().forward(batch, stop_after)
+            return np.hstack([logits, logits]) if len(batch.tokens) == 3 else logits
+
+    with Rig(never_stop=True, engine_class=Wide, step_seconds=0.002) as rig:
+        good = rig.submit(max_tokens=50)
+        with pytest.raises(InternalError, match="the logits could not be kept"):
+            rig.loop.forward(np.array([1, 2, 3], np.int32))
+        assert rig.loop.forward(np.array([1, 2], np.int32)).shape == (2, rig.engine.n_vocab)
+        assert good.completion().finish_reason == "length"
+        rig.settle()
+
+
+@pytest.mark.parametrize("error", [ModelLoadError("was written to", "m.gguf"), EngineGone("the engine is closed")])
+def test_what_will_fail_again_at_every_job_kills_the_loop(error):
+    with Rig(max_seqs=1, never_stop=True, step_seconds=0.005) as rig:
+        jobs = [rig.submit(max_tokens=300) for _ in range(2)]
+        wait_for(lambda: jobs[0].state == "decode")
+        rig.engine.fail_with = error
+        assert [read(job)[1] for job in jobs] == [error] * 2
+        wait_for(lambda: rig.fatal)
+        assert rig.fatal == [error] == [rig.loop.error]
+        with pytest.raises(NotReady, match="the worker has failed"):
+            rig.submit()
+
+
+def test_who_is_told_of_the_end_may_fail():
+    told = []
+
+    def fail(error):
+        told.append(error)
+        raise ValueError("planted")
+
+    with Rig(never_stop=True, step_seconds=0.002) as rig:
+        rig.loop._on_fatal = fail
+        jobs = [rig.submit(max_tokens=300) for _ in range(3)]
+        rig.engine.fail_with = CudaError("illegal address", call="cuLaunchKernel", sticky=True)
+        assert [read(job)[1] for job in jobs] == [rig.loop.error] * 3
+        wait_for(lambda: told)
+        with pytest.raises(NotReady):
+            rig.submit()
+
+
+def test_a_panic_of_the_engine_is_an_error_of_what_runs():
+    with Rig(never_stop=True, step_seconds=0.005) as rig:
+        job = rig.submit(max_tokens=300)
+        wait_for(lambda: job.state == "decode")
+        rig.engine.fail_with = Panic("planted")
+        end = read(job)[1]
+        assert isinstance(end, InternalError) and "Panic: planted" in end.message
+        assert rig.submit(max_tokens=3).completion().finish_reason == "length"
         rig.settle()
 
 

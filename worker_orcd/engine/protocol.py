@@ -116,6 +116,9 @@ class Engine(Protocol):
         returned too, but of a slot that has stopped nothing more goes to `ring`. A drawn token below 0 means that there
         was no distribution to draw from (NaN logits).
 
+        An engine that reads weights from a file raises `ModelLoadError`, here as in `step` and `forward`, when that
+        file has changed; a token of the step that this voids goes nowhere.
+
         Args:
             slots, seq_ids, tokens, positions: int32/int64/int32/int32 [n]; tokens[j] is the input of the first step
                 at positions[j].

@@ -10,10 +10,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
-from worker_orcd.errors import ModelLoadError
+from worker_orcd.errors import InternalError, ModelLoadError
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
@@ -68,6 +68,7 @@ def range_digests(
 
     Raises:
         ModelLoadError: a part cannot be read, or was cut or written to meanwhile.
+        InternalError: the system gives no thread.
     """
     total = sum(end - start for start, end in ranges)
     if total == 0:
@@ -110,7 +111,7 @@ def _together(reader: _Reader, ranges: Sequence[tuple[int, int]], n_threads: int
 
     with ThreadPoolExecutor(n_threads, "sha256") as pool:
         try:
-            futures = [pool.submit(digest, i) for i in range(len(ranges))]
+            futures = _submit(pool, digest, len(ranges))
             waiting = set(futures)
             while waiting:
                 finished, waiting = wait(waiting, _TICK, FIRST_EXCEPTION)
@@ -122,6 +123,13 @@ def _together(reader: _Reader, ranges: Sequence[tuple[int, int]], n_threads: int
             pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
+
+
+def _submit(pool: ThreadPoolExecutor, digest: Callable[[int], str], n: int) -> list[Future[str]]:
+    try:
+        return [pool.submit(digest, i) for i in range(n)]
+    except RuntimeError as error:
+        raise InternalError(f"the system gives no thread to hash the file in: {error}") from error
 
 
 class _Reader:

@@ -11,18 +11,16 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
-from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import FLAGS, check_sha256, file_path
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.sampling import SamplingParams, plain_number
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
-from worker_orcd.runtime.loading import LoadedModel, LoadOptions, load
-from worker_orcd.runtime.progress import Progress, no_progress
+from worker_orcd.runtime.loading import LoadOptions
+from worker_orcd.runtime.progress import Progress, bar, no_progress
 from worker_orcd.runtime.request import (
     Limits,
     Messages,
@@ -30,15 +28,16 @@ from worker_orcd.runtime.request import (
     Prepared,
     Prompt,
     Request,
+    check_seconds,
     check_token_ids,
     prepare,
     requests_of,
 )
+from worker_orcd.runtime.running import Running
 from worker_orcd.runtime.streams import is_terminal
 from worker_orcd.runtime.token_stream import TokenStream
-from worker_orcd.serving.engine_loop import EngineLoop
+from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.job import Completion, Job
-from worker_orcd.serving.scheduler import Scheduler
 
 #: most tokens of one step
 MAX_BATCH_TOKENS = 1 << 16
@@ -64,7 +63,7 @@ class LLM:
             where the file has none a tokenizer.json beside it (`info.tokenizer_source` says which).
         check_tensors: refuse NaN and infinity in norms, biases and block scales.
         progress: show the load. True: a progress bar where stderr is a terminal; or a callable (bytes done, bytes in
-            all), which may raise to end the load.
+            all), which may raise to end the load. It is called from threads of the load.
         expect_sha256: hexadecimal digest that the file must have (of a split model: of its parts one after another).
         trusted_models: JSON list of the models that may be loaded, see docs/provenance.md; others are refused.
         vram_limit_bytes: device memory that weights, KV cache, workspace and reserve may take together on a GPU; None:
@@ -83,6 +82,11 @@ class LLM:
         ModelLoadError: the file is not a good model, or not one that is expected or trusted.
         InsufficientVram: the memory does not hold what was asked for; both numbers.
         CudaError: the device is not there or fails.
+        InternalError: the system gives no thread.
+
+    An interrupt (Ctrl-C) of the constructor ends the load and frees everything, and one of a call ends what the call
+    asked for. A process that was forked from the one that loaded the model cannot use it: there all that computes or
+    waits raises `EngineGone`, and `close` and the end of the process do nothing.
     """
 
     def __init__(
@@ -123,53 +127,41 @@ class LLM:
         _check_count("max_queue", max_queue, 0, MAX_QUEUE)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
-        loaded = load(
-            model,
-            LoadOptions(
-                device=device,
-                context_length=context_length,
-                kv_cache_bytes=kv_cache_bytes,
-                max_seqs=max_seqs,
-                max_batch_tokens=max_batch_tokens,
-                n_threads=n_threads,
-                tokenizer=tokenizer,
-                check_tensors=check_tensors,
-                progress=progress,
-                expect_sha256=expect_sha256,
-                trusted_models=trusted_models,
-                vram_limit_bytes=vram_limit_bytes,
-                chunk_bytes=chunk_bytes,
-                on_plan=on_plan,
-            ),
+        _check_callable(progress=True if isinstance(progress, bool) else progress, on_fatal=on_fatal, on_plan=on_plan)
+        options = LoadOptions(
+            device=device,
+            context_length=context_length,
+            kv_cache_bytes=kv_cache_bytes,
+            max_seqs=max_seqs,
+            max_batch_tokens=max_batch_tokens,
+            n_threads=n_threads,
+            tokenizer=tokenizer,
+            check_tensors=check_tensors,
+            progress=progress,
+            expect_sha256=expect_sha256,
+            trusted_models=trusted_models,
+            vram_limit_bytes=vram_limit_bytes,
+            chunk_bytes=chunk_bytes,
+            on_plan=on_plan,
         )
-        self.info = loaded.info
-        self.tokenizer = loaded.tokenizer
-        engine = loaded.engine
+        deputy = self._deputy = Deputy()
+        # there before anything that must be freed: an interrupt may come between any two lines
+        running = self._running = Running()
+        self._finalizer = weakref.finalize(self, _close, deputy, running)
         try:
-            self._scheduler = Scheduler(
-                loaded.config,
-                loaded.plan.kv_groups,
-                engine.block_tables,
-                loaded.tokenizer.stop_ids if loaded.tokenizer is not None else (),
-                rope_tables=engine.rope_tables,
-                rope_limits=loaded.plan.rope_limits,
-            )
-            self._loop = EngineLoop(
-                engine,
-                self._scheduler,
-                TokenRing(),
-                Control(),
-                new_decoder=self._decoder_maker(),
-                max_queue=max_queue,
-                on_fatal=on_fatal,
-            )
+            deputy.start()
+            deputy.call(lambda: running.open(model, options, max_queue, on_fatal, deputy))
+            loaded, self._loop = running.parts()
+            self.info = loaded.info
+            self.tokenizer = loaded.tokenizer
+            self._scheduler = self._loop.scheduler
+            self._bar = progress is True
+            self._model_file = loaded.model_file
+            self._residency_faults: Callable[[], list[str]] | None = getattr(loaded.engine, "check_residency", None)
         except BaseException:
-            loaded.close()
+            running.give_up()
+            self.close()
             raise
-        self._bar = progress is True
-        self._model_file = loaded.model_file
-        self._residency_faults: Callable[[], list[str]] | None = getattr(engine, "check_residency", None)
-        self._close = weakref.finalize(self, _close, self._loop, loaded)
 
     def __enter__(self) -> LLM:
         return self
@@ -195,6 +187,7 @@ class LLM:
             InvalidRequest, VramOom: a prompt or its params can never run; then none was started.
             WorkerError: what ended one of them; the others are cancelled.
         """
+        self._deputy.check_process()
         return self._run(requests_of(prompts, params))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
@@ -203,7 +196,13 @@ class LLM:
         Raises:
             InvalidRequest, VramOom, QueueFull, NotReady: at once; the iterator raises what ends the job later.
         """
-        return TokenStream(self, self.submit(prompt, params))
+        jobs: list[Job] = []
+        try:
+            self._start([self._prepare(Request(prompt, None, params or SamplingParams()))], jobs)
+            return TokenStream(self, jobs[0])
+        except BaseException:
+            self._abandon(jobs)
+            raise
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> Completion:
         """The assistant's next message in a conversation, by the chat template of the file.
@@ -214,6 +213,7 @@ class LLM:
         Raises:
             InvalidRequest: there is no tokenizer or no chat template, or the template refuses the messages.
         """
+        self._deputy.check_process()
         # None is refused as no conversation, and not as a request that lacks a prompt
         return self._run([Request(messages=() if messages is None else messages, params=_or_default(params))])[0]
 
@@ -226,6 +226,7 @@ class LLM:
         Returns:
             float32 [n_tokens, n_vocab].
         """
+        self._deputy.check_process()
         return self._loop.forward(check_token_ids(ids, self.info.n_vocab, "ids"))
 
     # -- jobs
@@ -265,14 +266,22 @@ class LLM:
             InvalidRequest, VramOom: it can never run.
             QueueFull, DuplicateJob, NotReady: not now.
         """
-        return self._start(self._prepare(request, limits))
+        jobs: list[Job] = []
+        try:
+            self._start([self._prepare(request, limits)], jobs)
+            return jobs[0]
+        except BaseException:
+            self._abandon(jobs)
+            raise
 
     def job(self, job_id: str) -> Job | None:
         """The queued or running job of this id, None where there is none."""
+        self._deputy.check_process()
         return self._loop.job(job_id)
 
     def cancel(self, job_id: str) -> str:
         """Cancel a job; "cancelling", or "finished" or "unknown" where there was nothing to do. Idempotent."""
+        self._deputy.check_process()
         return self._loop.cancel(job_id)
 
     @property
@@ -289,6 +298,7 @@ class LLM:
         Raises:
             CudaError: the driver does not answer.
         """
+        self._deputy.check_process()
         return self._residency_faults() if self._residency_faults is not None else []
 
     def digest(self, progress: Callable[[int], None] = no_progress) -> str:
@@ -300,6 +310,7 @@ class LLM:
         Raises:
             ModelLoadError: the file was changed since it was loaded.
         """
+        self._deputy.check_process()
         sha256 = self.info.sha256
         if sha256 is None:
             sha256 = file_sha256(self._model_file, progress)
@@ -307,55 +318,76 @@ class LLM:
         return sha256
 
     def shutdown(self, grace: float = 0.0) -> None:
-        """Take no new jobs, let running ones go on for up to `grace` seconds, end the rest with `NotReady`."""
-        self._loop.shutdown(grace)
+        """Take no new jobs, let running ones go on for up to `grace` seconds, end the rest with `NotReady`.
+
+        Raises:
+            InvalidRequest: grace is no number of seconds.
+        """
+        self._deputy.check_process()
+        self._loop.shutdown(check_seconds("grace", grace))
 
     def close(self) -> None:
-        """End everything and free the memory. Idempotent; also done when the object goes or the process exits."""
-        self._close()
+        """End everything and free the memory. Idempotent; also done when the object goes or the process exits.
+
+        An interrupt ends the waiting; the work goes on, and another `close` waits for the rest of it.
+        """
+        _close(self._deputy, self._running)
 
     # -- inside
 
     def _prepare(self, request: Request, limits: Limits | None = None) -> Prepared:
+        self._deputy.check_process()
+        if not isinstance(request, Request):
+            raise InvalidRequest(f"a request must be a Request, not {type(request).__name__}", field="request")
         parts = ModelParts(self.tokenizer, self.info.n_vocab, self._scheduler)
-        return prepare(parts, request, limits or Limits())
+        if request.messages is None:
+            return prepare(parts, request, limits or Limits())
+        # an interrupt between question and answer of the process that renders would leave the answer for the next one
+        return self._deputy.call(lambda: prepare(parts, request, limits or Limits()))
 
-    def _start(self, prepared: Prepared, bounded: bool = True) -> Job:
-        return self._loop.submit(
-            prepared.token_ids,
-            prepared.params,
-            prepared.seed,
-            max_tokens=prepared.max_tokens,
-            job_id=prepared.job_id,
-            deadline=prepared.deadline,
-            bounded=bounded,
-        )
+    def _start(self, ready: Sequence[Prepared], jobs: list[Job], bounded: bool = True) -> None:
+        """Start them one after another; what is started is in `jobs`, also where this raises."""
+
+        def start() -> None:
+            for prepared in ready:
+                job = self._loop.submit(
+                    prepared.token_ids,
+                    prepared.params,
+                    prepared.seed,
+                    max_tokens=prepared.max_tokens,
+                    job_id=prepared.job_id,
+                    deadline=prepared.deadline,
+                    bounded=bounded,
+                )
+                jobs.append(job)
+
+        self._deputy.call(start)
+
+    def _abandon(self, jobs: list[Job]) -> None:
+        """Cancel what was started, and what is being started while the caller is thrown out already."""
+
+        def cancel() -> None:
+            for job in jobs:
+                job.cancel()
+
+        self._deputy.post(cancel)
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
         """All of them together, or none where one can never run."""
         ready = [self._prepare(request) for request in requests]
         jobs: list[Job] = []
         try:
-            for prepared in ready:
-                jobs.append(self._start(prepared, bounded=False))
+            self._start(ready, jobs, bounded=False)
             return [job.completion() for job in self._with_bar(jobs)]
         except BaseException:
-            for job in jobs:
-                job.cancel()
+            self._abandon(jobs)
             raise
-
-    def _decoder_maker(self) -> Callable[[], Any] | None:
-        tokenizer = self.tokenizer
-        # the text goes on from the prompt, so a leading space belongs to it
-        return None if tokenizer is None else lambda: tokenizer.stream(continues=True)
 
     def _with_bar(self, jobs: list[Job]) -> Iterable[Job]:
         if not self._bar or len(jobs) < 2 or not is_terminal(sys.stderr):
             return jobs
-        from tqdm import tqdm  # a quarter of a second of import that a server never needs
-
-        bar: Iterable[Job] = tqdm(jobs, desc="generating", unit="prompt")
-        return bar
+        shown: Iterable[Job] = bar(jobs, desc="generating", unit="prompt")
+        return shown
 
 
 def _or_default(params: SamplingParams | None) -> SamplingParams:
@@ -378,7 +410,17 @@ def _check_count(name: str, value: object, least: float | None, most: float | No
         raise InvalidRequest(f"{name} must be a whole number, {low} to {high}", field=name)
 
 
-def _close(loop: EngineLoop, loaded: LoadedModel) -> None:
-    # a device call that hangs keeps the engine thread, and freeing what it uses would crash the process
-    if loop.close():
-        loaded.close()
+def _check_callable(**values: object) -> None:
+    for name, value in values.items():
+        if value is not None and value is not True and not callable(value):
+            raise InvalidRequest(f"{name} must be callable, not {type(value).__name__}", field=name)
+
+
+def _close(deputy: Deputy, running: Running) -> None:
+    if deputy.forked:
+        return  # the threads, the device and the processes are the parent's
+    if running.in_own_thread():
+        running.close()  # the deputy would wait for the thread that waits for it
+        deputy.dismiss()
+    else:
+        deputy.finish(running.close)

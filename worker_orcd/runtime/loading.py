@@ -19,7 +19,7 @@ from worker_orcd.gguf.trusted_models import TrustedModels, Verified, verify
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
 from worker_orcd.runtime.info import ModelInfo, model_facts
-from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress
+from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress, submit
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 
@@ -68,11 +68,14 @@ class LoadedModel:
         self.model_file.close()
 
 
-def load(model: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
+def load(model: str | os.PathLike[str], options: LoadOptions, go_on: Callable[[], None] = lambda: None) -> LoadedModel:
     """Load a model file.
 
+    Args:
+        go_on: asked now and then; what it raises ends the load.
+
     Raises:
-        What `LLM` says; also what `options.progress` raises. Then everything is freed.
+        What `LLM` says; also what `go_on` and `options.progress` raise. Then everything is freed.
     """
     trusted = None if options.trusted_models is None else TrustedModels(options.trusted_models)
     demanded = options.expect_sha256 is not None or trusted is not None
@@ -80,7 +83,10 @@ def load(model: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
     model_file = ModelFile(model)
     engine: Engine | None = None
     try:
-        with LoadProgress(options.progress, model_file.size) as phases, ThreadPoolExecutor(2, "orcd-load") as pool:
+        with (
+            LoadProgress(options.progress, model_file.size, go_on=go_on) as phases,
+            ThreadPoolExecutor(2, "orcd-load") as pool,
+        ):
             phases.expect(demanded, options.check_tensors or device != "cpu")
             # before anything is made of what the file says
             digests = phases.next() if demanded else no_progress
@@ -108,7 +114,7 @@ def load(model: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
                 )
                 checked = None
                 if options.check_tensors and device == "cpu":
-                    checked = pool.submit(model_file.check_tensors, options.n_threads, read)
+                    checked = submit(pool, model_file.check_tensors, options.n_threads, read)
                     made.start()
                 engine = devices.open_engine(
                     device,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
+from worker_orcd.errors import InternalError
 from worker_orcd.runtime.streams import is_terminal
 
 #: called with (bytes done, bytes in all)
@@ -17,17 +18,18 @@ Progress = Callable[[int, int], object]
 class LoadProgress:
     """One progress over several passes through the file, to a callable or to a bar."""
 
-    def __init__(self, progress: bool | Progress, size: int, verb: str = "loading") -> None:
+    def __init__(
+        self, progress: bool | Progress, size: int, verb: str = "loading", go_on: Callable[[], None] = lambda: None
+    ) -> None:
         self._size = size
+        self._go_on = go_on  # raises where the work shall end
         self._lock = threading.Lock()
         self._n_phases = 1
         self._done: list[int] = []  # bytes of each pass that has begun
         self._bar: Any = None
         self._report: Progress | None = progress if callable(progress) else None
         if progress is True and is_terminal(sys.stderr):
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=size, desc=verb, unit="B", unit_scale=True, leave=False)
+            self._bar = bar(total=size, desc=verb, unit="B", unit_scale=True, leave=False)
             self._report = self._move_bar
 
     def __enter__(self) -> LoadProgress:
@@ -59,6 +61,7 @@ class LoadProgress:
         self._report_done(self._size)
 
     def _report_done(self, done: int) -> None:
+        self._go_on()
         if self._report is not None:
             self._report(done, self._size)
 
@@ -66,11 +69,23 @@ class LoadProgress:
         self._bar.update(done - self._bar.n)
 
 
+def submit(pool: Executor, call: Callable[..., Any], *args: Any) -> Future[Any]:
+    """`pool.submit`.
+
+    Raises:
+        InternalError: the system gives no thread.
+    """
+    try:
+        return pool.submit(call, *args)
+    except RuntimeError as error:
+        raise InternalError(f"the system gives no thread for the load: {error}") from error
+
+
 class LazyFuture:
     """A call in another thread that begins once, when it is first told to or asked for."""
 
     def __init__(self, pool: Executor, call: Callable[..., Any], *args: Any) -> None:
-        self._begin: Callable[[], Future[Any]] = lambda: pool.submit(call, *args)
+        self._begin: Callable[[], Future[Any]] = lambda: submit(pool, call, *args)
         self._future: Future[Any] | None = None
 
     def start(self) -> Future[Any]:
@@ -82,6 +97,17 @@ class LazyFuture:
     def result(self) -> Any:
         """What the call returned; raises what it raised."""
         return self.start().result()
+
+
+def bar(*args: Any, **settings: Any) -> Any:
+    """A `tqdm` bar that starts no thread, and takes no lock that an interrupt could leave held."""
+    from tqdm import tqdm  # a quarter of a second of import that a server never needs
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        monitor_interval = 0
+        _lock = threading.RLock()
+
+    return Bar(*args, **settings)
 
 
 def no_progress(done: int) -> None:

@@ -7,6 +7,7 @@ can do; a worker that serves strangers allows less than a program that has the m
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
-from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
+from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed
 from worker_orcd.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "check_job_id",
+    "check_seconds",
     "check_token_ids",
     "prepare",
     "requests_of",
@@ -63,10 +65,6 @@ class Request:
     job_id: str | None = None
     deadline: float | None = None
     special: bool = False
-
-    def __post_init__(self) -> None:
-        """Take a deadline that is a number of NumPy as a plain one."""
-        object.__setattr__(self, "deadline", plain_number(self.deadline))
 
 
 @dataclass(frozen=True)
@@ -136,15 +134,23 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
         InvalidRequest: a field breaks its rule, which it names; or prompt and `max_tokens` go past the context.
         VramOom: they can never fit the KV cache.
     """
-    params = request.params
-    if request.job_id is not None:
-        check_job_id(request.job_id, limits.plain_text)
-    if not isinstance(params, SamplingParams):
-        raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", field="params")
+    job_id, deadline = request.job_id, request.deadline
+    if job_id is not None:
+        check_job_id(job_id, limits.plain_text)
+        job_id = str.__str__(job_id)  # of a subclass the text alone
+    if deadline is not None:
+        deadline = check_seconds("deadline", deadline)
+    if not isinstance(request.params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, not {type(request.params).__name__}", field="params")
+    # what other threads will use is this copy: of no subclass, and nobody else can set anything in it
+    params = SamplingParams(**{name: getattr(request.params, name) for name in RULES})
     if request.prompt is not None and request.messages is not None:
         raise InvalidRequest("a request has a prompt or messages, not both", field="messages")
     _check_text(request, limits)
     params.check(model.n_vocab, limits.max_tokens_out)
+    if limits.plain_text and any("\0" in s for s in params.stop):
+        raise InvalidRequest("stop holds a NUL character", field="stop")
+    params = _plain(params)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)
     if limits.max_tokens_in is not None and n_prompt > limits.max_tokens_in:
@@ -157,7 +163,7 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     model.capacity.check(n_prompt, max_tokens)
     seed = params.seed if params.seed is not None else make_seed()
     in_use = replace(params, max_tokens=max_tokens, seed=seed)
-    return Prepared(ids, in_use, seed, max_tokens, request.job_id, request.deadline)
+    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline)
 
 
 def requests_of(
@@ -210,6 +216,22 @@ def check_job_id(job_id: str, plain_text: bool = False) -> None:
         raise InvalidRequest("job_id holds a control character", field="job_id")
 
 
+def check_seconds(name: str, value: object) -> float:
+    """A time or a duration as a float; infinity is one.
+
+    Raises:
+        InvalidRequest: it is no number.
+    """
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        try:
+            seconds = float(value)
+        except OverflowError:
+            seconds = math.inf if value > 0 else -math.inf
+        if seconds == seconds:
+            return seconds
+    raise InvalidRequest(f"{name} must be a number of seconds, not {type(value).__name__}", field=name)
+
+
 def check_token_ids(ids: Iterable[int], n_vocab: int, name: str) -> npt.NDArray[np.int32]:
     """Token ids as int32 [n].
 
@@ -242,8 +264,19 @@ def _check_text(request: Request, limits: Limits) -> None:
             raise InvalidRequest(f"prompt has {len(prompt)} characters; at most {most} are taken", field="prompt")
         if limits.plain_text and "\0" in prompt:
             raise InvalidRequest("prompt holds a NUL character", field="prompt")
-    if limits.plain_text and any("\0" in s for s in request.params.stop):
-        raise InvalidRequest("stop holds a NUL character", field="stop")
+
+
+def _plain(params: SamplingParams) -> SamplingParams:
+    """Checked params with plain numbers and strings in place of numpy's and of subclasses'."""
+    plain: dict[str, Any] = {}
+    for name, rule in RULES.items():
+        value = getattr(params, name)
+        if rule.kind is list:
+            value = tuple(str.__str__(s) for s in value)
+        elif value is not None:
+            value = rule.kind(value)
+        plain[name] = value
+    return SamplingParams(**plain)
 
 
 def _prompt_ids(model: ModelParts, request: Request, limits: Limits) -> npt.NDArray[np.int32]:

@@ -15,6 +15,8 @@ class TokenStream(Iterator[TextPiece]):
 
     Attributes:
         job: the job; `job.completion()` is the whole result once the pieces are read.
+
+    In a process that was forked from that of the model, iterating raises `EngineGone` and leaving does nothing.
     """
 
     def __init__(self, owner: object, job: Job) -> None:
@@ -28,7 +30,7 @@ class TokenStream(Iterator[TextPiece]):
         try:
             event = self.job.next_event()
         except BaseException:  # KeyboardInterrupt too: nobody reads on
-            self.close()
+            self.job.abandon()
             raise
         if isinstance(event, TextPiece):
             return event
@@ -41,8 +43,8 @@ class TokenStream(Iterator[TextPiece]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self.job.abandon()
 
     def close(self) -> None:
         """Cancel the job where it has not ended. Idempotent."""
-        self.job.cancel()
+        self.job.leave()

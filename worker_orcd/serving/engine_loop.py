@@ -6,10 +6,13 @@ and interrupts the decode run, which then returns at its next token.
 
 A job ends for its client at once; its slot and blocks are free at the next boundary between two engine calls. What a
 sequence gets does not depend on when that is: tokens computed past its end are dropped.
+
+The lock is for threads that no signal handler interrupts. What the main thread asks for is done by the `Deputy`.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import uuid
 from collections import OrderedDict
@@ -22,14 +25,15 @@ import numpy as np
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import (
-    CudaError,
     DuplicateJob,
     InternalError,
+    ModelLoadError,
     NotReady,
     QueueFull,
     VramOom,
     WorkerError,
 )
+from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
 from worker_orcd.serving.engine_work import EngineWork
 from worker_orcd.serving.entry import Entry, as_worker_error
@@ -37,6 +41,7 @@ from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.output import Output
 from worker_orcd.serving.scheduler import Scheduler
+from worker_orcd.serving.waiters import Waiters
 from worker_orcd.serving.work import SequenceState
 
 #: how long `close` waits for each thread; a call that hangs in the device keeps its thread, and the engine
@@ -55,6 +60,7 @@ class EngineLoop:
         max_queue: jobs that may wait for a slot.
         on_fatal: called with the error, in the engine or output thread, when the loop has died: all jobs have ended by
             then and no new one is accepted.
+        deputy: works for the main thread; None: there is no main thread that signals could interrupt.
     """
 
     def __init__(
@@ -67,7 +73,9 @@ class EngineLoop:
         new_decoder: Callable[[], Decoder] | None = None,
         max_queue: int = 64,
         on_fatal: Callable[[WorkerError], None] | None = None,
+        deputy: Deputy | None = None,
     ) -> None:
+        self._deputy = deputy or Deputy()
         self._engine = engine
         self._scheduler = scheduler
         self._ring = ring
@@ -82,7 +90,8 @@ class EngineLoop:
         self._recent: OrderedDict[str, None] = OrderedDict()  # ids of jobs that ended
         self._inbox: list[SequenceState] = []
         self._drops: list[int] = []
-        self._next_seq_id = 1
+        self._seq_ids = itertools.count(1)
+        self._idle = Waiters()  # for the end of all jobs
         self._n_waiting = 0
         self._n_free_slots = scheduler.n_free_slots
         self._accepting = True
@@ -99,7 +108,7 @@ class EngineLoop:
                 thread.start()
         except RuntimeError as error:
             self.close()
-            raise InternalError(f"the system gives no thread: {error}") from error
+            raise InternalError(f"the system gives no thread for the loop of the engine: {error}") from error
 
     # -- from any thread
 
@@ -107,6 +116,11 @@ class EngineLoop:
     def error(self) -> WorkerError | None:
         """The error the loop died of, or None."""
         return self._error
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler; `check` and `room_for` may be asked from any thread."""
+        return self._scheduler
 
     def submit(
         self,
@@ -131,6 +145,8 @@ class EngineLoop:
         Raises:
             InvalidRequest, VramOom: it can never run.
             QueueFull, DuplicateJob, NotReady: not now.
+
+        The main thread has it done by the deputy: in one errand with all that belongs together.
         """
         self._scheduler.check(len(prompt), max_tokens)
         decoder = self._new_decoder() if self._new_decoder else None
@@ -140,8 +156,10 @@ class EngineLoop:
                 raise DuplicateJob(f"a job {job_id!r} is queued or running", job_id=job_id)
             if bounded:
                 self._check_queue()
-            seq_id = self._new_seq_id()
-            job = Job(job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended)
+            seq_id = next(self._seq_ids)
+            job = Job(
+                job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy
+            )
             seq = SequenceState(
                 seq_id,
                 prompt,
@@ -173,14 +191,13 @@ class EngineLoop:
                 f"logits of {shape[0]} x {shape[1]} need {4 * shape[0] * shape[1]} bytes of host memory",
                 bytes_required=4 * shape[0] * shape[1],
             ) from None
-        with self._lock:
-            self._check_accepting()
-            job = LogitsJob(self._new_seq_id(), logits, self._ended)
-            self._enqueue(Entry(SequenceState(job.seq_id, tokens, 0, stops=False), job, None))
+        job = LogitsJob(next(self._seq_ids), logits, self._ended)
         try:
-            job.done.wait()
+            self._deputy.call(lambda: self._begin_logits(job, tokens))
+            job.wait()
         except BaseException as error:  # KeyboardInterrupt: the caller goes, and with it the work
-            job.end(InternalError(f"interrupted by {type(error).__name__}"))
+            gone = InternalError(f"interrupted by {type(error).__name__}")
+            self._deputy.post(lambda: job.end(gone))
             raise
         if job.error is not None:
             raise job.error.with_traceback(None)
@@ -188,24 +205,21 @@ class EngineLoop:
 
     def job(self, job_id: str) -> Job | None:
         """The queued or running job of this id."""
-        with self._lock:
-            return self._jobs.get(job_id)
+        return self._jobs.get(job_id)
 
     def cancel(self, job_id: str) -> str:
         """Cancel a job: "cancelling", or "finished" or "unknown" where there is nothing to cancel."""
-        with self._lock:
-            job = self._jobs.get(job_id)
-            if job is None:
-                return "finished" if job_id in self._recent else "unknown"
+        job = self._jobs.get(job_id)
+        if job is None:
+            return "finished" if job_id in self._recent else "unknown"
         job.cancel()
         return "cancelling"
 
     def shutdown(self, grace: float) -> None:
         """Accept no new jobs, give the others `grace` seconds, end the rest with `NotReady`."""
-        with self._lock:
-            self._accepting = False
-            self._lock.wait_for(lambda: not self._entries, max(grace, 0.0))
-        self._end_all(NotReady("the worker is shutting down"))
+        self._deputy.call(self._stop_accepting)
+        self._idle.wait_for(lambda: not self._entries, max(grace, 0.0))
+        self._deputy.call(lambda: self._end_all(NotReady("the worker is shutting down")))
 
     def close(self) -> bool:
         """End all jobs and both threads.
@@ -224,6 +238,21 @@ class EngineLoop:
         _join(output_thread)
         return ended
 
+    def owns(self, thread: threading.Thread) -> bool:
+        """Whether it is one of the two threads of the loop."""
+        return thread in self._threads
+
+    # -- inside
+
+    def _begin_logits(self, job: LogitsJob, tokens: np.ndarray) -> None:
+        with self._lock:
+            self._check_accepting()
+            self._enqueue(Entry(SequenceState(job.seq_id, tokens, 0, stops=False), job, None))
+
+    def _stop_accepting(self) -> None:
+        with self._lock:
+            self._accepting = False
+
     # -- inside, with the lock held
 
     def _check_accepting(self) -> None:
@@ -238,10 +267,6 @@ class EngineLoop:
         if self._n_waiting + max(0, len(self._inbox) + 1 - free) > self._max_queue:
             raise QueueFull(f"{self._max_queue} jobs are queued already; try again later", retry_after=1)
 
-    def _new_seq_id(self) -> int:
-        self._next_seq_id += 1
-        return self._next_seq_id - 1
-
     def _enqueue(self, entry: Entry) -> None:
         self._entries[entry.seq.seq_id] = entry
         self._inbox.append(entry.seq)
@@ -255,15 +280,20 @@ class EngineLoop:
         """A job has ended for its client; called once for each, by the thread that ended it."""
         with self._lock:
             entry = self._entries.pop(job.seq_id, None)
-            if self._jobs.pop(job.job_id, None) is not None:
+            if job.job_id in self._jobs:
+                # in this order: who looks without the lock finds it in one of the two
                 self._recent[job.job_id] = None
                 self._recent.move_to_end(job.job_id)
+                del self._jobs[job.job_id]
                 if len(self._recent) > _REMEMBERED:
                     self._recent.popitem(last=False)
             if entry is not None and entry.seq.ended is None:
                 self._drops.append(job.seq_id)
                 self._control.interrupt()
             self._lock.notify_all()
+            idle = not self._entries
+        if idle:
+            self._idle.notify_all()
 
     def _end_all(self, error: WorkerError) -> None:
         with self._lock:
@@ -288,7 +318,7 @@ class EngineLoop:
     def _run(self, body: Callable[[], None]) -> None:
         try:
             body()
-        except Exception as error:
+        except BaseException as error:  # of a library, that is: no signal comes here
             self._fail(as_worker_error(error, "the loop failed"))
 
     # -- the engine thread
@@ -314,9 +344,10 @@ class EngineLoop:
             try:
                 self._work.begin(admitted)
                 self._work.run()
-            except Exception as error:
+            except BaseException as error:
                 failure = as_worker_error(error, "the engine failed")
-                if isinstance(failure, CudaError) and failure.sticky:
+                # a file that changed stays so, and with it everything that is computed from its mapping
+                if failure.sticky or isinstance(failure, ModelLoadError):
                     self._fail(failure)
                     return
                 self._work.end_running(failure)

@@ -14,7 +14,7 @@ import numpy as np
 
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.errors import WorkerError
-from worker_orcd.serving.entry import MARKS, Entry
+from worker_orcd.serving.entry import MARKS, Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.logprobs import top_logprobs
@@ -48,9 +48,18 @@ class EngineWork:
     def begin(self, admitted: list[SequenceState]) -> None:
         """Tell the engine how the sequences that got a slot are sampled."""
         for seq in admitted:
-            if seq.sampling is not None:
-                self._engine.set_slot(seq.slot, seq.sampling)
             entry = self._entries.get(seq.seq_id)
+            try:
+                if seq.sampling is not None:
+                    self._engine.set_slot(seq.slot, seq.sampling)
+            except Exception as error:
+                failure = as_worker_error(error, "the job could not be started")
+                if failure.sticky:
+                    raise
+                self._scheduler.drop(seq.seq_id)
+                if entry is not None:
+                    entry.job.end(failure)
+                continue
             if entry is not None:
                 entry.job.admitted_at = time.monotonic()
 
@@ -88,7 +97,7 @@ class EngineWork:
                 if entry.job.first_token_at is None:
                     entry.job.first_token_at = now
                 if seq.want_logits and logits is not None and token >= 0:
-                    entry.job.add_logprobs(top_logprobs(logits[row], token, entry.job.params.logprobs or 0))
+                    self._add_logprobs(entry.job, logits[row], token)
         ended = self._scheduler.done_step(work, tokens)
         for seq, token in zip(work.outputs, tokens, strict=True):
             self._ring.put(seq.seq_id, token)
@@ -102,9 +111,18 @@ class EngineWork:
         ended = self._scheduler.done_logits(work)
         entry = self._entries.get(work.seq.seq_id)
         if entry is not None and isinstance(entry.job, LogitsJob):
-            entry.job.logits[first : first + len(logits)] = logits
+            try:
+                entry.job.logits[first : first + len(logits)] = logits
+            except Exception as error:
+                entry.job.end(as_worker_error(error, "the logits could not be kept"))
             if ended:
                 entry.job.end(None)
+
+    def _add_logprobs(self, job: Job, logits: np.ndarray, token: int) -> None:
+        try:
+            job.add_logprobs(top_logprobs(logits, token, job.params.logprobs or 0))
+        except Exception as error:
+            job.end(as_worker_error(error, "the log-probabilities could not be made"))
 
     def _pace(self, n_rows: int, n_prefill_tokens: int, seconds: float) -> None:
         """Choose the prefill tokens of the next step so that it takes about `STEP_SECONDS`."""

@@ -26,7 +26,7 @@ class Entry:
     text: Detokenizer | None
 
 
-def as_worker_error(error: Exception, what: str) -> WorkerError:
+def as_worker_error(error: BaseException, what: str) -> WorkerError:
     """The error itself where it is one of ours, else an `InternalError` that says what went wrong."""
     if isinstance(error, WorkerError):
         return error

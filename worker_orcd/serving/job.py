@@ -1,7 +1,8 @@
 """Job: one generation as its client sees it, from submission to its one terminal event.
 
 Pieces come in order and complete; the job ends exactly once, with `Finished` or with an error. The first end wins, and
-nothing follows it. The loop feeds a job; any thread may read or cancel it.
+nothing follows it. The loop feeds a job; any thread may read or cancel it. Who reads takes no lock that who feeds
+needs: a reader may be the main thread, which a signal handler can throw out anywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import Cancelled, WorkerError
+from worker_orcd.serving.deputy import Deputy
+from worker_orcd.serving.waiters import Waiters
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Job:
         tokens_in: tokens of the prompt.
         params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
+
+    Every method that waits or cancels raises `EngineGone` in a process that was forked from that of the model.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Job:
         tokens_in: int,
         deadline: float | None,
         on_end: Callable[[Job], None],
+        deputy: Deputy | None = None,
     ) -> None:
         self.job_id = job_id
         self.seq_id = seq_id
@@ -110,7 +116,9 @@ class Job:
         self.first_token_at: float | None = None
         self.ended_at: float | None = None  # when the engine had its last token
         self._on_end = on_end
-        self._changed = threading.Condition()
+        self._deputy = deputy
+        self._waiters = Waiters()  # for a piece or the end
+        self._feeding = threading.Lock()  # of those who feed and end it; never taken by the main thread
         self._events: deque[TextPiece] = deque()
         self._token_ids: list[int] = []
         self._texts: list[str] = []
@@ -146,18 +154,40 @@ class Job:
         Raises:
             WorkerError: the job's terminal error, after the pieces that came before it; again at every later call.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._events or self._end is not None, timeout)
-            if self._events:
+        self._check_process()
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            end = self._end  # looked at first: once it is there, no piece comes any more
+            try:
                 return self._events.popleft()
-            end = self._end
-        if isinstance(end, WorkerError):
-            raise end.with_traceback(None)
-        return end
+            except IndexError:
+                pass
+            if isinstance(end, WorkerError):
+                raise end.with_traceback(None)
+            if end is not None:
+                return end
+            left = None if until is None else until - time.monotonic()
+            if not self._waiters.wait_for(lambda: self._events or self._end is not None, left):
+                return None
 
     def cancel(self) -> None:
         """End the job with `Cancelled`; no effect on one that has ended. Returns at once."""
-        self.end(Cancelled("the job was cancelled", job_id=self.job_id))
+        self._check_process()
+        self.leave()
+
+    def leave(self) -> None:
+        """`cancel` for who has read enough: in a forked child it does nothing."""
+        if self._deputy is None:
+            self._cancel()
+        elif not (self._ending or self._deputy.forked):
+            self._deputy.call(self._cancel)
+
+    def abandon(self) -> None:
+        """`leave` for `__del__`: the garbage collector may call it in a thread that holds a lock of the loop."""
+        if self._deputy is None or self._deputy.stands_in:
+            self.leave()
+        elif not (self._ending or self._deputy.forked):
+            self._deputy.post(self._cancel)
 
     def completion(self) -> Completion:
         """Wait for the end and return the whole result, also of pieces read before.
@@ -165,9 +195,9 @@ class Job:
         Raises:
             WorkerError: the job's terminal error.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._end is not None)
-            end = self._end
+        self._check_process()
+        self._waiters.wait_for(lambda: self._end is not None)
+        end = self._end
         if isinstance(end, WorkerError):
             raise end.with_traceback(None)
         assert end is not None, "waiting had no limit"
@@ -200,18 +230,18 @@ class Job:
 
     def add_piece(self, text: str, token_ids: list[int]) -> None:
         """Append a piece; no effect on a job that has ended."""
-        with self._changed:
+        with self._feeding:
             if self._ending:
                 return
             self._token_ids.extend(token_ids)
             piece = TextPiece(text, len(self._texts), tuple(token_ids))
             self._texts.append(text)
             self._events.append(piece)
-            self._changed.notify_all()
+        self._waiters.notify_all()
 
     def add_silent_tokens(self, token_ids: list[int]) -> None:
         """Record tokens that gave no text to show: part of the result, no piece."""
-        with self._changed:
+        with self._feeding:
             if not self._ending:
                 self._token_ids.extend(token_ids)
 
@@ -225,13 +255,19 @@ class Job:
 
     def end(self, end: Finished | WorkerError) -> bool:
         """End the job. Returns whether this call ended it: the first one wins."""
-        with self._changed:
+        with self._feeding:
             if self._ending:
                 return False
             self._ending = True
         # before anyone can see the end: who has seen it may use the job's id again
         self._on_end(self)
-        with self._changed:
-            self._end = end
-            self._changed.notify_all()
+        self._end = end
+        self._waiters.notify_all()
         return True
+
+    def _cancel(self) -> None:
+        self.end(Cancelled("the job was cancelled", job_id=self.job_id))
+
+    def _check_process(self) -> None:
+        if self._deputy is not None:
+            self._deputy.check_process()

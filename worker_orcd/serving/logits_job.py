@@ -8,10 +8,11 @@ from collections.abc import Callable
 import numpy as np
 
 from worker_orcd.errors import WorkerError
+from worker_orcd.serving.waiters import Waiters
 
 
 class LogitsJob:
-    """Teacher-forced logits being computed: float32 [n_tokens, n_vocab] in `logits` once `done` is set."""
+    """Teacher-forced logits being computed: float32 [n_tokens, n_vocab] in `logits` once `wait` returns."""
 
     deadline = None
 
@@ -19,12 +20,16 @@ class LogitsJob:
         self.job_id = f"logits-{seq_id}"
         self.seq_id = seq_id
         self.logits = logits
-        self.done = threading.Event()
         self.error: WorkerError | None = None
         self.admitted_at: float | None = None
-        self._ending = False
+        self._ending = self._ended = False
         self._on_end = on_end
-        self._lock = threading.Lock()
+        self._waiters = Waiters()
+        self._lock = threading.Lock()  # of those who end it; never taken by the main thread
+
+    def wait(self) -> None:
+        """Wait for the end."""
+        self._waiters.wait_for(lambda: self._ended)
 
     def end(self, error: WorkerError | None) -> bool:
         """End it, with an error or with the logits complete. The first end wins."""
@@ -34,5 +39,6 @@ class LogitsJob:
             self._ending = True
         self._on_end(self)
         self.error = error
-        self.done.set()
+        self._ended = True
+        self._waiters.notify_all()
         return True

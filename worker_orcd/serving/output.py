@@ -59,7 +59,7 @@ class Output:
                         entry.job.end(InternalError("the logits of the next token are no numbers"))
                     elif token in (STOP, LENGTH):
                         entry.text.end("stop" if token == STOP else "length")
-                except Exception as error:
+                except BaseException as error:  # a library's panic is no Exception, and hurts the one job as well
                     entry.job.end(as_worker_error(error, "the text of the job could not be made"))
 
     def _expire(self) -> float:
