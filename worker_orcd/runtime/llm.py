@@ -198,7 +198,7 @@ class LLM:
         """
         jobs: list[Job] = []
         try:
-            self._start([self._prepare(Request(prompt, None, params or SamplingParams()))], jobs)
+            self._start([self._prepare(Request(prompt, None, _or_default(params)))], jobs)
             return TokenStream(self, jobs[0])
         except BaseException:
             self._abandon(jobs)
