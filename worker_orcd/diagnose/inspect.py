@@ -46,7 +46,6 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
             "path": mf.path,
             "name": mf.name,
             "arch": mf.arch,
-            "unsupported": _unsupported(mf),
             "quant_kind": mf.quant_kind if mf.tensors else None,
             "file_type": mf.file_type,
             "version": mf.parts[0].version,
@@ -67,6 +66,7 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
             "tokenizer": _report(lambda: _tokenizer(mf, tokenizer)),
         }
         facts.update(_report_plan(mf))
+        facts["unsupported"] = _unsupported(mf, facts["plan"])
         if sha256:
             whole, parts = part_digests(mf)
             facts["sha256"] = {"whole": whole} | (
@@ -106,17 +106,13 @@ def _types(mf: ModelFile) -> dict[str, dict[str, int]]:
     return {name: {"tensors": count[name], "bytes": n} for name, n in n_bytes.most_common()}
 
 
-def _unsupported(mf: ModelFile) -> list[str]:
-    """What keeps the file from being loaded, as sentences: its architecture, each type of its tensors."""
-    reasons = []
-    try:
-        registry.row_of(mf)
-    except WorkerError as error:
-        reasons.append(str(error.fields["reason"]))
+def _unsupported(mf: ModelFile, the_plan: Mapping[str, Any]) -> list[str]:
+    """What keeps the file from being loaded: why there is no plan, and each type of its tensors."""
+    reasons = [the_plan["error"].removeprefix(f"{mf.path}: ")] if "error" in the_plan else []
     for type_id in mf.unsupported_types:
         names = [t.name for t in mf.tensors.values() if t.type_id == type_id]
         of = f"{len(names)} tensors" if len(names) > 1 else f"tensor {names[0]}"
-        reasons.append(f"unsupported tensor type {quants.type_name(type_id)} ({of})")
+        reasons.append(f"unsupported tensor type {quants.type_name(type_id).removeprefix('type ')} ({of})")
     return reasons
 
 
