@@ -10,6 +10,8 @@ from helpers.gguf_forge import ARR, Forge, Tensor
 
 from worker_orcd.gguf.model_file import ModelFile
 
+#: of every reference file here
+N_LAYERS = 2
 _KINDS = {
     "uint8": g.U8, "int8": g.I8, "uint16": g.U16, "int16": g.I16, "uint32": g.U32, "int32": g.I32, "float32": g.F32,
     "bool": g.BOOL, "string": g.STR, "uint64": g.U64, "int64": g.I64, "float64": g.F64,
@@ -58,3 +60,38 @@ def split(forge: Forge, name: str, parts: dict[str, int]) -> Forge:
         start += n
     forge.tensors[at : at + 1] = made
     return forge
+
+
+def fused_qkv(f: Forge, bias: bool = False) -> Forge:
+    """q, k and v of every layer in one tensor."""
+    for layer in range(N_LAYERS):
+        for kind in ("weight", "bias") if bias else ("weight",):
+            parts = [f"blk.{layer}.attn_{name}.{kind}" for name in "qkv"]
+            fuse(f, f"blk.{layer}.attn_qkv.{kind}", parts)
+    return f
+
+
+def split_qkv(f: Forge, q: int = 256, kv: int = 256, bias: bool = False) -> Forge:
+    """q, k and v of every layer in three tensors of `q`, `kv` and `kv` rows."""
+    for layer in range(N_LAYERS):
+        for kind in ("weight", "bias") if bias else ("weight",):
+            rows = {f"blk.{layer}.attn_{name}.{kind}": n for name, n in (("q", q), ("k", kv), ("v", kv))}
+            split(f, f"blk.{layer}.attn_qkv.{kind}", rows)
+    return f
+
+
+def fused_gate_up(f: Forge) -> Forge:
+    """Gate and up of every layer in one tensor."""
+    for layer in range(N_LAYERS):
+        # the fused tensor has the name of one of its parts
+        fuse(f, "whole", [f"blk.{layer}.ffn_gate.weight", f"blk.{layer}.ffn_up.weight"])
+        f.tensor("whole").name = f"blk.{layer}.ffn_up.weight"
+    return f
+
+
+def split_gate_up(f: Forge) -> Forge:
+    """Gate and up of every layer in two tensors."""
+    for layer in range(N_LAYERS):
+        rows = {f"blk.{layer}.ffn_{name}.weight": 256 for name in ("gate", "up")}
+        split(f, f"blk.{layer}.ffn_up.weight", rows)
+    return f

@@ -168,6 +168,7 @@ LONG = ("rope_factors_short.weight", "rope_factors_long.weight")
     [
         # two that both apply and are not the same
         ({"factor": 4.0, "scale_linear": 2.0}, "rope.scale_linear is 2.0"),
+        ({"factor": 1.0, "scale_linear": 2.0}, "rope.scale_linear is 2.0"),
         ({"type": "yarn", "factor": 4.0, "tensors": ["rope_freqs.weight"]}, "rope.scaling.type is 'yarn'"),
         ({"type": "yarn", "factor": 4.0, "tensors": LONG}, "rope.scaling.type is 'yarn'"),
         ({"factor": 4.0, "tensors": LONG}, "rope.scaling.factor is 4.0"),

@@ -12,41 +12,14 @@ import numpy as np
 import pytest
 from helpers import cpu_engines
 from helpers import gguf_forge as g
-from helpers.golden_forge import fuse, split, take_apart
+from helpers.golden_forge import N_LAYERS, fused_gate_up, fused_qkv, split_gate_up, split_qkv, take_apart
 
 from worker_orcd.cuda import lowering
 from worker_orcd.errors import ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
-N_LAYERS, N_TOKENS = 2, 24
-
-
-def fused_qkv(f, bias=False):
-    for layer in range(N_LAYERS):
-        for kind in ("weight", "bias") if bias else ("weight",):
-            parts = [f"blk.{layer}.attn_{name}.{kind}" for name in "qkv"]
-            fuse(f, f"blk.{layer}.attn_qkv.{kind}", parts)
-
-
-def split_qkv(f, q=256, kv=256, bias=False):
-    for layer in range(N_LAYERS):
-        for kind in ("weight", "bias") if bias else ("weight",):
-            rows = {f"blk.{layer}.attn_{name}.{kind}": n for name, n in (("q", q), ("k", kv), ("v", kv))}
-            split(f, f"blk.{layer}.attn_qkv.{kind}", rows)
-
-
-def fused_gate_up(f):
-    for layer in range(N_LAYERS):
-        # the fused tensor has the name of one of its parts
-        fuse(f, "whole", [f"blk.{layer}.ffn_gate.weight", f"blk.{layer}.ffn_up.weight"])
-        f.tensor("whole").name = f"blk.{layer}.ffn_up.weight"
-
-
-def split_gate_up(f):
-    for layer in range(N_LAYERS):
-        rows = {f"blk.{layer}.ffn_{name}.weight": 256 for name in ("gate", "up")}
-        split(f, f"blk.{layer}.ffn_up.weight", rows)
+N_TOKENS = 24
 
 
 def arrays(f):

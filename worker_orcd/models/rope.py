@@ -69,10 +69,8 @@ def rope_tables(mf: ModelFile, n_rot: int, theta: float, trained: int, yarn_trun
         _refuse_yarn_keys(mf, kind)
     if any(name in mf.tensors for name in LONG_ROPE_DIVISORS):
         if kind not in ("none", "linear", "longrope") or LLAMA3_DIVISORS in mf.tensors:
-            raise mf.error(
-                f"{prefix}type",
-                f"is {quoted(kind)} where {' and '.join(sorted(DIVISOR_TENSORS & set(mf.tensors)))} scale too",
-            )
+            others = " and ".join(sorted(DIVISOR_TENSORS & set(mf.tensors)))
+            raise mf.error(f"{prefix}type", f"is {quoted(kind)} where {others} scale too")
         if factor != 1.0:
             raise mf.error(factor_key, f"is {factor}, but LongRoPE ({LONG_ROPE_DIVISORS[1]}) takes no factor")
         if original < 2:
@@ -87,19 +85,14 @@ def rope_tables(mf: ModelFile, n_rot: int, theta: float, trained: int, yarn_trun
     if kind == "linear":
         return RopeTables(tuple(f / factor for f in base), mscale)
     if kind == "yarn":
-        fast, slow = (
-            mf.get_float(f"{prefix}{key}", 0.0, _MAX_FACTOR, 0.0) or usual for key, usual in YARN_KEYS.items()
-        )
-        if slow < _MIN_FACTOR or fast < slow:
-            raise mf.error(f"{prefix}yarn_beta_slow", f"is {slow}, must be from {_MIN_FACTOR} to beta_fast, {fast}")
         if theta <= 1.0:
             raise mf.error(f"{mf.arch}.rope.freq_base", f"is {theta}, YaRN needs more than 1")
+        fast, slow = _yarn_betas(mf)
         own = mf.get_float(f"{prefix}yarn_attn_factor", _MIN_FACTOR, _MAX_MSCALE, yarn_mscale(factor))
         return RopeTables(yarn(base, theta, factor, original, fast, slow, yarn_truncate), own * mscale)
     if kind == "longrope":
-        raise mf.error(
-            f"{prefix}type", f"is 'longrope', but the tensors {' and '.join(LONG_ROPE_DIVISORS)} are missing"
-        )
+        missing = " and ".join(LONG_ROPE_DIVISORS)
+        raise mf.error(f"{prefix}type", f"is 'longrope', but the tensors {missing} are missing")
     if kind != "none":
         raise mf.error(f"{prefix}type", f"is {quoted(kind)}, which is not supported (supported: none, linear, yarn)")
     if factor != 1.0:
@@ -110,16 +103,27 @@ def rope_tables(mf: ModelFile, n_rot: int, theta: float, trained: int, yarn_trun
 def _factor(mf: ModelFile) -> tuple[float, str]:
     """By how much positions are divided (1: not at all) and the key that says so, of the two names it has had."""
     now, before = f"{mf.arch}.rope.scaling.factor", f"{mf.arch}.rope.scale_linear"
-    found: list[tuple[float, str]] = []
-    for key in (now, before):
-        factor = mf.get_float(key, 0.0, _MAX_FACTOR, 0.0)
-        if 0.0 < factor < _MIN_FACTOR:
-            raise mf.error(key, f"is {factor}, must be 0 (none) or from {_MIN_FACTOR} to {_MAX_FACTOR}")
-        if factor not in (0.0, 1.0):
-            found.append((factor, key))
-    if len(found) == 2 and found[0][0] != found[1][0]:
-        raise mf.error(before, f"is {found[1][0]}, but {now} is {found[0][0]}")
-    return found[0] if found else (1.0, now)
+    factor, old = (mf.get_float(key, 0.0, _MAX_FACTOR, 0.0) for key in (now, before))
+    for key, value in ((now, factor), (before, old)):
+        if 0.0 < value < _MIN_FACTOR:
+            raise mf.error(key, f"is {value}, must be 0 (none) or from {_MIN_FACTOR} to {_MAX_FACTOR}")
+    if old in (0.0, 1.0):
+        return factor or 1.0, now
+    if factor not in (0.0, old):
+        raise mf.error(before, f"is {old}, but {now} is {factor}")
+    return old, before
+
+
+def _yarn_betas(mf: ModelFile) -> tuple[float, float]:
+    """Turns over the original context above which a pair keeps its frequency, and below which it is interpolated."""
+    fast_key, slow_key = (f"{mf.arch}.rope.scaling.{name}" for name in YARN_KEYS)
+    fast, slow = (
+        mf.get_float(key, 0.0, _MAX_FACTOR, 0.0) or usual
+        for key, usual in zip((fast_key, slow_key), YARN_KEYS.values(), strict=True)
+    )
+    if slow < _MIN_FACTOR or fast < slow:
+        raise mf.error(slow_key, f"is {slow}, must be from {_MIN_FACTOR} to the {fast} of yarn_beta_fast")
+    return fast, slow
 
 
 def _refuse_yarn_keys(mf: ModelFile, kind: str) -> None:
