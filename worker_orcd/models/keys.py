@@ -257,7 +257,7 @@ def check(mf: ModelFile, row: Arch, hp: HParams) -> None:
             raise mf.error(key, f"is {_shown(value)}: architecture {row.name} has no such key, it would have no effect")
         if not rule.passes(hp, value):
             neutral = " or ".join(_shown(v) for v in rule.neutral(hp))
-            only = f" (only {neutral} changes nothing)" if neutral else ""
+            only = f" (only {neutral} would change nothing)" if neutral else ""
             raise mf.error(key, f"is {_shown(value)}, which is not supported in architecture {row.name}{only}")
 
 
