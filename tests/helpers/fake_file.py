@@ -29,6 +29,7 @@ class FakeFile:
     """A model file that exists in memory only: metadata and shapes, for what `arch` and `plan` read."""
 
     path = "fake.gguf"
+    quantized = False
 
     def __init__(self, name: str = "llama", **changes: object) -> None:
         self.arch = name

@@ -216,6 +216,7 @@ def test_general_keys_that_change_numbers(goldens_dir, tmp_path):
             plan.build(mf)
 
     load("llama-F16", "general.quantization_version", g.U32, 1)  # nothing is quantized
+    load("llama-Q4_0", "general.quantization_version", g.U32, 2)
     load("llama-F16", "diffusion.shift_logits", g.BOOL, False)
     for name, key, kind, value in (
         ("llama-Q4_0", "general.quantization_version", g.U32, 1),

@@ -53,6 +53,7 @@ class ModelFile:
         metadata: key-values, those of the first part.
         tensors: tensor records by name over all parts; `part_of` says which file an offset belongs to.
         arch: `general.architecture`; "" where a file opened `for_report` has none.
+        quantized: whether a tensor holds blocks of several elements.
         unsupported_types: ids of the types of tensors that are not in `quants.TYPES`, which only a report meets.
         name: `general.name`, else the file's name without its ending.
         file_type: `general.file_type`, or None.
@@ -73,6 +74,7 @@ class ModelFile:
             self._part_of = {name: part for part in self.parts for name in part.tensors}
             self.tensors: dict[str, TensorInfo] = {n: t for part in self.parts for n, t in part.tensors.items()}
             self.size = sum(part.size for part in self.parts)
+            self.quantized = any(self._block_sizes[t.type_id][0] > 1 for t in self.tensors.values())
             self.unsupported_types = tuple(sorted({t.type_id for t in self.tensors.values()} - quants.TYPES.keys()))
             stem = Path(self.path).stem
             self.arch: str = self._told(lambda: self.get_str("general.architecture"), "", for_report)

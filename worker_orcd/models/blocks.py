@@ -194,7 +194,7 @@ def ffn(b: Builder, hp: HParams, layer: int) -> None:
     else:
         both = b.buffer("ffn", 2 * hp.n_ff)
         gate, up = View("ffn", 0, hp.n_ff), View("ffn", hp.n_ff, hp.n_ff)
-        if f"{p}.ffn_gate.weight" in b.mf.tensors or not _has_rows(b, f"{p}.ffn_up.weight", both.width):
+        if f"{p}.ffn_gate.weight" in b.mf.tensors or _n_rows(b, f"{p}.ffn_up.weight") in (None, hp.n_ff):
             b.matmul(f"{p}.ffn_gate", row.ffn_bias, h, gate)
             b.matmul(f"{p}.ffn_up", row.ffn_bias, h, up)
         else:
@@ -230,10 +230,10 @@ def moe(b: Builder, hp: HParams, layer: int) -> None:
     b.ops.append(Add(f"{p}.ffn_residual", h, x))
 
 
-def _has_rows(b: Builder, name: str, n: int) -> bool:
-    """Whether the file has a matrix `name` of `n` rows."""
+def _n_rows(b: Builder, name: str) -> int | None:
+    """Rows of the matrix `name`; None where the file has none."""
     info = b.mf.tensors.get(name)
-    return info is not None and len(info.shape) == 2 and info.shape[1] == n
+    return info.shape[1] if info is not None and len(info.shape) == 2 else None
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

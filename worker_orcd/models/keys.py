@@ -250,7 +250,7 @@ def check(mf: ModelFile, row: Arch, hp: HParams) -> None:
         rule = table.get(key.removeprefix(prefix)) if inside else _GENERAL.get(key)
         if not isinstance(rule, Unless) and (rule is not None or not inside):
             continue
-        if key == "general.quantization_version" and not any(t.type_id > 1 for t in mf.tensors.values()):
+        if key == "general.quantization_version" and not mf.quantized:
             continue
         value = _value(mf, key)
         if rule is None:
