@@ -82,6 +82,8 @@ class ModelFile:
             self.file_type: int | None = self._told(
                 lambda: self.get_int("general.file_type", 0, 2**32 - 1, None), None, for_report
             )
+            if not for_report:
+                self._check_keys_of_other_parts()
             self.quant_kind = quants.quant_kind(
                 ((t.type_id, t.nbytes) for t in self.tensors.values() if len(t.shape) >= 2), self.file_type
             )
@@ -131,6 +133,19 @@ class ModelFile:
                 raise ModelLoadError(f"tensor {quoted(min(twice))} is in an earlier part too", part.path)
             names |= part.tensors.keys()
         self.get_int("split.tensors.count", len(names), len(names))
+
+    def _check_keys_of_other_parts(self) -> None:
+        """Refuse a key of the architecture that a later part says otherwise: only those of the first are read."""
+
+        def stored(metadata: Metadata, key: str) -> tuple[str, bytes]:
+            return metadata.value_type(key), metadata.raw(key)
+
+        for part in self.parts[1:]:
+            for key in part.metadata:
+                if not key.startswith(f"{self.arch}."):
+                    continue
+                if key not in self.metadata or stored(part.metadata, key) != stored(self.metadata, key):
+                    raise _key_error(part.metadata, key, "is not what the first part says")
 
     def part_of(self, name: str) -> GgufFile:
         """The file that holds tensor `name`."""
