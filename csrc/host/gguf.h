@@ -42,6 +42,7 @@ enum : uint32_t {
 constexpr uint64_t kMaxKeys = 65535;                     // published models have 20 to 60
 constexpr uint64_t kMaxTensors = 65535;                  // the largest have a few thousand
 constexpr uint64_t kMaxKeyBytes = 65535;                 // the format's own limit
+constexpr size_t kMaxQuoted = 80;                        // characters of a file's text in a message
 constexpr uint64_t kMaxNameBytes = 63;                   // ggml's limit: 64 with the terminating zero
 constexpr uint64_t kMaxArray = uint64_t(1) << 24;        // elements of one array
 constexpr uint64_t kMaxAllKeyBytes = uint64_t(4) << 20;  // the names of all keys together
@@ -92,16 +93,15 @@ inline uint64_t scalar_bytes(uint32_t type) {
 // Text of untrusted bytes for a message: printable ASCII, short.
 inline std::string quoted(const std::string& s) {
     std::string out = "'";
-    for (unsigned char c : s.substr(0, 64)) {
-        char hex[5];
-        if (c >= 0x20 && c < 0x7f && c != '\'' && c != '\\') {
-            out += char(c);
-            continue;
-        }
-        std::snprintf(hex, sizeof hex, "\\x%02x", c);
-        out += hex;
+    for (size_t i = 0; i < s.size(); i++) {
+        unsigned char c = s[i];
+        char piece[5] = {static_cast<char>(c)};
+        if (c < 0x20 || c > 0x7e || c == '\'' || c == '\\') std::snprintf(piece, sizeof piece, "\\x%02x", c);
+        // room for the dots, where more comes
+        if (out.size() - 1 + std::strlen(piece) > kMaxQuoted - (i + 1 < s.size() ? 3 : 0)) return out + "...'";
+        out += piece;
     }
-    return out + (s.size() > 64 ? "'..." : "'");
+    return out + "'";
 }
 
 // Reads forward through base[0, size); whatever would pass the end is refused with the offset it started at.

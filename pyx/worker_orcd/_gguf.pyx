@@ -21,7 +21,7 @@ from libcpp.unordered_map cimport unordered_map
 from libcpp.vector cimport vector
 from posix.unistd cimport close as posix_close
 
-from worker_orcd.errors import ModelLoadError
+from worker_orcd.errors import ModelLoadError, excerpt, quoted
 
 
 cdef extern from "host/gguf.h" namespace "gguf" nogil:
@@ -145,7 +145,7 @@ class TensorInfo:
 
     Attributes:
         name: the tensor's name.
-        shape: dimensions in GGUF order, row length first.
+        shape: dimensions in GGUF order, row length first; trailing ones mean nothing and are dropped, as ggml does.
         type_id: ggml type id.
         offset: of its first byte in its file.
         nbytes: its size in bytes.
@@ -206,7 +206,8 @@ cdef class Metadata:
     cdef readonly str path
 
     cdef object changed(self, str key, uint64_t at):
-        return ModelLoadError(f"key {key[:64]!r} was changed after the file was opened", self.path, at, field=key[:64])
+        return ModelLoadError(f"key {quoted(key)} was changed after the file was opened", self.path, at,
+                              field=excerpt(key))
 
     cdef list strings(self, str key, uint64_t* at, uint64_t end, uint64_t count, bint single):
         """`count` strings from `at` on; UTF-8 faults name key, index and offset."""
@@ -220,8 +221,8 @@ cdef class Metadata:
                 out.append(PyUnicode_DecodeUTF8(<const char*>base + start, <Py_ssize_t>length, NULL))
             except UnicodeDecodeError as e:
                 index = "" if single else f"[{i}]"
-                raise ModelLoadError(f"key {key[:64]!r}{index} is not UTF-8", self.path, start + e.start,
-                                     field=key[:64]) from None
+                raise ModelLoadError(f"key {quoted(key)}{index} is not UTF-8", self.path, start + e.start,
+                                     field=excerpt(key)) from None
         return out
 
     cdef list numbers(self, uint64_t at, uint32_t type, uint64_t count):
@@ -493,10 +494,13 @@ cdef class GgufFile:
 cdef dict _tensor_infos(vector[Tensor]& tensors):
     cdef dict out = {}
     cdef size_t i
-    cdef uint32_t d
+    cdef uint32_t d, n_dims
     for i in range(tensors.size()):
         name = tensors[i].name.decode("ascii")
-        shape = tuple([tensors[i].dims[d] for d in range(tensors[i].n_dims)])
+        n_dims = tensors[i].n_dims
+        while n_dims > 1 and tensors[i].dims[n_dims - 1] == 1:
+            n_dims -= 1
+        shape = tuple([tensors[i].dims[d] for d in range(n_dims)])
         out[name] = TensorInfo(name, shape, tensors[i].type, tensors[i].offset, tensors[i].nbytes)
     return out
 

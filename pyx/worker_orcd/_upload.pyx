@@ -27,7 +27,7 @@ from posix.unistd cimport pread
 
 from worker_orcd._gguf cimport Rule, rule_of
 from worker_orcd._gguf import CHECK_REASONS
-from worker_orcd.errors import CudaError, InternalError, ModelLoadError
+from worker_orcd.errors import CudaError, InternalError, ModelLoadError, quoted
 
 from worker_orcd._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
 
@@ -415,7 +415,7 @@ cdef class _Load:
             index, offset, number, found = min(faults)
             r = ranges[index]
             if found:
-                raise ModelLoadError(f"tensor {r.name!r} {CHECK_REASONS[found]}", r.file.path, offset,
+                raise ModelLoadError(f"tensor {quoted(r.name)} {CHECK_REASONS[found]}", r.file.path, offset,
                                      tensor=r.name)
             reason = (f"cannot be read: {os.strerror(number)}" if number else
                       "ended early: it was cut while it was being loaded")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+from helpers import gguf_forge as g
+from helpers.golden_forge import take_apart
+
 
 def test_inspect_shows_every_file(call, goldens_dir):
     for path in sorted(goldens_dir.glob("*.gguf")):
@@ -48,3 +51,59 @@ def test_inspect_escapes_what_a_file_says():
     }
     text = inspect.as_text(facts)
     assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_inspect_names_tensor_types_that_are_not_supported_and_shows_the_rest(call, goldens_dir):
+    for name in ("IQ4_XS", "IQ2_XXS", "NVFP4", "TQ1_0", "IQ1_M", "IQ4_NL", "IQ3_S"):
+        path = goldens_dir / "arch" / f"llama-{name}.gguf"
+        code, out, err = call("inspect", path)
+        assert code == 0 and err == ""
+        assert f"cannot be loaded: unsupported tensor type {name} (" in out
+        assert "llama.block_count" in out and "n_embd" in out and "token_embd.weight" in out
+        facts = json.loads(call("inspect", path, "--json")[1])
+        assert facts["unsupported"] and all(
+            reason.startswith("unsupported tensor type ") for reason in facts["unsupported"]
+        )
+        assert name in facts["types"] and facts["types"][name]["bytes"] > 0
+        assert name in {t["type"] for t in facts["tensors"]}
+        assert facts["hparams"]["n_layer"] == 2 and facts["plan"]["ops"] > 20
+        assert name in facts["memory"]["error"] and facts["tokenizer"]["kind"] == "gguf-bpe"
+
+
+def test_inspect_names_an_architecture_that_is_not_supported_and_shows_the_rest(call, goldens_dir):
+    path = goldens_dir / "arch" / "cohere2-F16.gguf"
+    code, out, err = call("inspect", path)
+    assert code == 0 and err == ""
+    assert "cannot be loaded: unsupported architecture 'cohere2' (supported: llama, " in out
+    assert "cohere2.logit_scale" in out and "blk.3.ffn_down.weight" in out and "kind  " in out
+    facts = json.loads(call("inspect", path, "--json")[1])
+    assert facts["arch"] == "cohere2" and len(facts["unsupported"]) == 1 and len(facts["tensors"]) == 34
+    assert "unsupported architecture" in facts["plan"]["error"] and facts["tokenizer"]["n_vocab"] == 288
+
+
+def test_inspect_shows_a_file_of_unknown_types_and_no_architecture(call, goldens_dir, tmp_path):
+    forge = take_apart(goldens_dir / "llama-F16.gguf", vocabulary=False).drop("general.architecture")
+    forge.tensor("blk.0.attn_q.weight").type_id = 99
+    forge.put("general.file_type", g.STR, "none")
+    path = tmp_path / "strange.gguf"
+    path.write_bytes(forge.build())
+    code, out, err = call("inspect", path)
+    assert code == 0 and err == ""
+    assert "no architecture, F16" in out and "cannot be loaded: general.architecture is missing" in out
+    assert (
+        "unsupported tensor type type 99" not in out
+        and "unsupported tensor type 99 (tensor blk.0.attn_q.weight)" in out
+    )
+    facts = json.loads(call("inspect", path, "--json")[1])
+    assert facts["arch"] == "" and facts["file_type"] is None and facts["types"]["type 99"]["tensors"] == 1
+    assert {t["name"] for t in facts["tensors"]} == {t.name for t in forge.tensors}
+
+
+def test_a_key_that_keeps_a_file_from_loading_is_named(call, goldens_dir, tmp_path):
+    forge = take_apart(goldens_dir / "llama-F16.gguf").put("llama.logit_scale", g.F32, 2.0)
+    path = tmp_path / "scaled.gguf"
+    path.write_bytes(forge.build())
+    code, out, _ = call("inspect", path)
+    assert code == 0 and "cannot be loaded: llama.logit_scale is 2, which is not supported" in out
+    facts = json.loads(call("inspect", path, "--json")[1])
+    assert "llama.logit_scale" in facts["hparams"]["error"] and facts["tokenizer"]["n_vocab"]

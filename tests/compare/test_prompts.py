@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from worker_orcd.compare.prompts import Prompt, read_prompts, read_targets
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import MAX_QUOTED, InvalidRequest
 
 
 def test_prompt_files(tmp_path):
@@ -33,6 +33,15 @@ def test_bad_prompt_files(tmp_path, content, said):
     path.write_text(content)
     with pytest.raises(InvalidRequest, match=said):
         read_prompts(path)
+
+
+def test_an_unknown_field_is_quoted_short_and_on_one_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "' + "x\\n\u2028" * 1000 + '": 1}')
+    with pytest.raises(InvalidRequest, match="unknown field") as caught:
+        read_prompts(path)
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message.split("unknown field ")[1]) <= MAX_QUOTED + 2
 
 
 def test_unreadable_prompt_files(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fake_driver.cases import FAKE, NOTHING, leftovers
 from fake_driver.launch_record import recorded
+from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_qkv, take_apart
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
@@ -151,10 +152,20 @@ def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):
     assert leftovers() == NOTHING
 
 
-@pytest.mark.parametrize("name", ["llama-Q4_K_M", "gpt-oss-MXFP4", "phi3-Q4_K_M"])
-def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, goldens_dir):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, None) for name in ("llama-Q4_K_M", "gpt-oss-MXFP4", "phi3-Q4_K_M")]
+    + [("llama-Q4_0", fused_qkv), ("llama-Q4_K_M", fused_gate_up), ("phi3-Q4_K_M", split_qkv),
+       ("phi3-Q8_0", split_gate_up)],
+)  # fmt: skip
+def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, change, goldens_dir, tmp_path):
     """A captured decode step launches what an ordinary step of the same rows does, but for where it draws from."""
-    with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
+    path = goldens_dir / f"{name}.gguf"
+    if change is not None:
+        forge = change(take_apart(path))
+        path = tmp_path / "variant.gguf"
+        path.write_bytes(forge.build())
+    with ModelFile(path) as file, _driver.Context(0) as context:
         built = plan.build(file)
         config = EngineConfig(3, 64, 256, tuple(16 for _ in built.kv_groups))
         with recorded() as start:

@@ -429,3 +429,37 @@ def test_empty_tokens_get_names(write):
     forge = g.tiny_vocab().put_array("tokenizer.ggml.tokens", STR, ["a", "b", "", "ab", "", "</s>"])
     with ModelFile(write(forge)) as mf:
         assert tokenizer_metadata.validate(mf.metadata).tokens[2:5] == ["[EMPTY_2]", "ab", "[EMPTY_4]"]
+
+
+def test_names_and_sizes_of_types_are_those_of_ggml():
+    for kind, (elements, n_bytes) in gguf.constants.GGML_QUANT_SIZES.items():
+        assert quants.type_name(kind.value) == kind.name
+        assert quants.REPORT_BLOCK_SIZES[kind.value] == (elements, n_bytes)
+    assert quants.type_name(99) == "type 99" and quants.BLOCK_SIZES.keys() == quants.TYPES.keys()
+
+
+def test_only_a_report_opens_a_file_of_other_types(goldens_dir):
+    path = goldens_dir / "arch" / "llama-IQ4_XS.gguf"
+    with pytest.raises(ModelLoadError, match="unknown or removed tensor type 23"):
+        ModelFile(path)
+    with ModelFile(path, for_report=True) as mf:
+        assert mf.unsupported_types == (23,) and mf.quant_kind == "IQ4_XS"
+
+
+def test_integers_of_layers(write):
+    forge = g.tiny_llama().put_array("same", U16, [5, 5, 5]).put_array("other", U16, [5, 6, 5]).put("one", U8, 5)
+    with ModelFile(write(forge)) as mf:
+        assert mf.get_int_of_layers("same", 1, 9, 3) == mf.get_int_of_layers("one", 1, 9, 3) == 5
+        assert mf.get_int_of_layers("absent", 1, 9, 3, None) is None
+        assert mf.get_int_of_layers("absent", 1, 9, 3, 7) == 7
+        for key, says in (("other", r"other\[1\] is 6, but \[0\] is 5"), ("absent", "absent is missing")):
+            with pytest.raises(ModelLoadError, match=says):
+                mf.get_int_of_layers(key, 1, 9, 3)
+
+
+def test_trailing_ones_of_a_shape_are_dropped(write):
+    forge = g.Forge().put("general.architecture", g.STR, "x")
+    forge.tensors = [g.f32("a", 32, 1, 1, 1), g.f32("b", 1, 1), g.f32("c", 1, 32, 1), g.f32("d", 4, 1, 8)]
+    with ModelFile(write(forge)) as mf:
+        assert [t.shape for t in mf.tensors.values()] == [(32,), (1,), (1, 32), (4, 1, 8)]
+        assert [t.nbytes for t in mf.tensors.values()] == [128, 4, 128, 128]

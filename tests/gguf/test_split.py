@@ -99,3 +99,20 @@ def test_split_models_that_are_not_whole(tmp_path):
     paths = split(tmp_path)
     paths[0] = paths[0].rename(tmp_path / "renamed.gguf")
     refused("split.count is 3, but the file is not named")
+
+
+def test_keys_of_later_parts_must_be_those_of_the_first(tmp_path):
+    paths = split(tmp_path)
+    spoil(paths[1], lambda f: f.put("llama.block_count", g.U32, 1).put("other.key", g.U32, 7))
+    with ModelFile(paths[0]) as mf:
+        plan.build(mf)
+    for key, kind, value in (
+        ("llama.block_count", g.U32, 2),
+        ("llama.block_count", g.U64, 1),
+        ("llama.rope.scaling.factor", g.F32, 4.0),
+    ):
+        spoil(paths[1], lambda f, key=key, kind=kind, value=value: f.put(key, kind, value))
+        with pytest.raises(ModelLoadError, match=rf"00002-of-00003.gguf: {key} is not what the first part says"):
+            ModelFile(paths[0])
+        with ModelFile(paths[0], for_report=True) as mf:
+            assert len(mf.parts) == 3

@@ -7,18 +7,37 @@ import types
 from worker_orcd.errors import ModelLoadError
 
 
+class FakeMetadata(dict[str, object]):
+    """Keys and values, and of which type a file would store them."""
+
+    _NAMES = ((bool, "bool"), (int, "int64"), (float, "float64"), (str, "string"))
+
+    def value_type(self, key):
+        value = self[key]
+        if isinstance(value, list):
+            return f"array[{self.name_of(value[0])}]"
+        return self.name_of(value)
+
+    def name_of(self, value):
+        return next(name for kind, name in self._NAMES if isinstance(value, kind))
+
+    def array_len(self, key):
+        return len(self[key])
+
+
 class FakeFile:
     """A model file that exists in memory only: metadata and shapes, for what `arch` and `plan` read."""
 
     path = "fake.gguf"
+    quantized = False
 
     def __init__(self, name: str = "llama", **changes: object) -> None:
         self.arch = name
-        self.metadata: dict[str, object] = {
+        self.metadata = FakeMetadata({
             f"{name}.block_count": 2, f"{name}.embedding_length": 64, f"{name}.attention.head_count": 4,
             f"{name}.attention.head_count_kv": 2, f"{name}.feed_forward_length": 96, f"{name}.context_length": 128,
             f"{name}.attention.layer_norm_rms_epsilon": 1e-5, f"{name}.rope.freq_base": 10000.0,
-        }  # fmt: skip
+        })  # fmt: skip
         for key, value in changes.items():
             self.metadata[f"{name}.{key.replace('__', '.')}"] = value
         shapes = {"token_embd.weight": (64, 100), "output_norm.weight": (64,)}
@@ -38,8 +57,11 @@ class FakeFile:
             raise ModelLoadError(f"{key}: {value} is not in {lo}..{hi}", self.path)
         return value
 
-    def get_float(self, key, lo, hi, default=None):
+    def get_int_of_layers(self, key, lo, hi, n, default=None):
         return self.get_int(key, lo, hi, default)
+
+    def get_float(self, key, lo, hi, default=None):
+        return default if key not in self.metadata else self.get_int(key, lo, hi)
 
     def get_str(self, key, default=None):
         return self.metadata.get(key, default)

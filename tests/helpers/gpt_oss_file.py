@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 
-from helpers.fake_file import FakeFile
+from helpers.fake_file import FakeFile, FakeMetadata
 
 from worker_orcd.gguf import quants
 
@@ -37,7 +37,7 @@ class GptOssFile(FakeFile):
             "expert_used_count": 4,
             "expert_feed_forward_length": ff,
         } | {k.replace("__", "."): v for k, v in changes.items()}
-        self.metadata: dict[str, object] = {f"{a}.{k}": v for k, v in values.items()}
+        self.metadata = FakeMetadata({f"{a}.{k}": v for k, v in values.items()})
         self.tensors: dict[str, types.SimpleNamespace] = {}
         self._add("token_embd.weight", "Q8_0", d, n_vocab)
         self._add("output.weight", "Q8_0", d, n_vocab)

@@ -251,7 +251,7 @@ def model() -> Iterator[Case]:
     for name in ("attention.layer_norm_rms_epsilon", "rope.freq_base"):
         for value in (float("nan"), float("inf"), float("-inf"), -1.0):
             yield key(f"{name}-{value}", name, F32, value)
-    for value in (float("nan"), 0.0, -2.0, float("inf")):
+    for value in (float("nan"), 1e-9, -2.0, float("inf")):
         yield key(f"rope-scale-{value}", "rope.scaling.factor", F32, value)
     yield key("context-0", "context_length", U32, 0)
     yield key("context-2^40", "context_length", U64, 2**40)
@@ -293,7 +293,7 @@ def model() -> Iterator[Case]:
         ("token_embd.weight", (16, 6)),
         ("output.weight", (32, 5)),
         ("output_norm.weight", (31,)),
-        ("output_norm.weight", (32, 1)),
+        ("output_norm.weight", (1, 32)),
         ("blk.0.ffn_down.weight", (32, 64)),
         ("token_embd.weight", (192,)),
     ):

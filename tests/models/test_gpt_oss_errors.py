@@ -54,7 +54,7 @@ def test_a_tensor_is_missing(name):
     ("name", "shape"),
     [
         ("attn_sinks.weight", (63,)),
-        ("attn_sinks.weight", (64, 1)),
+        ("attn_sinks.weight", (1, 64)),
         ("ffn_gate_inp.bias", (31,)),
         ("ffn_down_exps.weight", (2880, 2880, 31)),
         ("ffn_gate_exps.bias", (32, 2880)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from worker_orcd.config import MAX_PROMPT_CHARS
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import InvalidRequest, quoted
 
 MAX_FILE_BYTES: Final = 16 << 20
 MAX_PROMPTS: Final = 10_000
@@ -102,7 +102,7 @@ def _parse_json(line: str, where: str) -> Prompt:
         raise _bad(f"{where}: must be an object")
     unknown = entry.keys() - {"prompt", "targets"}
     if unknown:
-        raise _bad(f"{where}: unknown field {min(unknown)!r}")
+        raise _bad(f"{where}: unknown field {quoted(min(unknown))}")
     targets = entry.get("targets", [])
     if not (isinstance(targets, list) and all(isinstance(t, str) and t for t in targets)):
         raise _bad(f"{where}: targets must be a list of strings that are not empty")

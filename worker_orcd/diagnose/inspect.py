@@ -1,7 +1,8 @@
 """The report of `worker-orcd inspect`: a model file as facts, and those facts as text.
 
 Everything is read from the head of the file, without a GPU and without loading weights. A part that cannot be told
-(a vocabulary-only file has no plan) says why instead of ending the report.
+(a vocabulary-only file has no plan) says why instead of ending the report; an architecture and tensor types that are
+not supported are named, and the rest is shown.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
-from worker_orcd.errors import WorkerError, escaped
+from worker_orcd.errors import WorkerError, excerpt
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.digests import part_digests
 from worker_orcd.gguf.model_file import ModelFile
@@ -40,7 +41,7 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
     Raises:
         ModelLoadError: the file is no good GGUF file.
     """
-    with ModelFile(path) as mf:
+    with ModelFile(path, for_report=True) as mf:
         facts: dict[str, Any] = {
             "path": mf.path,
             "name": mf.name,
@@ -55,7 +56,7 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
             "tensors": [
                 {
                     "name": t.name,
-                    "type": quants.TYPES[t.type_id].name,
+                    "type": quants.type_name(t.type_id),
                     "shape": list(t.shape),
                     "offset": t.offset,
                     "bytes": t.nbytes,
@@ -65,6 +66,7 @@ def inspect(path: str, tokenizer: str | None = None, sha256: bool = False) -> di
             "tokenizer": _report(lambda: _tokenizer(mf, tokenizer)),
         }
         facts.update(_report_plan(mf))
+        facts["unsupported"] = _unsupported(mf, facts["plan"])
         if sha256:
             whole, parts = part_digests(mf)
             facts["sha256"] = {"whole": whole} | (
@@ -98,10 +100,20 @@ def _types(mf: ModelFile) -> dict[str, dict[str, int]]:
     n_bytes: Counter[str] = Counter()
     count: Counter[str] = Counter()
     for t in mf.tensors.values():
-        name = quants.TYPES[t.type_id].name
+        name = quants.type_name(t.type_id)
         n_bytes[name] += t.nbytes
         count[name] += 1
     return {name: {"tensors": count[name], "bytes": n} for name, n in n_bytes.most_common()}
+
+
+def _unsupported(mf: ModelFile, the_plan: Mapping[str, Any]) -> list[str]:
+    """What keeps the file from being loaded: why there is no plan, and each type of its tensors."""
+    reasons = [the_plan["error"].removeprefix(f"{mf.path}: ")] if "error" in the_plan else []
+    for type_id in mf.unsupported_types:
+        names = [t.name for t in mf.tensors.values() if t.type_id == type_id]
+        of = f"{len(names)} tensors" if len(names) > 1 else f"tensor {names[0]}"
+        reasons.append(f"unsupported tensor type {quants.type_name(type_id).removeprefix('type ')} ({of})")
+    return reasons
 
 
 def _tokenizer(mf: ModelFile, override: str | None) -> dict[str, Any]:
@@ -125,13 +137,18 @@ def _tokenizer(mf: ModelFile, override: str | None) -> dict[str, Any]:
 
 
 def _report_plan(mf: ModelFile) -> dict[str, Any]:
+    told: dict[str, Any] = {}
     try:
-        hp = registry.hparams_of(mf)
+        told["hparams"] = _hparams(registry.hparams_of(mf))
         the_plan = plan.build(mf)
     except WorkerError as error:
         reason = {"error": error.message}
-        return {"hparams": reason, "plan": reason, "memory": reason}
-    return {"hparams": _hparams(hp), "plan": _plan(the_plan), "memory": _memory(mf, the_plan)}
+        return {"hparams": reason, "plan": reason, "memory": reason} | told
+    told["plan"] = _plan(the_plan)
+    if mf.unsupported_types:
+        names = ", ".join(map(quants.type_name, mf.unsupported_types))
+        return told | {"memory": {"error": f"tensors of types that are not supported: {names}"}}
+    return told | {"memory": _memory(mf, the_plan)}
 
 
 def _hparams(hp: hparams.HParams) -> dict[str, Any]:
@@ -182,9 +199,10 @@ def as_text(facts: dict[str, Any]) -> str:
     kind = facts["quant_kind"] or "no tensors"
     out = [
         f"{_safe(facts['path'])}: {_safe(facts['name'])}",
-        f"  {_safe(facts['arch'])}, {kind}, GGUF {facts['version']}, {_size(facts['bytes'])}"
+        f"  {_safe(facts['arch']) or 'no architecture'}, {kind}, GGUF {facts['version']}, {_size(facts['bytes'])}"
         + (f" in {len(facts['parts'])} parts" if len(facts["parts"]) > 1 else ""),
     ]
+    out += [f"  cannot be loaded: {_safe(reason, 4 * _MAX_TEXT)}" for reason in facts.get("unsupported", ())]
     if "sha256" in facts:
         _section(out, "SHA-256", facts["sha256"])
     _section(out, "metadata", facts["metadata"])
@@ -222,7 +240,7 @@ def as_text(facts: dict[str, Any]) -> str:
 def _section(out: list[str], title: str, values: Mapping[str, Any]) -> None:
     out += ["", f"{title}:"]
     if list(values) == ["error"]:
-        out.append(f"  none: {_safe(values['error'])}")
+        out.append(f"  none: {_safe(values['error'], 4 * _MAX_TEXT)}")
         return
     width = min(max((len(_safe(k)) for k in values), default=0), 48)
     out += [f"  {_safe(k):{width}s}  {_shown(v)}" for k, v in values.items()]
@@ -242,8 +260,8 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-def _safe(text: str) -> str:
-    return escaped(text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "...")
+def _safe(text: str, limit: int = _MAX_TEXT) -> str:
+    return excerpt(text, limit)
 
 
 def _size(n_bytes: int) -> str:

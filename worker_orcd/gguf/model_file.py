@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from worker_orcd._gguf import GgufFile, Metadata, TensorInfo, check_ranges
-from worker_orcd.errors import ModelLoadError
+from worker_orcd.errors import ModelLoadError, excerpt, quoted
 from worker_orcd.gguf import quants
 
 
@@ -44,13 +44,17 @@ class ModelFile:
 
     Args:
         path: the file; of a split model (``...-00001-of-0000N.gguf``) its first part.
+        for_report: open also what cannot be loaded, to be looked at: tensors of types that are not supported, a file
+            without an architecture.
 
     Attributes:
         path: as given.
         parts: the open files, one or more.
         metadata: key-values, those of the first part.
         tensors: tensor records by name over all parts; `part_of` says which file an offset belongs to.
-        arch: `general.architecture`.
+        arch: `general.architecture`; "" where a file opened `for_report` has none.
+        quantized: whether a tensor holds blocks of several elements.
+        unsupported_types: ids of the types of tensors that are not in `quants.TYPES`, which only a report meets.
         name: `general.name`, else the file's name without its ending.
         file_type: `general.file_type`, or None.
         quant_kind: what the matrices are (`quants.quant_kind`), for example "Q4_K_M".
@@ -60,24 +64,42 @@ class ModelFile:
         ModelLoadError: a part is missing or no good GGUF file, or parts contradict each other.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], for_report: bool = False) -> None:
         self.path = os.fsdecode(path)
-        self.parts: tuple[GgufFile, ...] = (GgufFile(self.path, quants.BLOCK_SIZES),)
+        self._block_sizes = quants.REPORT_BLOCK_SIZES if for_report else quants.BLOCK_SIZES
+        self.parts: tuple[GgufFile, ...] = (GgufFile(self.path, self._block_sizes),)
         try:
             self.metadata: Metadata = self.parts[0].metadata
             self._open_parts()
             self._part_of = {name: part for part in self.parts for name in part.tensors}
             self.tensors: dict[str, TensorInfo] = {n: t for part in self.parts for n, t in part.tensors.items()}
             self.size = sum(part.size for part in self.parts)
-            self.arch = self.get_str("general.architecture")
-            self.name = self.get_str("general.name", Path(self.path).stem)
-            self.file_type: int | None = self.get_int("general.file_type", 0, 2**32 - 1, None)
+            self.quantized = any(self._block_sizes[t.type_id][0] > 1 for t in self.tensors.values())
+            self.unsupported_types = tuple(sorted({t.type_id for t in self.tensors.values()} - quants.TYPES.keys()))
+            stem = Path(self.path).stem
+            self.arch: str = self._told(lambda: self.get_str("general.architecture"), "", for_report)
+            self.name: str = self._told(lambda: self.get_str("general.name", stem), stem, for_report)
+            self.file_type: int | None = self._told(
+                lambda: self.get_int("general.file_type", 0, 2**32 - 1, None), None, for_report
+            )
+            if not for_report:
+                self._check_keys_of_other_parts()
             self.quant_kind = quants.quant_kind(
                 ((t.type_id, t.nbytes) for t in self.tensors.values() if len(t.shape) >= 2), self.file_type
             )
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def _told(read: Callable[[], D], otherwise: D, for_report: bool) -> D:
+        """What `read` gives; where the file says it wrongly, `otherwise` in a report and the error in a load."""
+        try:
+            return read()
+        except ModelLoadError:
+            if not for_report:
+                raise
+            return otherwise
 
     def _open_parts(self) -> None:
         """Open the other parts of a split model and check that all parts are of one split."""
@@ -100,7 +122,7 @@ class ModelFile:
             path = part_path(i)
             if not os.path.exists(path):
                 raise ModelLoadError(f"part {i + 1} of {count} of the model is missing", path)
-            part = GgufFile(path, quants.BLOCK_SIZES)
+            part = GgufFile(path, self._block_sizes)
             self.parts += (part,)
             _integer(part.metadata, "split.no", i, i, REQUIRED)
             _integer(part.metadata, "split.count", count, count, REQUIRED)
@@ -108,9 +130,22 @@ class ModelFile:
         for part in self.parts:
             twice = names & part.tensors.keys()
             if twice:
-                raise ModelLoadError(f"tensor {min(twice)!r} is in an earlier part too", part.path)
+                raise ModelLoadError(f"tensor {quoted(min(twice))} is in an earlier part too", part.path)
             names |= part.tensors.keys()
         self.get_int("split.tensors.count", len(names), len(names))
+
+    def _check_keys_of_other_parts(self) -> None:
+        """Refuse a key of the architecture that a later part says otherwise: only those of the first are read."""
+
+        def stored(metadata: Metadata, key: str) -> tuple[str, bytes]:
+            return metadata.value_type(key), metadata.raw(key)
+
+        for part in self.parts[1:]:
+            for key in part.metadata:
+                if not key.startswith(f"{self.arch}."):
+                    continue
+                if key not in self.metadata or stored(part.metadata, key) != stored(self.metadata, key):
+                    raise _key_error(part.metadata, key, "is not what the first part says")
 
     def part_of(self, name: str) -> GgufFile:
         """The file that holds tensor `name`."""
@@ -164,6 +199,20 @@ class ModelFile:
                 raise self.error(key, f"[{i}] is {value}, must be from {lo} to {hi}")
         return values
 
+    def get_int_of_layers(self, key: str, lo: int, hi: int, n: int, default: D | Required = REQUIRED) -> int | D:
+        """The integer that all `n` layers share, given once or as an array; else as `get_ints`.
+
+        Raises:
+            ModelLoadError: also where layers differ; names the first that does.
+        """
+        values = self.get_ints(key, lo, hi, n, default)
+        if key not in self.metadata or not isinstance(values, list):
+            return values  # type: ignore[return-value]
+        for i, value in enumerate(values):
+            if value != values[0]:
+                raise self.error(key, f"[{i}] is {value}, but [0] is {values[0]}: layers that differ are not supported")
+        return values[0]
+
     def error(self, key: str, reason: str) -> ModelLoadError:
         """The error that refuses the file for `key`, to be raised: names the key and its byte offset."""
         return _key_error(self.metadata, key, reason)
@@ -192,7 +241,7 @@ class ModelFile:
             if found is not None:
                 index, offset, reason = found
                 part, tensor, _, _ = batch[index]
-                raise ModelLoadError(f"tensor {tensor.name!r} {reason}", part.path, offset, tensor=tensor.name)
+                raise ModelLoadError(f"tensor {quoted(tensor.name)} {reason}", part.path, offset, tensor=tensor.name)
             done += sum(n for _, _, _, n in batch)
             if progress is not None:
                 progress(done)
@@ -234,7 +283,7 @@ class ModelFile:
 def _key_error(metadata: Metadata, key: str, reason: str) -> ModelLoadError:
     offset = metadata.offset(key) if key in metadata else None
     gap = "" if reason.startswith("[") else " "
-    return ModelLoadError(f"{key}{gap}{reason}", metadata.path, offset, field=key)
+    return ModelLoadError(f"{excerpt(key)}{gap}{reason}", metadata.path, offset, field=excerpt(key))
 
 
 def _typed(metadata: Metadata, key: str, types: frozenset[str] | set[str], default: object) -> Any:

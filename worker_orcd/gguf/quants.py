@@ -63,6 +63,44 @@ BY_NAME: dict[str, QuantType] = {t.name: t for t in _ROWS}
 #: type id -> (elements, bytes) of one block, what the GGUF parser needs for its size arithmetic
 BLOCK_SIZES: dict[int, tuple[int, int]] = {t.id: (t.block_size, t.type_size) for t in _ROWS}
 
+#: ggml's other types, which a report names and nothing computes with: id -> (name, elements, bytes of a block)
+_OTHER_TYPES: dict[int, tuple[str, int, int]] = {
+    9: ("Q8_1", 32, 40),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+}
+#: `BLOCK_SIZES` of every type a report can show; where the size of a block is not known, tensors count 0 bytes
+REPORT_BLOCK_SIZES: dict[int, tuple[int, int]] = (
+    dict.fromkeys(range(256), (1, 0))
+    | {type_id: (elements, n_bytes) for type_id, (_, elements, n_bytes) in _OTHER_TYPES.items()}
+    | BLOCK_SIZES
+)
+
+
+def type_name(type_id: int) -> str:
+    """ggml's name of a type, supported or not; "type 99" where it has none that is known here."""
+    if type_id in TYPES:
+        return TYPES[type_id].name
+    return _OTHER_TYPES[type_id][0] if type_id in _OTHER_TYPES else f"type {type_id}"
+
+
 #: general.file_type (llama.h, enum llama_ftype) of a mixed file -> the name people use for it, and the tensor type of
 #: which at least one matrix must be there for the claim to be believed. Such files fall back to 32-element types where
 #: a row is no multiple of 256. The other file types are named as the tensors are.
@@ -92,7 +130,7 @@ def quant_kind(matrix_bytes: Iterable[tuple[int, int]], file_type: int | None) -
     """
     held: Counter[str] = Counter()
     for type_id, n_bytes in matrix_bytes:
-        held[TYPES[type_id].name] += n_bytes
+        held[type_name(type_id)] += n_bytes
     if not held:
         return "F32"
     mixed = _MIXED_FILE_TYPES.get(file_type) if file_type is not None else None

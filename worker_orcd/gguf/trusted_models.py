@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import SHA256_RULE, is_sha256
-from worker_orcd.errors import InvalidRequest, ModelLoadError
+from worker_orcd.errors import InvalidRequest, ModelLoadError, excerpt, quoted
 from worker_orcd.gguf.digests import CHUNK_BYTES, chunk_ranges, file_sha256, range_digests
 from worker_orcd.gguf.regular_file import read_regular_file
 
@@ -81,7 +81,7 @@ class TrustedModels:
         try:
             listed = json.loads(data, object_pairs_hook=self._once)
         except (ValueError, RecursionError) as e:
-            raise ModelLoadError(f"is no JSON: {str(e)[:200]}", self.path) from None
+            raise ModelLoadError(f"is no JSON: {excerpt(str(e))}", self.path) from None
         if isinstance(listed, dict):
             listed = [listed]
         if not isinstance(listed, list):
@@ -93,7 +93,7 @@ class TrustedModels:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise ModelLoadError(f"has the field {twice[:64]!r} twice in one entry", self.path)
+            raise ModelLoadError(f"has the field {quoted(twice)} twice in one entry", self.path)
         return fields
 
     def _entry(self, i: int, value: Any) -> TrustedModel:
@@ -104,7 +104,7 @@ class TrustedModels:
             raise ModelLoadError(f"entry {i} must be an object with name, source and sha256", self.path)
         for field in value:
             if field not in _FIELDS:
-                raise bad(repr(field[:64]), f"is no field of an entry; those are {', '.join(_FIELDS)}")
+                raise bad(quoted(field), f"is no field of an entry; those are {', '.join(_FIELDS)}")
         for field in ("name", "source"):
             rule = _text_rule(field, value.get(field))
             if rule:
@@ -235,7 +235,7 @@ def _untrusted(model_file: ModelFile, trusted: TrustedModels, remark: str, sha25
 
 def _differs(entry: TrustedModel, i: int, ranges: list[tuple[int, int]]) -> str:
     start, end = ranges[i]
-    return f"chunk {i} (bytes {start} to {end - 1}) is not that of {entry.name!r}"
+    return f"chunk {i} (bytes {start} to {end - 1}) is not that of {quoted(entry.name)}"
 
 
 def _text_rule(field: str, value: object) -> str | None:

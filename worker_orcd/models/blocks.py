@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from worker_orcd.errors import InternalError, ModelLoadError
+from worker_orcd.errors import InternalError, ModelLoadError, quoted
 from worker_orcd.models.hparams import HParams
 from worker_orcd.models.ops import (
     Act,
@@ -61,19 +61,19 @@ class Builder:
         return View(name, 0, width)
 
     def weight(self, name: str, kind: str, *shape: int) -> str:
-        """Claim the tensor `name`, in GGUF order of its shape; returns the name.
+        """Claim the tensor `name`, in GGUF order of its shape (trailing ones mean nothing); returns the name.
 
         Raises:
             ModelLoadError: it is missing, of another shape, or a vector in a quantized type.
         """
         info = self.mf.tensors.get(name)
         if info is None:
-            raise ModelLoadError(f"tensor {name!r} is missing", self.mf.path, field=name)
-        if info.shape != shape:
-            raise ModelLoadError(f"tensor {name!r}: shape {list(info.shape)}, the hyperparameters say {list(shape)}",
-                                 self.mf.path, info.offset, field=name)  # fmt: skip
+            raise ModelLoadError(f"tensor {quoted(name)} is missing", self.mf.path, field=name)
+        if _trimmed(info.shape) != _trimmed(shape):
+            raise ModelLoadError(f"tensor {quoted(name)}: shape {list(info.shape)}, the hyperparameters say "
+                                 f"{list(shape)}", self.mf.path, info.offset, field=name)  # fmt: skip
         if kind in ("vector", "expert_vectors") and info.type_id not in VECTOR_TYPES:
-            raise ModelLoadError(f"tensor {name!r}: a vector must be F32, F16 or BF16", self.mf.path, info.offset,
+            raise ModelLoadError(f"tensor {quoted(name)}: a vector must be F32, F16 or BF16", self.mf.path, info.offset,
                                  field=name)  # fmt: skip
         self.weights[name] = Weight(name, kind, shape, info.type_id)
         return name
@@ -146,14 +146,17 @@ def output_head(b: Builder, hp: HParams) -> None:
 
 
 def attention(b: Builder, hp: HParams, layer: int) -> None:
-    """x += attention(norm(x)); q, k and v live side by side in the buffer "qkv" whether fused or not."""
+    """x += attention(norm(x)); q, k and v live side by side in the buffer "qkv".
+
+    Their weights are three tensors, or one: `attn_qkv`, the rows of q, then of k, then of v.
+    """
     row, p = hp.arch, f"blk.{layer}"
     x, h = _x_and_h(b, hp)
     n_q, n_kv = hp.n_head * hp.head_dim, hp.n_head_kv * hp.head_dim
     b.norm(f"{p}.attn_norm", hp, x, h)
     qkv = b.buffer("qkv", n_q + 2 * n_kv)
     q, k, v = View("qkv", 0, n_q), View("qkv", n_q, n_kv), View("qkv", n_q + n_kv, n_kv)
-    if row.fused_qkv:
+    if f"{p}.attn_qkv.weight" in b.mf.tensors:
         b.matmul(f"{p}.attn_qkv", row.qkv_bias, h, qkv)
     else:
         for name, out in (("q", q), ("k", k), ("v", v)):
@@ -176,7 +179,10 @@ def attention(b: Builder, hp: HParams, layer: int) -> None:
 
 
 def ffn(b: Builder, hp: HParams, layer: int) -> None:
-    """x += feed-forward(norm(x)); gate and up live side by side in the buffer "ffn"."""
+    """x += feed-forward(norm(x)); gate and up live side by side in the buffer "ffn".
+
+    Their weights are two tensors, or one: `ffn_up`, the rows of gate, then of up.
+    """
     row, p = hp.arch, f"blk.{layer}"
     x, h = _x_and_h(b, hp)
     b.norm(f"{p}.{row.ffn_norm}", hp, x, h)
@@ -188,11 +194,11 @@ def ffn(b: Builder, hp: HParams, layer: int) -> None:
     else:
         both = b.buffer("ffn", 2 * hp.n_ff)
         gate, up = View("ffn", 0, hp.n_ff), View("ffn", hp.n_ff, hp.n_ff)
-        if row.ffn == "glu_fused":
-            b.matmul(f"{p}.ffn_up", row.ffn_bias, h, both)
-        else:
+        if f"{p}.ffn_gate.weight" in b.mf.tensors or _n_rows(b, f"{p}.ffn_up.weight") in (None, hp.n_ff):
             b.matmul(f"{p}.ffn_gate", row.ffn_bias, h, gate)
             b.matmul(f"{p}.ffn_up", row.ffn_bias, h, up)
+        else:
+            b.matmul(f"{p}.ffn_up", row.ffn_bias, h, both)
         b.ops.append(Glu(f"{p}.ffn_glu", row.act, gate, up, gate))
         b.matmul(f"{p}.ffn_down", row.ffn_bias, gate, h)
     b.ops.append(Add(f"{p}.ffn_residual", h, x))
@@ -222,6 +228,19 @@ def moe(b: Builder, hp: HParams, layer: int) -> None:
     product("ffn_down_exps", gate, down, n_ff, n_embd, True)
     b.ops.append(ExpertSum(f"{p}.expert_sum", gates, down, h, used))
     b.ops.append(Add(f"{p}.ffn_residual", h, x))
+
+
+def _n_rows(b: Builder, name: str) -> int | None:
+    """Rows of the matrix `name`; None where the file has none."""
+    info = b.mf.tensors.get(name)
+    return info.shape[1] if info is not None and len(info.shape) == 2 else None
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without its trailing ones, which GGUF may write or not."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _x_and_h(b: Builder, hp: HParams) -> tuple[View, View]:

@@ -1,4 +1,4 @@
-"""GPT-2: LayerNorm with bias, learned positions, q, k and v in one tensor, biases, a plain tanh-GELU MLP."""
+"""GPT-2: LayerNorm with bias, learned positions, biases, a plain tanh-GELU MLP."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def gpt2(b: Builder, hp: HParams) -> None:
 
 
 ROWS = (
-    Arch("gpt2", gpt2, norm="layer", rope_type="", fused_qkv=True, qkv_bias="yes", out_bias="yes", ffn_bias="yes",
-         ffn="mlp", act="gelu_tanh"),
+    Arch("gpt2", gpt2, norm="layer", rope_type="", qkv_bias="yes", out_bias="yes", ffn_bias="yes", ffn="mlp",
+         act="gelu_tanh"),
 )  # fmt: skip

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 20
+MAX_WINDOW = (1 << 63) - 1  # some files write the largest number they have for "no window"
 
 _RULES = ("no", "maybe", "yes")
 #: feed-forward -> the activations it can have
 _ACTIVATIONS = {
     "glu": ops.GLU_ACTIVATIONS,
-    "glu_fused": ops.GLU_ACTIVATIONS,
     "moe": ops.GLU_ACTIVATIONS,
     "mlp": ops.ACT_ACTIVATIONS,
 }
@@ -38,16 +38,15 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Arch:
-    """One architecture row.
+    """One architecture row. Whether q, k and v, or gate and up, are one tensor or several is the file's choice.
 
     Attributes:
         name: value of `general.architecture` and prefix of its keys.
         compose: writes the model's ops into a builder, from the embedding to the logits.
         norm: "rms" or "layer" (with bias).
         rope_type: "interleaved" (pairs of neighbours) or "neox" (halves); "" = no rotation (learned positions).
-        fused_qkv: one `attn_qkv` tensor (q rows, then k, then v) instead of three.
         qkv_bias, out_bias, ffn_bias: "no", "maybe" (used where the file has it) or "yes" (required).
-        ffn: "glu" (gate, up, down), "glu_fused" (gate rows then up rows in `ffn_up`), "mlp" (up, down), "moe".
+        ffn: "glu" (gate, up, down), "mlp" (up, down), "moe".
         act: one of `ops.GLU_ACTIVATIONS`; of an "mlp" one of `ops.ACT_ACTIVATIONS`.
         ffn_norm: tensor name of the norm before the feed-forward.
         qk_norm: per-head norms of q and k before the rotation.
@@ -63,7 +62,6 @@ class Arch:
     compose: Callable[[Builder, HParams], None]
     norm: str = "rms"
     rope_type: str = "neox"
-    fused_qkv: bool = False
     qkv_bias: str = "no"
     out_bias: str = "no"
     ffn_bias: str = "no"
@@ -139,8 +137,8 @@ def read(mf: ModelFile, row: Arch, context_length: int | None = None) -> HParams
 
     n_layer = mf.get_int(f"{a}.block_count", 1, MAX_LAYERS)
     n_embd = mf.get_int(f"{a}.embedding_length", 1, MAX_WIDTH)
-    n_head = mf.get_int(f"{a}.attention.head_count", 1, 4096)
-    n_head_kv = mf.get_int(f"{a}.attention.head_count_kv", 1, 4096, n_head)
+    n_head = mf.get_int_of_layers(f"{a}.attention.head_count", 1, 4096, n_layer)
+    n_head_kv = mf.get_int_of_layers(f"{a}.attention.head_count_kv", 1, 4096, n_layer, n_head)
     if n_head_kv > n_head or n_head % n_head_kv:
         raise bad("attention.head_count_kv", f"is {n_head_kv}, which does not divide head_count {n_head}")
     if n_embd % n_head and f"{a}.attention.key_length" not in mf.metadata:
@@ -157,15 +155,16 @@ def read(mf: ModelFile, row: Arch, context_length: int | None = None) -> HParams
         n_used = mf.get_int(f"{a}.expert_used_count", 1, 64)
         if n_used > n_expert:
             raise bad("expert_used_count", f"is {n_used}, of {n_expert} experts")
-        n_ff = mf.get_int(f"{a}.expert_feed_forward_length", 1, MAX_WIDTH)
+        n_ff = mf.get_int_of_layers(f"{a}.expert_feed_forward_length", 1, MAX_WIDTH, n_layer)
     else:
-        n_ff = mf.get_int(f"{a}.feed_forward_length", 1, MAX_WIDTH)
-        if mf.get_int(f"{a}.expert_count", 0, 1024, 0):
-            raise bad("expert_count", f"is set, but architecture {a} has no experts")
+        n_ff = mf.get_int_of_layers(f"{a}.feed_forward_length", 1, MAX_WIDTH, n_layer)
     trained = mf.get_int(f"{a}.context_length", 1, MAX_CONTEXT)
-    window = mf.get_int(f"{a}.attention.sliding_window", 0, MAX_CONTEXT, 0) if row.window != "none" else 0
+    window = mf.get_int(f"{a}.attention.sliding_window", 0, MAX_WINDOW, 0)
     if window >= (context_length or trained):
         window = 0  # masks nothing
+    if window and row.window == "none":
+        raise bad("attention.sliding_window", f"is {window}, but architecture {a} does not slide: only a context of at "
+                                              f"most {window} positions would be right")  # fmt: skip
     n_rot, theta, rope = 0, 0.0, RopeTables((), 1.0)
     if row.rope_type:
         n_rot = mf.get_int(f"{a}.rope.dimension_count", 2, head_dim, head_dim)

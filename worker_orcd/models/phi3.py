@@ -1,4 +1,4 @@
-"""Phi-3: RMSNorm, rotation of halves (LongRoPE in the 128k models), q, k and v in one tensor, gate and up in another.
+"""Phi-3: RMSNorm, rotation of halves (LongRoPE in the 128k models), SwiGLU.
 
 Every layer slides where the file gives a window.
 """
@@ -15,4 +15,4 @@ def phi3(b: Builder, hp: HParams) -> None:
     blocks.decoder(b, hp, blocks.attention, blocks.ffn)
 
 
-ROWS = (Arch("phi3", phi3, fused_qkv=True, ffn="glu_fused", window="all"),)
+ROWS = (Arch("phi3", phi3, window="all"),)

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker_orcd.errors import ModelLoadError
+from worker_orcd.errors import ModelLoadError, quoted
 from worker_orcd.models import registry
 from worker_orcd.models.blocks import Builder
 from worker_orcd.models.ops import Buffer, Op, Weight
@@ -87,9 +87,10 @@ def build(mf: ModelFile, context_length: int | None = None) -> Plan:
     hp = registry.hparams_of(mf, context_length)
     b = Builder(mf)
     hp.arch.compose(b, hp)
+    read = DIVISOR_TENSORS if hp.arch.rope_type else frozenset()
     for name, info in mf.tensors.items():
-        if name not in b.weights and name not in DIVISOR_TENSORS:
-            raise ModelLoadError(f"tensor {name!r} has no place in architecture {hp.arch.name} with "
+        if name not in b.weights and name not in read:
+            raise ModelLoadError(f"tensor {quoted(name)} has no place in architecture {hp.arch.name} with "
                                  f"{hp.n_layer} layers", mf.path, info.offset, field=name)  # fmt: skip
     windows = [hp.layer_window(i) for i in range(hp.n_layer)]
     groups = tuple(KvGroup(w, tuple(i for i, v in enumerate(windows) if v == w)) for w in sorted(set(windows)))

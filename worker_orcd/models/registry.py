@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from worker_orcd.errors import ModelLoadError
-from worker_orcd.models import gpt2, gpt_oss, hparams, llama, phi3, qwen
+from worker_orcd.errors import ModelLoadError, quoted
+from worker_orcd.models import gpt2, gpt_oss, hparams, keys, llama, phi3, qwen
 from worker_orcd.models.hparams import Arch, HParams
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def row_of(mf: ModelFile) -> Arch:
     """
     row = ROWS.get(mf.arch)
     if row is None:
-        raise ModelLoadError(f"unsupported architecture {mf.arch!r} (supported: {', '.join(ROWS)})", mf.path)
+        if not mf.arch:
+            raise mf.error("general.architecture", "is missing or no text")
+        raise ModelLoadError(f"unsupported architecture {quoted(mf.arch)} (supported: {', '.join(ROWS)})", mf.path)
     return row
 
 
@@ -32,6 +34,9 @@ def hparams_of(mf: ModelFile, context_length: int | None = None) -> HParams:
     """The hyperparameters of a file, read by its row.
 
     Raises:
-        ModelLoadError: as `row_of` and `hparams.read`.
+        ModelLoadError: as `row_of`, `hparams.read` and `keys.check`.
     """
-    return hparams.read(mf, row_of(mf), context_length)
+    row = row_of(mf)
+    hp = hparams.read(mf, row, context_length)
+    keys.check(mf, row, hp)
+    return hp
