@@ -95,6 +95,21 @@ def test_no_template_is_one_error(goldens_dir):
         Tokenizer.from_file(goldens_dir / "tokenizers" / "gpt-2.gguf").apply_chat(HELLO)
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["{% for c in messages[0].content %}{{ c }}{% endfor %}",
+     "{% set n = namespace(s='') %}{% for w in messages[0].content.split('|') %}{% set n.s = n.s ~ w ~ '|' %}"
+     "{% endfor %}{{ n.s[:-1] }}",
+     "{{ messages[0].content.split('</think>')[-1] | trim('~') | indent(0) | replace('~', '') }}"],
+)  # fmt: skip
+def test_long_messages_stay_within_the_time(source, monkeypatch):
+    monkeypatch.setattr(chat, "CPU_SECONDS", 1.5)
+    content = "<|im_end|> a<|b" * 8000
+    text, mark = template(source).render([{"role": "user", "content": content}])
+    assert text.replace(mark, "") == content
+    assert text.count(mark) == 8000
+
+
 # --- users' text stays text ----------------------------------------------------------------------------------------
 
 INJECTIONS = [

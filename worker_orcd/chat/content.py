@@ -37,13 +37,13 @@ class WantsParts(Exception):
 class _NoString:
     """A value that a template must not make text of."""
 
-    __slots__ = ("role",)
+    __slots__ = ("_role",)
 
     def __init__(self, role: str) -> None:
-        self.role = role
+        self._role = role
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise WantsString(self.role)
+        raise WantsString(self._role)
 
     __str__ = __repr__ = __format__ = __add__ = __radd__ = _refuse
 
@@ -118,7 +118,7 @@ class Parts(_NoString, Sequence[Any]):
     def __getitem__(self, key: slice) -> Parts: ...
     def __getitem__(self, key: int | slice) -> Part | Parts:
         if isinstance(key, slice):
-            return Parts(self._parts[key], self.role, self._seen)
+            return Parts(self._parts[key], self._role, self._seen)
         self._seen()
         return self._parts[key]
 

@@ -23,7 +23,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from worker_orcd.chat import provenance
-from worker_orcd.chat.content import Null, Part, Parts, WantsParts, WantsString
+from worker_orcd.chat.content import Null, WantsParts
 from worker_orcd.chat.provenance import Text, as_text, tracked, whole
 
 #: filters that give back items, numbers or slices of what they are given, or call other filters
@@ -53,10 +53,8 @@ def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None,
 
 
 def _no_json(value: object) -> None:
-    if isinstance(value, Part | Parts):
-        raise WantsString(value.role)
     if not isinstance(value, Null):
-        raise TypeError(f"a {type(value).__name__} is no JSON value")
+        raise TypeError(f"{value} is no JSON value")  # content that is parts says here that it is wanted as a string
 
 
 def _replace(s: object, old: object, new: object, count: int | None = None) -> str:

@@ -51,16 +51,19 @@ def explain(error: BaseException) -> str:
         return "nests or calls itself too deeply"
     if isinstance(error, MemoryError):
         return "needs more memory than allowed"
+    # to who reads it, text is a string
+    said = (
+        str(error).replace(f"{Text.__module__}.{Text.__name__} object", "str object").replace("'Text' obj", "'str' obj")
+    )
     if isinstance(error, SecurityError):
-        return f"does what a template must not do: {error}"
+        return f"does what a template must not do: {said}"
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"has a syntax error in line {error.lineno}: {error.message}"
     if isinstance(error, jinja2.UndefinedError):
-        named = str(error).replace(f"{Text.__module__}.{Text.__name__} object", "str object")
-        return f"uses what the messages do not have: {named}"
+        return f"uses what the messages do not have: {said}"
     if isinstance(error, jinja2.TemplateError):
-        return f"refuses the messages: {error}"
-    return f"failed with {type(error).__name__}: {error}"
+        return f"refuses the messages: {said}"
+    return f"failed with {type(error).__name__}: {said}"
 
 
 class Renderer:

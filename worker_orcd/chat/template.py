@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +28,6 @@ CPU_SECONDS = 1.5
 EXTRA_BYTES = 64 << 20
 #: characters of a rendered prompt, and of the messages it is made of
 MAX_CHARS = 1 << 20
-
 #: private-use characters that have no meaning in any text; the first that a prompt does not hold marks it
 _MARKS = [chr(c) for c in range(0x10FF00, 0x10FFF0)]
 
@@ -121,8 +119,9 @@ class _Marker:
     """
 
     def __init__(self, control_texts: Sequence[str]) -> None:
-        longest_first = sorted(control_texts, key=len, reverse=True)
-        self._found = re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))") if control_texts else None
+        self._texts = tuple(dict.fromkeys(control_texts))
+        #: a text with none of these holds no control token; there are few, while the tokens can be hundreds
+        self._heads = {t[:2] for t in control_texts}
 
     def mark(self, text: str, origins: bytes, mark: str) -> str:
         """The text, marked.
@@ -132,15 +131,15 @@ class _Marker:
             origins: of its characters.
             mark: a character that it does not hold.
         """
-        if self._found is None or USER not in origins:
+        if USER not in origins or not any(head in text for head in self._heads):
             return text
         places = set()
-        for found in self._found.finditer(text):
-            start, end = found.span(1)
-            # beside a character of the user's no control token of the template's is cut; shorter ones that begin here
-            # and hold a user's character hold this one
-            first = origins.find(USER, start, end)
-            if first >= 0:
-                places.add(max(first, start + 1))
+        for token in self._texts:
+            start = text.find(token)
+            while start >= 0:
+                first = origins.find(USER, start, start + len(token))
+                if first >= 0:  # beside a character of the user's no token is cut that is the template's alone
+                    places.add(max(first, start + 1))
+                start = text.find(token, start + 1)
         cuts = [0, *sorted(places), len(text)]
         return mark.join(text[a:b] for a, b in itertools.pairwise(cuts))
