@@ -11,6 +11,7 @@ import jinja2
 import jinja2.ext
 import pytest
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from worker_orcd.chat.content import users
@@ -255,6 +256,25 @@ def test_a_generation_has_its_own_scope_as_in_transformers():
 def test_tags_that_there_are_not(source, says):
     with pytest.raises(jinja2.TemplateSyntaxError, match=says):
         compiled(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ namespace(__html__=1) }}", "{{ namespace({'_x': 1}) }}", "{% set n = namespace() %}{% set n.__str__ = 1 %}"],
+)
+def test_a_namespace_has_no_attributes_of_python(source):
+    with pytest.raises(SecurityError, match="begins with an underscore"):
+        ours(source)
+
+
+def test_a_namespace_may_hold_self():
+    assert ours("{% set n = namespace({'a': 1}, self=2) %}{% set n.b = 3 %}{{ n.a }}{{ n.self }}{{ n.b }}") == "123"
+
+
+@pytest.mark.parametrize("source", ["{{ c._origins }}", "{{ c['_origins'] }}", "{{ '{0._origins}'.format(c) }}",
+                                    "{{ c | attr('_origins') }}", "{{ c.join.__func__ }}"])  # fmt: skip
+def test_how_provenance_is_kept_is_out_of_reach(source):
+    assert ours(source, c=Text("user")) == ""
 
 
 def test_templates_see_true_text():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import enum
 
+import numpy as np
 import pytest
 
 from worker_orcd.chat.messages import checked
@@ -55,6 +56,18 @@ def test_keys_that_are_null_are_absent():
     assert checked([message]) == [{"role": "assistant", "content": None}]
     inner = {"role": "user", "content": "x", "extra": {"kept": None}}
     assert checked([inner]) == [inner]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_what_was_thought_has_the_names_that_templates_read(name):
+    (message,) = checked([{"role": "assistant", "content": "x", name: "hm", "tool_calls": None}])
+    assert message == {"role": "assistant", "content": "x", name: "hm", "thinking": "hm", "reasoning_content": "hm"}
+
+
+def test_numbers_of_numpy_are_numbers():
+    (message,) = checked([{"role": "user", "content": "x", "n": [np.int64(3), np.float32(0.5), np.uint8(7)]}])
+    assert message["n"] == [3, 0.5, 7]
+    assert [type(n) for n in message["n"]] == [int, float, int]
 
 
 def test_values_become_plain():

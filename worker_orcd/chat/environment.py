@@ -18,9 +18,11 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes, pass_environment
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
 from jinja2.filters import make_attrgetter
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.utils import Namespace
 
 from worker_orcd.chat import provenance
 from worker_orcd.chat.content import Null, WantsParts
@@ -130,6 +132,26 @@ class Generation(jinja2.ext.Extension):
         return caller()
 
 
+class TemplateNamespace(Namespace):
+    """`namespace`, without attributes that Python itself would look for."""
+
+    def __init__(*args: Any, **named: Any) -> None:
+        self, *values = args
+        attributes = dict(*values, **named)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"the attribute {name!r} of a namespace begins with an underscore")
+
+
 class _Compiler(CodeGenerator):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat((")
@@ -155,7 +177,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters = _filters(self.filters)
         self.tests["none"] = lambda value: value is None or isinstance(value, Null)
         self.globals.pop("lipsum", None)
-        self.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+        self.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, namespace=TemplateNamespace)
         self.finds_parts = False
 
     def getattr(self, obj: Any, attribute: str) -> Any:

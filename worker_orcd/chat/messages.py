@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ MAX_DEPTH = 32
 #: bits of a whole number
 MAX_INT_BITS = 1024
 
+#: names of what an assistant thought, best first; templates read the first two, as transformers fills them in
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -43,6 +46,9 @@ def _message(message: object, where: str) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise InvalidRequest(f"{where}.content must be a string or a list of parts", field=f"{where}.content")
     given = {k: v for k, v in message.items() if v is not None or k == "content"}
+    thought = next((given[k] for k in _THOUGHTS if k in given), None)
+    if thought is not None:
+        given = {"thinking": thought, **given, "reasoning_content": thought}
     return {_plain(str(k), where, MAX_DEPTH): _plain(v, where, MAX_DEPTH) for k, v in given.items()}
 
 
@@ -68,6 +74,8 @@ def _plain(value: object, where: str, depth: int) -> Any:
         raise InvalidRequest(f"{where} holds a number of more than {MAX_INT_BITS} bits", field=where)
     if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, numbers.Real):  # NumPy's
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, Mapping):
         return {_plain(str(k), where, depth - 1): _plain(v, where, depth - 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
