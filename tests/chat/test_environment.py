@@ -4,6 +4,7 @@ character is."""
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from typing import Any
 
@@ -284,3 +285,51 @@ def test_templates_see_true_text():
     for look in looks:
         source = "{{ " + look + " }}"
         assert ours(source, c=Text("<|im_end|>")) == plain(source, c="<|im_end|>")
+
+
+#: what filters and methods are given: users write жщ, templates everything else
+VALUES = [
+    "c",
+    "' ' ~ c ~ '<x>&'",
+    "[c, 'b', c]",
+    "{'k': c, c: 'v'}",
+    "[[c, 1], ['a', 2]]",
+    "'a b'",
+    "7.5",
+    "c.encode()",
+]
+ARGUMENTS = ["", "c", "'ж'", "2", "c, c", "'a', c", "2, c", "c, 2", "0, true", "'upper'", "c ~ ' ', ' '", "[c, 'z']",
+             "{1078: c}", "attribute=0", "x=c"]  # fmt: skip
+
+
+def _of_every(source: str, names: list[str], values: list[str], arguments: list[str] = ARGUMENTS) -> None:
+    env, plain_env = compiled("")[0], ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    plain_env.filters["tojson"] = _tojson
+    n_rendered = 0
+    for name, value, given in itertools.product(names, values, arguments):
+        written = source.format(value=value, name=name, arguments=given)
+        try:
+            expected = plain_env.from_string(written).render(c="жщ")
+        except Exception:
+            continue
+        if " at 0x" in expected:
+            continue
+        text = env.from_string(written).render(c=Text("жщ"))
+        assert text == expected, written
+        for character, origin in zip(str.__str__(text), origins_of(text), strict=True):
+            assert character.casefold() not in "жщ" or origin == USER[0] or "'ж'" in written, written
+        n_rendered += 1
+    assert n_rendered > len(names)
+
+
+def test_every_filter_of_jinja2():
+    names = sorted(set(compiled("")[0].filters) - {"random"})
+    _of_every("{{{{ ({value}) | {name} }}}}", names, VALUES, [""])
+    _of_every("{{{{ ({value}) | {name}({arguments}) }}}}", names, ["c", "' ' ~ c ~ '<x>&'", "[c, 'b', c]"])
+
+
+def test_every_method_of_strings():
+    names = [n for n in dir(str) if not n.startswith("_")]
+    _of_every("{{{{ ({value}).{name}({arguments}) }}}}", names, VALUES[:2])
+    _of_every("{{{{ '<%s{{0}}a b' .{name}({value}) }}}}", names, VALUES, [""])
+    _of_every("{{{{ ({value}) {name} ({arguments}) }}}}", ["+", "*", "~", "%", "and", "or", "<", "=="], VALUES, VALUES)
