@@ -8,7 +8,7 @@ import pytest
 
 from worker_orcd.chat.content import MAX_RUNS, Conversation, Null, Part, Parts, WantsString, users
 from worker_orcd.chat.environment import compiled
-from worker_orcd.chat.provenance import Text
+from worker_orcd.chat.provenance import USER, Text, origins_of
 
 LISTED = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
 
@@ -132,6 +132,24 @@ def test_what_a_part_is():
                 use(value)
         assert not hasattr(value, "nothing")
     assert not hasattr(part, "title")
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["{{ m.calls }}", "{{ '' ~ m.calls }}", "{{ '%s' % m.calls }}", "{{ m.calls | string }}", "{{ m.calls | trim }}",
+     "{{ [m.calls] | join }}", "{{ '{}'.format(m.calls) }}"],
+)  # fmt: skip
+def test_objects_become_json_and_not_what_python_writes(body):
+    calls = [{"name": "é'", "arguments": {"x": [None, True, 1.5, "a"], "y": {}}}]
+    _, template = compiled("{% set m = messages[0] %}" + body)
+    text = Conversation([{"role": "assistant", "calls": calls}]).run(lambda m, _: template.render(messages=m))
+    assert text == '[{"name": "é\'", "arguments": {"x": [null, true, 1.5, "a"], "y": {}}}]'
+    assert USER * len(text) == origins_of(text)
+
+
+def test_a_conversation_becomes_json_with_content_in_the_form_that_it_has_as_text():
+    expected = '[{"role": "user", "content": "one\\ntwo"}, {"role": "assistant", "content": null}]'
+    assert rendered("{{ messages }}", ("user", LISTED), ("assistant", None)) == expected
 
 
 def test_users_text_is_marked_in_every_depth():

@@ -9,6 +9,7 @@ the other form.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, overload
 
@@ -162,7 +163,7 @@ class Conversation:
         for _ in range(MAX_RUNS - 1):
             self._unseen = {}
             try:
-                result = work(list(map(self._given, self._messages)), not self._split)
+                result = work(Array(map(self._given, self._messages)), not self._split)
             except WantsString as e:
                 self._joined.add(e.role)
             except WantsParts:
@@ -176,11 +177,11 @@ class Conversation:
                     return result
                 self._joined.update(self._unseen.values())  # a template that passes over lists may take strings
         self._all_joined, self._split = True, False
-        return work(list(map(self._given, self._messages)), False)
+        return work(Array(map(self._given, self._messages)), False)
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
         role = message["role"]
-        out = {users(k): role if k == "role" else users(v) for k, v in message.items()}
+        out = Object({users(k): role if k == "role" else users(v) for k, v in message.items()})
         content = message.get("content")
         joined = self._all_joined or role in self._joined
         if isinstance(content, str):
@@ -201,12 +202,47 @@ class Conversation:
         return parts
 
 
+class Object(dict[str, Any]):
+    """A user's JSON object; where a template makes text of it, that is JSON, and not how Python writes it."""
+
+    def __str__(self) -> str:
+        return as_json(self)
+
+    __repr__ = __str__
+
+
+class Array(list[Any]):
+    """A user's JSON array; the same."""
+
+    def __str__(self) -> str:
+        return as_json(self)
+
+    __repr__ = __str__
+
+
+def as_json(value: object, **options: Any) -> str:
+    """JSON of what a template has.
+
+    Args:
+        options: as of `json.dumps`.
+
+    Raises:
+        WantsString: it holds a content that is a list of parts.
+    """
+    return json.dumps(value, **{"ensure_ascii": False, **options}, default=_no_json)
+
+
+def _no_json(value: object) -> None:
+    if not isinstance(value, Null):
+        raise TypeError(f"{value} is no JSON value")  # content that is parts says here that it is wanted as a string
+
+
 def users(value: Any) -> Any:
     """A JSON value with all of its strings as the user's text."""
     if isinstance(value, str):
         return Text(value) if value else ""
     if isinstance(value, dict):
-        return {users(k): users(v) for k, v in value.items()}
+        return Object({users(k): users(v) for k, v in value.items()})
     if isinstance(value, list):
-        return [users(v) for v in value]
+        return Array([users(v) for v in value])
     return value

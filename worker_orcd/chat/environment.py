@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 
 from worker_orcd.chat import provenance
-from worker_orcd.chat.content import Null, WantsParts
+from worker_orcd.chat.content import Null, WantsParts, as_json
 from worker_orcd.chat.provenance import Text, as_text, tracked, whole
 
 #: filters that give back items, numbers or slices of what they are given, or call other filters
@@ -49,14 +48,8 @@ def strftime_now(form: str) -> str:
 def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None,
            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
     """JSON as it is, where jinja2's own filter would escape it for HTML."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys,
-                      default=_no_json)  # fmt: skip
+    text = as_json(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return whole(text, value, separators, indent)
-
-
-def _no_json(value: object) -> None:
-    if not isinstance(value, Null):
-        raise TypeError(f"{value} is no JSON value")  # content that is parts says here that it is wanted as a string
 
 
 def _replace(s: object, old: object, new: object, count: int | None = None) -> str:
