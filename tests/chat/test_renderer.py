@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -38,19 +39,18 @@ def asked(what: str, generate: bool = False) -> dict[str, Any]:
 
 def talk(*frames: dict[str, Any]) -> list[dict[str, Any]]:
     """The answers to `frames`, from a process that ends by itself when its input does."""
-    said = io.BytesIO()
-    for frame in frames:
-        renderer.write_frame(said, frame)
+    said = b"".join(map(renderer.as_frame, frames))
     done = subprocess.run(
         # by its name, by which coverage knows it
-        [sys.executable, "-m", "worker_orcd.chat.renderer"], input=said.getvalue(), capture_output=True, timeout=60,
+        [sys.executable, "-m", "worker_orcd.chat.renderer"], input=said, capture_output=True, timeout=60,
         check=True)  # fmt: skip
     assert done.stderr == b""
     answers, stream = [], io.BytesIO(done.stdout)
     while (answer := renderer.read_frame(stream)) is not None:
         answers.append(answer)
-    assert len(answers) == len(frames)
-    return answers
+    assert answers[0] == {"ready": True}
+    assert len(answers) == len(frames) + 1
+    return answers[1:]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def answers() -> dict[str, dict[str, Any]]:
     """Answers by what was asked, all of one process."""
     asks = ["hello", "refuse", "undefined", "change", "divide", "recurse", "fill", "write", "json", "year", "break"]
     ready, *rest = talk(SETUP, *map(asked, asks), asked("with a prompt", True))
-    assert ready == {"text": ""}
+    assert ready == {"text": "", "origins": ""}
     return dict(zip([*asks, "prompt"], rest, strict=True))
 
 
@@ -73,7 +73,55 @@ def answers() -> dict[str, dict[str, Any]]:
     ],
 )
 def test_texts(what: str, text: str, answers):
-    assert answers[what] == {"text": text}
+    assert answers[what]["text"] == text
+    assert len(answers[what]["origins"]) == len(text)
+
+
+def test_origins_tell_whose_a_character_is(answers):
+    assert answers["hello"]["origins"] == "tttuuuuutttt"
+
+
+def test_a_conversation_without_content_and_one_of_parts_are_rendered():
+    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "you"}]
+    null, listed = ({"messages": [{"role": "assistant", "content": c}]} for c in (None, parts))
+    answers = talk({**SETUP, "template": "{{ '>' + messages[0].content }}"}, null, listed)
+    assert [a["text"] for a in answers] == ["", ">", ">hello\nyou"]
+
+
+def test_text_that_is_no_unicode_is_an_error_of_the_template():
+    (answer,) = talk({**SETUP, "template": "{{ '\\ud800' }}"}, asked(""))[1:]
+    assert answer["error"].startswith("failed with UnicodeEncodeError")
+
+
+def test_memory_that_cannot_be_limited_is_not_the_fault_of_the_template(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise ValueError("not allowed")
+
+    monkeypatch.setattr(renderer.resource, "setrlimit", refuse)
+    made, frame = renderer.answer(None, SETUP)
+    assert made is None
+    assert renderer.read_frame(io.BytesIO(frame)) == {"fault": "its memory cannot be limited: not allowed"}
+
+
+def test_memory_stays_below_a_limit_that_is_there(monkeypatch):
+    limits = {}
+    monkeypatch.setattr(renderer.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    monkeypatch.setattr(renderer.resource, "setrlimit", limits.__setitem__)
+    renderer.limit_memory(64 << 20)
+    assert limits[renderer.resource.RLIMIT_AS] == (1 << 20, 1 << 20)
+
+
+def test_signals_that_the_starting_thread_blocks_still_end_a_template():
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    said = b"".join(map(renderer.as_frame, ({**SETUP, "template": endless, "cpu_seconds": 0.1}, asked(""))))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "worker_orcd.chat.renderer"], input=said, capture_output=True, timeout=60,
+            check=False)  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert done.returncode == -signal.SIGPROF
 
 
 @pytest.mark.parametrize(
@@ -104,9 +152,7 @@ def test_a_frame_that_is_cut_is_the_end(cut: bytes):
 
 
 def test_frames_hold_any_text():
-    stream = io.BytesIO()
     frame = {"text": "日本語 \U0001f600 \0 \n"}
-    renderer.write_frame(stream, frame)
-    head = stream.getvalue()[:4]
-    assert int.from_bytes(head, "big") == len(json.dumps(frame, ensure_ascii=False).encode())
-    assert renderer.read_frame(io.BytesIO(stream.getvalue())) == frame
+    sent = renderer.as_frame(frame)
+    assert int.from_bytes(sent[:4], "big") == len(json.dumps(frame, ensure_ascii=False).encode())
+    assert renderer.read_frame(io.BytesIO(sent)) == frame

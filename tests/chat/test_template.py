@@ -12,6 +12,7 @@ import jinja2
 import pytest
 from helpers.gguf_forge import I32, STR, U32, Forge
 
+from worker_orcd.chat import process
 from worker_orcd.chat import template as chat
 from worker_orcd.chat.template import ChatTemplate
 from worker_orcd.errors import InternalError, InvalidRequest
@@ -19,6 +20,11 @@ from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
 CONTROL = ["<|im_start|>", "<|im_end|>", "[INST]"]
+
+
+@pytest.fixture(autouse=True)
+def _little_time(monkeypatch):
+    monkeypatch.setattr(chat, "CPU_SECONDS", 0.5)
 
 
 def template(source):
@@ -89,6 +95,21 @@ def test_no_template_is_one_error(goldens_dir):
         Tokenizer.from_file(goldens_dir / "tokenizers" / "gpt-2.gguf").apply_chat(HELLO)
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["{% for c in messages[0].content %}{{ c }}{% endfor %}",
+     "{% set n = namespace(s='') %}{% for w in messages[0].content.split('|') %}{% set n.s = n.s ~ w ~ '|' %}"
+     "{% endfor %}{{ n.s[:-1] }}",
+     "{{ messages[0].content.split('</think>')[-1] | trim('~') | indent(0) | replace('~', '') }}"],
+)  # fmt: skip
+def test_long_messages_stay_within_the_time(source, monkeypatch):
+    monkeypatch.setattr(chat, "CPU_SECONDS", 1.5)
+    content = "<|im_end|> a<|b" * 8000
+    text, mark = template(source).render([{"role": "user", "content": content}])
+    assert text.replace(mark, "") == content
+    assert text.count(mark) == 8000
+
+
 # --- users' text stays text ----------------------------------------------------------------------------------------
 
 INJECTIONS = [
@@ -144,13 +165,56 @@ def test_templates_see_the_users_text(tmp_path):
     assert 97 not in ids
 
 
+def test_templates_see_control_tokens_in_the_users_text(tmp_path):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.content.split('<|im_end|>')[-1] | replace('<|im_start|>', '~') }}"
+        "{{ m.content | length }}<|im_end|>{% endfor %}{{ messages[0].content | urlencode }}"
+    )
+    content = "hm<|im_end|>a<|im_start|>"
+    tokenizer = _forged(tmp_path, source)
+    ids = tokenizer.apply_chat([{"role": "assistant", "content": content}])
+    quoted = "hm%3C%7Cim_end%7C%3Ea%3C%7Cim_start%7C%3E"
+    assert tokenizer.decode(ids) == f"<|im_start|>a~{len(content)}<|im_end|>{quoted}"
+    assert [i for i in ids if i in (96, 97)] == [96, 97]
+
+
+@pytest.mark.parametrize("content", ["a\nb", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]])
+def test_a_list_of_parts_is_its_texts_in_lines(content, real, tmp_path):
+    messages = [{"role": "system", "content": content}, {"role": "user", "content": content}]
+    text = "<|im_start|>system\na\nb<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n"
+    for name in ("qwen", "smollm2"):
+        assert real(name).decode(real(name).apply_chat(messages)) == text
+    trims = "{% for m in messages %}{{ m['content'] | trim }};{% endfor %}"
+    tokenizer = _forged(tmp_path, trims)
+    assert tokenizer.decode(tokenizer.apply_chat(messages)) == "a\nb;a\nb;"
+
+
 def test_mark_is_never_a_character_of_the_messages():
     content = chat._MARKS[0] + "<|im_end|>"
     text, mark = template("{{ messages[0].content }}").render([{"role": "user", "content": content}])
     assert mark == chat._MARKS[1]
     assert text.replace(mark, "") == content
+    assert text == f"{chat._MARKS[0]}<{mark}|im_end|>"
     with pytest.raises(InvalidRequest, match="every private-use character"):
-        template("").render([{"role": "user", "content": "".join(chat._MARKS)}])
+        template("{{ messages[0].content }}").render([{"role": "user", "content": "".join(chat._MARKS)}])
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "marked"),
+    [
+        # a token of the template's stays whole where a user's text makes a longer one of it, or one that overlaps
+        ("<|im_end|>{{ c }}", "x", "<|im_end|>#x"), ("{{ c }}<|im_end|>", "[I", "[I<|im_end|>"),
+        ("<|im_{{ c }}", "end|>", "<|im_#end|>"), ("{{ c }}end|>", "<|im_", "<#|im_end|>"),
+        ("{{ c[:2] }}im{{ c[2:] }}", "<|_end|>", "<#|im_end|>"), ("{{ c }}NST]", "[I", "[#INST]"),
+        ("<|im_end|>x", "", "<|im_end|>x"), ("{{ c }}", "<|im_end|><|im_end|>x", "<#|im_end|><#|im_end|>x"),
+        ("{{ '%s' % c }}<|im_end|>{{ [c] | join }}", "[INST]", "[#INST]<|im_end|>[#INST]"),
+    ],
+)  # fmt: skip
+def test_marks_stand_where_a_user_has_a_part_in_a_control_token(source, content, marked):
+    source = "{% set c = messages[0].content %}" + source
+    made = ChatTemplate(source, "f", "", "", [*CONTROL, "<|im_end|>x"])
+    text, mark = made.render([{"role": "user", "content": content}])
+    assert text.replace(mark, "#") == marked
 
 
 # --- messages ------------------------------------------------------------------------------------------------------
@@ -172,8 +236,8 @@ def _nested(depth):
         ([{"role": "a|>", "content": "x"}], "messages[0].role"), ([{"role": 5, "content": "x"}], "messages[0].role"),
         ([*HELLO, {"role": "user"}], "messages[1].content"), ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": "a\ud800"}], "messages[0]"),
-        ([{"role": "user", "content": [b"x"]}], "messages[0]"),
-        ([{"role": "user", "content": _nested(40)}], "messages[0]"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": "x", "tools": _nested(40)}], "messages[0]"),
         ([{"role": "user", "content": "x" * (chat.MAX_CHARS + 1)}], "messages"),
     ],
 )  # fmt: skip
@@ -207,7 +271,7 @@ def test_what_is_out_of_reach_is_empty(source):
     ("source", "says"),
     [
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "0.7 s of processor time"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "0.5 s of processor time"),
         ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "processor time"),
         ("{{ 9 ** (9 ** 9) }}", "processor time"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself too deeply"),
@@ -233,21 +297,24 @@ def test_errors_of_a_template_are_one_line(source, says):
     assert says in refused(source)
 
 
-def test_an_answer_that_takes_too_long_is_one_error(monkeypatch):
+def test_an_answer_that_takes_too_long_is_not_the_fault_of_who_asks(monkeypatch):
     long = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     slow = template("{% if messages[0].content == 'long' %}" + long + "{% endif %}done")
     assert slow.render(HELLO)[0] == "done"
     with monkeypatch.context() as patch:
-        patch.setattr(chat, "WALL_SECONDS", 0.1)  # less than the processor time it may take
-        with pytest.raises(InvalidRequest, match=r"did not finish within 0\.1 s"):
+        patch.setattr(process, "WALL_SECONDS", 0.1)  # less than the processor time it may take
+        with pytest.raises(InternalError, match=r"no answer within 0\.1 s"):
             slow.render([{"role": "user", "content": "long"}])
     assert slow.render(HELLO)[0] == "done"
 
 
-def test_a_process_that_cannot_be_started_is_an_error_of_ours(monkeypatch, tmp_path):
-    monkeypatch.setattr(chat.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(InternalError, match=r"cannot be started: .*No such file"):
-        template("text").render(HELLO)
+def test_a_fault_of_the_process_is_not_the_fault_of_who_asks(monkeypatch):
+    made = template("text")
+    with monkeypatch.context() as patch:
+        patch.setattr(process.Process, "ask", lambda *_: {"fault": "its memory cannot be limited"})
+        with pytest.raises(InternalError, match=r"file\.gguf failed: its memory cannot be limited"):
+            made.render(HELLO)
+    assert made.render(HELLO)[0] == "text"
 
 
 def test_helpers_templates_expect():
@@ -293,13 +360,26 @@ def test_no_process_and_no_file_is_left():
     assert len(os.listdir("/proc/self/fd")) <= files
 
 
-def test_a_killed_process_is_one_error_and_then_replaced():
+def test_a_killed_process_is_replaced():
     made = template("ok")
     made.render(HELLO)
     made._process._process.kill()
     made._process._process.wait()
-    with pytest.raises(InvalidRequest, match="ended the process"):
-        made.render(HELLO)
+    assert made.render(HELLO)[0] == "ok"
+
+
+def test_a_process_that_is_always_killed_is_not_the_fault_of_who_asks(monkeypatch):
+    made, ask = template("ok"), process.Process.ask
+
+    def killed(self, frame):
+        self._process.kill()
+        self._process.wait()
+        return ask(self, frame)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process.Process, "ask", killed)
+        with pytest.raises(InternalError, match=r"file\.gguf failed: it ended with status -9"):
+            made.render(HELLO)
     assert made.render(HELLO)[0] == "ok"
 
 

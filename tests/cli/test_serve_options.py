@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,33 @@ def test_max_seqs_has_an_older_name(served, monkeypatch, name):
     monkeypatch.setenv(f"WORKER_ORCD_MAX_{name}", "9")
     assert served().max_seqs == 9
     assert served("--max-seqs", "3").max_seqs == served("--max-streams", "3").max_seqs == 3
+
+
+@pytest.fixture
+def removed(tmp_path, monkeypatch):
+    """The working directory, removed."""
+    folder = tmp_path / "removed"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    yield folder
+    os.chdir(tmp_path)
+
+
+def test_a_working_directory_that_was_removed_is_left(removed):
+    # in a process of its own: here gunicorn may have been imported before
+    script = (
+        "import os; from worker_orcd.cli import main; "
+        "main.run(['serve', '--model', '/none/m.gguf', '--host', '203.0.113.1']); print(os.getcwd())"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "/\n"
+    assert "cannot listen on 203.0.113.1" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "trusted-models"])
+def test_files_named_from_a_removed_directory_are_refused(name, removed, capsys):
+    files = {"model": "/none/m.gguf", name: "../m.gguf"}
+    args = [a for flag, path in files.items() for a in (f"--{flag}", path)]
+    assert main.run(["serve", *args]) == 1
+    assert "../m.gguf is named from the working directory, which was removed" in capsys.readouterr().err

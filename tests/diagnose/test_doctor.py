@@ -120,6 +120,17 @@ def test_a_driver_that_does_not_answer_is_no_driver(answer: Exception | str, mon
     assert found.status == "missing" and "asking it failed" in found.detail
 
 
+def test_modules_of_the_users_folder_do_not_answer_for_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    answer = doctor._driver()
+    for name in ("json", "ctypes"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor._driver() == answer
+    assert "asking it failed" not in answer.get("why", "")
+
+
 def test_as_a_program_it_tells_whether_there_is_a_gpu():
     done = subprocess.run([sys.executable, "-m", "worker_orcd.diagnose.doctor"], check=False, timeout=120)
     assert done.returncode == (0 if doctor.has_gpu() else 1)

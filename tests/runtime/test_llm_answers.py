@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from worker_orcd import LLM, SamplingParams
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.serving.job import Finished
 
 TEXTS = [
@@ -136,6 +137,16 @@ def test_stream_and_stop_string(smollm2):
     stop = whole.text[8:14]
     (cut,) = smollm2.generate(["The capital of France is"], SamplingParams(max_tokens=40, temperature=0.0, stop=stop))
     assert cut.text == whole.text[: whole.text.find(stop)] and cut.finish_reason == "stop"
+
+
+def test_chat_takes_content_in_parts(smollm2):
+    greedy = SamplingParams(max_tokens=8, temperature=0.0)
+    parts = [{"type": "text", "text": "Say hello."}, {"type": "text", "text": "Now."}]
+    answer = smollm2.chat([{"role": "user", "content": parts}], greedy)
+    assert answer.token_ids == smollm2.chat([{"role": "user", "content": "Say hello.\nNow."}], greedy).token_ids
+    with pytest.raises(InvalidRequest, match="'image_url'") as caught:
+        smollm2.chat([{"role": "user", "content": [*parts, {"type": "image_url", "image_url": {"url": "x"}}]}])
+    assert caught.value.fields["field"] == "messages[0].content[2].type"
 
 
 def test_chat_ends_at_the_end_of_the_turn(smollm2):

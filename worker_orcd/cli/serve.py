@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -23,6 +24,18 @@ def _serve_options(command: Any) -> Any:
     return command
 
 
+def _leave_removed_directory(given: dict[str, Any]) -> None:
+    """gunicorn asks for the working directory and fails where it was removed; it needs none."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        for name in ("model", "tokenizer", "trusted_models"):
+            if given[name] is not None and not os.path.isabs(given[name]):
+                reason = f"{given[name]} is named from the working directory, which was removed"
+                raise InvalidRequest(reason, field=name) from None
+        os.chdir("/")
+
+
 @click.command()
 @_serve_options
 def serve(gpu_device: int | None, **given: Any) -> None:
@@ -32,6 +45,7 @@ def serve(gpu_device: int | None, **given: Any) -> None:
     the worker is - also while it loads. Exit codes: 0 stopped as told, 1 failed before it was ready, 70 the engine
     died (start it again).
     """
+    _leave_removed_directory(given)
     from worker_orcd.wsgi import server
 
     if gpu_device is not None:

@@ -66,6 +66,7 @@ def _download(work: Path, progress: bool) -> Path:
     quiet = [] if progress and is_terminal(sys.stderr) else ["-q"]
     command = [
         sys.executable,
+        "-P",  # a json.py of the user's folder is no part of pip
         "-m",
         "pip",
         "download",

@@ -325,11 +325,12 @@ def _fits(capability: list[int], images: dict[str, _Image]) -> bool:
 
 
 def _driver() -> _Driver:
-    """The driver's answers, from a process of its own."""
+    """The driver's answers, from a process of its own, which imports no module of the user's folder."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _ASK_DRIVER], check=False, capture_output=True, text=True, timeout=60
-        )
+            [sys.executable or "python3", "-I", "-c", _ASK_DRIVER], check=False, capture_output=True, text=True,
+            timeout=60, cwd="/",
+        )  # fmt: skip
         answers: _Driver = json.loads(done.stdout)
         return answers
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:

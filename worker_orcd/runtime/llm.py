@@ -208,10 +208,12 @@ class LLM:
         """The assistant's next message in a conversation, by the chat template of the file.
 
         Args:
-            messages: dicts with "role" and "content".
+            messages: dicts with "role" and "content": a string, a list of parts {"type": "text", "text": ...} or, of
+                an assistant, None.
 
         Raises:
             InvalidRequest: there is no tokenizer or no chat template, or the template refuses the messages.
+            InternalError: the process that renders the template cannot be started, or was ended by something else.
         """
         self._deputy.check_process()
         # None is refused as no conversation, and not as a request that lacks a prompt

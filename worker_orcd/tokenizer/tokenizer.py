@@ -208,12 +208,14 @@ class Tokenizer:
         Control tokens are those that the template writes. What looks like one in a message is text.
 
         Args:
-            messages: dicts with `role` and `content`, in order.
+            messages: dicts with `role` and `content` (a string, a list of text parts or, of an assistant, None), in
+                order.
             add_generation_prompt: end with the start of the assistant's turn.
 
         Raises:
             InvalidRequest: there is no chat template, the messages are malformed, or the template refuses them, does
                 what a template must not do, or needs more time, memory or text than allowed.
+            InternalError: the process that renders the template cannot be started, or was ended by something else.
         """
         if self._chat is None:
             raise InvalidRequest(f"{self.path} has no chat template; pass the prompt as text", field="messages")
