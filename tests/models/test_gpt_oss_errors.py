@@ -118,18 +118,20 @@ def test_a_tokenizer_json_of_another_vocabulary(goldens_dir, tmp_path):
     vocab = {f"t{i}": i for i in range(n_vocab + 1)}
     model = {"type": "BPE", "vocab": vocab, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    LLM(tmp_path / "m.gguf", device="cpu", progress=False).close()  # it lies beside a model that has its own
+    named = tmp_path / "tokenizer.json"
     with pytest.raises(ModelLoadError) as caught:
-        LLM(tmp_path / "m.gguf", device="cpu", progress=False)
+        LLM(tmp_path / "m.gguf", device="cpu", progress=False, tokenizer=named)
     assert "tokenizer.json" in caught.value.message
     print(caught.value.message)
     for content, text in ((b'{"model":', "is no tokenizer.json"), (b"\0" * 10, "is no tokenizer.json")):
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(ModelLoadError, match=text):
-            LLM(tmp_path / "m.gguf", device="cpu", progress=False)
+            LLM(tmp_path / "m.gguf", device="cpu", progress=False, tokenizer=named)
     with open(tmp_path / "tokenizer.json", "wb") as file:
         file.truncate(1 << 30)
     with pytest.raises(ModelLoadError, match="1073741824 bytes, limit"):
-        LLM(tmp_path / "m.gguf", device="cpu", progress=False)
+        LLM(tmp_path / "m.gguf", device="cpu", progress=False, tokenizer=named)
 
 
 def test_the_gpt_oss_tokenizer_beside_a_model_with_fewer_tokens(model_path):
