@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,23 @@ from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
 from worker_orcd.wsgi import gunicorn_worker, sse
 from worker_orcd.wsgi.server import serve
+
+
+def limit_processes(args):
+    """Refuse threads and forks as a container's limit on processes does."""
+    start = threading.Thread.start
+
+    def start_or_refuse(thread):
+        if thread.name == args.no_thread or (args.no_threads_while and args.no_threads_while.exists()):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def refuse_fork():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    threading.Thread.start = start_or_refuse
+    if args.no_fork:
+        os.fork = refuse_fork
 
 
 def main():
@@ -31,10 +50,16 @@ def main():
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--api-key")
     parser.add_argument("--ping-sec", type=float, default=sse.PING_SEC)
+    parser.add_argument("--print-curl", action="store_true")
+    parser.add_argument("--no-thread", help="threads of this name cannot be started")
+    parser.add_argument("--no-threads-while", type=Path, help="no thread can be started while there is this file")
+    parser.add_argument("--no-fork", action="store_true")
     parser.add_argument("--read-limit-sec", type=float, default=gunicorn_worker.READ_LIMIT_SEC)
     args = parser.parse_args()
     sse.PING_SEC = args.ping_sec
     gunicorn_worker.READ_LIMIT_SEC = args.read_limit_sec
+
+    limit_processes(args)
 
     def load(config, progress, on_fatal, on_plan):
         end = time.monotonic() + args.load_seconds
@@ -63,6 +88,7 @@ def main():
             grace_sec=args.grace,
             inference_timeout_sec=args.timeout,
             api_key=args.api_key,
+            print_curl=args.print_curl,
         ),
         load,
     )
