@@ -47,6 +47,8 @@ WRITE_LIMIT_MS = 30_000
 class StreamWorker(ThreadWorker):
     """gunicorn worker of worker-orcd. `stop_requested` is set once when it shall end."""
 
+    app: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop_requested = threading.Event()
@@ -65,6 +67,7 @@ class StreamWorker(ThreadWorker):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end: stop in order, once."""
+        self.app.stop_time.note()
         if self.alive:
             super().handle_exit(sig, frame)
             self.stop_requested.set()
