@@ -1,5 +1,7 @@
-"""The gthread worker with four corrections for a server of long streams.
+"""The gthread worker with six corrections for a server of long streams.
 
+- Every signal that ends it ends it in order, and so does the second one; see `signals`.
+- A thread that cannot be started is an error of the one request that wanted it.
 - A connection that has sent nothing waits in the poller, not in a thread, so idle connections cost no stream its place.
 - A request must be there, headers and body, within `READ_LIMIT_SEC`; then its reading side is shut, which ends the read
   of whoever waits for it. gunicorn itself waits for ever.
@@ -23,8 +25,16 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import falcon
+import msgspec
 from gunicorn import util
 from gunicorn.workers.gthread import TConn, ThreadWorker
+
+from worker_orcd.config import MAX_BODY_BYTES
+from worker_orcd.wsgi import signals
+from worker_orcd.wsgi.http_errors import RETRY_LOADING_SEC, NoThread
+from worker_orcd.wsgi.middleware import CORRELATION_HEADER, correlation_id
+from worker_orcd.wsgi.thread_pool import ThreadPool
 
 #: seconds a client has to send a whole request
 READ_LIMIT_SEC = 20.0
@@ -37,6 +47,8 @@ WRITE_LIMIT_MS = 30_000
 class StreamWorker(ThreadWorker):
     """gunicorn worker of worker-orcd. `stop_requested` is set once when it shall end."""
 
+    app: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop_requested = threading.Event()
@@ -45,12 +57,17 @@ class StreamWorker(ThreadWorker):
     # -- stopping
 
     def init_signals(self) -> None:
-        """As gunicorn's, but Ctrl-C is as orderly as SIGTERM."""
+        """As gunicorn's, but all that ends the worker is as orderly as SIGTERM. From here on signals get through."""
         super().init_signals()
-        signal.signal(signal.SIGINT, self.handle_exit)
+        for number in signals.STOP_SIGNALS:
+            signal.signal(number, self.handle_exit)
+            signal.siginterrupt(number, False)  # of no thread's system calls either
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # as the master's: there is no second master
+        signals.let_through()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT: stop in order, once."""
+        """A signal to end: stop in order, once."""
+        self.app.stop_time.note()
         if self.alive:
             super().handle_exit(sig, frame)
             self.stop_requested.set()
@@ -64,6 +81,27 @@ class StreamWorker(ThreadWorker):
         """As gunicorn's, but a stopping worker does not stop to answer."""
         if enabled or self.alive:
             super().set_accept_enabled(enabled)
+
+    # -- threads
+
+    def get_thread_pool(self) -> Any:
+        """One that lives on when a thread cannot be started. Called by gunicorn."""
+        self._pool = ThreadPool(self.cfg.threads)
+        return self._pool
+
+    def wait_for_answers(self, seconds: float) -> None:
+        """Wait until no request is being answered, but not longer than `seconds`; from any thread but the main one."""
+        self._pool.wait_until_idle(seconds)
+
+    def enqueue_req(self, conn: TConn) -> None:
+        """As gunicorn's, but a request for which there is no thread is answered here and now."""
+        try:
+            super().enqueue_req(conn)
+        except RuntimeError:
+            self.log.error("A request was refused: no thread can be started for it")
+            _refuse(conn.sock)
+            self.nr_conns -= 1
+            conn.close()
 
     # -- reading
 
@@ -134,3 +172,18 @@ def _linger(sock: socket.socket) -> None:
         util.close_graceful(sock.dup(), timeout=LINGER_SEC)
     except OSError:
         pass
+
+
+def _refuse(sock: socket.socket) -> None:
+    """Tell a client that there is no thread for its request. Does not wait, so it takes and sends what goes at once."""
+    body = msgspec.json.encode(NoThread().details())
+    head = (
+        f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {falcon.MEDIA_JSON}\r\nContent-Length: {len(body)}\r\n"
+        f"Retry-After: {RETRY_LOADING_SEC}\r\n{CORRELATION_HEADER}: {correlation_id(None)}\r\nConnection: close\r\n\r\n"
+    )
+    sock.setblocking(False)
+    try:
+        sock.recv(MAX_BODY_BYTES)  # bytes that nobody has read would turn the end of the answer into a reset
+        sock.send(head.encode("ascii") + body)
+    except OSError:
+        pass  # it has gone

@@ -87,3 +87,17 @@ def test_text_form_shows_event_and_fields_but_not_the_base():
 def test_unknown_format_is_refused():
     with pytest.raises(ValueError, match="xml"):
         EventLog(None, "xml")
+
+
+@pytest.mark.parametrize("kind", ["none", "closed"])
+def test_no_standard_error_is_no_error(monkeypatch, kind):
+    """A program with a window has none, and a shell can close it."""
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr("sys.stderr", None if kind == "none" else stream)
+    EventLog(None, worker_id="w").emit("ready")
+
+
+def test_a_line_can_be_had_without_being_written(capsys):
+    line = EventLog(None, worker_id="w").line("log_lines_dropped", "warning", n=3)
+    assert json.loads(line)["n"] == 3 and line.endswith("\n") and capsys.readouterr().err == ""

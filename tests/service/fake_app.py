@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,11 +20,32 @@ from worker_orcd.wsgi import gunicorn_worker, sse
 from worker_orcd.wsgi.server import serve
 
 
+class Panic(BaseException):
+    """What a library written in Rust raises: no Exception."""
+
+
+def limit_processes(args):
+    """Refuse threads and forks as a container's limit on processes does."""
+    start = threading.Thread.start
+
+    def start_or_refuse(thread):
+        if thread.name == args.no_thread or (args.no_threads_while and args.no_threads_while.exists()):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def refuse_fork():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    threading.Thread.start = start_or_refuse
+    if args.no_fork:
+        os.fork = refuse_fork
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("--load-seconds", type=float, default=0.0)
-    parser.add_argument("--load-error", choices=["model", "vram", "crash", "kill"])
+    parser.add_argument("--load-error", choices=["model", "vram", "crash", "panic", "kill"])
     parser.add_argument("--max-seqs", type=int, default=24)
     parser.add_argument("--max-queue", type=int, default=4)
     parser.add_argument("--max-tokens-in", type=int)
@@ -31,10 +54,16 @@ def main():
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--api-key")
     parser.add_argument("--ping-sec", type=float, default=sse.PING_SEC)
+    parser.add_argument("--print-curl", action="store_true")
+    parser.add_argument("--no-thread", help="threads of this name cannot be started")
+    parser.add_argument("--no-threads-while", type=Path, help="no thread can be started while there is this file")
+    parser.add_argument("--no-fork", action="store_true")
     parser.add_argument("--read-limit-sec", type=float, default=gunicorn_worker.READ_LIMIT_SEC)
     args = parser.parse_args()
     sse.PING_SEC = args.ping_sec
     gunicorn_worker.READ_LIMIT_SEC = args.read_limit_sec
+
+    limit_processes(args)
 
     def load(config, progress, on_fatal, on_plan):
         end = time.monotonic() + args.load_seconds
@@ -47,6 +76,8 @@ def main():
             raise InsufficientVram("the model needs more", bytes_required=100, bytes_available=10)
         if args.load_error == "crash":
             raise RuntimeError("nobody expected this")
+        if args.load_error == "panic":
+            raise Panic("a library of another language broke")
         if args.load_error == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         return FakeLLM(config, on_fatal)
@@ -63,6 +94,7 @@ def main():
             grace_sec=args.grace,
             inference_timeout_sec=args.timeout,
             api_key=args.api_key,
+            print_curl=args.print_curl,
         ),
         load,
     )
