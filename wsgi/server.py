@@ -26,7 +26,8 @@ import worker_orcd
 from worker_orcd.config import EXIT_LIMIT_SEC, ServeConfig
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.observe.events import EventLog
-from worker_orcd.observe.unblocked import UnblockedWriter, open_closed_descriptors, unblock_standard_streams
+from worker_orcd.observe.unblocked import UnblockedWriter, unblock_standard_streams
+from worker_orcd.runtime import streams
 from worker_orcd.wsgi import signals
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.arbiter import WorkerArbiter
@@ -65,7 +66,7 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
         InvalidRequest: a value breaks its rule, or the address cannot be listened on.
     """
     config.check()
-    open_closed_descriptors()
+    streams.open_missing()
     listener = _listen(config.host, config.port)
     signals.leave_at_once()
     _, log_writer = unblock_standard_streams()

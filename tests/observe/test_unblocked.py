@@ -227,8 +227,9 @@ def test_print_and_traceback_go_through_it_as_lines():
 
 STREAMS = """
 import os, sys
-from worker_orcd.observe.unblocked import open_closed_descriptors, unblock_standard_streams
-open_closed_descriptors()
+from worker_orcd.observe.unblocked import unblock_standard_streams
+from worker_orcd.runtime.streams import open_missing
+open_missing()
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 out, err = unblock_standard_streams()
 print("to stdout")

@@ -196,16 +196,6 @@ class UnblockedText(io.TextIOBase):
                 self._writer.put(text)
 
 
-def open_closed_descriptors() -> None:
-    """Make /dev/null of every standard descriptor that is closed.
-
-    Else the next file or socket that the process opens gets its number, and with it whatever is printed.
-    """
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
-        os.set_inheritable(fd, True)
-    os.close(fd)
-
-
 def unblock_standard_streams() -> tuple[UnblockedWriter, UnblockedWriter]:
     """Make `sys.stdout` and `sys.stderr` streams that never wait, for the rest of the process; returns their writers.
 
