@@ -87,3 +87,10 @@ def test_text_form_shows_event_and_fields_but_not_the_base():
 def test_unknown_format_is_refused():
     with pytest.raises(ValueError, match="xml"):
         EventLog(None, "xml")
+
+
+def test_text_shows_the_job_and_its_correlation_id():
+    out = io.StringIO()
+    log = EventLog(out, "text", worker_id="w")
+    log.bind(job_id="j 1", correlation_id="c").bind(part=2).emit("execute_start", tokens_in=3)
+    assert out.getvalue().split(" ", 1)[1] == 'execute_start job_id="j 1" correlation_id=c part=2 tokens_in=3\n'
