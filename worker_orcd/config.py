@@ -17,6 +17,8 @@ from worker_orcd.errors import InvalidRequest
 MAX_PROMPT_CHARS = 32_768
 #: characters of a job id
 MAX_JOB_ID_CHARS = 256
+#: characters of the name that a model is served under
+MAX_MODEL_NAME_CHARS = 256
 #: tokens generated where a request names no number, and the most a server gives where it is told no other limit
 DEFAULT_MAX_TOKENS = 2048
 #: stop strings of a request, and tokens of each
@@ -47,6 +49,7 @@ class Flag:
         unit: what one of the flag's numbers is of the field's: 1 << 20 where MiB are given for bytes.
         choices: the values it may have; (): any.
         chosen: it has no fixed default on the command line: who runs it chooses one.
+        guard: it protects something, so a variable that is set but empty is refused and not taken as absent.
     """
 
     help: str
@@ -60,6 +63,7 @@ class Flag:
     unit: int = 1
     choices: tuple[str, ...] = ()
     chosen: bool = False
+    guard: bool = False
 
 
 def _flag(help: str, metavar: str = "", kind: type = str, *args: Any, **settings: Any) -> dict[str, Flag]:
@@ -75,6 +79,10 @@ class ServeConfig:
     """
 
     model: str = field(metadata=_flag("The GGUF file.", "FILE"))
+    served_model_name: str | None = field(
+        default=None,
+        metadata=_flag("Name of the model in answers and health. Default: the one in the file.", "NAME"),
+    )
     worker_id: str = field(
         default_factory=lambda: str(uuid.uuid4()),
         metadata=_flag("Name of this worker in its log and health. Default: made up.", "UUID", chosen=True),
@@ -147,13 +155,16 @@ class ServeConfig:
             "Refuse NaN and infinity in norms, biases and block scales while loading. Default: check.", kind=bool
         ),
     )
-    expect_sha256: str | None = field(default=None, metadata=_flag("The digest the model file must have.", "HEX"))
+    expect_sha256: str | None = field(
+        default=None, metadata=_flag("The digest the model file must have.", "HEX", guard=True)
+    )
     trusted_models: str | None = field(
         default=None,
         metadata=_flag(
             "JSON list of the models that may be loaded, as the command provenance writes its entries; any other is "
             "refused.",
             "FILE",
+            guard=True,
         ),
     )
     max_seqs: int = field(
@@ -181,6 +192,7 @@ class ServeConfig:
         metadata=_flag(
             "Ask for 'Authorization: Bearer KEY' on everything but /health and /ready. Better given as variable.",
             "KEY",
+            guard=True,
         ),
     )
     log_format: str = field(
@@ -221,6 +233,9 @@ class ServeConfig:
         except ValueError:
             raise _refused("worker_id", f"must be a UUID, not {self.worker_id!r}") from None
         check_device(self.device)
+        name = self.served_model_name
+        if name is not None and not (0 < len(name) <= MAX_MODEL_NAME_CHARS and name.isprintable() and name.strip()):
+            raise _refused("served_model_name", f"must be 1 to {MAX_MODEL_NAME_CHARS} printable characters")
         if not self.host:
             raise _refused("host", "must not be empty")
         for name in FLAGS:
@@ -230,8 +245,10 @@ class ServeConfig:
         if self.expect_sha256 is not None:
             check_sha256("expect_sha256", self.expect_sha256)
         key = self.api_key
-        if key is not None and not (key and key.isascii() and key.isprintable()):
-            raise _refused("api_key", "must be printable ASCII and not empty")
+        if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+            raise _refused("api_key", "must be printable ASCII, not empty, and without blanks at its ends")
+        if self.trusted_models == "":
+            raise _refused("trusted_models", "must not be empty")
         formats = FLAGS["log_format"].choices
         if self.log_format not in formats:
             raise _refused("log_format", f"must be {' or '.join(formats)}, not {self.log_format!r}")

@@ -97,7 +97,7 @@ class Service:
         self._started_at = time.monotonic()
         self._facts: dict[str, Any] = {
             "worker_id": config.worker_id,
-            "model": os.path.basename(config.model),
+            "model": config.served_model_name or os.path.basename(config.model),
             "device": config.device,
         }
         self._streams: set[object] = set()
@@ -126,15 +126,14 @@ class Service:
             raise NotReady(reasons.get(self._state, "the worker is not ready"))
         return llm
 
-    def llm_for_cancel(self) -> LLM:
-        """The loaded model, also while stopping or unhealthy: a job may be cancelled as long as it runs.
+    def cancel(self, job_id: str) -> str:
+        """Cancel a job, also while stopping or unhealthy: it may be cancelled as long as it runs.
 
-        Raises:
-            NotReady: while loading.
+        Returns:
+            "cancelling", "finished" or "unknown"; while the model loads there is no job, so every one is unknown.
         """
-        if self._llm is None:
-            raise NotReady("the model is loading")
-        return self._llm
+        llm = self._llm
+        return "unknown" if llm is None else llm.cancel(job_id)
 
     def health(self) -> tuple[bool, dict[str, object]]:
         """(healthy, what /health shows). Reads memory only."""
@@ -311,7 +310,7 @@ def _facts(config: ServeConfig, info: dict[str, Any]) -> dict[str, Any]:
     """What /health shows of a loaded model."""
     return {
         "worker_id": config.worker_id,
-        "model": info.get("name") or os.path.basename(config.model),
+        "model": config.served_model_name or info.get("name") or os.path.basename(config.model),
         "resident": True,
         "quant_kind": info.get("quant_kind"),
         "vram_bytes_used": info.get("vram_bytes", 0),
