@@ -31,11 +31,17 @@ LATE_SEC = 0.2
 MAX_PIECES_PER_WRITE = 64
 
 _PING = b": ping\n\n"
+_UNICODE_LINE_BREAKS = tuple((chr(c).encode(), b"\\u%04x" % c) for c in (0x85, 0x2028, 0x2029))
 
 
 def encode_event(name: str, data: Mapping[str, object]) -> bytes:
-    """One server-sent event. JSON escapes line breaks, so the data is one line."""
-    return b"event: " + name.encode("ascii") + b"\ndata: " + msgspec.json.encode(data, enc_hook=str) + b"\n\n"
+    """One server-sent event. JSON escapes the line breaks of ASCII; those of Unicode, at which many clients cut lines
+    too, are escaped here, so the data is one line for everybody."""
+    text = msgspec.json.encode(data, enc_hook=str)
+    if not text.isascii():
+        for line_break, escape in _UNICODE_LINE_BREAKS:
+            text = text.replace(line_break, escape)
+    return b"event: " + name.encode("ascii") + b"\ndata: " + text + b"\n\n"
 
 
 class ClientSocket:

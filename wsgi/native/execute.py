@@ -15,17 +15,19 @@ from worker_orcd.wsgi.native import requests
 from worker_orcd.wsgi.service import Service
 from worker_orcd.wsgi.sse import JobStream
 
-EVENT_STREAM = "text/event-stream"
+#: with the charset, because some clients read text without one as Latin-1
+EVENT_STREAM = "text/event-stream; charset=utf-8"
 
-_JSON_TYPES: dict[type, Any] = {int: int, float: float, list: list[str]}
+_JSON_TYPES: dict[type, Any] = {int: int | float, float: float, list: list[str]}
 
-#: body of POST /execute: job_id, prompt, and those sampling fields that are open to HTTP; types are checked, no values
+#: body of POST /execute: job_id, prompt, and those sampling fields that are open to HTTP; types are checked, no values.
+#: null stands for a field that is not given.
 ExecuteBody = msgspec.defstruct(
     "ExecuteBody",
     [
         ("job_id", str),
         ("prompt", str),
-        *((name, _JSON_TYPES[kind] | msgspec.UnsetType, msgspec.UNSET) for name, kind in HTTP_FIELDS.items()),
+        *((name, _JSON_TYPES[kind] | None, None) for name, kind in HTTP_FIELDS.items()),
     ],
     forbid_unknown_fields=True,
 )
@@ -49,8 +51,12 @@ class Execute:
         service, longest = self._service, self._service.config.inference_timeout_sec
         llm = service.llm()
         left = requests.seconds_left(req.get_header(requests.DEADLINE_HEADER))
-        body: Any = requests.decode(requests.read_body(req), ExecuteBody)
-        given = {name: v for name in HTTP_FIELDS if (v := getattr(body, name)) is not msgspec.UNSET}
+        body: Any = requests.take(req, ExecuteBody)
+        given: dict[str, Any] = {
+            name: requests.whole(name, value) if kind is int else value
+            for name, kind in HTTP_FIELDS.items()
+            if (value := getattr(body, name)) is not None
+        }
         request = Request(
             prompt=body.prompt,
             params=SamplingParams(**given),
