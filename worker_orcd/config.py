@@ -27,7 +27,7 @@ MAX_STOPS, MAX_STOP_TOKENS = 4, 32
 MAX_LOGPROBS = 20
 #: bytes of a request body; more is refused before it is parsed
 MAX_BODY_BYTES = 1 << 20
-#: threads beyond the streams: health probes, cancels, refusals and idle keep-alive connections
+#: threads beyond the streams: health probes, cancels, refusals
 SPARE_THREADS = 8
 #: seconds within which a stopping process is gone, whatever hangs
 EXIT_LIMIT_SEC = 5.0
@@ -218,9 +218,14 @@ class ServeConfig:
         return int(self.device[5:]) if self.device.startswith("cuda:") else 0
 
     @property
+    def max_streams(self) -> int:
+        """Streams that may be open: one for each job that may be."""
+        return self.max_seqs + self.max_queue
+
+    @property
     def threads(self) -> int:
         """Threads of the server: one for each stream that may be open, and the spare ones."""
-        return self.max_seqs + self.max_queue + SPARE_THREADS
+        return self.max_streams + SPARE_THREADS
 
     def check(self) -> None:
         """Check every value.

@@ -13,7 +13,7 @@ import falcon
 
 from worker_orcd.errors import WorkerError
 from worker_orcd.wsgi import http_errors
-from worker_orcd.wsgi.middleware import CORRELATION_HEADER, ApiKey, Correlation
+from worker_orcd.wsgi.middleware import CORRELATION_HEADER, ApiKey, Correlation, peer
 from worker_orcd.wsgi.native.cancel import Cancel
 from worker_orcd.wsgi.native.execute import Execute, ExecuteBody
 from worker_orcd.wsgi.native.health import Health, Ready
@@ -85,14 +85,6 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
     app.add_error_handler(falcon.HTTPError, refuse)
     app.add_error_handler(WorkerError, refuse)
     return app
-
-
-def peer(address: str | None, port: str | int | None) -> str | None:
-    """The other side of a connection as ADDRESS:PORT, for the log."""
-    if not address:
-        return None
-    host = f"[{address}]" if ":" in address else address
-    return host if port is None else f"{host}:{port}"
 
 
 def _headers(error: falcon.HTTPError) -> list[tuple[str, str]]:

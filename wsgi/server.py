@@ -157,6 +157,7 @@ class _Application(BaseApplication):
         """In the worker process, before its first request."""
         service = self._service
         assert service is not None, "gunicorn loads the application first"
+        worker.events = self._events
 
         def end(code: int) -> None:
             _exit_after(EXIT_SLACK_SEC, lambda: code)

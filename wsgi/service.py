@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import ServeConfig
-from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
+from worker_orcd.errors import Cancelled, CudaError, NotReady, QueueFull, WorkerError
 from worker_orcd.observe.events import EventLog
 from worker_orcd.runtime.info import provenance_facts
 from worker_orcd.wsgi.background import Background
@@ -147,15 +147,23 @@ class Service:
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
         }
 
-    def stream_opened(self, stream: object) -> None:
-        """Count a stream whose terminal event is still to be sent."""
-        with self._lock:
-            self._streams.add(stream)
+    def take_place(self) -> object:
+        """The place of one stream, until `leave_place`. A client that does not read keeps it past its job's end.
 
-    def stream_closed(self, stream: object) -> None:
-        """The stream has ended, however it did."""
+        Raises:
+            QueueFull: as many streams are open as there may be jobs; one more would take a thread that others need.
+        """
+        place = object()
         with self._lock:
-            self._streams.discard(stream)
+            if len(self._streams) >= self.config.max_streams:
+                raise QueueFull("too many streams are still being read", retry_after=1)
+            self._streams.add(place)
+        return place
+
+    def leave_place(self, place: object) -> None:
+        """The stream has ended, however it did. Idempotent."""
+        with self._lock:
+            self._streams.discard(place)
             if not self._streams:
                 self._no_streams.notify_all()
 

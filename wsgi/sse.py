@@ -62,14 +62,16 @@ class JobStream:
     """An iterable of SSE chunks, never empty ones. `close` cancels what is not finished and may come at any time.
 
     Args:
-        service: counts the stream, and is told of errors.
+        service: is told of errors and of the end.
+        place: the stream's place in the service.
         job: the job to follow, already submitted.
         events: log bound to the job and its correlation id.
         sock: the client's connection, None outside gunicorn.
     """
 
-    def __init__(self, service: Service, job: Job, events: EventLog, sock: socket.socket | None) -> None:
+    def __init__(self, service: Service, place: object, job: Job, events: EventLog, sock: socket.socket | None) -> None:
         self._service = service
+        self._place = place
         self._job = job
         self._log = events
         self._client = ClientSocket(sock)
@@ -81,7 +83,6 @@ class JobStream:
         self._tokens_out = 0
         self._closed = False
         self._chunks = self._run()
-        service.stream_opened(self)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -101,7 +102,7 @@ class JobStream:
             return
         self._closed = True
         self._job.cancel()
-        self._service.stream_closed(self)
+        self._service.leave_place(self._place)
         self._log.emit(
             "execute_end",
             "info" if "code" not in self._outcome else "warning",

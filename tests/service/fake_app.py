@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
-from worker_orcd.wsgi import gunicorn_worker, sse
+from worker_orcd.wsgi import collecting_worker, sse
 from worker_orcd.wsgi.server import serve
 
 
@@ -31,10 +31,12 @@ def main():
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--api-key")
     parser.add_argument("--ping-sec", type=float, default=sse.PING_SEC)
-    parser.add_argument("--read-limit-sec", type=float, default=gunicorn_worker.READ_LIMIT_SEC)
+    parser.add_argument("--read-limit-sec", type=float, default=collecting_worker.READ_LIMIT_SEC)
+    parser.add_argument("--max-received-bytes", type=int, default=collecting_worker.MAX_RECEIVED_BYTES)
     args = parser.parse_args()
     sse.PING_SEC = args.ping_sec
-    gunicorn_worker.READ_LIMIT_SEC = args.read_limit_sec
+    collecting_worker.READ_LIMIT_SEC = args.read_limit_sec
+    collecting_worker.MAX_RECEIVED_BYTES = args.max_received_bytes
 
     def load(config, progress, on_fatal, on_plan):
         end = time.monotonic() + args.load_seconds

@@ -13,7 +13,8 @@ from service.in_process import App, error_of, events_of
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime.request import HTTP_FIELDS
-from worker_orcd.wsgi.app import ROUTES, peer
+from worker_orcd.wsgi.app import ROUTES
+from worker_orcd.wsgi.middleware import peer
 from worker_orcd.wsgi.native.execute import ExecuteBody
 from worker_orcd.wsgi.sse import encode_event
 

@@ -63,9 +63,14 @@ class Execute:
             job_id=body.job_id,
             deadline=time.monotonic() + (longest if left is None else min(left, longest)),
         )
-        job = llm.submit_request(request, self._limits)
+        place = service.take_place()
+        try:
+            job = llm.submit_request(request, self._limits)
+        except BaseException:
+            service.leave_place(place)
+            raise
         log = service.events.bind(job_id=job.job_id, correlation_id=req.context.correlation_id)
-        resp.stream = JobStream(service, job, log, req.env.get("gunicorn.socket"))
+        resp.stream = JobStream(service, place, job, log, req.env.get("gunicorn.socket"))
         log.emit(
             "execute_start",
             tokens_in=job.tokens_in,

@@ -68,6 +68,8 @@ def read_body(req: falcon.Request) -> bytes:
         return b""
     try:
         body: bytes = req.env["wsgi.input"].read(MAX_BODY_BYTES + 1 if declared is None else declared)
+    except BodyTooLarge:
+        raise
     except Exception as error:  # of the server's own kind where chunks are malformed; any is the client's fault
         raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None
     if len(body) > MAX_BODY_BYTES:
