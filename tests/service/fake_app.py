@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
-from worker_orcd.wsgi import collecting_worker, sse
-from worker_orcd.wsgi.server import serve
+from worker_orcd.wsgi import collecting_worker, server, sse
 
 
 def main():
@@ -33,10 +33,21 @@ def main():
     parser.add_argument("--ping-sec", type=float, default=sse.PING_SEC)
     parser.add_argument("--read-limit-sec", type=float, default=collecting_worker.READ_LIMIT_SEC)
     parser.add_argument("--max-received-bytes", type=int, default=collecting_worker.MAX_RECEIVED_BYTES)
+    parser.add_argument("--send-buffer", type=int, help="bytes of each connection's")
     args = parser.parse_args()
     sse.PING_SEC = args.ping_sec
     collecting_worker.READ_LIMIT_SEC = args.read_limit_sec
     collecting_worker.MAX_RECEIVED_BYTES = args.max_received_bytes
+
+    if args.send_buffer:
+        listen = server._listen
+
+        def listen_with_small_buffers(host, port):
+            listener = listen(host, port)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, args.send_buffer)
+            return listener
+
+        server._listen = listen_with_small_buffers
 
     def load(config, progress, on_fatal, on_plan):
         end = time.monotonic() + args.load_seconds
@@ -53,7 +64,7 @@ def main():
             os.kill(os.getpid(), signal.SIGKILL)
         return FakeLLM(config, on_fatal)
 
-    serve(
+    server.serve(
         ServeConfig(
             model="/nowhere/fake.gguf",
             port=args.port,
