@@ -1,6 +1,20 @@
-"""`python -m worker_orcd`: the command line."""
+"""The program: `worker-orcd`, and `python -m worker_orcd`."""
 
-from worker_orcd.cli.main import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line. Entry point of the installed program."""
+    if sys.argv[1:2] == ["serve"]:  # before the imports, which take longer than anything else until it listens
+        from worker_orcd.wsgi import signals
+
+        signals.leave_at_once()
+    from worker_orcd.cli import main as command_line
+
+    command_line.main()
+
 
 if __name__ == "__main__":
     main()

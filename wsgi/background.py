@@ -26,7 +26,7 @@ _LOWEST_PRIORITY = 19
 
 
 class Background:
-    """The background work of one loaded model, from `start` to `stop`.
+    """The background work of one loaded model, from `begin` to `stop`.
 
     Args:
         llm: the model.
@@ -53,26 +53,43 @@ class Background:
         self._on_fatal = on_fatal
         self._on_digest = on_digest
         self._stop = threading.Event()
+        self._begun = threading.Event()
         self._starting = threading.Lock()
         bodies = [("residency", self._check_residency)] if llm.info.device != "cpu" else []
         if llm.info.sha256 is None:
             bodies.append(("provenance", self._hash))
-        self._threads = [threading.Thread(target=body, name=name, daemon=True) for name, body in bodies]
+        self._threads = [
+            threading.Thread(target=self._run, args=(body,), name=name, daemon=True) for name, body in bodies
+        ]
 
     def start(self) -> None:
-        """Begin, unless `stop` came first."""
+        """Start the threads, unless `stop` came first. They wait for `begin`: no model is ready without them.
+
+        Raises:
+            RuntimeError: a thread cannot be started.
+        """
         with self._starting:
             if not self._stop.is_set():
                 for thread in self._threads:
                     thread.start()
 
+    def begin(self) -> None:
+        """Let the threads do their work."""
+        self._begun.set()
+
     def stop(self) -> None:
         """End both threads; afterwards the model may be closed. Idempotent."""
         with self._starting:
             self._stop.set()
+        self._begun.set()
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(JOIN_SEC)
+
+    def _run(self, body: Callable[[], None]) -> None:
+        self._begun.wait()
+        if not self._stop.is_set():
+            body()
 
     def _check_residency(self) -> None:
         while not self._stop.is_set():

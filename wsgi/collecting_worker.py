@@ -88,7 +88,7 @@ class CollectingWorker(ThreadWorker):
                 conn = place.first()
                 assert conn is not None, "somebody's time is over"
                 if place is self._reading:
-                    self._refuse(conn, raw_answers.too_slow(READ_LIMIT_SEC))
+                    self.refuse(conn, raw_answers.too_slow(READ_LIMIT_SEC))
                 else:
                     self._drop(conn)
         if self._accept_again and self._accept_again <= now:
@@ -130,7 +130,7 @@ class CollectingWorker(ThreadWorker):
         conn = self._reading.first()
         if conn is None:
             return False
-        self._refuse(conn, raw_answers.too_much())
+        self.refuse(conn, raw_answers.too_much())
         if conn.waits is not None:
             self._drop(conn)
         return True
@@ -201,7 +201,7 @@ class CollectingWorker(ThreadWorker):
             self._reading.add(conn)
         buffer.feed(data)
         if not self._budget.hold(conn, len(buffer.data)):
-            self._refuse(conn, raw_answers.too_much())
+            self.refuse(conn, raw_answers.too_much())
             return
         if buffer.wants_continue:
             buffer.wants_continue = False
@@ -238,7 +238,7 @@ class CollectingWorker(ThreadWorker):
         if rest:
             self._act(conn, partial(self._collect, data=rest))
 
-    def _refuse(self, conn: Connection, error: WorkerError) -> None:
+    def refuse(self, conn: Connection, error: WorkerError) -> None:
         """Answer without a thread, and close."""
         answer = self.told(error, bytes(conn.buffer.data[: 1 << 14]), conn.client)
         try:

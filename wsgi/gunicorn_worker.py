@@ -11,10 +11,12 @@ import threading
 from types import FrameType
 from typing import Any
 
-from worker_orcd.wsgi import raw_answers
+from worker_orcd.wsgi import raw_answers, signals
 from worker_orcd.wsgi.collecting_worker import CollectingWorker
 from worker_orcd.wsgi.connections import Connection
+from worker_orcd.wsgi.http_errors import NoThread
 from worker_orcd.wsgi.request_buffer import State
+from worker_orcd.wsgi.thread_pool import ThreadPool
 
 #: seconds that a stopping worker keeps idle connections, for a request that may be on its way
 STOP_IDLE_SEC = 2.0
@@ -31,12 +33,16 @@ class StreamWorker(CollectingWorker):
     # -- stopping
 
     def init_signals(self) -> None:
-        """As gunicorn's, but Ctrl-C is as orderly as SIGTERM."""
+        """As gunicorn's, but all that ends the worker is as orderly as SIGTERM. From here on signals get through."""
         super().init_signals()
-        signal.signal(signal.SIGINT, self.handle_exit)
+        for number in signals.STOP_SIGNALS:
+            signal.signal(number, self.handle_exit)
+            signal.siginterrupt(number, False)  # of no thread's system calls either
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # as the master's: there is no second master
+        signals.let_through()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT: stop in order, once."""
+        """A signal to end: stop in order, once."""
         if self.alive:
             super().handle_exit(sig, frame)
             self.stop_requested.set()
@@ -55,6 +61,25 @@ class StreamWorker(CollectingWorker):
         """The worker stops: idle connections get until `deadline`. Called by gunicorn."""
         self._idle.cap(deadline)
         self._idle.seconds = min(self._idle.seconds, STOP_IDLE_SEC)
+
+    # -- threads
+
+    def get_thread_pool(self) -> Any:
+        """One that lives on when a thread cannot be started. Called by gunicorn."""
+        self._pool = ThreadPool(self.cfg.threads)
+        return self._pool
+
+    def wait_for_answers(self, seconds: float) -> None:
+        """Wait until no request is being answered, but not longer than `seconds`; from any thread but the main one."""
+        self._pool.wait_until_idle(seconds)
+
+    def enqueue_req(self, conn: Connection) -> None:  # type: ignore[override]
+        """As gunicorn's, but a request for which there is no thread is answered here and now."""
+        try:
+            super().enqueue_req(conn)
+        except RuntimeError:
+            self.log.error("A request was refused: no thread can be started for it")
+            self.refuse(conn, NoThread())
 
     # -- serving, in a pool thread
 

@@ -12,6 +12,8 @@ import msgspec
 
 from worker_orcd.errors import InternalError, InvalidRequest, NotReady, QueueFull, WorkerError
 
+#: what `threading` says where a thread cannot be started
+_NO_THREAD = "can't start new thread"
 #: seconds a client of a loading worker is told to wait
 RETRY_LOADING_SEC = 1
 
@@ -20,6 +22,13 @@ class BodyTooLarge(InvalidRequest):
     """The request body is larger than the limit; it was not parsed."""
 
     status = 413
+
+
+class NoThread(NotReady):
+    """No thread can be started: a limit on processes, a container's as a rule, or no memory for its stack."""
+
+    def __init__(self) -> None:
+        super().__init__("no thread can be started; is there a limit on processes or memory?")
 
 
 class Unauthorized(WorkerError):
@@ -52,6 +61,8 @@ def from_exception(error: BaseException) -> WorkerError:
     """Any exception as a `WorkerError`. Of one that is not ours only the type is told: its text may hold a prompt."""
     if isinstance(error, WorkerError):
         return error
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        return NoThread()
     return InternalError(f"unexpected {type(error).__name__}")
 
 

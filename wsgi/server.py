@@ -1,8 +1,10 @@
 """serve: the worker under gunicorn - one master, one worker process, the model loaded by the worker after the fork.
 
-The master only listens, waits and passes signals on. It never starts a second worker: a worker that ends takes the
-server with it, with an exit code a supervisor can act on (0 as told, 1 failed, 70 poisoned CUDA context). CUDA does not
-survive a fork, so nothing is loaded before it.
+The master (`arbiter`) only listens, waits and passes signals on. It never starts a second worker: a worker that ends
+takes the server with it, with an exit code a supervisor can act on (0 as told, 1 failed, 70 poisoned CUDA context).
+CUDA does not survive a fork, so nothing is loaded before it.
+
+Here is what ties them to the `Service`: settings, the log, and how the worker process begins and ends.
 """
 
 from __future__ import annotations
@@ -15,19 +17,20 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
-from gunicorn.arbiter import Arbiter
-from gunicorn.errors import HaltServer
 
 import worker_orcd
 from worker_orcd.config import EXIT_LIMIT_SEC, ServeConfig
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.observe.events import EventLog
+from worker_orcd.observe.unblocked import UnblockedWriter, unblock_standard_streams
+from worker_orcd.wsgi import signals
 from worker_orcd.wsgi.app import create_app
+from worker_orcd.wsgi.arbiter import WorkerArbiter
+from worker_orcd.wsgi.exits import ExitTimer
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm
 
@@ -39,6 +42,10 @@ SILENCE_LIMIT_SEC = 120
 EXIT_SLACK_SEC = 0.5
 #: seconds for answers under way once all streams have ended; idle connections are not waited for
 LAST_ANSWER_SEC = 0.2
+#: seconds a process that ends waits for who reads its log
+LOG_FLUSH_SEC = 0.2
+#: seconds between the end of a worker that took all its time and the master's noticing it
+LAST_LOOK_SEC = 0.05
 #: file descriptors kept for everything that is no connection
 _SPARE_FDS = 128
 #: what gunicorn's master says at its end; the narration has told why
@@ -55,7 +62,9 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
     Raises:
         InvalidRequest: a value breaks its rule, or the address cannot be listened on.
     """
+    signals.leave_at_once()
     config.check()
+    _, log_writer = unblock_standard_streams()
     listener = _listen(config.host, config.port)
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
@@ -66,6 +75,7 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
         model_ref=os.path.basename(config.model),
         gpu_device=config.gpu_device,
     )
+    log_writer.tell_lost = lambda n: events.line("log_lines_dropped", "warning", n=n)
     events.emit(
         "startup",
         version=worker_orcd.__version__,
@@ -77,7 +87,7 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
         max_seqs=config.max_seqs,
         max_queue=config.max_queue,
     )
-    _Application(config, events, load, listener, f"http://{host}:{port}").run()
+    _Application(config, events, log_writer, load, listener, f"http://{host}:{port}").run()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -98,14 +108,25 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Application(BaseApplication):
     """Gunicorn's settings, and the hooks that tie the worker process to its `Service`."""
 
-    def __init__(self, config: ServeConfig, events: EventLog, load: Loader, listener: socket.socket, url: str) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        events: EventLog,
+        log_writer: UnblockedWriter,
+        load: Loader,
+        listener: socket.socket,
+        url: str,
+    ) -> None:
         self._config = config
         self._events = events
+        self._log_writer = log_writer
         self._load = load
         self._listener = listener
         self._url = url
         self._service: Service | None = None
         self._stopped = threading.Event()
+        self._exit = ExitTimer(self._leave)
+        self.stop_limit_sec = config.grace_sec + EXIT_SLACK_SEC + LOG_FLUSH_SEC + LAST_LOOK_SEC
         super().__init__()
 
     def load_config(self) -> None:
@@ -151,7 +172,11 @@ class _Application(BaseApplication):
 
     def run(self) -> None:
         """Run the master."""
-        _Arbiter(self).run()
+        try:
+            WorkerArbiter(self).run()
+        finally:
+            signals.ignore()
+            self._log_writer.flush(LOG_FLUSH_SEC)
 
     def _worker_started(self, worker: StreamWorker) -> None:
         """In the worker process, before its first request."""
@@ -160,18 +185,27 @@ class _Application(BaseApplication):
         worker.events = self._events
 
         def end(code: int) -> None:
-            _exit_after(EXIT_SLACK_SEC, lambda: code)
+            self._exit.within(EXIT_SLACK_SEC)
             worker.leave()
 
         def stop_when_told() -> None:
             worker.stop_requested.wait()
-            _exit_after(self._config.grace_sec + EXIT_SLACK_SEC, lambda: service.exit_code)
+            self._exit.within(self._config.grace_sec + EXIT_SLACK_SEC)
             service.stop(self._config.grace_sec)
             self._stopped.set()
-            _exit_after(LAST_ANSWER_SEC, lambda: service.exit_code)
+            worker.wait_for_answers(LAST_ANSWER_SEC)
+            self._exit.within(0.0)
 
         service.on_exit = end
-        threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
+        self._log_writer.start()
+        try:
+            # both are there from the start, so that no end waits for a thread
+            self._exit.start()
+            threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
+        except RuntimeError as error:
+            self._stopped.set()
+            service.load_failed(error)
+            return
         service.start()
 
     def _worker_ended(self, server: object, worker: StreamWorker) -> None:
@@ -179,20 +213,25 @@ class _Application(BaseApplication):
         if str(worker.pid) != str(os.getpid()):  # a text until the fork
             return  # gunicorn also tells the master of a worker that vanished
         service = self._service
-        if service is None:
-            return
-        if worker.stop_requested.is_set():
+        if service is not None and worker.stop_requested.is_set():
             self._stopped.wait(self._config.grace_sec + EXIT_SLACK_SEC)
-        else:
+        elif service is not None:
             # its load failed, its engine died, gunicorn found it silent, or the master is gone
             service.exit_code = service.exit_code or EXIT_FAILED
-            _exit_after(EXIT_SLACK_SEC, lambda: service.exit_code)
+            self._exit.within(EXIT_SLACK_SEC)
             service.stop(0.0)
-        _leave(service.exit_code)
+        self._leave()
 
-    def worker_killed(self, signal_name: str) -> None:
+    def _leave(self) -> None:
+        """End the worker process. Who reads the log gets a moment to take its last lines."""
+        try:
+            self._log_writer.flush(LOG_FLUSH_SEC)
+        finally:
+            os._exit(EXIT_FAILED if self._service is None else self._service.exit_code)
+
+    def worker_failed(self, message: str) -> None:
         """In the master: say what ended the worker, which could not say it itself."""
-        self._events.emit("error", "error", code="INTERNAL", message=f"the worker process was killed by {signal_name}")
+        self._events.emit("error", "error", code="INTERNAL", message=message)
 
     def _logger_class(self) -> type[glogging.Logger]:
         events = self._events
@@ -224,65 +263,3 @@ class _Application(BaseApplication):
             events.emit("server", level, message=text if args else text.split(":", 1)[0], exception=exception)
 
         return ServerLog
-
-
-def _exit_after(seconds: float, code: Callable[[], int]) -> None:
-    """End the process after `seconds`, whatever hangs by then."""
-    timer = threading.Timer(seconds, lambda: _leave(code()))
-    timer.daemon = True
-    timer.start()
-
-
-def _leave(code: int) -> None:
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
-
-
-class _Arbiter(Arbiter):
-    """A master that ends with its worker, and takes every request to end as an orderly one."""
-
-    app: _Application
-
-    _stopping = False
-
-    def reap_workers(self) -> None:
-        """Collect ended children. A worker that ends unasked ends the server with its exit code."""
-        ended: int | None = None
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if not pid:
-                break
-            worker = self.WORKERS.pop(pid, None)
-            if worker is not None:
-                worker.tmp.close()
-                ended = os.waitstatus_to_exitcode(status)
-        if ended is None or self._stopping:
-            return
-        if ended < 0:
-            self.app.worker_killed(signal.Signals(-ended).name)
-            ended = EXIT_FAILED
-        raise HaltServer("the worker process ended", ended)
-
-    def stop(self, graceful: bool = True) -> None:
-        """Stop the worker and wait for it."""
-        self._stopping = True
-        super().stop(graceful)
-
-    def handle_int(self) -> None:
-        """Ctrl-C: as SIGTERM."""
-        self.handle_term()
-
-    def handle_hup(self) -> None:
-        """Hang-up: as SIGTERM. There is nothing to reload."""
-        self.handle_term()
-
-    def _ignore(self) -> None:
-        """One worker it is: no more, no fewer, no second master."""
-
-    handle_ttin = handle_ttou = handle_usr2 = _ignore

@@ -100,6 +100,7 @@ class Service:
             "model": config.served_model_name or os.path.basename(config.model),
             "device": config.device,
         }
+        self._dead = threading.Event()
         self._streams: set[object] = set()
         self._no_streams = threading.Condition(self._lock)
 
@@ -180,13 +181,29 @@ class Service:
             self._state = "unhealthy"
             self.exit_code = EXIT_DEAD
         self.events.emit("error", "error", **error.details())
-        threading.Thread(target=self._leave_dead, name="dead", daemon=True).start()
+        self._dead.set()
 
     # -- life
 
     def start(self) -> None:
-        """Begin to load, in a thread."""
-        threading.Thread(target=self._load, name="load", daemon=True).start()
+        """Begin to load, in a thread; with another that waits for the engine's death, which must need no new thread."""
+        try:
+            for body, name in ((self._leave_when_dead, "dead"), (self._load, "load")):
+                threading.Thread(target=body, name=name, daemon=True).start()
+        except RuntimeError as error:
+            self.load_failed(error)
+
+    def load_failed(self, error: BaseException) -> None:
+        """The model is not loaded and will not be: say why, and end the process."""
+        if self._state == "stopping":
+            return
+        known = from_exception(error)
+        self.exit_code = EXIT_FAILED
+        fields = {"device": self.config.device, "path": self.config.model, **known.details()}
+        if known is not error:
+            fields["cause"] = repr(error)
+        self.events.emit("error", "error", **fields)
+        self.on_exit(EXIT_FAILED)
 
     def stop(self, grace: float) -> None:
         """Take no new jobs, give running ones `grace` seconds, end the rest with an error event, free the model.
@@ -211,7 +228,8 @@ class Service:
                 background.stop()
             llm.close()
 
-    def _leave_dead(self) -> None:
+    def _leave_when_dead(self) -> None:
+        self._dead.wait()
         self._wait_for_streams(FLUSH_SEC)
         self.on_exit(EXIT_DEAD)
 
@@ -220,16 +238,18 @@ class Service:
             self._no_streams.wait_for(lambda: not self._streams, limit)
 
     def _load(self) -> None:
+        try:
+            self._load_and_begin()
+        except BaseException as error:  # whatever it is, nothing else would say that the load has ended
+            self.load_failed(error)
+
+    def _load_and_begin(self) -> None:
         config, events = self.config, self.events
         size = os.path.getsize(config.model) if os.path.isfile(config.model) else None
         events.emit("model_load_start", path=config.model, bytes=size)
         self._show_progress(0)
         began = time.monotonic()
-        try:
-            llm = self._load_llm(config, self._progress, self.engine_died, self._show_plan)
-        except Exception as error:
-            self._load_failed(from_exception(error), error)
-            return
+        llm = self._load_llm(config, self._progress, self.engine_died, self._show_plan)
         seconds = time.monotonic() - began
         info = llm.info.to_dict()
         with self._lock:
@@ -256,10 +276,14 @@ class Service:
         with self._lock:
             if self._state != "loading":
                 return
-            self._state = "ready"
             self._background = background
-        events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
         background.start()
+        with self._lock:
+            if self._state != "loading":
+                return
+            self._state = "ready"
+        events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
+        background.begin()
         if config.print_curl:
             try:
                 print(curl_line(self.url, config.api_key is not None), flush=True)
@@ -279,16 +303,6 @@ class Service:
 
     def _show_plan(self, plan: MemoryPlan, free: int) -> None:
         self.events.emit("vram_plan", **plan.to_dict(), bytes_free=free)
-
-    def _load_failed(self, error: WorkerError, cause: BaseException) -> None:
-        if self._state == "stopping":
-            return
-        self.exit_code = EXIT_FAILED
-        fields = {"device": self.config.device, "path": self.config.model, **error.details()}
-        if cause is not error:
-            fields["cause"] = repr(cause)
-        self.events.emit("error", "error", **fields)
-        self.on_exit(EXIT_FAILED)
 
     def _progress(self, done: int, total: int) -> None:
         if self._state == "stopping":

@@ -30,11 +30,12 @@ class EventLog:
     """Writes events to a stream, one whole line each, from any thread.
 
     Args:
-        stream: where lines go; standard error when None.
+        stream: where lines go; standard error when None, and nowhere where there is none.
         fmt: ``"json"`` (one object a line) or ``"text"`` (for people).
         base_fields: fields of every event, for example worker_id and model_ref.
 
-    A stream that fails (a closed pipe) never stops the worker: its lines are lost.
+    A stream that fails (a closed pipe) never stops the worker: its lines are lost. One that waits for its reader makes
+    `emit` wait, so a server puts an `unblocked.UnblockedText` in the place of standard error.
     """
 
     def __init__(self, stream: TextIO | None = None, fmt: str = "json", **base_fields: object) -> None:
@@ -55,6 +56,18 @@ class EventLog:
 
     def emit(self, event: str, level: str = "info", /, **fields: object) -> None:
         """Write one event; `level` is debug, info, warning or error. Fields of value None are left out."""
+        line = self.line(event, level, **fields)
+        with self._lock:
+            try:
+                stream = self._stream if self._stream is not None else sys.stderr
+                if stream is not None:  # None: the process has no standard error
+                    stream.write(line)
+                    stream.flush()
+            except (OSError, ValueError):
+                pass
+
+    def line(self, event: str, level: str = "info", /, **fields: object) -> str:
+        """The line that `emit` writes, with its line end."""
         record: dict[str, object] = {
             "ts": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": level,
@@ -62,14 +75,7 @@ class EventLog:
             **self._base,
             **{k: _plain(v) for k, v in fields.items() if v is not None},
         }
-        line = _as_json(record) if self._fmt == "json" else self._as_text(record)
-        with self._lock:
-            try:
-                stream = self._stream if self._stream is not None else sys.stderr
-                stream.write(line + "\n")
-                stream.flush()
-            except (OSError, ValueError):
-                pass
+        return (_as_json(record) if self._fmt == "json" else self._as_text(record)) + "\n"
 
     def _as_text(self, record: dict[str, object]) -> str:
         clock = str(record["ts"])[11:23]

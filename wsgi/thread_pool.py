@@ -1,0 +1,75 @@
+"""ThreadPool: the threads that answer requests, in the place of the standard library's.
+
+There a thread that cannot be started (a container's limit on processes) is an error after the request was queued: it
+ended the main loop, and all streams with it. Here it is an error of that request, which the caller can still refuse.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from typing import Any
+
+_Work = tuple["Future[Any]", Callable[[], Any]]
+
+
+class ThreadPool(Executor):
+    """Runs calls in daemon threads, started when they are needed.
+
+    Args:
+        max_threads: more calls at once wait for a thread.
+    """
+
+    def __init__(self, max_threads: int) -> None:
+        self._max_threads = max_threads
+        self._changed = threading.Condition()
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._n_threads = 0
+        self._n_calls = 0  # running or waiting
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run `fn(*args, **kwargs)` in a thread.
+
+        Raises:
+            RuntimeError: all threads are taken and no other can be started; nothing was queued.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            if self._n_calls >= self._n_threads and self._n_threads < self._max_threads:
+                threading.Thread(target=self._run, name=f"request-{self._n_threads}", daemon=True).start()
+                self._n_threads += 1
+            self._n_calls += 1
+        self._work.put((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def wait_until_idle(self, seconds: float | None = None) -> bool:
+        """Wait until no call runs or waits, but not longer than `seconds` where they are given; whether none does."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._n_calls, seconds)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the threads once they have done what is queued; waits for that where `wait` says so."""
+        for _ in range(self._n_threads):
+            self._work.put(None)
+        if wait:
+            self.wait_until_idle()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            future, call = work
+            result, error = None, None
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = call()
+                except BaseException as raised:  # gunicorn raises SystemExit in a thread, and the thread outlives it
+                    error = raised
+            with self._changed:
+                self._n_calls -= 1
+                self._changed.notify_all()
+            if error is not None:
+                future.set_exception(error)
+            elif not future.cancelled():
+                future.set_result(result)
+            del work, future, call, result, error
