@@ -63,6 +63,8 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
 class Service:
     """One model, its state and its streams. All methods may be called from any thread.
 
+    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs.
+
     Args:
         config: checked start-up values.
         events: the narration log.
@@ -87,6 +89,7 @@ class Service:
         self.terminate = terminate
         self.on_exit = on_exit
         self.exit_code = EXIT_OK
+        self.max_streams = config.max_streams
         self.stop_deadline: float | None = None
         self._load_llm = load
         self._lock = threading.Lock()
@@ -156,7 +159,7 @@ class Service:
         """
         place = object()
         with self._lock:
-            if len(self._streams) >= self.config.max_streams:
+            if len(self._streams) >= self.max_streams:
                 raise QueueFull("too many streams are still being read", retry_after=1)
             self._streams.add(place)
         return place

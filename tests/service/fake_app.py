@@ -34,6 +34,7 @@ def main():
     parser.add_argument("--read-limit-sec", type=float, default=collecting_worker.READ_LIMIT_SEC)
     parser.add_argument("--max-received-bytes", type=int, default=collecting_worker.MAX_RECEIVED_BYTES)
     parser.add_argument("--send-buffer", type=int, help="bytes of each connection's")
+    parser.add_argument("--hold-files", type=int, default=0, help="files that the model keeps open")
     args = parser.parse_args()
     sse.PING_SEC = args.ping_sec
     collecting_worker.READ_LIMIT_SEC = args.read_limit_sec
@@ -49,7 +50,10 @@ def main():
 
         server._listen = listen_with_small_buffers
 
+    held = []
+
     def load(config, progress, on_fatal, on_plan):
+        held.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(args.hold_files))
         end = time.monotonic() + args.load_seconds
         while time.monotonic() < end:
             progress(int(1000 - 1000 * (end - time.monotonic()) / args.load_seconds), 1000)
