@@ -33,6 +33,7 @@ from worker_orcd.wsgi.descriptors import connections_within, raise_limit, stream
 from worker_orcd.wsgi.exits import ExitTimer
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm
+from worker_orcd.wsgi.systemd import Notifier
 
 #: seconds a worker's main loop may be silent; its threads may compute for longer
 SILENCE_LIMIT_SEC = 120
@@ -121,6 +122,7 @@ class _Application(BaseApplication):
         self._url = url
         self._service: Service | None = None
         self._stopped = threading.Event()
+        self.notifier = Notifier.from_environment()
         self._exit = ExitTimer(self._leave)
         self.stop_limit_sec = config.grace_sec + EXIT_SLACK_SEC + LOG_FLUSH_SEC + LAST_LOOK_SEC
         super().__init__()
@@ -195,6 +197,7 @@ class _Application(BaseApplication):
             self._exit.within(0.0)
 
         service.on_exit = end
+        service.on_ready = self.notifier.worker_is_ready
         self._log_writer.start()
         try:
             # both are there from the start, so that no end waits for a thread

@@ -71,6 +71,7 @@ class Service:
         load: makes the LLM; runs in a thread of its own.
         url: where the worker listens, for the log.
         on_exit: called once with the exit code when the process shall end.
+        on_ready: called once when jobs are accepted.
         terminate: asks for an orderly end of the whole server, as SIGTERM would.
     """
 
@@ -82,12 +83,14 @@ class Service:
         url: str = "",
         on_exit: Callable[[int], None] = lambda code: None,
         terminate: Callable[[], None] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.events = events
         self.url = url
         self.terminate = terminate
         self.on_exit = on_exit
+        self.on_ready = on_ready
         self.exit_code = EXIT_OK
         self.max_streams = config.max_streams
         self.stop_deadline: float | None = None
@@ -286,6 +289,7 @@ class Service:
                 return
             self._state = "ready"
         events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
+        self.on_ready()
         background.begin()
         if config.print_curl:
             try:
