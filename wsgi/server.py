@@ -25,7 +25,7 @@ import worker_orcd
 from worker_orcd.config import EXIT_LIMIT_SEC, ServeConfig
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.observe.events import EventLog
-from worker_orcd.observe.unblocked import UnblockedWriter, unblock_standard_streams
+from worker_orcd.observe.unblocked import UnblockedWriter, open_closed_descriptors, unblock_standard_streams
 from worker_orcd.wsgi import signals
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.arbiter import WorkerArbiter
@@ -41,6 +41,8 @@ SILENCE_LIMIT_SEC = 120
 EXIT_SLACK_SEC = 0.5
 #: seconds for answers under way once all streams have ended; idle connections are not waited for
 LAST_ANSWER_SEC = 0.2
+#: seconds for freeing the model once all streams have ended; a step that still computes is left to the kernel
+CLOSE_LIMIT_SEC = 0.25
 #: seconds a process that ends waits for who reads its log
 LOG_FLUSH_SEC = 0.2
 #: seconds between the end of a worker that took all its time and the master's noticing it
@@ -50,7 +52,7 @@ _FAREWELLS = ("Shutting down: %s", "Reason: %s")
 
 
 def serve(config: ServeConfig, load: Loader = load_llm) -> None:
-    """Serve until told to stop. Does not return: ends with SystemExit.
+    """Serve until told to stop. Does not return: ends the process.
 
     Args:
         config: start-up values; checked here.
@@ -59,10 +61,11 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
     Raises:
         InvalidRequest: a value breaks its rule, or the address cannot be listened on.
     """
-    signals.leave_at_once()
     config.check()
-    _, log_writer = unblock_standard_streams()
+    open_closed_descriptors()
     listener = _listen(config.host, config.port)
+    signals.leave_at_once()
+    _, log_writer = unblock_standard_streams()
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     events = EventLog(
@@ -171,12 +174,15 @@ class _Application(BaseApplication):
         return create_app(self._service)
 
     def run(self) -> None:
-        """Run the master."""
+        """Run the master, and end the process."""
+        code: object = EXIT_FAILED
         try:
             WorkerArbiter(self).run()
-        finally:
-            signals.ignore()
-            self._log_writer.flush(LOG_FLUSH_SEC)
+        except SystemExit as end:
+            code = end.code
+        signals.ignore()
+        self._log_writer.flush(LOG_FLUSH_SEC)
+        os._exit(code if isinstance(code, int) else EXIT_FAILED)
 
     def _worker_started(self, worker: StreamWorker) -> None:
         """In the worker process, before its first request."""
@@ -191,7 +197,7 @@ class _Application(BaseApplication):
         def stop_when_told() -> None:
             worker.stop_requested.wait()
             self._exit.within(self._config.grace_sec + EXIT_SLACK_SEC)
-            service.stop(self._config.grace_sec)
+            service.stop(self._config.grace_sec, lambda: self._exit.within(CLOSE_LIMIT_SEC))
             self._stopped.set()
             worker.wait_for_answers(LAST_ANSWER_SEC)
             self._exit.within(0.0)

@@ -211,10 +211,11 @@ class Service:
         self.events.emit("error", "error", **fields)
         self.on_exit(EXIT_FAILED)
 
-    def stop(self, grace: float) -> None:
+    def stop(self, grace: float, on_streams_ended: Callable[[], None] = lambda: None) -> None:
         """Take no new jobs, give running ones `grace` seconds, end the rest with an error event, free the model.
 
-        Returns when all that is done; later calls return at once.
+        Returns when all that is done; later calls return at once. `on_streams_ended` is called before the model is
+        freed, which may have to wait for a step of the engine.
         """
         with self._lock:
             if self._state == "stopping":
@@ -230,6 +231,7 @@ class Service:
                 self.events.emit("error", "error", **error.details())
             # what has been generated may still be on its way to a slow reader
             self._wait_for_streams(max(FLUSH_SEC, self.stop_deadline - time.monotonic()))
+            on_streams_ended()
             if background is not None:
                 background.stop()
             llm.close()

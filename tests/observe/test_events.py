@@ -94,3 +94,17 @@ def test_text_shows_the_job_and_its_correlation_id():
     log = EventLog(out, "text", worker_id="w")
     log.bind(job_id="j 1", correlation_id="c").bind(part=2).emit("execute_start", tokens_in=3)
     assert out.getvalue().split(" ", 1)[1] == 'execute_start job_id="j 1" correlation_id=c part=2 tokens_in=3\n'
+
+
+@pytest.mark.parametrize("kind", ["none", "closed"])
+def test_no_standard_error_is_no_error(monkeypatch, kind):
+    """A program with a window has none, and a shell can close it."""
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr("sys.stderr", None if kind == "none" else stream)
+    EventLog(None, worker_id="w").emit("ready")
+
+
+def test_a_line_can_be_had_without_being_written(capsys):
+    line = EventLog(None, worker_id="w").line("log_lines_dropped", "warning", n=3)
+    assert json.loads(line)["n"] == 3 and line.endswith("\n") and capsys.readouterr().err == ""

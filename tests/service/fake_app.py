@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,35 @@ from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
 from worker_orcd.wsgi import collecting_worker, server, sse
+
+
+def limit_processes(args):
+    """Refuse threads and forks as a container's limit on processes does."""
+    start = threading.Thread.start
+
+    def start_or_refuse(thread):
+        if thread.name == args.no_thread or (args.no_threads_while and args.no_threads_while.exists()):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def refuse_fork():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    threading.Thread.start = start_or_refuse
+    if args.no_fork:
+        os.fork = refuse_fork
+
+
+def limit_send_buffers(n_bytes):
+    """Let the buffers of connections be full after a few answers."""
+    listen = server._listen
+
+    def listen_with_small_buffers(host, port):
+        listener = listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n_bytes)
+        return listener
+
+    server._listen = listen_with_small_buffers
 
 
 def main():
@@ -35,21 +66,17 @@ def main():
     parser.add_argument("--max-received-bytes", type=int, default=collecting_worker.MAX_RECEIVED_BYTES)
     parser.add_argument("--send-buffer", type=int, help="bytes of each connection's")
     parser.add_argument("--hold-files", type=int, default=0, help="files that the model keeps open")
+    parser.add_argument("--print-curl", action="store_true")
+    parser.add_argument("--no-thread", help="threads of this name cannot be started")
+    parser.add_argument("--no-threads-while", type=Path, help="no thread can be started while there is this file")
+    parser.add_argument("--no-fork", action="store_true")
     args = parser.parse_args()
     sse.PING_SEC = args.ping_sec
     collecting_worker.READ_LIMIT_SEC = args.read_limit_sec
     collecting_worker.MAX_RECEIVED_BYTES = args.max_received_bytes
-
     if args.send_buffer:
-        listen = server._listen
-
-        def listen_with_small_buffers(host, port):
-            listener = listen(host, port)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, args.send_buffer)
-            return listener
-
-        server._listen = listen_with_small_buffers
-
+        limit_send_buffers(args.send_buffer)
+    limit_processes(args)
     held = []
 
     def load(config, progress, on_fatal, on_plan):
@@ -80,6 +107,7 @@ def main():
             grace_sec=args.grace,
             inference_timeout_sec=args.timeout,
             api_key=args.api_key,
+            print_curl=args.print_curl,
         ),
         load,
     )

@@ -94,7 +94,8 @@ class FakeLLM:
 
     def _speak(self, job, verb, rest):
         """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: 8 MB at once;
-        quiet: nothing until stopped; fail: an error after the first piece; sticky: the engine dies."""
+        quiet: nothing until stopped; fail: an error after the first piece; sticky: the engine dies, at once or
+        late-sticky: after 0.4 s."""
         job.admitted_at = job.first_token_at = time.monotonic()
         limit = job.params.max_tokens
         if verb == "say":
@@ -116,7 +117,9 @@ class FakeLLM:
         elif verb == "fail":
             job.add_piece("x", [120])
             job.end(InvalidRequest("no room in the cache", field="max_tokens"))
-        elif verb == "sticky":
+        elif verb in ("sticky", "late-sticky"):
+            if verb == "late-sticky":
+                time.sleep(0.4)
             error = CudaError("an illegal address", call="cuStreamSynchronize", sticky=True)
             for other in self.jobs.values():
                 other.end(error)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture
 def manager(request, tmp_path, monkeypatch):
     """The manager's socket; the environment names it."""
-    name = str(tmp_path / "notify") if getattr(request, "param", "a path") == "a path" else f"@worker-orcd-{os.getpid()}"
+    abstract = getattr(request, "param", "a path") != "a path"
+    name = f"@worker-orcd-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind("\0" + name[1:] if name.startswith("@") else name)
         sock.settimeout(10)

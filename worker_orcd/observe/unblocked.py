@@ -48,40 +48,44 @@ class UnblockedWriter:
         self._waiting: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
         self._rest = b""  # of a text that was written in part
         self._n_lost = 0
-        self._has_thread = False
+        self._wakes: queue.SimpleQueue[None] | None = None  # of the thread, where there is one
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
 
     def start(self) -> None:
         """Let a thread do the writing. Where none can be started, `put` goes on to write what fits."""
-        thread = threading.Thread(target=self._run, name="log", daemon=True)
+        wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         try:
-            thread.start()
+            threading.Thread(target=self._run, args=(wakes,), name="log", daemon=True).start()
         except RuntimeError:
             return
-        self._has_thread = True
+        self._wakes = wakes
+        wakes.put(None)
 
     def put(self, text: str) -> None:
         """Write `text` as soon as the reader takes it. Does not wait, and raises nothing."""
-        if not self._has_thread:
-            self._write_what_fits(0)
+        if self._is_full():
+            self._write(0)  # the thread may just not have had its turn
         with self._lock:
-            # half of the queue must be free again, or a slow reader would get every second line
-            if self._waiting.qsize() >= (MAX_WAITING // 2 if self._n_lost else MAX_WAITING):
+            if self._is_full():
                 self._n_lost += 1
                 return
             self._put_lost()
             self._waiting.put(text.encode("utf-8", "backslashreplace"))
-        if not self._has_thread:
-            self._write_what_fits(0)
+        self._wake()
 
     def flush(self, seconds: float) -> bool:
         """Wait until everything is written, but not longer than `seconds`; whether it is."""
-        if not self._has_thread:
-            return self._write_what_fits(seconds)
+        if self._wakes is None:
+            return self._write(seconds)
         written = threading.Event()
         self._waiting.put(written)
+        self._wake()
         return written.wait(seconds)
+
+    def _is_full(self) -> bool:
+        # once it was, half of the queue must be free again, or a slow reader would get every second line
+        return self._waiting.qsize() >= (MAX_WAITING // 2 if self._n_lost else MAX_WAITING)
 
     def _put_lost(self) -> None:
         with self._lock:
@@ -89,30 +93,32 @@ class UnblockedWriter:
             if n and (line := self.tell_lost(n)):
                 self._waiting.put(line.encode("utf-8", "backslashreplace"))
 
-    def _run(self) -> None:
-        with self._writing:
-            self._write_rest(None)
-            while True:
-                text = self._waiting.get()
-                if isinstance(text, threading.Event):
-                    text.set()
-                    continue
-                self._rest = text
-                self._write_rest(None)
-                if self._waiting.empty():
-                    self._put_lost()
+    def _wake(self) -> None:
+        if self._wakes is None:
+            self._write(0)
+        else:
+            self._wakes.put(None)
 
-    def _write_what_fits(self, seconds: float) -> bool:
-        end = time.monotonic() + seconds
+    def _run(self, wakes: queue.SimpleQueue[None]) -> None:
+        while True:
+            wakes.get()
+            self._write(None)
+
+    def _write(self, seconds: float | None) -> bool:
+        """Write what waits, for at most so long (None: for ever); whether it is written."""
+        end = time.monotonic() + (seconds or 0)
         while self._rest or not self._waiting.empty():
-            if not self._writing.acquire(blocking=False):
+            if not self._writing.acquire(blocking=seconds is None):
                 return False  # whoever writes now finds this text too
             try:
-                while not self._waiting.empty() or self._rest:
+                while self._rest or not self._waiting.empty():
                     if not self._rest:
                         text = self._waiting.get()
-                        self._rest = b"" if isinstance(text, threading.Event) else text
-                    if not self._write_rest(max(0.0, end - time.monotonic())):
+                        if isinstance(text, threading.Event):
+                            text.set()
+                            continue
+                        self._rest = text
+                    if not self._write_rest(None if seconds is None else max(0.0, end - time.monotonic())):
                         return False
                 self._put_lost()
             finally:
@@ -190,23 +196,26 @@ class UnblockedText(io.TextIOBase):
                 self._writer.put(text)
 
 
-def unblock_standard_streams() -> tuple[UnblockedWriter, UnblockedWriter]:
-    """Make `sys.stdout` and `sys.stderr` streams that never wait; returns their writers.
+def open_closed_descriptors() -> None:
+    """Make /dev/null of every standard descriptor that is closed.
 
-    A standard descriptor that is closed becomes /dev/null: else the next file or socket the process opens would get its
-    number, and whatever is printed.
+    Else the next file or socket that the process opens gets its number, and with it whatever is printed.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
+def unblock_standard_streams() -> tuple[UnblockedWriter, UnblockedWriter]:
+    """Make `sys.stdout` and `sys.stderr` streams that never wait, for the rest of the process; returns their writers.
+
+    Where Python found a descriptor closed when the process began, what it is by now is something else: the stream leads
+    nowhere.
     """
     writers = []
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-            # Python found it closed when it began, so what it is now is something else
-            theirs = getattr(sys, f"__{name}__") is None
-        except OSError:
-            theirs = False
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-        if fd:
-            fd = os.open(os.devnull, os.O_WRONLY) if theirs else fd
-            writers.append(UnblockedWriter(fd))
-            setattr(sys, name, UnblockedText(writers[-1], fd))
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, f"__{name}__") is None:
+            fd = os.open(os.devnull, os.O_WRONLY)
+        writers.append(UnblockedWriter(fd))
+        setattr(sys, name, UnblockedText(writers[-1], fd))
     return writers[0], writers[1]

@@ -49,8 +49,13 @@ def take(req: falcon.Request, kind: type[Body]) -> Body:
         BodyTooLarge, InvalidRequest: as `read_body` and `decode` do.
     """
     body = read_body(req)
-    req.context.job_id = _job_id(body)
-    return decode(body, kind)
+    try:
+        taken = decode(body, kind)
+    except InvalidRequest:
+        req.context.job_id = _job_id(body)
+        raise
+    req.context.job_id = _loggable(getattr(taken, "job_id", None))
+    return taken
 
 
 def read_body(req: falcon.Request) -> bytes:
@@ -111,9 +116,15 @@ class _JobId(msgspec.Struct):
 def _job_id(body: bytes) -> str | None:
     """The job id in a body that may be wrong everywhere else; None where it has none that may be logged."""
     try:
-        job_id = msgspec.json.decode(body, type=_JobId).job_id
-        check_job_id(job_id, plain_text=True)
-    except (ValueError, RecursionError, InvalidRequest):
+        return _loggable(msgspec.json.decode(body, type=_JobId).job_id)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _loggable(job_id: str | None) -> str | None:
+    try:
+        check_job_id(job_id or "", plain_text=True)
+    except InvalidRequest:
         return None
     return job_id
 

@@ -1,0 +1,111 @@
+"""A system that gives no more threads or processes: the request or the load fails by name, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from service.client import fake_worker
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def start():
+    workers = []
+
+    def make(*args, **kwargs):
+        workers.append(fake_worker(*args, **kwargs))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.kill()
+
+
+@pytest.mark.parametrize("thread", ["exit", "stop", "dead", "load", "provenance"])
+def test_a_load_without_a_thread_that_it_needs_fails_by_name(start, thread):
+    worker = start("--no-thread", thread, wait=False)
+    began = time.monotonic()
+    assert worker.process.wait(10) == 1 and time.monotonic() - began < 4
+    worker.stop()
+    (error,) = worker.events("error")
+    assert "thread" in error["message"] and error["path"] == "/nowhere/fake.gguf"
+    assert not worker.events("ready") and "Traceback" not in "".join(worker.raw_log)
+
+
+def test_without_a_thread_for_the_log_it_is_written_all_the_same(start):
+    worker = start("--no-thread", "log")
+    assert worker.execute("say x").all()[-1][0] == "end"
+    worker.event("execute_end")
+    assert worker.stop()[0] == 0 and worker.events("shutdown")
+
+
+def test_a_worker_process_that_cannot_be_forked_is_one_error_and_exit_1(start):
+    worker = start("--no-fork", wait=False)
+    assert worker.process.wait(10) == 1
+    worker.stop()
+    (error,) = worker.events("error")
+    assert "process" in error["message"] and "Resource temporarily unavailable" in error["message"]
+    assert "Traceback" not in "".join(worker.raw_log)
+
+
+def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path):
+    limit = tmp_path / "limit"
+    worker = start("--no-threads-while", limit)
+    streams = [worker.execute("slow", job_id=f"held{n}", max_tokens=100) for n in range(3)]
+    for stream in streams:
+        assert stream.next()[0] == "started"
+    limit.touch()
+    statuses = []
+    # threads that are idle by now take some: as many requests at once as there were threads, and more
+    held = [threading.Thread(target=lambda: statuses.append(worker.json("GET", "/health")[0])) for _ in range(10)]
+    for thread in held:
+        thread.start()
+    for thread in held:
+        thread.join()
+    assert set(statuses) <= {200, 503}
+    status, headers, body = worker.request("POST", "/execute", {"job_id": "refused", "prompt": "say x"})
+    error = json.loads(body)
+    assert status == 503 and error["code"] == "NOT_READY" and "thread" in error["message"] and error["retriable"]
+    assert headers["Retry-After"] == "1" and headers["X-Correlation-Id"]
+    limit.unlink()
+    assert worker.json("GET", "/health")[0] == 200
+    assert worker.execute("say x", job_id="refused").all()[-1][0] == "end", "the id of a refused job is free"
+    for stream in streams:
+        assert stream.all()[-1][0] == "end"
+    assert worker.stop()[0] == 0
+
+
+def test_many_requests_without_a_thread_leave_no_connection_behind(start, tmp_path):
+    """The count of connections bounds how many are accepted: one that leaked would stop the server in the end."""
+    limit = tmp_path / "limit"
+    worker = start("--no-threads-while", limit, "--max-seqs", 1, "--max-queue", 0)
+    stream = worker.execute("quiet", job_id="held")
+    assert stream.next()[0] == "started"
+    limit.touch()
+    refused = [worker.request("GET", "/health")[0] for _ in range(100)]
+    assert set(refused) <= {200, 503}
+    limit.unlink()
+    assert worker.json("GET", "/health")[0] == 200
+    code, seconds = worker.stop()
+    assert code == 0 and seconds < 3 and stream.all()[-1][0] == "error"
+
+
+@pytest.mark.parametrize("signal_comes", [False, True])
+def test_an_end_needs_no_new_thread(start, tmp_path, signal_comes):
+    limit = tmp_path / "limit"
+    worker = start("--no-threads-while", limit)
+    stream = worker.execute("quiet", job_id="held")
+    assert stream.next()[0] == "started"
+    sticky = worker.execute("late-sticky", job_id="sticky") if not signal_comes else None
+    limit.touch()
+    if signal_comes:
+        code, seconds = worker.stop()
+        assert code == 0 and seconds < 3 and stream.all()[-1][1]["code"] == "NOT_READY"
+    else:
+        assert sticky.all()[-1][1]["code"] == "CUDA_ERROR" and stream.all()[-1][1]["code"] == "CUDA_ERROR"
+        assert worker.process.wait(10) == 70

@@ -1,0 +1,104 @@
+"""The threads of requests: as many as are needed, up to a number; one that cannot be started is its request's error."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from worker_orcd.wsgi.thread_pool import ThreadPool
+
+pytestmark = pytest.mark.timeout(20)
+
+
+@pytest.fixture
+def gate():
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_calls_run_at_once_up_to_the_number_and_the_others_wait(gate):
+    pool, running = ThreadPool(3), []
+
+    def call(n):
+        running.append(n)
+        gate.wait(10)
+        return n
+
+    futures = [pool.submit(call, n) for n in range(5)]
+    time.sleep(0.1)
+    assert sorted(running) == [0, 1, 2] and not pool.wait_until_idle(0.05)
+    gate.set()
+    assert [f.result(5) for f in futures] == [0, 1, 2, 3, 4] and pool.wait_until_idle(5)
+    pool.shutdown()
+
+
+def test_an_idle_thread_is_used_before_another_is_started():
+    pool = ThreadPool(50)
+    names = set()
+    for _ in range(100):
+        pool.submit(lambda: names.add(threading.current_thread().name)).result(5)
+        pool.wait_until_idle(5)
+    assert len(names) == 1
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(1), KeyboardInterrupt()])
+def test_an_error_is_the_calls_own_and_the_thread_lives_on(error):
+    def fail():
+        raise error
+
+    pool = ThreadPool(1)
+    assert pool.submit(fail).exception(5) is error
+    assert pool.submit(lambda a, b=0: a + b, 1, b=2).result(5) == 3
+    pool.shutdown()
+
+
+def test_a_thread_that_cannot_be_started_is_that_calls_error_and_leaves_nothing_behind(gate, monkeypatch):
+    pool, calls = ThreadPool(8), []
+    first = pool.submit(gate.wait, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(20):
+            with pytest.raises(RuntimeError, match="thread"):
+                pool.submit(calls.append, 1)
+    assert pool.submit(calls.append, 2).result(5) is None, "a thread can be had again"
+    gate.set()
+    assert first.result(5) and pool.wait_until_idle(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        pool.submit(calls.append, 3).result(5)  # by one that is idle
+    assert calls == [2, 3]
+    pool.shutdown()
+
+
+def test_a_cancelled_call_is_not_run(gate):
+    pool, calls = ThreadPool(1), []
+    pool.submit(gate.wait, 10)
+    second = pool.submit(calls.append, 1)
+    assert second.cancel()
+    gate.set()
+    pool.submit(calls.append, 2).result(5)
+    assert calls == [2]
+    pool.shutdown(wait=False)
+
+
+def test_its_threads_keep_no_process_alive_and_end_with_it():
+    before = threading.active_count()
+    pool = ThreadPool(4)
+    gate = threading.Event()
+    for _ in range(4):
+        pool.submit(gate.wait, 10)
+    assert all(t.daemon for t in threading.enumerate() if t.name.startswith("request-"))
+    gate.set()
+    pool.shutdown()
+    end = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
