@@ -17,7 +17,7 @@ MAX_HEAD_BYTES = MAX_TRAILER_BYTES = MAX_FRAME_BYTES = 1 << 16
 MAX_LINE_BYTES = 8190
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
+_CHUNK_LINE = re.compile(rb"0*([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 _CODINGS = frozenset((b"identity", b"gzip", b"deflate", b"compress"))
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from random import Random
 
 import pytest
+from gunicorn.config import Config
+from gunicorn.http.errors import ChunkMissingTerminator, NoMoreData, ParseException
+from gunicorn.http.parser import RequestParser
 
 from worker_orcd.wsgi.request_buffer import MAX_FRAME_BYTES, MAX_HEAD_BYTES, MAX_LINE_BYTES, RequestBuffer, State
 
 LIMIT = 100
+CONFIG = Config()
 POST = b"POST /execute HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
@@ -23,6 +29,7 @@ WHOLE = {
     "a body like a head": POST + b"Content-Length: 8\r\n\r\n\r\n\r\n\r\n\r\n",
     "chunks": CHUNKED + b'5\r\nhello\r\nA;x="y"\r\n0123456789\r\n0\r\n\r\n',
     "chunks like ends": CHUNKED + b"9\r\n0\r\n\r\n0\r\n\r\r\n00\r\n\r\n",
+    "a size with many zeros": CHUNKED + b"0" * 30 + b"5\r\nhello\r\n" + b"0" * 30 + b"\r\n\r\n",
     "trailers": CHUNKED + b"1\r\n{\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\n",
     "chunks after gzip": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "chunks in two headers": POST + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: Chunked\r\n\r\n0\r\n\r\n",
@@ -149,3 +156,57 @@ def test_the_smallest_chunks_and_bytes_one_by_one_take_little_time():
     seconds = time.monotonic() - began
     print(f"{seconds:.3f} s (limit 2)")
     assert seconds < 2
+
+
+# -- beside gunicorn's parser
+
+
+def parsed(data):
+    """What gunicorn's parser makes of `data` with nothing behind it: "whole", "short" or "refused"."""
+    parser = RequestParser(CONFIG, iter([data]), ("127.0.0.1", 1))
+    try:
+        body = next(parser).body.read()
+        declared = [int(value) for name, value in parser.mesg.headers if name == "CONTENT-LENGTH"]
+        return "short" if declared and len(body) < declared[0] else "whole"
+    except (NoMoreData, StopIteration, ChunkMissingTerminator):
+        return "short"
+    except ParseException:
+        return "refused"
+
+
+def damaged(data, random):
+    """`data` with one to three small changes."""
+    data = bytearray(data)
+    for _ in range(random.randint(1, 3)):
+        at = random.randrange(len(data))
+        match random.randrange(5):
+            case 0:
+                del data[at : at + random.randint(1, 4)]
+            case 1:
+                data[at:at] = random.choice([b"\r", b"\n", b"\r\n", b"0", b" ", b";", b":", b"\r\n\r\n"])
+            case 2:
+                data[at] = random.choice(b"\r\n 019afAF;:,\x00\xff-+x")
+            case 3:
+                del data[at:]
+            case _:
+                data[at:at] = data[random.randrange(len(data)) :][: random.randint(1, 12)]
+        if not data:
+            return b"G"
+    return bytes(data)
+
+
+def test_the_parser_never_misses_what_is_called_whole_and_nobody_waits_for_what_it_does_not_miss():
+    random = Random(1)
+    counts = Counter()
+    for n in range(4000):
+        data = damaged(random.choice([*WHOLE.values(), *MALFORMED.values()])[:2000], random)
+        buffer = RequestBuffer(1 << 20)
+        buffer.feed(data)
+        verdict = parsed(data)
+        counts[buffer.state.name, verdict] += 1
+        if buffer.state is State.WHOLE:
+            assert verdict != "short", (n, data)
+        else:
+            assert verdict != "whole", (n, data)
+    print(counts)
+    assert counts["WHOLE", "whole"] > 200 and counts["BODY", "short"] > 200 and counts["MALFORMED", "refused"] > 300
