@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
 FLUSH_SEC = 0.3
+#: seconds for sending the last event of a stream; afterwards its client is known not to read
+LAST_EVENT_SEC = 0.5
 _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
@@ -107,7 +109,7 @@ class Service:
             "device": config.device,
         }
         self._dead = threading.Event()
-        self._streams: set[object] = set()
+        self._streams: dict[object, float | None] = {}  # each with the time at which its last event was sent
         self._no_streams = threading.Condition(self._lock)
 
     # -- what the resources ask
@@ -162,15 +164,22 @@ class Service:
         """
         place = object()
         with self._lock:
-            if len(self._streams) >= self.max_streams:
+            late = time.monotonic() - LAST_EVENT_SEC
+            n_open = sum(1 for ended_at in self._streams.values() if ended_at is None or ended_at < late)
+            if n_open >= self.max_streams:
                 raise QueueFull("too many streams are still being read", retry_after=1)
-            self._streams.add(place)
+            self._streams[place] = None
         return place
+
+    def place_ends(self, place: object) -> None:
+        """The last event is about to be sent. Its client may ask again before we know that it has been."""
+        with self._lock:
+            self._streams[place] = time.monotonic()
 
     def leave_place(self, place: object) -> None:
         """The stream has ended, however it did. Idempotent."""
         with self._lock:
-            self._streams.discard(place)
+            self._streams.pop(place, None)
             if not self._streams:
                 self._no_streams.notify_all()
 

@@ -130,6 +130,7 @@ class JobStream:
             while True:
                 event = job.next_event(WATCH_SEC)
                 if isinstance(event, Finished):
+                    self._service.place_ends(self._place)
                     yield self._finished(event)
                     return
                 if self._client.gone():
@@ -143,6 +144,7 @@ class JobStream:
         except Exception as error:
             if self._client.gone():
                 return
+            self._service.place_ends(self._place)
             yield self._failed(from_exception(error), error)
 
     def _pieces(self, first: TextPiece) -> bytes:

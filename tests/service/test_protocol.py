@@ -11,7 +11,7 @@ import pytest
 
 from service.in_process import App, error_of, events_of
 from worker_orcd.config import ServeConfig
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import InvalidRequest, QueueFull
 from worker_orcd.runtime.request import HTTP_FIELDS
 from worker_orcd.wsgi.app import ROUTES
 from worker_orcd.wsgi.middleware import peer
@@ -131,6 +131,31 @@ def test_a_key_that_no_client_could_send_is_refused(key):
     with pytest.raises(InvalidRequest) as caught:
         ServeConfig(model="m.gguf", api_key=key).check()
     assert caught.value.fields["field"] == "api_key"
+
+
+def test_who_asks_again_at_the_last_event_is_not_told_that_it_is_full(monkeypatch):
+    """The next stream is wanted before the server knows that the last event has gone out; or it never goes out."""
+    app = App(max_seqs=1, max_queue=0)
+    first = app.service.take_place()
+    with pytest.raises(QueueFull):
+        app.service.take_place()
+    app.service.place_ends(first)
+    second = app.service.take_place()
+    app.service.leave_place(second)
+    monkeypatch.setattr("worker_orcd.wsgi.service.LAST_EVENT_SEC", -1.0)
+    with pytest.raises(QueueFull):
+        app.service.take_place()
+    app.service.leave_place(first)
+    app.service.leave_place(first)
+    assert app.service.take_place() is not None
+
+
+def test_a_stream_says_when_its_last_event_comes(app):
+    ended = []
+    app.service.place_ends = ended.append
+    for prompt in ("say hi", "fail"):
+        events_of(app.execute(prompt=prompt, job_id=prompt))
+    assert len(ended) == 2 and not app.service._streams
 
 
 # -- what the log says of a refusal
