@@ -94,6 +94,8 @@ class StreamWorker(CollectingWorker):
         req._expected_100_continue = False
         if conn.buffer.state is not State.WHOLE:
             req.force_close()
+        should_close = req.should_close
+        req.should_close = lambda: req.body.failed or should_close()  # of which the answer's headers tell
         return super().handle_request(req, conn)
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:

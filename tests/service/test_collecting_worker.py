@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import time
 from contextlib import ExitStack
 
@@ -74,6 +75,7 @@ def refused(sock, status, correlation=None):
     """The one JSON error that the connection ends with."""
     ((got, headers, body),) = answers_of(sock)
     assert got == status and headers["content-type"] == "application/json", (got, headers, body)
+    assert headers["connection"] == "close"
     assert len(headers["x-correlation-id"]) == 32 if correlation is None else headers["x-correlation-id"] == correlation
     error = json.loads(body)
     assert error["code"] and error["message"].isprintable()
@@ -169,8 +171,9 @@ def test_what_arrives_at_once_has_a_bound_and_small_requests_pass(start, sockets
     assert refused(third, 503, "mine")["code"] == "NOT_READY"
     assert worker.event("refused", status=503)["correlation_id"] == "mine"
     assert worker.execute("say x").all()[-1][0] == "end"
-    first.close()
-    second.close()
+    for sock in (first, second):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends without a word
+        sock.close()
     time.sleep(0.3)
     status, body = worker.json("POST", "/execute", b" " * 100_000 + b"{}")
     assert status == 400 and body["field"] == "job_id", "what was given up was not given back"
