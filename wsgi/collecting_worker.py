@@ -28,7 +28,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from worker_orcd.errors import WorkerError
 from worker_orcd.observe.events import EventLog
 from worker_orcd.wsgi import raw_answers
-from worker_orcd.wsgi.connections import Budget, Connection, Deadlines
+from worker_orcd.wsgi.connections import FREE_BYTES, Budget, Connection, Deadlines
 from worker_orcd.wsgi.middleware import peer
 from worker_orcd.wsgi.request_buffer import State
 
@@ -240,7 +240,7 @@ class CollectingWorker(ThreadWorker):
 
     def refuse(self, conn: Connection, error: WorkerError) -> None:
         """Answer without a thread, and close."""
-        answer = self.told(error, bytes(conn.buffer.data[: 1 << 14]), conn.client)
+        answer = self.told(error, bytes(conn.buffer.data[:FREE_BYTES]) or conn.reader.head, conn.client)
         try:
             conn.sock.send(answer)
         except OSError:
