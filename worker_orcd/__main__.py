@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -11,6 +12,9 @@ def main() -> None:
         from worker_orcd.wsgi import signals
 
         signals.leave_at_once()
+        # NumPy multiplies no matrices here. Its OpenBLAS would start a thread a core before the fork, and where it gets
+        # none it raises SIGINT, which would pass for somebody's Ctrl-C
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from worker_orcd.cli import main as command_line
 
     command_line.main()

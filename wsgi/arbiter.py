@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import FrameType
 from typing import Any, Protocol
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 
 from worker_orcd.wsgi import signals
+from worker_orcd.wsgi.exits import StopTime
 from worker_orcd.wsgi.service import EXIT_FAILED
 from worker_orcd.wsgi.systemd import Notifier
 
@@ -25,8 +27,9 @@ _LOOK_SEC, _KILLED_SEC = 0.02, 0.2
 class Host(Protocol):
     """What the master needs of the application."""
 
-    #: seconds a worker that shall end may take before it is killed
+    #: seconds a worker that shall end may take, from `stop_time` on, before it is killed
     stop_limit_sec: float
+    stop_time: StopTime
 
     #: told when the server stops, and looked at now and then
     notifier: Notifier
@@ -49,6 +52,12 @@ class WorkerArbiter(Arbiter):
     def _host(self) -> Host:
         host: Host = self.app
         return host
+
+    def signal(self, sig: int, frame: FrameType | None) -> None:
+        """Handler of all signals. Called by Python."""
+        if sig in signals.STOP_SIGNALS:
+            self._host.stop_time.note()
+        super().signal(sig, frame)
 
     def spawn_worker(self) -> int:
         """Start the worker. A signal that comes before it has its own handlers waits for them."""
@@ -94,7 +103,7 @@ class WorkerArbiter(Arbiter):
             listener.close()
         self.LISTENERS.clear()
         self.kill_workers(signal.SIGTERM)
-        if not self._wait_for_worker(self._host.stop_limit_sec):
+        if not self._wait_for_worker(self._host.stop_limit_sec - self._host.stop_time.seconds_ago()):
             self.kill_workers(signal.SIGKILL)
             self._wait_for_worker(_KILLED_SEC)
 

@@ -1,17 +1,43 @@
-"""ExitTimer: the end of the process at a time that was set, whatever hangs then.
-
-Its thread is there from the start, so that an end needs no new thread, which a system short of them may refuse.
-"""
+"""When the server was told to end, and the end of a process at a time that was set, whatever hangs then."""
 
 from __future__ import annotations
 
+import mmap
+import struct
 import threading
 import time
 from collections.abc import Callable
 
 
+class StopTime:
+    """When master or worker was told to end, whichever heard it first; both know it, when made before the fork.
+
+    On a busy machine a signal may reach the worker late: its jobs have less of the grace time then, but the end is in
+    time.
+    """
+
+    def __init__(self) -> None:
+        self._cell = mmap.mmap(-1, mmap.PAGESIZE)  # shared with children
+
+    def note(self) -> None:
+        """It is now, unless it was before. May be called by a signal handler."""
+        if not self._noted():
+            struct.pack_into("d", self._cell, 0, time.monotonic())  # a clock that all processes share
+
+    def seconds_ago(self) -> float:
+        """How long it is ago; 0 where it has not been."""
+        noted = self._noted()
+        return time.monotonic() - noted if noted else 0.0
+
+    def _noted(self) -> float:
+        noted: float = struct.unpack_from("d", self._cell, 0)[0]
+        return noted
+
+
 class ExitTimer:
     """Calls `leave` once, in a thread of its own, when the earliest of the times has come that were set.
+
+    The thread is there from the start, so that an end needs no new one, which a system short of them may refuse.
 
     Args:
         leave: ends the process.

@@ -25,6 +25,8 @@ STOP_IDLE_SEC = 2.0
 class StreamWorker(CollectingWorker):
     """gunicorn worker of worker-orcd. `stop_requested` is set once when it shall end."""
 
+    app: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop_requested = threading.Event()
@@ -43,6 +45,7 @@ class StreamWorker(CollectingWorker):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end: stop in order, once."""
+        self.app.stop_time.note()
         if self.alive:
             super().handle_exit(sig, frame)
             self.stop_requested.set()

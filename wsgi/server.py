@@ -30,7 +30,7 @@ from worker_orcd.wsgi import signals
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.arbiter import WorkerArbiter
 from worker_orcd.wsgi.descriptors import connections_within, raise_limit, streams_within
-from worker_orcd.wsgi.exits import ExitTimer
+from worker_orcd.wsgi.exits import ExitTimer, StopTime
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm
 from worker_orcd.wsgi.systemd import Notifier
@@ -38,13 +38,13 @@ from worker_orcd.wsgi.systemd import Notifier
 #: seconds a worker's main loop may be silent; its threads may compute for longer
 SILENCE_LIMIT_SEC = 120
 #: seconds a worker that shall end gets beyond its jobs' grace time
-EXIT_SLACK_SEC = 0.5
+EXIT_SLACK_SEC = 0.6
 #: seconds for answers under way once all streams have ended; idle connections are not waited for
 LAST_ANSWER_SEC = 0.2
 #: seconds for freeing the model once all streams have ended; a step that still computes is left to the kernel
 CLOSE_LIMIT_SEC = 0.25
 #: seconds a process that ends waits for who reads its log
-LOG_FLUSH_SEC = 0.2
+LOG_FLUSH_SEC = 0.1
 #: seconds between the end of a worker that took all its time and the master's noticing it
 LAST_LOOK_SEC = 0.05
 #: what gunicorn's master says at its end; the narration has told why
@@ -127,6 +127,7 @@ class _Application(BaseApplication):
         self._stopped = threading.Event()
         self.notifier = Notifier.from_environment()
         self._exit = ExitTimer(self._leave)
+        self.stop_time = StopTime()
         self.stop_limit_sec = config.grace_sec + EXIT_SLACK_SEC + LOG_FLUSH_SEC + LAST_LOOK_SEC
         super().__init__()
 
@@ -196,8 +197,9 @@ class _Application(BaseApplication):
 
         def stop_when_told() -> None:
             worker.stop_requested.wait()
-            self._exit.within(self._config.grace_sec + EXIT_SLACK_SEC)
-            service.stop(self._config.grace_sec, lambda: self._exit.within(CLOSE_LIMIT_SEC))
+            grace = max(0.0, self._config.grace_sec - self.stop_time.seconds_ago())
+            self._exit.within(grace + EXIT_SLACK_SEC)
+            service.stop(grace, lambda: self._exit.within(CLOSE_LIMIT_SEC))
             self._stopped.set()
             worker.wait_for_answers(LAST_ANSWER_SEC)
             self._exit.within(0.0)

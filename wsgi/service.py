@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
-FLUSH_SEC = 0.3
+FLUSH_SEC = 0.5
 #: seconds for sending the last event of a stream; afterwards its client is known not to read
 LAST_EVENT_SEC = 0.5
 _PROGRESS_STEPS = (25, 50, 75, 100)

@@ -20,6 +20,10 @@ from worker_orcd.errors import InsufficientVram, ModelLoadError
 from worker_orcd.wsgi import collecting_worker, server, sse
 
 
+class Panic(BaseException):
+    """What a library written in Rust raises: no Exception."""
+
+
 def limit_processes(args):
     """Refuse threads and forks as a container's limit on processes does."""
     start = threading.Thread.start
@@ -53,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("--load-seconds", type=float, default=0.0)
-    parser.add_argument("--load-error", choices=["model", "vram", "crash", "kill"])
+    parser.add_argument("--load-error", choices=["model", "vram", "crash", "panic", "kill"])
     parser.add_argument("--max-seqs", type=int, default=24)
     parser.add_argument("--max-queue", type=int, default=4)
     parser.add_argument("--max-tokens-in", type=int)
@@ -91,6 +95,8 @@ def main():
             raise InsufficientVram("the model needs more", bytes_required=100, bytes_available=10)
         if args.load_error == "crash":
             raise RuntimeError("nobody expected this")
+        if args.load_error == "panic":
+            raise Panic("a library of another language broke")
         if args.load_error == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         return FakeLLM(config, on_fatal)

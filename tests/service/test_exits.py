@@ -1,13 +1,14 @@
-"""The timer that ends the process: the earliest time counts, and no thread is needed when it comes."""
+"""When the server was told to end; the timer that ends the process, whose earliest time counts."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
 import pytest
 
-from worker_orcd.wsgi.exits import ExitTimer
+from worker_orcd.wsgi.exits import ExitTimer, StopTime
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -54,3 +55,17 @@ def test_no_thread_is_started_when_the_time_comes(left, monkeypatch):
     assert came.wait(5)
     with pytest.raises(RuntimeError, match="thread"):
         ExitTimer(print).start()
+
+
+def test_a_child_tells_its_parent_when_it_was_told_and_the_first_time_counts():
+    told = StopTime()
+    assert told.seconds_ago() == 0
+    child = os.fork()
+    if child == 0:
+        told.note()
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.1)
+    first = told.seconds_ago()
+    told.note()
+    assert 0.1 <= first <= told.seconds_ago() < 5

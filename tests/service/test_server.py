@@ -327,7 +327,13 @@ def test_health_answers_while_loading(start):
 
 @pytest.mark.parametrize(
     ("fault", "code"),
-    [("model", "MODEL_LOAD_FAILED"), ("vram", "INSUFFICIENT_VRAM"), ("crash", "INTERNAL"), ("kill", "INTERNAL")],
+    [
+        ("model", "MODEL_LOAD_FAILED"),
+        ("vram", "INSUFFICIENT_VRAM"),
+        ("crash", "INTERNAL"),
+        ("panic", "INTERNAL"),
+        ("kill", "INTERNAL"),
+    ],
 )
 def test_a_failed_load_is_one_readable_error_and_exit_1(start, fault, code):
     worker = start("--load-error", fault, "--load-seconds", 0.2, wait=False)

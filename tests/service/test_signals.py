@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from service.client import Worker
 from service.signal_storm import SIGNALS, TARGETS, a_storm, fake_command, serve_command, while_serving, while_starting
 from worker_orcd.wsgi import signals
 
@@ -65,6 +64,16 @@ def test_drawn_storms_while_starting(goldens_dir):
     commands = [serve_command(goldens_dir / "llama-F16.gguf"), fake_command("--load-seconds", 5)]
     rngs = [random.Random(seed) for seed in range(12)]
     at_once((while_starting, commands[n % 2], rng, a_storm(rng)) for n, rng in enumerate(rngs))
+
+
+def test_the_command_has_one_thread_when_it_forks(goldens_dir):
+    """Libraries that start threads where they are imported would leave their locks, held, to the worker."""
+    worker = Worker(serve_command(goldens_dir / "llama-F16.gguf"))
+    try:
+        assert len(os.listdir(f"/proc/{worker.process.pid}/task")) == 1
+        assert worker.stop()[0] == 0
+    finally:
+        worker.kill()
 
 
 FORKED = """
@@ -119,17 +128,3 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
     assert done.stdout == "[]\n", done.stderr
-
-
-def test_sigusr2_to_the_group_changes_nothing():
-    """gunicorn's master would start a second one, and its worker would die of it."""
-    from service.client import fake_worker
-
-    worker = fake_worker()
-    try:
-        os.killpg(worker.process.pid, signal.SIGUSR2)
-        time.sleep(0.2)
-        assert worker.json("GET", "/health")[0] == 200
-        assert worker.stop()[0] == 0
-    finally:
-        worker.kill()

@@ -44,15 +44,6 @@ def test_without_a_thread_for_the_log_it_is_written_all_the_same(start):
     assert worker.stop()[0] == 0 and worker.events("shutdown")
 
 
-def test_a_worker_process_that_cannot_be_forked_is_one_error_and_exit_1(start):
-    worker = start("--no-fork", wait=False)
-    assert worker.process.wait(10) == 1
-    worker.stop()
-    (error,) = worker.events("error")
-    assert "process" in error["message"] and "Resource temporarily unavailable" in error["message"]
-    assert "Traceback" not in "".join(worker.raw_log)
-
-
 def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path):
     limit = tmp_path / "limit"
     worker = start("--no-threads-while", limit)
