@@ -15,8 +15,10 @@ def main() -> None:
         # NumPy multiplies no matrices here. Its OpenBLAS would start a thread a core before the fork, and where it gets
         # none it raises SIGINT, which would pass for somebody's Ctrl-C
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from worker_orcd.cli import main as command_line
-
+    try:
+        from worker_orcd.cli import main as command_line
+    except KeyboardInterrupt:  # as the command line itself ends then
+        sys.exit(130)
     command_line.main()
 
 

@@ -37,7 +37,7 @@ def at_once(calls):
 
 def test_the_second_signal_cuts_no_stream():
     """Ctrl-C twice, SIGTERM and then the others: gunicorn would end its streams at once."""
-    command = fake_command("--grace", 1)
+    command = fake_command("--grace", 0.6)
     pairs = [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGTERM", "SIGQUIT"), ("SIGHUP", "SIGHUP")]
     at_once(
         (while_serving, command, ["slow", "quiet"], random.Random(n), [(0.1, first, target), (0.2, second, target)])
@@ -48,7 +48,7 @@ def test_the_second_signal_cuts_no_stream():
 
 def test_one_signal_alone():
     at_once(
-        (while_serving, fake_command("--grace", 0.5), ["quiet"], random.Random(0), [(0.1, number.name, target)])
+        (while_serving, fake_command("--grace", 0.3), ["quiet"], random.Random(0), [(0.1, number.name, target)])
         for number in SIGNALS
         for target in TARGETS
     )
@@ -56,7 +56,7 @@ def test_one_signal_alone():
 
 def test_drawn_storms_while_serving():
     rngs = [random.Random(seed) for seed in range(12)]
-    at_once((while_serving, fake_command("--grace", 1), ["slow", "quiet"], rng, a_storm(rng)) for rng in rngs)
+    at_once((while_serving, fake_command("--grace", 0.6), ["slow", "quiet"], rng, a_storm(rng)) for rng in rngs)
 
 
 def test_drawn_storms_while_starting(goldens_dir):
@@ -64,6 +64,22 @@ def test_drawn_storms_while_starting(goldens_dir):
     commands = [serve_command(goldens_dir / "llama-F16.gguf"), fake_command("--load-seconds", 5)]
     rngs = [random.Random(seed) for seed in range(12)]
     at_once((while_starting, commands[n % 2], rng, a_storm(rng)) for n, rng in enumerate(rngs))
+
+
+def test_ctrl_c_during_the_imports_of_another_command_is_no_traceback():
+    code = """
+import sys
+sys.argv = ["worker-orcd", "inspect"]
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, CtrlC())
+from worker_orcd.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_the_command_has_one_thread_when_it_forks(goldens_dir):
