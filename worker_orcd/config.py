@@ -18,6 +18,8 @@ from worker_orcd.errors import InvalidRequest
 MAX_PROMPT_CHARS = 32_768
 #: characters of a job id
 MAX_JOB_ID_CHARS = 256
+#: characters of the name that a model is served under
+MAX_MODEL_NAME_CHARS = 256
 #: tokens generated where a request names no number, and the most a server gives where it is told no other limit
 DEFAULT_MAX_TOKENS = 2048
 #: stop strings of a request, and tokens of each
@@ -26,7 +28,7 @@ MAX_STOPS, MAX_STOP_TOKENS = 4, 32
 MAX_LOGPROBS = 20
 #: bytes of a request body; more is refused before it is parsed
 MAX_BODY_BYTES = 1 << 20
-#: threads beyond the streams: health probes, cancels, refusals and idle keep-alive connections
+#: threads beyond the streams: health probes, cancels, refusals
 SPARE_THREADS = 8
 #: seconds within which a stopping process is gone, whatever hangs
 EXIT_LIMIT_SEC = 5.0
@@ -48,6 +50,7 @@ class Flag:
         unit: what one of the flag's numbers is of the field's: 1 << 20 where MiB are given for bytes.
         choices: the values it may have; (): any.
         chosen: it has no fixed default on the command line: who runs it chooses one.
+        guard: it protects something, so a variable that is set but empty is refused and not taken as absent.
     """
 
     help: str
@@ -61,6 +64,7 @@ class Flag:
     unit: int = 1
     choices: tuple[str, ...] = ()
     chosen: bool = False
+    guard: bool = False
 
 
 def _flag(help: str, metavar: str = "", kind: type = str, *args: Any, **settings: Any) -> dict[str, Flag]:
@@ -76,6 +80,10 @@ class ServeConfig:
     """
 
     model: str = field(metadata=_flag("The GGUF file.", "FILE"))
+    served_model_name: str | None = field(
+        default=None,
+        metadata=_flag("Name of the model in answers and health. Default: the one in the file.", "NAME"),
+    )
     worker_id: str = field(
         default_factory=lambda: str(uuid.uuid4()),
         metadata=_flag("Name of this worker in its log and health. Default: made up.", "UUID", chosen=True),
@@ -148,13 +156,16 @@ class ServeConfig:
             "Refuse NaN and infinity in norms, biases and block scales while loading. Default: check.", kind=bool
         ),
     )
-    expect_sha256: str | None = field(default=None, metadata=_flag("The digest the model file must have.", "HEX"))
+    expect_sha256: str | None = field(
+        default=None, metadata=_flag("The digest the model file must have.", "HEX", guard=True)
+    )
     trusted_models: str | None = field(
         default=None,
         metadata=_flag(
             "JSON list of the models that may be loaded, as the command provenance writes its entries; any other is "
             "refused.",
             "FILE",
+            guard=True,
         ),
     )
     max_seqs: int = field(
@@ -182,6 +193,7 @@ class ServeConfig:
         metadata=_flag(
             "Ask for 'Authorization: Bearer KEY' on everything but /health and /ready. Better given as variable.",
             "KEY",
+            guard=True,
         ),
     )
     log_format: str = field(
@@ -207,9 +219,14 @@ class ServeConfig:
         return int(self.device[5:]) if self.device.startswith("cuda:") else 0
 
     @property
+    def max_streams(self) -> int:
+        """Streams that may be open: one for each job that may be."""
+        return self.max_seqs + self.max_queue
+
+    @property
     def threads(self) -> int:
         """Threads of the server: one for each stream that may be open, and the spare ones."""
-        return self.max_seqs + self.max_queue + SPARE_THREADS
+        return self.max_streams + SPARE_THREADS
 
     def check(self) -> None:
         """Check every value.
@@ -222,6 +239,9 @@ class ServeConfig:
         except ValueError:
             raise _refused("worker_id", f"must be a UUID, not {self.worker_id!r}") from None
         check_device(self.device)
+        name = self.served_model_name
+        if name is not None and not (0 < len(name) <= MAX_MODEL_NAME_CHARS and name.isprintable() and name.strip()):
+            raise _refused("served_model_name", f"must be 1 to {MAX_MODEL_NAME_CHARS} printable characters")
         if not self.host:
             raise _refused("host", "must not be empty")
         for name in FLAGS:
@@ -231,8 +251,10 @@ class ServeConfig:
         if self.expect_sha256 is not None:
             check_sha256("expect_sha256", self.expect_sha256)
         key = self.api_key
-        if key is not None and not (key and key.isascii() and key.isprintable()):
-            raise _refused("api_key", "must be printable ASCII and not empty")
+        if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+            raise _refused("api_key", "must be printable ASCII, not empty, and without blanks at its ends")
+        if self.trusted_models == "":
+            raise _refused("trusted_models", "must not be empty")
         formats = FLAGS["log_format"].choices
         if self.log_format not in formats:
             raise _refused("log_format", f"must be {' or '.join(formats)}, not {self.log_format!r}")

@@ -13,10 +13,11 @@ import falcon
 
 from worker_orcd.errors import WorkerError
 from worker_orcd.wsgi import http_errors
-from worker_orcd.wsgi.middleware import ApiKey, Correlation
+from worker_orcd.wsgi.middleware import CORRELATION_HEADER, ApiKey, Correlation, peer
 from worker_orcd.wsgi.native.cancel import Cancel
-from worker_orcd.wsgi.native.execute import Execute
+from worker_orcd.wsgi.native.execute import Execute, ExecuteBody
 from worker_orcd.wsgi.native.health import Health, Ready
+from worker_orcd.wsgi.native.requests import DEADLINE_HEADER
 from worker_orcd.wsgi.native.shutdown import Shutdown
 from worker_orcd.wsgi.service import Service
 
@@ -29,6 +30,9 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/shutdown", Shutdown),
 )
 
+#: what a refused request may be said to have wrong: fields of bodies and headers
+_FIELDS = frozenset((*ExecuteBody.__struct_fields__, CORRELATION_HEADER, DEADLINE_HEADER))
+
 
 def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
     """The application that serves `service`."""
@@ -36,8 +40,11 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
     if service.config.api_key is not None:
         middleware.append(ApiKey(service.config.api_key))
     app = falcon.App(middleware=middleware, media_type=falcon.MEDIA_JSON)
-    for path, resource in ROUTES:
-        app.add_route(path, resource(service))
+    for path, make in ROUTES:
+        resource: Any = make(service)
+        if hasattr(resource, "on_get"):
+            resource.on_head = resource.on_get  # Falcon leaves the body out and keeps its length
+        app.add_route(path, resource)
 
     def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, object]) -> None:
         if isinstance(error, falcon.HTTPError):
@@ -47,12 +54,16 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
         else:
             known = http_errors.from_exception(error)
         if req.method == "POST":
-            # no message: a misquoted body can make a field's name of a prompt
+            # no message, and no name of a field that we do not know: a misquoted body can make one of a prompt
+            field = known.fields.get("field")
             service.events.emit(
                 "refused",
                 path=req.path,
                 status=known.status,
                 code=known.code,
+                field=field if field is None or field in _FIELDS else "(unknown)",
+                job_id=req.context.get("job_id"),
+                peer=peer(req.remote_addr, req.env.get("REMOTE_PORT")),
                 correlation_id=req.context.correlation_id,
             )
         if known is not error and known.status >= 500:

@@ -18,6 +18,7 @@ from gunicorn.errors import HaltServer
 from worker_orcd.wsgi import signals
 from worker_orcd.wsgi.exits import StopTime
 from worker_orcd.wsgi.service import EXIT_FAILED
+from worker_orcd.wsgi.systemd import Notifier
 
 #: seconds between two looks at whether the worker has gone, and for the kernel to end one that was killed
 _LOOK_SEC, _KILLED_SEC = 0.02, 0.2
@@ -29,6 +30,9 @@ class Host(Protocol):
     #: seconds a worker that shall end may take, from `stop_time` on, before it is killed
     stop_limit_sec: float
     stop_time: StopTime
+
+    #: told when the server stops, and looked at now and then
+    notifier: Notifier
 
     def worker_failed(self, message: str) -> None:
         """The worker process has ended, or could not be started, and could not say so itself."""
@@ -65,6 +69,11 @@ class WorkerArbiter(Arbiter):
             self._host.worker_failed(f"the worker process cannot be started: {error.strerror or error}")
             raise HaltServer("the worker process cannot be started", EXIT_FAILED) from None
 
+    def manage_workers(self) -> None:
+        """As gunicorn's, which calls it at every turn of its loop: once a second, or when a signal came."""
+        super().manage_workers()
+        self._host.notifier.look()
+
     def reap_workers(self) -> None:
         """Collect ended children. A worker that ends unasked ends the server with its exit code."""
         ended: int | None = None
@@ -89,6 +98,7 @@ class WorkerArbiter(Arbiter):
     def stop(self, graceful: bool = True) -> None:
         """Stop the worker in order and wait for it. Signals that come meanwhile change nothing."""
         self._stopping = True
+        self._host.notifier.stopping()
         for listener in self.LISTENERS:
             listener.close()
         self.LISTENERS.clear()

@@ -1,50 +1,28 @@
-"""The gthread worker with six corrections for a server of long streams.
+"""StreamWorker: the gunicorn worker of worker-orcd. It serves what `CollectingWorker` has collected, in threads.
 
-- Every signal that ends it ends it in order, and so does the second one; see `signals`.
-- A thread that cannot be started is an error of the one request that wanted it.
-- A connection that has sent nothing waits in the poller, not in a thread, so idle connections cost no stream its place.
-- A request must be there, headers and body, within `READ_LIMIT_SEC`; then its reading side is shut, which ends the read
-  of whoever waits for it. gunicorn itself waits for ever.
-- Closing lingers in the thread that answered, not in the main loop, where it would hold up every other client.
-- While a stopping worker's jobs have their grace time, it goes on answering: new clients are told 503 instead of being
-  left in the backlog.
-
-It builds on the methods of gunicorn's ThreadWorker named below.
+While a stopping worker's jobs have their grace time, it goes on answering: new clients are told 503 instead of being
+left in the backlog. It builds on the methods of gunicorn's ThreadWorker that it overrides.
 """
 
 from __future__ import annotations
 
-import selectors
 import signal
-import socket
 import threading
-import time
-from collections.abc import Iterable, MutableMapping
-from concurrent.futures import Future
-from functools import partial
 from types import FrameType
 from typing import Any
 
-import falcon
-import msgspec
-from gunicorn import util
-from gunicorn.workers.gthread import TConn, ThreadWorker
-
-from worker_orcd.config import MAX_BODY_BYTES
-from worker_orcd.wsgi import signals
-from worker_orcd.wsgi.http_errors import RETRY_LOADING_SEC, NoThread
-from worker_orcd.wsgi.middleware import CORRELATION_HEADER, correlation_id
+from worker_orcd.wsgi import raw_answers, signals
+from worker_orcd.wsgi.collecting_worker import CollectingWorker
+from worker_orcd.wsgi.connections import Connection
+from worker_orcd.wsgi.http_errors import NoThread
+from worker_orcd.wsgi.request_buffer import State
 from worker_orcd.wsgi.thread_pool import ThreadPool
 
-#: seconds a client has to send a whole request
-READ_LIMIT_SEC = 20.0
-#: seconds a closing connection waits for the other side to close
-LINGER_SEC = 1.0
-#: milliseconds after which a client that takes nothing is cut off
-WRITE_LIMIT_MS = 30_000
+#: seconds that a stopping worker keeps idle connections, for a request that may be on its way
+STOP_IDLE_SEC = 2.0
 
 
-class StreamWorker(ThreadWorker):
+class StreamWorker(CollectingWorker):
     """gunicorn worker of worker-orcd. `stop_requested` is set once when it shall end."""
 
     app: Any
@@ -52,7 +30,7 @@ class StreamWorker(ThreadWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop_requested = threading.Event()
-        self._reading: dict[socket.socket, float] = {}
+        self._thread = threading.local()
 
     # -- stopping
 
@@ -82,6 +60,11 @@ class StreamWorker(ThreadWorker):
         if enabled or self.alive:
             super().set_accept_enabled(enabled)
 
+    def _cap_keepalive(self, deadline: float) -> None:
+        """The worker stops: idle connections get until `deadline`. Called by gunicorn."""
+        self._idle.cap(deadline)
+        self._idle.seconds = min(self._idle.seconds, STOP_IDLE_SEC)
+
     # -- threads
 
     def get_thread_pool(self) -> Any:
@@ -93,97 +76,41 @@ class StreamWorker(ThreadWorker):
         """Wait until no request is being answered, but not longer than `seconds`; from any thread but the main one."""
         self._pool.wait_until_idle(seconds)
 
-    def enqueue_req(self, conn: TConn) -> None:
+    def enqueue_req(self, conn: Connection) -> None:  # type: ignore[override]
         """As gunicorn's, but a request for which there is no thread is answered here and now."""
         try:
             super().enqueue_req(conn)
         except RuntimeError:
             self.log.error("A request was refused: no thread can be started for it")
-            _refuse(conn.sock)
-            self.nr_conns -= 1
-            conn.close()
+            self.refuse(conn, NoThread())
 
-    # -- reading
+    # -- serving, in a pool thread
 
-    def accept(self, listener: socket.socket) -> None:
-        """Take a connection and let the poller wait for its first byte."""
+    def handle(self, conn: Connection) -> Any:  # type: ignore[override]
+        """Serve one request, all of whose bytes are there."""
+        self._budget.give_back(conn)
+        self._thread.head = conn.reader.head
+        return super().handle(conn)
+
+    def handle_request(self, req: Any, conn: Connection) -> Any:  # type: ignore[override]
+        """As gunicorn's; the main loop has said 100, and after a request that broke off no other can follow."""
+        req._expected_100_continue = False
+        if conn.buffer.state is not State.WHOLE:
+            req.force_close()
+        should_close = req.should_close
+        req.should_close = lambda: req.body.failed or should_close()  # of which the answer's headers tell
+        return super().handle_request(req, conn)
+
+    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
+        """Whether another request may follow. A body that nobody read is skipped; it may turn out to be malformed."""
         try:
-            client, address = listener.accept()
-        except OSError:  # gone again, or another loop of the poller took it
-            return
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, WRITE_LIMIT_MS)
-        self.nr_conns += 1
-        conn = TConn(self.cfg, client, address, listener.getsockname())
-        conn.timeout = time.monotonic() + self.cfg.keepalive
-        self.pending_conns.append(conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+            return bool(super()._keepalive_after(conn, keepalive))  # type: ignore[misc]
+        except Exception:
+            return False
 
-    def load_wsgi(self) -> None:
-        """Load the application; once it has answered, its request was read."""
-        super().load_wsgi()
-        app: Any = self.wsgi
-
-        def read_then_answer(environ: MutableMapping[str, Any], start_response: Any) -> Iterable[bytes]:
-            try:
-                answer: Iterable[bytes] = app(environ, start_response)
-                return answer
-            finally:
-                self._reading.pop(environ["gunicorn.socket"], None)
-
-        self.wsgi = read_then_answer
-
-    def wait_for_and_dispatch_events(self, timeout: float | None) -> None:
-        """The main loop's turn: events, then requests that take too long to arrive."""
-        super().wait_for_and_dispatch_events(timeout)
-        now = time.monotonic()
-        for sock, limit in list(self._reading.items()):
-            if now > limit:
-                try:
-                    sock.shutdown(socket.SHUT_RD)
-                except OSError:
-                    pass
-
-    # -- answering and closing
-
-    def handle(self, conn: TConn) -> Any:
-        """Serve one request in a pool thread; a connection that ends there is half-closed and drained there."""
-        self._reading[conn.sock] = time.monotonic() + READ_LIMIT_SEC
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Answer what gunicorn could not parse, or what failed outside of the application, as the application would."""
         try:
-            keep = super().handle(conn)
-        finally:
-            self._reading.pop(conn.sock, None)
-        if keep is False:
-            _linger(conn.sock)
-        return keep
-
-    def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
-        """Back in the main loop: close at once what has lingered already."""
-        if not fs.cancelled() and fs.exception() is None and fs.result() is False:
-            self.nr_conns -= 1
-            conn.close()
-            return
-        super().finish_request(conn, fs)
-
-
-def _linger(sock: socket.socket) -> None:
-    """Half-close and wait a little for the other side, or the last bytes of the answer may be lost (RFC 9112, 9.6)."""
-    try:
-        util.close_graceful(sock.dup(), timeout=LINGER_SEC)
-    except OSError:
-        pass
-
-
-def _refuse(sock: socket.socket) -> None:
-    """Tell a client that there is no thread for its request. Does not wait, so it takes and sends what goes at once."""
-    body = msgspec.json.encode(NoThread().details())
-    head = (
-        f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {falcon.MEDIA_JSON}\r\nContent-Length: {len(body)}\r\n"
-        f"Retry-After: {RETRY_LOADING_SEC}\r\n{CORRELATION_HEADER}: {correlation_id(None)}\r\nConnection: close\r\n\r\n"
-    )
-    sock.setblocking(False)
-    try:
-        sock.recv(MAX_BODY_BYTES)  # bytes that nobody has read would turn the end of the answer into a reset
-        sock.send(head.encode("ascii") + body)
-    except OSError:
-        pass  # it has gone
+            client.sendall(self.told(raw_answers.refusal(exc), self._thread.head, addr))
+        except OSError:
+            pass

@@ -1,4 +1,4 @@
-"""What holds for every request: its correlation id and, where one is set, the API key."""
+"""What holds for every request: its correlation id, its sender and, where one is set, the API key."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def correlation_id(value: str | None) -> str:
             f"{CORRELATION_HEADER} must be 1 to 128 printable ASCII characters", field=CORRELATION_HEADER
         )
     return value
+
+
+def peer(address: str | None, port: str | int | None) -> str | None:
+    """The other side of a connection as ADDRESS:PORT, for the log."""
+    if not address:
+        return None
+    host = f"[{address}]" if ":" in address else address
+    return host if port is None else f"{host}:{port}"
 
 
 class Correlation:

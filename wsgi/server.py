@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import resource
 import signal
 import socket
 import sys
@@ -31,12 +30,12 @@ from worker_orcd.runtime import streams
 from worker_orcd.wsgi import signals
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.arbiter import WorkerArbiter
+from worker_orcd.wsgi.descriptors import connections_within, raise_limit, streams_within
 from worker_orcd.wsgi.exits import ExitTimer, StopTime
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm
+from worker_orcd.wsgi.systemd import Notifier
 
-#: connections that may be open at once, idle ones included
-MAX_CONNECTIONS = 4096
 #: seconds a worker's main loop may be silent; its threads may compute for longer
 SILENCE_LIMIT_SEC = 120
 #: seconds a worker that shall end gets beyond its jobs' grace time
@@ -49,8 +48,6 @@ CLOSE_LIMIT_SEC = 0.25
 LOG_FLUSH_SEC = 0.1
 #: seconds between the end of a worker that took all its time and the master's noticing it
 LAST_LOOK_SEC = 0.05
-#: file descriptors kept for everything that is no connection
-_SPARE_FDS = 128
 #: what gunicorn's master says at its end; the narration has told why
 _FAREWELLS = ("Shutting down: %s", "Reason: %s")
 
@@ -129,6 +126,7 @@ class _Application(BaseApplication):
         self._url = url
         self._service: Service | None = None
         self._stopped = threading.Event()
+        self.notifier = Notifier.from_environment()
         self._exit = ExitTimer(self._leave)
         self.stop_time = StopTime()
         self.stop_limit_sec = config.grace_sec + EXIT_SLACK_SEC + LOG_FLUSH_SEC + LAST_LOOK_SEC
@@ -136,17 +134,18 @@ class _Application(BaseApplication):
 
     def load_config(self) -> None:
         """The settings. Called by gunicorn."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MAX_CONNECTIONS + _SPARE_FDS
-        if soft < wanted:
-            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        limit = raise_limit()
+        n_connections = connections_within(limit)
+        self._max_streams = streams_within(n_connections, self._config.max_streams)
+        if self._max_streams < self._config.max_streams:
+            message = f"at most {self._max_streams} streams at once, as at most {limit} files may be open"
+            self._events.emit("server", "warning", message=message)
         settings: dict[str, Any] = {
             "bind": f"fd://{self._listener.detach()}",
             "workers": 1,
             "worker_class": StreamWorker,
             "threads": self._config.threads,
-            "worker_connections": max(self._config.threads + 1, min(MAX_CONNECTIONS, soft - _SPARE_FDS)),
+            "worker_connections": n_connections,
             "preload_app": False,
             "max_requests": 0,
             "keepalive": 5,
@@ -173,6 +172,7 @@ class _Application(BaseApplication):
         self._service = Service(
             self._config, self._events, self._load, self._url, terminate=lambda: os.kill(master, signal.SIGTERM)
         )
+        self._service.max_streams = self._max_streams
         return create_app(self._service)
 
     def run(self) -> None:
@@ -190,6 +190,7 @@ class _Application(BaseApplication):
         """In the worker process, before its first request."""
         service = self._service
         assert service is not None, "gunicorn loads the application first"
+        worker.events = self._events
 
         def end(code: int) -> None:
             self._exit.within(EXIT_SLACK_SEC)
@@ -205,6 +206,7 @@ class _Application(BaseApplication):
             self._exit.within(0.0)
 
         service.on_exit = end
+        service.on_ready = self.notifier.worker_is_ready
         self._log_writer.start()
         try:
             # both are there from the start, so that no end waits for a thread

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.config import ServeConfig
-from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
+from worker_orcd.errors import Cancelled, CudaError, NotReady, QueueFull, WorkerError
 from worker_orcd.observe.events import EventLog
 from worker_orcd.runtime.info import provenance_facts
 from worker_orcd.wsgi.background import Background
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
 FLUSH_SEC = 0.5
+#: seconds for sending the last event of a stream; afterwards its client is known not to read
+LAST_EVENT_SEC = 0.5
 _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
@@ -63,12 +65,15 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
 class Service:
     """One model, its state and its streams. All methods may be called from any thread.
 
+    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs.
+
     Args:
         config: checked start-up values.
         events: the narration log.
         load: makes the LLM; runs in a thread of its own.
         url: where the worker listens, for the log.
         on_exit: called once with the exit code when the process shall end.
+        on_ready: called once when jobs are accepted.
         terminate: asks for an orderly end of the whole server, as SIGTERM would.
     """
 
@@ -80,13 +85,16 @@ class Service:
         url: str = "",
         on_exit: Callable[[int], None] = lambda code: None,
         terminate: Callable[[], None] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.events = events
         self.url = url
         self.terminate = terminate
         self.on_exit = on_exit
+        self.on_ready = on_ready
         self.exit_code = EXIT_OK
+        self.max_streams = config.max_streams
         self.stop_deadline: float | None = None
         self._load_llm = load
         self._lock = threading.Lock()
@@ -97,11 +105,11 @@ class Service:
         self._started_at = time.monotonic()
         self._facts: dict[str, Any] = {
             "worker_id": config.worker_id,
-            "model": os.path.basename(config.model),
+            "model": config.served_model_name or os.path.basename(config.model),
             "device": config.device,
         }
         self._dead = threading.Event()
-        self._streams: set[object] = set()
+        self._streams: dict[object, float | None] = {}  # each with the time at which its last event was sent
         self._no_streams = threading.Condition(self._lock)
 
     # -- what the resources ask
@@ -127,15 +135,14 @@ class Service:
             raise NotReady(reasons.get(self._state, "the worker is not ready"))
         return llm
 
-    def llm_for_cancel(self) -> LLM:
-        """The loaded model, also while stopping or unhealthy: a job may be cancelled as long as it runs.
+    def cancel(self, job_id: str) -> str:
+        """Cancel a job, also while stopping or unhealthy: it may be cancelled as long as it runs.
 
-        Raises:
-            NotReady: while loading.
+        Returns:
+            "cancelling", "finished" or "unknown"; while the model loads there is no job, so every one is unknown.
         """
-        if self._llm is None:
-            raise NotReady("the model is loading")
-        return self._llm
+        llm = self._llm
+        return "unknown" if llm is None else llm.cancel(job_id)
 
     def health(self) -> tuple[bool, dict[str, object]]:
         """(healthy, what /health shows). Reads memory only."""
@@ -149,15 +156,30 @@ class Service:
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
         }
 
-    def stream_opened(self, stream: object) -> None:
-        """Count a stream whose terminal event is still to be sent."""
-        with self._lock:
-            self._streams.add(stream)
+    def take_place(self) -> object:
+        """The place of one stream, until `leave_place`. A client that does not read keeps it past its job's end.
 
-    def stream_closed(self, stream: object) -> None:
-        """The stream has ended, however it did."""
+        Raises:
+            QueueFull: as many streams are open as there may be jobs; one more would take a thread that others need.
+        """
+        place = object()
         with self._lock:
-            self._streams.discard(stream)
+            late = time.monotonic() - LAST_EVENT_SEC
+            n_open = sum(1 for ended_at in self._streams.values() if ended_at is None or ended_at < late)
+            if n_open >= self.max_streams:
+                raise QueueFull("too many streams are still being read", retry_after=1)
+            self._streams[place] = None
+        return place
+
+    def place_ends(self, place: object) -> None:
+        """The last event is about to be sent. Its client may ask again before we know that it has been."""
+        with self._lock:
+            self._streams[place] = time.monotonic()
+
+    def leave_place(self, place: object) -> None:
+        """The stream has ended, however it did. Idempotent."""
+        with self._lock:
+            self._streams.pop(place, None)
             if not self._streams:
                 self._no_streams.notify_all()
 
@@ -281,6 +303,7 @@ class Service:
                 return
             self._state = "ready"
         events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
+        self.on_ready()
         background.begin()
         if config.print_curl:
             try:
@@ -330,7 +353,7 @@ def _facts(config: ServeConfig, info: dict[str, Any]) -> dict[str, Any]:
     """What /health shows of a loaded model."""
     return {
         "worker_id": config.worker_id,
-        "model": info.get("name") or os.path.basename(config.model),
+        "model": config.served_model_name or info.get("name") or os.path.basename(config.model),
         "resident": True,
         "quant_kind": info.get("quant_kind"),
         "vram_bytes_used": info.get("vram_bytes", 0),

@@ -31,11 +31,17 @@ LATE_SEC = 0.2
 MAX_PIECES_PER_WRITE = 64
 
 _PING = b": ping\n\n"
+_UNICODE_LINE_BREAKS = tuple((chr(c).encode(), b"\\u%04x" % c) for c in (0x85, 0x2028, 0x2029))
 
 
 def encode_event(name: str, data: Mapping[str, object]) -> bytes:
-    """One server-sent event. JSON escapes line breaks, so the data is one line."""
-    return b"event: " + name.encode("ascii") + b"\ndata: " + msgspec.json.encode(data, enc_hook=str) + b"\n\n"
+    """One server-sent event. JSON escapes the line breaks of ASCII; those of Unicode, at which many clients cut lines
+    too, are escaped here, so the data is one line for everybody."""
+    text = msgspec.json.encode(data, enc_hook=str)
+    if not text.isascii():
+        for line_break, escape in _UNICODE_LINE_BREAKS:
+            text = text.replace(line_break, escape)
+    return b"event: " + name.encode("ascii") + b"\ndata: " + text + b"\n\n"
 
 
 class ClientSocket:
@@ -56,14 +62,16 @@ class JobStream:
     """An iterable of SSE chunks, never empty ones. `close` cancels what is not finished and may come at any time.
 
     Args:
-        service: counts the stream, and is told of errors.
+        service: is told of errors and of the end.
+        place: the stream's place in the service.
         job: the job to follow, already submitted.
         events: log bound to the job and its correlation id.
         sock: the client's connection, None outside gunicorn.
     """
 
-    def __init__(self, service: Service, job: Job, events: EventLog, sock: socket.socket | None) -> None:
+    def __init__(self, service: Service, place: object, job: Job, events: EventLog, sock: socket.socket | None) -> None:
         self._service = service
+        self._place = place
         self._job = job
         self._log = events
         self._client = ClientSocket(sock)
@@ -75,7 +83,6 @@ class JobStream:
         self._tokens_out = 0
         self._closed = False
         self._chunks = self._run()
-        service.stream_opened(self)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -95,7 +102,7 @@ class JobStream:
             return
         self._closed = True
         self._job.cancel()
-        self._service.stream_closed(self)
+        self._service.leave_place(self._place)
         self._log.emit(
             "execute_end",
             "info" if "code" not in self._outcome else "warning",
@@ -123,6 +130,7 @@ class JobStream:
             while True:
                 event = job.next_event(WATCH_SEC)
                 if isinstance(event, Finished):
+                    self._service.place_ends(self._place)
                     yield self._finished(event)
                     return
                 if self._client.gone():
@@ -136,6 +144,7 @@ class JobStream:
         except Exception as error:
             if self._client.gone():
                 return
+            self._service.place_ends(self._place)
             yield self._failed(from_exception(error), error)
 
     def _pieces(self, first: TextPiece) -> bytes:

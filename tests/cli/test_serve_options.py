@@ -126,3 +126,22 @@ def test_files_named_from_a_removed_directory_are_refused(name, removed, capsys)
     args = [a for flag, path in files.items() for a in (f"--{flag}", path)]
     assert main.run(["serve", *args]) == 1
     assert "../m.gguf is named from the working directory, which was removed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.guard])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_that_should_protect_is_refused(monkeypatch, capsys, name, value):
+    variable = f"WORKER_ORCD_{name.upper()}"
+    monkeypatch.setattr("worker_orcd.wsgi.server.serve", lambda config: pytest.fail("it was served"))
+    monkeypatch.setenv(variable, value)
+    assert main.run(["serve", "--model", "m.gguf"]) == 1
+    assert f"INVALID_REQUEST: the environment variable {variable} is empty" in capsys.readouterr().err
+
+
+def test_the_guards_are_the_key_and_what_is_demanded_of_the_file(served, monkeypatch):
+    assert {name for name, flag in FLAGS.items() if flag.guard} == {"api_key", "expect_sha256", "trusted_models"}
+    monkeypatch.setenv("WORKER_ORCD_API_KEY", "")
+    assert served("--api-key", "k").api_key == "k", "the command line wins"
+    monkeypatch.delenv("WORKER_ORCD_API_KEY")
+    monkeypatch.setenv("WORKER_ORCD_SERVED_MODEL_NAME", "fast")
+    assert served().served_model_name == "fast"

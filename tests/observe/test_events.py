@@ -89,6 +89,13 @@ def test_unknown_format_is_refused():
         EventLog(None, "xml")
 
 
+def test_text_shows_the_job_and_its_correlation_id():
+    out = io.StringIO()
+    log = EventLog(out, "text", worker_id="w")
+    log.bind(job_id="j 1", correlation_id="c").bind(part=2).emit("execute_start", tokens_in=3)
+    assert out.getvalue().split(" ", 1)[1] == 'execute_start job_id="j 1" correlation_id=c part=2 tokens_in=3\n'
+
+
 @pytest.mark.parametrize("kind", ["none", "closed"])
 def test_no_standard_error_is_no_error(monkeypatch, kind):
     """A program with a window has none, and a shell can close it."""

@@ -66,6 +66,8 @@ COVERED_BY = {
     "worker_orcd/tokenizer/vocab.py": ["tokenizer/test_stream.py"],
     # HTTP: in-process clients, and a real server for what they cannot see
     "wsgi/gunicorn_worker.py": ["service/test_server.py"],
+    "wsgi/connections.py": ["service/test_collecting_worker.py"],
+    "wsgi/raw_answers.py": ["service/test_collecting_worker.py"],
     "wsgi/http_errors.py": ["service/test_app.py"],
     "wsgi/middleware.py": ["service/test_app.py"],
     "wsgi/native/cancel.py": ["service/test_app.py", "service/test_server.py"],

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from service.fake_llm import FakeLLM
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InsufficientVram, ModelLoadError
-from worker_orcd.wsgi import gunicorn_worker, sse
-from worker_orcd.wsgi.server import serve
+from worker_orcd.wsgi import collecting_worker, server, sse
 
 
 class Panic(BaseException):
@@ -41,6 +41,18 @@ def limit_processes(args):
         os.fork = refuse_fork
 
 
+def limit_send_buffers(n_bytes):
+    """Let the buffers of connections be full after a few answers."""
+    listen = server._listen
+
+    def listen_with_small_buffers(host, port):
+        listener = listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n_bytes)
+        return listener
+
+    server._listen = listen_with_small_buffers
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
@@ -54,18 +66,25 @@ def main():
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--api-key")
     parser.add_argument("--ping-sec", type=float, default=sse.PING_SEC)
+    parser.add_argument("--read-limit-sec", type=float, default=collecting_worker.READ_LIMIT_SEC)
+    parser.add_argument("--max-received-bytes", type=int, default=collecting_worker.MAX_RECEIVED_BYTES)
+    parser.add_argument("--send-buffer", type=int, help="bytes of each connection's")
+    parser.add_argument("--hold-files", type=int, default=0, help="files that the model keeps open")
     parser.add_argument("--print-curl", action="store_true")
     parser.add_argument("--no-thread", help="threads of this name cannot be started")
     parser.add_argument("--no-threads-while", type=Path, help="no thread can be started while there is this file")
     parser.add_argument("--no-fork", action="store_true")
-    parser.add_argument("--read-limit-sec", type=float, default=gunicorn_worker.READ_LIMIT_SEC)
     args = parser.parse_args()
     sse.PING_SEC = args.ping_sec
-    gunicorn_worker.READ_LIMIT_SEC = args.read_limit_sec
-
+    collecting_worker.READ_LIMIT_SEC = args.read_limit_sec
+    collecting_worker.MAX_RECEIVED_BYTES = args.max_received_bytes
+    if args.send_buffer:
+        limit_send_buffers(args.send_buffer)
     limit_processes(args)
+    held = []
 
     def load(config, progress, on_fatal, on_plan):
+        held.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(args.hold_files))
         end = time.monotonic() + args.load_seconds
         while time.monotonic() < end:
             progress(int(1000 - 1000 * (end - time.monotonic()) / args.load_seconds), 1000)
@@ -82,7 +101,7 @@ def main():
             os.kill(os.getpid(), signal.SIGKILL)
         return FakeLLM(config, on_fatal)
 
-    serve(
+    server.serve(
         ServeConfig(
             model="/nowhere/fake.gguf",
             port=args.port,

@@ -161,7 +161,7 @@ def test_on_a_terminal_the_log_is_text_and_the_curl_line_is_there(smollm2):
     )
     os.close(slave)
     seen, end = b"", time.monotonic() + 30
-    while b"curl -N" not in seen and time.monotonic() < end:
+    while not (b"curl -N" in seen and b" ready url=" in seen) and time.monotonic() < end:
         seen += os.read(master, 65536)
     process.terminate()
     assert process.wait(10) == 0

@@ -56,7 +56,7 @@ def raw(worker, data, read=65536, timeout=10.0):
 
 def test_events_come_one_by_one_in_order(worker):
     stream = worker.execute("slow", job_id="order", max_tokens=10, headers={"X-Correlation-Id": "corr-1"})
-    assert stream.status == 200 and stream.headers["Content-Type"] == "text/event-stream"
+    assert stream.status == 200 and stream.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert stream.headers["X-Correlation-Id"] == "corr-1"
     events, times = [], []
     while (event := stream.next()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,28 @@ class FilePath(click.ParamType):  # type: ignore[type-arg]  # older releases of 
             self.fail(error.message, param, ctx)
 
 
+class _Option(click.Option):
+    """An option whose empty variable counts as absent, but for one that guards something.
+
+    Args:
+        guard: refuse a variable that is set but empty: whoever set it meant to be protected.
+    """
+
+    def __init__(self, *args: Any, guard: bool = False, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._guard = guard
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The value of the first variable that has one. Called by click."""
+        names = [self.envvar] if isinstance(self.envvar, str) else self.envvar or ()
+        for name in names:
+            if self._guard and os.environ.get(name, "x").strip() == "":
+                raise InvalidRequest(
+                    f"the environment variable {name} is empty; give a value or unset it", field=self.name
+                )
+        return super().resolve_envvar_value(ctx)
+
+
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     """`click.option` with the variable WORKER_ORCD_<FLAG> for each of its names and the default shown in the help.
 
@@ -51,6 +74,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     variables = [ENV_PREFIX + flag[2:].replace("-", "_").upper() for flag in flags]
     settings.setdefault("envvar", variables if len(variables) > 1 else variables[0])
     settings.setdefault("show_envvar", True)
+    settings.setdefault("cls", _Option)
     if settings.get("default") is not None and not settings.get("is_flag"):
         settings.setdefault("show_default", True)
     return click.option(*names, **settings)
@@ -74,6 +98,8 @@ def config_option(name: str) -> Callable[[Any], Any]:
     if not flag.chosen and name in _DEFAULTS:  # with a default, be it None, click demands nothing
         settings["default"] = default
     settings["type"] = click.Choice(flag.choices) if flag.choices else _number_type(flag)
+    if flag.guard:
+        settings["guard"] = True
     if flag.metavar:
         settings["metavar"] = flag.metavar
     if flag.unit != 1:

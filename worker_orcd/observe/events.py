@@ -44,12 +44,14 @@ class EventLog:
         self._stream = stream
         self._fmt = fmt
         self._base = {k: v for k, v in base_fields.items() if v is not None}
+        self._told = frozenset(self._base)  # the same in every line, so text for people leaves them out
         self._lock = threading.RLock()
 
     def bind(self, **fields: object) -> EventLog:
         """A log that adds `fields` to every event and shares this one's stream and lock."""
         child = EventLog(self._stream, self._fmt, **{**self._base, **fields})
         child._lock = self._lock
+        child._told = self._told
         return child
 
     def emit(self, event: str, level: str = "info", /, **fields: object) -> None:
@@ -77,7 +79,7 @@ class EventLog:
 
     def _as_text(self, record: dict[str, object]) -> str:
         clock = str(record["ts"])[11:23]
-        shown = {k: v for k, v in record.items() if k not in ("ts", "level", "event") and k not in self._base}
+        shown = {k: v for k, v in record.items() if k not in ("ts", "level", "event") and k not in self._told}
         level = "" if record["level"] == "info" else f" {str(record['level']).upper()}"
         return f"{clock}{level} {record['event']}" + "".join(f" {k}={_text_value(v)}" for k, v in shown.items())
 

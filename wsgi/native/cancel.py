@@ -24,9 +24,8 @@ class Cancel:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Cancel the job named in the body; its stream ends with the error CANCELLED."""
-        llm = self._service.llm_for_cancel()
-        job_id = requests.decode(requests.read_body(req), CancelBody).job_id
+        job_id = requests.take(req, CancelBody).job_id
         check_job_id(job_id, plain_text=True)
-        state = llm.cancel(job_id)
+        state = self._service.cancel(job_id)
         self._service.events.emit("cancel", job_id=job_id, correlation_id=req.context.correlation_id, state=state)
         requests.answer_json(resp, 202, {"job_id": job_id, "state": state})

@@ -15,17 +15,19 @@ from worker_orcd.wsgi.native import requests
 from worker_orcd.wsgi.service import Service
 from worker_orcd.wsgi.sse import JobStream
 
-EVENT_STREAM = "text/event-stream"
+#: with the charset, because some clients read text without one as Latin-1
+EVENT_STREAM = "text/event-stream; charset=utf-8"
 
-_JSON_TYPES: dict[type, Any] = {int: int, float: float, list: list[str]}
+_JSON_TYPES: dict[type, Any] = {int: int | float, float: float, list: list[str]}
 
-#: body of POST /execute: job_id, prompt, and those sampling fields that are open to HTTP; types are checked, no values
+#: body of POST /execute: job_id, prompt, and those sampling fields that are open to HTTP; types are checked, no values.
+#: null stands for a field that is not given.
 ExecuteBody = msgspec.defstruct(
     "ExecuteBody",
     [
         ("job_id", str),
         ("prompt", str),
-        *((name, _JSON_TYPES[kind] | msgspec.UnsetType, msgspec.UNSET) for name, kind in HTTP_FIELDS.items()),
+        *((name, _JSON_TYPES[kind] | None, None) for name, kind in HTTP_FIELDS.items()),
     ],
     forbid_unknown_fields=True,
 )
@@ -49,17 +51,26 @@ class Execute:
         service, longest = self._service, self._service.config.inference_timeout_sec
         llm = service.llm()
         left = requests.seconds_left(req.get_header(requests.DEADLINE_HEADER))
-        body: Any = requests.decode(requests.read_body(req), ExecuteBody)
-        given = {name: v for name in HTTP_FIELDS if (v := getattr(body, name)) is not msgspec.UNSET}
+        body: Any = requests.take(req, ExecuteBody)
+        given: dict[str, Any] = {
+            name: requests.whole(name, value) if kind is int else value
+            for name, kind in HTTP_FIELDS.items()
+            if (value := getattr(body, name)) is not None
+        }
         request = Request(
             prompt=body.prompt,
             params=SamplingParams(**given),
             job_id=body.job_id,
             deadline=time.monotonic() + (longest if left is None else min(left, longest)),
         )
-        job = llm.submit_request(request, self._limits)
+        place = service.take_place()
+        try:
+            job = llm.submit_request(request, self._limits)
+        except BaseException:
+            service.leave_place(place)
+            raise
         log = service.events.bind(job_id=job.job_id, correlation_id=req.context.correlation_id)
-        resp.stream = JobStream(service, job, log, req.env.get("gunicorn.socket"))
+        resp.stream = JobStream(service, place, job, log, req.env.get("gunicorn.socket"))
         log.emit(
             "execute_start",
             tokens_in=job.tokens_in,
