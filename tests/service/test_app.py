@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from service.fake_llm import FakeLLM
 from service.in_process import App, error_of, events_of
 
 

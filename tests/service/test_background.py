@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from service.fake_llm import FakeLLM
-from service.test_app import App
+from service.in_process import App
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.errors import CudaError
 from worker_orcd.observe.events import EventLog
