@@ -83,8 +83,6 @@ class EngineLoop:
         self._inbox: list[SequenceState] = []
         self._drops: list[int] = []
         self._next_seq_id = 1
-        self._n_waiting = 0
-        self._n_free_slots = scheduler.n_free_slots
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
@@ -138,8 +136,6 @@ class EngineLoop:
             self._check_accepting()
             if job_id in self._jobs:
                 raise DuplicateJob(f"a job {job_id!r} is queued or running", job_id=job_id)
-            if bounded:
-                self._check_queue()
             seq_id = self._new_seq_id()
             job = Job(job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended)
             seq = SequenceState(
@@ -150,6 +146,8 @@ class EngineLoop:
                 not params.ignore_eos,
                 params.logprobs is not None,
             )
+            if bounded:
+                self._check_queue(seq)
             stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
             self._jobs[job.job_id] = job
             self._enqueue(Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
@@ -232,10 +230,9 @@ class EngineLoop:
         if not self._accepting:
             raise NotReady("the worker is shutting down")
 
-    def _check_queue(self) -> None:
-        # a slot is free for a new job only where no other waits for one
-        free = self._n_free_slots if self._n_waiting == 0 else 0
-        if self._n_waiting + max(0, len(self._inbox) + 1 - free) > self._max_queue:
+    def _check_queue(self, seq: SequenceState) -> None:
+        starts, n_wait = self._scheduler.outlook([*self._inbox, seq])
+        if not starts and self._scheduler.n_waiting + n_wait > self._max_queue:
             raise QueueFull(f"{self._max_queue} jobs are queued already; try again later", retry_after=1)
 
     def _new_seq_id(self) -> int:
@@ -246,7 +243,7 @@ class EngineLoop:
         self._entries[entry.seq.seq_id] = entry
         self._inbox.append(entry.seq)
         self._lock.notify_all()
-        if self._n_waiting == 0 and self._n_free_slots > 0:  # else it cannot start before another one ends
+        if self._scheduler.outlook(self._inbox)[0]:  # else it cannot start before another one ends
             self._control.interrupt()
 
     # -- ends
@@ -310,7 +307,6 @@ class EngineLoop:
                 self._inbox.clear()
                 self._drops.clear()
                 admitted = scheduler.admit()
-                self._n_waiting, self._n_free_slots = scheduler.n_waiting, scheduler.n_free_slots
             try:
                 self._work.begin(admitted)
                 self._work.run()
