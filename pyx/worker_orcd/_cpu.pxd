@@ -69,10 +69,6 @@ cdef extern from "cpu/sample.h" namespace "worker_orcd" nogil:
                                              SampleScratch& scratch) except +
 
 
-cdef extern from "cpu/threads.h" namespace "worker_orcd" nogil:
-    int usable_cores "worker_orcd::ThreadPool::usable_cores"() noexcept
-
-
 cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
     cdef cppclass EngineSizes:
         int32_t max_seqs, max_batch_tokens, context_length, max_blocks_per_seq, n_vocab, n_head_kv, head_dim

@@ -20,6 +20,7 @@ import numpy as np
 
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import InternalError, InvalidRequest
+from worker_orcd.machine import usable_cores
 from worker_orcd.models.ops import ACT_ACTIVATIONS, GLU_ACTIVATIONS, output_of
 from worker_orcd.gguf.quants import TYPES
 

@@ -28,6 +28,7 @@ from posix.unistd cimport pread
 from worker_orcd._gguf cimport Rule, rule_of
 from worker_orcd._gguf import CHECK_REASONS
 from worker_orcd.errors import CudaError, ModelLoadError
+from worker_orcd.machine import usable_cores
 
 from worker_orcd._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
 
@@ -468,7 +469,7 @@ def upload(Context context, ranges, *, consume=None, Stream stream=None, DeviceM
     start = time.monotonic()
     files = {r.file.fileno(): r.file for r in ranges}
     total = sum(r.nbytes for r in ranges)
-    n_readers = n_readers or min(len(os.sched_getaffinity(0)), MAX_READERS)
+    n_readers = n_readers or min(usable_cores(), MAX_READERS)
     n_readers = max(1, min(n_readers, MAX_READERS, MAX_PINNED // (SLOTS * chunk_bytes), total // chunk_bytes + 1))
     if staging is not None:
         window_bytes = staging.nbytes // N_WINDOWS // ALIGN * ALIGN

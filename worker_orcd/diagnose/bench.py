@@ -7,7 +7,6 @@ the same run, which is the bound of a small batch.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
+from worker_orcd.machine import usable_cores
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
 
@@ -106,7 +106,7 @@ class Bench:
         vram_limit_bytes: int | None = None,
     ) -> None:
         self.device = devices.resolve(device)
-        self.n_threads = n_threads or len(os.sched_getaffinity(0))
+        self.n_threads = n_threads or usable_cores()
         trusted = None if trusted_models is None else TrustedModels(trusted_models)
         self.model_file = ModelFile(model)
         try:
