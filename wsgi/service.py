@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
 FLUSH_SEC = 0.3
+#: facts of `ModelInfo` that say how many jobs run together
+_CAPACITY = ("max_seqs", "kv_positions", "default_seqs", "full_context_seqs")
 _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
@@ -251,7 +253,8 @@ class Service:
                 return
             self._state = "ready"
             self._background = background
-        events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
+        seqs = {name: info.get(name) for name in _CAPACITY}
+        events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at, **seqs)
         background.start()
         if config.print_curl:
             try:
@@ -319,6 +322,7 @@ def _facts(config: ServeConfig, info: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": info.get("n_vocab"),
         "context_length": info.get("context_length"),
         "sm": info.get("sm"),
+        **{name: info.get(name) for name in _CAPACITY},
         "cuda_runtime_version": info.get("cuda_runtime_version"),
         "device": info.get("device"),
         **provenance_facts(info),

@@ -129,9 +129,7 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.integers(6, 9), st.integers(1, 5), st.sampled_from([0, 1, 2, 4, 64]), st.sampled_from([1, 2, 5, 64]), EVENTS
-)
+@given(st.integers(6, 9), st.integers(1, 5), st.sampled_from([0, 1, 2, 4, 64]), st.sampled_from([1, 2, 5, 64]), EVENTS)
 def test_whatever_happens_nobody_is_passed_too_often_and_all_get_their_turn(
     n_blocks, max_seqs, max_passed, max_skipped, events
 ):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from worker_orcd.config import DEFAULT_MAX_TOKENS
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import Engine, EngineConfig
@@ -149,7 +150,11 @@ def _info(
         **verified.facts(),
         **devices.engine_facts(engine),
     }
-    block_bytes = kv_blocks.block_bytes(the_plan)
+    block_bytes, groups = kv_blocks.block_bytes(the_plan), the_plan.kv_groups
+
+    def seqs_held(n_positions: int) -> int:
+        return min(config.max_seqs, kv_blocks.sequences_held(groups, config.n_blocks, n_positions))
+
     return ModelInfo(
         **facts,
         context_length=config.context_length,
@@ -158,3 +163,6 @@ def _info(
         max_seqs=config.max_seqs,
         max_batch_tokens=config.max_batch_tokens,
     )
+        kv_positions=kv_blocks.positions_held(groups, config.n_blocks),
+        default_seqs=seqs_held(min(config.context_length, 64 + DEFAULT_MAX_TOKENS)),
+        full_context_seqs=seqs_held(config.context_length),
