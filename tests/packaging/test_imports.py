@@ -34,7 +34,7 @@ ROOMS = (
 LEAVES = ("errors", "config", "machine")
 #: compiled module -> the modules of ours that it may import, beside `errors`; rooms by their folder
 COMPILED = {
-    "_driver": (),
+    "_driver": ("machine",),
     "_gguf": (),
     "_ring": (),
     "_spm": (),

@@ -1,4 +1,4 @@
-"""What the machine allows: affinity, and control groups of both versions: nested, hidden, broken, in made-up folders."""
+"""What the machine allows: affinity, and control groups of both versions, nested, hidden and broken."""
 
 from __future__ import annotations
 
