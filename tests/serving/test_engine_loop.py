@@ -20,6 +20,7 @@ from worker_orcd.errors import (
     CudaError,
     DuplicateJob,
     InferenceTimeout,
+    InsufficientMemory,
     InternalError,
     InvalidRequest,
     NotReady,
@@ -325,6 +326,19 @@ def test_a_queue_full_of_large_jobs_is_open_for_a_small_one():
         assert [job.completion().finish_reason for job in small] == ["length"] * 2
         running.cancel()
         rig.settle()
+
+
+def test_logits_that_no_memory_is_given_for(monkeypatch):
+    def no_memory(shape, dtype):
+        raise MemoryError
+
+    with Rig() as rig:
+        with monkeypatch.context() as patched:
+            patched.setattr(np, "empty", no_memory)
+            with pytest.raises(InsufficientMemory, match="logits of 3 x 50 need 600 bytes") as caught:
+                rig.loop.forward(np.array([1, 2, 3], np.int32))
+        assert caught.value.fields["bytes_required"] == 600 and caught.value.fields["bytes_available"] > 0
+        assert rig.loop.forward(np.array([1, 2, 3], np.int32)).shape == (3, 50)
 
 
 # -- deadlines

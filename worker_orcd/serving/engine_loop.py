@@ -24,12 +24,13 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import (
     CudaError,
     DuplicateJob,
+    InsufficientMemory,
     InternalError,
     NotReady,
     QueueFull,
-    VramOom,
     WorkerError,
 )
+from worker_orcd.machine import free_memory
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
 from worker_orcd.serving.engine_work import EngineWork
 from worker_orcd.serving.entry import Entry, as_worker_error
@@ -160,16 +161,19 @@ class EngineLoop:
         """Teacher-forced logits of int32 [n]: float32 [n, n_vocab]. Waits for its turn among the jobs.
 
         Raises:
-            InvalidRequest, VramOom: too long. NotReady: the loop is closed, or closes meanwhile.
+            InvalidRequest, VramOom: too long. InsufficientMemory: the system gives none for the logits.
+            NotReady: the loop is closed, or closes meanwhile.
         """
         self._scheduler.check(len(tokens), 0)
         shape = (len(tokens), self._engine.n_vocab)
         try:
             logits = np.empty(shape, np.float32)
         except MemoryError:
-            raise VramOom(
-                f"logits of {shape[0]} x {shape[1]} need {4 * shape[0] * shape[1]} bytes of host memory",
-                bytes_required=4 * shape[0] * shape[1],
+            needed, free = 4 * shape[0] * shape[1], free_memory()
+            raise InsufficientMemory(
+                f"logits of {shape[0]} x {shape[1]} need {needed:,} bytes of memory, and the system does not give them",
+                needed,
+                free,
             ) from None
         with self._lock:
             self._check_accepting()
