@@ -120,7 +120,10 @@ cdef class CudaEngine:
         """What to raise in the place of a driver call's error that there is no memory, else None."""
         if not isinstance(error, CudaError) or error.fields.get("status_name") != "CUDA_ERROR_OUT_OF_MEMORY":
             return None
-        free, _ = self.context.memory()
+        try:
+            free, _ = self.context.memory()
+        except CudaError:
+            return None     # the first error says more
         device, needed = f"cuda:{self.context.device}", self.vram_plan.required
         return InsufficientVram(
             f"{model_file.path} needs {needed:,} bytes of device memory; beside those that it has taken, {device} has "

@@ -118,7 +118,9 @@ class Admission:
         return last, len(arriving) - n_admitted
 
     def _need(self, seq: SequenceState) -> list[int]:
-        return [blocks_needed(group, seq.n_positions) for group in self._groups]
+        if not seq.need:
+            seq.need = [blocks_needed(group, seq.n_positions) for group in self._groups]
+        return seq.need
 
 
 def _fits(need: Sequence[int], free: Sequence[int]) -> bool:

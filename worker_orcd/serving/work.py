@@ -50,7 +50,8 @@ class SequenceState:
     n_passed: int = 0
     ended: str | None = None
     blocks: list[dict[int, int]] = field(default_factory=list)  # per KV group: {block number: block of the pool}
-    reserved: list[int] = field(default_factory=list)  # per KV group
+    need: list[int] = field(default_factory=list)  # per KV group: blocks to set aside; admission fills it in
+    reserved: list[int] = field(default_factory=list)  # per KV group: those that are set aside
 
     @property
     def n_prompt(self) -> int:
