@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import sys
 import sysconfig
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import build_cuda  # noqa: E402
 import gen_params  # noqa: E402
 
+usable_cores = runpy.run_path(str(ROOT / "worker_orcd" / "machine.py"))["usable_cores"]
 SANITIZE = os.environ.get("WORKER_ORCD_SANITIZE", "")
 #: C++ sources of an extension, as globs in csrc; an extension not named here has none
 CPP_SOURCES = {
@@ -172,7 +174,7 @@ class BuildExt(build_ext):
             stamp = "\n".join([self.compiler_version, *(f.replace(str(self.cuda_root()), "CUDA") for f in flags)])
             if build_cuda.is_stale(obj, stamp):
                 todo.append((f"c++ {source.name}", lambda a=(source, obj, flags, stamp): self.compile_object(*a)))
-        workers = int(os.environ.get("WORKER_ORCD_BUILD_JOBS") or min(len(os.sched_getaffinity(0)), 8))
+        workers = int(os.environ.get("WORKER_ORCD_BUILD_JOBS") or min(usable_cores(), 8))
         say(f"{len(todo)} files to compile, {workers} at a time")
 
         def one(numbered: tuple[int, tuple[str, object]]) -> None:

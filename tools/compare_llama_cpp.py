@@ -27,10 +27,12 @@ def main() -> None:
     if sys.argv[1:2] == [_PEER]:
         peer(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         return
+    from worker_orcd.machine import usable_cores
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--python", default=sys.executable, help="interpreter that can import llama_cpp")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("-p", "--n-prompt", type=int, default=128)
     parser.add_argument("-n", "--n-gen", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=5)

@@ -26,6 +26,8 @@ DEFAULT_MAX_TOKENS = 2048
 MAX_STOPS, MAX_STOP_TOKENS = 4, 32
 #: most likely tokens whose log-probabilities a request may want with each token
 MAX_LOGPROBS = 20
+#: share of a GPU's memory that a process takes at most where nobody says another
+GPU_MEMORY_UTILIZATION = 0.92
 #: bytes of a request body; more is refused before it is parsed
 MAX_BODY_BYTES = 1 << 20
 #: threads beyond the streams: health probes, cancels, refusals
@@ -136,7 +138,7 @@ class ServeConfig:
     vram_limit_bytes: int | None = field(
         default=None,
         metadata=_flag(
-            "MiB of the GPU's memory that the model may take in all. Default: what is free.",
+            "MiB of the GPU's memory that the model may take in all. Default: what --gpu-memory-utilization allows.",
             "MB",
             int,
             1,
@@ -144,6 +146,16 @@ class ServeConfig:
             "least",
             name="vram-limit-mb",
             unit=1 << 20,
+        ),
+    )
+    gpu_memory_utilization: float = field(
+        default=GPU_MEMORY_UTILIZATION,
+        metadata=_flag(
+            "Share of the GPU's memory that this process may take at most; never more than what is free.",
+            "SHARE",
+            float,
+            0.01,
+            1.0,
         ),
     )
     tokenizer: str | None = field(
@@ -177,7 +189,14 @@ class ServeConfig:
     )
     n_threads: int = field(
         default=0,
-        metadata=_flag("Threads of the CPU engine; 0: one per core.", "N", int, 0, 4096, name="threads"),
+        metadata=_flag(
+            "Threads of the CPU engine; 0: one for each core that the process may use.",
+            "N",
+            int,
+            0,
+            4096,
+            name="threads",
+        ),
     )
     chunk_bytes: int = field(
         default=1 << 20, metadata=_flag("Bytes of one host-to-device copy.", "N", int, 4096, 1 << 30)

@@ -106,6 +106,15 @@ class InsufficientVram(WorkerError):
         super().__init__(message, bytes_required=bytes_required, bytes_available=bytes_available, **fields)
 
 
+class InsufficientMemory(WorkerError):
+    """The host gives no memory of this size; carries `bytes_required` and, where it is known, `bytes_available`."""
+
+    code, status = "INSUFFICIENT_MEMORY", 503
+
+    def __init__(self, message: str, bytes_required: int, bytes_available: int | None, **fields: object) -> None:
+        super().__init__(message, bytes_required=bytes_required, bytes_available=bytes_available, **fields)
+
+
 class VramOom(WorkerError):
     """One job can never fit the KV arena."""
 

@@ -29,6 +29,8 @@ EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 FLUSH_SEC = 0.5
 #: seconds for sending the last event of a stream; afterwards its client is known not to read
 LAST_EVENT_SEC = 0.5
+#: facts of `ModelInfo` that say how many jobs run together
+_CAPACITY = ("max_seqs", "kv_positions", "default_seqs", "full_context_seqs")
 _PROGRESS_STEPS = (25, 50, 75, 100)
 
 Progress = Callable[[int, int], None]
@@ -55,6 +57,7 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
         expect_sha256=config.expect_sha256,
         trusted_models=config.trusted_models,
         vram_limit_bytes=config.vram_limit_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
         chunk_bytes=config.chunk_bytes,
         progress=True if config.progress_bar else progress,
         on_fatal=on_fatal,
@@ -302,7 +305,8 @@ class Service:
             if self._state != "loading":
                 return
             self._state = "ready"
-        events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at)
+        seqs = {name: info.get(name) for name in _CAPACITY}
+        events.emit("ready", url=self.url, seconds=time.monotonic() - self._started_at, **seqs)
         self.on_ready()
         background.begin()
         if config.print_curl:
@@ -360,6 +364,7 @@ def _facts(config: ServeConfig, info: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_kind": info.get("tokenizer_kind"),
         "vocab_size": info.get("n_vocab"),
         "context_length": info.get("context_length"),
+        **{name: info.get(name) for name in _CAPACITY},
         "sm": info.get("sm"),
         "cuda_runtime_version": info.get("cuda_runtime_version"),
         "device": info.get("device"),

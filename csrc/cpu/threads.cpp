@@ -11,14 +11,6 @@ static constexpr int kSpins = 1500;
 
 static inline void pause_cpu() { __builtin_ia32_pause(); }
 
-int ThreadPool::usable_cores() noexcept {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
-    unsigned n = std::thread::hardware_concurrency();
-    return n > 0 ? (int)n : 1;
-}
-
 ThreadPool::ThreadPool(int n_threads) {
     try {
         for (int i = 1; i < n_threads; ++i) workers_.emplace_back([this, i] { work(i); });

@@ -37,9 +37,6 @@ class ThreadPool {
         share(call, &body, n_chunks);
     }
 
-    // Cores this process may use.
-    static int usable_cores() noexcept;
-
   private:
     using Call = void (*)(const void* body, int64_t chunk, int thread);
     // What a worker needs of a job. Two take turns: a late worker may still read the one before.

@@ -69,10 +69,6 @@ cdef extern from "cpu/sample.h" namespace "worker_orcd" nogil:
                                              SampleScratch& scratch) except +
 
 
-cdef extern from "cpu/threads.h" namespace "worker_orcd" nogil:
-    int usable_cores "worker_orcd::ThreadPool::usable_cores"() noexcept
-
-
 cdef extern from "host/file_watch.h" namespace "worker_orcd" nogil:
     cdef struct WatchedFile:
         int fd

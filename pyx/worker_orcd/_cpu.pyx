@@ -18,8 +18,10 @@ import os
 
 import numpy as np
 
+from worker_orcd.engine.kv_blocks import block_bytes
 from worker_orcd.engine.protocol import BLOCK_SIZE
-from worker_orcd.errors import EngineGone, InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.errors import EngineGone, InsufficientMemory, InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.machine import free_memory, usable_cores
 from worker_orcd.models.ops import ACT_ACTIVATIONS, GLU_ACTIVATIONS, output_of
 from worker_orcd.gguf.quants import TYPES
 
@@ -146,6 +148,17 @@ cdef const int32_t* _int32s(const int32_t[::1] a) noexcept:
     return &a[0] if a.shape[0] > 0 else NULL
 
 
+def _no_memory(plan, config):
+    kv = sum(n * size for n, size in zip(config.n_blocks, block_bytes(plan), strict=True))
+    buffers = 4 * config.max_batch_tokens * sum(buffer.width for buffer in plan.buffers.values())
+    tables = 4 * len(plan.kv_groups) * config.max_seqs * config.max_blocks_per_seq
+    free = free_memory()
+    return InsufficientMemory(
+        f"the CPU engine needs more than {kv + buffers + tables:,} bytes of memory (KV cache {kv:,}, activations "
+        f"{buffers:,}), and the system does not give them"
+        f"{'' if free is None else f'; {free:,} bytes are free'}", kv + buffers + tables, free)
+
+
 cdef class CpuEngine:
     """A model on the CPU; see `worker_orcd.engine.protocol.Engine` for the protocol.
 
@@ -163,7 +176,8 @@ cdef class CpuEngine:
 
     Raises:
         InvalidRequest: sizes out of range, an unknown WORKER_ORCD_CPU_ISA.
-        InternalError: a plan that does not fit its file or itself; no memory, fewer threads than asked for.
+        InsufficientMemory: the system does not give the memory; both numbers.
+        InternalError: a plan that does not fit its file or itself; fewer threads than asked for.
     """
 
     cdef Engine* engine
@@ -208,7 +222,7 @@ cdef class CpuEngine:
         except RuntimeError as e:
             raise InternalError(f"the system gives no {threads} threads for the CPU engine: {e}") from None
         except MemoryError:
-            raise InternalError("the CPU engine could not be set up: no memory") from None
+            raise _no_memory(plan, config) from None
         try:
             for part in getattr(model_file, "parts", ()):
                 file.fd, file.size, file.mtime_ns = part.fileno(), part.size, part.stat.st_mtime_ns
@@ -217,8 +231,10 @@ cdef class CpuEngine:
             self.engine.finish(self.buffer_index["logits"])
             # Backed by a bytearray, which cannot be resized while it is looked at; an array's own memory could be.
             self.block_tables = np.frombuffer(bytearray(4 * shape[0] * shape[1] * shape[2]), np.int32).reshape(shape)
-        except (MemoryError, RuntimeError) as e:
-            raise InternalError(f"the CPU engine could not be set up: {e or 'no memory'}") from None
+        except MemoryError:
+            raise _no_memory(plan, config) from None
+        except RuntimeError as e:
+            raise InternalError(f"the CPU engine could not be set up: {e}") from None
         self.block_tables[:] = -1
         self.tables = self.block_tables
         self.rope_tables = np.frombuffer(bytearray(4 * config.max_seqs), np.int32)

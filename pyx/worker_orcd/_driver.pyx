@@ -18,8 +18,11 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, strcmp
 from posix.unistd cimport getpid
 
-from worker_orcd.errors import CudaError
+from worker_orcd.errors import CudaError, InsufficientMemory, InsufficientVram
+from worker_orcd.machine import free_memory
 
+#: about what the driver takes for a context of its own
+_CONTEXT_BYTES = 512 << 20
 #: statuses after which the context can never be used again
 _STICKY = frozenset({214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719})
 
@@ -32,16 +35,23 @@ cdef cu.CUresult _fail_status = cu.CUDA_ERROR_UNKNOWN
 cdef bint _fail_for_good = False    # with a sticky status every later call fails too
 
 
-def _fail_nth(long n):
+def _fail_nth(long n, str call="", int status=cu.CUDA_ERROR_UNKNOWN):
     """Make the n-th driver call from now fail (tests; only where WORKER_ORCD_FAULTS=1 is set). 0: none.
+
+    Args:
+        call: count calls of this name alone; "": all.
+        status: what the call that fails returns.
 
     Returns:
         how many calls the fault set before was still away; 0 when it has come.
     """
-    global _fail_at
+    global _fail_at, _fail_name, _fail_call, _fail_status, _fail_for_good
     if os.environ.get("WORKER_ORCD_FAULTS") != "1":
         raise RuntimeError("fault injection needs WORKER_ORCD_FAULTS=1")
-    left, _fail_at = _fail_at, n
+    left, _fail_at = _fail_at, 0
+    _fail_name, _fail_status, _fail_for_good = call.encode(), <cu.CUresult>status, False
+    _fail_call = <const char*>_fail_name if call else NULL
+    _fail_at = n
     return left
 
 
@@ -90,6 +100,11 @@ def _raise(int status, str call):
     if cu.cuGetErrorName(<cu.CUresult>status, &text) == cu.CUDA_SUCCESS and text != NULL:
         name = (<bytes>text).decode()
     raise CudaError(f"{call} failed: {name}", call=call, status_name=name, sticky=status in _STICKY)
+
+
+cdef bint out_of_memory(error) except -1:
+    """Whether a driver call failed because there is no memory."""
+    return error.fields.get("status_name") == "CUDA_ERROR_OUT_OF_MEMORY"
 
 
 cdef int _init() except -1:
@@ -149,6 +164,7 @@ cdef class Context:
 
     Raises:
         CudaError: no driver, no GPU, index out of range, or the process was forked after CUDA was initialized.
+        InsufficientVram: the GPU has no memory left for a context.
     """
 
     def __init__(self, int device=0):
@@ -171,8 +187,16 @@ cdef class Context:
         with nogil:
             status = cu.cuDevicePrimaryCtxRetain(&self.ctx, self.handle)
             self.open = self.ctx != NULL
+        try:
             check(status, b"cuDevicePrimaryCtxRetain")
-            self.enter()
+        except CudaError as error:
+            if not out_of_memory(error):
+                raise
+            raise InsufficientVram(
+                f"cuda:{device} has no memory for a context, which takes about {_CONTEXT_BYTES:,} bytes: other "
+                f"processes hold the {self.total_bytes:,} bytes of the GPU ({error.message})",
+                _CONTEXT_BYTES, 0, device=f"cuda:{device}") from None
+        self.enter()
 
     cdef int enter(self) except -1 nogil:
         """Make the context current on the calling thread."""
@@ -220,11 +244,12 @@ cdef class Context:
         return Library(self, name, code)
 
     def allocate(self, size_t nbytes, str label=""):
-        """`nbytes` of device memory, 256-byte aligned, as a `DeviceMemory`."""
+        """`nbytes` of device memory, 256-byte aligned, as a `DeviceMemory`; InsufficientVram where there are none."""
         return DeviceMemory(self, nbytes, label)
 
     def pinned(self, size_t nbytes):
-        """`nbytes` of page-locked host memory that the device can address, as a `PinnedMemory`."""
+        """`nbytes` of page-locked host memory that the device can address, as a `PinnedMemory`; InsufficientMemory
+        where there are none."""
         return PinnedMemory(self, nbytes)
 
     def stream(self):
@@ -264,6 +289,7 @@ include "driver_work.pxi"
 
 def device_copy_gbps(Context context, size_t nbytes=1 << 30, int repeat=10):
     """Bandwidth of a device-to-device copy in GB/s, bytes read and written both counted; the yardstick of benches."""
+    nbytes = min(nbytes, max(context.memory()[0] // 4, 1 << 20))   # beside a model there may be little left
     cdef DeviceMemory a = DeviceMemory(context, nbytes, "bench"), b = DeviceMemory(context, nbytes, "bench")
     cdef Stream stream = Stream(context)
     cdef int i

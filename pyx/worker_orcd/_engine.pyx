@@ -30,7 +30,9 @@ from worker_orcd.cuda.launches import Launches
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE
-from worker_orcd.errors import CudaError, EngineGone, InternalError, InvalidRequest, ModelLoadError
+from worker_orcd.errors import (
+    CudaError, EngineGone, InsufficientVram, InternalError, InvalidRequest, ModelLoadError,
+)
 from worker_orcd.gguf import quants
 from worker_orcd.models import ops as plan_ops
 
@@ -70,7 +72,9 @@ cdef class CudaEngine:
         on_plan: called with (`VramPlan`, free bytes) before anything is allocated, also where it does not fit.
 
     Raises:
-        InsufficientVram: weights, KV cache and workspace need more than is free; carries both numbers.
+        InsufficientVram: weights, KV cache and workspace need more than is free, or the driver gives less than it said;
+            carries both numbers.
+        InsufficientMemory: the system gives no page-locked memory.
         CudaError: the driver refused something.
         ModelLoadError: a shape that no kernel is built for, or the file changed while it was read, or `check` found
             something.
@@ -107,9 +111,25 @@ cdef class CudaEngine:
             self._load(model_file, check, chunk_bytes, progress)
             self._build()
             self._capture()
-        except BaseException:
+        except BaseException as error:
+            short = self._short_of_memory(error, model_file)
             self.close()
+            if short is not None:
+                raise short from error
             raise
+
+    def _short_of_memory(self, error, model_file):
+        """What to raise in the place of a driver call's error that there is no memory, else None."""
+        if not isinstance(error, CudaError) or error.fields.get("status_name") != "CUDA_ERROR_OUT_OF_MEMORY":
+            return None
+        try:
+            free, _ = self.context.memory()
+        except CudaError:
+            return None     # the first error says more
+        device, needed = f"cuda:{self.context.device}", self.vram_plan.required
+        return InsufficientVram(
+            f"{model_file.path} needs {needed:,} bytes of device memory; beside those that it has taken, {device} has "
+            f"{free:,} free ({error.message})", needed, free, device=device, path=model_file.path)
 
     # ---- memory and weights
 

@@ -27,7 +27,8 @@ from posix.unistd cimport pread
 
 from worker_orcd._gguf cimport Rule, rule_of
 from worker_orcd._gguf import CHECK_REASONS
-from worker_orcd.errors import CudaError, InternalError, ModelLoadError, quoted
+from worker_orcd.errors import CudaError, InsufficientMemory, InternalError, ModelLoadError, quoted
+from worker_orcd.machine import usable_cores
 
 from worker_orcd._driver cimport Context, DeviceMemory, Event, PinnedMemory, Stream, await_event, mark_nogil
 
@@ -348,7 +349,12 @@ cdef class _Load:
         """Load everything. Returns when all copies and all that is done with them are queued, or something failed."""
         cdef _Reader reader
         for _ in range(n_readers):
-            reader = _Reader(self.context, self.chunk_bytes)
+            try:
+                reader = _Reader(self.context, self.chunk_bytes)
+            except InsufficientMemory:
+                if not self.readers:
+                    raise
+                break       # fewer readers than were wanted are slower, and that is all
             self.readers.append(reader)
             self.streams.push_back(reader.stream.handle)
             self.tails.push_back(reader.tail)
@@ -472,7 +478,7 @@ def upload(Context context, ranges, *, consume=None, Stream stream=None, DeviceM
     start = time.monotonic()
     files = {r.file.fileno(): r.file for r in ranges}
     total = sum(r.nbytes for r in ranges)
-    n_readers = n_readers or min(len(os.sched_getaffinity(0)), MAX_READERS)
+    n_readers = n_readers or min(usable_cores(), MAX_READERS)
     n_readers = max(1, min(n_readers, MAX_READERS, MAX_PINNED // (SLOTS * chunk_bytes), total // chunk_bytes + 1))
     if staging is not None:
         window_bytes = staging.nbytes // N_WINDOWS // ALIGN * ALIGN
@@ -492,4 +498,4 @@ def upload(Context context, ranges, *, consume=None, Stream stream=None, DeviceM
         load.close()
         if own is not None:
             own.close()
-    return UploadStats(total, time.monotonic() - start, n_readers)
+    return UploadStats(total, time.monotonic() - start, len(load.readers))

@@ -11,11 +11,20 @@ cdef class DeviceMemory:
         context.require_open()
         if nbytes == 0:
             return
-        with nogil:
-            if managed:
-                check(cu.cuMemAllocManaged(&self.handle, nbytes, cu.CU_MEM_ATTACH_GLOBAL), b"cuMemAllocManaged")
-            else:
-                check(cu.cuMemAlloc(&self.handle, nbytes), b"cuMemAlloc")
+        try:
+            with nogil:
+                if managed:
+                    check(cu.cuMemAllocManaged(&self.handle, nbytes, cu.CU_MEM_ATTACH_GLOBAL), b"cuMemAllocManaged")
+                else:
+                    check(cu.cuMemAlloc(&self.handle, nbytes), b"cuMemAlloc")
+        except CudaError as error:
+            if not out_of_memory(error):
+                raise
+            free, total = context.memory()
+            raise InsufficientVram(
+                f"cuda:{context.device} gives no {nbytes:,} bytes of device memory for {label or 'a buffer'}; it has "
+                f"{free:,} of {total:,} free ({error.message})",
+                nbytes, free, device=f"cuda:{context.device}") from None
         context.live.add(self)
 
     @property
@@ -88,8 +97,17 @@ cdef class PinnedMemory:
         cdef size_t size = nbytes if nbytes else 1
         self.context, self.nbytes = context, nbytes
         context.require_open()
+        try:
+            with nogil:
+                check(cu.cuMemHostAlloc(&self.host, size, flags), b"cuMemHostAlloc")
+        except CudaError as error:
+            if not out_of_memory(error):
+                raise
+            free = free_memory()
+            raise InsufficientMemory(
+                f"the system gives no {size:,} bytes of page-locked memory"
+                f"{'' if free is None else f'; {free:,} bytes are free'} ({error.message})", size, free) from None
         with nogil:
-            check(cu.cuMemHostAlloc(&self.host, size, flags), b"cuMemHostAlloc")
             check(cu.cuMemHostGetDevicePointer(&self.mapped, self.host, 0), b"cuMemHostGetDevicePointer")
         context.live.add(self)
 

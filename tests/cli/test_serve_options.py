@@ -82,6 +82,8 @@ def test_a_flag_reaches_its_field(served):
     assert given == default
     assert served("--kv-cache-size-mb", "3").kv_cache_bytes == 3 << 20
     assert served("--vram-limit-mb", "5").vram_limit_bytes == 5 << 20
+    assert served().gpu_memory_utilization == 0.92
+    assert served("--gpu-memory-utilization", "0.5").gpu_memory_utilization == 0.5
     assert served("--threads", "2").n_threads == 2 and served("--no-check-tensors").check_tensors is False
     assert served("--gpu-device", "3").device == "cuda:3" and served("--print-curl").print_curl is True
     home = os.path.expanduser("~")

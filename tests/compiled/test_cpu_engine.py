@@ -18,7 +18,7 @@ from helpers.synthetic_plan import N_POSITIONS, N_VOCAB, every_op
 from worker_orcd._cpu import CpuEngine
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine.protocol import Batch, EngineConfig
-from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError, WorkerError
+from worker_orcd.errors import InsufficientMemory, InternalError, InvalidRequest, ModelLoadError, WorkerError
 from worker_orcd.models.ops import Op, View
 
 
@@ -151,8 +151,9 @@ def test_bad_surroundings(monkeypatch):
     with pytest.raises(InvalidRequest, match="'sse9' is unknown"):
         make_engine(mf, plan)
     monkeypatch.delenv("WORKER_ORCD_CPU_ISA")
-    with pytest.raises(InternalError, match="could not be set up"):
-        make_engine(mf, plan, max_seqs=4096, max_batch_tokens=4096, context_length=1 << 20)  # 1.7 TB of KV cache
+    with pytest.raises(InsufficientMemory, match=r"KV cache .* bytes are free") as e:
+        make_engine(mf, plan, max_seqs=4096, max_batch_tokens=4096, context_length=1 << 20)
+    assert e.value.fields["bytes_required"] > 1.3e12 > e.value.fields["bytes_available"] > 0
 
 
 def test_plans_that_do_not_fit_are_refused():

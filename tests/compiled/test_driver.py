@@ -119,6 +119,8 @@ for call in (lambda: c.allocate(10), lambda: c.allocate(10), s.synchronize):
         print("fine")
     except errors.CudaError as e:
         print(e.fields["call"], e.fields["status_name"], e.sticky)
+    except errors.InsufficientVram as e:
+        print(e.code, e.fields["bytes_required"])
 c.close()
 """
 
@@ -130,7 +132,8 @@ c.close()
             "700",
             ["fine", "cuMemAlloc CUDA_ERROR_ILLEGAL_ADDRESS True", "cuCtxSetCurrent CUDA_ERROR_ILLEGAL_ADDRESS True"],
         ),
-        ("2", ["fine", "cuMemAlloc CUDA_ERROR_OUT_OF_MEMORY False", "fine"]),
+        ("1", ["fine", "cuMemAlloc CUDA_ERROR_INVALID_VALUE False", "fine"]),
+        ("2", ["fine", "INSUFFICIENT_VRAM 10", "fine"]),
     ],
 )
 def test_a_fault_set_by_the_environment(fake_driver: Path, status: str, said: list[str]):

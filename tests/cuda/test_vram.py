@@ -7,7 +7,7 @@ from helpers.fake_file import FakeFile
 
 from worker_orcd._engine import plan_memory
 from worker_orcd.cuda import memory
-from worker_orcd.cuda.vram import VramPlan
+from worker_orcd.cuda.vram import CONTEXT_BYTES, MARGIN_BYTES, Allowance, VramPlan
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.models import plan
@@ -56,6 +56,33 @@ def test_the_error_says_what_kv_cache_would_fit():
     with pytest.raises(InsufficientVram) as e:
         PLAN.check(1000, "cuda:0", "m.gguf")
     assert "would fit" not in str(e.value)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("free", "utilization", "limit", "allowed", "why"),
+    [
+        (79 * GIB, 0.5, None, 40 * GIB - CONTEXT_BYTES, "gpu_memory_utilization is 0.5"),
+        (80 * GIB - 1000, 0.5, None, 40 * GIB - 1000, "gpu_memory_utilization is 0.5"),
+        (30 * GIB, 0.5, None, 30 * GIB - MARGIN_BYTES, "a margin"),
+        (79 * GIB, 1.0, None, 79 * GIB - MARGIN_BYTES, "a margin"),
+        (79 * GIB, 0.5, 10 * GIB, 10 * GIB, f"the limit is {10 * GIB:,}"),
+        (5 * GIB, 0.5, 10 * GIB, 5 * GIB - MARGIN_BYTES, "a margin"),
+        (1000, 0.5, None, 0, "a margin"),
+        (79 * GIB, 0.001, None, 0, "gpu_memory_utilization is 0.001"),
+    ],
+)
+def test_what_may_be_taken(free, utilization, limit, allowed, why):
+    allowance = Allowance(free, 80 * GIB, utilization, limit)
+    assert allowance.nbytes == allowed
+    assert f"{free:,}" in str(allowance) and why in str(allowance) and f"{allowed:,}" in str(allowance)
+    with pytest.raises(InsufficientVram) as e:
+        VramPlan(allowed + 1, 0, 0, 0, 0).check(allowance, "cuda:0", "m.gguf")
+    assert (e.value.fields["bytes_required"], e.value.fields["bytes_available"]) == (allowed + 1, allowed)
+    assert why in e.value.message
+    VramPlan(allowed, 0, 0, 0, 0).check(allowance, "cuda:0", "m.gguf")
 
 
 def test_table():

@@ -76,6 +76,25 @@ def test_a_block_of_no_pool_is_refused(block, verb):
         getattr(pool, verb)(block)
 
 
+def test_how_many_sequences_the_pools_hold():
+    full, sliding = KvGroup(0, (0,)), KvGroup(24, (1,))
+    assert kv_blocks.sequences_held((full,), (33,), 2112) == 1 and kv_blocks.sequences_held((full,), (32,), 2112) == 0
+    assert kv_blocks.sequences_held((full, sliding), (330, 6), 2112) == 6 // kv_blocks.window_blocks(24)
+    assert kv_blocks.positions_held((full, sliding), (33, 1)) == 33 * BLOCK_SIZE
+    assert kv_blocks.positions_held((sliding,), (5,)) is None
+
+
+@pytest.mark.parametrize("extra", [0, 1, 30, 100, 1000])
+def test_a_long_context_leaves_windowed_layers_what_many_sequences_need(extra):
+    """One sequence of the whole context fits, and the rest is for the group that has fewer."""
+    groups = (KvGroup(0, (0,)), KvGroup(128, (1,)))
+    plan = Plan("x", 10, 8, 2, 2, 32, 131_072, None, {}, {}, (), groups, (0, 1))
+    size, (full, sliding) = kv_blocks.block_bytes(plan)[0], (2048, 4)
+    blocks = kv_blocks.blocks_within(plan, (full + sliding + extra) * size, 32, 256, 131_072)
+    assert sum(blocks) == full + sliding + extra and blocks[0] >= full
+    assert blocks[1] == min(sliding + extra, 32 * sliding + 256 // 64)
+
+
 def test_bytes_of_blocks_are_those_of_their_layers():
     """float16 K and V: 64 positions of 2 KV heads of 32 take 16 KiB a layer."""
     plan = Plan("x", 10, 8, 3, 2, 32, 1024, None, {}, {}, (), (KvGroup(0, (0, 2)), KvGroup(24, (1,))), (0, 1, 0))

@@ -13,7 +13,7 @@ from helpers.upload_cases import PlainFile
 
 from worker_orcd import _driver
 from worker_orcd._upload import FileRange, upload
-from worker_orcd.errors import CudaError, WorkerError
+from worker_orcd.errors import CudaError, InsufficientMemory, InsufficientVram, WorkerError
 
 FAKE = ctypes.CDLL("libcuda.so.1")
 FAKE.fake_device_bytes.restype = FAKE.fake_host_blocks.restype = ctypes.c_size_t
@@ -111,6 +111,58 @@ def test_fault_injection_needs_its_switch(monkeypatch):
     monkeypatch.setenv("WORKER_ORCD_FAULTS", "0")
     with pytest.raises(RuntimeError, match="WORKER_ORCD_FAULTS"):
         _driver._fail_nth(1)
+
+
+OOM = 2
+
+
+def test_page_locked_memory_that_is_not_there(context):
+    _driver._fail_nth(1, "cuMemHostAlloc", OOM)
+    with pytest.raises(InsufficientMemory, match="no 4,096 bytes of page-locked memory") as e:
+        context.pinned(4096)
+    assert e.value.fields["bytes_required"] == 4096 and e.value.fields["bytes_available"] > 0
+    assert e.value.code == "INSUFFICIENT_MEMORY"
+    assert leftovers() == {**NOTHING, "contexts": 1}
+
+
+def test_a_gpu_without_room_for_a_context():
+    _driver._fail_nth(1, "cuDevicePrimaryCtxRetain", OOM)
+    with pytest.raises(InsufficientVram, match="no memory for a context") as e:
+        _driver.Context(0)
+    assert e.value.fields["bytes_required"] > e.value.fields["bytes_available"] == 0
+    assert leftovers() == NOTHING
+
+
+def test_a_planted_fault_counts_the_calls_of_one_name():
+    with _driver.Context(0) as context:
+        _driver._fail_nth(2, "cuMemAlloc", OOM)
+        context.allocate(1), context.stream(), context.pinned(1)
+        with pytest.raises(InsufficientVram):
+            context.allocate(1)
+        context.allocate(1)
+
+
+def test_a_load_goes_on_with_fewer_readers(context, tmp_path):
+    """Where the second reader gets no page-locked memory, the first does all; the first must get it."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(150_000))
+    file, target = PlainFile(path), context.allocate(150_000)
+    _driver._fail_nth(2, "cuMemHostAlloc", OOM)
+    stats = upload(context, [FileRange(file, 0, 150_000, target.pointer)], chunk_bytes=4096, n_readers=4)
+    back = bytearray(150_000)
+    target.copy_to(back)
+    assert stats.n_readers == 1 and bytes(back) == path.read_bytes()
+    _driver._fail_nth(1, "cuMemHostAlloc", OOM)
+    with pytest.raises(InsufficientMemory):
+        upload(context, [FileRange(file, 0, 150_000, target.pointer)], chunk_bytes=4096, n_readers=4)
+    os.close(file.fd)
+
+
+def test_a_bandwidth_is_measured_in_what_is_free(context, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_MEMORY", str(64 << 20))
+    hog = context.allocate(context.memory()[0] - (8 << 20))
+    assert _driver.device_copy_gbps(context, repeat=1) > 0
+    hog.close()
 
 
 def test_every_call_of_a_load_fails_once_and_nothing_is_left(tmp_path):

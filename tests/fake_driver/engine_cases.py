@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from fake_driver.cases import FAKE, NOTHING, leftovers
 from fake_driver.launch_record import recorded
+from helpers.gguf_patch import with_uint32
 from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_qkv, take_apart
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
-from worker_orcd.cuda import memory
+from worker_orcd.cuda import memory, vram
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
-from worker_orcd.errors import CudaError, InsufficientVram, ModelLoadError
+from worker_orcd.errors import CudaError, InsufficientMemory, InsufficientVram, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
@@ -122,6 +123,123 @@ def test_any_call_may_fail_and_nothing_is_left(tiny, monkeypatch):
         n += 1 if n < 60 else n // 8
     print(f"{refused} faults spread over fewer than {n} driver calls")
     assert refused > 60
+
+
+#: the driver's status for memory that is not there, and bytes of a GPU that a cache of `large` fills
+OOM, GPU_BYTES = 2, 160 << 20
+
+
+def test_any_call_may_find_no_memory(tiny, monkeypatch):
+    """The n-th driver call of a start finds no memory, for a spread of n: both numbers, never a bare CUDA_ERROR."""
+    monkeypatch.setenv("FAKE_CUDA_DELAY_US", "0")
+    n, refused = 1, set()
+    with _driver.Context(0) as context:
+        while True:
+            _driver._fail_nth(n, "", OOM)
+            try:
+                engine = _engine.CudaEngine(*tiny, chunk_bytes=1 << 20, context=context)
+            except (InsufficientVram, InsufficientMemory) as e:
+                refused.add(e.code)
+                assert e.fields["bytes_required"] > 0 and e.fields["bytes_available"] > 0
+            else:
+                engine.close()
+                del engine
+                if _driver._fail_nth(0) != 0:
+                    break
+            assert leftovers() == {**NOTHING, "contexts": 1}, f"call {n}"
+            n += 1 + n // 4
+    assert "INSUFFICIENT_VRAM" in refused and n > 60
+
+
+@pytest.fixture
+def large(goldens_dir, tmp_path, monkeypatch):
+    """A tiny model whose cache takes whatever there is, and a small GPU."""
+    monkeypatch.setattr(vram, "MARGIN_BYTES", 4 << 20)
+    monkeypatch.setenv("FAKE_CUDA_MEMORY", str(GPU_BYTES))
+    monkeypatch.setenv("FAKE_CUDA_DELAY_US", "0")
+    return with_uint32(goldens_dir / "llama-Q4_0.gguf", tmp_path / "m.gguf", "llama.context_length", 16384)
+
+
+NAMED = {"kv_cache_bytes": 64 << 20, "max_seqs": 4, "max_batch_tokens": 128}
+
+
+@pytest.mark.parametrize("call", ["cuMemAlloc", "cuMemHostAlloc", "cuLibraryLoadData", "cuGraphInstantiate"])
+def test_sizes_of_ours_get_smaller_where_an_allocation_fails(call, large):
+    """The n-th call of that name finds no memory: with sizes of ours a good model, with named ones an error; at any n
+    nothing is left afterwards."""
+
+    def load(**named):
+        return LLM(large, device="cuda:0", progress=False, **named)
+
+    with load() as llm:
+        whole = llm.info
+    outcomes = set()
+    for named, numbers in (({}, (1, 2, 4)), (NAMED, (1, 3))):
+        for n in numbers:
+            _driver._fail_nth(n, call, OOM)
+            try:
+                with load(**named) as llm:
+                    unused = _driver._fail_nth(0)
+                    smaller = llm.info.kv_bytes < whole.kv_bytes
+                    assert unused or named or smaller or call == "cuMemHostAlloc"
+                    outcomes.add(("good", bool(named), bool(unused)))
+            except (InsufficientVram, InsufficientMemory) as error:
+                assert named, error
+                assert error.fields["bytes_required"] > 0
+                outcomes.add(("refused", True, False))
+            assert leftovers() == NOTHING, (n, named)
+    assert outcomes >= {("good", False, False), ("refused", True, False)}
+
+
+@pytest.mark.parametrize("left", [110 << 20, 90 << 20])
+def test_others_take_memory_between_plan_and_allocation(large, left):
+    """The first plan is void when it is told; the model gets what is left then, and no more is asked for."""
+    shown, hogs = [], []
+    with _driver.Context(0) as other:
+
+        def take(plan, free):
+            shown.append(plan.required)
+            if len(shown) == 1:
+                hogs.append(other.allocate(free - left, "another process"))
+
+        with LLM(large, device="cuda:0", progress=False, on_plan=take) as llm:
+            assert shown[0] > left >= shown[-1] and shown == sorted(shown, reverse=True) and len(shown) <= 12
+            assert llm.info.kv_bytes > 0 and llm.info.context_length > 64
+            assert FAKE.fake_device_bytes() <= hogs[0].nbytes + left
+        hogs.pop().close()
+        shown.clear()
+        with pytest.raises(InsufficientVram) as e:
+            LLM(large, device="cuda:0", progress=False, on_plan=take, **NAMED)
+        assert len(shown) == 1 and e.value.fields["bytes_required"] > e.value.fields["bytes_available"] > 0
+        hogs.pop().close()
+    assert leftovers() == NOTHING
+
+
+def test_others_take_memory_again_and_again(large):
+    """Tries are bounded, and the last error is the one that is told."""
+    shown, hogs = [], []
+    with _driver.Context(0) as other:
+
+        def take(plan, free):
+            shown.append(plan.required)
+            hogs.append(other.allocate(free - plan.required + (1 << 20)))
+
+        with pytest.raises(InsufficientVram, match="gives no"):
+            LLM(large, device="cuda:0", progress=False, on_plan=take)
+        assert 1 < len(shown) <= 12 and shown == sorted(shown, reverse=True)
+        for hog in hogs:
+            hog.close()
+    assert leftovers() == NOTHING
+
+
+@pytest.mark.parametrize("utilization", [0.92, 0.75])
+def test_a_share_of_the_gpu_is_not_passed(large, utilization):
+    with LLM(large, device="cuda:0", progress=False, gpu_memory_utilization=utilization) as llm:
+        allowed = int(utilization * GPU_BYTES)
+        taken = FAKE.fake_device_bytes() + vram.VramPlan(0, 0, 0).required
+        assert allowed - (1 << 20) < taken <= allowed and llm.info.kv_bytes > 0
+    with pytest.raises(InsufficientVram, match=r"may be taken \(gpu_memory_utilization is 0\.1\)"):
+        LLM(large, device="cuda:0", progress=False, gpu_memory_utilization=0.1)
 
 
 def test_an_llm_stays_inside_its_budget(goldens_dir, monkeypatch):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 
 import limits
 import pytest
 from gpu.scripts import run_cli, run_script
+from helpers.gguf_patch import with_uint32
 
-from worker_orcd import _driver
-from worker_orcd.cuda import memory
+from worker_orcd import LLM, SamplingParams, _driver
+from worker_orcd.cuda import memory, vram
 from worker_orcd.engine.protocol import EngineConfig
-from worker_orcd.errors import CudaError, InsufficientVram
+from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
@@ -148,14 +150,14 @@ def test_no_memory_for_a_context_is_an_error_too(goldens_dir, gpu):
         while step >= 4 << 20:  # all there is
             try:
                 kept.append(context.allocate(step))
-            except CudaError:
+            except InsufficientVram:
                 step //= 2
         done = run_cli(
             "generate", "--model", goldens_dir / "qwen2-Q8_0.gguf", "--device", f"cuda:{gpu}", "--prompt", "a"
         )
         line = refused(done)
         print(line)
-        assert line.startswith(("error: CUDA_ERROR: ", "error: INSUFFICIENT_VRAM: "))
+        assert line.startswith("error: INSUFFICIENT_VRAM: ")
 
 
 def test_the_plan_is_shown_to_who_asks(goldens_dir, gpu):
@@ -180,3 +182,83 @@ def test_the_plan_is_shown_to_who_asks(goldens_dir, gpu):
         "required",
         "free",
     ]
+
+
+@pytest.fixture
+def large(goldens_dir, tmp_path):
+    """A tiny model whose KV cache takes whatever it may: 8 GiB for 64 sequences of 131,072 positions."""
+    return with_uint32(goldens_dir / "llama-Q4_0.gguf", tmp_path / "large.gguf", "llama.context_length", 131_072)
+
+
+def test_a_share_of_the_gpu_is_not_passed(large, gpu):
+    """The share is that of the whole process: arenas, kernels, graphs and the driver's context."""
+    gc.collect()
+    with _driver.Context(gpu) as context:
+        free, total = context.memory()
+        share = (total - free + (2 << 30)) / total
+        with LLM(large, device=f"cuda:{gpu}", progress=False, gpu_memory_utilization=share) as llm:
+            taken = free - context.memory()[0]
+            print(f"share {share:.4f}: {taken:,} of {int(share * total):,} bytes taken beside the context")
+            assert (3 << 29) < taken <= int(share * total) - min(vram.CONTEXT_BYTES, total - free)
+            assert llm.info.kv_bytes > 1 << 30
+            assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].finish_reason == "length"
+        with pytest.raises(InsufficientVram, match=r"gpu_memory_utilization is 0\.01"):
+            LLM(large, device=f"cuda:{gpu}", progress=False, gpu_memory_utilization=0.01, kv_cache_bytes=4 << 30)
+
+
+@pytest.mark.parametrize("left", [3 << 29, 3 << 28], ids=["1536 MiB", "768 MiB"])
+def test_another_process_takes_memory_between_plan_and_allocation(large, left, gpu):
+    """Sizes of ours get smaller until the model fits what is left; named ones stay, and that is an error."""
+    gc.collect()
+    shown, hogs = [], []
+    with _driver.Context(gpu) as other:
+
+        def take(plan, free):
+            shown.append(plan.required)
+            if len(shown) == 1:
+                hogs.append(other.allocate(free - left, "another process"))
+
+        before = other.memory()[0]
+        limits_of = {"device": f"cuda:{gpu}", "progress": False, "vram_limit_bytes": 4 << 30, "on_plan": take}
+        with LLM(large, **limits_of) as llm:
+            print(f"{left:,} bytes left: planned {shown}, KV cache {llm.info.kv_bytes:,}")
+            assert shown[0] > left >= shown[-1] and shown == sorted(shown, reverse=True) and len(shown) <= 12
+            assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].finish_reason == "length"
+        hogs.pop().close()
+        shown.clear()
+        named = {"kv_cache_bytes": 2 << 30, "max_seqs": 64, "max_batch_tokens": 2048}
+        with pytest.raises(InsufficientVram) as e:
+            LLM(large, **limits_of, **named)
+        print(e.value.message)
+        assert len(shown) == 1 and e.value.fields["bytes_required"] > e.value.fields["bytes_available"] >= 0
+        hogs.pop().close()
+        gc.collect()
+        assert before - other.memory()[0] <= limits.DRIVER_KEEPS_BYTES, "everything of the failed tries is freed"
+
+
+@pytest.mark.parametrize("call", ["cuMemAlloc", "cuMemHostAlloc", "cuLibraryLoadData", "cuGraphInstantiate"])
+def test_a_call_that_finds_no_memory_while_loading(call, large, gpu):
+    """Planted, one after the other: with sizes of ours the model loads, with named ones both numbers are told."""
+    named = {"kv_cache_bytes": 64 << 20, "max_seqs": 4, "max_batch_tokens": 128}
+    done = run_cli(
+        "generate", "--model", large, "--device", f"cuda:{gpu}", "--prompt", "a", "--max-tokens", 1, "--json",
+        "--vram-limit-mb", 512, WORKER_ORCD_FAULTS="1", WORKER_ORCD_FAIL_CALL=f"{call}:2:2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gc.collect()
+    script = (
+        "import sys\nfrom worker_orcd import LLM, errors\n"
+        f"try: LLM(sys.argv[1], device='cuda:{gpu}', progress=False, **{named})\n"
+        "except (errors.InsufficientVram, errors.InsufficientMemory) as e: print(e.code, e.fields)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(large)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "WORKER_ORCD_FAULTS": "1", "WORKER_ORCD_FAIL_CALL": f"{call}:1:2"},
+    )
+    print(done.stdout)
+    assert done.returncode == 0 and done.stdout.startswith("INSUFFICIENT_"), done.stderr
+    assert "bytes_required" in done.stdout and "bytes_available" in done.stdout

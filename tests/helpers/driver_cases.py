@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from worker_orcd import _driver
-from worker_orcd.errors import CudaError
+from worker_orcd.errors import CudaError, InsufficientVram
 
 
 def test_memory_goes_there_and_back(context):
@@ -118,10 +118,24 @@ def test_a_thread_of_its_own_uses_the_context(context):
 
 
 def test_errors_name_the_call(context):
+    memory = context.allocate(16)
+    memory.close()
     with pytest.raises(CudaError) as e:
-        context.allocate(1 << 60)
-    assert e.value.fields == {"call": "cuMemAlloc", "status_name": "CUDA_ERROR_OUT_OF_MEMORY"}
+        memory.residency()
+    assert e.value.fields["call"] == "cuPointerGetAttributes" and e.value.fields["status_name"].startswith(
+        "CUDA_ERROR_"
+    )
     assert not e.value.sticky and e.value.code == "CUDA_ERROR"
+
+
+def test_memory_that_is_not_there_is_told_with_both_numbers(context):
+    free, total = context.memory()
+    with pytest.raises(InsufficientVram, match="cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEMORY") as e:
+        context.allocate(1 << 60, "kv")
+    device = f"cuda:{context.device}"
+    assert e.value.fields == {"bytes_required": 1 << 60, "bytes_available": free, "device": device}
+    for part in (f"{1 << 60:,}", f"{free:,} of {total:,}", device, "for kv"):
+        assert part in e.value.message
     context.allocate(16).fill(0)  # and the context is as good as before
 
 

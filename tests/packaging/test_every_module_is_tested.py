@@ -19,6 +19,7 @@ TESTS = ROOT / "tests"
 COVERED_BY = {
     "worker_orcd/__main__.py": ["cli/test_generate.py"],
     "worker_orcd/errors.py": ["gguf/test_quoting.py", "cli/test_main.py", "serving/test_engine_loop.py"],
+    "worker_orcd/machine.py": ["runtime/test_machine.py"],
     "worker_orcd/config.py": ["cli/test_serve_options.py", "runtime/test_limits.py"],
     # commands: the rooms below them have the arithmetic
     "worker_orcd/cli/compare.py": ["compare/test_run.py"],

@@ -31,17 +31,17 @@ ROOMS = (
     "observe",
 )
 #: modules that every room may import, and that import nothing of ours
-LEAVES = ("errors", "config")
+LEAVES = ("errors", "config", "machine")
 #: compiled module -> the modules of ours that it may import, beside `errors`; rooms by their folder
 COMPILED = {
-    "_driver": (),
+    "_driver": ("machine",),
     "_gguf": (),
     "_ring": (),
     "_spm": (),
-    "_upload": ("_driver", "_gguf"),
+    "_upload": ("_driver", "_gguf", "machine"),
     "_nodes": ("_driver", "_params"),
     "_engine": ("_driver", "_nodes", "_params", "_ring", "_upload", "cuda", "engine", "gguf", "models"),
-    "_cpu": ("_params", "_ring", "engine", "models", "gguf"),
+    "_cpu": ("_params", "_ring", "engine", "machine", "models", "gguf"),
 }
 #: room -> the compiled modules that it may import
 USES_COMPILED = {

@@ -301,6 +301,7 @@ def test_info(model, path):
     assert info["n_vocab"] == 512 and info["context_length"] == info["trained_context_length"] == 256
     assert info["model_bytes"] == path.stat().st_size and info["kv_bytes"] == 64 * 4 * 64 * 2 * 2 * 2 * 64 * 2
     assert info["tokenizer_kind"] == "gguf-bpe" and info["max_seqs"] == 64 and info["vram_bytes"] == 0
+    assert info["kv_positions"] == 64 * 256 and info["default_seqs"] == info["full_context_seqs"] == 64
 
 
 BLOCK = 64 * 2 * 2 * 2 * 64 * 2  # bytes of 64 positions of the tiny model
@@ -310,6 +311,10 @@ def test_the_context_is_what_fits(path):
     with LLM(path, device="cpu", progress=False, kv_cache_bytes=3 * BLOCK - 1) as model:
         assert model.info.context_length == 128 and model.info.kv_bytes == 2 * BLOCK
         assert len(model.generate([[1] * 100], SamplingParams(ignore_eos=True))[0].token_ids) == 28
+    # 7 blocks hold three sequences of 128 positions, and seven of 64
+    with LLM(path, device="cpu", progress=False, kv_cache_bytes=7 * BLOCK, context_length=128, max_seqs=8) as model:
+        info = model.info
+        assert (info.kv_positions, info.full_context_seqs, info.default_seqs) == (7 * 64, 3, 3)
     with LLM(path, device="cpu", progress=False, context_length=70) as model:
         assert model.info.context_length == 70
 
@@ -324,6 +329,11 @@ def test_the_context_is_what_fits(path):
         ({"max_seqs": 0}, InvalidRequest, "max_seqs must be"),
         ({"vram_limit_bytes": 0}, InvalidRequest, "vram_limit_bytes must be"),
         ({"vram_limit_bytes": 1 << 30}, InvalidRequest, "is for a GPU"),
+        ({"gpu_memory_utilization": 0}, InvalidRequest, "gpu_memory_utilization must be 0.01 to 1"),
+        ({"gpu_memory_utilization": 1.01}, InvalidRequest, "gpu_memory_utilization must be 0.01 to 1"),
+        ({"gpu_memory_utilization": float("nan")}, InvalidRequest, "gpu_memory_utilization must be 0.01 to 1"),
+        ({"gpu_memory_utilization": "0.5"}, InvalidRequest, "gpu_memory_utilization must be a number"),
+        ({"gpu_memory_utilization": True}, InvalidRequest, "gpu_memory_utilization must be a number"),
         ({"trusted_models": "/nowhere/trusted.json"}, ModelLoadError, "/nowhere/trusted.json: cannot be read"),
         ({"max_seqs": 8, "max_batch_tokens": 7}, InvalidRequest, "max_batch_tokens must be"),
         ({"n_threads": -1}, InvalidRequest, "n_threads must be"),

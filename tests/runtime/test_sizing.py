@@ -9,13 +9,14 @@ from helpers.fake_file import FakeFile
 from helpers.gpt_oss_file import GptOssFile
 
 from worker_orcd.cuda import memory
+from worker_orcd.cuda.vram import CONTEXT_BYTES, MARGIN_BYTES
 from worker_orcd.engine import kv_blocks
-from worker_orcd.errors import InsufficientVram, InvalidRequest
+from worker_orcd.errors import InsufficientMemory, InsufficientVram, InvalidRequest
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
 
 MIB = 1 << 20
-FREE = 80_000 * MIB
+TOTAL, FREE = 81_000 * MIB, 80_000 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def free(monkeypatch) -> list[int]:
     """Bytes free on the GPU that is not there."""
     pytest.importorskip("worker_orcd._engine")
     bytes_free = [FREE]
-    monkeypatch.setattr(devices, "free_vram", lambda device: bytes_free[0])
+    monkeypatch.setattr(devices, "device_memory", lambda device: (bytes_free[0], TOTAL))
     return bytes_free
 
 
@@ -66,9 +67,106 @@ def test_what_is_free_is_a_budget_too(gpt_oss, free):
     free[0] = 14_000 * MIB
     for limit in (None, 16_384):
         _, vram = size(gpt_oss, limit)
-        assert vram.required <= free[0]
+        assert vram.required <= free[0] - MARGIN_BYTES
     _, vram = size(gpt_oss, 13_000)
     assert vram.required <= 13_000 * MIB
+
+
+@pytest.mark.parametrize("total_mib", [81_079, 143_771])
+@pytest.mark.parametrize("seqs", [None, 64])
+def test_by_default_a_part_of_the_gpu_is_left_to_others(monkeypatch, total_mib, seqs):
+    """GPT-OSS-20B with all its positions and 64 sequences, which would take whatever there is of 80 GB."""
+    total = total_mib * MIB
+    free = total - CONTEXT_BYTES
+    monkeypatch.setattr(devices, "device_memory", lambda device: (free, total))
+    config, vram = size(plan.build(GptOssFile()), context=None, seqs=seqs)
+    assert config.context_length == 131_072 and config.max_seqs == 64
+    assert free - vram.required > 0.06 * total
+    assert total - free + vram.required <= 0.92 * total, "the context counts too"
+    if total_mib < 100_000:
+        assert total - free + vram.required > 0.91 * total, "and what may be taken is taken"
+
+
+def test_what_others_have_taken_cannot_be_planned(gpt_oss, free):
+    free[0] = 14_000 * MIB
+    for utilization in (0.92, 1.0):
+        config = sizing.engine_config("cuda:0", gpt_oss, "m.gguf", 8192, None, None, None, utilization=utilization)
+        assert free[0] - 2 * MARGIN_BYTES < devices.vram_plan(gpt_oss, config).required <= free[0] - MARGIN_BYTES
+
+
+def test_the_smallest_of_share_limit_and_what_is_free_counts(gpt_oss):
+    def required(limit_mib, utilization):
+        limit = None if limit_mib is None else limit_mib * MIB
+        sizes = sizing.engine_config("cuda:0", gpt_oss, "m.gguf", 8192, None, None, None, limit, utilization)
+        return devices.vram_plan(gpt_oss, sizes).required
+
+    assert required(16_384, 0.92) == required(16_384, 0.5) <= 16_384 * MIB
+    assert required(16_384, 0.18) == required(None, 0.18) <= 0.18 * TOTAL - CONTEXT_BYTES
+    with pytest.raises(InsufficientVram, match=r"may be taken \(gpu_memory_utilization is 0\.15\)") as e:
+        required(None, 0.15)
+    assert e.value.fields["bytes_available"] == int(0.15 * TOTAL) - CONTEXT_BYTES
+
+
+def test_each_try_takes_less_and_what_was_named_stays(gpt_oss):
+    """What `loading` does where a device gives less than it promised: sizes get smaller until none is left."""
+
+    def choose(at_most, **named):
+        sizes = {"context": None, "kv": None, "seqs": None, "tokens": None} | named
+        return sizing.engine_config("cuda:0", gpt_oss, "m.gguf", *sizes.values(), at_most=at_most)
+
+    config, taken = choose(None), []
+    with pytest.raises(InsufficientVram):
+        while len(taken) < 1000:
+            taken.append(sizing.taken_bytes("cuda:0", gpt_oss, config))
+            at_most = sizing.next_smaller("cuda:0", gpt_oss, config)
+            config = choose(at_most)
+            assert sizing.taken_bytes("cuda:0", gpt_oss, config) <= at_most < taken[-1]
+    assert 12 < len(taken) < 100 and taken[11] < 12.2e9 + 0.07 * (taken[0] - 12.2e9)
+    named = {"context": 4096, "kv": 1000 * MIB, "seqs": 16, "tokens": 512}
+    with pytest.raises(InsufficientVram):
+        choose(sizing.next_smaller("cuda:0", gpt_oss, choose(None, **named)), **named)
+    config = choose(13_000 * MIB, seqs=16, context=4096)
+    assert (config.max_seqs, config.context_length) == (16, 4096)
+
+
+# -- the CPU
+
+
+def cpu_size(the_plan, free, context=None, kv=None, seqs=32, at_most=None, monkeypatch=None):
+    monkeypatch.setattr(devices, "free_memory", lambda: free)
+    return sizing.engine_config("cpu", the_plan, "m.gguf", context, kv, seqs, None, at_most=at_most)
+
+
+def test_on_the_cpu_all_promised_sequences_run_where_memory_allows(gpt_oss, monkeypatch):
+    """Each of 32 requests that name no number of tokens has its positions; of less memory a quarter is taken."""
+    sizes = kv_blocks.block_bytes(gpt_oss)
+
+    def kv_bytes(config):
+        return sum(n * size for n, size in zip(config.n_blocks, sizes, strict=True))
+
+    usual = sizing.sequence_bytes(gpt_oss, 4096)
+    config = cpu_size(gpt_oss, 64 << 30, monkeypatch=monkeypatch)
+    assert 32 * usual - sum(sizes) < kv_bytes(config) <= 32 * usual
+    needed = [kv_blocks.blocks_needed(g, 2048 + 64) for g in gpt_oss.kv_groups]
+    assert all(have >= 32 * need for have, need in zip(config.n_blocks, needed, strict=True))
+    for free in (8 << 30, 2 << 30):
+        config = cpu_size(gpt_oss, free, monkeypatch=monkeypatch)
+        assert free // 4 - sum(sizes) < kv_bytes(config) <= free // 4
+    small = plan.build(FakeFile())
+    config = cpu_size(small, 64 << 30, monkeypatch=monkeypatch)
+    assert config.n_blocks == (32 * 2,), "no more than can be used"
+
+
+def test_on_the_cpu_a_try_that_fails_is_followed_by_smaller_ones(gpt_oss, monkeypatch):
+    config = cpu_size(gpt_oss, 64 << 30, monkeypatch=monkeypatch)
+    at_most = sizing.next_smaller("cpu", gpt_oss, config)
+    assert at_most < sizing.taken_bytes("cpu", gpt_oss, config)
+    smaller = cpu_size(gpt_oss, 64 << 30, at_most=at_most, monkeypatch=monkeypatch)
+    assert sizing.taken_bytes("cpu", gpt_oss, smaller) <= at_most
+    with pytest.raises(InsufficientMemory):
+        cpu_size(gpt_oss, 64 << 30, kv=1 << 30, at_most=at_most, monkeypatch=monkeypatch)
+    with pytest.raises(InsufficientVram, match="a context of 8192 positions"):
+        cpu_size(gpt_oss, 64 << 30, context=8192, at_most=100 << 20, monkeypatch=monkeypatch)
 
 
 def test_steps_get_smaller_before_a_model_is_refused(gpt_oss):
@@ -161,9 +259,9 @@ def test_every_model_of_the_plan_fits_what_it_says(free):
     assert (config.max_seqs, config.max_batch_tokens, config.context_length) == (64, 2048, 128)
     assert config.n_blocks == (64 * 2,)
     vram = devices.vram_plan(small, config)
-    free[0] = vram.required
+    free[0] = vram.required + MARGIN_BYTES
     assert sizing.engine_config("cuda:0", small, "m.gguf", None, None, None, None) == config
     without_kv = replace(vram, kv=0).required
-    free[0] = without_kv + memory.kv_block_bytes(small) - 1
+    free[0] = MARGIN_BYTES + without_kv + memory.kv_block_bytes(small) - 1
     with pytest.raises(InsufficientVram):
         sizing.engine_config("cuda:0", small, "m.gguf", None, None, 64, 2048)

@@ -21,6 +21,7 @@ from worker_orcd.errors import (
     DuplicateJob,
     EngineGone,
     InferenceTimeout,
+    InsufficientMemory,
     InternalError,
     InvalidRequest,
     ModelLoadError,
@@ -295,8 +296,52 @@ def test_a_burst_into_free_slots_is_no_full_queue():
         wait_for(lambda: all(job.state == "decode" for job in jobs))
         for job in jobs:
             job.cancel()
-        wait_for(lambda: rig.loop._n_free_slots == 4)
+        wait_for(lambda: rig.scheduler.n_free_slots == 4)
         rig.submit(max_tokens=1).completion()
+
+
+def test_a_small_job_starts_at_once_though_a_large_one_waits():
+    """The decode run is interrupted for a job that can pass, and not for one that cannot."""
+    with Rig(n_blocks=(8, 8), never_stop=True, step_seconds=0.01, max_queue=1) as rig:
+        running = rig.submit(max_tokens=380)  # 6 of 8 blocks
+        wait_for(lambda: running.state == "decode")
+        large = rig.submit(max_tokens=300)  # 5 blocks
+        began = len(rig.engine.calls)
+        small = rig.submit(max_tokens=4)
+        assert small.completion().finish_reason == "length"
+        assert len(rig.engine.calls) - began < 30, "a decode run has 64 steps"
+        assert (running.state, large.state) == ("decode", "queued")
+        with pytest.raises(QueueFull):
+            rig.submit(max_tokens=300)
+        running.cancel()
+        assert large.completion().tokens_in == 3
+        rig.settle()
+
+
+def test_a_queue_full_of_large_jobs_is_open_for_a_small_one():
+    with Rig(n_blocks=(8, 8), never_stop=True, step_seconds=0.01, max_queue=0) as rig:
+        running = rig.submit(max_tokens=380)
+        with pytest.raises(QueueFull):
+            rig.submit(max_tokens=300)  # a slot is free for it, but no blocks
+        small = [rig.submit(max_tokens=60) for _ in range(2)]
+        with pytest.raises(QueueFull):
+            rig.submit(max_tokens=60)
+        assert [job.completion().finish_reason for job in small] == ["length"] * 2
+        running.cancel()
+        rig.settle()
+
+
+def test_logits_that_no_memory_is_given_for(monkeypatch):
+    def no_memory(shape, dtype):
+        raise MemoryError
+
+    with Rig() as rig:
+        with monkeypatch.context() as patched:
+            patched.setattr(np, "empty", no_memory)
+            with pytest.raises(InsufficientMemory, match="logits of 3 x 50 need 600 bytes") as caught:
+                rig.loop.forward(np.array([1, 2, 3], np.int32))
+        assert caught.value.fields["bytes_required"] == 600 and caught.value.fields["bytes_available"] > 0
+        assert rig.loop.forward(np.array([1, 2, 3], np.int32)).shape == (3, 50)
 
 
 # -- deadlines

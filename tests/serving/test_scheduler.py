@@ -15,6 +15,7 @@ from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup, Plan
+from worker_orcd.serving import admission
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
 
@@ -96,7 +97,7 @@ def check_ownership(scheduler: Scheduler) -> None:
     for i, pool in enumerate(scheduler.pools):
         owned = [b for s in scheduler.running for b in s.blocks[i].values()]
         assert sorted(owned + pool._free) == list(range(pool.n_blocks))
-        assert scheduler._unreserved[i] + sum(s.reserved[i] for s in scheduler.running) == pool.n_blocks
+        assert scheduler._admission.unreserved[i] + sum(s.reserved[i] for s in scheduler.running) == pool.n_blocks
         table = scheduler._tables[i]
         assert Counter(table[table >= 0].tolist()) == Counter(owned)
         for seq in scheduler.running:
@@ -153,28 +154,80 @@ def test_prefill_limit_keeps_steps_short():
     assert len(run(scheduler, engine)[0].batch.tokens) == 5
 
 
-def test_first_come_first_served_even_if_a_later_one_would_fit():
+def test_a_small_sequence_passes_a_large_one_that_does_not_fit_yet():
     scheduler, engine = make(n_blocks=(4,), never_stop=True)
     scheduler.add(sequence(1, 100, 28))  # 2 of 4 blocks
     scheduler.add(sequence(2, 150, 42))  # 3 blocks: waits
-    scheduler.add(sequence(3, 10, 4))  # 1 block: waits behind it
-    assert [s.seq_id for s in scheduler.admit()] == [1]
-    engine.set_slot(scheduler.running[0].slot, sampling())
-    assert [s.seq_id for s in drain(scheduler, engine)] == [1, 3, 2]
+    scheduler.add(sequence(3, 10, 4))  # 1 block
+    assert [s.seq_id for s in scheduler.admit()] == [1, 3]
+    for seq in scheduler.running:
+        engine.set_slot(seq.slot, sampling())
+    assert [s.seq_id for s in drain(scheduler, engine)] == [3, 1, 2]
+
+
+@pytest.mark.parametrize("groups", [(FULL,), (FULL, KvGroup(24, (1,)))])
+@pytest.mark.parametrize("n_prompt", [1, 63, 64, 65, 100])
+@pytest.mark.parametrize("max_tokens", [0, 1, 2, 29, 64, 65])
+def test_what_is_reserved_is_what_is_used(groups, n_prompt, max_tokens):
+    """The last token takes no place in the cache, and a limit of one block less would not do."""
+    scheduler, engine = make(never_stop=True, groups=groups, n_blocks=(32,) * len(groups))
+    seq = sequence(1, n_prompt, max_tokens)
+    scheduler.add(seq)
+    most, reserved = [0] * len(groups), []
+    next_work = scheduler.next_work
+
+    def watched():
+        nonlocal most, reserved
+        work = next_work()
+        if work is not None:
+            reserved, most = seq.reserved, [max(m, len(b)) for m, b in zip(most, seq.blocks, strict=True)]
+        return work
+
+    scheduler.next_work = watched
+    drain(scheduler, engine)
+    assert reserved[0] == most[0] == blocks_of(n_prompt + max(max_tokens - 1, 0))
+    assert all(m <= r for m, r in zip(most, reserved, strict=True))
+
+
+def test_ids_do_not_depend_on_who_passes_whom(monkeypatch):
+    """The same sequences with and without passing, in several orders: each gets the same ids."""
+
+    def ids_of(order, max_passed):
+        monkeypatch.setattr(admission, "MAX_PASSED", max_passed)
+        scheduler, engine = make(max_seqs=3, n_blocks=(5,), never_stop=True)
+        ids = {i: [] for i in order}
+        for i in order:
+            scheduler.add(sequence(i, 20 + 61 * (i % 4), 9))
+        started = []
+        while scheduler.running or scheduler.n_waiting:
+            before = {s.seq_id for s in scheduler.running}
+            run(scheduler, engine, ids)
+            started += [i for i in (s.seq_id for s in scheduler.running) if i not in before | set(started)]
+        return ids, started
+
+    wanted, in_order = ids_of(range(1, 13), 0)
+    assert in_order == sorted(in_order) and all(len(ids) == 9 for ids in wanted.values())
+    n_passed = 0
+    for order in (range(1, 13), range(12, 0, -1), (4, 3, 8, 7, 12, 11, 1, 2, 5, 6, 9, 10)):
+        ids, started = ids_of(order, 64)
+        assert ids == wanted
+        n_passed += started != list(order)
+    assert n_passed, "or nothing was tested"
 
 
 def test_a_sequence_that_can_never_run_is_refused_with_numbers():
     scheduler, _ = make(context=256, n_blocks=(3,))
-    scheduler.check(190, 2)
+    scheduler.check(190, 3)
     with pytest.raises(VramOom, match="need 4 KV blocks of 64 positions; the KV cache has 3"):
-        scheduler.check(190, 3)
+        scheduler.check(190, 4)
     with pytest.raises(InvalidRequest, match="need 257 positions; the context has 256") as caught:
         scheduler.check(190, 67)
     assert caught.value.fields["field"] == "max_tokens"
     with pytest.raises(InvalidRequest) as caught:
         scheduler.check(256, 1)
     assert caught.value.fields["field"] == "prompt"
-    assert scheduler.room_for(100) == 92
+    scheduler.check(100, 93)
+    assert scheduler.room_for(100) == 93
 
 
 def test_logits_wanted_steps_one_token_at_a_time():
@@ -265,7 +318,7 @@ ACTIONS = st.lists(
 @settings(max_examples=120, deadline=None)
 @given(GROUPS, st.integers(1, 5), st.integers(5, 64), st.lists(st.integers(1, 12), min_size=2, max_size=2), ACTIONS)
 def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_batch_tokens, n_blocks, actions):
-    """Any mix of submissions, runs and cancels: ownership holds, order holds, budgets hold, all is freed, all end."""
+    """Any mix of submissions, runs and cancels: ownership holds, budgets hold, all is freed, all end."""
     scheduler, engine = make(max_seqs, max_batch_tokens, 256, tuple(n_blocks[: len(groups)]), groups)
     all_seqs: list[SequenceState] = []
     admitted_order = []
@@ -298,7 +351,7 @@ def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_batch_tokens, n_
         elif action[0] == "rows":
             scheduler.max_prefill_tokens = action[1]
     drain(scheduler, engine)
-    assert admitted_order == sorted(admitted_order)
+    assert len(admitted_order) == len(set(admitted_order))
     assert engine.n_rows_seen <= max_batch_tokens
     for seq in all_seqs:
         assert seq.ended in ("stop", "length", "dropped")

@@ -18,7 +18,7 @@ from worker_orcd.cli.options import (
     threads_option,
     trusted_option,
     verbose_option,
-    vram_limit_option,
+    vram_options,
 )
 from worker_orcd.runtime.streams import is_terminal
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @option("--repeat", type=click.IntRange(1), default=5, metavar="N", help="Timed runs of each test, after one untimed.")
 @device_option
 @threads_option
-@vram_limit_option
+@vram_options
 @trusted_option
 @verbose_option
 @json_option
@@ -47,6 +47,7 @@ def bench(
     device: str,
     n_threads: int,
     vram_limit_bytes: int | None,
+    gpu_memory_utilization: float,
     trusted_models: str | None,
     verbose: bool,
     as_json: bool,
@@ -83,6 +84,7 @@ def bench(
             on_plan=plan_printer(verbose),
             trusted_models=trusted_models,
             vram_limit_bytes=vram_limit_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
         )
     finally:
         if bar is not None:

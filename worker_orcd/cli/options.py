@@ -131,13 +131,14 @@ def config_options(*names: str) -> Callable[[Any], Any]:
 model_option = config_option("model")
 device_option = config_option("device")
 threads_option = config_option("n_threads")
-vram_limit_option = config_option("vram_limit_bytes")
+vram_options = config_options("vram_limit_bytes", "gpu_memory_utilization")
 trusted_option = config_option("trusted_models")
 #: how a model is loaded, and what is demanded of its file
 load_options = config_options(
     "context_length",
     "kv_cache_bytes",
     "vram_limit_bytes",
+    "gpu_memory_utilization",
     "tokenizer",
     "check_tensors",
     "expect_sha256",

@@ -10,6 +10,46 @@ from dataclasses import dataclass
 from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.errors import InsufficientVram
 
+#: of what is free, bytes that are never planned: the driver hands out whole pages, and others take some meanwhile
+MARGIN_BYTES = 256 << 20
+#: about what the driver takes for the context of a process on a Hopper GPU
+CONTEXT_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a process may take of a GPU beside its context.
+
+    Attributes:
+        free, total: bytes of the GPU, as the driver says once the process has its context.
+        utilization: share of the total that the process may take, its context included.
+        limit: bytes that may be taken beside the context, None: no further limit.
+    """
+
+    free: int
+    total: int
+    utilization: float
+    limit: int | None = None
+
+    @property
+    def share(self) -> int:
+        """What `utilization` leaves beside the context; below 0 where that alone is more."""
+        return int(self.total * self.utilization) - min(CONTEXT_BYTES, self.total - self.free)
+
+    @property
+    def nbytes(self) -> int:
+        """The smallest of the share, the limit and what is free less `MARGIN_BYTES`; >= 0."""
+        bounds = [self.share, self.free - MARGIN_BYTES, *([] if self.limit is None else [self.limit])]
+        return max(0, min(bounds))
+
+    def __str__(self) -> str:
+        """What binds, for a message: bytes free, and how many of them may be taken and why."""
+        n = self.nbytes
+        if n == self.limit:
+            return f"{self.free:,} free, the limit is {n:,}"
+        why = f"gpu_memory_utilization is {self.utilization:g}" if self.share < self.free - MARGIN_BYTES else "a margin"
+        return f"{self.free:,} of {self.total:,} free, of which {n:,} may be taken ({why})"
+
 
 @dataclass(frozen=True)
 class VramPlan:
@@ -46,24 +86,22 @@ class VramPlan:
         """Bytes the KV cache may have at most where `free` bytes are free, whatever this plan's KV cache is; >= 0."""
         return max(0, free - (self.required - self.kv)) // cuda_memory.ALIGN * cuda_memory.ALIGN
 
-    def check(self, free: int, device: str, path: str, limit: int | None = None) -> None:
+    def check(self, room: int | Allowance, device: str, path: str) -> None:
         """Raise InsufficientVram, with both numbers and the parts, where the plan does not fit.
 
         Args:
-            free: bytes that are free.
+            room: bytes that are free, or what may be taken of them.
             device, path: what has them and what needs them, for the message.
-            limit: bytes of them that may be taken, None: all.
         """
-        available = free if limit is None else min(free, limit)
+        available = room.nbytes if isinstance(room, Allowance) else room
         if self.required <= available:
             return
         most = self.largest_kv(available)
         advice = f"; a KV cache of up to {most:,} bytes would fit" if most and self.kv else ""
-        of_them = f", the limit is {limit:,}" if limit is not None else ""
+        has = str(room) if isinstance(room, Allowance) else f"{room:,} free"
         raise InsufficientVram(
             f"{path} needs {self.required:,} bytes of device memory (weights {self.weights:,}, KV cache {self.kv:,}, "
-            f"workspace {self.workspace:,}, reserve {max(self.reserve, self.staging):,}); {device} has {free:,} free"
-            f"{of_them}{advice}",
+            f"workspace {self.workspace:,}, reserve {max(self.reserve, self.staging):,}); {device} has {has}{advice}",
             self.required,
             available,
             device=device,

@@ -12,7 +12,6 @@ tokenizer.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.cuda.vram import VramPlan
+from worker_orcd.config import GPU_MEMORY_UTILIZATION
+from worker_orcd.cuda.vram import Allowance, VramPlan
 from worker_orcd.diagnose.bandwidth import bytes_per_step, measure_bandwidth
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig
@@ -29,6 +29,7 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, verify
+from worker_orcd.machine import usable_cores
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
 
@@ -97,7 +98,7 @@ class Bench:
         n_positions: positions a sequence must be able to reach.
         max_batch: sequences that decode together.
         n_threads: threads of the CPU engine, 0: one per core.
-        on_plan, trusted_models, vram_limit_bytes: as of `LLM`.
+        on_plan, trusted_models, vram_limit_bytes, gpu_memory_utilization: as of `LLM`.
 
     Raises:
         WorkerError: whatever loading raises; `InvalidRequest` where the model has fewer positions.
@@ -113,9 +114,10 @@ class Bench:
         on_plan: Callable[[VramPlan, int], object] | None = None,
         trusted_models: str | None = None,
         vram_limit_bytes: int | None = None,
+        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     ) -> None:
         self.device = devices.resolve(device)
-        self.n_threads = n_threads or len(os.sched_getaffinity(0))
+        self.n_threads = n_threads or usable_cores()
         trusted = None if trusted_models is None else TrustedModels(trusted_models)
         self.model_file = ModelFile(model)
         try:
@@ -128,8 +130,11 @@ class Bench:
             per_sequence = -(-n_positions // BLOCK_SIZE)
             n_blocks = tuple(per_sequence * max_batch for _ in self.plan.kv_groups)
             max_batch_tokens = devices.default_batch_tokens(self.device, max_batch)
-            if vram_limit_bytes is not None:
-                max_batch_tokens = self._batch_tokens_within(vram_limit_bytes, n_positions, n_blocks, max_batch)
+            if self.device != "cpu":
+                allowance = Allowance(*devices.device_memory(self.device), gpu_memory_utilization, vram_limit_bytes)
+                max_batch_tokens = self._batch_tokens_within(allowance, n_positions, n_blocks, max_batch)
+            elif vram_limit_bytes is not None:
+                raise sizing.limit_on_cpu()
             self.config = EngineConfig(max_batch, max_batch_tokens, n_positions, n_blocks)
             self.engine: Engine = devices.open_engine(
                 self.device,
@@ -156,17 +161,17 @@ class Bench:
         self._ring = TokenRing()
         self._control = Control()
 
-    def _batch_tokens_within(self, limit: int, n_positions: int, n_blocks: tuple[int, ...], max_batch: int) -> int:
-        """Tokens of a step where everything together may take `limit` bytes of the GPU; refused where nothing fits."""
-        if self.device == "cpu":
-            raise sizing.limit_on_cpu()
+    def _batch_tokens_within(
+        self, allowance: Allowance, n_positions: int, n_blocks: tuple[int, ...], max_batch: int
+    ) -> int:
+        """Tokens of a step that leave room for the KV cache in what may be taken; refused where nothing fits."""
         kv_bytes = sum(n * b for n, b in zip(n_blocks, kv_blocks.block_bytes(self.plan), strict=True))
-        free, path = devices.free_vram(self.device), self.model_file.path
+        path = self.model_file.path
         room = sizing.gpu_room(
-            self.device, self.plan, path, n_positions, lambda seqs, rows: kv_bytes, max_batch, None, free, limit
+            self.device, self.plan, path, n_positions, lambda seqs, rows: kv_bytes, max_batch, None, allowance
         )
         config = EngineConfig(max_batch, room.max_batch_tokens, n_positions, n_blocks)
-        devices.vram_plan(self.plan, config).check(free, self.device, path, limit)
+        devices.vram_plan(self.plan, config).check(allowance, self.device, path)
         return room.max_batch_tokens
 
     def __enter__(self) -> Bench:
@@ -267,12 +272,13 @@ def run(
     on_plan: Callable[[VramPlan, int], object] | None = None,
     trusted_models: str | None = None,
     vram_limit_bytes: int | None = None,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
 ) -> Report:
     """Measure everything once asked for.
 
     Args:
         progress: called with the name of each test before it runs.
-        n_threads, on_plan, trusted_models, vram_limit_bytes: as of `LLM`.
+        n_threads, on_plan, trusted_models, vram_limit_bytes, gpu_memory_utilization: as of `LLM`.
 
     Raises:
         WorkerError: the model or the device cannot do it.
@@ -294,6 +300,7 @@ def run(
         on_plan,
         trusted_models,
         vram_limit_bytes,
+        gpu_memory_utilization,
     ) as bench:
         progress("bandwidth")
         bandwidth = measure_bandwidth(bench.engine, bench.device, bench.n_threads)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import re
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from worker_orcd.diagnose import demo_model
+from worker_orcd.machine import free_memory, usable_cores
 
 #: libraries of the package, as their distributions are called
 LIBRARIES = (
@@ -208,14 +208,13 @@ def _processor() -> Iterator[Finding]:
     yield Finding(
         "processor",
         "warn" if slow else "ok",
-        f"{model[1] if model else 'unknown'}, {len(os.sched_getaffinity(0))} cores, {best}",
+        f"{model[1] if model else 'unknown'}, {usable_cores()} cores, {best}",
         "the CPU engine is slow without AVX2" if slow else "",
     )
 
 
 def _memory() -> Iterator[Finding]:
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    free = int(found[1]) * 1024 if found else 0
+    free = free_memory() or 0
     low = free < LOW_MEMORY
     yield Finding(
         "memory",

@@ -115,9 +115,9 @@ def blocks_within(
 ) -> tuple[int, ...]:
     """How many blocks of each group `budget` bytes buy, never more than can be used.
 
-    A windowed group gets as many as the full groups, up to what `max_seqs` sequences and the prefill tokens of one step
-    fill; fewer where a sequence of the whole context would not fit otherwise. All counts are 0 where the budget holds
-    no block of each group.
+    Each group gets what one sequence of the whole context needs, where the budget holds that; of the rest a windowed
+    group gets as many as the full groups, up to what `max_seqs` sequences and the prefill tokens of one step fill. All
+    counts are 0 where the budget holds no block of each group.
     """
     sizes = block_bytes(plan)
     one = [blocks_needed(g, context_length) for g in plan.kv_groups]
@@ -125,19 +125,15 @@ def blocks_within(
     for i, group in enumerate(plan.kv_groups):
         if group.window:
             most[i] = min(most[i] + max_batch_tokens // BLOCK_SIZE, max_seqs * blocks_of(context_length))
-    alike = _alike(sizes, budget, most)
-    rest = budget - sum(n * size for n, size in zip(one, sizes, strict=True))
-    if rest < 0 or all(n >= least for n, least in zip(alike, one, strict=True)):
-        return alike
-    more = _alike(sizes, rest, [m - n for m, n in zip(most, one, strict=True)])
-    return tuple(n + m for n, m in zip(one, more, strict=True))
+    one_fits = sum(n * size for n, size in zip(one, sizes, strict=True)) <= budget
+    return _alike(sizes, budget, one if one_fits else [0] * len(one), most)
 
 
-def _alike(sizes: Sequence[int], budget: int, most: Sequence[int]) -> tuple[int, ...]:
-    """The largest number of blocks, the same for each group but for what is `most` for it, that `budget` buys."""
+def _alike(sizes: Sequence[int], budget: int, least: Sequence[int], most: Sequence[int]) -> tuple[int, ...]:
+    """The largest number of blocks that `budget` buys, the same for each group but for its `least` and `most`."""
 
     def counts(n: int) -> tuple[int, ...]:
-        return tuple(min(n, m) for m in most)
+        return tuple(max(low, min(n, high)) for low, high in zip(least, most, strict=True))
 
     low, high = 0, max(most)
     while low < high:
@@ -147,6 +143,16 @@ def _alike(sizes: Sequence[int], budget: int, most: Sequence[int]) -> tuple[int,
         else:
             high = n - 1
     return counts(low)
+
+
+def sequences_held(groups: Sequence[KvGroup], n_blocks: Sequence[int], n_positions: int) -> int:
+    """Sequences of `n_positions` that the pools hold at once."""
+    return min(n // blocks_needed(group, n_positions) for group, n in zip(groups, n_blocks, strict=True))
+
+
+def positions_held(groups: Sequence[KvGroup], n_blocks: Sequence[int]) -> int | None:
+    """Positions of all sequences together that the pools hold; None: each group has a window, and none sets a limit."""
+    return min((n * BLOCK_SIZE for g, n in zip(groups, n_blocks, strict=True) if not g.window), default=None)
 
 
 def longest_sequence(groups: Sequence[KvGroup], n_blocks: Sequence[int]) -> int | None:

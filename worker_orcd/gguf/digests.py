@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from worker_orcd.errors import InternalError, ModelLoadError
+from worker_orcd.machine import usable_cores
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
@@ -73,7 +74,7 @@ def range_digests(
     total = sum(end - start for start, end in ranges)
     if total == 0:
         return [hashlib.sha256().hexdigest()] * len(ranges)
-    n_threads = min(n_threads or len(os.sched_getaffinity(0)), _MAX_THREADS, len(ranges))
+    n_threads = min(n_threads or usable_cores(), _MAX_THREADS, len(ranges))
     reader = _Reader(model_file)
     try:
         if n_threads == 1:

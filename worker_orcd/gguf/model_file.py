@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from worker_orcd._gguf import GgufFile, Metadata, TensorInfo, check_ranges
 from worker_orcd.errors import ModelLoadError, excerpt, quoted
 from worker_orcd.gguf import quants
+from worker_orcd.machine import usable_cores
 
 
 class Required(Enum):
@@ -230,7 +231,7 @@ class ModelFile:
         Raises:
             ModelLoadError: names tensor and byte offset; also if a file was cut or changed meanwhile.
         """
-        n_threads = n_threads or min(len(os.sched_getaffinity(0)), 8)
+        n_threads = n_threads or min(usable_cores(), 8)
         done = 0
         for batch in self._check_batches(self.tensors if names is None else names):
             rules = [quants.TYPES[tensor.type_id].check_rule for _, tensor, _, _ in batch]

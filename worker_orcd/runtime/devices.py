@@ -16,6 +16,7 @@ from worker_orcd.config import check_device
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Engine, EngineConfig
 from worker_orcd.errors import CudaError, InternalError
+from worker_orcd.machine import free_memory
 from worker_orcd.models.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 #: tokens of one step where the caller names no number
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 256, 2048
-#: largest KV cache that the CPU takes unasked, and its share of the memory that is free
-CPU_KV_LIMIT, CPU_KV_SHARE = 1 << 30, 0.25
+#: share of the memory that is free which the KV cache takes on the CPU where nobody says how much
+CPU_KV_SHARE = 0.25
 
 _ADVICE = 'choose device "cpu" by name to run without a GPU'
 
@@ -60,10 +61,16 @@ def default_batch_tokens(device: str, max_seqs: int) -> int:
     return max(max_seqs, CPU_BATCH_TOKENS if device == "cpu" else CUDA_BATCH_TOKENS)
 
 
-def cpu_kv_budget() -> tuple[int, int]:
-    """Bytes the KV cache takes on the CPU: where nobody says how many, and at most where one sequence needs more."""
+def host_memory() -> int:
+    """Bytes of memory that this process can take.
+
+    Raises:
+        InternalError: the system does not tell.
+    """
     free = free_memory()
-    return min(int(free * CPU_KV_SHARE), CPU_KV_LIMIT), free
+    if free is None:
+        raise InternalError("/proc/meminfo does not say MemAvailable")
+    return free
 
 
 @contextlib.contextmanager
@@ -83,15 +90,17 @@ def retain_context(device: str) -> Iterator[None]:
         context.close()
 
 
-def free_vram(device: str) -> int:
-    """Bytes that a GPU has free beside the context of this process.
+def device_memory(device: str) -> tuple[int, int]:
+    """Bytes of a GPU: what it has free beside the context of this process, and in all.
 
     Raises:
         CudaError: the driver does not tell.
+        InsufficientVram: there is not even room for a context.
     """
     context = _module("_driver").Context(_index(device))
     try:
-        return int(context.memory()[0])
+        free, total = context.memory()
+        return int(free), int(total)
     finally:
         context.close()
 
@@ -154,15 +163,6 @@ def engine_facts(engine: Any) -> dict[str, Any]:
         "sm": f"sm_{major}{minor}",
         "cuda_runtime_version": ".".join(map(str, _module("_driver").driver_version())),
     }
-
-
-def free_memory() -> int:
-    """Bytes of host memory that programs can take without swapping (MemAvailable)."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise InternalError("/proc/meminfo does not say MemAvailable")
 
 
 def _index(device: str) -> int:

@@ -34,6 +34,10 @@ class ModelInfo:
         context_length: positions a sequence may reach here.
         model_bytes: bytes of the file or of all its parts.
         kv_bytes: bytes of the KV cache.
+        kv_positions: positions that it holds, of all sequences together; None where every layer slides.
+        default_seqs: sequences that it holds at once where each has a prompt of 64 tokens and gets as many as a request
+            that names no number; at most `max_seqs`.
+        full_context_seqs: likewise, where each has `context_length` positions.
         device: "cpu" or "cuda:N".
         max_seqs: sequences that run together at most.
         max_batch_tokens: tokens of one step at most.
@@ -61,6 +65,9 @@ class ModelInfo:
     context_length: int
     model_bytes: int
     kv_bytes: int
+    kv_positions: int | None
+    default_seqs: int
+    full_context_seqs: int
     device: str
     max_seqs: int
     max_batch_tokens: int

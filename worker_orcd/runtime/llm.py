@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from worker_orcd.config import FLAGS, check_sha256, file_path
+from worker_orcd.config import FLAGS, GPU_MEMORY_UTILIZATION, check_range, check_sha256, file_path
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.sampling import SamplingParams, plain_number
 from worker_orcd.errors import InvalidRequest, WorkerError
@@ -52,8 +52,9 @@ class LLM:
         model: path of a GGUF file; of a split model the first part.
         device: "cpu", "cuda:N", or "auto": cuda:0 where there is a driver and a GPU, an error elsewhere.
         context_length: positions a sequence may reach; None: as many as the file says and the KV cache holds.
-        kv_cache_bytes: size of the KV cache; None: on a GPU what fits, on the CPU a quarter of the free memory, at
-            most 1 GiB. Never more than `max_seqs` sequences can use.
+        kv_cache_bytes: size of the KV cache; None: on a GPU what fits, on the CPU what `max_seqs` sequences of 4,096
+            positions need, at least 1 GiB, at most a quarter of the free memory. Never more than `max_seqs` sequences
+            can use.
         max_seqs: sequences that run together; None: 64, fewer where memory of the GPU is short.
         max_batch_tokens: tokens of one step (prompts and running sequences), at least `max_seqs`; None: by device,
             fewer where memory of the GPU is short.
@@ -67,11 +68,13 @@ class LLM:
         expect_sha256: hexadecimal digest that the file must have (of a split model: of its parts one after another).
         trusted_models: JSON list of the models that may be loaded, see docs/provenance.md; others are refused.
         vram_limit_bytes: device memory that weights, KV cache, workspace and reserve may take together on a GPU; None:
-            what is free.
+            what `gpu_memory_utilization` allows.
+        gpu_memory_utilization: share of the GPU's memory that this process may take, above 0 to 1; its context counts
+            too, and never more is taken than is free.
         chunk_bytes: bytes of one copy to the GPU.
         on_fatal: called with the error when the engine has died; every job has ended by then.
         on_plan: called on a GPU with what the model will take (`vram.VramPlan`) and the bytes that are free, before
-            anything is allocated; also where it does not fit.
+            anything is allocated; also where it does not fit, and again where less is tried.
 
     Attributes:
         info: what is loaded, a `ModelInfo`.
@@ -80,7 +83,7 @@ class LLM:
     Raises:
         InvalidRequest: an argument breaks its rule.
         ModelLoadError: the file is not a good model, or not one that is expected or trusted.
-        InsufficientVram: the memory does not hold what was asked for; both numbers.
+        InsufficientVram, InsufficientMemory: the GPU, the system does not hold what was asked for; both numbers.
         CudaError: the device is not there or fails.
         InternalError: the system gives no thread.
 
@@ -106,6 +109,7 @@ class LLM:
         expect_sha256: str | None = None,
         trusted_models: str | os.PathLike[str] | None = None,
         vram_limit_bytes: int | None = None,
+        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
         chunk_bytes: int = 1 << 20,
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
@@ -116,6 +120,7 @@ class LLM:
         numbers = (context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads)
         context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads = map(plain_number, numbers)
         vram_limit_bytes, chunk_bytes = plain_number(vram_limit_bytes), plain_number(chunk_bytes)
+        gpu_memory_utilization = plain_number(gpu_memory_utilization)
         _check_counts(
             max_seqs=max_seqs,
             context_length=context_length,
@@ -125,6 +130,7 @@ class LLM:
         _check_counts(False, n_threads=n_threads, chunk_bytes=chunk_bytes)
         _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, MAX_BATCH_TOKENS, optional=True)
         _check_count("max_queue", max_queue, 0, MAX_QUEUE)
+        _check_share("gpu_memory_utilization", gpu_memory_utilization)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
         _check_callable(progress=True if isinstance(progress, bool) else progress, on_fatal=on_fatal, on_plan=on_plan)
@@ -141,6 +147,7 @@ class LLM:
             expect_sha256=expect_sha256,
             trusted_models=trusted_models,
             vram_limit_bytes=vram_limit_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             chunk_bytes=chunk_bytes,
             on_plan=on_plan,
         )
@@ -410,6 +417,12 @@ def _check_count(name: str, value: object, least: float | None, most: float | No
     low, high = int(least or 0), int(most or 0)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequest(f"{name} must be a whole number, {low} to {high}", field=name)
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{name} must be a number", field=name)
+    check_range(name, value)
 
 
 def _check_callable(**values: object) -> None:

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from worker_orcd.config import DEFAULT_MAX_TOKENS
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import Engine, EngineConfig
+from worker_orcd.errors import InsufficientMemory, InsufficientVram, WorkerError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import TrustedModels, Verified, verify
 from worker_orcd.models import plan
@@ -21,6 +23,9 @@ from worker_orcd.runtime import devices, sizing
 from worker_orcd.runtime.info import ModelInfo, model_facts
 from worker_orcd.runtime.progress import LazyFuture, LoadProgress, Progress, no_progress, submit
 from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+#: how often sizes are chosen anew where a device gives less than it promised; the last are a twentieth of the first
+TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class LoadOptions:
     expect_sha256: str | None
     trusted_models: str | os.PathLike[str] | None
     vram_limit_bytes: int | None
+    gpu_memory_utilization: float
     chunk_bytes: int
     on_plan: Callable[[VramPlan, int], object] | None
 
@@ -102,31 +108,11 @@ def load(model: str | os.PathLike[str], options: LoadOptions, go_on: Callable[[]
 
             with devices.retain_context(device):
                 the_plan = plan.build(model_file, options.context_length)
-                config = sizing.engine_config(
-                    device,
-                    the_plan,
-                    model_file.path,
-                    options.context_length,
-                    options.kv_cache_bytes,
-                    options.max_seqs,
-                    options.max_batch_tokens,
-                    options.vram_limit_bytes,
-                )
                 checked = None
                 if options.check_tensors and device == "cpu":
                     checked = submit(pool, model_file.check_tensors, options.n_threads, read)
                     made.start()
-                engine = devices.open_engine(
-                    device,
-                    model_file,
-                    the_plan,
-                    config,
-                    n_threads=options.n_threads,
-                    chunk_bytes=options.chunk_bytes,
-                    progress=reading,
-                    check_tensors=options.check_tensors,
-                    on_plan=options.on_plan,
-                )
+                config, engine = _open_what_fits(device, model_file, the_plan, options, reading)
             if checked is not None:
                 checked.result()
             tokenizer: Tokenizer | None = made.result()
@@ -140,6 +126,53 @@ def load(model: str | os.PathLike[str], options: LoadOptions, go_on: Callable[[]
         model_file.close()
         raise
     return LoadedModel(model_file, the_plan, config, engine, tokenizer, info)
+
+
+def _open_what_fits(
+    device: str, model_file: ModelFile, the_plan: plan.Plan, options: LoadOptions, reading: Callable[[int], None]
+) -> tuple[EngineConfig, Engine]:
+    """Choose sizes and make the engine; where the device gives less than it promised, smaller ones are tried.
+
+    Sizes that the caller named stay. A try that fails has freed everything before the next one begins.
+
+    Raises:
+        InsufficientVram, InsufficientMemory: of the last try, where nothing smaller is left to choose.
+    """
+    at_most: int | None = None
+    failed: WorkerError | None = None
+    for _ in range(TRIES):
+        try:
+            config = sizing.engine_config(
+                device,
+                the_plan,
+                model_file.path,
+                options.context_length,
+                options.kv_cache_bytes,
+                options.max_seqs,
+                options.max_batch_tokens,
+                options.vram_limit_bytes,
+                options.gpu_memory_utilization,
+                at_most,
+            )
+        except (InsufficientVram, InsufficientMemory) as error:
+            raise failed or error from None
+        try:
+            return config, devices.open_engine(
+                device,
+                model_file,
+                the_plan,
+                config,
+                n_threads=options.n_threads,
+                chunk_bytes=options.chunk_bytes,
+                progress=reading,
+                check_tensors=options.check_tensors,
+                on_plan=options.on_plan,
+            )
+        except (InsufficientVram, InsufficientMemory) as error:
+            failed = error.with_traceback(None)
+        at_most = sizing.next_smaller(device, the_plan, config)
+    assert failed is not None, "the loop ends with an engine or an error"
+    raise failed
 
 
 def _tokenizer_source(model_file: ModelFile, tokenizer: Tokenizer | None, options: LoadOptions) -> str | None:
@@ -166,12 +199,19 @@ def _info(
         **verified.facts(),
         **devices.engine_facts(engine),
     }
-    block_bytes = kv_blocks.block_bytes(the_plan)
+    block_bytes, groups = kv_blocks.block_bytes(the_plan), the_plan.kv_groups
+
+    def seqs_held(n_positions: int) -> int:
+        return min(config.max_seqs, kv_blocks.sequences_held(groups, config.n_blocks, n_positions))
+
     return ModelInfo(
         **facts,
         tokenizer_source=tokenizer_source,
         context_length=config.context_length,
         kv_bytes=sum(n * b for n, b in zip(config.n_blocks, block_bytes, strict=True)),
+        kv_positions=kv_blocks.positions_held(groups, config.n_blocks),
+        default_seqs=seqs_held(min(config.context_length, 64 + DEFAULT_MAX_TOKENS)),
+        full_context_seqs=seqs_held(config.context_length),
         device=device,
         max_seqs=config.max_seqs,
         max_batch_tokens=config.max_batch_tokens,

@@ -26,13 +26,14 @@ from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import (
     DuplicateJob,
+    InsufficientMemory,
     InternalError,
     ModelLoadError,
     NotReady,
     QueueFull,
-    VramOom,
     WorkerError,
 )
+from worker_orcd.machine import free_memory
 from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
 from worker_orcd.serving.engine_work import EngineWork
@@ -92,8 +93,6 @@ class EngineLoop:
         self._drops: list[int] = []
         self._seq_ids = itertools.count(1)
         self._idle = Waiters()  # for the end of all jobs
-        self._n_waiting = 0
-        self._n_free_slots = scheduler.n_free_slots
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
@@ -154,8 +153,6 @@ class EngineLoop:
             self._check_accepting()
             if job_id in self._jobs:
                 raise DuplicateJob(f"a job {job_id!r} is queued or running", job_id=job_id)
-            if bounded:
-                self._check_queue()
             seq_id = next(self._seq_ids)
             job = Job(
                 job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy
@@ -168,6 +165,8 @@ class EngineLoop:
                 not params.ignore_eos,
                 params.logprobs is not None,
             )
+            if bounded:
+                self._check_queue(seq)
             stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
             self._jobs[job.job_id] = job
             self._enqueue(Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
@@ -180,16 +179,19 @@ class EngineLoop:
         """Teacher-forced logits of int32 [n]: float32 [n, n_vocab]. Waits for its turn among the jobs.
 
         Raises:
-            InvalidRequest, VramOom: too long. NotReady: the loop is closed, or closes meanwhile.
+            InvalidRequest, VramOom: too long. InsufficientMemory: the system gives none for the logits.
+            NotReady: the loop is closed, or closes meanwhile.
         """
         self._scheduler.check(len(tokens), 0)
         shape = (len(tokens), self._engine.n_vocab)
         try:
             logits = np.empty(shape, np.float32)
         except MemoryError:
-            raise VramOom(
-                f"logits of {shape[0]} x {shape[1]} need {4 * shape[0] * shape[1]} bytes of host memory",
-                bytes_required=4 * shape[0] * shape[1],
+            needed, free = 4 * shape[0] * shape[1], free_memory()
+            raise InsufficientMemory(
+                f"logits of {shape[0]} x {shape[1]} need {needed:,} bytes of memory, and the system does not give them",
+                needed,
+                free,
             ) from None
         job = LogitsJob(next(self._seq_ids), logits, self._ended)
         try:
@@ -261,17 +263,16 @@ class EngineLoop:
         if not self._accepting:
             raise NotReady("the worker is shutting down")
 
-    def _check_queue(self) -> None:
-        # a slot is free for a new job only where no other waits for one
-        free = self._n_free_slots if self._n_waiting == 0 else 0
-        if self._n_waiting + max(0, len(self._inbox) + 1 - free) > self._max_queue:
+    def _check_queue(self, seq: SequenceState) -> None:
+        starts, n_wait = self._scheduler.outlook([*self._inbox, seq])
+        if not starts and self._scheduler.n_waiting + n_wait > self._max_queue:
             raise QueueFull(f"{self._max_queue} jobs are queued already; try again later", retry_after=1)
 
     def _enqueue(self, entry: Entry) -> None:
         self._entries[entry.seq.seq_id] = entry
         self._inbox.append(entry.seq)
         self._lock.notify_all()
-        if self._n_waiting == 0 and self._n_free_slots > 0:  # else it cannot start before another one ends
+        if self._scheduler.outlook(self._inbox)[0]:  # else it cannot start before another one ends
             self._control.interrupt()
 
     # -- ends
@@ -340,7 +341,6 @@ class EngineLoop:
                 self._inbox.clear()
                 self._drops.clear()
                 admitted = scheduler.admit()
-                self._n_waiting, self._n_free_slots = scheduler.n_waiting, scheduler.n_free_slots
             try:
                 self._work.begin(admitted)
                 self._work.run()

@@ -1,9 +1,9 @@
 """The scheduler: which tokens the engine computes next, and which sequence owns which slot and KV blocks.
 
-Admission is first come, first served, and reserves: a sequence gets a slot only when every KV group can hold it to its
-last token, so nothing that runs is ever preempted or lost. Running sequences go first in every step and prompts fill
-the rest in chunks, so that no prompt stops the streams of others. A sequence that grows past one of the plan's limits
-is recomputed from position 0 under the next rotary frequency table.
+A sequence gets a slot only when every KV group can hold it to its last token (`admission`), so nothing that runs is
+ever preempted or lost. Running sequences go first in every step and prompts fill the rest in chunks, so that no prompt
+stops the streams of others. A sequence that grows past one of the plan's limits is recomputed from position 0 under the
+next rotary frequency table.
 
 This is bookkeeping only, and a test drives it with made-up tokens. One thread uses it.
 """
@@ -11,7 +11,6 @@ This is bookkeeping only, and a test drives it with made-up tokens. One thread u
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -20,7 +19,8 @@ from worker_orcd.engine.kv_blocks import BlockPool, blocks_needed, blocks_of, fi
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
-from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
+from worker_orcd.serving.admission import Admission
+from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork, positions_kept
 
 #: tokens of one teacher-forced step: each of them brings n_vocab float32 logits to the host
 LOGITS_TOKENS = 64
@@ -65,9 +65,7 @@ class Scheduler:
         self._rope_tables = np.zeros(config.max_seqs, np.int32) if rope_tables is None else rope_tables
         self._rope_tables[...] = 0
         self._rope_limits = tuple(rope_limits)
-        self._unreserved = list(config.n_blocks)
-        self._free_slots = list(range(config.max_seqs - 1, -1, -1))
-        self._waiting: OrderedDict[int, SequenceState] = OrderedDict()
+        self._admission = Admission(self.groups, config.n_blocks, config.max_seqs)
         self._running: dict[int, SequenceState] = {}  # by seq_id, in order of admission
         self._forward_next = False
 
@@ -81,6 +79,7 @@ class Scheduler:
             VramOom: they fit the context, but not the whole KV cache.
         """
         n, context = n_prompt + max_tokens, self.config.context_length
+        kept = positions_kept(n_prompt, max_tokens)
         if n > context:
             name = "prompt" if n_prompt + min(max_tokens, 1) > context else "max_tokens"
             raise InvalidRequest(
@@ -89,7 +88,7 @@ class Scheduler:
                 field=name,
             )
         for group, pool in zip(self.groups, self.pools, strict=True):
-            need = blocks_needed(group, n)
+            need = blocks_needed(group, kept)
             if need > pool.n_blocks:
                 raise VramOom(
                     f"prompt of {n_prompt} tokens and max_tokens {max_tokens} need {need} KV blocks of "
@@ -102,19 +101,19 @@ class Scheduler:
         """The most tokens that a prompt of `n_prompt` tokens can ever be continued by; may be below 1."""
         longest = longest_sequence(self.groups, self.config.n_blocks)
         context = self.config.context_length
-        return (context if longest is None else min(context, longest)) - n_prompt
+        return (context if longest is None else min(context, longest + 1)) - n_prompt
 
     # -- life of a sequence
 
     @property
     def n_waiting(self) -> int:
         """Sequences not yet admitted."""
-        return len(self._waiting)
+        return len(self._admission.waiting)
 
     @property
     def n_free_slots(self) -> int:
         """Slots nobody owns."""
-        return len(self._free_slots)
+        return self._admission.n_free_slots
 
     @property
     def running(self) -> list[SequenceState]:
@@ -123,30 +122,24 @@ class Scheduler:
 
     def add(self, seq: SequenceState) -> None:
         """Queue a sequence that `check` accepts."""
-        self._waiting[seq.seq_id] = seq
+        self._admission.add(seq)
 
     def admit(self) -> list[SequenceState]:
-        """Give waiting sequences slots and reserve the blocks they need, in order, up to the first that has to wait."""
-        admitted = []
-        while self._waiting and self._free_slots:
-            seq = next(iter(self._waiting.values()))
-            need = [blocks_needed(g, seq.n_positions) for g in self.groups]
-            if any(n > free for n, free in zip(need, self._unreserved, strict=True)):
-                break
-            del self._waiting[seq.seq_id]
-            seq.slot = self._free_slots.pop()
-            seq.reserved = need
-            seq.blocks = [{} for _ in need]
+        """Give slots to those waiting sequences whose turn it is, and reserve the blocks they need."""
+        admitted = self._admission.admit()
+        for seq in admitted:
+            seq.blocks = [{} for _ in seq.reserved]
             self._choose_rope_table(seq, seq.n_prompt)
-            for i, n in enumerate(need):
-                self._unreserved[i] -= n
             self._running[seq.seq_id] = seq
-            admitted.append(seq)
         return admitted
+
+    def outlook(self, arriving: Sequence[SequenceState]) -> tuple[bool, int]:
+        """See `Admission.outlook`: whether the last of `arriving` would start at once, and how many would wait."""
+        return self._admission.outlook(arriving)
 
     def drop(self, seq_id: int) -> bool:
         """End a sequence in whatever state it is and free what it owns. False where it is not (or no longer) here."""
-        seq = self._waiting.pop(seq_id, None)
+        seq = self._admission.withdraw(seq_id)
         if seq is not None:
             seq.ended = "dropped"
             return True
@@ -231,11 +224,9 @@ class Scheduler:
 
     def _free(self, seq: SequenceState, reason: str) -> None:
         del self._running[seq.seq_id]
-        self._free_slots.append(seq.slot)
         self._free_blocks(seq)
-        for i, n in enumerate(seq.reserved):
-            self._unreserved[i] += n
-        seq.ended, seq.slot, seq.blocks, seq.reserved = reason, -1, [], []
+        self._admission.give_back(seq)
+        seq.ended, seq.blocks = reason, []
 
     def _free_blocks(self, seq: SequenceState) -> None:
         """Free every block that a sequence owns; what is reserved for it stays."""
@@ -297,7 +288,7 @@ class Scheduler:
     def _step(self, decoding: list[SequenceState], prefilling: list[SequenceState]) -> StepWork:
         chunks = [(seq, 1) for seq in decoding]
         left = min(self.config.max_batch_tokens - len(decoding), max(self.max_prefill_tokens, 1))
-        spare = list(self._unreserved)
+        spare = list(self._admission.unreserved)
         for seq in prefilling:
             if left <= 0:
                 break
@@ -329,7 +320,7 @@ class Scheduler:
 
     def _forward(self, seq: SequenceState) -> LogitsWork:
         n = min(self.config.max_batch_tokens, max(self.max_prefill_tokens, 1), LOGITS_TOKENS, seq.n_prompt - seq.n_past)
-        n = self._tokens_allowed(seq, n, list(self._unreserved))
+        n = self._tokens_allowed(seq, n, list(self._admission.unreserved))
         self._allocate(seq, n)
         end = seq.n_past + n
         batch = Batch(

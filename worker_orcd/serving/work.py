@@ -10,6 +10,11 @@ from worker_orcd.engine.protocol import Batch
 from worker_orcd.engine.sampling import SamplingParams
 
 
+def positions_kept(n_prompt: int, max_tokens: int) -> int:
+    """Positions in the KV cache of a prompt that is continued to the end: nothing is computed of the last token."""
+    return n_prompt + max(max_tokens - 1, 0)
+
+
 @dataclass(eq=False)
 class SequenceState:
     """One sequence, from submission to its last token.
@@ -26,6 +31,7 @@ class SequenceState:
         n_out: tokens generated; `last_token` is the newest, not yet in the cache.
         rope_table: index of the rotary frequency table it turns by.
         drawn: the tokens generated since its prompt was computed, kept while all of them may be recomputed.
+        n_passed: sequences that were queued after it and admitted before it.
         ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
     """
 
@@ -41,9 +47,11 @@ class SequenceState:
     last_token: int = -1
     rope_table: int = 0
     drawn: list[int] = field(default_factory=list)
+    n_passed: int = 0
     ended: str | None = None
     blocks: list[dict[int, int]] = field(default_factory=list)  # per KV group: {block number: block of the pool}
-    reserved: list[int] = field(default_factory=list)  # per KV group
+    need: list[int] = field(default_factory=list)  # per KV group: blocks to set aside; admission fills it in
+    reserved: list[int] = field(default_factory=list)  # per KV group: those that are set aside
 
     @property
     def n_prompt(self) -> int:
@@ -52,8 +60,8 @@ class SequenceState:
 
     @property
     def n_positions(self) -> int:
-        """Positions it will reach."""
-        return self.n_prompt + self.max_tokens
+        """Positions that it will have in the KV cache at most."""
+        return positions_kept(self.n_prompt, self.max_tokens)
 
     @property
     def prefilling(self) -> bool:

@@ -1,0 +1,81 @@
+"""What this process may use of the machine: cores and memory, as affinity and control groups allow.
+
+Linux tells both in files. One that is absent, cannot be read or holds something else sets no limit, so that an odd
+container never keeps a program from starting. `root` is the folder that stands for "/"; tests give another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_cores(root: str | os.PathLike[str] = "/") -> int:
+    """Cores that this process can keep busy, at least 1: those it may run on, or fewer where a control group around it
+    has a quota of processor time (version 1 and 2; rounded up)."""
+    cores = len(os.sched_getaffinity(0))
+    for group in _groups(Path(root), "cpu"):
+        words = _words(group / "cpu.max") or [*_words(group / "cpu.cfs_quota_us"), *_words(group / "cpu.cfs_period_us")]
+        quota, period = _number(words[:1]), _number(words[1:2])
+        if quota and period:
+            cores = min(cores, -(-quota // period))
+    return cores
+
+
+def free_memory(root: str | os.PathLike[str] = "/") -> int | None:
+    """Bytes of memory that this process can take without swapping: what the system has, or less where a control group
+    around it has a limit. None: the system does not tell."""
+    base = Path(root)
+    known = [n * 1024 for n in [_number(_entry(base / "proc/meminfo", "MemAvailable:"))] if n is not None]
+    for group in _groups(base, "memory"):
+        limit = _number(_words(group / "memory.max") or _words(group / "memory.limit_in_bytes"))
+        used = _number(_words(group / "memory.current") or _words(group / "memory.usage_in_bytes"))
+        if limit and used is not None:
+            # pages of files are given back when memory is short
+            kept = [_number(_entry(group / "memory.stat", name)) or 0 for name in ("active_file", "inactive_file")]
+            known.append(max(limit - max(used - sum(kept), 0), 0))
+    return min(known, default=None)
+
+
+def _groups(base: Path, controller: str) -> Iterator[Path]:
+    """The folders of the control groups that hold this process and have the controller, from the innermost out."""
+    mounts = [line.split() for line in _lines(base / "proc/self/mountinfo")]
+    for line in _lines(base / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        for mount in mounts:
+            kind = mount[mount.index("-") + 1 :] if "-" in mount else []
+            # fields: ..., 3 the folder of the hierarchy that is shown, 4 where; after "-" kind, source, options
+            if len(mount) < 6 or len(kind) < 3 or kind[0] != ("cgroup" if controllers else "cgroup2"):
+                continue
+            if controllers and controller not in kind[2].split(","):
+                continue
+            top = base / mount[4].lstrip("/")
+            inside = os.path.relpath(path, mount[3])
+            # a container may be shown a part of the hierarchy that its own path does not lie in
+            folder = top if inside.startswith("..") else top / inside
+            yield from (f for f in (folder, *folder.parents) if f.is_relative_to(top))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _words(path: Path) -> list[str]:
+    return " ".join(_lines(path)).split()
+
+
+def _entry(path: Path, name: str) -> list[str]:
+    """What follows `name` in a file of lines "name value"."""
+    return next((words[1:] for line in _lines(path) if (words := line.split()) and words[0] == name), [])
+
+
+def _number(words: list[str]) -> int | None:
+    """The first word where it is a whole number of zero or more, else None; "max" and -1 say that there is no limit."""
+    return int(words[0]) if words and words[0].isascii() and words[0].isdigit() and len(words[0]) < 20 else None
