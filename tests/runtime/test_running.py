@@ -27,7 +27,23 @@ def engines(monkeypatch):
     return made
 
 
-OPTIONS = loading.LoadOptions("cpu", None, None, None, None, 0, None, True, False, None, None, None, 1 << 20, None)
+OPTIONS = loading.LoadOptions(
+    "cpu",
+    None,
+    None,
+    None,
+    None,
+    0,
+    None,
+    True,
+    False,
+    None,
+    None,
+    None,
+    gpu_memory_utilization=0.9,
+    chunk_bytes=1 << 20,
+    on_plan=None,
+)
 
 
 @pytest.fixture
