@@ -24,6 +24,7 @@ enum {
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
     NO_BINARY = 209,
+    INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
     ILLEGAL_ADDRESS = 700
@@ -275,6 +276,7 @@ Status cuGetErrorName(Status s, const char** out) {
                  {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"},
                  {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
                  {NO_BINARY, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
+                 {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
                  {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
                  {999, "CUDA_ERROR_UNKNOWN"},
                  {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
@@ -420,8 +422,10 @@ Status cuEventSynchronize(Event* e) {
 }
 Status cuEventQuery(Event* e) { return sticky ? sticky : e->done < e->recorded ? NOT_READY : OK; }
 Status cuEventElapsedTime(float* ms, Event* a, Event* b) {
+    if (sticky) return sticky;
+    if (!a->recorded || !b->recorded) return INVALID_HANDLE;
     *ms = 1;
-    return sticky;
+    return OK;
 }
 
 Status cuLibraryLoadData(void** out, const void* code, void* a, void* b, unsigned c, void* d, void* e, unsigned f) {
