@@ -628,3 +628,19 @@ def test_a_storm_of_submits_and_cancels():
         assert len(ends) == 200
         assert all(isinstance(e, Finished | Cancelled | InferenceTimeout) for e in ends)
         rig.settle()
+
+
+def test_jobs_that_are_submitted_together_begin_together():
+    with Rig(max_seqs=8, max_batch_tokens=64) as rig:
+        alone = [read(rig.submit((i, 2, 3), max_tokens=5)) for i in range(1, 7)]
+        rig.settle()
+        rig.engine.calls.clear()
+        rig.engine.n_rows_seen = 0
+        with rig.loop.together():
+            jobs = [rig.submit((i, 2, 3), max_tokens=5) for i in range(1, 7)]
+            time.sleep(0.05)
+            assert rig.engine.calls == []
+        crowd = [read(job) for job in jobs]
+        ids = [[[p.token_ids for p in pieces] for pieces, _ in jobs] for jobs in (alone, crowd)]
+        assert ids[0] == ids[1] and all(ids[0])
+        assert rig.engine.n_rows_seen == 6 * 3 and rig.engine.calls.count("step") == 1, "all prompts in one step"

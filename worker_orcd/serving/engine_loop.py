@@ -12,11 +12,12 @@ The lock is for threads that no signal handler interrupts. What the main thread 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +92,7 @@ class EngineLoop:
         self._recent: OrderedDict[str, None] = OrderedDict()  # ids of jobs that ended
         self._inbox: list[SequenceState] = []
         self._drops: list[int] = []
+        self._called = False  # the engine thread was interrupted for the inbox and has not taken it in yet
         self._seq_ids = itertools.count(1)
         self._idle = Waiters()  # for the end of all jobs
         self._accepting = True
@@ -174,6 +176,13 @@ class EngineLoop:
         if wake:
             self._output.wake()
         return job
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is submitted inside begins together: the engine thread takes it in once, afterwards. Not for long, for
+        nothing else can begin or end meanwhile."""
+        with self._lock:
+            yield
 
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """Teacher-forced logits of int32 [n]: float32 [n, n_vocab]. Waits for its turn among the jobs.
@@ -272,7 +281,8 @@ class EngineLoop:
         self._entries[entry.seq.seq_id] = entry
         self._inbox.append(entry.seq)
         self._lock.notify_all()
-        if self._scheduler.outlook(self._inbox)[0]:  # else it cannot start before another one ends
+        if not self._called and self._scheduler.outlook(self._inbox)[0]:  # else it cannot start before another one ends
+            self._called = True
             self._control.interrupt()
 
     # -- ends
@@ -334,6 +344,7 @@ class EngineLoop:
                 if self._quit:
                     return
                 self._control.clear()
+                self._called = False
                 for seq in self._inbox:
                     scheduler.add(seq)
                 for seq_id in self._drops:
