@@ -31,19 +31,6 @@ def worker():
 
 
 @pytest.fixture
-def start():
-    workers = []
-
-    def make(*args):
-        workers.append(fake_worker(*args))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.kill()
-
-
-@pytest.fixture
 def sockets():
     """A function: worker, how many -> that many connections, closed after the test."""
     with ExitStack() as stack:

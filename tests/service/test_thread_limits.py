@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from service.client import fake_worker
-
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-def start():
-    workers = []
-
-    def make(*args, **kwargs):
-        workers.append(fake_worker(*args, **kwargs))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.kill()
 
 
 @pytest.mark.parametrize("thread", ["exit", "stop", "dead", "load", "provenance"])
@@ -73,13 +60,22 @@ def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path)
 
 def test_many_requests_without_a_thread_leave_no_connection_behind(start, tmp_path):
     """The count of connections bounds how many are accepted: one that leaked would stop the server in the end."""
+
+    def n_open():
+        (pid,) = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text().split()
+        return len(os.listdir(f"/proc/{pid}/fd"))
+
     limit = tmp_path / "limit"
     worker = start("--no-threads-while", limit, "--max-seqs", 1, "--max-queue", 0)
     stream = worker.execute("quiet", job_id="held")
     assert stream.next()[0] == "started"
     limit.touch()
-    refused = [worker.request("GET", "/health")[0] for _ in range(100)]
-    assert set(refused) <= {200, 503}
+    before = n_open()
+    assert {worker.request("GET", "/health")[0] for _ in range(100)} == {503}, "the stream has the only thread"
+    end = time.monotonic() + 5
+    while n_open() > before:
+        assert time.monotonic() < end, "connections are left"
+        time.sleep(0.02)
     limit.unlink()
     assert worker.json("GET", "/health")[0] == 200
     code, seconds = worker.stop()
