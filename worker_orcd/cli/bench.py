@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -45,12 +45,9 @@ def bench(
     batch: str,
     repeat: int,
     device: str,
-    n_threads: int,
-    vram_limit_bytes: int | None,
-    gpu_memory_utilization: float,
-    trusted_models: str | None,
     verbose: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Measure prefill and decode speed on random token ids. Needs no tokenizer.
 
@@ -79,12 +76,9 @@ def bench(
             model,
             device,
             measuring.Measurements(prompts, n_gen, batches, repeat),
-            n_threads=n_threads,
             progress=progress,
             on_plan=plan_printer(verbose),
-            trusted_models=trusted_models,
-            vram_limit_bytes=vram_limit_bytes,
-            gpu_memory_utilization=gpu_memory_utilization,
+            **given,
         )
     finally:
         if bar is not None:

@@ -129,7 +129,7 @@ def open_engine(
     """Load the model on a resolved device.
 
     Args:
-        n_threads: of the CPU engine, 0: one per core.
+        n_threads: of the CPU engine, 0: one for each core that the process may use.
         chunk_bytes: bytes of one host-to-device copy; nothing is copied on the CPU.
         progress: called with the bytes loaded so far; what it raises ends the load, and everything is freed.
         check_tensors: on a GPU, refuse NaN and infinity in what is loaded, as `ModelFile.check_tensors`, which is for
