@@ -1,7 +1,7 @@
 """ThreadPool: the threads that answer requests, in the place of the standard library's.
 
-There a thread that cannot be started (a container's limit on processes) is an error after the request was queued: it
-ended the main loop, and all streams with it. Here it is an error of that request, which the caller can still refuse.
+There a thread that cannot be started (a container's limit on processes) is an error after the request was queued, which
+would end the main loop and all streams with it. Here it is an error of that request, which the caller can still refuse.
 """
 
 from __future__ import annotations

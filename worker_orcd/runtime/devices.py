@@ -1,4 +1,4 @@
-"""Devices by name: which one is meant, what KV cache it gets by default, and the engine that runs on it.
+"""Devices by name: which one is meant, how much memory it has, and the engine that runs on it.
 
 The CPU is chosen by name only; nothing here ever falls back to it. Compiled modules are imported when their device is
 asked for, so that a machine without a GPU never touches the CUDA ones.
