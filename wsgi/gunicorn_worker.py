@@ -72,6 +72,14 @@ class StreamWorker(CollectingWorker):
         self._pool = ThreadPool(self.cfg.threads)
         return self._pool
 
+    def keep_thread(self) -> None:
+        """The request that this pool thread answers will keep it for long, as a stream does.
+
+        Raises:
+            RuntimeError: no thread would be left for others.
+        """
+        self._pool.take_long()
+
     def wait_for_answers(self, seconds: float) -> None:
         """Wait until no request is being answered, but not longer than `seconds`; from any thread but the main one."""
         self._pool.wait_until_idle(seconds)

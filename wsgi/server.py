@@ -206,6 +206,7 @@ class _Application(BaseApplication):
             self._exit.within(0.0)
 
         service.on_exit = end
+        service.keep_thread = worker.keep_thread
         service.on_ready = self.notifier.worker_is_ready
         self._log_writer.start()
         try:
