@@ -72,6 +72,14 @@ class StreamWorker(CollectingWorker):
         self._pool = ThreadPool(self.cfg.threads)
         return self._pool
 
+    def start_threads(self) -> None:
+        """Start the least that serves: a thread for one stream, and one for all that is short.
+
+        Raises:
+            RuntimeError: one cannot be started.
+        """
+        self._pool.start(2)
+
     def keep_thread(self) -> None:
         """The request that this pool thread answers will keep it for long, as a stream does.
 
@@ -89,7 +97,6 @@ class StreamWorker(CollectingWorker):
         try:
             super().enqueue_req(conn)
         except RuntimeError:
-            self.log.error("A request was refused: no thread can be started for it")
             self.refuse(conn, NoThread())
 
     # -- serving, in a pool thread
