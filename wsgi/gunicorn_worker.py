@@ -50,6 +50,14 @@ class StreamWorker(CollectingWorker):
             super().handle_exit(sig, frame)
             self.stop_requested.set()
 
+    def is_parent_alive(self) -> bool:
+        """As gunicorn's, but who has lost its master ends as at a signal: nobody else would tell it. Looked at once a
+        second; its listener would keep the port from the next server."""
+        alive = bool(super().is_parent_alive())
+        if not alive:
+            self.handle_exit(signal.SIGTERM, None)
+        return alive
+
     def leave(self) -> None:
         """Make the main loop end; from any thread."""
         self.alive = False

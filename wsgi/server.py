@@ -228,7 +228,7 @@ class _Application(BaseApplication):
         if service is not None and worker.stop_requested.is_set():
             self._stopped.wait(self._config.grace_sec + EXIT_SLACK_SEC)
         elif service is not None:
-            # its load failed, its engine died, gunicorn found it silent, or the master is gone
+            # its load failed, its engine died, or gunicorn found it silent
             service.exit_code = service.exit_code or EXIT_FAILED
             self._exit.within(EXIT_SLACK_SEC)
             service.stop(0.0)
