@@ -93,9 +93,6 @@ class Deadlines:
         self.seconds = seconds
         self._ends: dict[Connection, float] = {}
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
     def add(self, conn: Connection) -> None:
         """Let `conn` wait here, and nowhere else, from now on."""
         if conn.waits is not None:

@@ -68,8 +68,8 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
 class Service:
     """One model, its state and its streams. All methods may be called from any thread.
 
-    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs. `keep_thread` is called
-    by each stream before it begins, and raises where no thread would be left for others.
+    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs. Each stream calls
+    `keep_thread` before it begins, which raises where no thread would be left for others.
 
     Args:
         config: checked start-up values.

@@ -19,7 +19,7 @@ _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
 class ThreadPool(Executor):
-    """Runs calls in daemon threads, started when they are needed.
+    """Runs calls in daemon threads, started when they are needed, or by `start`.
 
     Args:
         max_threads: more calls at once wait for a thread.
@@ -33,6 +33,16 @@ class ThreadPool(Executor):
         self._n_calls = 0  # running or waiting
         self._n_long = 0  # of those
         self._own = threading.local()  # `long`: whether the call that runs in this thread is one of them
+
+    def start(self, n_threads: int) -> None:
+        """Start so many threads now, or those that are missing.
+
+        Raises:
+            RuntimeError: one cannot be started.
+        """
+        with self._changed:
+            while self._n_threads < min(n_threads, self._max_threads):
+                self._add_thread()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run `fn(*args, **kwargs)` in a thread.
@@ -59,8 +69,7 @@ class ThreadPool(Executor):
             RuntimeError: none can be started; the call should end soon.
         """
         with self._changed:
-            if self._n_threads < self._n_long + 2:
-                self._add_thread()
+            self.start(self._n_long + 2)
             self._n_long += 1
             self._own.long = True
 

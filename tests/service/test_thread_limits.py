@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.mark.parametrize("thread", ["exit", "stop", "dead", "load", "provenance"])
+@pytest.mark.parametrize("thread", ["exit", "stop", "request-0", "request-1", "dead", "load", "provenance"])
 def test_a_load_without_a_thread_that_it_needs_fails_by_name(start, thread):
     worker = start("--no-thread", thread, wait=False)
     began = time.monotonic()
