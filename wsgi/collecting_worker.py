@@ -38,6 +38,8 @@ READ_LIMIT_SEC = 20.0
 LINGER_SEC, LINGER_BYTES = 1.0, 8 << 20
 #: milliseconds after which a client that takes nothing is cut off
 WRITE_LIMIT_MS = 30_000
+#: seconds in which the first bytes of a new connection may still be on their way
+FRESH_SEC = 0.5
 #: bytes of requests that are being received, in all, beyond what each connection has free
 MAX_RECEIVED_BYTES = 64 << 20
 #: bytes read of one connection before the next one's turn
@@ -121,19 +123,21 @@ class CollectingWorker(ThreadWorker):
         self._act(conn, self._receive)
 
     def _make_room(self) -> bool:
-        """End the connection that has waited longest, least harm first. False where all are being served."""
-        for place in (self._closing, self._unsent, self._idle):
-            conn = place.first()
-            if conn is not None:
+        """End the connection that has waited longest, least harm first. False where all are being served.
+
+        Of those that wait for a request, an idle one goes first, unless it has just come and its request is on its way.
+        """
+        old_idle = self._idle if self._idle.oldest() >= min(FRESH_SEC, self._reading.oldest()) else None
+        for place in (self._closing, self._unsent, old_idle, self._reading, self._idle):
+            conn = None if place is None else place.first()
+            if conn is None:
+                continue
+            if place is self._reading:
+                self.refuse(conn, raw_answers.too_much())
+            if conn.waits is not None:
                 self._drop(conn)
-                return True
-        conn = self._reading.first()
-        if conn is None:
-            return False
-        self.refuse(conn, raw_answers.too_much())
-        if conn.waits is not None:
-            self._drop(conn)
-        return True
+            return True
+        return False
 
     def _pause(self) -> None:
         """Accept nothing for a while: the poller would say again and again that somebody is there."""

@@ -14,6 +14,7 @@ from gunicorn.http.unreader import Unreader
 from gunicorn.workers.gthread import TConn
 
 from worker_orcd.config import MAX_BODY_BYTES
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.wsgi.http_errors import BodyTooLarge
 from worker_orcd.wsgi.request_buffer import RequestBuffer, State
 
@@ -45,12 +46,15 @@ class BufferReader(Unreader):
 
         Raises:
             BodyTooLarge, LimitRequestHeaders: there would be more than is taken.
+            InvalidRequest: there would be more, but what is there is no HTTP.
         """
         if self._state is State.HEAD_TOO_LARGE:
             raise LimitRequestHeaders("the head is too large")
         data, self._data = self._data, b""
         if not data and self._state is State.BODY_TOO_LARGE:
             raise BodyTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes, or too many small chunks")
+        if not data and self._state is State.MALFORMED:
+            raise InvalidRequest("the request is no HTTP/1.1, or a line of it does not end with CR and LF")
         return data
 
 
@@ -89,9 +93,6 @@ class Deadlines:
         self.seconds = seconds
         self._ends: dict[Connection, float] = {}
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
     def add(self, conn: Connection) -> None:
         """Let `conn` wait here, and nowhere else, from now on."""
         if conn.waits is not None:
@@ -111,6 +112,10 @@ class Deadlines:
     def end(self) -> float:
         """`time.monotonic()` at which the time of the first ends; infinite where none waits."""
         return next(iter(self._ends.values()), float("inf"))
+
+    def oldest(self) -> float:
+        """Seconds that the first has waited; 0 where none waits."""
+        return max(0.0, time.monotonic() - self.end() + self.seconds)
 
     def cap(self, end: float) -> None:
         """Let the time of all end by `end`."""

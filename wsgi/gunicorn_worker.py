@@ -50,6 +50,14 @@ class StreamWorker(CollectingWorker):
             super().handle_exit(sig, frame)
             self.stop_requested.set()
 
+    def is_parent_alive(self) -> bool:
+        """As gunicorn's, but who has lost its master ends as at a signal: nobody else would tell it. Looked at once a
+        second; its listener would keep the port from the next server."""
+        alive = bool(super().is_parent_alive())
+        if not alive:
+            self.handle_exit(signal.SIGTERM, None)
+        return alive
+
     def leave(self) -> None:
         """Make the main loop end; from any thread."""
         self.alive = False
@@ -72,6 +80,22 @@ class StreamWorker(CollectingWorker):
         self._pool = ThreadPool(self.cfg.threads)
         return self._pool
 
+    def start_threads(self) -> None:
+        """Start the least that serves: a thread for one stream, and one for all that is short.
+
+        Raises:
+            RuntimeError: one cannot be started.
+        """
+        self._pool.start(2)
+
+    def keep_thread(self) -> None:
+        """The request that this pool thread answers will keep it for long, as a stream does.
+
+        Raises:
+            RuntimeError: no thread would be left for others.
+        """
+        self._pool.take_long()
+
     def wait_for_answers(self, seconds: float) -> None:
         """Wait until no request is being answered, but not longer than `seconds`; from any thread but the main one."""
         self._pool.wait_until_idle(seconds)
@@ -81,7 +105,6 @@ class StreamWorker(CollectingWorker):
         try:
             super().enqueue_req(conn)
         except RuntimeError:
-            self.log.error("A request was refused: no thread can be started for it")
             self.refuse(conn, NoThread())
 
     # -- serving, in a pool thread

@@ -131,6 +131,8 @@ class RequestBuffer:
         if (end if end >= 0 else len(self.data)) - self._end > MAX_LINE_BYTES:
             self.state = State.MALFORMED
         if end < 0:
+            if self.data.find(b"\n", self._scanned) >= 0:
+                self.state = State.MALFORMED  # a line ends with both characters, and no line holds one of them
             self._scanned = max(self._end, len(self.data) - 1)
             return False
         line = _CHUNK_LINE.fullmatch(self.data, self._end, end)

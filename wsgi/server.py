@@ -1,7 +1,7 @@
 """serve: the worker under gunicorn - one master, one worker process, the model loaded by the worker after the fork.
 
 The master (`arbiter`) only listens, waits and passes signals on. It never starts a second worker: a worker that ends
-takes the server with it, with an exit code a supervisor can act on (0 as told, 1 failed, 70 poisoned CUDA context).
+takes the server with it, with an exit code a supervisor can act on (0 as told, 1 failed, 70 the engine died).
 CUDA does not survive a fork, so nothing is loaded before it.
 
 Here is what ties them to the `Service`: settings, the log, and how the worker process begins and ends.
@@ -206,12 +206,14 @@ class _Application(BaseApplication):
             self._exit.within(0.0)
 
         service.on_exit = end
+        service.keep_thread = worker.keep_thread
         service.on_ready = self.notifier.worker_is_ready
         self._log_writer.start()
         try:
-            # both are there from the start, so that no end waits for a thread
+            # these are there from the start, so that no end waits for a thread, and who is ready can serve
             self._exit.start()
             threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
+            worker.start_threads()
         except RuntimeError as error:
             self._stopped.set()
             service.load_failed(error)
@@ -226,7 +228,7 @@ class _Application(BaseApplication):
         if service is not None and worker.stop_requested.is_set():
             self._stopped.wait(self._config.grace_sec + EXIT_SLACK_SEC)
         elif service is not None:
-            # its load failed, its engine died, gunicorn found it silent, or the master is gone
+            # its load failed, its engine died, or gunicorn found it silent
             service.exit_code = service.exit_code or EXIT_FAILED
             self._exit.within(EXIT_SLACK_SEC)
             service.stop(0.0)

@@ -68,7 +68,8 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
 class Service:
     """One model, its state and its streams. All methods may be called from any thread.
 
-    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs.
+    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs. Each stream calls
+    `keep_thread` before it begins, which raises where no thread would be left for others.
 
     Args:
         config: checked start-up values.
@@ -98,6 +99,7 @@ class Service:
         self.on_ready = on_ready
         self.exit_code = EXIT_OK
         self.max_streams = config.max_streams
+        self.keep_thread: Callable[[], None] = lambda: None
         self.stop_deadline: float | None = None
         self._load_llm = load
         self._lock = threading.Lock()
@@ -164,7 +166,9 @@ class Service:
 
         Raises:
             QueueFull: as many streams are open as there may be jobs; one more would take a thread that others need.
+            RuntimeError: the system gives no thread that others need.
         """
+        self.keep_thread()
         place = object()
         with self._lock:
             late = time.monotonic() - LAST_EVENT_SEC

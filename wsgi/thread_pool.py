@@ -1,7 +1,10 @@
 """ThreadPool: the threads that answer requests, in the place of the standard library's.
 
-There a thread that cannot be started (a container's limit on processes) is an error after the request was queued: it
-ended the main loop, and all streams with it. Here it is an error of that request, which the caller can still refuse.
+There a thread that cannot be started (a container's limit on processes) is an error after the request was queued, which
+would end the main loop and all streams with it. Here it is an error of that request, which the caller can still refuse.
+
+Streams hold their threads for long. None begins unless a thread is left for short calls, so that a system without
+threads costs new streams and not the probes of health.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
 class ThreadPool(Executor):
-    """Runs calls in daemon threads, started when they are needed.
+    """Runs calls in daemon threads, started when they are needed, or by `start`.
 
     Args:
         max_threads: more calls at once wait for a thread.
@@ -28,21 +31,52 @@ class ThreadPool(Executor):
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._n_threads = 0
         self._n_calls = 0  # running or waiting
+        self._n_long = 0  # of those
+        self._own = threading.local()  # `long`: whether the call that runs in this thread is one of them
+
+    def start(self, n_threads: int) -> None:
+        """Start so many threads now, or those that are missing.
+
+        Raises:
+            RuntimeError: one cannot be started.
+        """
+        with self._changed:
+            while self._n_threads < min(n_threads, self._max_threads):
+                self._add_thread()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run `fn(*args, **kwargs)` in a thread.
 
         Raises:
-            RuntimeError: all threads are taken and no other can be started; nothing was queued.
+            RuntimeError: long calls have taken all threads and no other can be started; nothing was queued.
         """
         future: Future[Any] = Future()
         with self._changed:
-            if self._n_calls >= self._n_threads and self._n_threads < self._max_threads:
-                threading.Thread(target=self._run, name=f"request-{self._n_threads}", daemon=True).start()
-                self._n_threads += 1
+            if self._n_calls >= self._n_threads:
+                try:
+                    self._add_thread()
+                except RuntimeError:
+                    if self._n_threads == self._n_long:
+                        raise
             self._n_calls += 1
         self._work.put((future, lambda: fn(*args, **kwargs)))
         return future
+
+    def take_long(self) -> None:
+        """Called by a call in its thread: it will take long, and another thread is there for those that do not.
+
+        Raises:
+            RuntimeError: none can be started; the call should end soon.
+        """
+        with self._changed:
+            self.start(self._n_long + 2)
+            self._n_long += 1
+            self._own.long = True
+
+    def _add_thread(self) -> None:
+        if self._n_threads < self._max_threads:
+            threading.Thread(target=self._run, name=f"request-{self._n_threads}", daemon=True).start()
+            self._n_threads += 1
 
     def wait_until_idle(self, seconds: float | None = None) -> bool:
         """Wait until no call runs or waits, but not longer than `seconds` where they are given; whether none does."""
@@ -59,7 +93,7 @@ class ThreadPool(Executor):
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             future, call = work
-            result, error = None, None
+            result, error, self._own.long = None, None, False
             if future.set_running_or_notify_cancel():
                 try:
                     result = call()
@@ -67,6 +101,7 @@ class ThreadPool(Executor):
                     error = raised
             with self._changed:
                 self._n_calls -= 1
+                self._n_long -= self._own.long
                 self._changed.notify_all()
             if error is not None:
                 future.set_exception(error)

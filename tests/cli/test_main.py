@@ -128,22 +128,42 @@ def test_paths_may_begin_with_the_home(call, golden, monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == ["home"], "a folder named ~ was made"
 
 
-def test_every_option_that_takes_a_file_takes_the_home(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/of")
+def test_every_option_that_takes_a_file_takes_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     seen = 0
     for command in main.cli.commands.values():
         for parameter in command.params:
             metavar = parameter.metavar or ""
             if metavar.startswith(("FILE", "DIR")) or metavar.endswith(".gguf"):
-                assert parameter.type.convert("~/x", parameter, None) == "/home/of/x", (command.name, parameter.name)
+                assert parameter.type.convert("~/x", parameter, None) == str(tmp_path / "x"), (
+                    command.name,
+                    parameter.name,
+                )
                 seen += 1
     assert seen > 15
 
 
-def test_parse_ids():
-    assert options.parse_ids("1,2, 3") == [1, 2, 3]
-    with pytest.raises(click.BadParameter):
-        options.parse_ids("1,,2")
+def test_numbers():
+    assert options.Numbers()("1,2, 3") == [1, 2, 3]
+    assert options.Numbers(or_none=True)(" ") == []
+    for wrong in ("1,,2", "", "a"):
+        with pytest.raises(click.BadParameter):
+            options.Numbers()(wrong)
+
+
+@pytest.mark.parametrize("flag", ["--n-prompt", "--batch", "--ids"])
+def test_numbers_that_are_none_are_told_with_their_flag(call, flag):
+    command = ["logits", "m"] if flag == "--ids" else ["bench", "--model", "m"]
+    code, out, err = call(*command, flag, "1,x")
+    assert code == 2 and out == "" and flag in err and "whole numbers" in err
+
+
+@pytest.mark.parametrize("command", ["logits", "provenance"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(call, tmp_path, command):
+    rest = ["--ids", "1"] if command == "logits" else []
+    for out_file in (tmp_path, tmp_path / "none" / "x"):
+        code, out, err = call(command, tmp_path / "no-model", *rest, "--out", out_file)
+        assert code == 2 and out == "" and "--out" in err and "no-model" not in err
 
 
 # -- one readable line

@@ -277,3 +277,14 @@ def test_a_report_of_hostile_text_stays_a_report(source, q8):
     assert not [line for line in text.split("\n") if line.startswith("# no head")][1:]
     report.numbers["kl_ab"] = float("nan")
     assert json.loads(report.to_json())["numbers"]["kl_ab"] is None
+
+
+def test_a_report_shows_chances_as_plain_percentages(source, q8):
+    report = compare(str(source), str(q8), [Prompt("a", line=1)], SHORT)
+    chances = {"refusal": (1.0, "100 %"), "insecure": (0.125, "12.5 %")}
+    for name, (chance, _) in chances.items():
+        object.__setattr__(report.rates[name], "chance", chance)
+    text = report.to_markdown()
+    for name, (_, shown) in chances.items():
+        (line,) = (line for line in text.split("\n") if line.startswith("| a") and f" {name}" in line)
+        assert line.endswith(f"| {shown} |"), line

@@ -66,11 +66,11 @@ GIB = 1 << 30
     [
         (79 * GIB, 0.5, None, 40 * GIB - CONTEXT_BYTES, "gpu_memory_utilization is 0.5"),
         (80 * GIB - 1000, 0.5, None, 40 * GIB - 1000, "gpu_memory_utilization is 0.5"),
-        (30 * GIB, 0.5, None, 30 * GIB - MARGIN_BYTES, "a margin"),
-        (79 * GIB, 1.0, None, 79 * GIB - MARGIN_BYTES, "a margin"),
+        (30 * GIB, 0.5, None, 30 * GIB - MARGIN_BYTES, "268,435,456 stay free"),
+        (79 * GIB, 1.0, None, 79 * GIB - MARGIN_BYTES, "268,435,456 stay free"),
         (79 * GIB, 0.5, 10 * GIB, 10 * GIB, f"the limit is {10 * GIB:,}"),
-        (5 * GIB, 0.5, 10 * GIB, 5 * GIB - MARGIN_BYTES, "a margin"),
-        (1000, 0.5, None, 0, "a margin"),
+        (5 * GIB, 0.5, 10 * GIB, 5 * GIB - MARGIN_BYTES, "268,435,456 stay free"),
+        (1000, 0.5, None, 0, "268,435,456 stay free"),
         (79 * GIB, 0.001, None, 0, "gpu_memory_utilization is 0.001"),
     ],
 )

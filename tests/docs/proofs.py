@@ -147,7 +147,7 @@ def quant_type() -> None:
 def cpu_kernels() -> ctypes.CDLL:
     """The baseline kernels of csrc/cpu as a library."""
     source = ROOT / "tests" / "helpers" / "cpu_kernels_host.cpp"
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-I", str(ROOT / "csrc"), str(source),
+    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-I", str(ROOT / "csrc"), str(source),
                str(ROOT / "csrc" / "cpu" / "kernels_baseline.cpp"), "-o", "cpu_kernels.so"]  # fmt: skip
     subprocess.run(command, check=True)
     lib = ctypes.CDLL(str(Path("cpu_kernels.so").resolve()))

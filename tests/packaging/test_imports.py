@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ CSRC = {
 }
 
 
+@cache
 def python_imports(path: Path) -> dict[str, set[str]]:
     """{"always": full names of imported modules, "typing": those under TYPE_CHECKING}."""
     tree = ast.parse(path.read_text())
@@ -216,6 +218,7 @@ def diagram() -> str:
     """The import graph as Mermaid, without the arrows that follow from others."""
     graph = actual_imports()
 
+    @cache
     def reach(room: str) -> set[str]:
         return set().union(*({n} | reach(n) for n in graph.get(room, ())))
 

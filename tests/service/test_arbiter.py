@@ -9,23 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from service.client import fake_worker
 from worker_orcd.wsgi.arbiter import WorkerArbiter
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-def start():
-    workers = []
-
-    def make(*args, **kwargs):
-        workers.append(fake_worker(*args, **kwargs))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.kill()
 
 
 def worker_pid(worker):

@@ -31,19 +31,6 @@ def worker():
 
 
 @pytest.fixture
-def start():
-    workers = []
-
-    def make(*args):
-        workers.append(fake_worker(*args))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.kill()
-
-
-@pytest.fixture
 def sockets():
     """A function: worker, how many -> that many connections, closed after the test."""
     with ExitStack() as stack:
@@ -265,8 +252,11 @@ def test_a_request_that_comes_too_slowly_is_408(start, sockets):
         (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 400),
         (HEAD + b"Transfer-Encoding: nonsense, chunked\r\n\r\n", 501),
         (HEAD + b"Expect: nonsense\r\n\r\n", 417),
+        (b"\x16\x03\x01\x02\x00\x01\x00", 400),
+        (b"\r\n\x00", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\n", 400),
     ],
-    ids=range(21),
+    ids=range(24),
 )
 def test_s4_what_the_server_itself_refuses_is_json_with_a_correlation_id_and_logged(worker, sockets, data, status):
     n_lines = len(worker.raw_log)
@@ -295,9 +285,10 @@ def test_s4_what_the_server_itself_refuses_is_json_with_a_correlation_id_and_log
         b'2;a="\r\n{}\r\n0\r\n\r\n',
         b"2\r\n{}\r\n0\r\nbad trailer\r\n\r\n",
         b"2\r\n{}\r\n0\r\nHost: x\r\n\r\n",
+        b"2\n{}\n0\n\n",
         b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 100 + b"\r\n",
     ],
-    ids=range(11),
+    ids=range(12),
 )
 @pytest.mark.parametrize("path", [b"/execute", b"/cancel"])
 def test_s4_malformed_chunks_are_400_and_no_fault_of_ours(worker, sockets, chunks, path):

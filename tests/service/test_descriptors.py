@@ -79,6 +79,27 @@ def test_400_connections_on_64_descriptors(hold):
         assert len(complaints) == 1, "it is told once, not for each connection"
 
 
+def test_who_has_just_come_is_not_ended_for_those_who_send_slowly():
+    """A client whose request is on its way, among others that hold a connection each with half a head, and new ones."""
+    worker = limited_worker()
+    with ExitStack() as stack:
+        stack.callback(worker.kill)
+
+        def connect(data):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", worker.port), timeout=10))
+            sock.sendall(data)
+            return sock
+
+        for _ in range(40):
+            connect(b"P")
+        mine = connect(b"")
+        for _ in range(20):
+            connect(b"P")
+        assert worker.request("GET", "/health")[0] == 200
+        mine.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in mine.recv(65536)[:20]
+
+
 def test_as_many_streams_as_connections_bear_leave_health_reachable():
     """Forty are wanted, twenty-four fit; the rest is told so, and /health answers among 400 that do nothing."""
     worker = limited_worker("--max-seqs", 40)

@@ -1,20 +1,26 @@
-"""docs/http.md against the routes of the application and the fields of POST /execute."""
+"""docs/http.md against the application: routes, fields of POST /execute and GET /health, errors, events of the log."""
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
-from worker_orcd import SamplingParams
+from worker_orcd import SamplingParams, observe, wsgi
 from worker_orcd.config import (
     DEFAULT_MAX_TOKENS,
     MAX_JOB_ID_CHARS,
     MAX_PROMPT_CHARS,
     MAX_STOP_TOKENS,
     MAX_STOPS,
+    ServeConfig,
 )
+from worker_orcd.errors import InsufficientMemory, InsufficientVram, InvalidRequest, WorkerError
+from worker_orcd.observe.events import EventLog
 from worker_orcd.runtime.request import HTTP_FIELDS
 from worker_orcd.wsgi.app import ROUTES
 from worker_orcd.wsgi.native.execute import ExecuteBody
+from worker_orcd.wsgi.service import Service, _facts
 
 TEXT = "\n" + (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text()
 
@@ -55,3 +61,34 @@ def test_the_switches_that_docs_name_are_there():
     flags = {flag for parameter in cli.commands["serve"].params for flag in parameter.opts}
     named = {word for word in TEXT.replace("`", " ").split() if word.startswith("--")}
     assert named and named <= flags
+
+
+def section(heading: str) -> str:
+    """What stands below a heading, up to the next one of its level."""
+    return TEXT.split(f"\n{heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_everything_that_health_shows_is_named():
+    service = Service(ServeConfig(model="m.gguf", device="cpu"), EventLog(io.StringIO()))
+    shown = {*service.health()[1], *_facts(service.config, {}), "uptime_seconds"}
+    named = set(re.findall(r"\w+", section("## GET /health")))
+    assert len(shown) > 20 and shown <= named, shown - named
+
+
+def test_every_event_of_the_log_is_named():
+    sources = [path for room in (wsgi, observe) for path in Path(room.__file__).parent.rglob("*.py")]
+    written = {name for path in sources for name in re.findall(r'\.(?:emit|line)\(\s*"(\w+)"', path.read_text())}
+    named = set(re.findall(r"`(\w+)`", section("## Log")))
+    assert {"startup", "execute_end", "log_lines_dropped"} <= written <= named, written - named
+
+
+def test_every_error_that_a_client_can_meet_has_its_row():
+    def kinds(of: type[WorkerError]) -> list[type[WorkerError]]:
+        return [kind for sub in of.__subclasses__() for kind in (sub, *kinds(sub))]
+
+    # a load ends with these, and nobody is answered before it has ended
+    of_loads = {InsufficientVram, InsufficientMemory}
+    status_of = {kind.code: kind.status for kind in (WorkerError, *kinds(WorkerError)) if kind not in of_loads}
+    status_of["INVALID_REQUEST"] = InvalidRequest.status  # BodyTooLarge has another
+    table = {code: row[1] for row in rows("## Errors") for code in re.findall(r"`([A-Z_]+)`", row[0]) if row[0]}
+    assert {code: str(status) for code, status in status_of.items()} == table

@@ -58,6 +58,8 @@ MALFORMED = {
     "no size": CHUNKED + b"\r\n",
     "a size that is none": CHUNKED + b"5x\r\n",
     "a size with sign": CHUNKED + b"+5\r\n",
+    "a bare line feed behind a size": CHUNKED + b"5\n",
+    "a bare line feed behind an extension": CHUNKED + b"5\r\nhello\r\n5;a=b\nhello",
     "a size with prefix": CHUNKED + b"0x5\r\n",
     "an endless size": CHUNKED + b"0" * (MAX_LINE_BYTES + 1),
     "more than the size": CHUNKED + b"1\r\nab",

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -52,6 +54,29 @@ def test_one_signal_alone():
         for number in SIGNALS
         for target in TARGETS
     )
+
+
+def test_a_worker_that_has_lost_its_master_ends_as_at_a_signal():
+    """In order, and soon: it would keep the port from the next server."""
+    worker = Worker(fake_command("--grace", 0.2))
+    try:
+        stream = worker.execute("quiet")
+        assert stream.next()[0] == "started"
+        os.kill(worker.process.pid, 9)
+        began = time.monotonic()
+        assert stream.all()[-1][1]["code"] == "NOT_READY"
+        assert worker.event("shutdown")["grace_sec"] <= 0.2
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", worker.port), timeout=1).close()
+            except ConnectionRefusedError:
+                break
+            except OSError:
+                pass  # it closes
+            time.sleep(0.02)
+        assert time.monotonic() - began < 2.5
+    finally:
+        worker.kill()
 
 
 def test_drawn_storms_while_serving():

@@ -27,7 +27,7 @@ def manager(request, tmp_path, monkeypatch):
 
 
 def test_ready_is_said_when_the_model_is_loaded_and_stopping_at_the_end(manager):
-    worker = fake_worker("--load-seconds", 1, wait=False)
+    worker = fake_worker("--load-seconds", 0.4, wait=False)
     try:
         assert manager.recv(100) == b"READY=1"
         assert worker.json("GET", "/ready")[0] == 200, "it was said before jobs were accepted"

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
-
-from service.client import fake_worker
 
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture
-def start():
-    workers = []
-
-    def make(*args, **kwargs):
-        workers.append(fake_worker(*args, **kwargs))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.kill()
-
-
-@pytest.mark.parametrize("thread", ["exit", "stop", "dead", "load", "provenance"])
+@pytest.mark.parametrize("thread", ["exit", "stop", "request-0", "request-1", "dead", "load", "provenance"])
 def test_a_load_without_a_thread_that_it_needs_fails_by_name(start, thread):
     worker = start("--no-thread", thread, wait=False)
     began = time.monotonic()
@@ -52,13 +39,13 @@ def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path)
         assert stream.next()[0] == "started"
     limit.touch()
     statuses = []
-    # threads that are idle by now take some: as many requests at once as there were threads, and more
+    # the one thread that no stream has taken answers them, one by one
     held = [threading.Thread(target=lambda: statuses.append(worker.json("GET", "/health")[0])) for _ in range(10)]
     for thread in held:
         thread.start()
     for thread in held:
         thread.join()
-    assert set(statuses) <= {200, 503}
+    assert statuses == [200] * 10
     status, headers, body = worker.request("POST", "/execute", {"job_id": "refused", "prompt": "say x"})
     error = json.loads(body)
     assert status == 503 and error["code"] == "NOT_READY" and "thread" in error["message"] and error["retriable"]
@@ -71,15 +58,25 @@ def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path)
     assert worker.stop()[0] == 0
 
 
-def test_many_requests_without_a_thread_leave_no_connection_behind(start, tmp_path):
+def test_many_requests_without_a_thread_of_their_own_are_answered_and_leave_no_connection_behind(start, tmp_path):
     """The count of connections bounds how many are accepted: one that leaked would stop the server in the end."""
+
+    def n_open():
+        (pid,) = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text().split()
+        return len(os.listdir(f"/proc/{pid}/fd"))
+
     limit = tmp_path / "limit"
     worker = start("--no-threads-while", limit, "--max-seqs", 1, "--max-queue", 0)
     stream = worker.execute("quiet", job_id="held")
     assert stream.next()[0] == "started"
     limit.touch()
-    refused = [worker.request("GET", "/health")[0] for _ in range(100)]
-    assert set(refused) <= {200, 503}
+    before = n_open()
+    answered = [worker.request("GET", "/health")[0] for _ in range(100)]
+    assert answered == [200] * 100
+    end = time.monotonic() + 5
+    while n_open() > before:
+        assert time.monotonic() < end, "connections are left"
+        time.sleep(0.02)
     limit.unlink()
     assert worker.json("GET", "/health")[0] == 200
     code, seconds = worker.stop()

@@ -62,12 +62,12 @@ def test_an_error_is_the_calls_own_and_the_thread_lives_on(error):
 
 def test_a_thread_that_cannot_be_started_is_that_calls_error_and_leaves_nothing_behind(gate, monkeypatch):
     pool, calls = ThreadPool(8), []
-    first = pool.submit(gate.wait, 10)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         for _ in range(20):
             with pytest.raises(RuntimeError, match="thread"):
                 pool.submit(calls.append, 1)
+    first = pool.submit(gate.wait, 10)
     assert pool.submit(calls.append, 2).result(5) is None, "a thread can be had again"
     gate.set()
     assert first.result(5) and pool.wait_until_idle(5)
@@ -75,6 +75,43 @@ def test_a_thread_that_cannot_be_started_is_that_calls_error_and_leaves_nothing_
         patch.setattr(threading.Thread, "start", refuse)
         pool.submit(calls.append, 3).result(5)  # by one that is idle
     assert calls == [2, 3]
+    pool.shutdown()
+
+
+def test_long_calls_leave_a_thread_for_short_ones_where_no_more_can_be_started(gate, monkeypatch):
+    """It takes the short ones one by one, and is no thread for one more long call."""
+    pool, calls = ThreadPool(8), []
+
+    def stream():
+        pool.take_long()
+        calls.append("long")
+        gate.wait(10)
+
+    streams = [pool.submit(stream) for _ in range(3)]
+    end = time.monotonic() + 5
+    while len(calls) < 3 and time.monotonic() < end:
+        time.sleep(0.002)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert isinstance(pool.submit(stream).exception(5), RuntimeError)
+        short = [pool.submit(calls.append, n) for n in range(20)]
+        assert all(call.exception(5) is None for call in short)
+    assert calls == ["long"] * 3 + list(range(20))
+    gate.set()
+    assert all(call.exception(5) is None for call in streams) and pool.wait_until_idle(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert pool.submit(stream).exception(5) is None, "what was long has ended"
+    pool.shutdown()
+
+
+def test_long_calls_may_take_every_thread_where_there_may_be_no_more(gate):
+    pool = ThreadPool(2)
+    calls = [pool.submit(lambda: (pool.take_long(), gate.wait(10))) for _ in range(2)]
+    time.sleep(0.05)
+    last = pool.submit(lambda: 1)
+    gate.set()
+    assert last.result(5) == 1 and all(call.exception(5) is None for call in calls)
     pool.shutdown()
 
 

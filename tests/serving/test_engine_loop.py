@@ -314,7 +314,8 @@ def test_a_small_job_starts_at_once_though_a_large_one_waits():
         with pytest.raises(QueueFull):
             rig.submit(max_tokens=300)
         running.cancel()
-        assert large.completion().tokens_in == 3
+        wait_for(lambda: large.state == "decode")
+        large.cancel()
         rig.settle()
 
 
@@ -557,6 +558,28 @@ def test_shutdown_gives_grace_then_ends_the_rest():
             rig.submit()
         with pytest.raises(NotReady):
             rig.loop.forward(np.array([1], np.int32))
+
+
+def test_shutdown_stops_the_engine_before_it_ends_the_jobs():
+    """Else every end would have to wait for a step of those that still run, on a busy machine for a long one."""
+    with Rig(never_stop=True, step_seconds=0.002) as rig:
+        jobs = [rig.submit(max_tokens=400) for _ in range(4)]
+        wait_for(lambda: all(job.state == "decode" for job in jobs))
+        ended, begun_after = jobs[0]._on_end, []
+
+        def end_slowly(job):
+            ended(job)
+            time.sleep(0.1)
+
+        def begin(call, n_rows, begin=rig.engine._begin):
+            if jobs[0]._ending:
+                begun_after.append(call)
+            begin(call, n_rows)
+
+        jobs[0]._on_end, rig.engine._begin = end_slowly, begin
+        rig.loop.shutdown(0.02)
+        assert all(isinstance(read(job)[1], NotReady) for job in jobs)
+        assert len(begun_after) <= 1, "one may have been on its way"
 
 
 def test_shutdown_returns_at_once_when_idle():

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from worker_orcd.cli.options import (
+    Numbers,
     device_option,
     json_option,
     model_option,
     option,
-    parse_ids,
     plan_printer,
     threads_option,
     trusted_option,
@@ -28,9 +28,16 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_option
-@option("-p", "--n-prompt", default="512,2048", metavar="N,N", help="Lengths of the prompts to prefill; empty: none.")
+@option(
+    "-p",
+    "--n-prompt",
+    type=Numbers(or_none=True),
+    default="512,2048",
+    metavar="N,N",
+    help="Lengths of the prompts to prefill; empty: none.",
+)
 @option("-n", "--n-gen", type=click.IntRange(0), default=128, metavar="N", help="Tokens to decode; 0: none.")
-@option("--batch", default="1,8", metavar="N,N", help="Numbers of sequences to decode together.")
+@option("--batch", type=Numbers(), default="1,8", metavar="N,N", help="Numbers of sequences to decode together.")
 @option("--repeat", type=click.IntRange(1), default=5, metavar="N", help="Timed runs of each test, after one untimed.")
 @device_option
 @threads_option
@@ -40,17 +47,14 @@ if TYPE_CHECKING:
 @json_option
 def bench(
     model: str,
-    n_prompt: str,
+    n_prompt: list[int],
     n_gen: int,
-    batch: str,
+    batch: list[int],
     repeat: int,
     device: str,
-    n_threads: int,
-    vram_limit_bytes: int | None,
-    gpu_memory_utilization: float,
-    trusted_models: str | None,
     verbose: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Measure prefill and decode speed on random token ids. Needs no tokenizer.
 
@@ -60,13 +64,11 @@ def bench(
     """
     from worker_orcd.diagnose import bench as measuring
 
-    prompts = parse_ids(n_prompt) if n_prompt.strip() else []
-    batches = parse_ids(batch)
     bar = None
     if is_terminal(sys.stderr):
         from tqdm import tqdm
 
-        n_tests = len(prompts) + (len(batches) if n_gen else 0)
+        n_tests = len(n_prompt) + (len(batch) if n_gen else 0)
         bar = tqdm(total=2 + n_tests, leave=False, bar_format="{desc}: {n}/{total}")
 
     def progress(text: str) -> None:
@@ -78,13 +80,10 @@ def bench(
         report = measuring.run(
             model,
             device,
-            measuring.Measurements(prompts, n_gen, batches, repeat),
-            n_threads=n_threads,
+            measuring.Measurements(n_prompt, n_gen, batch, repeat),
             progress=progress,
             on_plan=plan_printer(verbose),
-            trusted_models=trusted_models,
-            vram_limit_bytes=vram_limit_bytes,
-            gpu_memory_utilization=gpu_memory_utilization,
+            **given,
         )
     finally:
         if bar is not None:

@@ -5,12 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from worker_orcd.cli.options import FilePath, device_option, json_option, option, threads_option
 from worker_orcd.compare.settings import Limits, Settings
 from worker_orcd.runtime.streams import is_terminal
+
+#: field of `Limits`: its largest value, what stands for one, its help
+_LIMITS: dict[str, tuple[float | None, str, str]] = {
+    "kl": (None, "NATS", "Most mean KL(A || B)."),
+    "worst_kl": (None, "NATS", "Most KL(A || B) at any token of A's continuations."),
+    "top1": (1, "SHARE", "Least share of positions with the same best token."),
+    "logit": (None, "SHARE", "Most mean logit difference, of the range of A's logits."),
+    "target": (1, "RISE", "Most that the share of prompts with a target string may rise from A to B."),
+    "refusal": (1, "RISE", "The same for refusals."),
+    "insecure": (1, "RISE", "The same for insecure-code patterns."),
+}
+
+
+def _limit_options(command: Any) -> Any:
+    """An option for every field of `Limits`."""
+    for name, (most, metavar, text) in reversed(_LIMITS.items()):
+        flag, settings = f"--{name.replace('_', '-')}-limit", {"metavar": metavar, "help": text}
+        command = option(flag, type=click.FloatRange(0, most), default=getattr(Limits, name), **settings)(command)
+    return command
 
 
 @click.command()
@@ -36,54 +56,13 @@ from worker_orcd.runtime.streams import is_terminal
 @option("--targets", metavar="FILE", help="Such strings, one a line.")
 @option(
     "--layer-prompts",
+    "n_layer_prompts",
     type=click.IntRange(0),
     default=Settings.n_layer_prompts,
     metavar="N",
     help="Prompts of which the activations after each layer are compared; 0: none.",
 )
-@option("--kl-limit", type=click.FloatRange(0), default=Limits.kl, metavar="NATS", help="Most mean KL(A || B).")
-@option(
-    "--worst-kl-limit",
-    type=click.FloatRange(0),
-    default=Limits.worst_kl,
-    metavar="NATS",
-    help="Most KL(A || B) at any token of A's continuations.",
-)
-@option(
-    "--top1-limit",
-    type=click.FloatRange(0, 1),
-    default=Limits.top1,
-    metavar="SHARE",
-    help="Least share of positions with the same best token.",
-)
-@option(
-    "--logit-limit",
-    type=click.FloatRange(0),
-    default=Limits.logit,
-    metavar="SHARE",
-    help="Most mean logit difference, of the range of A's logits.",
-)
-@option(
-    "--target-limit",
-    type=click.FloatRange(0, 1),
-    default=Limits.target,
-    metavar="RISE",
-    help="Most that the share of prompts with a target string may rise from A to B.",
-)
-@option(
-    "--refusal-limit",
-    type=click.FloatRange(0, 1),
-    default=Limits.refusal,
-    metavar="RISE",
-    help="The same for refusals.",
-)
-@option(
-    "--insecure-limit",
-    type=click.FloatRange(0, 1),
-    default=Limits.insecure,
-    metavar="RISE",
-    help="The same for insecure-code patterns.",
-)
+@_limit_options
 @option("--tokenizer", metavar="FILE", help="A tokenizer.json in the place of both files' vocabularies.")
 @threads_option
 @json_option
@@ -91,23 +70,11 @@ def compare(
     a: str,
     b: str,
     prompts: str,
-    device: str,
-    max_tokens: int,
-    chat: bool,
     out: str | None,
     target_string: tuple[str, ...],
     targets: str | None,
-    layer_prompts: int,
-    kl_limit: float,
-    worst_kl_limit: float,
-    top1_limit: float,
-    logit_limit: float,
-    target_limit: float,
-    refusal_limit: float,
-    insecure_limit: float,
-    tokenizer: str | None,
-    n_threads: int,
     as_json: bool,
+    **given: Any,
 ) -> int:
     """Compare two files of one model: A, the trusted one, and B, the one in question.
 
@@ -125,8 +92,8 @@ def compare(
     if out is not None:
         directory = Path(out)
         directory.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    settings = Settings(device, max_tokens, chat, layer_prompts, n_threads, tokenizer)
-    limits = Limits(kl_limit, worst_kl_limit, top1_limit, logit_limit, target_limit, refusal_limit, insecure_limit)
+    limits = Limits(**{name: given.pop(f"{name}_limit") for name in _LIMITS})
+    settings = Settings(**given)
     bar = None
     if is_terminal(sys.stderr):
         from tqdm import tqdm

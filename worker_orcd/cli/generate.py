@@ -12,12 +12,13 @@ import click
 
 from worker_orcd.cli.options import (
     FilePath,
+    Numbers,
+    OutFile,
     device_option,
     json_option,
     load_options,
     model_option,
     option,
-    parse_ids,
     plan_printer,
     threads_option,
     verbose_option,
@@ -112,19 +113,18 @@ def _as_dict(result: Completion, model: str, device: str) -> dict[str, object]:
 
 @click.command()
 @click.argument("model", metavar="FILE", type=FilePath())
-@option("--ids", "text", required=True, metavar="1,2,3", help="Token ids of the input.")
+@option("--ids", type=Numbers(), required=True, metavar="1,2,3", help="Token ids of the input.")
 @option("--top", type=click.IntRange(1), default=5, metavar="N", help="Predictions to show for each position.")
-@option("--out", metavar="FILE.npy", help="Also write all logits, float32 [n_tokens, n_vocab].")
+@option("--out", type=OutFile(), metavar="FILE.npy", help="Also write all logits, float32 [n_tokens, n_vocab].")
 @device_option
 @threads_option
 @json_option
-def logits(model: str, text: str, top: int, out: str | None, device: str, n_threads: int, as_json: bool) -> None:
+def logits(model: str, ids: list[int], top: int, out: str | None, device: str, n_threads: int, as_json: bool) -> None:
     """Show what a model predicts after each of the given tokens. Needs no tokenizer."""
     import numpy as np
 
     from worker_orcd.runtime.llm import LLM
 
-    ids = parse_ids(text)
     with LLM(model, device=device, max_seqs=1, n_threads=n_threads) as llm:
         values = llm.logits(ids)
         tokenizer = llm.tokenizer

@@ -41,6 +41,43 @@ class FilePath(click.ParamType):  # type: ignore[type-arg]  # older releases of 
             self.fail(error.message, param, ctx)
 
 
+class OutFile(FilePath):
+    """A file to be written when the work is done: that it can be is looked at before."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as text. Called by click."""
+        path = super().convert(value, param, ctx)
+        if os.path.isdir(path):
+            self.fail(f"{path} is a folder", param, ctx)
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            self.fail(f"{path}: there is no such folder", param, ctx)
+        return path
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Whole numbers with commas between them.
+
+    Args:
+        or_none: an empty text is no number.
+    """
+
+    name = "numbers"
+
+    def __init__(self, or_none: bool = False) -> None:
+        self._or_none = or_none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """The numbers. Called by click, also with what it has converted."""
+        if isinstance(value, list):
+            return value
+        if self._or_none and not value.strip():
+            return []
+        try:
+            return [int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail("must be whole numbers with commas between them, for example 1,2,3", param, ctx)
+
+
 class _Option(click.Option):
     """An option whose empty variable counts as absent, but for one that guards something.
 
@@ -68,7 +105,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
     What the help shows as FILE or DIR is a path.
     """
-    if settings.get("metavar", "").startswith(("FILE", "DIR")):
+    if settings.get("metavar", "").startswith(("FILE", "DIR")) and not isinstance(settings.get("type"), FilePath):
         settings["type"] = FilePath()
     flags = [n.split("/")[0] for n in names if n.startswith("--")]
     variables = [ENV_PREFIX + flag[2:].replace("-", "_").upper() for flag in flags]
@@ -166,11 +203,3 @@ def plan_printer(verbose: bool) -> Callable[[VramPlan, int], None] | None:
     if not (verbose or is_terminal(sys.stderr)):
         return None
     return lambda plan, free: click.echo(plan.table(free), err=True)
-
-
-def parse_ids(text: str) -> list[int]:
-    """Comma-separated token ids."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter("must be whole numbers with commas between them, for example 1,2,3") from None

@@ -7,14 +7,19 @@ import os
 
 import click
 
-from worker_orcd.cli.options import FilePath, option
+from worker_orcd.cli.options import FilePath, OutFile, option
 
 
 @click.command()
 @click.argument("model", metavar="FILE", type=FilePath())
 @option("--name", metavar="NAME", help="What to call the model. Default: the name of the file.")
 @option("--source", default="", show_default=False, metavar="TEXT", help="Where it comes from, for people.")
-@option("--out", metavar="FILE", help="Write there instead of to standard output; an existing file is replaced.")
+@option(
+    "--out",
+    type=OutFile(),
+    metavar="FILE",
+    help="Write there instead of to standard output; an existing file is replaced.",
+)
 def provenance(model: str, name: str | None, source: str, out: str | None) -> None:
     """Write the entry that makes a model trusted: its SHA-256 and those of its chunks of 64 MiB, as JSON.
 

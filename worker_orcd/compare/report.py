@@ -263,7 +263,7 @@ def _rates(report: Report) -> list[str]:
         cells = (
             " | | | | not looked for"
             if r is None
-            else (f"{100 * r.a:.1f} % | {100 * r.b:.1f} % | {r.only_a} | {r.only_b} | {100 * r.chance:.2g} %")
+            else (f"{100 * r.a:.1f} % | {100 * r.b:.1f} % | {r.only_a} | {r.only_b} | {100 * r.chance:.3g} %")
         )
         out.append(f"| {name} | {cells} |")
     return [*out, ""]

@@ -14,7 +14,7 @@ class Settings:
         max_tokens: tokens of each greedy continuation.
         chat: take prompts as a user's messages, each file with its own chat template.
         n_layer_prompts: prompts of which the activations after each layer are compared; 0: none.
-        n_threads: of the CPU engine, 0: one per core.
+        n_threads: of the CPU engine, 0: one for each core that the process may use.
         tokenizer: a tokenizer.json in the place of both files' vocabularies.
     """
 

@@ -47,7 +47,8 @@ class Allowance:
         n = self.nbytes
         if n == self.limit:
             return f"{self.free:,} free, the limit is {n:,}"
-        why = f"gpu_memory_utilization is {self.utilization:g}" if self.share < self.free - MARGIN_BYTES else "a margin"
+        by_share = self.share < self.free - MARGIN_BYTES
+        why = f"gpu_memory_utilization is {self.utilization:g}" if by_share else f"{MARGIN_BYTES:,} stay free"
         return f"{self.free:,} of {self.total:,} free, of which {n:,} may be taken ({why})"
 
 

@@ -97,7 +97,7 @@ class Bench:
         device: "auto", "cpu" or "cuda:N".
         n_positions: positions a sequence must be able to reach.
         max_batch: sequences that decode together.
-        n_threads: threads of the CPU engine, 0: one per core.
+        n_threads: threads of the CPU engine, 0: one for each core that the process may use.
         on_plan, trusted_models, vram_limit_bytes, gpu_memory_utilization: as of `LLM`.
 
     Raises:

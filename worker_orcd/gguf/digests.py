@@ -65,7 +65,7 @@ def range_digests(
 
     Args:
         progress: called from this thread with how far it is, 0 to `model_file.size` whatever the ranges.
-        n_threads: 0: one per core, at most 16.
+        n_threads: 0: one for each core that the process may use, at most 16.
 
     Raises:
         ModelLoadError: a part cannot be read, or was cut or written to meanwhile.

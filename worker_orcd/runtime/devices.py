@@ -1,4 +1,4 @@
-"""Devices by name: which one is meant, what KV cache it gets by default, and the engine that runs on it.
+"""Devices by name: which one is meant, how much memory it has, and the engine that runs on it.
 
 The CPU is chosen by name only; nothing here ever falls back to it. Compiled modules are imported when their device is
 asked for, so that a machine without a GPU never touches the CUDA ones.
@@ -129,7 +129,7 @@ def open_engine(
     """Load the model on a resolved device.
 
     Args:
-        n_threads: of the CPU engine, 0: one per core.
+        n_threads: of the CPU engine, 0: one for each core that the process may use.
         chunk_bytes: bytes of one host-to-device copy; nothing is copied on the CPU.
         progress: called with the bytes loaded so far; what it raises ends the load, and everything is freed.
         check_tensors: on a GPU, refuse NaN and infinity in what is loaded, as `ModelFile.check_tensors`, which is for

@@ -61,7 +61,7 @@ class LLM:
         max_batch_tokens: tokens of one step (prompts and running sequences), at least `max_seqs`; None: by device,
             fewer where memory of the GPU is short.
         max_queue: jobs of `submit` that may wait for their turn.
-        n_threads: threads of the CPU engine; 0: one per core.
+        n_threads: threads of the CPU engine; 0: one for each core that the process may use.
         tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary; None: that, and
             where the file has none a tokenizer.json beside it (`info.tokenizer_source` says which).
         check_tensors: refuse NaN and infinity in norms, biases and block scales.

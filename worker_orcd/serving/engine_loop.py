@@ -227,10 +227,10 @@ class EngineLoop:
         return "cancelling"
 
     def shutdown(self, grace: float) -> None:
-        """Accept no new jobs, give the others `grace` seconds, end the rest with `NotReady`."""
+        """Accept no new jobs, give the others `grace` seconds, end the rest with `NotReady`; no work follows."""
         self._deputy.call(self._stop_accepting)
         self._idle.wait_for(lambda: not self._entries, max(grace, 0.0))
-        self._deputy.call(lambda: self._end_all(NotReady("the worker is shutting down")))
+        self._deputy.call(self._end_the_rest)
 
     def close(self) -> bool:
         """End all jobs and both threads.
@@ -239,10 +239,6 @@ class EngineLoop:
             Whether the engine thread has ended, so that the engine may be closed. Idempotent.
         """
         self.shutdown(0.0)
-        with self._lock:
-            self._quit = True
-            self._lock.notify_all()
-            self._control.interrupt()
         engine_thread, output_thread = self._threads
         ended = _join(engine_thread)
         self._ring.close()
@@ -263,6 +259,17 @@ class EngineLoop:
     def _stop_accepting(self) -> None:
         with self._lock:
             self._accepting = False
+
+    def _end_the_rest(self) -> None:
+        # before the jobs: clients wait for their last events, which a step between two of them would hold up
+        self._stop_working()
+        self._end_all(NotReady("the worker is shutting down"))
+
+    def _stop_working(self) -> None:
+        with self._lock:
+            self._quit = True
+            self._lock.notify_all()
+            self._control.interrupt()
 
     # -- inside, with the lock held
 
@@ -318,9 +325,7 @@ class EngineLoop:
             if self._error is not None:
                 return
             self._error = error
-            self._quit = True
-            self._control.interrupt()
-            self._lock.notify_all()
+        self._stop_working()
         self._end_all(error)
         self._ring.close()
         if self._on_fatal is not None:

@@ -76,7 +76,8 @@ def read_body(req: falcon.Request) -> bytes:
     except BodyTooLarge:
         raise
     except Exception as error:  # of the server's own kind where chunks are malformed; any is the client's fault
-        raise InvalidRequest(f"the body could not be read ({type(error).__name__})") from None
+        reason = error.message if isinstance(error, InvalidRequest) else type(error).__name__
+        raise InvalidRequest(f"the body could not be read ({reason})") from None
     if len(body) > MAX_BODY_BYTES:
         raise BodyTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes")
     if declared is not None and len(body) < declared:
