@@ -98,6 +98,7 @@ class SamplingParams:
         metadata=_rule(
             int,
             1,
+            1 << 40,
             http=True,
             flag=f"Tokens to generate. Default: {DEFAULT_MAX_TOKENS}, or what the context leaves.",
             metavar="N",
@@ -158,12 +159,13 @@ class SamplingParams:
 
         Args:
             n_vocab: the model's vocabulary size, the limit of `top_k`; None leaves it open.
-            max_tokens_out: the limit of `max_tokens`; None leaves it open.
+            max_tokens_out: the limit of `max_tokens`; None: 2^40, past every context.
 
         Raises:
             InvalidRequest: naming the field.
         """
-        limits = {"max_tokens": max_tokens_out, "top_k": n_vocab}
+        known = {"max_tokens": max_tokens_out, "top_k": n_vocab}
+        limits = {name: limit for name, limit in known.items() if limit is not None}
         for f in dataclasses.fields(self):
             rule, value = RULES[f.name], getattr(self, f.name)
             if rule.kind is not list and not (value is None and f.default is None):
