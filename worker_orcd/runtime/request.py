@@ -152,19 +152,19 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     params.check(model.n_vocab, limits.max_tokens_out)
     if limits.plain_text and any("\0" in s for s in params.stop):
         raise InvalidRequest("stop holds a NUL character", field="stop")
-    params = _plain(params)
+    plain = _plain(params)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)
     if limits.max_tokens_in is not None and n_prompt > limits.max_tokens_in:
         raise InvalidRequest(f"prompt has {n_prompt} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
-    _check_stop_tokens(params.stop, model.tokenizer)
-    max_tokens = params.max_tokens
+    _check_stop_tokens(plain["stop"], model.tokenizer)
+    max_tokens = plain["max_tokens"]
     if max_tokens is None:
         most = DEFAULT_MAX_TOKENS if limits.max_tokens_out is None else min(DEFAULT_MAX_TOKENS, limits.max_tokens_out)
         max_tokens = max(1, min(most, model.capacity.room_for(n_prompt)))
     model.capacity.check(n_prompt, max_tokens)
-    seed = params.seed if params.seed is not None else make_seed()
-    in_use = replace(params, max_tokens=max_tokens, seed=seed)
+    seed = plain["seed"] if plain["seed"] is not None else make_seed()
+    in_use = SamplingParams(**{**plain, "max_tokens": max_tokens, "seed": seed})
     return Prepared(ids, in_use, seed, max_tokens, job_id, deadline)
 
 
@@ -268,8 +268,8 @@ def _check_text(request: Request, limits: Limits) -> None:
             raise InvalidRequest("prompt holds a NUL character", field="prompt")
 
 
-def _plain(params: SamplingParams) -> SamplingParams:
-    """Checked params with plain numbers and strings in place of numpy's and of subclasses'."""
+def _plain(params: SamplingParams) -> dict[str, Any]:
+    """Checked params by name, with plain numbers and strings in place of numpy's and of subclasses'."""
     plain: dict[str, Any] = {}
     for name, rule in RULES.items():
         value = getattr(params, name)
@@ -278,7 +278,7 @@ def _plain(params: SamplingParams) -> SamplingParams:
         elif value is not None:
             value = rule.kind(value)
         plain[name] = value
-    return SamplingParams(**plain)
+    return plain
 
 
 def _prompt_ids(model: ModelParts, request: Request, limits: Limits) -> npt.NDArray[np.int32]:
