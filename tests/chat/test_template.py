@@ -111,6 +111,13 @@ def test_long_messages_stay_within_the_time(source, monkeypatch):
     assert text.count(mark) == 8000
 
 
+def test_the_longest_message_is_gone_through_by_characters(monkeypatch):
+    monkeypatch.setattr(chat, "CPU_SECONDS", 1.5)
+    content = "word <b> " * 110_000
+    source = "{% for c in messages[0].content %}{{ c }}{% endfor %}"
+    assert template(source).render([{"role": "user", "content": content}])[0] == content
+
+
 # --- users' text stays text ----------------------------------------------------------------------------------------
 
 INJECTIONS = [
