@@ -256,7 +256,7 @@ def concat(parts: Iterable[object]) -> str:
 
 
 def _joined(origins: Iterable[bytes], between: bytes = b"") -> bytes:
-    """`between.join(origins)`, a part at a time: `join` takes 80 bytes for each item, and an item may be a character."""
+    """`between.join(origins)`, a part at a time: `join` takes 80 bytes an item, and an item may be a character."""
     pieces, remaining = [], iter(origins)
     while part := list(itertools.islice(remaining, 4096)):
         pieces.append(between.join(part))
