@@ -12,7 +12,7 @@ import uuid
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import InvalidRequest, quoted
 
 #: characters of a prompt a request may hold
 MAX_PROMPT_CHARS = 32_768
@@ -287,12 +287,15 @@ def file_path(name: str, value: object) -> str:
     """The argument `name`, a path as text or `os.PathLike`, as text, with a leading ~ as the user's home.
 
     Raises:
-        InvalidRequest: it is no path, or holds a NUL character, which would end it.
+        InvalidRequest: it is no path, or holds a NUL character, which would end it, or a lone surrogate.
     """
     try:
-        path = os.fsdecode(value)  # type: ignore[arg-type]
+        path = str.__str__(os.fsdecode(value))  # type: ignore[arg-type]  # of a subclass of str the text alone
+        os.fsencode(path)
     except TypeError:
         raise _refused(name, f"must be a path, not {type(value).__name__}") from None
+    except UnicodeEncodeError:
+        raise _refused(name, "holds a surrogate code point, which no path can") from None
     if "\0" in path:
         raise _refused(name, "holds a NUL character, which no path can")
     return os.path.expanduser(path)
@@ -306,7 +309,7 @@ def check_device(device: str) -> None:
         return
     kind, _, index = device.partition(":")
     if kind != "cuda" or not index.isascii() or not index.isdigit() or len(index) > 3:
-        raise _refused("device", f"must be auto, cpu or cuda:N, not {device!r}")
+        raise _refused("device", f"must be auto, cpu or cuda:N, not {quoted(device)}")
 
 
 def check_sha256(name: str, digest: str) -> None:
@@ -326,7 +329,8 @@ def check_range(name: str, value: float | None) -> None:
     if value is None or flag.least is None or flag.most is None:
         return
     if not flag.least <= value <= flag.most:
-        raise _refused(name, f"must be {flag.least:g} to {flag.most:g}, not {value}")
+        shown = value if abs(value) < 1e30 else "a number of more than 30 digits"  # an int of thousands has no text
+        raise _refused(name, f"must be {flag.least:g} to {flag.most:g}, not {shown}")
 
 
 def _refused(name: str, rule: str) -> InvalidRequest:

@@ -88,7 +88,9 @@ def test_a_template_that_skips_a_message_is_left_alone():
      ("{{ m.content is string }}", "False"), ("{{ m.content == none }}", "True"),
      ("{{ m.content is defined }}", "True"),
      ("{% if m.content is not none %}no{% endif %}", ""), ("{{ m.content | default('#', true) }}", "#"),
-     ("{{ m.content | trim }}", ""), ("{% if '#' in m.content %}{% endif %}", ""), ("{{ m.content | tojson }}", "null"),
+     ("{{ m.content | trim }}", ""), ("{% if '#' in m.content %}{% endif %}", ""), ("{{ m.content | tojson }}", '""'),
+     ("{{ m | tojson }}", '{"role": "assistant", "content": null}'), ("{{ m.content | length }}", "0"),
+     ("{{ m.content[:3] }}", ""), ("{{ m.content * 2 }}", ""), ("{{ m.content < 'a' }}", "True"),
      ("{% for p in m.content %}{% endfor %}", "")],
 )  # fmt: skip
 def test_no_content_is_none_until_it_becomes_text(body, text):
@@ -134,22 +136,55 @@ def test_what_a_part_is():
     assert not hasattr(part, "title")
 
 
+CALLS = [{"name": "é'", "arguments": {"x": [None, True, 1.5, "a"], "y": {}}}]
+
+
 @pytest.mark.parametrize(
     "body",
     ["{{ m.calls }}", "{{ '' ~ m.calls }}", "{{ '%s' % m.calls }}", "{{ m.calls | string }}", "{{ m.calls | trim }}",
      "{{ [m.calls] | join }}", "{{ '{}'.format(m.calls) }}"],
 )  # fmt: skip
-def test_objects_become_json_and_not_what_python_writes(body):
-    calls = [{"name": "é'", "arguments": {"x": [None, True, 1.5, "a"], "y": {}}}]
+def test_lists_and_objects_are_printed_as_transformers_prints_them(body):
     _, template = compiled("{% set m = messages[0] %}" + body)
-    text = Conversation([{"role": "assistant", "calls": calls}]).run(lambda m, _: template.render(messages=m))
-    assert text == '[{"name": "é\'", "arguments": {"x": [null, true, 1.5, "a"], "y": {}}}]'
+    text = Conversation([{"role": "assistant", "calls": CALLS}]).run(lambda m, _: template.render(messages=m))
+    assert text == str(CALLS)
     assert USER * len(text) == origins_of(text)
 
 
-def test_a_conversation_becomes_json_with_content_in_the_form_that_it_has_as_text():
-    expected = '[{"role": "user", "content": "one\\ntwo"}, {"role": "assistant", "content": null}]'
+def test_a_conversation_is_printed_with_content_in_the_form_that_it_has_as_text():
+    expected = str([{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": ""}])
     assert rendered("{{ messages }}", ("user", LISTED), ("assistant", None)) == expected
+
+
+def test_calls_are_not_lost_where_a_template_fails_of_something_else():
+    source = each("{% if m.content is none %}{{ 'call ' + m.call }}{% else %}{{ m.content }}{% endif %}")
+    _, template = compiled(source)
+
+    def run(**message: Any) -> str:
+        messages = [{"role": "user", "content": LISTED}, {"role": "assistant", **message}]
+        return Conversation(messages).run(lambda m, _: template.render(messages=m))
+
+    assert run(content=None, call="f") == run(call="f") == "one\ntwo;call f;"
+    with pytest.raises(TypeError, match="concatenate str"):  # and no answer without the call
+        run(content=None, call={"name": "f"})
+
+
+def test_a_template_that_refuses_null_gets_an_empty_string():
+    source = each("{% if m.content is not string %}{{ raise_exception('no text') }}{% endif %}[{{ m.content }}]")
+    assert rendered(source, ("assistant", None)) == "[];"
+
+
+@pytest.mark.parametrize("content", ["hi", LISTED])
+def test_strings_are_one_part_for_templates_that_know_parts_only(content):
+    source = each("{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}")
+    source, template = compiled(source)
+
+    def work(messages: list[dict[str, Any]], finds_parts: bool) -> str:
+        source.finds_parts = finds_parts
+        return template.render(messages=messages)
+
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": "you"}]
+    assert Conversation(messages).run(work) == ("hi" if content == "hi" else "onetwo") + ";you;"
 
 
 def test_users_text_is_marked_in_every_depth():

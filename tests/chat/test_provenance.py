@@ -7,6 +7,7 @@ character itself.
 from __future__ import annotations
 
 import string
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +222,23 @@ def test_text_of_values():
     assert type(made("a", TEMPLATE)) is str
     assert type(whole("a", "b", 5, None, ("c",))) is str
     assert origins_of(whole("a", ("b", Text("u")))) == USER
+
+
+@pytest.mark.parametrize(
+    ("join", "separator"), [(concat, ""), (Text("", b"").join, ""), (Text("-", TEMPLATE).join, "-")]
+)
+def test_characters_are_joined_in_little_memory(join, separator):
+    """Templates go through long messages by characters, and their process has 64 MiB."""
+    text = Text("word <b>|") * 30_000
+    parts = [*text, "end"]
+    tracemalloc.start()
+    try:
+        joined = join(parts)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert joined == separator.join([*str.__str__(text), "end"])
+    n = len(separator)
+    assert origins_of(joined) == (USER + TEMPLATE * n) * len(text) + TEMPLATE * 3
+    print(f"{most / len(parts):.1f} bytes a character (limit 40)")
+    assert most < 40 * len(parts)

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import threading
 import time
 
@@ -108,6 +109,13 @@ def test_long_messages_stay_within_the_time(source, monkeypatch):
     text, mark = template(source).render([{"role": "user", "content": content}])
     assert text.replace(mark, "") == content
     assert text.count(mark) == 8000
+
+
+def test_the_longest_message_is_gone_through_by_characters(monkeypatch):
+    monkeypatch.setattr(chat, "CPU_SECONDS", 1.5)
+    content = "word <b> " * 110_000
+    source = "{% for c in messages[0].content %}{{ c }}{% endfor %}"
+    assert template(source).render([{"role": "user", "content": content}])[0] == content
 
 
 # --- users' text stays text ----------------------------------------------------------------------------------------
@@ -391,6 +399,68 @@ def test_a_forked_process_uses_its_own():
     assert made.render(HELLO)[0] == "hi"
     assert made._process is not first
     assert made._process.owner == os.getpid()
+
+
+def test_a_forked_process_waits_for_nobody_of_its_parent():
+    made = template("{{ messages[0].content }}")
+    made.render(HELLO)
+    held = made._locks[os.getpid()]
+    with held:  # as by another thread that is rendering
+        child = os.fork()
+        if child == 0:
+            os._exit(made.render(HELLO)[0] != "hi")
+        end = time.monotonic() + 20
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
+class _Interrupt(BaseException):
+    """As KeyboardInterrupt is, which would end the tests."""
+
+
+def _interrupt(*_):
+    raise _Interrupt
+
+
+def test_an_interrupt_leaves_no_answer_for_the_next_question():
+    made = template("{% if messages[0].content != 'hi' %}{% for i in range(100000) %}{{ '' }}{% endfor %}{% endif %}"
+                    "{{ messages[0].content }}")  # fmt: skip
+    made.render(HELLO)
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.005)
+        with pytest.raises(_Interrupt):
+            made.render([{"role": "user", "content": "slow"}])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert made.render(HELLO)[0] == "hi"
+    assert made.render([{"role": "user", "content": "other"}])[0] == "other"
+
+
+def test_an_interrupt_of_the_start_leaves_no_process():
+    children, files = _children(), len(os.listdir("/proc/self/fd"))
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        for i in range(20):
+            made = template("ok")
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 * (1 + i % 10))
+            with pytest.raises(_Interrupt):
+                made.render(HELLO)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    del made
+    end = time.monotonic() + 20  # what was being started ends by itself
+    while (len(os.listdir("/proc/self/fd")) > files or not _children() <= children) and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.05)
+    assert _children() <= children
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_threads_share_one_process():

@@ -331,6 +331,7 @@ def test_the_context_is_what_fits(path):
         ({"vram_limit_bytes": 1 << 30}, InvalidRequest, "is for a GPU"),
         ({"gpu_memory_utilization": 0}, InvalidRequest, "gpu_memory_utilization must be 0.01 to 1"),
         ({"gpu_memory_utilization": 1.01}, InvalidRequest, "gpu_memory_utilization must be 0.01 to 1"),
+        ({"gpu_memory_utilization": 10**5000}, InvalidRequest, "not a number of more than 30 digits"),
         ({"gpu_memory_utilization": float("nan")}, InvalidRequest, "gpu_memory_utilization must be 0.01 to 1"),
         ({"gpu_memory_utilization": "0.5"}, InvalidRequest, "gpu_memory_utilization must be a number"),
         ({"gpu_memory_utilization": True}, InvalidRequest, "gpu_memory_utilization must be a number"),
@@ -357,14 +358,14 @@ def test_bad_arguments(path, engines, arguments, error, text):
     assert all(e.closed for e in engines)
 
 
-@pytest.mark.parametrize("model", [None, 5, ["m.gguf"], b"m\0.gguf"])
+@pytest.mark.parametrize("model", [None, 5, ["m.gguf"], b"m\0.gguf", "\ud800"])
 def test_a_model_is_a_path(engines, model):
     with pytest.raises(InvalidRequest) as caught:
         LLM(model, device="cpu")
     assert caught.value.fields["field"] == "model"
 
 
-@pytest.mark.parametrize("kind", [str, Path, os.fsencode])
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode, np.str_, type("Name", (str,), {})])
 def test_paths_may_begin_with_the_home(path, tmp_path, monkeypatch, kind):
     home = tmp_path / "home"
     home.mkdir()
@@ -473,6 +474,9 @@ def test_wrong_arguments_hurt_nobody_else(model, engines):
         ),
         *(lambda i=i: model.submit(i) for i in (np.array([1.5]), np.array([[1, 2]]), [2**70], [None], 5)),
         *(lambda r=r: model.submit_request(r) for r in (None, "text", {"prompt": "x"})),
+        *(lambda s=s: model.submit([1], special=s) for s in (None, "a", 1, [])),
+        *(lambda i=i, call=call: call(i) for i in (None, [], 5, np.array(1)) for call in (model.cancel, model.job)),
+        lambda: model.submit([1], SamplingParams(max_tokens=10**5000)),
         *(lambda g=g: model.shutdown(g) for g in ("a", float("nan"), None)),
     ]
     for call in wrong:

@@ -114,7 +114,7 @@ def test_both_tokenizers_of_a_file_number_added_tokens_alike(tmp_path):
     data["added_tokens"] = [{"id": i, "content": t, **token} for i, t in ((2, "<in>"), (10, "<q>"), (11, "<p>"))]
     made = Library.from_str(json.dumps(data))
     made.encode_special_tokens = True
-    other = JsonEncoder(made)._special
+    other = JsonEncoder(made, ())._special
     assert repr(other.get_added_tokens_decoder()) == repr(made.get_added_tokens_decoder())
     assert other.encode("a<q><in>b<p>").ids == [0, *map(made.token_to_id, ("<q>", "<in>")), 9, made.token_to_id("<p>")]
 

@@ -13,6 +13,7 @@ import time
 
 import check_tokenizers
 import limits
+import numpy as np
 import pytest
 from helpers.gguf_forge import F32, I32, STR, Forge, tiny_vocab
 
@@ -175,6 +176,18 @@ def test_nul_and_noncharacters_survive(vocabulary):
         text = "a\0b\uffff\U0010ffff\ufeff"
         tokenizer = vocabulary(name)
         assert tokenizer.decode(tokenizer.encode(text, add_bos=False)) == text
+
+
+def test_what_is_no_text_and_no_id_is_refused(vocabulary):
+    made = vocabulary("gpt-2")
+    for text in (None, 5, b"a", ["a"]):
+        with pytest.raises(InvalidRequest, match="text must be a string"):
+            made.encode(text)
+    for ids in (None, 5, "ab", [None], ["a"], [1.0], [[1]]):
+        with pytest.raises(InvalidRequest, match="whole numbers"):
+            made.decode(ids)
+    assert made.decode(np.array([3, 4])) == made.decode([3, 4])
+    assert made.encode("a", special=np.True_) == made.encode("a", special=True)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])

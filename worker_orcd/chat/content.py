@@ -13,6 +13,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, overload
 
+from jinja2 import TemplateError
+
 from worker_orcd.chat.provenance import Text
 
 #: what parts are joined by for a template that wants a string
@@ -24,11 +26,17 @@ T = TypeVar("T")
 
 
 class WantsString(Exception):
-    """A template uses the content of a role's messages like a string."""
+    """A template uses the content of a role's messages like a string.
 
-    def __init__(self, role: str) -> None:
+    Args:
+        role: of the message.
+        null: the content is null, and no list of parts.
+    """
+
+    def __init__(self, role: str, null: bool) -> None:
         super().__init__(f"the content of {role} as text")
         self.role = role
+        self.null = null
 
 
 class WantsParts(Exception):
@@ -44,7 +52,7 @@ class _NoString:
         self._role = role
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise WantsString(self._role)
+        raise WantsString(self._role, isinstance(self, Null))
 
     __str__ = __repr__ = __format__ = __add__ = __radd__ = _refuse
 
@@ -55,9 +63,14 @@ class _NoString:
 
 
 class Null(_NoString):
-    """Content that is null."""
+    """Content that is null; all that a string could do asks for one, so that no template fails of it."""
 
     __slots__ = ()
+
+    __len__ = __getitem__ = __contains__ = __lt__ = __gt__ = __mod__ = __mul__ = _NoString._refuse
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._refuse()  # not before the first step, as of `Parts`
 
     def __bool__(self) -> bool:
         return False
@@ -146,9 +159,12 @@ class Conversation:
 
     def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._messages = messages
-        #: roles whose content is given as a string
+        #: roles whose parts are given as a string
         self._joined: set[str] = set()
-        self._all_joined = all(isinstance(m.get("content"), str) for m in messages)
+        self._all_joined = not any(isinstance(m.get("content"), list) for m in messages)
+        #: roles whose null content is given as an empty string
+        self._emptied: set[str] = set()
+        self._all_emptied = not any(m.get("content") is None for m in messages)
         #: whether strings are given as lists of one part, but for the roles of `_joined`
         self._split = False
         self._unseen: dict[int, str] = {}
@@ -163,36 +179,36 @@ class Conversation:
         for _ in range(MAX_RUNS - 1):
             self._unseen = {}
             try:
-                result = work(Array(map(self._given, self._messages)), not self._split)
+                result = work([self._given(m) for m in self._messages], not self._split)
             except WantsString as e:
-                self._joined.add(e.role)
+                (self._emptied if e.null else self._joined).add(e.role)
             except WantsParts:
                 self._split = True
-            except Exception:
-                if self._all_joined and not self._split:
+            except Exception as e:
+                if not self._all_joined or self._split:
+                    self._all_joined, self._split = True, False
+                elif not self._all_emptied and isinstance(e, TemplateError):  # it refuses, or misses, a string
+                    self._all_emptied = True
+                else:
                     raise
-                break
             else:
                 if not self._unseen:
                     return result
                 self._joined.update(self._unseen.values())  # a template that passes over lists may take strings
-        self._all_joined, self._split = True, False
-        return work(Array(map(self._given, self._messages)), False)
+        self._all_joined, self._all_emptied, self._split = True, True, False
+        return work([self._given(m) for m in self._messages], False)
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
         role = message["role"]
-        out = Object({users(k): role if k == "role" else users(v) for k, v in message.items()})
+        out = {users(k): role if k == "role" else users(v) for k, v in message.items()}
         content = message.get("content")
         joined = self._all_joined or role in self._joined
-        if isinstance(content, str):
-            if self._split and not joined:
-                out["content"] = self._parts([{"type": "text", "text": content}], role)
+        if content is None:
+            out["content"] = "" if self._all_emptied or role in self._emptied else Null(role)
         elif isinstance(content, list):
             out["content"] = users(SEPARATOR.join(p["text"] for p in content)) if joined else self._parts(content, role)
-        elif joined:
-            out["content"] = ""
-        elif "content" in message:
-            out["content"] = Null(role)
+        elif self._split and role not in self._joined:
+            out["content"] = self._parts([{"type": "text", "text": content}], role)
         return out
 
     def _parts(self, content: list[Any], role: str) -> Parts:
@@ -202,24 +218,6 @@ class Conversation:
         return parts
 
 
-class Object(dict[str, Any]):
-    """A user's JSON object; where a template makes text of it, that is JSON, and not how Python writes it."""
-
-    def __str__(self) -> str:
-        return as_json(self)
-
-    __repr__ = __str__
-
-
-class Array(list[Any]):
-    """A user's JSON array; the same."""
-
-    def __str__(self) -> str:
-        return as_json(self)
-
-    __repr__ = __str__
-
-
 def as_json(value: object, **options: Any) -> str:
     """JSON of what a template has.
 
@@ -227,8 +225,10 @@ def as_json(value: object, **options: Any) -> str:
         options: as of `json.dumps`.
 
     Raises:
-        WantsString: it holds a content that is a list of parts.
+        WantsString: it is a content that is null, or holds one that is a list of parts.
     """
+    if isinstance(value, Null):
+        str(value)
     return json.dumps(value, **{"ensure_ascii": False, **options}, default=_no_json)
 
 
@@ -242,7 +242,7 @@ def users(value: Any) -> Any:
     if isinstance(value, str):
         return Text(value) if value else ""
     if isinstance(value, dict):
-        return Object({users(k): users(v) for k, v in value.items()})
+        return {users(k): users(v) for k, v in value.items()}
     if isinstance(value, list):
-        return Array([users(v) for v in value])
+        return [users(v) for v in value]
     return value

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from worker_orcd.errors import InvalidRequest, escaped
+from worker_orcd.errors import InvalidRequest, quoted
 
 #: containers within one another in a message (tool calls have arguments of any JSON)
 MAX_DEPTH = 32
@@ -56,8 +56,8 @@ def _check_part(part: object, where: str) -> None:
     if not isinstance(part, Mapping):
         raise InvalidRequest(f"{where} must be an object with type and text", field=where)
     kind = part.get("type")
-    if kind != "text":
-        named = f"is {escaped(kind[:80])!r}" if isinstance(kind, str) else "is missing or no string"
+    if not isinstance(kind, str) or kind != "text":
+        named = f"is {quoted(kind)}" if isinstance(kind, str) else "is missing or no string"
         raise InvalidRequest(f"{where}.type {named}; only parts of type 'text' are taken", field=f"{where}.type")
     if not isinstance(part.get("text"), str):
         raise InvalidRequest(f"{where}.text must be a string", field=f"{where}.text")

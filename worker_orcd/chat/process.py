@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -79,6 +80,7 @@ class Process:
     def __init__(self, cpu_seconds: float) -> None:
         self._cpu_seconds = cpu_seconds
         self.owner = os.getpid()
+        self._asked = False
         tried = []
         for python in interpreters():
             try:
@@ -122,11 +124,17 @@ class Process:
             Ended: something else did, or what it answers is no answer.
             TimeoutError: it gave none in time, and was ended.
         """
+        if self._asked:  # an interrupt came (Ctrl-C), and the answer that comes next is to the question before
+            self._end()
+            raise Ended("its last answer was not waited for")
+        self._asked = True
         body = json.dumps(frame, ensure_ascii=False).encode()
         try:
             self._stdin.write(len(body).to_bytes(4, "big") + body)
             self._stdin.flush()
-            return self._answer()
+            answer = self._answer()
+            self._asked = False
+            return answer
         except (EOFError, BrokenPipeError):
             self._end()
             status = -cast(int, self._process.returncode)
@@ -166,6 +174,33 @@ class Process:
                 raise EOFError
             out += part
         return bytes(out)
+
+
+def start(cpu_seconds: float) -> Process:
+    """A `Process`. The main thread has another one make it: Ctrl-C in `Popen` would lose the child and its pipes.
+
+    Raises:
+        InternalError: none can be started, or the system gives no thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return Process(cpu_seconds)
+    made: list[Process | Exception] = []
+
+    def make() -> None:
+        try:
+            made.append(Process(cpu_seconds))
+        except Exception as e:
+            made.append(e)
+
+    thread = threading.Thread(target=make, name="orcd-template", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise InternalError("the system gives no thread for starting the process that renders templates") from None
+    thread.join()
+    if isinstance(made[0], Process):
+        return made[0]
+    raise made[0]
 
 
 def _end(process: subprocess.Popen[bytes], pipes: tuple[IO[bytes], ...], owner: int) -> None:

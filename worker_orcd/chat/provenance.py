@@ -14,6 +14,7 @@ what `str` gives, or the whole of it counts as the user's.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from string import Formatter
@@ -84,7 +85,7 @@ class Text(str):
     def join(self, items: Iterable[str], /) -> str:
         items = list(items)
         text = str.join(self, items)
-        return made(text, self._origins.join(map(origins_of, items)))
+        return made(text, _joined(map(origins_of, items), self._origins))
 
     def lstrip(self, chars: str | None = None, /) -> str:
         text = str.lstrip(self, chars)
@@ -251,7 +252,15 @@ def concat(parts: Iterable[object]) -> str:
     """The texts of `parts`, joined."""
     texts = [as_text(p) for p in parts]
     text = "".join(texts)
-    return made(text, b"".join(map(origins_of, texts))) if Text in map(type, texts) else text
+    return made(text, _joined(map(origins_of, texts))) if Text in map(type, texts) else text
+
+
+def _joined(origins: Iterable[bytes], between: bytes = b"") -> bytes:
+    """`between.join(origins)`, a part at a time: `join` takes 80 bytes an item, and an item may be a character."""
+    pieces, remaining = [], iter(origins)
+    while part := list(itertools.islice(remaining, 4096)):
+        pieces.append(between.join(part))
+    return between.join(pieces)
 
 
 def percent(form: str, values: Any) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker_orcd.chat.messages import checked
-from worker_orcd.chat.process import Ended, Process
+from worker_orcd.chat.process import Ended, Process, start
 from worker_orcd.chat.provenance import USER
 from worker_orcd.errors import InternalError, InvalidRequest
 
@@ -51,7 +51,8 @@ class ChatTemplate:
             "cpu_seconds": CPU_SECONDS, "max_chars": MAX_CHARS, "extra_bytes": EXTRA_BYTES,
         }  # fmt: skip
         self._marker = _Marker(control_texts)
-        self._lock = threading.Lock()
+        #: one for each process, by its id: in a forked child the parent's may stay held for ever
+        self._locks: dict[int, threading.Lock] = {}
         self._process: Process | None = None
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> tuple[str, str]:
@@ -74,7 +75,7 @@ class ChatTemplate:
         if n_chars > MAX_CHARS:
             raise InvalidRequest(f"messages hold {n_chars} characters, limit {MAX_CHARS}", field="messages")
         request = {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
-        with self._lock:
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
             answer = self._ask(request)
         text: str = answer["text"]
         mark = next((m for m in _MARKS if m not in text), None)
@@ -90,9 +91,11 @@ class ChatTemplate:
                     return self._checked(self._process.ask(request))
                 except Ended:  # since the last time; a new one may do
                     pass
-            self._process = Process(CPU_SECONDS)
-            self._checked(self._process.ask(self._setup))
-            return self._checked(self._process.ask(request))
+            self._process = None
+            process = start(CPU_SECONDS)
+            self._checked(process.ask(self._setup))
+            self._process = process  # not before it knows the template, whenever an interrupt comes
+            return self._checked(process.ask(request))
         except (Ended, TimeoutError) as e:
             self._process = None
             reason = f"the process that renders the chat template of {self._path} failed: {e}"

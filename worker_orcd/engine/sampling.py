@@ -57,9 +57,13 @@ class Rule:
             raise InvalidRequest(f"{name} must be above {self.least:g}", field=name)
 
 
+#: what most values are: looked at first, since every request has ten
+_PLAIN = frozenset((type(None), bool, int, float, str, tuple))
+
+
 def plain_number(value: Any) -> Any:
     """A number of NumPy (a scalar, or an array of no dimensions) as Python's own, for JSON too; else `value` itself."""
-    if getattr(value, "shape", None) != () or not callable(getattr(value, "item", None)):
+    if type(value) in _PLAIN or getattr(value, "shape", None) != () or not callable(getattr(value, "item", None)):
         return value
     number = value.item()
     # a long double has no number of Python that is as exact
@@ -98,6 +102,7 @@ class SamplingParams:
         metadata=_rule(
             int,
             1,
+            1 << 40,
             http=True,
             flag=f"Tokens to generate. Default: {DEFAULT_MAX_TOKENS}, or what the context leaves.",
             metavar="N",
@@ -143,7 +148,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Take `stop` as one string or any list of strings, and numbers of NumPy as plain ones."""
         for name in RULES:
-            object.__setattr__(self, name, plain_number(getattr(self, name)))
+            value = getattr(self, name)
+            if (plain := plain_number(value)) is not value:
+                object.__setattr__(self, name, plain)
         stop: object = self.stop
         if stop is None:
             stop = ()
@@ -158,12 +165,13 @@ class SamplingParams:
 
         Args:
             n_vocab: the model's vocabulary size, the limit of `top_k`; None leaves it open.
-            max_tokens_out: the limit of `max_tokens`; None leaves it open.
+            max_tokens_out: the limit of `max_tokens`; None: 2^40, past every context.
 
         Raises:
             InvalidRequest: naming the field.
         """
-        limits = {"max_tokens": max_tokens_out, "top_k": n_vocab}
+        known = {"max_tokens": max_tokens_out, "top_k": n_vocab}
+        limits = {name: limit for name, limit in known.items() if limit is not None}
         for f in dataclasses.fields(self):
             rule, value = RULES[f.name], getattr(self, f.name)
             if rule.kind is not list and not (value is None and f.default is None):

@@ -28,6 +28,7 @@ from worker_orcd.runtime.request import (
     Prepared,
     Prompt,
     Request,
+    check_job_id,
     check_seconds,
     check_token_ids,
     prepare,
@@ -288,11 +289,13 @@ class LLM:
     def job(self, job_id: str) -> Job | None:
         """The queued or running job of this id, None where there is none."""
         self._deputy.check_process()
+        check_job_id(job_id)
         return self._loop.job(job_id)
 
     def cancel(self, job_id: str) -> str:
         """Cancel a job; "cancelling", or "finished" or "unknown" where there was nothing to do. Idempotent."""
         self._deputy.check_process()
+        check_job_id(job_id)
         return self._loop.cancel(job_id)
 
     @property

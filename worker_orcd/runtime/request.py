@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
-from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed
+from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
 from worker_orcd.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
         job_id = str.__str__(job_id)  # of a subclass the text alone
     if deadline is not None:
         deadline = check_seconds("deadline", deadline)
+    if not isinstance(plain_number(request.special), bool):
+        raise InvalidRequest(f"special must be true or false, not {type(request.special).__name__}", field="special")
     if not isinstance(request.params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, not {type(request.params).__name__}", field="params")
     # what other threads will use is this copy: of no subclass, and nobody else can set anything in it

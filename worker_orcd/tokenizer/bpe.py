@@ -7,10 +7,12 @@ which regular expressions belong to which name. Control and user-defined tokens 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from worker_orcd.errors import ModelLoadError, quoted
-from worker_orcd.tokenizer.library import encode_with, failing_as
+from worker_orcd.tokenizer.library import encode_with, failing_as, keep_from_text
 from worker_orcd.tokenizer.metadata import TokenizerMetadata
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -87,12 +89,13 @@ class BpeEncoder:
 
     Args:
         meta: a checked vocabulary with `model` "gpt2".
+        control: ids of control tokens, which no text becomes.
 
     Raises:
         ModelLoadError: `meta.pre` is not in `PRE_TOKENIZERS`, or the library refuses vocabulary or merges.
     """
 
-    def __init__(self, meta: TokenizerMetadata) -> None:
+    def __init__(self, meta: TokenizerMetadata, control: Collection[int]) -> None:
         splits = PRE_TOKENIZERS.get(meta.pre)
         if splits is None:
             known = ", ".join(sorted(PRE_TOKENIZERS))
@@ -111,6 +114,7 @@ class BpeEncoder:
             [pre_tokenizers.Split(Regex(r), "isolated") for r in splits]
             + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
+        keep_from_text(self._tokenizer, [meta.tokens[i] for i in sorted(control)])
 
     def encode(self, text: str, first: bool) -> list[int]:
         """Ids of a fragment of text (`first`: it starts the whole text; no matter here)."""

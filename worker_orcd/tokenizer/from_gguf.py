@@ -68,7 +68,7 @@ def _build(meta: TokenizerMetadata, phi3: bool, sha256: str) -> TokenizerParts:
         encode = SpmEncoder(meta, control).encode
         data = spm_bytes(shown, literal, meta.byte_ids)
     else:
-        encode = BpeEncoder(meta).encode
+        encode = BpeEncoder(meta, control).encode
         data = byte_level_bytes(shown, literal)
     table = Vocab(*data, control, strip_space=spm and meta.add_space_prefix)
     return TokenizerParts(

@@ -12,8 +12,7 @@ import hashlib
 import json
 import os
 import re
-import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from worker_orcd.errors import ModelLoadError, excerpt
 from worker_orcd.gguf.regular_file import read_regular_file
 from worker_orcd.tokenizer.added_tokens import AddedTokens
-from worker_orcd.tokenizer.library import decode_with, encode_with, failing_as
+from worker_orcd.tokenizer.library import decode_with, encode_with, failing_as, keep_from_text
 from worker_orcd.tokenizer.metadata import MAX_TEMPLATE_CHARS, MAX_TOKENS
 from worker_orcd.tokenizer.parts import TokenizerParts
 from worker_orcd.tokenizer.special_tokens import find_known
@@ -57,7 +56,7 @@ def load(path: str) -> TokenizerParts:
         text = text.get("content") if isinstance(text, dict) else text
         return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
-    encoder = JsonEncoder(tokenizer)
+    encoder = JsonEncoder(tokenizer, [tokens[i] for i in sorted(control)])
     begin = _begin(tokenizer, len(tokens), path)
     bos_id = named("bos")
     return TokenizerParts(
@@ -158,37 +157,36 @@ class JsonEncoder:
 
     Args:
         tokenizer: takes the text of a control token for text.
+        controls: texts of the control tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._special = _finding_control_tokens(tokenizer)
-        self._lock = threading.Lock()
+    def __init__(self, tokenizer: Tokenizer, controls: Collection[str]) -> None:
+        self._first = self._later = tokenizer
+        #: finds control tokens in text; the library has a switch for that, which no thread may turn while another
+        #: one encodes
+        self._special = _twin(tokenizer)
         states = _states(tokenizer.pre_tokenizer)
-        #: this pre-tokenizer puts a space before the first word of a text, which a later fragment is not
-        self._first_only = [s["type"] for s in states] == ["Metaspace"] and states[0].get("prepend_scheme") == "first"
-        if self._first_only:
-            self._first = tokenizer.pre_tokenizer
-            self._later = pre_tokenizers.Metaspace(states[0]["replacement"], "never", states[0].get("split", True))
+        if [s["type"] for s in states] == ["Metaspace"] and states[0].get("prepend_scheme") == "first":
+            # this pre-tokenizer puts a space before the first word of a text, which a later fragment is not
+            self._later = _twin(tokenizer)
+            self._later.encode_special_tokens = True
+            self._later.pre_tokenizer = pre_tokenizers.Metaspace(
+                states[0]["replacement"], "never", states[0].get("split", True)
+            )
+            keep_from_text(self._later, controls)
+        keep_from_text(self._first, controls)
 
     def encode(self, text: str, first: bool) -> list[int]:
         """Ids of a fragment of text; `first`: it starts the whole text."""
-        if not self._first_only:
-            return encode_with(self._tokenizer, text)
-        with self._lock:
-            self._tokenizer.pre_tokenizer = self._first if first else self._later
-            return encode_with(self._tokenizer, text)
+        return encode_with(self._first if first else self._later, text)
 
     def encode_special(self, text: str) -> list[int]:
         """Ids of a whole text, in which the text of a control token is the token."""
         return encode_with(self._special, text)
 
 
-def _finding_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer` once more, sharing its vocabulary, but with control tokens found in text.
-
-    The library has a switch for that, which no thread may turn while another one encodes.
-    """
+def _twin(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` once more, sharing its vocabulary, with settings of its own."""
     other = Tokenizer(tokenizer.model)
     if tokenizer.normalizer is not None:
         other.normalizer = tokenizer.normalizer

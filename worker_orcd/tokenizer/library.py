@@ -6,10 +6,10 @@ at all and would end a thread that only expects errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from worker_orcd.errors import InvalidRequest, WorkerError, excerpt
 
@@ -51,3 +51,48 @@ def decode_with(tokenizer: Tokenizer, ids: list[int], skip_special: bool) -> str
     """
     with failing_as(lambda reason: InvalidRequest(f"ids cannot be decoded: {reason}", field="ids")):
         return tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+
+def keep_from_text(tokenizer: Tokenizer, controls: Collection[str]) -> None:
+    """Let a tokenizer make no control token out of text that reads like one.
+
+    Its added tokens are not all that finds them: a model that has the text among its pieces (Unigram, WordLevel, BPE
+    with `ignore_merges`) takes it for the piece. So such a text is cut behind its first character, after all that the
+    pre-tokenizer does; one of a single character cannot be.
+
+    Args:
+        tokenizer: gets another pre-tokenizer where it needs one.
+        controls: texts of the control tokens.
+    """
+    cuts = []
+    for text in controls:
+        token = tokenizer.model.token_to_id(text)
+        if token is None or len(text) < 2 or token not in _pieces(tokenizer, text):
+            continue
+        first, rest = _literal(text[0]), _literal(text[1:])
+        if token in _pieces(tokenizer, text + text):
+            cuts.append(rf"{first}(?={rest})")
+        elif _is_word(tokenizer, text):
+            cuts.append(rf"\A{first}(?={rest}\z)")
+    if cuts:
+        before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
+        cut = pre_tokenizers.Split(Regex("|".join(cuts)), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
+
+
+def _pieces(tokenizer: Tokenizer, word: str) -> list[int]:
+    try:
+        return [piece.id for piece in tokenizer.model.tokenize(word)]
+    except Exception:  # the model has no piece for a character, so there is no such word
+        return []
+
+
+def _is_word(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the pre-tokenizer leaves `text` whole: at the start, which may get a space in front, or elsewhere."""
+    split = tokenizer.pre_tokenizer
+    return split is None or any(text in dict(split.pre_tokenize_str(before + text)) for before in ("", "\n"))
+
+
+def _literal(text: str) -> str:
+    """A regular expression that matches `text`."""
+    return "".join(rf"\x{{{ord(c):X}}}" for c in text)

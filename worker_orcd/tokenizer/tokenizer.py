@@ -7,6 +7,7 @@ asks; only a chat template writes them as ids.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -139,8 +140,11 @@ class Tokenizer:
                 file says (`self.add_bos`). Nothing is ever put behind a text, since it is to be gone on from.
 
         Raises:
-            InvalidRequest: the text holds lone surrogates; BOS is asked for and there is none.
+            InvalidRequest: the text is none or holds lone surrogates; BOS is asked for and there is none.
         """
+        if not isinstance(text, str):
+            raise InvalidRequest(f"text must be a string, not {type(text).__name__}", field="text")
+        special = bool(special)
         try:
             text.encode()
         except UnicodeEncodeError as e:
@@ -175,11 +179,15 @@ class Tokenizer:
                 `gguf-spm` begins every text with is taken off.
 
         Raises:
-            InvalidRequest: an id is negative.
+            InvalidRequest: an id is negative, or no whole number.
         """
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise InvalidRequest("ids must be a list of whole numbers", field="ids") from None
         if self._parts.table is not None:
             return self._parts.table.decode(ids, skip_special, continues)
-        return self._decode_by_library(list(ids), skip_special)
+        return self._decode_by_library(ids, skip_special)
 
     def _decode_by_library(self, ids: list[int], skip_special: bool) -> str:
         if ids and min(ids) < 0:
