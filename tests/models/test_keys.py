@@ -171,6 +171,7 @@ def saved_by_llama_cpp(forge: g.Forge, arch: str) -> g.Forge:
 def test_what_writers_add_at_its_neutral_value_loads(arch, goldens_dir, tmp_path):
     path = goldens_dir / f"{FILES[arch]}.gguf"
     forge = saved_by_llama_cpp(take_apart(path, vocabulary=False), arch)
+    forge.put(f"{arch}.use_parallel_residual", g.BOOL, True)  # converters of 2023 and early 2024, in every file
     if arch == "llama":
         forge.put("llama.tensor_data_layout", g.STR, "Meta AI original pth").put("llama.rope.scale_linear", g.F32, 1.0)
         forge.put("llama.attention.sliding_window", g.U32, 4096)

@@ -118,7 +118,6 @@ _COMMON: dict[str, Rule] = {
     "residual_scale": _OFF_OR_ONE,
     "logit_scale": _OFF_OR_ONE,
     "final_logit_softcapping": _OFF,
-    "use_parallel_residual": _OFF,
     "swin_norm": _OFF,
     "swiglu_clamp_exp": _OFF,
     "swiglu_clamp_shexp": _OFF,
@@ -152,6 +151,7 @@ _COMMON: dict[str, Rule] = {
     "decoder_start_token_id": Unless((-1, 2**32 - 1)),
     "pooling_type": Harmless("says how embeddings are made of hidden states; none are given"),
     "classifier.output_labels": Harmless("names classes; tensors of a classifier are refused"),
+    "use_parallel_residual": Harmless("of GPT-NeoX; converters of 2023 and early 2024 wrote true into every file"),
 }
 
 #: keys of kinds of models that are not here
