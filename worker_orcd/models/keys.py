@@ -97,6 +97,7 @@ _COMMON: dict[str, Rule] = {
     "attention.value_length": Applied("head_dim"),
     "attention.key_length_swa": Unless((), lambda hp: hp.head_dim),
     "attention.value_length_swa": Unless((), lambda hp: hp.head_dim),
+    "attention.head_dim": Unless((), lambda hp: hp.head_dim),  # Ollama's converter, beside key_length
     # attention
     "attention.causal": Unless((True,)),
     "attention.scale": Unless((0,), lambda hp: hp.head_dim**-0.5),
@@ -141,6 +142,7 @@ _COMMON: dict[str, Rule] = {
     "expert_chunk_feed_forward_length": _OFF,
     # rotation
     "rope.dimension_sections": _OFF,
+    "rope.mrope_section": _OFF,  # the same by Ollama's converter, which writes it empty too
     "rope.dimension_count_swa": Unless((), lambda hp: hp.n_rot),
     "rope.freq_base_swa": Unless((), lambda hp: hp.rope_theta),
     "rope.scaling.alpha": _OFF_OR_ONE,
