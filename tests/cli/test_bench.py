@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 from helpers.command_line import one_error_line
+from helpers.gguf_forge import U32
+from helpers.golden_forge import take_apart
 
 from worker_orcd.diagnose.bench import Bench, distinct_share
 from worker_orcd.engine.protocol import Batch
@@ -35,6 +37,15 @@ def test_bench_measures_what_was_asked(call, golden):
     code, out, _ = call(*args)
     assert code == 0 and "decode 70 x 3" in out and "tokens/s" in out
     assert "256" in one_error_line(call(*args, "-p", "257"), "INVALID_REQUEST")
+
+
+def test_a_window_that_masks_nothing_of_what_is_measured(call, goldens_dir, tmp_path):
+    """As for `LLM`: a file that asks for a window its architecture has not is right up to that many positions."""
+    forge = take_apart(goldens_dir / "llama-Q4_0.gguf").put("llama.attention.sliding_window", U32, 64)
+    (tmp_path / "m.gguf").write_bytes(forge.build())
+    args = ["bench", "--model", str(tmp_path / "m.gguf"), "--device", "cpu", "-n", "0", "--repeat", "1"]
+    assert call(*args, "-p", "64")[0] == 0
+    assert "at most 64 positions" in one_error_line(call(*args, "-p", "65"), "MODEL_LOAD_FAILED")
 
 
 @pytest.mark.parametrize("batch", [2, 8])

@@ -290,7 +290,6 @@ def test_typed_getters(write):
         assert mf.get_int("absent", 5, 6, 0) == 0 and mf.get_int("absent", 5, 6, None) is None
         assert mf.get_float("f", 0.0, 1.0) == 0.5 and mf.get_float("absent", 1.0, 2.0, 0.0) == 0.0
         assert mf.get_str("s") == "x" and mf.get_str("absent", "d") == "d"
-        assert mf.get_bool("b") is False and mf.get_bool("absent", True) is True
         assert mf.get_ints("is", 1, 3, 3) == [1, 2, 3] and mf.get_ints("i", 1, 9, 2) == [9, 9]
         assert mf.get_ints("absent", 1, 9, 2, None) is None
         for call, says in (
@@ -303,7 +302,6 @@ def test_typed_getters(write):
             (lambda: mf.get_float("i", 0, 9), "i is uint16, must be a float"),
             (lambda: mf.get_float("f", 0.6, 1), "f is 0.5"),
             (lambda: mf.get_str("i"), "i is uint16, must be a string"),
-            (lambda: mf.get_bool("i"), "must be a bool"),
             (lambda: mf.get_ints("is", 1, 2, 3), r"is\[2\] is 3"),
             (lambda: mf.get_ints("is", 1, 3, 4), "has 3 elements"),
             (lambda: mf.get_ints("fs", 1, 3, 1), "must be integers"),

@@ -51,8 +51,8 @@ def test_every_key_of_the_format_has_a_rule(row):
     known, table = keys_of_the_format(), keys.rules(row)
     assert len(known) > 100
     assert known - table.keys() == set()
-    # beside the format's: two old names that converters have written
-    assert table.keys() - known == {"rope.scale_linear"}
+    # beside the format's: an old name, and two that only Ollama's converter writes
+    assert table.keys() - known == {"rope.scale_linear", "attention.head_dim", "rope.mrope_section"}
     fields = {f.name for owner in (HParams, plan.Plan) for f in dataclasses.fields(owner)}
     assert {rule.field for rule in table.values() if isinstance(rule, keys.Applied)} <= fields
     assert all(rule.why for rule in table.values() if isinstance(rule, keys.Harmless))
@@ -171,7 +171,10 @@ def saved_by_llama_cpp(forge: g.Forge, arch: str) -> g.Forge:
 def test_what_writers_add_at_its_neutral_value_loads(arch, goldens_dir, tmp_path):
     path = goldens_dir / f"{FILES[arch]}.gguf"
     forge = saved_by_llama_cpp(take_apart(path, vocabulary=False), arch)
+    forge.put(f"{arch}.use_parallel_residual", g.BOOL, True)  # converters of 2023 and early 2024, in every file
+    forge.put_array(f"{arch}.rope.mrope_section", g.I32, [])  # Ollama's converter, of a rope_type "default"
     if arch == "llama":
+        forge.put("llama.attention.head_dim", g.U32, 64)
         forge.put("llama.tensor_data_layout", g.STR, "Meta AI original pth").put("llama.rope.scale_linear", g.F32, 1.0)
         forge.put("llama.attention.sliding_window", g.U32, 4096)
     (tmp_path / "f.gguf").write_bytes(forge.build())

@@ -110,3 +110,37 @@ def test_a_file_with_both_forms_is_refused(goldens_dir, tmp_path):
     (tmp_path / "f.gguf").write_bytes(forge.build())
     with ModelFile(tmp_path / "f.gguf") as mf, pytest.raises(ModelLoadError, match=r"attn_q.weight' has no place"):
         plan.build(mf)
+
+
+def biases_of(forge: g.Forge) -> list[g.Tensor]:
+    return [t for t in forge.tensors if t.name.endswith((".attn_q.bias", ".attn_k.bias", ".attn_v.bias"))]
+
+
+def test_a_qwen2_without_biases_is_one_whose_biases_are_0(goldens_dir, tmp_path):
+    """Models that are Llama but for the rotation are converted to this architecture."""
+    forge, path = take_apart(goldens_dir / "qwen2-Q8_0.gguf", vocabulary=False), tmp_path / "m.gguf"
+    tokens = np.arange(N_TOKENS, dtype=np.int32)
+
+    def got() -> np.ndarray:
+        path.write_bytes(forge.build())
+        return logits(path, tokens)
+
+    whole = got()
+    assert len(biases_of(forge)) == 3 * N_LAYERS
+    for bias in biases_of(forge):
+        bias.data = bytes(len(bias.data))
+    zero = got()
+    forge.drop(*(t.name for t in biases_of(forge)))
+    assert np.array_equal(got(), zero) and not np.array_equal(zero, whole)
+
+
+@pytest.mark.parametrize("name", ["qwen2-Q8_0", "llama-F16"])
+@pytest.mark.parametrize("part", "qkv")
+def test_a_layer_has_all_biases_of_q_k_and_v_or_none(name, part, goldens_dir, tmp_path):
+    forge, path = take_apart(goldens_dir / f"{name}.gguf", vocabulary=False), tmp_path / "m.gguf"
+    for other in "qkv" if not biases_of(forge) else "":
+        forge.tensors.append(g.f32(f"blk.1.attn_{other}.bias", forge.tensor(f"blk.1.attn_{other}.weight").dims[1]))
+    forge.drop(f"blk.1.attn_{part}.bias")
+    path.write_bytes(forge.build())
+    with ModelFile(path) as mf, pytest.raises(ModelLoadError, match=rf"blk\.1\.attn_{part}\.bias' is missing"):
+        plan.build(mf)

@@ -144,6 +144,26 @@ def test_defaults_of_sentencepiece_vocabularies(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_an_id_of_minus_1_is_none(model, tmp_path):
+    """As llama.cpp saves a model that lacks them; in files of its oldest converters only padding is -1."""
+    forge = tiny_vocab(model=model).put("tokenizer.ggml.padding_token_id", U32, 2**32 - 1)
+    tokenizer = _gguf(tmp_path, forge)
+    assert tokenizer.pad_id is None
+    bos, eos = (4, 5) if model == "gpt2" else (1, 2)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+    for name in ("bos", "eos", "eot", "eom", "unknown", "fim_pad", "fim_rep", "fim_sep", "seperator", "mask"):
+        forge.put(f"tokenizer.ggml.{name}_token_id", U32, 2**32 - 1)
+    tokenizer = _gguf(tmp_path, forge)
+    named = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.unk_id, tokenizer.pad_id)
+    assert named == (None,) * 5 and not tokenizer.add_bos
+    assert tokenizer.encode("a") == ([0] if model == "gpt2" else [261])
+    assert tokenizer.decode(tokenizer.encode("a")).strip() == "a"
+    forge.put("tokenizer.ggml.add_bos_token", BOOL, True)
+    with pytest.raises(ModelLoadError, match="add_bos_token is true"):
+        _gguf(tmp_path, forge)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_nothing_is_put_behind_a_prompt(model, tmp_path):
     """`add_eos_token` is for training texts; a prompt is gone on from."""
     plain = _gguf(tmp_path, tiny_vocab(model=model)).encode("a")

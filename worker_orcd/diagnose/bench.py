@@ -123,7 +123,7 @@ class Bench:
         try:
             verify(self.model_file, trusted, None)
             began = time.perf_counter()
-            self.plan = plan.build(self.model_file)
+            self.plan = plan.build(self.model_file, n_positions)
             limit = min(self.plan.context_length, self.plan.max_positions or self.plan.context_length)
             if n_positions > limit:
                 raise InvalidRequest(f"{n_positions} positions are past the {limit} of the model", field="n_prompt")

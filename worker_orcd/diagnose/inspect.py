@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from worker_orcd.config import ServeConfig
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import WorkerError, excerpt
@@ -24,7 +25,7 @@ from worker_orcd.runtime import devices
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 #: sequences for which the VRAM plan is shown: what a server takes by default
-VRAM_SEQS = 32
+VRAM_SEQS = ServeConfig.max_seqs
 #: arrays longer than this are told by type and length only
 MAX_ARRAY = 16
 _MAX_TEXT = 100

@@ -178,11 +178,6 @@ class ModelFile:
         value: str | D = _typed(self.metadata, key, {"string"}, default)
         return value
 
-    def get_bool(self, key: str, default: D | Required = REQUIRED) -> bool | D:
-        """The bool `key`; else as `get_int`."""
-        value: bool | D = _typed(self.metadata, key, {"bool"}, default)
-        return value
-
     def get_ints(self, key: str, lo: int, hi: int, n: int, default: D | Required = REQUIRED) -> list[int] | D:
         """`n` integers, one for each layer, each lo <= value <= hi; a file may give one integer for all of them."""
         if key not in self.metadata or not self.metadata.value_type(key).startswith("array"):

@@ -159,8 +159,11 @@ def attention(b: Builder, hp: HParams, layer: int) -> None:
     if f"{p}.attn_qkv.weight" in b.mf.tensors:
         b.matmul(f"{p}.attn_qkv", row.qkv_bias, h, qkv)
     else:
+        bias = row.qkv_bias
+        if bias == "maybe":  # all three or none
+            bias = "yes" if any(f"{p}.attn_{name}.bias" in b.mf.tensors for name in "qkv") else "no"
         for name, out in (("q", q), ("k", k), ("v", v)):
-            b.matmul(f"{p}.attn_{name}", row.qkv_bias, h, out)
+            b.matmul(f"{p}.attn_{name}", bias, h, out)
     if row.qk_norm:
         for name, view in (("q", q), ("k", k)):
             w = b.weight(f"{p}.attn_{name}_norm.weight", "vector", hp.head_dim)

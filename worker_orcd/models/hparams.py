@@ -45,7 +45,8 @@ class Arch:
         compose: writes the model's ops into a builder, from the embedding to the logits.
         norm: "rms" or "layer" (with bias).
         rope_type: "interleaved" (pairs of neighbours) or "neox" (halves); "" = no rotation (learned positions).
-        qkv_bias, out_bias, ffn_bias: "no", "maybe" (used where the file has it) or "yes" (required).
+        qkv_bias, out_bias, ffn_bias: "no", "maybe" (used where the file has it; of q, k and v all or none) or "yes"
+            (required).
         ffn: "glu" (gate, up, down), "mlp" (up, down), "moe".
         act: one of `ops.GLU_ACTIVATIONS`; of an "mlp" one of `ops.ACT_ACTIVATIONS`.
         ffn_norm: tensor name of the norm before the feed-forward.

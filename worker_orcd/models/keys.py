@@ -97,6 +97,7 @@ _COMMON: dict[str, Rule] = {
     "attention.value_length": Applied("head_dim"),
     "attention.key_length_swa": Unless((), lambda hp: hp.head_dim),
     "attention.value_length_swa": Unless((), lambda hp: hp.head_dim),
+    "attention.head_dim": Unless((), lambda hp: hp.head_dim),  # Ollama's converter, beside key_length
     # attention
     "attention.causal": Unless((True,)),
     "attention.scale": Unless((0,), lambda hp: hp.head_dim**-0.5),
@@ -118,7 +119,6 @@ _COMMON: dict[str, Rule] = {
     "residual_scale": _OFF_OR_ONE,
     "logit_scale": _OFF_OR_ONE,
     "final_logit_softcapping": _OFF,
-    "use_parallel_residual": _OFF,
     "swin_norm": _OFF,
     "swiglu_clamp_exp": _OFF,
     "swiglu_clamp_shexp": _OFF,
@@ -142,6 +142,7 @@ _COMMON: dict[str, Rule] = {
     "expert_chunk_feed_forward_length": _OFF,
     # rotation
     "rope.dimension_sections": _OFF,
+    "rope.mrope_section": _OFF,  # the same by Ollama's converter, which writes it empty too
     "rope.dimension_count_swa": Unless((), lambda hp: hp.n_rot),
     "rope.freq_base_swa": Unless((), lambda hp: hp.rope_theta),
     "rope.scaling.alpha": _OFF_OR_ONE,
@@ -152,6 +153,7 @@ _COMMON: dict[str, Rule] = {
     "decoder_start_token_id": Unless((-1, 2**32 - 1)),
     "pooling_type": Harmless("says how embeddings are made of hidden states; none are given"),
     "classifier.output_labels": Harmless("names classes; tensors of a classifier are refused"),
+    "use_parallel_residual": Harmless("of GPT-NeoX; converters of 2023 and early 2024 wrote true into every file"),
 }
 
 #: keys of kinds of models that are not here

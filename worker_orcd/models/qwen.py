@@ -1,4 +1,7 @@
-"""Qwen 2 (biases on q, k and v) and Qwen 3 (norms of q and k heads instead): RMSNorm, rotation of halves, SwiGLU."""
+"""Qwen 2 (biases on q, k and v) and Qwen 3 (norms of q and k heads instead): RMSNorm, rotation of halves, SwiGLU.
+
+Files of architecture qwen2 also hold Llama-like models that rotate halves (KORMo); those have no biases.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,6 @@ def qwen(b: Builder, hp: HParams) -> None:
 
 
 ROWS = (
-    Arch("qwen2", qwen, qkv_bias="yes"),
+    Arch("qwen2", qwen, qkv_bias="maybe"),
     Arch("qwen3", qwen, qk_norm=True),
 )

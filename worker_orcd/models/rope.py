@@ -145,6 +145,7 @@ def yarn(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, n_rot - 1)
+    # no pair between the two (an original context of a few positions): a step. Hugging Face's ramp runs backwards there
     span = max(high - low, 1e-3)
     ramp = [min(max((p - low) / span, 0.0), 1.0) for p in range(len(base))]
     return tuple(f * (1 - r) + f / factor * r for f, r in zip(base, ramp, strict=True))

@@ -33,6 +33,9 @@ _PRE_ADDS_BOS: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", 
 #: names of keys, as `special` takes them, of tokens that a code model ends a filled-in file with
 _FILL_ENDS: Final = ("fim_pad", "fim_rep", "fim_sep")
 
+#: -1 as an unsigned number: how llama.cpp and its oldest converters write that a model has no token of a kind
+NO_ID: Final = 2**32 - 1
+
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 _P: Final = "tokenizer.ggml."
@@ -165,9 +168,9 @@ class _Reader:
             return self.read_id(f"{_P}{name}_token_id", n_vocab, default if spm else None)
 
         bos_id, eos_id, unk_id = special("bos", 1), special("eos", 2), special("unknown", 0)
-        add_bos = self.scalar(_P + "add_bos_token", bool, spm or (pre in _PRE_ADDS_BOS and bos_id is not None))
+        add_bos = self.scalar(_P + "add_bos_token", bool, bos_id is not None and (spm or pre in _PRE_ADDS_BOS))
         if add_bos and bos_id is None:
-            raise self.fail(_P + "add_bos_token", f"is true, but the file has no {_P}bos_token_id")
+            raise self.fail(_P + "add_bos_token", f"is true, but the file names no {_P}bos_token_id")
         template = self.scalar("tokenizer.chat_template", str, None)
         if template is not None and len(template) > MAX_TEMPLATE_CHARS:
             raise self.fail("tokenizer.chat_template", f"has {len(template)} characters, limit {MAX_TEMPLATE_CHARS}")
@@ -246,6 +249,8 @@ class _Reader:
 
     def read_id(self, key: str, n_vocab: int, default: int | None) -> int | None:
         value = self.scalar(key, int, default)
+        if value == NO_ID:
+            return None
         if value is not None and not 0 <= value < n_vocab:
             origin = "is" if key in self.meta else "is missing and would be"
             raise self.fail(key, f"{origin} {value}, but the vocabulary has {n_vocab} tokens")
