@@ -3,8 +3,8 @@
 // Why: weights that lie in a mapping change under a computation when somebody writes to the file, and nothing else says
 // so. A write changes the time of the file before it changes a byte, so what was read before a check that finds
 // nothing is good. Two kinds of writes stay unseen: through a shared mapping into a page that is dirty already, and one
-// whose time is put back before the next check. Names do not count: a file that was moved, unlinked or replaced is still
-// the one that is mapped.
+// whose time is put back before the next check. Names do not count: a file that was moved, unlinked or replaced is
+// still the one that is mapped.
 #pragma once
 
 #include <sys/stat.h>
