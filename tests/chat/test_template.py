@@ -305,6 +305,11 @@ def test_errors_of_a_template_are_one_line(source, says):
     assert says in refused(source)
 
 
+def test_what_a_template_says_is_short_and_escaped():
+    message = refused("{{ raise_exception('\x1b[31m' ~ 'x' * 5000) }}")
+    assert "refuses the messages: \\x1b[31mxxx" in message and message.endswith("xxx...") and len(message) < 400
+
+
 def test_an_answer_that_takes_too_long_is_not_the_fault_of_who_asks(monkeypatch):
     long = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     slow = template("{% if messages[0].content == 'long' %}" + long + "{% endif %}done")

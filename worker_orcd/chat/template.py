@@ -20,7 +20,7 @@ from typing import Any
 from worker_orcd.chat.messages import checked
 from worker_orcd.chat.process import Ended, Process, start
 from worker_orcd.chat.provenance import USER
-from worker_orcd.errors import InternalError, InvalidRequest
+from worker_orcd.errors import InternalError, InvalidRequest, excerpt
 
 #: processor time of one rendering; published templates take about a millisecond
 CPU_SECONDS = 1.5
@@ -28,6 +28,8 @@ CPU_SECONDS = 1.5
 EXTRA_BYTES = 64 << 20
 #: characters of a rendered prompt, and of the messages it is made of
 MAX_CHARS = 1 << 20
+#: characters of what a template or jinja2 says of an error; published templates explain themselves in up to 200
+MAX_REASON = 300
 #: private-use characters that have no meaning in any text; the first that a prompt does not hold marks it
 _MARKS = [chr(c) for c in range(0x10FF00, 0x10FFF0)]
 
@@ -110,7 +112,7 @@ class ChatTemplate:
             self._process = None
             reason = f"the process that renders the chat template of {self._path} failed: {answer['fault']}"
             raise InternalError(reason)
-        reason = " ".join(answer["error"].split())
+        reason = excerpt(" ".join(answer["error"].split()), MAX_REASON)
         raise InvalidRequest(f"the chat template of {self._path} {reason}", field="messages")
 
 
