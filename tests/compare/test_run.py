@@ -54,7 +54,9 @@ DIFFERENT = {
     "the number of merges": lambda f: f.put_array("tokenizer.ggml.merges", STR, ["a b", "a b"]),
     "eos_id": lambda f: f.put("tokenizer.ggml.eos_token_id", U32, 4),
     "the vocabulary is 'missing'": lambda f: f.drop("tokenizer.ggml.model"),
-    "attn_q.bias": lambda f: f.tensors.append(f32("blk.0.attn_q.bias", 32)),
+    "attn_[qkv].bias": lambda f: f.tensors.extend(
+        f32(f"blk.0.attn_{part}.bias", n) for part, n in (("q", 32), ("k", 16), ("v", 16))
+    ),
 }
 
 
