@@ -174,7 +174,7 @@ class Service:
             late = time.monotonic() - LAST_EVENT_SEC
             n_open = sum(1 for ended_at in self._streams.values() if ended_at is None or ended_at < late)
             if n_open >= self.max_streams:
-                raise QueueFull("too many streams are still being read", retry_after=1)
+                raise QueueFull(f"{n_open} streams are open, as many as may be; try again later", retry_after=1)
             self._streams[place] = None
         return place
 
