@@ -302,10 +302,10 @@ def file_path(name: str, value: object) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise `InvalidRequest` where `device` is not "auto", "cpu" or "cuda:N"."""
+    """Raise `InvalidRequest` where `device` is not "auto", "cpu", "cuda" or "cuda:N"."""
     if not isinstance(device, str):
         raise _refused("device", f"must be auto, cpu or cuda:N, not {type(device).__name__}")
-    if device in ("auto", "cpu"):
+    if device in ("auto", "cpu", "cuda"):
         return
     kind, _, index = device.partition(":")
     if kind != "cuda" or not index.isascii() or not index.isdigit() or len(index) > 3:

@@ -179,3 +179,6 @@ class DuplicateJob(WorkerError):
     """A job of this id is queued or running."""
 
     code, status = "DUPLICATE_JOB", 409
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"a job {job_id!r} is queued or running", job_id=job_id)

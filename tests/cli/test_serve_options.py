@@ -85,6 +85,7 @@ def test_a_flag_reaches_its_field(served):
     assert served().gpu_memory_utilization == 0.92
     assert served("--gpu-memory-utilization", "0.5").gpu_memory_utilization == 0.5
     assert served("--threads", "2").n_threads == 2 and served("--no-check-tensors").check_tensors is False
+    assert served("--device", "cuda").device == "cuda"
     assert served("--gpu-device", "3").device == "cuda:3" and served("--print-curl").print_curl is True
     home = os.path.expanduser("~")
     assert served("--tokenizer", "~/t.json").tokenizer == f"{home}/t.json"

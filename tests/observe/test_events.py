@@ -84,6 +84,12 @@ def test_text_form_shows_event_and_fields_but_not_the_base():
     assert out.getvalue()[13:] == 'ERROR error code=NOT_READY message="still loading"\n'
 
 
+def test_text_form_shows_where_a_value_with_quotes_ends():
+    out = io.StringIO()
+    EventLog(out, "text").emit("error", message='no "x" b=c', field="a")
+    assert out.getvalue().split(" ", 1)[1] == 'error message="no \\"x\\" b=c" field=a\n'
+
+
 def test_unknown_format_is_refused():
     with pytest.raises(ValueError, match="xml"):
         EventLog(None, "xml")

@@ -74,7 +74,7 @@ class FakeLLM:
                 raise NotReady("the worker is shutting down")
             live = [j for j in self.jobs.values() if not j.finished]
             if job_id in self.jobs and not self.jobs[job_id].finished:
-                raise DuplicateJob(f"job {job_id} is running", job_id=job_id)
+                raise DuplicateJob(job_id)
             if len(live) >= self.limit:
                 raise QueueFull("the queue is full", retry_after=1)
             self.n_seq += 1
@@ -124,6 +124,10 @@ class FakeLLM:
             for other in self.jobs.values():
                 other.end(error)
             self.on_fatal(error)
+
+    def job(self, job_id):
+        job = self.jobs.get(job_id)
+        return None if job is None or job.finished else job
 
     def cancel(self, job_id):
         job = self.jobs.get(job_id)

@@ -12,7 +12,7 @@ import pytest
 from service.in_process import App, error_of, events_of
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import InvalidRequest, QueueFull
-from worker_orcd.runtime.request import HTTP_FIELDS
+from worker_orcd.runtime.request import HTTP_FIELDS, Limits, Request
 from worker_orcd.wsgi.app import ROUTES
 from worker_orcd.wsgi.middleware import peer
 from worker_orcd.wsgi.native.execute import ExecuteBody
@@ -148,6 +148,19 @@ def test_who_asks_again_at_the_last_event_is_not_told_that_it_is_full(monkeypatc
     app.service.leave_place(first)
     app.service.leave_place(first)
     assert app.service.take_place() is not None
+
+
+def test_a_job_that_runs_is_a_duplicate_however_full_it_is():
+    app = App(max_seqs=1, max_queue=0)
+    app.ready()
+    place = app.service.take_place()
+    job = app.service.llm().submit_request(Request("quiet", job_id="runs"), Limits())
+    error_of(app.execute(job_id="runs"), 409, "DUPLICATE_JOB")
+    error_of(app.execute(job_id="another"), 429, "QUEUE_FULL")
+    job.cancel()
+    error_of(app.execute(job_id="runs"), 429, "QUEUE_FULL")
+    app.service.leave_place(place)
+    app.service.stop(0)
 
 
 def test_a_stream_says_when_its_last_event_comes(app):

@@ -99,4 +99,4 @@ def _as_json(value: object) -> str:
 
 def _text_value(value: object) -> str:
     text = escaped(value if isinstance(value, str) else _as_json(value))
-    return f'"{text}"' if not text or any(c in text for c in ' ="') else text
+    return '"' + text.replace('"', '\\"') + '"' if not text or any(c in text for c in ' ="') else text

@@ -37,9 +37,9 @@ def resolve(device: str) -> str:
         InvalidRequest: another name.
         CudaError: no driver, no GPU, no such GPU, or a build without the CUDA engine.
     """
-    if isinstance(device, str) and device == "cuda":
-        device = "cuda:0"
     check_device(device)
+    if device == "cuda":
+        device = "cuda:0"
     if device == "cpu":
         return device
     index = 0 if device == "auto" else int(device.partition(":")[2])

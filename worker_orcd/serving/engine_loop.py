@@ -153,8 +153,8 @@ class EngineLoop:
         decoder = self._new_decoder() if self._new_decoder else None
         with self._lock:
             self._check_accepting()
-            if job_id in self._jobs:
-                raise DuplicateJob(f"a job {job_id!r} is queued or running", job_id=job_id)
+            if job_id is not None and job_id in self._jobs:
+                raise DuplicateJob(job_id)
             seq_id = next(self._seq_ids)
             job = Job(
                 job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy

@@ -9,6 +9,7 @@ import falcon
 import msgspec
 
 from worker_orcd.config import MAX_PROMPT_CHARS
+from worker_orcd.errors import DuplicateJob, QueueFull
 from worker_orcd.observe.events import text_facts
 from worker_orcd.runtime.request import HTTP_FIELDS, Limits, Request, SamplingParams
 from worker_orcd.wsgi.native import requests
@@ -63,7 +64,12 @@ class Execute:
             job_id=body.job_id,
             deadline=time.monotonic() + (longest if left is None else min(left, longest)),
         )
-        place = service.take_place()
+        try:
+            place = service.take_place()
+        except QueueFull:
+            if llm.job(body.job_id) is not None:  # however full: asking again will not help
+                raise DuplicateJob(body.job_id) from None
+            raise
         try:
             job = llm.submit_request(request, self._limits)
         except BaseException:
