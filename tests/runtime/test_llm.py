@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.fake_engine import FakeEngine
 
 from worker_orcd import LLM, SamplingParams, Tokenizer
 from worker_orcd.diagnose import doctor
@@ -35,23 +34,10 @@ from worker_orcd.errors import (
 )
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.gguf.trusted_models import entry_of
-from worker_orcd.runtime import devices, loading
+from worker_orcd.runtime import loading
 from worker_orcd.serving.job import Finished
 
 TESTS = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def engines(monkeypatch):
-    """Every LLM of the test gets a fake engine; they are listed here."""
-    made: list[FakeEngine] = []
-
-    def open_engine(device, model_file, plan, config, **_):
-        made.append(FakeEngine(config, plan.kv_groups, plan.n_vocab))
-        return made[-1]
-
-    monkeypatch.setattr(devices, "open_engine", open_engine)
-    return made
 
 
 @pytest.fixture

@@ -6,26 +6,12 @@ import threading
 import time
 
 import pytest
-from helpers.fake_engine import FakeEngine
 
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.errors import CudaError, NotReady, WorkerError
-from worker_orcd.runtime import devices, loading, running
+from worker_orcd.runtime import loading, running
 from worker_orcd.runtime.running import Running
 from worker_orcd.serving.deputy import Deputy
-
-
-@pytest.fixture
-def engines(monkeypatch):
-    made: list[FakeEngine] = []
-
-    def open_engine(device, model_file, plan, config, **_):
-        made.append(FakeEngine(config, plan.kv_groups, plan.n_vocab))
-        return made[-1]
-
-    monkeypatch.setattr(devices, "open_engine", open_engine)
-    return made
-
 
 OPTIONS = loading.LoadOptions(
     "cpu",

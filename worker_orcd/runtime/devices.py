@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 #: tokens of one step where the caller names no number
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 256, 2048
-#: share of the memory that is free which the KV cache takes on the CPU where nobody says how much
-CPU_KV_SHARE = 0.25
 
 _ADVICE = 'choose device "cpu" by name to run without a GPU'
 

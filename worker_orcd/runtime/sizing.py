@@ -24,6 +24,8 @@ MAX_SEQS, LESS_SEQS = 64, (32, 16, 8)
 LESS_BATCH_TOKENS = (1024, 512, 256)
 #: positions for which a smaller step makes room where the caller names no context
 CONTEXT_WORTH_ROOM = 8192
+#: share of the free memory that the KV cache takes at most on the CPU where nobody says how much
+CPU_KV_SHARE = 0.25
 #: positions of each sequence for which the CPU takes a KV cache unasked: a prompt, and as many tokens as a request gets
 #: that names no number; and the bytes that it takes where they need less
 CPU_POSITIONS, CPU_KV_BYTES = 2 * DEFAULT_MAX_TOKENS, 1 << 30
@@ -167,7 +169,7 @@ def _cpu_kv_bytes(plan: Plan, context: int, asked: bool, max_seqs: int) -> int:
     share of the free memory, and for one of the whole context where that was asked for."""
     free = devices.host_memory()
     usual = max(CPU_KV_BYTES, max_seqs * sequence_bytes(plan, min(context, CPU_POSITIONS)))
-    budget = min(int(free * devices.CPU_KV_SHARE), usual)
+    budget = min(int(free * CPU_KV_SHARE), usual)
     return max(budget, min(sequence_bytes(plan, context), free)) if asked else budget
 
 
