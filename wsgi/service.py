@@ -60,6 +60,7 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
         gpu_memory_utilization=config.gpu_memory_utilization,
         chunk_bytes=config.chunk_bytes,
         progress=True if config.progress_bar else progress,
+        watchdog_sec=config.watchdog_sec,
         on_fatal=on_fatal,
         on_plan=on_plan,
     )

@@ -253,8 +253,8 @@ cdef class CudaEngine:
             self._send(w.rope_tables, self.rope_tables)
         return len(tiles)
 
-    def step(self, batch, want_logits=False):
-        """See `engine.Engine.step`."""
+    def step(self, batch, want_logits=False, control=None):
+        """See `engine.Engine.step`. Nothing aborts it: what was queued on the device cannot be taken back."""
         cdef Shape shape
         self._enter()
         tokens, positions, slots, output_indices = self._check_batch(batch)
@@ -304,7 +304,7 @@ cdef class CudaEngine:
         self.stream.fill_nogil(<cu.CUdeviceptr>(seen + slot * words * 4), 0, words * 4)
         self._finish()
 
-    def forward(self, batch, stop_after=None):
+    def forward(self, batch, stop_after=None, control=None):
         """See `engine.Engine.forward`. With `stop_after` the plan runs op by op, nothing fused."""
         cdef Shape shape
         self._enter()
@@ -468,6 +468,7 @@ cdef class CudaEngine:
                             ending = True
             done += 1
             ring.push_many(live_ids, live_tokens, m)
+            control.flag.step_done()
             if control.is_set():
                 ending = True
 

@@ -61,6 +61,11 @@ class Batch:
     output_indices: np.ndarray
 
 
+class StepAborted(Exception):
+    """A step was given up because its control was aborted. Nothing that it computed counts, the KV that it wrote
+    included; the same step can be run again."""
+
+
 class Engine(Protocol):
     """A loaded model on one device. Not thread-safe: one thread calls it; `control.interrupt()` may come from any."""
 
@@ -84,17 +89,25 @@ class Engine(Protocol):
             InvalidRequest: a number out of range, named.
         """
 
-    def step(self, batch: Batch, want_logits: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    def step(
+        self, batch: Batch, want_logits: bool = False, control: Any = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Run one ragged step.
+
+        Args:
+            control: a `Control` whose abort may end the step; None: nothing does.
 
         Returns:
             (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled token below 0 means that there
             was no distribution to draw from. Releases the GIL while it works. `output_indices` may be empty.
+
+        Raises:
+            StepAborted: it was, before its end.
         """
 
-    def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
+    def forward(self, batch: Batch, stop_after: str | None = None, control: Any = None) -> np.ndarray:
         """Run one step without sampling. Returns float32 logits [n_out, n_vocab], or with `stop_after` the whole
-        output buffer of that op, [n_tokens or n_out, width]."""
+        output buffer of that op, [n_tokens or n_out, width]. Aborted as `step`."""
 
     def decode(
         self,
@@ -112,7 +125,8 @@ class Engine(Protocol):
 
         The GIL is released throughout. After each step the pairs (seq_ids[j], token) go to `ring`. Returns early,
         at a step boundary, when a slot j with stop_mask[j] != 0 sampled one of `stop_ids` or `control` was
-        interrupted (the flag is cleared by the caller). An engine may run a step or two past that; their tokens are
+        interrupted (the flag is cleared by the caller); an aborted step does not count. Each step is counted in
+        `control`. An engine may run a step or two past that; their tokens are
         returned too, but of a slot that has stopped nothing more goes to `ring`. A drawn token below 0 means that there
         was no distribution to draw from (NaN logits).
 

@@ -36,6 +36,7 @@ class Running:
         max_queue: int,
         on_fatal: Callable[[WorkerError], None] | None,
         deputy: Deputy,
+        watchdog_sec: float = 0.0,
     ) -> None:
         """Load a model and start its loop.
 
@@ -62,6 +63,7 @@ class Running:
             max_queue=max_queue,
             on_fatal=on_fatal,
             deputy=deputy,
+            watchdog_sec=watchdog_sec,
         )
 
     def parts(self) -> tuple[LoadedModel, EngineLoop]:
