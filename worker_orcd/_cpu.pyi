@@ -13,6 +13,9 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models.plan import Plan
 
+#: prompt tokens of a warm-up
+WARM_ROWS: int
+
 class _CpuFeatures(TypedDict):
     isa: str | None
     available: list[str]
@@ -34,6 +37,8 @@ class CpuEngine:
     block_tables: NDArray[np.int32]
     rope_tables: NDArray[np.int32]
     n_vocab: int
+    warm_rows: tuple[int, ...]
+    warm_seqs: tuple[int, ...]
     def __init__(self, model_file: ModelFile, plan: Plan, config: EngineConfig, n_threads: int = 0) -> None: ...
     @property
     def isa(self) -> str:

@@ -28,6 +28,8 @@ from worker_orcd.gguf.quants import TYPES
 _ACTIVATIONS = {"silu": <int>Activation.kSilu, "gelu_tanh": <int>Activation.kGeluTanh,
                 "swiglu_oai": <int>Activation.kSwigluOai}
 _FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
+#: prompt tokens of a warm-up: enough to tell how fast a step is
+WARM_ROWS = 16
 
 
 def cpu_features():
@@ -187,7 +189,7 @@ cdef class CpuEngine:
     """
 
     cdef Engine* engine
-    cdef readonly object config, block_tables, rope_tables, n_vocab, isa
+    cdef readonly object config, block_tables, rope_tables, n_vocab, isa, warm_rows, warm_seqs
     cdef object model_file, plan, views, op_index, op_buffer, buffer_index
     cdef int32_t[:, :, ::1] tables
     cdef int32_t[::1] rope_tables_view
@@ -212,6 +214,8 @@ cdef class CpuEngine:
         if BLOCK_SIZE != kBlockPositions:
             raise InternalError(f"the kernels are built for blocks of {kBlockPositions} positions")
         self.pid = getpid()
+        # every shape runs the same code; one small step brings pages of the file and of the workspace
+        self.warm_rows, self.warm_seqs = (min(WARM_ROWS, config.max_batch_tokens),), ()
         self.model_file, self.plan, self.config, self.n_vocab = model_file, plan, config, plan.n_vocab
         cdef const Kernels* kernels = _kernels(None)
         self.isa = kernels.name.decode()

@@ -80,7 +80,7 @@ cdef class CudaEngine:
             something.
     """
 
-    cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan
+    cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan, warm_rows, warm_seqs
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
@@ -366,7 +366,12 @@ cdef class CudaEngine:
     def _capture(self):
         """Record one decode step for every batch size, greedy and drawn; the row tables are the graphs' only inputs."""
         cdef Shape shape
-        for n in DECODE_SIZES:
+        sizes = [n for i, n in enumerate(DECODE_SIZES) if not i or DECODE_SIZES[i - 1] < self.config.max_seqs]
+        # one row and as many as there may be: between them each product changes once from its small kernel to its
+        # large one
+        self.warm_rows = tuple(sorted({1, self.config.max_batch_tokens}))
+        self.warm_seqs = tuple(min(n, self.config.max_seqs) for n in sizes)
+        for n in sizes:
             shape.n_rows = shape.n_decode = shape.n_out = n
             shape.n_tiles = 0
             for greedy in (True, False):
@@ -379,8 +384,6 @@ cdef class CudaEngine:
                     self.stream.abandon_capture()
                     raise
                 self.graphs[n, greedy] = self.stream.end_capture()
-            if n >= self.config.max_seqs:
-                break
 
     def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_mask, TokenRing ring,
                Control control):

@@ -75,6 +75,10 @@ class Engine(Protocol):
     block_tables: np.ndarray
     #: int32 [max_seqs], written likewise: index of the plan's rotary frequency table that the slot's sequence turns by
     rope_tables: np.ndarray
+    #: what a warm-up has to run, so that no later call is the first of its kind: steps of so many prompt tokens,
+    #: ascending, and decode steps of so many sequences
+    warm_rows: tuple[int, ...]
+    warm_seqs: tuple[int, ...]
 
     def set_slot(self, slot: int, sampling: SamplingParams) -> None:
         """Give a slot to a new sequence: sets how its tokens are drawn and forgets the tokens of the one before.

@@ -75,6 +75,8 @@ class LLM:
         gpu_memory_utilization: share of the GPU's memory that this process may take, above 0 to 1; its context counts
             too, and never more is taken than is free.
         chunk_bytes: bytes of one copy to the GPU.
+        warm_up: do at the end of the load what the first request would have to wait for: a driver loads kernels when
+            they are first used, and the process that renders chat templates has to start.
         watchdog_sec: the engine counts as dead where it has work and finishes no step for so many seconds; 0: never.
         on_fatal: called with the error when the engine has died; every job has ended by then.
         on_plan: called on a GPU with what the model will take (`vram.VramPlan`) and the bytes that are free, before
@@ -83,6 +85,7 @@ class LLM:
     Attributes:
         info: what is loaded, a `ModelInfo`.
         tokenizer: the `Tokenizer`, or None where the file has none: then prompts are token ids.
+        warm_up_seconds: what `warm_up` took; 0.0 without it.
 
     Raises:
         InvalidRequest: an argument breaks its rule.
@@ -116,6 +119,7 @@ class LLM:
         gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
         chunk_bytes: int = 1 << 20,
         watchdog_sec: float = 0,
+        warm_up: bool = False,
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
     ) -> None:
@@ -163,9 +167,10 @@ class LLM:
         self._finalizer = weakref.finalize(self, _close, deputy, running)
         try:
             deputy.start()
-            deputy.call(lambda: running.open(model, options, max_queue, on_fatal, deputy, watchdog_sec))
+            deputy.call(lambda: running.open(model, options, max_queue, on_fatal, deputy, watchdog_sec, warm_up))
             loaded, self._loop = running.parts()
             self.info = loaded.info
+            self.warm_up_seconds = running.warmed.seconds
             self.tokenizer = loaded.tokenizer
             self._scheduler = self._loop.scheduler
             self._bar = progress is True
