@@ -118,7 +118,7 @@ class LLM:
         vram_limit_bytes: int | None = None,
         gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
         chunk_bytes: int = 1 << 20,
-        watchdog_sec: float = 0,
+        watchdog_sec: float = 0.0,
         warm_up: bool = False,
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
