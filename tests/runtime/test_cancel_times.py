@@ -26,7 +26,6 @@ def llm(model_path):
     path = str(model_path("smollm2"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_work, "prefill_tokens", lambda n_decode, n_prefill, seconds, limit: limit)
-        patch.setattr(engine_work, "FIRST_PREFILL_TOKENS", 256)
         with LLM(path, device="cpu", progress=False, max_seqs=2, context_length=8192, check_tensors=False) as llm:
             llm.generate([[1] * 300], SamplingParams(max_tokens=2))
             yield llm

@@ -124,6 +124,25 @@ def test_an_engine_that_hangs_is_noticed_though_nobody_waits_for_it_any_more():
     rig.loop.close()
 
 
+def test_an_engine_that_hangs_at_the_start_of_a_job_is_noticed():
+    """Which is no step, and the job is not waited for any more."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class HangsAtStart(FakeEngine):
+        def set_slot(self, slot, sampling):
+            begun.set()
+            go_on.wait()
+            super().set_slot(slot, sampling)
+
+    rig = Rig(never_stop=True, engine_class=HangsAtStart, watchdog_sec=0.4)
+    job = rig.submit(max_tokens=100)
+    assert begun.wait(5)
+    job.cancel()
+    wait_for(lambda: rig.fatal)
+    go_on.set()
+    assert rig.loop.close()
+
+
 def test_slow_steps_and_an_idle_loop_are_left_alone():
     with Rig(never_stop=True, step_seconds=0.15, watchdog_sec=0.6) as rig:
         assert rig.submit(max_tokens=8).completion().finish_reason == "length"  # a decode run of 1 s without Python

@@ -355,9 +355,9 @@ class EngineLoop:
     # -- the watchdog's thread
 
     def _busy(self) -> bool:
-        """Whether a step of the engine must end some time."""
+        """Whether the engine thread must come back some time: with a step, or for the news."""
         with self._lock:
-            waits = any(entry.seq.ended is None for entry in self._entries.values())
+            waits = bool(self._drops) or any(entry.seq.ended is None for entry in self._entries.values())
         return (waits or self._work.in_call) and self._error is None
 
     def _hangs(self, seconds: float) -> None:
