@@ -302,6 +302,7 @@ class Service:
             events.emit("tokenizer_beside", "warning", path=info["tokenizer_path"], message=reason)
         if info.get("verified_by") is not None:
             events.emit("provenance", **provenance_facts(info))
+        self.warm_up()
         background = Background(
             llm, events, config.residency_check_sec, self._not_resident, self.engine_died, self._know_digest
         )
@@ -310,7 +311,6 @@ class Service:
                 return
             self._background = background
         background.start()
-        self.warm_up()
         with self._lock:
             if self._state != "loading":
                 return
