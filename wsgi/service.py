@@ -124,6 +124,11 @@ class Service:
         """ "loading" | "ready" | "unhealthy" | "stopping"."""
         return self._state
 
+    @property
+    def model(self) -> str:
+        """The name by which the model is served."""
+        return str(self._facts["model"])
+
     def llm(self) -> LLM:
         """The loaded model.
 

@@ -77,7 +77,9 @@ COVERED_BY = {
     "wsgi/native/requests.py": ["service/test_app.py"],
     "wsgi/native/shutdown.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/service.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/native/events.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/sse.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/stream_format.py": ["service/test_protocol.py"],
     # compiled modules
     "pyx/worker_orcd/_cpu.pyx": ["compiled/test_cpu_engine.py", "compiled/test_cpu_sampling.py"],
     "pyx/worker_orcd/_engine.pyx": ["gpu/test_engine.py", "fake_driver/engine_cases.py"],
