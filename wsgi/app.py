@@ -13,7 +13,9 @@ import falcon
 
 from worker_orcd.errors import WorkerError
 from worker_orcd.wsgi import http_errors
-from worker_orcd.wsgi.middleware import CORRELATION_HEADER, ApiKey, Correlation, peer
+from worker_orcd.wsgi.access import FIELDS as ACCESS_FIELDS
+from worker_orcd.wsgi.access import Rules
+from worker_orcd.wsgi.middleware import CORRELATION_HEADER, REQUEST_ID_HEADER, Access, ApiKey, Correlation, cors, peer
 from worker_orcd.wsgi.native.cancel import Cancel
 from worker_orcd.wsgi.native.execute import Execute, ExecuteBody
 from worker_orcd.wsgi.native.health import Health, Ready
@@ -31,14 +33,18 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
 )
 
 #: what a refused request may be said to have wrong: fields of bodies and headers
-_FIELDS = frozenset((*ExecuteBody.__struct_fields__, CORRELATION_HEADER, DEADLINE_HEADER))
+_HEADERS = (CORRELATION_HEADER, REQUEST_ID_HEADER, DEADLINE_HEADER, *ACCESS_FIELDS)
+_FIELDS = frozenset((*ExecuteBody.__struct_fields__, *_HEADERS))
 
 
 def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
     """The application that serves `service`."""
-    middleware: list[Any] = [Correlation()]
+    rules = Rules.of(service.config)
+    middleware: list[Any] = [Correlation(), Access(rules)]
+    if rules.cors_origins:
+        middleware.append(cors(rules))
     if service.config.api_key is not None:
-        middleware.append(ApiKey(service.config.api_key))
+        middleware.append(ApiKey(service.config.api_key, rules))
     app = falcon.App(middleware=middleware, media_type=falcon.MEDIA_JSON)
     for path, make in ROUTES:
         resource: Any = make(service)
