@@ -19,6 +19,7 @@ from worker_orcd.wsgi.middleware import CORRELATION_HEADER, REQUEST_ID_HEADER, A
 from worker_orcd.wsgi.native.cancel import Cancel
 from worker_orcd.wsgi.native.execute import Execute, ExecuteBody
 from worker_orcd.wsgi.native.health import Health, Ready
+from worker_orcd.wsgi.native.metrics import MetricsText
 from worker_orcd.wsgi.native.requests import DEADLINE_HEADER
 from worker_orcd.wsgi.native.shutdown import Shutdown
 from worker_orcd.wsgi.service import Service
@@ -29,6 +30,7 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/cancel", Cancel),
     ("/health", Health),
     ("/ready", Ready),
+    ("/metrics", MetricsText),
     ("/shutdown", Shutdown),
 )
 
@@ -85,6 +87,7 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
                 at=f"{frame.filename}:{frame.lineno}",
             )
         service.note_error(known)
+        service.metrics.refused(known.code, known.status)
         http_errors.answer(resp, known)
 
     app.add_error_handler(Exception, refuse)

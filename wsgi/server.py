@@ -197,6 +197,7 @@ class _Application(BaseApplication):
         service = self._service
         assert service is not None, "gunicorn loads the application first"
         worker.events = self._events
+        worker.on_refused = service.metrics.refused
 
         def end(code: int) -> None:
             self._exit.within(EXIT_SLACK_SEC)

@@ -55,6 +55,7 @@ COVERED_BY = {
     "worker_orcd/models/phi3.py": ["models/test_plan.py", "oracle/test_numpy_engine.py"],
     "worker_orcd/models/qwen.py": ["models/test_plan.py", "oracle/test_numpy_engine.py"],
     # files
+    "worker_orcd/observe/stats.py": ["observe/test_metrics.py", "serving/test_loop_stats.py"],
     "worker_orcd/gguf/digests.py": ["gguf/test_provenance.py"],
     "worker_orcd/gguf/quants.py": ["gguf/test_model_file.py", "compiled/test_cpu_dequantize.py"],
     "worker_orcd/gguf/regular_file.py": ["gguf/test_provenance.py"],

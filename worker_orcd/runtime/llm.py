@@ -19,6 +19,7 @@ from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.sampling import SamplingParams, plain_number
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
+from worker_orcd.observe.stats import EngineStats
 from worker_orcd.runtime.loading import LoadOptions
 from worker_orcd.runtime.progress import Progress, bar, no_progress
 from worker_orcd.runtime.request import (
@@ -297,6 +298,15 @@ class LLM:
         self._deputy.check_process()
         check_job_id(job_id)
         return self._loop.cancel(job_id)
+
+    def stats(self) -> EngineStats:
+        """How many jobs run and wait, and what is used of the KV cache; waits for nothing."""
+        self._deputy.check_process()
+        return self._loop.stats()
+
+    def on_job_end(self, told: Callable[[Job], None]) -> None:
+        """Have `told` called for every job that ends from now on, by the thread that ends it: it must not wait."""
+        self._loop.on_job_end = told
 
     @property
     def error(self) -> WorkerError | None:

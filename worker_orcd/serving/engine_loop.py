@@ -35,12 +35,14 @@ from worker_orcd.errors import (
     WorkerError,
 )
 from worker_orcd.machine import free_memory
+from worker_orcd.observe.stats import EngineStats
 from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
 from worker_orcd.serving.engine_work import EngineWork
 from worker_orcd.serving.entry import Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
+from worker_orcd.serving.loop_stats import stats_of
 from worker_orcd.serving.output import Output
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.waiters import Waiters
@@ -95,6 +97,8 @@ class EngineLoop:
         self._called = False  # the engine thread was interrupted for the inbox and has not taken it in yet
         self._seq_ids = itertools.count(1)
         self._idle = Waiters()  # for the end of all jobs
+        #: told of every job that has ended, by the thread that ended it, which it must not hold up
+        self.on_job_end: Callable[[Job], None] | None = None
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
@@ -226,6 +230,10 @@ class EngineLoop:
         job.cancel()
         return "cancelling"
 
+    def stats(self) -> EngineStats:
+        """The state of the loop; waits for nothing."""
+        return stats_of(self._scheduler, self._entries, len(self._inbox))
+
     def shutdown(self, grace: float) -> None:
         """Accept no new jobs, give the others `grace` seconds, end the rest with `NotReady`; no work follows."""
         self._deputy.call(self._stop_accepting)
@@ -310,6 +318,8 @@ class EngineLoop:
                 self._control.interrupt()
             self._lock.notify_all()
             idle = not self._entries
+        if self.on_job_end is not None and isinstance(job, Job):
+            self.on_job_end(job)
         if idle:
             self._idle.notify_all()
 

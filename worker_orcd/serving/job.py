@@ -90,6 +90,8 @@ class Job:
         tokens_in: tokens of the prompt.
         params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
+        cached_tokens: those of `tokens_in` that were found in the prefix cache and not computed.
+        outcome: how it ended: "stop", "length" or the code of its error; None before.
 
     Every method that waits or cancels raises `EngineGone` in a process that was forked from that of the model.
     """
@@ -115,6 +117,8 @@ class Job:
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.ended_at: float | None = None  # when the engine had its last token
+        self.cached_tokens = 0
+        self.outcome: str | None = None
         self._on_end = on_end
         self._deputy = deputy
         self._waiters = Waiters()  # for a piece or the end
@@ -141,6 +145,16 @@ class Job:
     def finished(self) -> bool:
         """Whether the terminal event is there (pieces before it may still wait to be read)."""
         return self._end is not None
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens generated so far, as `Completion.token_ids` counts them."""
+        return len(self._token_ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it may generate."""
+        return self.params.max_tokens or 0
 
     def next_event(self, timeout: float | None = None) -> TextPiece | Finished | None:
         """Wait for the next event.
@@ -259,6 +273,7 @@ class Job:
             if self._ending:
                 return False
             self._ending = True
+        self.outcome = end.finish_reason if isinstance(end, Finished) else end.code
         # before anyone can see the end: who has seen it may use the job's id again
         self._on_end(self)
         self._end = end
