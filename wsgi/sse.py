@@ -93,6 +93,7 @@ class JobRecord:
             "info" if "code" not in self._outcome else "warning",
             **self._outcome,
             tokens_in=self.job.tokens_in,
+            cached_tokens=self.job.cached_tokens,
             tokens_out=self._tokens_out,
             text_chars=self._text_chars,
             text_sha256=self._text_hash.hexdigest(),

@@ -71,7 +71,6 @@ COVERED_BY = {
     "wsgi/connections.py": ["service/test_collecting_worker.py"],
     "wsgi/raw_answers.py": ["service/test_collecting_worker.py"],
     "wsgi/http_errors.py": ["service/test_app.py"],
-    "wsgi/middleware.py": ["service/test_app.py"],
     "wsgi/native/cancel.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/execute.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/health.py": ["service/test_app.py", "service/test_server.py"],
