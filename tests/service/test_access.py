@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from service.in_process import App, error_of, events_of
 from worker_orcd.config import ServeConfig, is_loopback
@@ -542,3 +544,42 @@ def test_a_body_may_say_its_charset(app):
     assert events_of(app.execute(headers=headers))[-1][0] == "end"
     body = json.dumps({"job_id": "nobody"})
     assert app.client.simulate_post("/cancel", body=body, headers=headers).status_code == 202
+
+
+# -- anything at all
+
+HEADER = st.text(st.characters(min_codepoint=9, max_codepoint=255), max_size=60) | st.sampled_from(
+    [
+        "localhost",
+        "http://",
+        "[::1]:",
+        "Bearer ",
+        "application/json;",
+        "charset=",
+        "null",
+        "@",
+        "%00",
+        '"',
+        "\\",
+        "x" * 8000,
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(HEADER, min_size=8, max_size=8), st.sampled_from(["GET", "POST", "OPTIONS", "X"]))
+def test_no_header_is_more_than_a_refusal(texts, method):
+    names = ("HTTP_HOST", "HTTP_ORIGIN", "HTTP_SEC_FETCH_SITE", "RAW_URI", "CONTENT_TYPE", "HTTP_CONTENT_ENCODING")
+    environ = {**dict(zip(names, texts, strict=False)), "REMOTE_ADDR": texts[6], "CONTENT_LENGTH": "1"}
+    rules = Rules("0.0.0.0", texts[7], ("api.example",), ("https://app.example",))
+    for check in (lambda: rules.check(method, environ), lambda: access.check_body(environ)):
+        try:
+            check()
+        except (Forbidden, UnsupportedMediaType) as error:
+            assert error.message.isprintable() and len(error.message) < 300
+    assert access.is_local_peer(environ) in (True, False)
+    access.bearer_token(texts[0])
+    for text in texts:
+        authority = parse_authority(text)
+        if authority is not None and not authority.is_address:
+            assert re.fullmatch(r"[a-z0-9_.-]{1,253}", authority.host)
