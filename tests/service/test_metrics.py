@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.client import fake_worker
 from service.fake_llm import FakeLLM
 from service.in_process import App, error_of, events_of
+from worker_orcd.runtime.llm import LLM
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -173,3 +174,24 @@ def test_a_real_server_counts_streams_and_what_is_no_http():
         assert json.loads(worker.request("GET", "/ready")[2])["ready"] and found["ready"] == 1
     finally:
         worker.kill()
+
+
+def test_a_real_model_is_told_as_its_streams_are(goldens_dir):
+    def load(config, progress, on_fatal, on_plan):
+        return LLM(goldens_dir / "llama-Q4_0.gguf", device="cpu", progress=progress, on_fatal=on_fatal, max_seqs=2)
+
+    app = App(load).ready()
+    ends, starts = [], []
+    for n, prompt in enumerate(("hello", "hello there", "x")):
+        events = events_of(app.execute(job_id=f"j{n}", prompt=prompt, max_tokens=4 + n, seed=n))
+        starts.append(events[0][1])
+        ends.append(events[-1][1])
+    found = ask(app)
+    assert found["generation_tokens_total"] == sum(end["tokens_out"] for end in ends)
+    assert found["prompt_tokens_total"] == sum(start["tokens_in"] for start in starts)
+    assert found["request_outcomes_total{code=OK}"] == found["request_decode_time_seconds_count"] == 3
+    assert 0 < found["request_prefill_time_seconds_sum"] < found["e2e_request_latency_seconds_sum"]
+    assert found["kv_blocks"] > 0 and found["kv_cache_bytes"] > 0 and found["kv_cache_usage_perc"] == 0
+    assert found["model_bytes"] == (goldens_dir / "llama-Q4_0.gguf").stat().st_size
+    assert any(name.startswith("model_info") and "arch=llama" in name and "device=cpu" in name for name in found)
+    app.service.stop(0)

@@ -305,7 +305,8 @@ class LLM:
         return self._loop.stats()
 
     def on_job_end(self, told: Callable[[Job], None]) -> None:
-        """Have `told` called for every job that ends from now on, by the thread that ends it: it must not wait."""
+        """Have `told` called for every job that ends from now on, by the thread that ends it: it must not wait. The one
+        that was named before is told no more."""
         self._loop.on_job_end = told
 
     @property
