@@ -11,8 +11,10 @@ import falcon
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.wsgi.http_errors import Unauthorized
 
-#: paths that answer without a key: probes of a supervisor have none
-OPEN_PATHS = ("/health", "/ready")
+#: paths that answer without a key: probes of a supervisor have none, and the page is what asks a person for one
+OPEN_PATHS = ("/health", "/ready", "/")
+#: where the files of the page are, which are the same for everybody
+OPEN_FOLDER = "/static/"
 CORRELATION_HEADER = "X-Correlation-Id"
 _CORRELATION_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -63,7 +65,7 @@ class ApiKey:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Raise `Unauthorized` where the key is missing or wrong."""
-        if req.path in OPEN_PATHS:
+        if req.path in OPEN_PATHS or req.path.startswith(OPEN_FOLDER):
             return
         given = (req.get_header("Authorization") or "").encode("latin-1", "replace")
         if not hmac.compare_digest(given, self._expected):
