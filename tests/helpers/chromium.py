@@ -153,16 +153,15 @@ class Tab:
     def click(self, selector):
         """A press of the mouse in the middle of an element that can be seen."""
         place = self.eval(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
-            " const b = e.getBoundingClientRect(); const x = b.x + b.width / 2, y = b.y + b.height / 2;"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'nearest'}); const b = e.getBoundingClientRect();"
+            " const x = b.x + b.width / 2, y = b.y + b.height / 2;"
             " const top = document.elementFromPoint(x, y);"
             " return {x, y, hit: e.contains(top) || top?.contains(e) === true}; })()"
         )
         assert place["hit"], f"{selector} is covered or not seen"
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=place["x"], y=place["y"], button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=place["x"], y=place["y"], button="left", clickCount=1)
 
     def focus(self, selector):
         self.eval(f"document.querySelector({json.dumps(selector)}).focus()")
@@ -207,12 +206,18 @@ class Tab:
 
     def hosts(self):
         """Where requests went."""
-        return {p["request"]["url"].split("/")[2] for p in self.of("Network.requestWillBeSent") if "//" in p["request"]["url"]}
+        return {
+            p["request"]["url"].split("/")[2]
+            for p in self.of("Network.requestWillBeSent")
+            if "//" in p["request"]["url"]
+        }
 
     def faults(self, network=True):
         """What a developer would see in red: exceptions, rejections, console errors, violations of the policy."""
-        found = [p["exceptionDetails"].get("exception", {}).get("description") or p["exceptionDetails"]["text"]
-                 for p in self.of("Runtime.exceptionThrown")]
+        found = [
+            p["exceptionDetails"].get("exception", {}).get("description") or p["exceptionDetails"]["text"]
+            for p in self.of("Runtime.exceptionThrown")
+        ]
         found += [str(p["args"]) for p in self.of("Runtime.consoleAPICalled") if p["type"] in ("error", "assert")]
         entries = [p["entry"] for p in self.of("Log.entryAdded")]
         found += [e["text"] for e in entries if e["level"] == "error" and (network or e["source"] != "network")]

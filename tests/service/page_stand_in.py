@@ -129,9 +129,9 @@ class _StandIn:
             raise
 
     def _pieces(self, verb, rest, sock):
-        """say TEXT: a piece for each three characters; slow: a piece every 20 ms until the client goes; think: reasoning
-        first; fail: an error after two pieces; end: the connection is closed too soon; reset: it breaks; junk: no JSON;
-        wait: nothing but comments for a while."""
+        """say TEXT: a piece for each three characters; slow: a piece every 20 ms until the client goes; think:
+        reasoning first; wait: comments first; refuse STATUS: an error in place of an answer; and after two pieces,
+        fail: an error; junk: what is no JSON; end: the connection is closed; reset: it breaks."""
         if verb == "say":
             yield from (rest[i : i + 3] for i in range(0, len(rest), 3))
         elif verb == "slow":
@@ -151,7 +151,9 @@ class _StandIn:
             yield "so "
             yield "far"
             if verb == "fail":
-                yield _event({"error": {"message": "no room in the KV cache", "type": "server_error", "code": "VRAM_OOM"}})
+                yield _event(
+                    {"error": {"message": "no room in the KV cache", "type": "server_error", "code": "VRAM_OOM"}}
+                )
             elif verb == "junk":
                 yield b"data: {oops\n\n"
             elif verb == "reset":

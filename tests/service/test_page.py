@@ -20,7 +20,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 #: ways to make elements or programs of text
-MAKERS = r"innerHTML|outerHTML|insertAdjacentHTML|setHTML|document\.write|DOMParser|srcdoc|\beval\b|\bFunction\(|javascript:"
+MAKERS = (
+    r"innerHTML|outerHTML|insertAdjacentHTML|setHTML|document\.write|DOMParser|srcdoc|\beval\b|\bFunction\(|javascript:"
+)
 MAX_LINES = 250
 
 
@@ -47,7 +49,10 @@ def test_each_file_comes_with_its_headers_and_without_a_key(app, name):
     head = app.client.simulate_head(name)
     length = head.headers["content-length"]
     assert head.status_code == 200 and head.content == b"" and int(length) == path.stat().st_size
-    assert {**head.headers, "x-correlation-id": ""} == {**answer.headers, "x-correlation-id": ""}
+    same = [
+        {k: v for k, v in a.headers.items() if not k.startswith("x-") or k.endswith("options")} for a in (head, answer)
+    ]
+    assert same[0] == same[1]
     error_of(app.client.simulate_post(name, headers={"Authorization": "Bearer secret"}), 405)
 
 

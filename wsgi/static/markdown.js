@@ -3,7 +3,7 @@
 
 /** @typedef {{node: HTMLElement, end: number}} Block a block and the offset of the text behind it */
 
-const FENCE = /^\s*(`{3,}|~{3,})\s*([\w+#.-]*)/;
+const FENCE = /^\s*(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
 const HEADING = /^(#{1,6})\s+(\S.*)$/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
 // a run of backticks is one to three long: a model that repeats itself can write thousands, and no pattern may choke on it

@@ -24,6 +24,7 @@ import { MarkdownView } from "./markdown.js";
 /** What an error is called, by its status. */
 const TITLES = new Map([
   [0, "No connection"],
+  [200, "The answer broke off"],
   [401, "An API key is needed"],
   [403, "Not allowed"],
   [404, "Not offered by this worker"],
@@ -123,7 +124,7 @@ function describe(error) {
   const title = TITLES.get(error.status) ?? (error.status >= 500 ? "The worker failed" : "The request was refused");
   const parts = [make("strong", "", title), make("p", "", error.message)];
   if (error.retryAfter > 0) parts.push(make("p", "", `Try again in ${error.retryAfter} s.`));
-  const small = [error.status || "", error.code, error.id && `correlation id ${error.id}`].filter(Boolean);
+  const small = [error.status >= 400 && error.status, error.code, error.id && `correlation id ${error.id}`].filter(Boolean);
   if (small.length > 0) parts.push(make("small", "", small.join(" · ")));
   return parts;
 }
