@@ -4,12 +4,17 @@ sent, and what becomes of every way in which an answer can fail. Screenshots are
 from __future__ import annotations
 
 import json
+import re
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from service.client import Worker
 from service.page_stand_in import PageWorker
+from worker_orcd.wsgi.app import ROUTES
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -419,7 +424,7 @@ def test_rates_are_differences_over_seconds(serve, open_page):
 
 
 def test_metrics_that_are_missing_are_not_shown(serve, open_page):
-    worker = serve(metrics="worker_orcd_num_requests_running 2\n")
+    worker = serve(metrics='worker_orcd_num_requests_running 2\nworker_orcd_vram_bytes{part="weights"} 0.0\n')
     tab = open_page(worker)
     tab.wait("!document.getElementById('metrics').hidden")
     assert tab.text("#metrics").split("\n")[-2:] == ["Running", "2"] and "tokens/s" not in tab.text("#metrics")
@@ -452,6 +457,48 @@ def test_the_worker_is_asked_every_two_seconds_while_the_page_is_seen(serve, ope
     assert n_asked() == before + 1
     time.sleep(2.2)
     assert n_asked() == before + 2
+
+
+@pytest.mark.skipif(
+    not any(path == "/v1/chat/completions" for path, _ in ROUTES), reason="the worker has no OpenAI routes"
+)
+def test_with_a_real_model(open_page, model_path):
+    command = [sys.executable, "-m", "worker_orcd", "serve", "--device", "cpu", "--port", "0"]
+    worker = Worker([*command, "--model", str(model_path("smollm2"))])
+    try:
+        tab = open_page(SimpleNamespace(url=f"http://127.0.0.1:{worker.port}/"))
+        tab.type("[name=temperature]", "0")
+        tab.type("[name=max_tokens]", "12")
+        say(tab, "What is the capital of France?", 1)
+        text = answer(tab)
+        assert "Paris" in text
+        shown = figures(tab)
+        print(text, shown)
+        assert re.fullmatch(r"\d+ tokens", shown[0]) and int(shown[0].split()[0]) <= 12
+        assert shown[1].endswith(" tokens/s") and shown[2].startswith("first token ") and "prompt " in shown[3]
+        say(tab, "And of Italy?", 2)
+        assert answer(tab)
+        tab.click(".assistant:last-child .actions button:last-child")
+        tab.wait(IDLE.format(2))
+        tab.eval("document.querySelector('[name=max_tokens]').value = '2000'")
+        tab.type("#prompt", "Write a very long story about a robot.")
+        tab.enter()
+        tab.wait(f"{LAST}.querySelector('.text').innerText.length > 20")
+        tab.click("#stop")
+        tab.wait(IDLE.format(3))
+        ended = worker.event("execute_end", outcome="CANCELLED")
+        assert 0 < ended["tokens_out"] < 2000
+        tab.click("label:has([value=completion])")
+        tab.eval("document.querySelector('[name=max_tokens]').value = '4'")
+        say(tab, "1, 2, 3, 4,", 1)
+        assert "5" in answer(tab)
+        tab.eval(LOOK)
+        tab.wait("document.querySelector('#metrics').innerText.includes('Generated')")
+        tab.screenshot(SHOTS / "real.png")
+    finally:
+        code, _ = worker.stop()
+        worker.kill()
+    assert code == 0
 
 
 # -- modes, memory, keyboard

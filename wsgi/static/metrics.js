@@ -30,25 +30,12 @@ export function parse(text) {
 }
 
 /**
- * The sum over the labels of the first metric that there is, or null.
+ * The sum over the labels of a metric, or null where there is none.
  * @param {Samples} samples
- * @param {...string} names
+ * @param {string} name
  */
-function total(samples, ...names) {
-  const found = names.map((n) => samples.get(n)).find((s) => s !== undefined);
-  return found === undefined ? null : found.reduce((sum, s) => sum + s.value, 0);
-}
-
-/**
- * The share of the KV cache in use, 0 to 1, or null.
- * @param {Samples} samples
- */
-function kvShare(samples) {
-  const share = total(samples, "kv_cache_usage_perc", "gpu_cache_usage_perc");
-  if (share !== null) return share;
-  const used = total(samples, "kv_blocks_used", "kv_cache_blocks_used");
-  const all = total(samples, "kv_blocks_total", "kv_blocks", "kv_cache_blocks_total", "kv_cache_blocks");
-  return used === null || !all ? null : used / all;
+function total(samples, name) {
+  return samples.get(name)?.reduce((sum, s) => sum + s.value, 0) ?? null;
 }
 
 /** The counters between two looks, as a rate; a worker that began anew counts from nothing. */
@@ -114,8 +101,8 @@ export class Metrics {
     this.list.replaceChildren(...rows.filter(([, value]) => value !== null).flatMap(([label, value, show]) => {
       return [make("dt", "", label), make("dd", "", show(value))];
     }));
-    const kv = kvShare(samples);
-    const vram = samples.get("vram_bytes") ?? [];
+    const kv = total(samples, "kv_cache_usage_perc");
+    const vram = samples.get("vram_bytes")?.filter((p) => p.value > 0) ?? []; // a worker without a GPU has zeros
     this.bars.replaceChildren(
       ...(kv === null ? [] : [bar("KV cache", percent(kv), [{ label: "used", share: kv }], true)]),
       ...(vram.length === 0 ? [] : [vramBar(vram)]),
@@ -152,11 +139,10 @@ function hits(samples) {
   return asked === null || found === null || asked === 0 ? null : found / asked;
 }
 
-/** @param {Sample[]} parts bytes, each with the label `part` */
+/** @param {Sample[]} parts bytes, more than none, each with the label `part` */
 function vramBar(parts) {
   const sum = parts.reduce((s, p) => s + p.value, 0);
-  const sized = parts.filter((p) => p.value > 0).sort((a, b) => b.value - a.value);
-  const shares = sized.map((p) => ({
+  const shares = parts.sort((a, b) => b.value - a.value).map((p) => ({
     label: `${(p.labels.part ?? "all").replaceAll("_", " ")} ${bytes(p.value)}`,
     share: p.value / sum,
   }));

@@ -59,6 +59,7 @@ export class MessageView {
    */
   constructor(message, plain, again) {
     this.message = message;
+    this.shown = "";
     this.node = make("article", `message ${message.role}`);
     this.node.setAttribute("aria-label", message.role === "user" ? "You" : "Answer");
     this.thoughts = make("details", "thoughts");
@@ -89,8 +90,10 @@ export class MessageView {
     this.thoughts.hidden = !reasoning;
     if (reasoning) this.thoughts.lastElementChild.textContent = reasoning;
     if (busy && reasoning) this.thoughts.open = content === "";
-    if (this.markdown === null) this.text.textContent = content;
-    else this.markdown.update(content);
+    // what is shown already stays as it is, and with it what a person has selected there
+    if (content !== this.shown && this.markdown === null) this.text.textContent = content;
+    else if (content !== this.shown) this.markdown.update(content);
+    this.shown = content;
     this.problem.hidden = !error;
     if (error && !this.problem.hasChildNodes()) this.problem.append(...describe(error));
     const shown = [...(figures ? describeFigures(figures) : []), ...(ENDS.has(finish) ? [ENDS.get(finish)] : [])];
