@@ -39,10 +39,16 @@ class PageWorker:
         requests: (path, body, headers) of each call of /v1.
         cancelled: set when a client was gone before its answer was complete.
         metrics: what GET /metrics answers, or None where there is no such route.
+
+    Args:
         template: whether the model has a chat template.
+        metrics: as above.
+        ready: whether the model is loaded at once; else when `loaded` is set.
+        health: a status with which GET /health is refused.
+        config: fields of `ServeConfig`.
     """
 
-    def __init__(self, template=True, metrics="", ready=True, **config):
+    def __init__(self, template=True, metrics="", ready=True, health=None, **config):
         def load(config, progress, on_fatal, on_plan):
             while not self.loaded.wait(0.01):
                 progress(self.percent, 100)
@@ -65,6 +71,8 @@ class PageWorker:
         falcon_app.add_route("/v1/chat/completions", _StandIn(self, True))
         falcon_app.add_route("/v1/completions", _StandIn(self, False))
         falcon_app.add_route("/metrics", _Metrics(self))
+        if health is not None:
+            falcon_app.add_route("/health", _Refusal(health))
         self._server = make_server("127.0.0.1", 0, falcon_app, _Server, _Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -81,6 +89,14 @@ class PageWorker:
         self.loaded.set()
         self.stop()
         self.app.service.stop(0)
+
+
+class _Refusal:
+    def __init__(self, status):
+        self._status = status
+
+    def on_get(self, req, resp):
+        raise falcon.HTTPError(self._status)
 
 
 class _Metrics:

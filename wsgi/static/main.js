@@ -155,7 +155,7 @@ byId("key").addEventListener("submit", (event) => {
 // -- how the worker is
 
 async function lookAtHealth() {
-  const facts = await health().catch(() => ({ status: "unreachable" }));
+  const facts = await health().catch(({ status }) => ({ status: status ? `Refused (${status})` : "unreachable" }));
   const before = status;
   status = facts.status;
   worker.update(facts);

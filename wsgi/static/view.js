@@ -66,7 +66,7 @@ export class MessageView {
     this.thoughts.append(make("summary", "", "Thoughts"), make("p"));
     this.text = make("div", "text");
     this.markdown = plain || message.role === "user" ? null : new MarkdownView(this.text);
-    this.text.classList.toggle("plain", this.markdown === null);
+    this.text.classList.toggle("verbatim", this.markdown === null);
     this.problem = make("div", "problem");
     this.problem.setAttribute("role", "alert");
     this.figures = make("p", "figures");

@@ -20,7 +20,7 @@ export class WorkerView {
     this.facts = page.getElementById("facts");
   }
 
-  /** @param {Record<string, any>} health what GET /health answered, or `{status: "unreachable"}` */
+  /** @param {Record<string, any>} health what GET /health answered, or `status` alone where it gave no answer */
   update(health) {
     const { status, percent = 0 } = health;
     const words = WORDS.get(status) ?? status;
@@ -35,7 +35,7 @@ export class WorkerView {
       this.name.title = health.model;
       document.title = `${health.model} - worker-orcd`;
     }
-    if (status === "unreachable") return; // what was known of it is still the best that is
+    if (!health.model) return; // what was known of it is still the best that is
     const rows = [
       ["Model", health.model],
       ["Weights", health.quant_kind],
