@@ -1,4 +1,4 @@
-"""The page without a browser: wsgi.page, its files, headers and refusals. test_page_in_browser.py uses it."""
+"""The page without a browser: wsgi.page, its files, headers and refusals. Its use in a browser is tested in page/."""
 
 from __future__ import annotations
 
