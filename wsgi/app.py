@@ -22,6 +22,7 @@ from worker_orcd.wsgi.native.health import Health, Ready
 from worker_orcd.wsgi.native.metrics import MetricsText
 from worker_orcd.wsgi.native.requests import DEADLINE_HEADER
 from worker_orcd.wsgi.native.shutdown import Shutdown
+from worker_orcd.wsgi.page import Page, Static
 from worker_orcd.wsgi.service import Service
 
 #: every route: its path, and the resource that answers its methods; docs/http.md has a row for each
@@ -32,6 +33,8 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/ready", Ready),
     ("/metrics", MetricsText),
     ("/shutdown", Shutdown),
+    ("/", Page),
+    ("/static/{name}", Static),
 )
 
 #: what a refused request may be said to have wrong: fields of bodies and headers

@@ -14,8 +14,10 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.wsgi.access import SAFE_METHODS, Rules, bearer_token, check_body
 from worker_orcd.wsgi.http_errors import Unauthorized
 
-#: paths that answer without a key: probes of a supervisor have none
-OPEN_PATHS = ("/health", "/ready")
+#: paths that answer without a key: probes of a supervisor have none, and the page is what asks a person for one
+OPEN_PATHS = ("/health", "/ready", "/")
+#: where the files of the page are, which are the same for everybody
+OPEN_FOLDER = "/static/"
 CORRELATION_HEADER = "X-Correlation-Id"
 #: the name that OpenAI's clients and most proxies know it by: taken where the other is absent, answered beside it
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -101,7 +103,7 @@ class ApiKey:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Raise `Unauthorized` where the key is missing or wrong."""
-        if req.path in OPEN_PATHS or self._asks_first(req):
+        if req.path in OPEN_PATHS or req.path.startswith(OPEN_FOLDER) or self._asks_first(req):
             return
         given = (bearer_token(req.get_header("Authorization")) or "").encode("latin-1", "replace")
         if not hmac.compare_digest(given, self._expected):
