@@ -373,6 +373,7 @@ class LLM:
                         job_id=prepared.job_id,
                         deadline=prepared.deadline,
                         bounded=bounded,
+                        bad_words=prepared.bad_words,
                     )
                     jobs.append(job)
 
