@@ -17,7 +17,7 @@ import itertools
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import token_edits
 from worker_orcd.errors import (
     DuplicateJob,
     InsufficientMemory,
@@ -137,6 +138,7 @@ class EngineLoop:
         job_id: str | None = None,
         deadline: float | None = None,
         bounded: bool = True,
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> Job:
         """Queue a generation.
 
@@ -146,6 +148,7 @@ class EngineLoop:
             job_id: None makes one up.
             deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
             bounded: whether the limit of the queue holds.
+            bad_words: the tokens of each.
 
         Raises:
             InvalidRequest, VramOom: it can never run.
@@ -170,10 +173,12 @@ class EngineLoop:
                 replace(params, seed=seed),
                 not params.ignore_eos,
                 params.logprobs is not None,
+                params.stop_token_ids,
             )
             if bounded:
                 self._check_queue(seq)
-            stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
+            stop_ids = frozenset(self._scheduler.stop_ids_of(seq))
+            seq.edits = token_edits(params, bad_words, stop_ids)
             self._jobs[job.job_id] = job
             self._enqueue(Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
             wake = deadline is not None and self._output.watch(deadline, seq_id)
