@@ -3,8 +3,9 @@
 // a copy outside an allocation poisons the context. Enough of the driver for worker_orcd._driver and _upload.
 //
 // Environment: FAKE_CUDA_DEVICES (1), FAKE_CUDA_CAPABILITY ("9.0"), FAKE_CUDA_MEMORY (bytes, 1 GiB),
-// FAKE_CUDA_SMS (multiprocessors, 132), FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_ANY_KERNEL (every name is a kernel, which does nothing;
-// sample_draw counts its steps), FAKE_CUDA_DELAY_US (longest delay of an operation, 50).
+// FAKE_CUDA_SMS (multiprocessors, 132), FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_ANY_KERNEL (every
+// name is a kernel, which does nothing; sample_draw counts its steps), FAKE_CUDA_DELAY_US (longest delay of an
+// operation, 50).
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -45,7 +46,7 @@ typedef struct Op {
     Event* event;
     uint64_t generation;
     const char* kernel;
-    unsigned char params[112];
+    unsigned char params[136];
     struct Op* next;
 } Op;
 typedef struct Stream {
@@ -168,7 +169,7 @@ static void run(Op* op) {
                 sticky = ILLEGAL_ADDRESS;
             else if (!strcmp(op->kernel, "sample_draw")) {  // csrc/params/sample_params.h; draws what is there
                 struct {
-                    const void* others[12];
+                    const void* others[15];
                     uint64_t *step, *host_step;
                 } p;
                 memcpy(&p, op->params, sizeof p);
@@ -254,7 +255,11 @@ Status cuDeviceGetAttribute(int* v, int which, int d) {
     const char* cc = getenv("FAKE_CUDA_CAPABILITY");
     int major = 9, minor = 0;
     if (cc) sscanf(cc, "%d.%d", &major, &minor);
-    *v = which == 75 ? major : which == 76 ? minor : which == 16 ? (int)setting("FAKE_CUDA_SMS", 132) : which == 97 ? 232448 : 0;
+    *v = which == 75   ? major
+         : which == 76 ? minor
+         : which == 16 ? (int)setting("FAKE_CUDA_SMS", 132)
+         : which == 97 ? 232448
+                       : 0;
     return OK;
 }
 Status cuDevicePrimaryCtxRetain(void** c, int d) {

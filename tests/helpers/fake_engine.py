@@ -12,8 +12,9 @@ import zlib
 
 import numpy as np
 
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, StepAborted
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, StepAborted, check_stop_offsets
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import NO_EDITS, TokenEdits
 from worker_orcd.models.plan import KvGroup
 
 STOP_ID = 0
@@ -49,7 +50,7 @@ class FakeEngine:
         self.closed = False
         self.n_rows_seen = 0
 
-    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:
         self.sampling[slot] = sampling
 
     def step(self, batch: Batch, want_logits: bool = False, control=None):
@@ -68,12 +69,13 @@ class FakeEngine:
         self._begin("forward", len(batch.tokens))
         return self._logits(batch, self._run(batch))
 
-    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control) -> np.ndarray:
+    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_offsets, ring, control) -> np.ndarray:
         assert n_steps >= 1 and len(set(slots.tolist())) == len(slots)
         self._control = control
         rows = []
         tokens, positions = tokens.copy(), positions.copy()
         n = len(slots)
+        check_stop_offsets(stop_offsets, n, len(stop_ids))
         while len(rows) < n_steps and not (rows and control.interrupted):
             try:
                 self._begin("decode", n)
@@ -86,7 +88,7 @@ class FakeEngine:
             control.step_done()
             for seq_id, token in zip(seq_ids.tolist(), tokens.tolist(), strict=True):
                 ring.put(seq_id, token)
-            if np.any(stop_mask.astype(bool) & np.isin(tokens, stop_ids)):
+            if any(tokens[j] in stop_ids[stop_offsets[j] : stop_offsets[j + 1]] for j in range(n)):
                 break
         return np.array(rows, np.int32).reshape(len(rows), n)
 

@@ -79,8 +79,8 @@ def test_a_job_that_ended_before_its_step_began_is_not_computed():
         jobs = []
         set_slot = rig.engine.set_slot
 
-        def cancel_at_the_start(slot, sampling):
-            set_slot(slot, sampling)
+        def cancel_at_the_start(slot, sampling, *edits):
+            set_slot(slot, sampling, *edits)
             while not jobs:
                 time.sleep(0.001)
             jobs[0].cancel()

@@ -129,10 +129,10 @@ def test_an_engine_that_hangs_at_the_start_of_a_job_is_noticed():
     begun, go_on = threading.Event(), threading.Event()
 
     class HangsAtStart(FakeEngine):
-        def set_slot(self, slot, sampling):
+        def set_slot(self, slot, sampling, *edits):
             begun.set()
             go_on.wait()
-            super().set_slot(slot, sampling)
+            super().set_slot(slot, sampling, *edits)
 
     rig = Rig(never_stop=True, engine_class=HangsAtStart, watchdog_sec=0.4)
     job = rig.submit(max_tokens=100)

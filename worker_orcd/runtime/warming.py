@@ -119,10 +119,10 @@ def _prompts(engine: Engine, n_positions: int, rows: int, every_row: bool = Fals
 
 def _decode(engine: Engine, n_seqs: int, ring: TokenRing, control: Control) -> None:
     slots = np.arange(n_seqs, dtype=np.int32)
-    no_stops, stop_mask = np.empty(0, np.int32), np.zeros(n_seqs, np.uint8)
+    no_stops, stop_offsets = np.empty(0, np.int32), np.zeros(n_seqs + 1, np.int32)
     positions = np.zeros(n_seqs, np.int32)
     tokens = _tokens(engine, n_seqs)
-    engine.decode(slots, slots.astype(np.int64), tokens, positions, 1, no_stops, stop_mask, ring, control)
+    engine.decode(slots, slots.astype(np.int64), tokens, positions, 1, no_stops, stop_offsets, ring, control)
     ring.pop(0.0)
 
 
