@@ -269,12 +269,15 @@ def test_a_step_aborted_at_any_moment_can_be_run_again(n_threads):
     """Another thread aborts while it runs, at moments spread over a step; results are those of a step left alone."""
     engine = make_engine(*every_op(), n_threads=n_threads)
     prompt = rows((0, 0, np.arange(128) % N_VOCAB), (2, 0, np.arange(100) % N_VOCAB), out="last")
+    engine.step(prompt)
     began = time.perf_counter()
     want = engine.step(prompt, want_logits=True)
     usual = time.perf_counter() - began
     control, n_aborted = Control(), 0
-    for i in range(40):
-        timer = threading.Timer(usual * i / 40, control.abort)
+    for i in range(2000):
+        if i >= 40 and n_aborted >= 5:  # on a busy machine most come late
+            break
+        timer = threading.Timer(usual * (i % 40) / 40, control.abort)
         timer.start()
         try:
             got = engine.step(prompt, want_logits=True, control=control)
@@ -287,7 +290,7 @@ def test_a_step_aborted_at_any_moment_can_be_run_again(n_threads):
             got = engine.step(prompt, want_logits=True, control=control)
         np.testing.assert_array_equal(got[0], want[0])
         np.testing.assert_array_equal(got[1], want[1])
-    print(f"{n_aborted} of 40 steps were aborted")
+    print(f"{n_aborted} of {i} steps were aborted")
     assert n_aborted >= 5
     engine.close()
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from worker_orcd.config import GPU_MEMORY_UTILIZATION
 from worker_orcd.diagnose.bench import Bench
@@ -21,6 +22,8 @@ from worker_orcd.runtime.llm import LLM
 
 #: what every stream goes on from, after a number of its own
 _PROMPT = "Write a long story about a small robot that lives on a hill beside the sea and counts the ships."
+#: said on both sides, whatever the file recommends
+_ALL_TOKENS: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _max_seqs(on: Device, asked: Asked) -> int:
 
 
 def _params(n: int, asked: Asked, temperature: float) -> SamplingParams:
-    return SamplingParams(temperature=temperature, seed=n, max_tokens=asked.n_tokens)
+    return SamplingParams(temperature=temperature, seed=n, max_tokens=asked.n_tokens, **_ALL_TOKENS)
 
 
 def _generate(model: str, on: Device, asked: Asked, prompts: list[str]) -> tuple[int, float]:
@@ -205,6 +208,7 @@ def _repeated(port: int, prompts: list[str], asked: Asked, temperature: float) -
                 "max_tokens": asked.n_tokens,
                 "temperature": temperature,
                 "seed": n,
+                **_ALL_TOKENS,
             }
             for n, prompt in enumerate(prompts)
         ]
