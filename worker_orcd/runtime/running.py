@@ -36,6 +36,7 @@ class Running:
         max_queue: int,
         on_fatal: Callable[[WorkerError], None] | None,
         deputy: Deputy,
+        prefix_cache: bool = True,
     ) -> None:
         """Load a model and start its loop.
 
@@ -52,6 +53,8 @@ class Running:
             tokenizer.stop_ids if tokenizer is not None else (),
             rope_tables=engine.rope_tables,
             rope_limits=loaded.plan.rope_limits,
+            prefix_cache=prefix_cache,
+            copy_block=engine.copy_block,
         )
         self._loop = EngineLoop(
             engine,

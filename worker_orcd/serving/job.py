@@ -69,6 +69,7 @@ class Completion:
         timings: see `Timings`.
         logprobs: for each of `token_ids` a dict {token id: log-probability} of the most likely ones and the token
             itself, or None where they were not asked for.
+        cached_tokens: those of `tokens_in` that were found in the prefix cache and not computed.
     """
 
     text: str
@@ -78,6 +79,7 @@ class Completion:
     seed: int
     timings: Timings
     logprobs: tuple[dict[int, float], ...] | None = None
+    cached_tokens: int = 0
 
 
 class Job:
@@ -88,6 +90,7 @@ class Job:
         seq_id: number of its sequence in the engine, never used twice.
         seed: the seed in use.
         tokens_in: tokens of the prompt.
+        cached_tokens: those among them that were found in the prefix cache; final with the first token.
         params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
 
@@ -110,6 +113,7 @@ class Job:
         self.params = params
         self.seed = seed
         self.tokens_in = tokens_in
+        self.cached_tokens = 0
         self.deadline = deadline
         self.submitted_at = time.monotonic()
         self.admitted_at: float | None = None
@@ -212,6 +216,7 @@ class Job:
             self.seed,
             end.timings,
             logprobs,
+            self.cached_tokens,
         )
 
     def timings(self) -> Timings:

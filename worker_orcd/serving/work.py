@@ -8,6 +8,7 @@ import numpy as np
 
 from worker_orcd.engine.protocol import Batch
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.serving.prefix_cache import Node
 
 
 def positions_kept(n_prompt: int, max_tokens: int) -> int:
@@ -28,8 +29,11 @@ class SequenceState:
         want_logits: whether the logits of each drawn token are wanted.
         slot: place in the engine, -1 while waiting.
         n_past: positions in the KV cache.
+        n_cached: tokens of its prompt that were found in the prefix cache and not computed; final with its first token.
         n_out: tokens generated; `last_token` is the newest, not yet in the cache.
         rope_table: index of the rotary frequency table it turns by.
+        cursor: where in the prefix cache the first `n_chained` blocks of its prompt end, which it has; None: it takes
+            nothing from there and puts nothing there any more.
         drawn: the tokens generated since its prompt was computed, kept while all of them may be recomputed.
         n_passed: sequences that were queued after it and admitted before it.
         ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
@@ -43,9 +47,12 @@ class SequenceState:
     want_logits: bool = False
     slot: int = -1
     n_past: int = 0
+    n_cached: int = 0
     n_out: int = 0
     last_token: int = -1
     rope_table: int = 0
+    cursor: Node | None = None
+    n_chained: int = 0
     drawn: list[int] = field(default_factory=list)
     n_passed: int = 0
     ended: str | None = None
