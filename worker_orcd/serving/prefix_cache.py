@@ -198,15 +198,17 @@ class PrefixCache:
     def _tidy(self, node: Node) -> None:
         """Take a node that is of no use any more out of the tree, and its parents if that makes them so."""
         while node.parent is not None and not node.n_refs and max(node.blocks) < 0:
-            if self._nodes.get((node.parent.number, node.tokens)) is node:
-                del self._nodes[node.parent.number, node.tokens]
-                head = node.parent.number, node.tokens[: 4 * MIN_PART]
-                if len(node.tokens) >= 4 * MIN_PART:
-                    del self._alike[head][node]
-                    if not self._alike[head]:
-                        del self._alike[head]
-            node.parent.n_refs -= 1
-            node = node.parent
+            parent, key = node.parent, (node.parent.number, node.tokens)
+            if self._nodes.get(key) is not node:
+                return
+            del self._nodes[key]
+            head = parent.number, node.tokens[: 4 * MIN_PART]
+            if node in self._alike.get(head, ()):
+                del self._alike[head][node]
+                if not self._alike[head]:
+                    del self._alike[head]
+            parent.n_refs -= 1
+            node = parent
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
