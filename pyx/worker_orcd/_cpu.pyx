@@ -393,7 +393,14 @@ cdef class CpuEngine:
             EngineGone: as `step`.
         """
         self._check_usable()
-        if not self.engine.copy_block(group, source, target):
+        cdef cbool there
+        self.busy = True
+        try:
+            with nogil:
+                there = self.engine.copy_block(group, source, target)
+        finally:
+            self.busy = False
+        if not there:
             raise InternalError(f"KV group {group} has no block {source} or {target}", field="block")
 
     def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control):

@@ -62,13 +62,18 @@ def make(
     return scheduler, engine
 
 
-def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | None = None):
-    """Admit, run one piece of work, return (work, sequences that ended). Tokens go to `ids` by the sequence's id."""
-    ids = ids or {}
+def admit(scheduler: Scheduler, engine: FakeEngine) -> None:
+    """Give slots to those whose turn it is, and tell the engine."""
     for seq in scheduler.admit():
         if seq.sampling is not None:
             engine.set_slot(seq.slot, seq.sampling)
         engine.begins[seq.slot], engine.prompts[seq.slot] = True, seq.prompt
+
+
+def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | None = None):
+    """Admit, run one piece of work, return (work, sequences that ended). Tokens go to `ids` by the sequence's id."""
+    ids = ids or {}
+    admit(scheduler, engine)
     work = scheduler.next_work()
     check_ownership(scheduler)
     check_writes(scheduler, work)

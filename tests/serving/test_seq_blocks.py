@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.fake_engine import STOP_ID
-from helpers.scheduled import FULL, check_cache, check_empty, check_ownership, drain, make, run, sampling
+from helpers.scheduled import FULL, admit, check_cache, check_empty, check_ownership, drain, make, run, sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,8 @@ def words(seed: int, n: int) -> list[int]:
 
 def of(seq_id: int, *parts: list[int], max_tokens: int = 4, **kw) -> SequenceState:
     prompt = np.array([token for part in parts for token in part], np.int32)
-    return SequenceState(seq_id, prompt, max_tokens, sampling(kw.pop("seed", 1)) if max_tokens else None, **kw)
+    drawn = sampling(kw.pop("seed", 1))
+    return SequenceState(seq_id, prompt, max_tokens, drawn if max_tokens else None, **kw)
 
 
 def finish(scheduler, engine, *seqs: SequenceState) -> list[list[int]]:
@@ -473,15 +474,13 @@ def test_whatever_happens_each_gets_what_it_would_get_alone(
             if seq.sampling is not None:
                 add([*prompts[seq.seq_id].tolist(), *ids[seq.seq_id], *words(args[1], args[1])], 9, True)
         elif what == "fail":
-            scheduler.admit()
+            admit(scheduler, engine)
             work = scheduler.next_work()
             if args[0]:  # the engine call raises
                 scheduler.forget_prefixes()
                 for seq in scheduler.running:
                     scheduler.drop(seq.seq_id)
             elif isinstance(work, StepWork):  # it draws nothing
-                for slot in {s.slot for s, _ in work.chunks}:
-                    engine.begins[slot], engine.prompts[slot] = True, scheduler_prompt(scheduler, slot)
                 engine.step(work.batch)
                 scheduler.done_step(work, [-1] * len(work.outputs))
             elif isinstance(work, DecodeWork):
@@ -503,8 +502,3 @@ def test_whatever_happens_each_gets_what_it_would_get_alone(
             if seq.ended in ("stop", "length"):
                 assert STOP_ID in got[:-1] or got == wanted
             assert got[: len(wanted)] == wanted[: len(got)]
-
-
-def scheduler_prompt(scheduler, slot: int) -> np.ndarray:
-    """The prompt of the sequence that runs in a slot."""
-    return next(s.prompt for s in scheduler.running if s.slot == slot)
