@@ -16,6 +16,7 @@ from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
 from worker_orcd.serving.prefix_cache import MIN_PART
+from worker_orcd.serving.seq_blocks import WORTH_WAITING
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
 
 BOTH = (FULL, KvGroup(48, (1,)))
@@ -178,7 +179,7 @@ def test_blocks_that_the_window_has_passed_are_there_for_others():
         run(scheduler, engine)
     assert sorted(seq.blocks[1]) == [3, 4] and scheduler.pools[1].n_kept == 5
     other = of(2, words(1, 140))
-    assert finish(scheduler, engine, other)[0] == alone(other, BOTH) and other.n_cached == 128
+    assert finish(scheduler, engine, other)[0] == alone(other, BOTH) and other.n_cached == 139
     drain(scheduler, engine)
 
 
@@ -191,7 +192,7 @@ def test_sequences_of_other_frequency_tables_share_nothing():
     for seq in (short, long, of(3, words(1, 149)), of(4, words(1, 140), words(3, 40))):
         wanted = alone(seq, rope_limits=(150,))
         assert finish(scheduler, engine, seq) == [wanted]
-        assert seq.n_cached == {1: 0, 2: 0, 3: 128, 4: 128}[seq.seq_id]
+        assert seq.n_cached == {1: 0, 2: 0, 3: 140, 4: 140}[seq.seq_id]
 
 
 def test_a_recomputed_sequence_finds_and_leaves_blocks_of_its_new_table():
@@ -232,6 +233,29 @@ def test_what_prompts_have_in_common_is_computed_once_also_at_the_same_time(grou
     drain(scheduler, engine)
     assert not ids and n_computed(engine) == 374 + 7 * 10
     assert [s.n_cached for s in seqs] == [0] + [364] * 7
+
+
+@pytest.mark.parametrize("n_common", [WORTH_WAITING, 64, 100, 364])
+@pytest.mark.parametrize("parts", [True, False])
+def test_who_has_waited_does_not_wait_for_another_that_has(n_common, parts):
+    """After the step in which the first computes what they have in common all others run together."""
+    scheduler, engine = make(12, 2000, 1024, (100,), never_stop=True, parts=parts)
+    seqs = [of(i, words(1, n_common), [i + 1] * 20) for i in range(12)]
+    for seq in seqs:
+        scheduler.add(seq)
+    n_first = len(run(scheduler, engine)[0].outputs)
+    assert n_first == (1 if parts or n_common >= 64 else 12)
+    work, _ = run(scheduler, engine)
+    assert len(work.outputs) == 12 if n_first == 1 else isinstance(work, DecodeWork)
+    drain(scheduler, engine)
+
+
+def test_prompts_with_little_in_common_run_side_by_side():
+    scheduler, engine = make(12, 2000, 1024, (100,), never_stop=True)
+    for i in range(12):
+        scheduler.add(of(i, words(1, WORTH_WAITING - 1), [i + 1] * 20))
+    assert len(run(scheduler, engine)[0].outputs) == 12
+    drain(scheduler, engine)
 
 
 def test_ids_of_prompts_that_arrive_together():
@@ -278,7 +302,7 @@ def test_nobody_waits_for_a_block_that_it_could_not_use():
     work, _ = run(scheduler, engine)
     assert [(s.seq_id, n) for s, n in work.chunks] == [(1, 30), (2, 10)]
     work, _ = run(scheduler, engine)
-    assert [(s.seq_id, n) for s, n in work.chunks] == [(1, 1), (2, 20), (3, 10)]
+    assert [(s.seq_id, n) for s, n in work.chunks] == [(1, 1), (2, 20), (3, 1)]
     drain(scheduler, engine)
 
 

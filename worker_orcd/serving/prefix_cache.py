@@ -24,7 +24,7 @@ from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.models.plan import KvGroup
 
 #: fewest tokens at the start of a block for which it is copied: computing fewer costs about as much
-MIN_PART = 16
+MIN_PART = 8
 #: nodes that are compared to find the one with the longest common start
 MAX_COMPARED = 8
 
@@ -131,7 +131,7 @@ class PrefixCache:
         children = self._alike.get((node.number, tokens[:MIN_PART].tobytes()), {})
         for child in itertools.islice(reversed(children), MAX_COMPARED):
             if min(child.blocks) >= 0:
-                n = _common(np.frombuffer(child.tokens, np.int32), tokens)
+                n = n_common(np.frombuffer(child.tokens, np.int32), tokens)
                 if best is None or n > best[1]:
                     best = child, n
         return best
@@ -211,7 +211,7 @@ class PrefixCache:
             node = parent
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def n_common(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens two arrays have in common at their start."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])

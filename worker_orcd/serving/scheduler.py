@@ -21,7 +21,7 @@ from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
 from worker_orcd.serving.admission import Admission
-from worker_orcd.serving.seq_blocks import CacheStats, SequenceBlocks
+from worker_orcd.serving.seq_blocks import Begun, CacheStats, SequenceBlocks
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork, positions_kept
 
 #: tokens of one teacher-forced step: each of them brings n_vocab float32 logits to the host
@@ -295,17 +295,14 @@ class Scheduler:
         chunks = [(seq, 1) for seq in decoding]
         left = min(self.config.max_batch_tokens - len(decoding), max(self.max_prefill_tokens, 1))
         spare = list(self._admission.unreserved)
-        begun: set[tuple[int, bytes]] = set()  # the blocks that this step computes first of each prompt
+        begun: Begun = {}
         for seq in prefilling:
             if left <= 0:
                 break
             self._blocks.take_prefix(seq)
-            start = self._blocks.next_start(seq)
-            if start in begun and self._blocks.can_wait(seq):
+            if self._blocks.waits(seq, begun):
                 continue
             self._blocks.take_part(seq)
-            if start is not None:
-                begun.add(start)
             n = self._tokens_allowed(seq, min(left, seq.n_prompt - seq.n_past), spare)
             chunks.append((seq, n))
             left -= n

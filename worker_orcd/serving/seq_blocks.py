@@ -16,8 +16,13 @@ from worker_orcd.engine.kv_blocks import BlockPool, blocks_of, first_kept
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.models.plan import KvGroup
 from worker_orcd.serving.admission import Admission
-from worker_orcd.serving.prefix_cache import MIN_PART, PrefixCache
+from worker_orcd.serving.prefix_cache import MAX_COMPARED, MIN_PART, PrefixCache, n_common
 from worker_orcd.serving.work import SequenceState
+
+#: fewest tokens that a prompt spares by waiting for a step
+WORTH_WAITING = 16
+#: tokens of the blocks that sequences compute in a step, by where they lie and how they begin
+Begun = dict[tuple[int, bytes], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,7 @@ class SequenceBlocks:
         if self._copy_block is None or not self._may_take(seq):
             return
         assert self._cache is not None and seq.cursor is not None, "it may take"
-        tokens = seq.prompt[seq.n_past : min(seq.n_past + BLOCK_SIZE, seq.n_prompt) - 1]
-        found = self._cache.alike(seq.cursor, tokens)
+        found = self._cache.alike(seq.cursor, _part_wanted(seq))
         if found is None:
             return
         node, n = found
@@ -175,17 +179,24 @@ class SequenceBlocks:
                 self._copy_block(i, source, target)
         self._hit(seq, n)
 
-    def next_start(self, seq: SequenceState) -> tuple[int, bytes] | None:
-        """What tells whether two sequences compute the same block next: where it lies, and its first tokens. None: the
-        block will not enter the cache."""
-        first = seq.n_chained * BLOCK_SIZE
-        if seq.cursor is None or seq.n_prompt - first < self._least:
-            return None
-        return seq.cursor.number, seq.prompt[first : first + self._least].tobytes()
+    def waits(self, seq: SequenceState, begun: Begun) -> bool:
+        """Whether a sequence had better not go on in this step: another computes now what it can take afterwards.
 
-    def can_wait(self, seq: SequenceState) -> bool:
-        """Whether a sequence could use the block that `next_start` tells of, if another computed it."""
-        return self._may_take(seq) and seq.n_prompt - seq.n_past > self._least
+        Args:
+            begun: the blocks that others compute in this step; where it does not wait, its own is added.
+        """
+        first = seq.n_chained * BLOCK_SIZE
+        tokens = seq.prompt[first : first + BLOCK_SIZE]
+        if seq.cursor is None or len(tokens) < self._least:
+            return False
+        others = begun.setdefault((seq.cursor.number, tokens[: self._least].tobytes()), [])
+        if others and self._may_take(seq):
+            wanted = seq.prompt[first : min(first + BLOCK_SIZE, seq.n_prompt - 1)]
+            soon = max(n_common(other, wanted) for other in others[:MAX_COMPARED])
+            if soon >= self._least and soon - self._n_there(seq) >= WORTH_WAITING:
+                return True
+        others.append(tokens)
+        return False
 
     def leave(self, seq: SequenceState) -> None:
         """Put the blocks in the cache that hold prompt tokens and were computed since the last call."""
@@ -232,6 +243,13 @@ class SequenceBlocks:
         """Whether a sequence stands where the cache could help it on. One whose logits are all wanted never does."""
         return seq.cursor is not None and seq.sampling is not None and seq.n_past == seq.n_chained * BLOCK_SIZE
 
+    def _n_there(self, seq: SequenceState) -> int:
+        """Tokens that `take_part` would take."""
+        if self._cache is None or self._copy_block is None or seq.cursor is None:
+            return 0
+        found = self._cache.alike(seq.cursor, _part_wanted(seq))
+        return found[1] if found is not None else 0
+
     def _hit(self, seq: SequenceState, n: int) -> None:
         seq.n_past += n
         if not seq.n_out:
@@ -274,3 +292,9 @@ class SequenceBlocks:
 def _most_hits(seq: SequenceState) -> int:
     """Blocks that a sequence can take: at least the last token of its prompt is computed, for its logits."""
     return (seq.n_prompt - 1) // BLOCK_SIZE
+
+
+def _part_wanted(seq: SequenceState) -> np.ndarray:
+    """Tokens that a part of a block may give to a sequence at the start of one: not all of the block, which would be a
+    whole one, and not the last of the prompt."""
+    return seq.prompt[seq.n_past : min(seq.n_past + BLOCK_SIZE, seq.n_prompt) - 1]
