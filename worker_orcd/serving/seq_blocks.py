@@ -199,11 +199,10 @@ class SequenceBlocks:
         return False
 
     def leave(self, seq: SequenceState) -> None:
-        """Put the blocks in the cache that hold prompt tokens and were computed since the last call."""
+        """Put the blocks in the cache that were computed since the last call, all of them by prompt rows."""
         if self._cache is None or seq.cursor is None:
             return
-        n_prompt = min(seq.n_past, seq.n_prompt)
-        while seq.n_chained < n_prompt // BLOCK_SIZE:
+        while seq.n_chained < seq.n_past // BLOCK_SIZE:
             self._leave_block(seq, self._cache)
         if seq.n_past >= seq.n_prompt:
             rest = seq.prompt[seq.n_chained * BLOCK_SIZE :]
