@@ -195,7 +195,7 @@ bool Engine::copy_block(int64_t group, int64_t source, int64_t target) noexcept 
     for (int64_t layer = 0; source != target && layer < g.sizes.n_layers; ++layer) {
         uint16_t* cache = (uint16_t*)g.pool.data() + layer * n_blocks * block_elements_;
         std::memcpy(cache + target * block_elements_, cache + source * block_elements_,
-               (size_t)block_elements_ * sizeof(uint16_t));
+                    (size_t)block_elements_ * sizeof(uint16_t));
     }
     return true;
 }
