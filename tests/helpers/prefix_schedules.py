@@ -121,4 +121,5 @@ class Schedules:
         until = time.monotonic() + 5
         while (scheduler.running or scheduler.n_waiting) and time.monotonic() < until:
             time.sleep(0.001)
+        time.sleep(0.02)  # the engine thread may be at the end of its last step
         scheduler.forget_prefixes()

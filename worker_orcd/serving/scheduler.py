@@ -306,28 +306,9 @@ class Scheduler:
             n = self._tokens_allowed(seq, min(left, seq.n_prompt - seq.n_past), spare)
             chunks.append((seq, n))
             left -= n
-        tokens: list[np.ndarray] = []
-        positions: list[np.ndarray] = []
-        slots: list[np.ndarray] = []
-        outputs, output_indices, at = [], [], 0
         for seq, n in chunks:
             self._blocks.allocate(seq, n)
-            end = seq.n_past + n
-            tokens.append(seq.prompt[seq.n_past : end] if seq.prefilling else np.array([seq.last_token], np.int32))
-            positions.append(np.arange(seq.n_past, end, dtype=np.int32))
-            slots.append(np.full(n, seq.slot, np.int32))
-            at += n
-            if end >= seq.n_prompt:
-                outputs.append(seq)
-                output_indices.append(at - 1)
-        batch = Batch(
-            np.concatenate(tokens),
-            np.concatenate(positions),
-            np.concatenate(slots),
-            len(decoding),
-            np.array(output_indices, np.int32),
-        )
-        return StepWork(batch, chunks, outputs, any(s.want_logits for s in outputs))
+        return StepWork.of(chunks, len(decoding))
 
     def _forward(self, seq: SequenceState) -> LogitsWork:
         n = min(self.config.max_batch_tokens, max(self.max_prefill_tokens, 1), LOGITS_TOKENS, seq.n_prompt - seq.n_past)

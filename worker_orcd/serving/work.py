@@ -85,6 +85,31 @@ class StepWork:
     outputs: list[SequenceState]
     want_logits: bool
 
+    @classmethod
+    def of(cls, chunks: list[tuple[SequenceState, int]], n_decode: int) -> StepWork:
+        """The step of these chunks, of which the first `n_decode` are the next token of sequences that decode."""
+        tokens: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
+        outputs, output_indices, at = [], [], 0
+        for seq, n in chunks:
+            end = seq.n_past + n
+            tokens.append(seq.prompt[seq.n_past : end] if seq.prefilling else np.array([seq.last_token], np.int32))
+            positions.append(np.arange(seq.n_past, end, dtype=np.int32))
+            slots.append(np.full(n, seq.slot, np.int32))
+            at += n
+            if end >= seq.n_prompt:
+                outputs.append(seq)
+                output_indices.append(at - 1)
+        batch = Batch(
+            np.concatenate(tokens),
+            np.concatenate(positions),
+            np.concatenate(slots),
+            n_decode,
+            np.array(output_indices, np.int32),
+        )
+        return cls(batch, chunks, outputs, any(s.want_logits for s in outputs))
+
     @property
     def n_prefill_tokens(self) -> int:
         """Prompt tokens of the step."""
