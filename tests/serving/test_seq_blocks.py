@@ -306,6 +306,45 @@ def test_nobody_waits_for_a_block_that_it_could_not_use():
     drain(scheduler, engine)
 
 
+# -- work that is given up
+
+
+@pytest.mark.parametrize("groups", [(FULL,), BOTH, SLIDING])
+def test_work_that_was_given_up_leaves_no_block_behind(groups):
+    """What was taken from the cache stays taken; blocks that were to be written are free, borrowed ones too."""
+    scheduler, engine = make(8, 300, 1024, (12,) * len(groups), groups, never_stop=True)
+    seq = of(1, words(1, 80), words(2, 300))
+    twin = of(2, words(1, 80), words(2, 300), max_tokens=9)
+    wanted = [alone(s, groups) for s in (seq, twin)]
+    finish(scheduler, engine, of(9, words(1, 80)))
+    scheduler.add(seq)
+    admit(scheduler, engine)
+    for _ in range(3):
+        work = scheduler.next_work()
+        assert seq.n_past == seq.n_cached == 80 and len(work.batch.tokens) == 300
+        check_ownership(scheduler)
+    scheduler.add(twin)  # admitted beside blocks that the work given up had borrowed
+    ids = {1: [], 2: []}
+    while seq.ended is None or twin.ended is None:
+        run(scheduler, engine, ids)
+    assert list(ids.values()) == wanted
+    check_empty(scheduler)
+
+
+def test_a_decode_run_that_was_given_up_is_asked_for_again():
+    scheduler, engine = make(never_stop=True)
+    seq = of(1, words(1, 60), max_tokens=100)
+    scheduler.add(seq)
+    while not seq.n_out:
+        run(scheduler, engine)
+    first = scheduler.next_work()
+    again = scheduler.next_work()
+    assert isinstance(again, DecodeWork) and again.positions.tolist() == first.positions.tolist()
+    check_ownership(scheduler)
+    drain(scheduler, engine)
+    assert seq.ended == "length"
+
+
 # -- what must not enter, or not stay
 
 
@@ -447,6 +486,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("drop"), st.integers(0, 30)),
         st.tuples(st.just("rows"), st.integers(1, 64)),
         st.tuples(st.just("fail"), st.booleans()),
+        st.tuples(st.just("abandon"), st.integers(1, 2)),
         st.tuples(st.just("answer"), st.integers(0, 30), st.integers(1, 20)),
     ),
     max_size=30,
@@ -497,6 +537,11 @@ def test_whatever_happens_each_gets_what_it_would_get_alone(
             seq = seqs[args[0] % len(seqs)]
             if seq.sampling is not None:
                 add([*prompts[seq.seq_id].tolist(), *ids[seq.seq_id], *words(args[1], args[1])], 9, True)
+        elif what == "abandon":  # a step that is given up, and whose rows may be written or not
+            for _ in range(args[0]):
+                admit(scheduler, engine)
+                if scheduler.next_work() is not None:
+                    check_ownership(scheduler)
         elif what == "fail":
             admit(scheduler, engine)
             work = scheduler.next_work()

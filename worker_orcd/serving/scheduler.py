@@ -82,6 +82,7 @@ class Scheduler:
         self._shared = self._blocks.shared if prefix_cache else None
         self._running: dict[int, SequenceState] = {}  # by seq_id, in order of admission
         self._forward_next = False
+        self._handed_out: list[SequenceState] = []  # the sequences of work that is not done yet
 
     # -- what may enter
 
@@ -169,7 +170,23 @@ class Scheduler:
     # -- what runs next
 
     def next_work(self) -> StepWork | LogitsWork | DecodeWork | None:
-        """The next thing for the engine to do, its block tables written; None when nothing runs."""
+        """The next thing for the engine to do, its block tables written; None when nothing runs.
+
+        Work whose end was never told was given up: it is as if it had not been handed out.
+        """
+        for seq in self._handed_out:
+            if seq.ended is None:
+                self._blocks.free_unwritten(seq)
+        work = self._next_work()
+        if work is None:
+            self._handed_out = []
+        elif isinstance(work, StepWork):
+            self._handed_out = [seq for seq, _ in work.chunks]
+        else:
+            self._handed_out = [work.seq] if isinstance(work, LogitsWork) else work.seqs
+        return work
+
+    def _next_work(self) -> StepWork | LogitsWork | DecodeWork | None:
         forced: list[SequenceState] = []
         sampled: list[SequenceState] = []
         for seq in self._running.values():
@@ -188,6 +205,7 @@ class Scheduler:
 
     def done_step(self, work: StepWork, sampled: Sequence[int]) -> list[SequenceState]:
         """Take the result of a step. Returns the sequences that ended, their blocks freed."""
+        self._handed_out = []
         for seq, n in work.chunks:
             seq.n_past += n
         for seq, token in zip(work.outputs, sampled, strict=True):
@@ -200,6 +218,7 @@ class Scheduler:
 
     def done_logits(self, work: LogitsWork) -> list[SequenceState]:
         """Take the end of a teacher-forced chunk. Returns the sequence if that was its last one."""
+        self._handed_out = []
         work.seq.n_past += len(work.batch.tokens)
         self._leave_prefixes([work.seq])
         return self._end_finished([work.seq])
@@ -209,6 +228,7 @@ class Scheduler:
 
         An engine may have run a step or two past a sequence's end; what it drew there does not count.
         """
+        self._handed_out = []
         if not len(sampled):
             return []
         no_token, stop = sampled < 0, np.isin(sampled, self._stop_array)

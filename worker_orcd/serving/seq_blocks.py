@@ -115,6 +115,14 @@ class SequenceBlocks:
                 if number not in owned:
                     owned[number] = table[number] = pool.allocate()
 
+    def free_unwritten(self, seq: SequenceState) -> None:
+        """Free the blocks behind those that a sequence has written: undoes `allocate`."""
+        for i, pool in enumerate(self.pools):
+            owned, end = seq.blocks[i], blocks_of(seq.n_past)
+            for number in [b for b in owned if b >= end]:
+                pool.free(owned.pop(number))
+                self.tables[i, seq.slot, number] = -1
+
     def free_passed(self, seq: SequenceState) -> None:
         """Free the blocks that no later query reads; then the sequence owns no more than is reserved for it."""
         for i, group in enumerate(self.groups):
