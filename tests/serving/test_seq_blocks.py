@@ -331,6 +331,34 @@ def test_work_that_was_given_up_leaves_no_block_behind(groups):
     check_empty(scheduler)
 
 
+@pytest.mark.parametrize("groups", [(FULL,), BOTH, SLIDING])
+def test_blocks_of_work_that_was_given_up_are_there_for_others(groups):
+    """A teacher-forced sequence has its turn next: it finds free what the step had borrowed, and computes what the other
+    then takes in the place of its own blocks."""
+    scheduler, engine = make(8, 300, 1024, (10,) * len(groups), groups, never_stop=True)
+    prompt = words(1, 200)
+    seq, forced = of(1, prompt, words(2, 100)), of(2, prompt, max_tokens=0)
+    wanted = alone(seq, groups)
+    scheduler.add(seq)
+    admit(scheduler, engine)
+    work = scheduler.next_work()
+    assert isinstance(work, StepWork) and [len(owned) for owned in seq.blocks] == [5] * len(groups)
+    scheduler.add(forced)
+    while forced.ended is None:
+        admit(scheduler, engine)
+        work = scheduler.next_work()
+        check_ownership(scheduler)
+        if isinstance(work, LogitsWork):
+            engine.forward(work.batch)
+            scheduler.done_logits(work)
+            check_ownership(scheduler)
+    ids = {1: []}
+    while seq.ended is None:
+        run(scheduler, engine, ids)
+    assert ids[1] == wanted and seq.n_cached >= 192
+    check_empty(scheduler)
+
+
 def test_a_decode_run_that_was_given_up_is_asked_for_again():
     scheduler, engine = make(never_stop=True)
     seq = of(1, words(1, 60), max_tokens=100)
@@ -466,6 +494,22 @@ def test_blocks_that_nobody_uses_make_room_the_longest_unused_first():
         assert seq.n_cached == n
         scheduler.drop(seq.seq_id)
     check_empty(scheduler)
+
+
+def test_a_copy_counts_as_a_use():
+    scheduler, engine = make(n_blocks=(4,), never_stop=True)
+    prompts = [words(i, 40) for i in range(3)]
+    for prompt in prompts:
+        finish(scheduler, engine, of(1, prompt, max_tokens=1))
+    finish(
+        scheduler, engine, of(2, prompts[0][:30], [1] * 10, max_tokens=1)
+    )  # copies from the first, into the last free
+    assert scheduler.cache_stats().n_evicted_blocks == 0
+    finish(scheduler, engine, of(3, words(9, 40), max_tokens=1))  # makes room
+    assert scheduler.cache_stats().n_evicted_blocks == 1
+    seq = of(4, prompts[0], max_tokens=1)
+    finish(scheduler, engine, seq)
+    assert seq.n_cached == 39
 
 
 def test_a_block_is_copied_where_nothing_but_its_source_is_free():
