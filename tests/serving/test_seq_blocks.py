@@ -333,8 +333,8 @@ def test_work_that_was_given_up_leaves_no_block_behind(groups):
 
 @pytest.mark.parametrize("groups", [(FULL,), BOTH, SLIDING])
 def test_blocks_of_work_that_was_given_up_are_there_for_others(groups):
-    """A teacher-forced sequence has its turn next: it finds free what the step had borrowed, and computes what the other
-    then takes in the place of its own blocks."""
+    """A teacher-forced sequence has its turn next: it finds free what the step had borrowed, and computes what the
+    other then takes in the place of its own blocks."""
     scheduler, engine = make(8, 300, 1024, (10,) * len(groups), groups, never_stop=True)
     prompt = words(1, 200)
     seq, forced = of(1, prompt, words(2, 100)), of(2, prompt, max_tokens=0)
