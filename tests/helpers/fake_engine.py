@@ -13,8 +13,9 @@ import zlib
 
 import numpy as np
 
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, check_stop_offsets
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import NO_EDITS, TokenEdits
 from worker_orcd.models.plan import KvGroup
 
 STOP_ID = 0
@@ -45,8 +46,7 @@ class FakeEngine:
         self.begins = [True] * config.max_seqs  # of each slot, whether its sequence has computed nothing yet
         #: prompts by slot; where a test tells them, what was taken from others is compared with them
         self.prompts: dict[int, np.ndarray] = {}
-        #: (token, position) of every prompt row so far
-        self.prompt_rows: list[tuple[int, int]] = []
+        self.n_prompt_rows = 0
         self.n_copied = 0
         self.sampling: dict[int, SamplingParams] = {}
         self.calls: list[str] = []
@@ -54,7 +54,7 @@ class FakeEngine:
         self.closed = False
         self.n_rows_seen = 0
 
-    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:
         self.sampling[slot] = sampling
         self.begins[slot] = True
 
@@ -77,11 +77,12 @@ class FakeEngine:
         self._begin("forward", len(batch.tokens))
         return self._logits(batch, self._run(batch))
 
-    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control) -> np.ndarray:
+    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_offsets, ring, control) -> np.ndarray:
         assert n_steps >= 1 and len(set(slots.tolist())) == len(slots)
         rows = []
         tokens, positions = tokens.copy(), positions.copy()
         n = len(slots)
+        check_stop_offsets(stop_offsets, n, len(stop_ids))
         while len(rows) < n_steps and not (rows and control.interrupted):
             self._begin("decode", n)
             digests = self._run(Batch(tokens, positions, slots, n, np.arange(n, dtype=np.int32)))
@@ -90,7 +91,7 @@ class FakeEngine:
             rows.append(tokens)
             for seq_id, token in zip(seq_ids.tolist(), tokens.tolist(), strict=True):
                 ring.put(seq_id, token)
-            if np.any(stop_mask.astype(bool) & np.isin(tokens, stop_ids)):
+            if any(tokens[j] in stop_ids[stop_offsets[j] : stop_offsets[j + 1]] for j in range(n)):
                 break
         return np.array(rows, np.int32).reshape(len(rows), n)
 
@@ -115,12 +116,11 @@ class FakeEngine:
             batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == batch.output_indices.dtype == np.int32
         )
         assert np.all(np.diff(batch.output_indices) > 0)
+        self.n_prompt_rows += n - batch.n_decode
         seen: list[int] = []  # slots, to check that rows are grouped
         rows = zip(batch.tokens.tolist(), batch.positions.tolist(), batch.slots.tolist(), strict=True)
         for row, (token, pos, slot) in enumerate(rows):
             assert 0 <= token < self.n_vocab and pos < self.config.context_length
-            if row >= batch.n_decode:
-                self.prompt_rows.append((token, pos))
             if not seen or seen[-1] != slot:
                 assert slot not in seen
                 seen.append(slot)

@@ -89,8 +89,8 @@ def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | No
             work.tokens,
             work.positions,
             work.n_steps,
-            np.array([STOP_ID], np.int32),
-            work.stop_mask,
+            work.stop_ids,
+            work.stop_offsets,
             Ring(),
             Control(),
         )

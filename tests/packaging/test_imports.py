@@ -61,6 +61,7 @@ LIBRARIES = {
     "diagnose": {"tqdm", "cuda"},
     "tokenizer": {"tokenizers"},
     "chat": {"jinja2"},
+    "observe": {"prometheus_client"},
     "wsgi": {"falcon", "gunicorn", "msgspec"},
 }
 #: folder of csrc/ -> folders whose headers it may include

@@ -59,8 +59,7 @@ def alone(seq: SequenceState, groups=(FULL,), rope_limits=(), never_stop=True) -
 
 def n_computed(engine) -> int:
     """Prompt rows since the last question."""
-    n = len(engine.prompt_rows)
-    engine.prompt_rows.clear()
+    n, engine.n_prompt_rows = engine.n_prompt_rows, 0
     return n
 
 
