@@ -112,6 +112,11 @@ def gpu() -> int:
     return int(os.environ.get("WORKER_ORCD_TEST_GPU", "0"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of what is random is tried."""
+    parser.addoption("--schedules", type=int, help="random schedules of each model in tests/runtime and tests/gpu")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the fixtures they use and by their directory; skip GPU tests where there is no GPU."""
     gpu_dir = Path(__file__).parent / "gpu"

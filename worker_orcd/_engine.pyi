@@ -85,6 +85,9 @@ class CudaEngine:
     ) -> NDArray[np.float32]:
         """Run one step without sampling: logits [n_out, n_vocab], or the buffer that op `stop_after` writes."""
 
+    def copy_block(self, group: int, source: int, target: int) -> None:
+        """See `engine.Engine.copy_block`."""
+
     def decode(
         self,
         slots: ArrayLike,

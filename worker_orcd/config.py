@@ -175,6 +175,13 @@ class ServeConfig:
             "Refuse NaN and infinity in norms, biases and block scales while loading. Default: check.", kind=bool
         ),
     )
+    prefix_cache: bool = field(
+        default=True,
+        metadata=_flag(
+            "Compute what prompts begin with in common only once, as far as the KV cache holds it. Default: do.",
+            kind=bool,
+        ),
+    )
     expect_sha256: str | None = field(
         default=None, metadata=_flag("The digest the model file must have.", "HEX", guard=True)
     )

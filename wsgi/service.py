@@ -56,6 +56,7 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
         n_threads=config.n_threads,
         tokenizer=config.tokenizer,
         check_tensors=config.check_tensors,
+        prefix_cache=config.prefix_cache,
         expect_sha256=config.expect_sha256,
         trusted_models=config.trusted_models,
         vram_limit_bytes=config.vram_limit_bytes,

@@ -92,6 +92,8 @@ class Engine {
 
     // `edits`: at most SAMPLING_EDIT_WORDS words, of params.n_edits edits of tokens of the vocabulary.
     void set_slot(int32_t slot, const SlotSampling& params, const int32_t* edits, int32_t n_words) noexcept;
+    // Copies a block of a KV group's pool in all layers of the group. False: there is no such group or block.
+    bool copy_block(int64_t group, int64_t source, int64_t target) noexcept;
     int32_t n_ops() const { return (int32_t)ops_.size(); }
     // Rows of a buffer in the prepared batch, and its data [rows][width].
     int32_t buffer_rows(int32_t buffer) const { return buffers_[(size_t)buffer].outputs ? n_out() : n_rows(); }

@@ -192,6 +192,19 @@ void Engine::kv_write(const Op& op) noexcept {
     });
 }
 
+bool Engine::copy_block(int64_t group, int64_t source, int64_t target) noexcept {
+    if (group < 0 || group >= (int64_t)groups_.size()) return false;
+    const Group& g = groups_[(size_t)group];
+    const int64_t n_blocks = g.sizes.n_blocks;
+    if (source < 0 || source >= n_blocks || target < 0 || target >= n_blocks) return false;
+    for (int64_t layer = 0; source != target && layer < g.sizes.n_layers; ++layer) {
+        uint16_t* cache = (uint16_t*)g.pool.data() + layer * n_blocks * block_elements_;
+        std::memcpy(cache + target * block_elements_, cache + source * block_elements_,
+                    (size_t)block_elements_ * sizeof(uint16_t));
+    }
+    return true;
+}
+
 void Engine::attention(const Op& op) noexcept {
     const Layer layer = layers_[(size_t)op.layer];
     const Group& g = groups_[(size_t)layer.group];

@@ -110,6 +110,7 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
                        TokenQueue* queue, ControlFlag* control, int32_t* out) noexcept
         void set_slot(int32_t slot, const SlotSampling& params, const int32_t* edits, int32_t n_words) noexcept
+        cbool copy_block(int64_t group, int64_t source, int64_t target) noexcept
         int32_t n_ops() noexcept
         int32_t buffer_rows(int32_t buffer) noexcept
         const float* buffer_data(int32_t buffer) noexcept

@@ -410,6 +410,24 @@ cdef class CpuEngine:
             raise StepAborted
         return out
 
+    def copy_block(self, int64_t group, int64_t source, int64_t target):
+        """Copy a block of a KV group to another one, in all its layers.
+
+        Raises:
+            InternalError: there is no such group or block, or the engine is busy.
+            EngineGone: as `step`.
+        """
+        self._check_usable()
+        cdef cbool there
+        self.busy = True
+        try:
+            with nogil:
+                there = self.engine.copy_block(group, source, target)
+        finally:
+            self.busy = False
+        if not there:
+            raise InternalError(f"KV group {group} has no block {source} or {target}", field="block")
+
     def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_offsets, ring, control):
         """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
 

@@ -321,6 +321,19 @@ cdef class CudaEngine:
             self.stream.fill_nogil(<cu.CUdeviceptr>region, 0, <size_t>self.n_vocab * 4)
         self._finish()
 
+    def copy_block(self, int group, int64_t source, int64_t target):
+        """See `engine.Engine.copy_block`. Queued before what is asked for later, which waits for it."""
+        self._enter()
+        if not 0 <= group < len(self.plan.kv_groups) or not (
+                0 <= source < self.config.n_blocks[group] and 0 <= target < self.config.n_blocks[group]):
+            raise InternalError(f"KV group {group} has no block {source} or {target}", field="block")
+        if source == target:
+            return
+        cdef int64_t nbytes = cuda_memory.kv_block_bytes(self.plan)
+        for layer in self.plan.kv_groups[group].layers:
+            start = self.memory.kv.layers[layer].address
+            self.stream.copy(start + target * nbytes, start + source * nbytes, nbytes)
+
     def forward(self, batch, stop_after=None, control=None):
         """See `engine.Engine.forward`. With `stop_after` the plan runs op by op, nothing fused."""
         cdef Shape shape

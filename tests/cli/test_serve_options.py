@@ -44,7 +44,7 @@ def row_of(name: str) -> tuple[str, ...]:
     flag, default = FLAGS[name], DEFAULTS[name]
     flags = [f"--{n}" for n in (flag.name or name.replace("_", "-"), *flag.aliases)]
     if flag.kind is bool and default is True:
-        flags = ["--check-tensors", "--no-check-tensors"]
+        flags = [*flags, f"--no-{flags[0][2:]}"]
     value = f" {flag.metavar or ' or '.join(flag.choices)}" if flag.kind is not bool else ""
     if name == "model":
         shown = "required"
@@ -85,6 +85,7 @@ def test_a_flag_reaches_its_field(served):
     assert served().gpu_memory_utilization == 0.92
     assert served("--gpu-memory-utilization", "0.5").gpu_memory_utilization == 0.5
     assert served("--threads", "2").n_threads == 2 and served("--no-check-tensors").check_tensors is False
+    assert served().prefix_cache is True and served("--no-prefix-cache").prefix_cache is False
     assert served("--device", "cuda").device == "cuda"
     assert served("--gpu-device", "3").device == "cuda:3" and served("--print-curl").print_curl is True
     home = os.path.expanduser("~")

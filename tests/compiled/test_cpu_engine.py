@@ -132,6 +132,28 @@ def test_stop_after_names_records(engine):
     assert engine.forward(rows((0, 0, [1, 2]), out="last"), stop_after="output_norm").shape == (1, 100)
 
 
+@pytest.mark.parametrize("name", ["llama-Q4_0", "gpt-oss-MXFP4"])
+@pytest.mark.parametrize("n", [1, 40, 63])
+def test_a_copied_block_is_gone_on_with_as_its_source(goldens_dir, name, n):
+    """In all layers of every group; what the source's sequence writes behind the copied rows makes no difference."""
+    engine = open_engine(goldens_dir / f"{name}.gguf")
+    tokens = np.arange(n + 30) * 7 % 500
+    whole = engine.forward(rows((0, 0, tokens)))
+    for group, table in enumerate(engine.block_tables):
+        engine.copy_block(group, int(table[0, 0]), int(table[3, 0]))
+        engine.copy_block(group, int(table[0, 0]), int(table[0, 0]))
+    engine.forward(rows((0, 0, tokens[::-1])))
+    got = engine.forward(rows((3, n, tokens[n:])))
+    assert got.tobytes() == whole[n:].tobytes()
+    engine.close()
+
+
+@pytest.mark.parametrize("numbers", [(-1, 0, 1), (2, 0, 1), (0, -1, 1), (0, 0, 1 << 40), (0, 12, 1), (1, 0, 12)])
+def test_a_block_that_is_not_there_is_not_copied(engine, numbers):
+    with pytest.raises(InternalError, match=f"KV group {numbers[0]} has no block {numbers[1]} or {numbers[2]}"):
+        engine.copy_block(*numbers)
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("max_seqs", 0), ("max_batch_tokens", 3), ("context_length", 0), ("context_length", 2**40), ("n_blocks", (1,)),
     ("n_blocks", (1, 0)), ("n_blocks", (1, 2**40)),

@@ -67,7 +67,7 @@ def test_a_shared_block_is_free_when_its_last_owner_frees_it():
 
 
 @pytest.mark.parametrize("block", [-1, 2, 1 << 40])
-@pytest.mark.parametrize("verb", ["share", "free", "n_owners"])
+@pytest.mark.parametrize("verb", ["share", "free", "n_owners", "keep", "forget"])
 def test_a_block_of_no_pool_is_refused(block, verb):
     pool = BlockPool(2)
     pool.allocate()
@@ -101,3 +101,59 @@ def test_bytes_of_blocks_are_those_of_their_layers():
     assert kv_blocks.layer_block_bytes(plan) == 16384
     assert kv_blocks.block_bytes(plan) == (32768, 16384)
     assert kv_blocks.position_bytes(plan) * BLOCK_SIZE == 16384
+
+
+KEEPING = st.lists(
+    st.tuples(st.sampled_from(["allocate", "share", "free", "keep", "forget", "touch"]), st.integers(0, 1 << 16)),
+    max_size=80,
+)
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 6), KEEPING)
+def test_a_kept_block_waits_with_its_content_until_no_other_is_free(n_blocks, actions):
+    """Against a list of kept blocks in the order of their last use: truly free ones first, then its front."""
+    pool, owners, kept, idle, evicted = BlockPool(n_blocks), Counter(), set(), [], []
+    pool.on_evict = evicted.append
+    for action, pick in actions:
+        block = pick % n_blocks
+        owned, waits = owners[block] > 0, block in idle
+        if action == "allocate":
+            plain = [b for b in range(n_blocks) if not owners[b] and b not in idle]
+            if not plain and not idle:
+                with pytest.raises(InternalError, match="in use"):
+                    pool.allocate()
+                continue
+            got = pool.allocate()
+            if plain:
+                assert got in plain and not evicted
+            else:
+                assert [got] == [idle.pop(0)] == evicted
+                kept.remove(got)
+                evicted.clear()
+            owners[got] = 1
+        elif action == "share" and (owned or waits):
+            pool.share(block)
+            owners[block] += 1
+            idle = [b for b in idle if b != block]
+        elif action == "free" and owned:
+            pool.free(block)
+            owners[block] -= 1
+            if not owners[block] and block in kept:
+                idle.append(block)
+        elif action == "keep" and owned and block not in kept:
+            pool.keep(block)
+            kept.add(block)
+        elif action == "forget" and block in kept:
+            pool.forget(block)
+            kept.remove(block)
+            idle = [b for b in idle if b != block]
+        elif action == "touch":
+            pool.touch(block)
+            if waits:
+                idle.append(idle.pop(idle.index(block)))
+        else:
+            with pytest.raises(InternalError, match=f"KV block {block} is "):
+                getattr(pool, action)(block)
+        assert [pool.is_kept(b) for b in range(n_blocks)] == [b in kept for b in range(n_blocks)]
+        assert pool.n_kept == len(kept) and pool.n_free == sum(owners[b] == 0 for b in range(n_blocks))

@@ -24,7 +24,14 @@ from worker_orcd.cuda import memory, vram
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.engine.token_edits import MAX_WORDS, token_edits
-from worker_orcd.errors import CudaError, InsufficientMemory, InsufficientVram, InvalidRequest, ModelLoadError
+from worker_orcd.errors import (
+    CudaError,
+    InsufficientMemory,
+    InsufficientVram,
+    InternalError,
+    InvalidRequest,
+    ModelLoadError,
+)
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
@@ -77,6 +84,37 @@ def test_a_file_cut_while_it_is_loaded(tiny, goldens_dir, tmp_path):
         os.truncate(path, file.size // 2)
         with pytest.raises(ModelLoadError):
             _engine.CudaEngine(file, tiny[1], tiny[2])
+    assert leftovers() == NOTHING
+
+
+def test_a_block_is_copied_in_all_layers_of_its_group(goldens_dir):
+    """And nothing beside it; what is not there is refused."""
+    with ModelFile(goldens_dir / "gpt-oss-MXFP4.gguf") as file:
+        built = plan.build(file)
+        n_blocks = (5, 3)
+        engine = _engine.CudaEngine(file, built, EngineConfig(4, 64, 256, n_blocks))
+        size = memory.kv_block_bytes(built)
+        layers = [
+            np.ctypeslib.as_array((ctypes.c_uint8 * (n_blocks[g] * size)).from_address(region.address))
+            for region, g in zip(engine.memory.kv.layers, built.kv_group_of, strict=True)
+        ]
+        for i, layer in enumerate(layers):
+            layer[:] = np.random.default_rng(i).integers(0, 256, len(layer))
+        before = [layer.copy() for layer in layers]
+        engine.copy_block(1, 2, 0)
+        engine.copy_block(0, 1, 1)
+        for refused in ((2, 0, 0), (-1, 0, 0), (0, 5, 0), (1, 0, 3), (1, -1, 0), (1, 0, 1 << 40)):
+            with pytest.raises(InternalError, match="has no block"):
+                engine.copy_block(*refused)
+        engine.block_tables[:, 0, 0] = 0
+        one = np.zeros(1, np.int32)
+        engine.forward(Batch(one, one, one, 0, one[:0]))  # waits for what is queued
+        for layer, old, group in zip(layers, before, built.kv_group_of, strict=True):
+            blocks, wanted = layer.reshape(-1, size), old.reshape(-1, size).copy()
+            if group == 1:
+                wanted[0] = wanted[2]
+            assert (blocks == wanted).all()
+        engine.close()
     assert leftovers() == NOTHING
 
 

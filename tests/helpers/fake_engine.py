@@ -2,7 +2,8 @@
 
 Every row is "written" to the block its table names, and every row "reads" all positions its groups let it see: a block
 table that is wrong in any way is an assertion. The drawn token depends on the tokens read, the seed and the position
-only, so that a sequence must get the same ids alone and in a crowd.
+only, and on which of them a prompt row wrote and which a decode row, so that a sequence must get the same ids alone and
+in a crowd, and with what a decode row wrote in the place of prompt rows it gets others.
 """
 
 from __future__ import annotations
@@ -41,8 +42,14 @@ class FakeEngine:
         self.never_stop, self.abortable = never_stop, abortable
         self.block_tables = np.full((len(groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
-        self.kv = [np.full((n, BLOCK_SIZE, 3), -1, np.int64) for n in config.n_blocks]  # (token, position, rope table)
+        # (token, position, rope table, whether a decode row wrote it)
+        self.kv = [np.full((n, BLOCK_SIZE, 4), -1, np.int64) for n in config.n_blocks]
         self.history: dict[int, list[int]] = {}
+        self.begins = [True] * config.max_seqs  # of each slot, whether its sequence has computed nothing yet
+        #: prompts by slot; where a test tells them, what was taken from others is compared with them
+        self.prompts: dict[int, np.ndarray] = {}
+        self.n_prompt_rows = 0
+        self.n_copied = 0
         self.sampling: dict[int, SamplingParams] = {}
         self.calls: list[str] = []
         self._control = None
@@ -52,6 +59,12 @@ class FakeEngine:
 
     def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:
         self.sampling[slot] = sampling
+        self.begins[slot] = True
+
+    def copy_block(self, group: int, source: int, target: int) -> None:
+        assert not self.closed and source != target
+        self.kv[group][target] = self.kv[group][source]
+        self.n_copied += 1
 
     def step(self, batch: Batch, want_logits: bool = False, control=None):
         self._control = control
@@ -117,21 +130,22 @@ class FakeEngine:
             batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == batch.output_indices.dtype == np.int32
         )
         assert np.all(np.diff(batch.output_indices) > 0)
+        self.n_prompt_rows += n - batch.n_decode
         seen: list[int] = []  # slots, to check that rows are grouped
-        for token, pos, slot in zip(batch.tokens.tolist(), batch.positions.tolist(), batch.slots.tolist(), strict=True):
+        rows = zip(batch.tokens.tolist(), batch.positions.tolist(), batch.slots.tolist(), strict=True)
+        for row, (token, pos, slot) in enumerate(rows):
             assert 0 <= token < self.n_vocab and pos < self.config.context_length
-            if pos == 0:
-                self.history[slot] = []
             if not seen or seen[-1] != slot:
                 assert slot not in seen
                 seen.append(slot)
+                self._look_back(slot, pos)
             history = self.history[slot]
             assert len(history) == pos, f"slot {slot}: row at {pos} after {len(history)} positions"
             history.append(token)
             for g, kv in enumerate(self.kv):
                 block = self.block_tables[g, slot, pos // BLOCK_SIZE]
                 assert block >= 0, f"group {g} slot {slot}: no block for position {pos}"
-                kv[block, pos % BLOCK_SIZE] = token, pos, self.rope_tables[slot]
+                kv[block, pos % BLOCK_SIZE] = token, pos, self.rope_tables[slot], row < batch.n_decode
         digests = []
         for pos, slot in zip(batch.positions.tolist(), batch.slots.tolist(), strict=True):
             digest = 0
@@ -147,6 +161,19 @@ class FakeEngine:
                 digest = zlib.crc32(got.tobytes(), digest)
             digests.append(digest)
         return digests
+
+    def _look_back(self, slot: int, pos: int) -> None:
+        """Before the first row of a slot: the tokens before it, where they are not known those of its table."""
+        history = [] if self.begins[slot] else self.history[slot]
+        for p in range(len(history), pos):
+            prompt = self.prompts.get(slot, ())
+            token = int(prompt[p]) if p < len(prompt) else -1
+            for table, kv in zip(self.block_tables[:, slot], self.kv, strict=True):
+                if token < 0 and table[p // BLOCK_SIZE] >= 0:
+                    token = int(kv[table[p // BLOCK_SIZE], p % BLOCK_SIZE, 0])
+            history.append(token)
+        # a prompt begins again where its frequency table changes
+        self.history[slot], self.begins[slot] = history[:pos], False
 
     def _draw(self, digest: int, slot: int, pos: int) -> int:
         token = zlib.crc32(f"{digest} {self.sampling[slot].seed} {pos}".encode()) % self.n_vocab

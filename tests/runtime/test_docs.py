@@ -45,4 +45,4 @@ def test_everything_that_a_result_holds_is_named():
     ):
         assert table[name] == {field.name for field in dataclasses.fields(kind)}, name
     assert all(hasattr(Job, name) for name in ("state", "completion", "cancel", "next_event"))
-    assert {"job_id", "seed", "tokens_in", "state", "completion", "cancel"} == table["Job"]
+    assert {"job_id", "seed", "tokens_in", "cached_tokens", "state", "completion", "cancel"} == table["Job"]

@@ -59,7 +59,9 @@ class Rig:
     ) -> None:
         config = EngineConfig(max_seqs, max_batch_tokens, context, n_blocks)
         self.engine = engine_class(config, GROUPS, **engine)
-        self.scheduler = Scheduler(config, GROUPS, self.engine.block_tables, [STOP_ID])
+        self.scheduler = Scheduler(
+            config, GROUPS, self.engine.block_tables, [STOP_ID], copy_block=self.engine.copy_block
+        )
         self.fatal: list[WorkerError] = []
         self.loop = EngineLoop(
             self.engine,
@@ -719,3 +721,28 @@ def test_jobs_that_are_submitted_together_begin_together():
         ids = [[[p.token_ids for p in pieces] for pieces, _ in jobs] for jobs in (alone, crowd)]
         assert ids[0] == ids[1] and all(ids[0])
         assert rig.engine.n_rows_seen == 6 * 3 and rig.engine.calls.count("step") == 1, "all prompts in one step"
+
+
+def test_a_job_tells_what_the_prefix_cache_spared_it():
+    prompt = [1 + i % 40 for i in range(150)]
+    with Rig(never_stop=True) as rig:
+        for spared in (0, 149):
+            job = rig.submit(prompt=prompt)
+            job.next_event(5)
+            assert job.cached_tokens == spared, "known with the first token"
+            assert job.completion().cached_tokens == spared
+        rig.settle()
+        stats = rig.scheduler.cache_stats()
+        assert (stats.query_tokens, stats.hit_tokens, stats.n_used_blocks) == (300, 149, 0)
+
+
+def test_an_engine_call_that_fails_empties_the_prefix_cache():
+    prompt = [1 + i % 40 for i in range(150)]
+    with Rig(never_stop=True) as rig:
+        wanted = rig.submit(prompt=prompt).completion().token_ids
+        rig.engine.fail_with = CudaError("a launch failed", driver_call="x")
+        assert isinstance(read(rig.submit(prompt=prompt[:100]))[1], CudaError)
+        assert rig.scheduler.cache_stats().n_cached_blocks == 0
+        done = rig.submit(prompt=prompt).completion()
+        assert done.cached_tokens == 0 and done.token_ids == wanted
+        rig.settle()

@@ -3,127 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 import numpy as np
 import pytest
-from helpers.fake_engine import STOP_ID, FakeEngine
+from helpers.fake_engine import STOP_ID
+from helpers.scheduled import FULL, check_empty, check_ownership, drain, make, run, sampling, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker_orcd.engine.kv_blocks import blocks_needed, blocks_of, blocks_within, window_blocks
-from worker_orcd.engine.protocol import EngineConfig
-from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup, Plan
 from worker_orcd.serving import admission
-from worker_orcd.serving.scheduler import Scheduler
-from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
-
-FULL = KvGroup(0, (0,))
-
-
-def sampling(seed: int = 1) -> SamplingParams:
-    return SamplingParams(seed=seed)
-
-
-def sequence(seq_id: int, n_prompt: int, max_tokens: int = 4, **kw) -> SequenceState:
-    prompt = np.array([(seq_id * 7 + i) % 49 + 1 for i in range(n_prompt)], np.int32)
-    return SequenceState(seq_id, prompt, max_tokens, sampling() if max_tokens else None, **kw)
-
-
-class Ring:
-    def put(self, seq_id, token):
-        pass
-
-
-class Control:
-    interrupted = aborted = False
-
-    def step_done(self):
-        pass
-
-
-def make(
-    max_seqs=4, max_batch_tokens=32, context=512, n_blocks=(32,), groups=(FULL,), never_stop=False, rope_limits=()
-):
-    config = EngineConfig(max_seqs, max_batch_tokens, context, n_blocks)
-    engine = FakeEngine(config, groups, never_stop=never_stop)
-    return Scheduler(
-        config,
-        groups,
-        engine.block_tables,
-        [STOP_ID],
-        rope_tables=engine.rope_tables,
-        rope_limits=rope_limits,
-    ), engine
-
-
-def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | None = None):
-    """Admit, run one piece of work, return (work, sequences that ended). Tokens go to `ids` by the sequence's id."""
-    ids = ids or {}
-    for seq in scheduler.admit():
-        if seq.sampling is not None:
-            engine.set_slot(seq.slot, seq.sampling)
-    work = scheduler.next_work()
-    check_ownership(scheduler)
-    if isinstance(work, StepWork):
-        sampled = engine.step(work.batch, work.want_logits)[0]
-        for seq, token in zip(work.outputs, sampled.tolist(), strict=True):
-            ids.get(seq.seq_id, []).append(token)
-        ended = scheduler.done_step(work, sampled)
-    elif isinstance(work, DecodeWork):
-        sampled = engine.decode(
-            work.slots,
-            work.seq_ids,
-            work.tokens,
-            work.positions,
-            work.n_steps,
-            work.stop_ids,
-            work.stop_offsets,
-            Ring(),
-            Control(),
-        )
-        for j, seq in enumerate(work.seqs):
-            ids.get(seq.seq_id, []).extend(sampled[:, j].tolist())
-        ended = scheduler.done_decode(work, sampled)
-    elif isinstance(work, LogitsWork):
-        engine.forward(work.batch)
-        ended = scheduler.done_logits(work)
-    else:
-        ended = []
-    check_ownership(scheduler)
-    return work, ended
-
-
-def check_ownership(scheduler: Scheduler) -> None:
-    """No block is owned twice or lost, tables name owned blocks only, what is reserved adds up."""
-    for i, pool in enumerate(scheduler.pools):
-        owned = [b for s in scheduler.running for b in s.blocks[i].values()]
-        assert sorted(owned + pool._free) == list(range(pool.n_blocks))
-        assert scheduler._admission.unreserved[i] + sum(s.reserved[i] for s in scheduler.running) == pool.n_blocks
-        table = scheduler._tables[i]
-        assert Counter(table[table >= 0].tolist()) == Counter(owned)
-        for seq in scheduler.running:
-            assert {n: int(table[seq.slot, n]) for n in np.flatnonzero(table[seq.slot] >= 0)} == seq.blocks[i]
-
-
-def check_empty(scheduler: Scheduler) -> None:
-    assert not scheduler.running and scheduler.n_waiting == 0
-    assert scheduler.n_free_slots == scheduler.config.max_seqs
-    assert [p.n_free for p in scheduler.pools] == list(scheduler.config.n_blocks)
-    assert np.all(scheduler._tables == -1)
-
-
-def drain(scheduler, engine, limit=10_000):
-    ended = []
-    for _ in range(limit):
-        work, done = run(scheduler, engine)
-        ended += done
-        if work is None:
-            check_empty(scheduler)
-            return ended
-    raise AssertionError("does not end")
+from worker_orcd.serving.work import DecodeWork, SequenceState, StepWork
 
 
 def test_a_prompt_is_chunked_and_decoded_in_one_run():

@@ -6,7 +6,8 @@ group with a window W keeps only what a later query may still read: the query at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from worker_orcd.engine.protocol import BLOCK_SIZE
 from worker_orcd.errors import InternalError
@@ -14,18 +15,32 @@ from worker_orcd.models.plan import KvGroup, Plan
 
 
 class BlockPool:
-    """The blocks of one KV group, 0 .. n_blocks-1, each with a count of its owners; 0: it is free."""
+    """The blocks of one KV group, 0 .. n_blocks-1, each with a count of its owners.
+
+    A block without owners is free. One that is *kept* (`keep`) waits beside the free ones with its content: it can be
+    shared again, and it is used for something else only where no other is free, the one that was freed first before the
+    rest.
+
+    Attributes:
+        n_blocks: of the pool.
+        n_kept: blocks that are kept, with and without owners.
+        on_evict: called with a kept block that is used for something else and kept no more.
+    """
 
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
+        self.n_kept = 0
+        self.on_evict: Callable[[int], None] = lambda block: None
         # a stack: the block freed last is used first, so that memory never touched stays untouched
         self._free = list(range(n_blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # kept ones without owners, the one freed first in front
+        self._kept = bytearray(n_blocks)
         self._n_owners = [0] * n_blocks
 
     @property
     def n_free(self) -> int:
-        """Blocks nobody owns."""
-        return len(self._free)
+        """Blocks nobody owns, kept ones among them: as many can be allocated."""
+        return len(self._free) + len(self._idle)
 
     def n_owners(self, block: int) -> int:
         """Owners of a block; 0: it is free.
@@ -37,26 +52,38 @@ class BlockPool:
             raise InternalError(f"KV block {block} is not one of the {self.n_blocks} of its pool")
         return self._n_owners[block]
 
+    def is_kept(self, block: int) -> bool:
+        """Whether a block is kept, see `keep`."""
+        return bool(self._kept[block])
+
     def allocate(self) -> int:
         """A free block, now owned by the caller alone. What the scheduler has set aside sees to it that there is one.
 
         Raises:
             InternalError: no block is free.
         """
-        if not self._free:
+        if self._free:
+            block = self._free.pop()
+        elif self._idle:
+            block, _ = self._idle.popitem(last=False)
+            self._kept[block] = False
+            self.n_kept -= 1
+            self.on_evict(block)
+        else:
             raise InternalError(f"all {self.n_blocks} KV blocks of the pool are in use")
-        block = self._free.pop()
         self._n_owners[block] = 1
         return block
 
     def share(self, block: int) -> None:
-        """Count one more owner of a block in use; each frees it once.
+        """Count one more owner of a block that is in use or kept; each frees it once.
 
         Raises:
             InternalError: the block is free, or there is none of that number.
         """
         if not self.n_owners(block):
-            raise InternalError(f"KV block {block} is free and cannot be shared")
+            if not self._kept[block]:
+                raise InternalError(f"KV block {block} is free and cannot be shared")
+            del self._idle[block]
         self._n_owners[block] += 1
 
     def free(self, block: int) -> None:
@@ -68,8 +95,43 @@ class BlockPool:
         if not self.n_owners(block):
             raise InternalError(f"KV block {block} is freed twice")
         self._n_owners[block] -= 1
-        if not self._n_owners[block]:
+        if self._n_owners[block]:
+            return
+        if self._kept[block]:
+            self._idle[block] = None
+        else:
             self._free.append(block)
+
+    def keep(self, block: int) -> None:
+        """Let a block in use wait with its content when its last owner frees it.
+
+        Raises:
+            InternalError: the block is free or kept already, or there is none of that number.
+        """
+        if not self.n_owners(block) or self._kept[block]:
+            raise InternalError(f"KV block {block} is free or kept already")
+        self._kept[block] = True
+        self.n_kept += 1
+
+    def forget(self, block: int) -> None:
+        """Keep a block no more; without owners it is as free as any.
+
+        Raises:
+            InternalError: the block is not kept, or there is none of that number.
+        """
+        n_owners = self.n_owners(block)
+        if not self._kept[block]:
+            raise InternalError(f"KV block {block} is not kept")
+        if not n_owners:
+            del self._idle[block]
+            self._free.append(block)
+        self._kept[block] = False
+        self.n_kept -= 1
+
+    def touch(self, block: int) -> None:
+        """Note that the content of a kept block was read."""
+        if block in self._idle:
+            self._idle.move_to_end(block)
 
 
 def blocks_of(n_positions: int) -> int:

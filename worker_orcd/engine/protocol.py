@@ -155,5 +155,12 @@ class Engine(Protocol):
             int32 [steps_done, n]: the sampled tokens.
         """
 
+    def copy_block(self, group: int, source: int, target: int) -> None:
+        """Copy a block of a KV group to another one, in all its layers, before anything that is asked for later.
+
+        Raises:
+            InternalError: there is no such group or block.
+        """
+
     def close(self) -> None:
         """Free everything; the engine is dead afterwards. Idempotent."""

@@ -68,6 +68,8 @@ class LLM:
         tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary; None: that, and
             where the file has none a tokenizer.json beside it (`info.tokenizer_source` says which).
         check_tensors: refuse NaN and infinity in norms, biases and block scales.
+        prefix_cache: compute what prompts begin with in common only once, as far as the KV cache holds it. What
+            comes out is the same.
         progress: show the load. True: a progress bar where stderr is a terminal; or a callable (bytes done, bytes in
             all), which may raise to end the load. It is called from threads of the load.
         expect_sha256: hexadecimal digest that the file must have (of a split model: of its parts one after another).
@@ -114,6 +116,7 @@ class LLM:
         n_threads: int = 0,
         tokenizer: str | os.PathLike[str] | None = None,
         check_tensors: bool = True,
+        prefix_cache: bool = True,
         progress: bool | Progress = True,
         expect_sha256: str | None = None,
         trusted_models: str | os.PathLike[str] | None = None,
@@ -169,7 +172,11 @@ class LLM:
         self._finalizer = weakref.finalize(self, _close, deputy, running)
         try:
             deputy.start()
-            deputy.call(lambda: running.open(model, options, max_queue, on_fatal, deputy, watchdog_sec, warm_up))
+            deputy.call(
+                lambda: running.open(
+                    model, options, max_queue, on_fatal, deputy, watchdog_sec, warm_up, bool(prefix_cache)
+                )
+            )
             loaded, self._loop = running.parts()
             self.info = loaded.info
             self.warm_up_seconds = running.warmed.seconds

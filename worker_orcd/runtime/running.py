@@ -40,6 +40,7 @@ class Running:
         deputy: Deputy,
         watchdog_sec: float = 0.0,
         warm: bool = False,
+        prefix_cache: bool = True,
     ) -> None:
         """Load a model, warm it up where that is asked for, and start its loop.
 
@@ -51,10 +52,10 @@ class Running:
         tokenizer = loaded.tokenizer
         new_decoder = None if tokenizer is None else lambda: _decoder(tokenizer)
         if warm:
-            self.warmed = warm_up(loaded, lambda: _scheduler(loaded), new_decoder, self._go_on)
+            self.warmed = warm_up(loaded, lambda: _scheduler(loaded, prefix_cache), new_decoder, self._go_on)
         self._loop = EngineLoop(
             loaded.engine,
-            _scheduler(loaded),
+            _scheduler(loaded, prefix_cache),
             TokenRing(),
             Control(),
             new_decoder=new_decoder,
@@ -97,7 +98,7 @@ class Running:
             raise NotReady("the load was interrupted")
 
 
-def _scheduler(loaded: LoadedModel) -> Scheduler:
+def _scheduler(loaded: LoadedModel, prefix_cache: bool) -> Scheduler:
     """A scheduler with nothing in it. The engine's tables are its own from now on."""
     return Scheduler(
         loaded.config,
@@ -106,6 +107,8 @@ def _scheduler(loaded: LoadedModel) -> Scheduler:
         loaded.tokenizer.stop_ids if loaded.tokenizer is not None else (),
         rope_tables=loaded.engine.rope_tables,
         rope_limits=loaded.plan.rope_limits,
+        prefix_cache=prefix_cache,
+        copy_block=loaded.engine.copy_block,
     )
 
 

@@ -78,6 +78,8 @@ class EngineWork:
                 continue
             if entry is not None:
                 entry.job.admitted_at = time.monotonic()
+                if isinstance(entry.job, Job):
+                    entry.job.cached_tokens = seq.n_cached
 
     @property
     def in_call(self) -> bool:
@@ -139,6 +141,7 @@ class EngineWork:
             if entry is not None and isinstance(entry.job, Job):
                 if entry.job.first_token_at is None:
                     entry.job.first_token_at = now
+                    entry.job.cached_tokens = seq.n_cached
                 if seq.want_logits and logits is not None and token >= 0:
                     self._add_logprobs(entry.job, logits[row], token)
         ended = self._scheduler.done_step(work, tokens)
@@ -184,6 +187,7 @@ class EngineWork:
 
     def end_running(self, error: WorkerError) -> None:
         """An engine call failed and its context lives: all sequences in the engine end, queued ones get their turn."""
+        self._scheduler.forget_prefixes()
         for seq in self._scheduler.running:
             self._scheduler.drop(seq.seq_id)
             entry = self._entries.get(seq.seq_id)

@@ -75,6 +75,7 @@ class Completion:
             itself, or None where they were not asked for.
         stop_reason: which of `stop_token_ids` or of `stop` ended it; None where the model's own end-of-text token or
             the length did.
+        cached_tokens: those of `tokens_in` that were found in the prefix cache and not computed.
     """
 
     text: str
@@ -85,6 +86,7 @@ class Completion:
     timings: Timings
     logprobs: tuple[dict[int, float], ...] | None = None
     stop_reason: int | str | None = None
+    cached_tokens: int = 0
 
 
 class Job:
@@ -95,9 +97,9 @@ class Job:
         seq_id: number of its sequence in the engine, never used twice.
         seed: the seed in use.
         tokens_in: tokens of the prompt.
+        cached_tokens: those among them that were found in the prefix cache; final with the first token.
         params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
-        cached_tokens: those of `tokens_in` that were found in the prefix cache and not computed.
         outcome: how it ended: "stop", "length" or the code of its error; None before.
 
     Every method that waits or cancels raises `EngineGone` in a process that was forked from that of the model.
@@ -119,12 +121,12 @@ class Job:
         self.params = params
         self.seed = seed
         self.tokens_in = tokens_in
+        self.cached_tokens = 0
         self.deadline = deadline
         self.submitted_at = time.monotonic()
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.ended_at: float | None = None  # when the engine had its last token
-        self.cached_tokens = 0
         self.outcome: str | None = None
         self._on_end = on_end
         self._deputy = deputy
@@ -234,6 +236,7 @@ class Job:
             end.timings,
             logprobs,
             end.stop_reason,
+            self.cached_tokens,
         )
 
     def timings(self) -> Timings:

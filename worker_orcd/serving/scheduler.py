@@ -2,8 +2,9 @@
 
 A sequence gets a slot only when every KV group can hold it to its last token (`admission`), so nothing that runs is
 ever preempted or lost. Running sequences go first in every step and prompts fill the rest in chunks, so that no prompt
-stops the streams of others. A sequence that grows past one of the plan's limits is recomputed from position 0 under the
-next rotary frequency table.
+stops the streams of others. What a prompt begins with and another had already is not computed again (`seq_blocks`);
+while another is at it, the prompt waits. A sequence that grows past one of the plan's limits is recomputed from
+position 0 under the next rotary frequency table.
 
 This is bookkeeping only, and a test drives it with made-up tokens. One thread uses it.
 """
@@ -11,16 +12,17 @@ This is bookkeeping only, and a test drives it with made-up tokens. One thread u
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 
 import numpy as np
 
-from worker_orcd.engine.kv_blocks import BlockPool, blocks_needed, blocks_of, first_kept, longest_sequence
+from worker_orcd.engine.kv_blocks import blocks_needed, blocks_of, first_kept, longest_sequence
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
 from worker_orcd.serving.admission import Admission
+from worker_orcd.serving.seq_blocks import Begun, CacheStats, SequenceBlocks
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork, positions_kept
 
 #: tokens of one teacher-forced step: each of them brings n_vocab float32 logits to the host
@@ -39,6 +41,8 @@ class Scheduler:
         rope_tables: the engine's int32 [max_seqs], written here and nowhere else.
         rope_limits: the plan's, ascending: lengths past which a sequence turns by the next frequency table, from its
             first position on.
+        prefix_cache: whether prompts share what they have in common.
+        copy_block: the engine's; None: prompts share whole blocks only.
     """
 
     def __init__(
@@ -51,10 +55,11 @@ class Scheduler:
         *,
         rope_tables: np.ndarray | None = None,
         rope_limits: Sequence[int] = (),
+        prefix_cache: bool = True,
+        copy_block: Callable[[int, int, int], object] | None = None,
     ) -> None:
         self.config = config
         self.groups = tuple(groups)
-        self.pools = [BlockPool(n) for n in config.n_blocks]
         self.stop_ids = frozenset(stop_ids)
         self._stop_tuple = tuple(sorted(self.stop_ids))
         self._stop_array = np.array(self._stop_tuple, np.int32)
@@ -62,14 +67,24 @@ class Scheduler:
         self.max_prefill_tokens = config.max_batch_tokens
         windowed = any(g.window for g in self.groups)
         self._max_decode_steps = min(max_decode_steps, BLOCK_SIZE) if windowed else max_decode_steps
-        self._tables = block_tables
-        self._tables[...] = -1
         self._rope_tables = np.zeros(config.max_seqs, np.int32) if rope_tables is None else rope_tables
         self._rope_tables[...] = 0
         self._rope_limits = tuple(rope_limits)
         self._admission = Admission(self.groups, config.n_blocks, config.max_seqs)
+        self._blocks = SequenceBlocks(
+            self.groups,
+            config.n_blocks,
+            block_tables,
+            self._admission,
+            rope_limits=self._rope_limits,
+            prefix_cache=prefix_cache,
+            copy_block=copy_block,
+        )
+        self.pools = self._blocks.pools
+        self._shared = self._blocks.shared if prefix_cache else None
         self._running: dict[int, SequenceState] = {}  # by seq_id, in order of admission
         self._forward_next = False
+        self._handed_out: list[SequenceState] = []  # the sequences of work that is not done yet
 
     # -- what may enter
 
@@ -132,12 +147,7 @@ class Scheduler:
 
     def admit(self) -> list[SequenceState]:
         """Give slots to those waiting sequences whose turn it is, and reserve the blocks they need."""
-        admitted = self._admission.admit()
-        for seq in admitted:
-            seq.blocks = [{} for _ in seq.reserved]
-            self._choose_rope_table(seq, seq.n_prompt)
-            self._running[seq.seq_id] = seq
-        return admitted
+        return self._admission.admit(self._begin, self._shared)
 
     def outlook(self, arriving: Sequence[SequenceState]) -> tuple[bool, int]:
         """See `Admission.outlook`: whether the last of `arriving` would start at once, and how many would wait."""
@@ -155,10 +165,34 @@ class Scheduler:
         self._free(seq, "dropped")
         return True
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache: of what the engine has written, nobody knows any more what it is."""
+        self._blocks.clear_cache(self._running.values())
+
+    def cache_stats(self) -> CacheStats:
+        """What the prefix cache has done and holds. Any thread may ask."""
+        return self._blocks.stats()
+
     # -- what runs next
 
     def next_work(self) -> StepWork | LogitsWork | DecodeWork | None:
-        """The next thing for the engine to do, its block tables written; None when nothing runs."""
+        """The next thing for the engine to do, its block tables written; None when nothing runs.
+
+        Work whose end was never told was given up: it is as if it had not been handed out.
+        """
+        for seq in self._handed_out:
+            if seq.ended is None:
+                self._blocks.free_unwritten(seq)
+        work = self._next_work()
+        if work is None:
+            self._handed_out = []
+        elif isinstance(work, StepWork):
+            self._handed_out = [seq for seq, _ in work.chunks]
+        else:
+            self._handed_out = [work.seq] if isinstance(work, LogitsWork) else work.seqs
+        return work
+
+    def _next_work(self) -> StepWork | LogitsWork | DecodeWork | None:
         forced: list[SequenceState] = []
         sampled: list[SequenceState] = []
         for seq in self._running.values():
@@ -177,6 +211,7 @@ class Scheduler:
 
     def done_step(self, work: StepWork, sampled: Sequence[int]) -> list[SequenceState]:
         """Take the result of a step. Returns the sequences that ended, their blocks freed."""
+        self._handed_out = []
         for seq, n in work.chunks:
             seq.n_past += n
         for seq, token in zip(work.outputs, sampled, strict=True):
@@ -184,11 +219,14 @@ class Scheduler:
             seq.last_token = int(token)
             if self._recompute_at(seq) is not None:
                 seq.drawn.append(seq.last_token)
+        self._leave_prefixes(seq for seq, _ in work.chunks[work.batch.n_decode :])
         return self._end_finished(seq for seq, _ in work.chunks)
 
     def done_logits(self, work: LogitsWork) -> list[SequenceState]:
         """Take the end of a teacher-forced chunk. Returns the sequence if that was its last one."""
+        self._handed_out = []
         work.seq.n_past += len(work.batch.tokens)
+        self._leave_prefixes([work.seq])
         return self._end_finished([work.seq])
 
     def done_decode(self, work: DecodeWork, sampled: np.ndarray) -> list[SequenceState]:
@@ -196,6 +234,7 @@ class Scheduler:
 
         An engine may have run a step or two past a sequence's end; what it drew there does not count.
         """
+        self._handed_out = []
         if not len(sampled):
             return []
         no_token, stop = sampled < 0, np.isin(sampled, self._stop_array)
@@ -214,18 +253,31 @@ class Scheduler:
 
     # -- inside
 
+    def _begin(self, seq: SequenceState) -> None:
+        self._choose_rope_table(seq, seq.n_prompt)
+        self._blocks.begin(seq)
+        self._running[seq.seq_id] = seq
+
+    def _leave_prefixes(self, seqs: Iterable[SequenceState]) -> None:
+        """What prompt rows have computed is there for others; what decode rows compute never is."""
+        for seq in seqs:
+            if not _failed(seq):
+                self._blocks.leave(seq)
+                self._admission.look_again()
+
     def _end_finished(self, seqs: Iterable[SequenceState]) -> list[SequenceState]:
         """End those that have their last token; of the others free the blocks they need no more."""
         ended = []
         for seq in seqs:
-            if seq.n_out and seq.last_token < 0:
+            if _failed(seq):
                 reason = "failed"
+                self._blocks.distrust(seq)
             elif seq.n_out and seq.last_token in self.stop_ids_of(seq):
                 reason = "stop"
             elif not seq.prefilling and seq.n_out == seq.max_tokens:
                 reason = "length"
             else:
-                self._free_passed(seq)
+                self._blocks.free_passed(seq)
                 continue
             self._free(seq, reason)
             ended.append(seq)
@@ -233,34 +285,8 @@ class Scheduler:
 
     def _free(self, seq: SequenceState, reason: str) -> None:
         del self._running[seq.seq_id]
-        self._free_blocks(seq)
-        self._admission.give_back(seq)
-        seq.ended, seq.blocks = reason, []
-
-    def _free_blocks(self, seq: SequenceState) -> None:
-        """Free every block that a sequence owns; what is reserved for it stays."""
-        self._tables[:, seq.slot, :] = -1
-        for pool, owned in zip(self.pools, seq.blocks, strict=True):
-            for block in reversed(owned.values()):
-                pool.free(block)
-            owned.clear()
-
-    def _free_passed(self, seq: SequenceState) -> None:
-        """Free the blocks that no later query reads; then the sequence owns no more than is reserved for it."""
-        for i, group in enumerate(self.groups):
-            if group.window:
-                owned, first = seq.blocks[i], first_kept(group, seq.n_past)
-                for number in [b for b in owned if b < first]:
-                    self.pools[i].free(owned.pop(number))
-                    self._tables[i, seq.slot, number] = -1
-
-    def _allocate(self, seq: SequenceState, n: int) -> None:
-        """Own the blocks that the next `n` tokens write."""
-        for i, pool in enumerate(self.pools):
-            owned, table = seq.blocks[i], self._tables[i, seq.slot]
-            for number in range(seq.n_past // BLOCK_SIZE, blocks_of(seq.n_past + n)):
-                if number not in owned:
-                    owned[number] = table[number] = pool.allocate()
+        self._admission.give_back(seq, self._blocks.end(seq))
+        seq.ended = reason
 
     def _choose_rope_table(self, seq: SequenceState, n_positions: int) -> None:
         seq.rope_table = self._rope_tables[seq.slot] = bisect_left(self._rope_limits, n_positions)
@@ -275,7 +301,7 @@ class Scheduler:
         """Begin again from position 0 under the frequency table of the sequence with its next token: what it has so
         far becomes its prompt, in the blocks that are reserved for it."""
         self._choose_rope_table(seq, seq.n_past + 1)
-        self._free_blocks(seq)
+        self._blocks.begin_again(seq)
         seq.prompt, seq.drawn, seq.n_past = np.append(seq.prompt, np.array(seq.drawn, np.int32)), [], 0
 
     def _tokens_allowed(self, seq: SequenceState, n: int, spare: list[int]) -> int:
@@ -298,39 +324,25 @@ class Scheduler:
         chunks = [(seq, 1) for seq in decoding]
         left = min(self.config.max_batch_tokens - len(decoding), max(self.max_prefill_tokens, 1))
         spare = list(self._admission.unreserved)
+        begun: Begun = {}
         for seq in prefilling:
             if left <= 0:
                 break
+            self._blocks.take_prefix(seq)
+            if self._blocks.waits(seq, begun):
+                continue
+            self._blocks.take_part(seq)
             n = self._tokens_allowed(seq, min(left, seq.n_prompt - seq.n_past), spare)
             chunks.append((seq, n))
             left -= n
-        tokens: list[np.ndarray] = []
-        positions: list[np.ndarray] = []
-        slots: list[np.ndarray] = []
-        outputs, output_indices, at = [], [], 0
         for seq, n in chunks:
-            self._allocate(seq, n)
-            end = seq.n_past + n
-            tokens.append(seq.prompt[seq.n_past : end] if seq.prefilling else np.array([seq.last_token], np.int32))
-            positions.append(np.arange(seq.n_past, end, dtype=np.int32))
-            slots.append(np.full(n, seq.slot, np.int32))
-            at += n
-            if end >= seq.n_prompt:
-                outputs.append(seq)
-                output_indices.append(at - 1)
-        batch = Batch(
-            np.concatenate(tokens),
-            np.concatenate(positions),
-            np.concatenate(slots),
-            len(decoding),
-            np.array(output_indices, np.int32),
-        )
-        return StepWork(batch, chunks, outputs, any(s.want_logits for s in outputs))
+            self._blocks.allocate(seq, n)
+        return StepWork.of(chunks, len(decoding))
 
     def _forward(self, seq: SequenceState) -> LogitsWork:
         n = min(self.config.max_batch_tokens, max(self.max_prefill_tokens, 1), LOGITS_TOKENS, seq.n_prompt - seq.n_past)
         n = self._tokens_allowed(seq, n, list(self._admission.unreserved))
-        self._allocate(seq, n)
+        self._blocks.allocate(seq, n)
         end = seq.n_past + n
         batch = Batch(
             seq.prompt[seq.n_past : end],
@@ -348,7 +360,7 @@ class Scheduler:
             *(at - s.n_past for s in seqs if (at := self._recompute_at(s)) is not None),
         )
         for seq in seqs:
-            self._allocate(seq, n_steps)
+            self._blocks.allocate(seq, n_steps)
         stops = [self.stop_ids_of(s) for s in seqs]
         return DecodeWork(
             seqs=seqs,
@@ -360,3 +372,8 @@ class Scheduler:
             stop_ids=np.array([*chain.from_iterable(stops)], np.int32),
             stop_offsets=np.array([0, *accumulate(map(len, stops))], np.int32),
         )
+
+
+def _failed(seq: SequenceState) -> bool:
+    """Whether the engine drew no token of the sequence in its last step."""
+    return seq.n_out > 0 and seq.last_token < 0

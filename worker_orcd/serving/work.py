@@ -9,6 +9,7 @@ import numpy as np
 from worker_orcd.engine.protocol import Batch
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.engine.token_edits import NO_EDITS, TokenEdits
+from worker_orcd.serving.prefix_cache import Node
 
 
 def positions_kept(n_prompt: int, max_tokens: int) -> int:
@@ -31,8 +32,11 @@ class SequenceState:
         want_logits: whether the logits of each drawn token are wanted.
         slot: place in the engine, -1 while waiting.
         n_past: positions in the KV cache.
+        n_cached: tokens of its prompt that were found in the prefix cache and not computed; final with its first token.
         n_out: tokens generated; `last_token` is the newest, not yet in the cache.
         rope_table: index of the rotary frequency table it turns by.
+        cursor: where in the prefix cache the first `n_chained` blocks of its prompt end, which it has; None: it takes
+            nothing from there and puts nothing there any more.
         drawn: the tokens generated since its prompt was computed, kept while all of them may be recomputed.
         n_passed: sequences that were queued after it and admitted before it.
         ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
@@ -48,9 +52,12 @@ class SequenceState:
     edits: TokenEdits = NO_EDITS
     slot: int = -1
     n_past: int = 0
+    n_cached: int = 0
     n_out: int = 0
     last_token: int = -1
     rope_table: int = 0
+    cursor: Node | None = None
+    n_chained: int = 0
     drawn: list[int] = field(default_factory=list)
     n_passed: int = 0
     ended: str | None = None
@@ -82,6 +89,31 @@ class StepWork:
     chunks: list[tuple[SequenceState, int]]
     outputs: list[SequenceState]
     want_logits: bool
+
+    @classmethod
+    def of(cls, chunks: list[tuple[SequenceState, int]], n_decode: int) -> StepWork:
+        """The step of these chunks, of which the first `n_decode` are the next token of sequences that decode."""
+        tokens: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
+        outputs, output_indices, at = [], [], 0
+        for seq, n in chunks:
+            end = seq.n_past + n
+            tokens.append(seq.prompt[seq.n_past : end] if seq.prefilling else np.array([seq.last_token], np.int32))
+            positions.append(np.arange(seq.n_past, end, dtype=np.int32))
+            slots.append(np.full(n, seq.slot, np.int32))
+            at += n
+            if end >= seq.n_prompt:
+                outputs.append(seq)
+                output_indices.append(at - 1)
+        batch = Batch(
+            np.concatenate(tokens),
+            np.concatenate(positions),
+            np.concatenate(slots),
+            n_decode,
+            np.array(output_indices, np.int32),
+        )
+        return cls(batch, chunks, outputs, any(s.want_logits for s in outputs))
 
     @property
     def seqs(self) -> list[SequenceState]:
