@@ -18,7 +18,7 @@ from worker_orcd.serving.loop_stats import stats_of
 
 def test_an_idle_loop_has_nothing_in_use():
     with Rig() as rig:
-        assert rig.loop.stats() == EngineStats(n_kv_blocks=64, prefix_queries=6)
+        assert rig.loop.stats() == EngineStats(n_kv_blocks=64)
 
 
 def test_running_and_waiting_jobs_and_their_blocks_are_counted():
