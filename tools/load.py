@@ -31,7 +31,7 @@ from load_client.behaviours import NORMAL
 from load_client.client import Client, Shared, take_expected
 from load_client.report import Report
 from load_client.routes import EXECUTE, V1_ROUTES, Route
-from load_client.watch import Sample, Worker, sample
+from load_client.watch import Sample, Worker, run_to_end, sample
 from load_client.wire import request
 
 #: seconds for descriptors, threads and memory to come back
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     """The program; its exit code."""
     args = options(argv)
     try:
-        report = asyncio.run(run(args))
+        report = run_to_end(run(args))
     except (RuntimeError, OSError) as error:
         print(f"load: {error}", file=sys.stderr)
         return 1

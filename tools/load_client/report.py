@@ -49,6 +49,11 @@ def slope(samples: list[tuple[float, int, Sample]]) -> float | None:
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread_x * 1000 / 1024
 
 
+def over_jobs(samples: list[tuple[float, int, Sample]], n: int = 12) -> dict[int, float]:
+    """Jobs so far -> MiB of anonymous memory then, at about `n` moments."""
+    return {jobs: round(s.anon_kib / 1024, 1) for _, jobs, s in samples[:: max(1, len(samples) // n)]}
+
+
 @dataclass
 class Report:
     """The outcome of a run; `wrong` is empty where all was right."""
@@ -96,6 +101,7 @@ class Report:
             self.facts["memory"] = {
                 "rss_mib": [round(rss[0] / 1024, 1), round(max(rss) / 1024, 1), round(rss[-1] / 1024, 1)],
                 "mib_per_1000_jobs": None if grows is None else round(grows, 3),
+                "over_jobs": over_jobs(worker.samples),
                 "threads_at_most": max(s.threads for _, _, s in worker.samples),
                 "descriptors_at_most": max(s.descriptors for _, _, s in worker.samples),
             }

@@ -12,10 +12,13 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 #: seconds between two looks at /proc
 SAMPLE_SEC = 0.5
@@ -264,6 +267,25 @@ class Worker:
                     process.kill() if process is self._prober else os.killpg(process.pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
+
+
+def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a program; SIGTERM ends it as Ctrl-C does, so that it leaves no worker behind.
+
+    Raises:
+        KeyboardInterrupt: it was told to end.
+    """
+
+    async def guarded() -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def _read(stream: asyncio.StreamReader, log: Log) -> None:
