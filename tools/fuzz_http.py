@@ -185,8 +185,8 @@ async def send_in_turn(worker: Worker, numbers: deque[int], make: Make, outcome:
                     outcome.fault(number, made, pipe.fault or f"the connection ended in its answer ({answer.status})")
                     outcome.lost += 1
                     pipe.waiting.popleft()
-                # what stood behind it was not looked at: an answer that closes its connection may come first
-                numbers.extendleft(n for n, _, _ in reversed(pipe.waiting))
+            # what stood behind it was not looked at: an answer that closes its connection may come first
+            numbers.extendleft(n for n, _, _ in reversed(pipe.waiting))
             if pipe.transport is not None:
                 pipe.transport.abort()
             pipe = None
