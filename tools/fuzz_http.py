@@ -48,9 +48,11 @@ class Outcome:
     """What came of all requests."""
 
     has_v1: bool = True
+    latest: deque[int] = field(default_factory=lambda: deque(maxlen=8 * DEPTH))
     statuses: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     n_faults: int = 0
+    ended: list[str] = field(default_factory=list)
     n_answered: int = 0
     lost: int = 0
 
@@ -159,12 +161,21 @@ async def send_in_turn(worker: Worker, numbers: deque[int], make: Make, outcome:
     tries: Counter[int] = Counter()
     while numbers or (pipe is not None and pipe.waiting):
         if pipe is None:
-            pipe = await open_pipe(worker)
+            try:
+                pipe = await open_pipe(worker)
+            except OSError as error:
+                outcome.ended.append(f"no connection: {error}")
+                return
         while numbers and len(pipe.waiting) < DEPTH and not pipe.gone:
             number = numbers.popleft()
             made = make(number)
+            outcome.latest.append(number)
             if made.alone:
-                await send_alone(worker, number, made, outcome, extra)
+                try:
+                    await send_alone(worker, number, made, outcome, extra)
+                except OSError as error:
+                    outcome.ended.append(f"no connection: {error}")
+                    return
                 continue
             assert pipe.transport is not None
             pipe.waiting.append((number, made, HeadAnswer() if made.method == "HEAD" else Answer()))
@@ -256,7 +267,9 @@ async def run(args: argparse.Namespace) -> int:
         wrong = [f"{outcome.n_faults} answers were wrong", *outcome.faults] if outcome.n_faults else []
         if outcome.n_answered + outcome.lost < len(numbers):
             wrong.append(f"{len(numbers) - outcome.n_answered} requests have no answer")
-        if (status := await status_of(worker, "/health", extra)) != 200:
+        if outcome.ended:
+            wrong.append(f"{outcome.ended[0]}; the latest requests: {list(outcome.latest)}")
+        elif (status := await status_of(worker, "/health", extra)) != 200:
             wrong.append(f"/health answers {status}")
         after = None if worker.pid is None else sample(worker.pid)
         grown = None if before is None or after is None else (after.anon_kib - before.anon_kib) / 1024

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+#: seconds that a worker may take to load
+START_SEC = 300.0
 #: seconds between two looks at /proc
 SAMPLE_SEC = 0.5
 
@@ -184,11 +186,11 @@ class Worker:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @classmethod
-    async def start(cls, command: list[str], api_key: str | None = None, timeout: float = 300.0) -> Worker:
-        """Start a worker and wait until it takes jobs.
+    async def start(cls, command: list[str], api_key: str | None = None, until: str = "ready") -> Worker:
+        """Start a worker and wait for the event `until` of its log.
 
         Raises:
-            RuntimeError: it ended, or was not ready in time.
+            RuntimeError: it ended before, or took more than `START_SEC`.
         """
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -200,13 +202,16 @@ class Worker:
         log = Log()
         assert process.stderr is not None
         reading = asyncio.create_task(_read(process.stderr, log))
-        ready = asyncio.create_task(log.seen("ready").wait())
-        await asyncio.wait((reading, ready), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not ready.done():
-            ready.cancel()
+        seen = asyncio.create_task(log.seen(until).wait())
+        try:
+            await asyncio.wait((reading, seen), timeout=START_SEC, return_when=asyncio.FIRST_COMPLETED)
+            if not seen.done():
+                raise RuntimeError(f"the worker's log has no {until!r}: " + "; ".join(log.faults[:3]))
+        except BaseException:
+            seen.cancel()
             if process.returncode is None:
-                process.kill()
-            raise RuntimeError("the worker did not become ready: " + "; ".join(log.faults[:3]))
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
         worker = cls("127.0.0.1", log.events["startup"]["port"], process.pid, api_key)
         worker.log, worker._process = log, process
         worker._tasks.append(reading)
@@ -243,13 +248,17 @@ class Worker:
             self._prober.stdin.close()
             await self._prober.wait()
 
-    async def stop(self) -> tuple[int, float] | None:
-        """End a worker that was started here with SIGTERM: (exit code, seconds). None where it was not."""
+    async def stop(self, group: bool = False) -> tuple[int, float] | None:
+        """End a worker that was started here with SIGTERM: (exit code, seconds). None where it was not.
+
+        Args:
+            group: every process of it gets the signal, not only the first.
+        """
         if self._process is None:
             return None
         began = asyncio.get_running_loop().time()
         if self._process.returncode is None:
-            self._process.send_signal(signal.SIGTERM)
+            (os.killpg if group else os.kill)(self._process.pid, signal.SIGTERM)
         try:
             code = await asyncio.wait_for(self._process.wait(), 20)
         except TimeoutError:
