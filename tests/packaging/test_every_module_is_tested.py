@@ -42,6 +42,7 @@ COVERED_BY = {
     "worker_orcd/serving/entry.py": ["serving/test_engine_loop.py", "serving/test_output.py"],
     "worker_orcd/serving/job.py": ["serving/test_engine_loop.py", "runtime/test_llm.py"],
     "worker_orcd/serving/logits_job.py": ["serving/test_engine_loop.py"],
+    "worker_orcd/serving/score_job.py": ["service/openai/test_logprobs.py"],
     "worker_orcd/serving/logprobs.py": ["engine/test_sampling.py", "runtime/test_llm_answers.py"],
     "worker_orcd/serving/work.py": ["serving/test_scheduler.py"],
     # plans

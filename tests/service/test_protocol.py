@@ -18,7 +18,7 @@ from worker_orcd.wsgi.middleware import peer
 from worker_orcd.wsgi.native.execute import ExecuteBody
 from worker_orcd.wsgi.stream_format import PieceTemplate, encode_event, json_line
 
-GET_ROUTES = [path for path, resource in ROUTES if hasattr(resource, "on_get")]
+GET_ROUTES = [path.replace("{model:path}", "fake") for path, resource in ROUTES if hasattr(resource, "on_get")]
 
 
 @pytest.fixture
