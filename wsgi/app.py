@@ -19,6 +19,11 @@ from worker_orcd.wsgi.native.execute import Execute, ExecuteBody
 from worker_orcd.wsgi.native.health import Health, Ready
 from worker_orcd.wsgi.native.requests import DEADLINE_HEADER
 from worker_orcd.wsgi.native.shutdown import Shutdown
+from worker_orcd.wsgi.openai.chat import ChatCompletions
+from worker_orcd.wsgi.openai.completions import Completions
+from worker_orcd.wsgi.openai.models import Models, OneModel
+from worker_orcd.wsgi.openai.tokens import ApplyTemplate, Detokenize, Tokenize
+from worker_orcd.wsgi.openai.types import BODIES
 from worker_orcd.wsgi.service import Service
 
 #: every route: its path, and the resource that answers its methods; docs/http.md has a row for each
@@ -28,10 +33,23 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/health", Health),
     ("/ready", Ready),
     ("/shutdown", Shutdown),
+    ("/v1/models", Models),
+    ("/v1/models/{model:path}", OneModel),
+    ("/v1/completions", Completions),
+    ("/v1/chat/completions", ChatCompletions),
+    ("/tokenize", Tokenize),
+    ("/detokenize", Detokenize),
+    ("/apply-template", ApplyTemplate),
 )
 
 #: what a refused request may be said to have wrong: fields of bodies and headers
-_FIELDS = frozenset((*ExecuteBody.__struct_fields__, CORRELATION_HEADER, DEADLINE_HEADER))
+_FIELDS = frozenset(
+    (
+        *(name for body in (ExecuteBody, *BODIES) for name in body.__struct_fields__),
+        CORRELATION_HEADER,
+        DEADLINE_HEADER,
+    )
+)
 
 
 def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
@@ -56,6 +74,7 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
         if req.method == "POST":
             # no message, and no name of a field that we do not know: a misquoted body can make one of a prompt
             field = known.fields.get("field")
+            field = field.split("[", 1)[0] if isinstance(field, str) else field
             service.events.emit(
                 "refused",
                 path=req.path,
@@ -79,7 +98,7 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
                 at=f"{frame.filename}:{frame.lineno}",
             )
         service.note_error(known)
-        http_errors.answer(resp, known)
+        http_errors.answer(resp, known, req.path)
 
     app.add_error_handler(Exception, refuse)
     app.add_error_handler(falcon.HTTPError, refuse)

@@ -42,6 +42,7 @@ COVERED_BY = {
     "worker_orcd/serving/entry.py": ["serving/test_engine_loop.py", "serving/test_output.py"],
     "worker_orcd/serving/job.py": ["serving/test_engine_loop.py", "runtime/test_llm.py"],
     "worker_orcd/serving/logits_job.py": ["serving/test_engine_loop.py"],
+    "worker_orcd/serving/score_job.py": ["service/openai/test_logprobs.py"],
     "worker_orcd/serving/logprobs.py": ["engine/test_sampling.py", "runtime/test_llm_answers.py"],
     "worker_orcd/serving/work.py": ["serving/test_scheduler.py"],
     # plans
@@ -77,7 +78,9 @@ COVERED_BY = {
     "wsgi/native/requests.py": ["service/test_app.py"],
     "wsgi/native/shutdown.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/service.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/native/events.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/sse.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/stream_format.py": ["service/test_protocol.py"],
     # compiled modules
     "pyx/worker_orcd/_cpu.pyx": ["compiled/test_cpu_engine.py", "compiled/test_cpu_sampling.py"],
     "pyx/worker_orcd/_engine.pyx": ["gpu/test_engine.py", "fake_driver/engine_cases.py"],

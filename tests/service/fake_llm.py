@@ -5,13 +5,15 @@ The first word of a prompt says how it behaves; see `FakeLLM._speak`. Ids are th
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import threading
 import time
 from types import SimpleNamespace
 
+from worker_orcd.chat.messages import checked
 from worker_orcd.errors import CudaError, DuplicateJob, InvalidRequest, NotReady, QueueFull
-from worker_orcd.runtime.request import ModelParts, prepare
+from worker_orcd.runtime.request import Limits, ModelParts, prepare, prompt_ids
 from worker_orcd.serving.job import Job
 
 N_VOCAB = 512
@@ -24,11 +26,40 @@ class FakeInfo(SimpleNamespace):
 
 
 class FakeTokenizer:
+    """Bytes are tokens. The prompt of a conversation is the content of its last message."""
+
+    bos_id = None
+    add_bos = False
+
     def encode(self, text, *, special=False, add_bos=None):
         return list(text.encode())
 
     def decode(self, ids, *, skip_special=False):
         return bytes(ids).decode("utf-8", "replace")
+
+    def chat_text(self, messages, add_generation_prompt=True, **options):
+        content = checked(messages)[-1]["content"] or ""
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+    def apply_chat(self, messages, add_generation_prompt=True, **options):
+        return self.encode(self.chat_text(messages))
+
+    def token_bytes(self, token):
+        return bytes([token]) if token < 256 else b""
+
+    def stream(self, *, skip_special=False, continues=False):
+        return FakeDecoder()
+
+
+class FakeDecoder:
+    def __init__(self):
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token):
+        return self._utf8.decode(bytes([token]))
+
+    def flush(self):
+        return self._utf8.decode(b"", True)
 
 
 class FakeCapacity:
@@ -66,30 +97,35 @@ class FakeLLM:
         self.closing = False
         self.faults = []
 
-    def submit_request(self, request, limits):
-        ready = prepare(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits)
-        job_id = ready.job_id
+    def prompt_ids(self, request, limits=None):
+        return prompt_ids(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits or Limits())
+
+    def submit_request(self, request, limits=None):
+        return self.submit_requests([request], limits)[0]
+
+    def submit_requests(self, requests, limits=None):
+        parts = ModelParts(self.tokenizer, N_VOCAB, FakeCapacity())
+        all_ready = [prepare(parts, request, limits or Limits()) for request in requests]
         with self.lock:
             if self.closing:
                 raise NotReady("the worker is shutting down")
             live = [j for j in self.jobs.values() if not j.finished]
-            if job_id in self.jobs and not self.jobs[job_id].finished:
-                raise DuplicateJob(job_id)
-            if len(live) >= self.limit:
+            for ready in all_ready:
+                if ready.job_id in self.jobs and not self.jobs[ready.job_id].finished:
+                    raise DuplicateJob(ready.job_id)
+            if len(live) + len(all_ready) > self.limit:
                 raise QueueFull("the queue is full", retry_after=1)
-            self.n_seq += 1
-            job = Job(
-                job_id,
-                self.n_seq,
-                ready.params,
-                ready.seed,
-                len(ready.token_ids),
-                ready.deadline,
-                lambda job: None,
-            )
-            self.jobs[job_id] = job
-        words = self.tokenizer.decode(ready.token_ids.tolist()).split(" ", 1)
-        threading.Thread(target=self._speak, args=(job, words[0], words[1:]), daemon=True).start()
+            jobs = [self._job(ready) for ready in all_ready]
+        for job, ready in zip(jobs, all_ready, strict=True):
+            words = self.tokenizer.decode(ready.token_ids.tolist()).split(" ", 1)
+            threading.Thread(target=self._speak, args=(job, words[0], words[1:]), daemon=True).start()
+        return jobs
+
+    def _job(self, ready):
+        self.n_seq += 1
+        n_prompt = len(ready.token_ids)
+        job = Job(ready.job_id, self.n_seq, ready.params, ready.seed, n_prompt, ready.deadline, lambda job: None)
+        self.jobs[ready.job_id] = job
         return job
 
     def _speak(self, job, verb, rest):

@@ -16,9 +16,9 @@ from worker_orcd.runtime.request import HTTP_FIELDS, Limits, Request
 from worker_orcd.wsgi.app import ROUTES
 from worker_orcd.wsgi.middleware import peer
 from worker_orcd.wsgi.native.execute import ExecuteBody
-from worker_orcd.wsgi.sse import encode_event
+from worker_orcd.wsgi.stream_format import PieceTemplate, encode_event, json_line
 
-GET_ROUTES = [path for path, resource in ROUTES if hasattr(resource, "on_get")]
+GET_ROUTES = [path.replace("{model:path}", "fake") for path, resource in ROUTES if hasattr(resource, "on_get")]
 
 
 @pytest.fixture
@@ -222,3 +222,10 @@ def test_a_body_that_cannot_be_read_is_the_clients_fault(app):
     extras = {"wsgi.input": Stalled(), "HTTP_TRANSFER_ENCODING": "chunked"}
     error = error_of(app.client.simulate_post("/execute", extras=extras))
     assert "could not be read" in error["message"] and "secret" not in app.out.getvalue() + error["message"]
+
+
+@pytest.mark.parametrize("text", ["plain", 'quote " and \\ and \u2028', "é漢😀\x00\x1f\x7f", "</script>"])
+def test_a_template_fills_in_what_an_event_would_say(text):
+    template = PieceTemplate(b'event: token\ndata: {"t":"', b'","i":', b"}\n\n")
+    assert template.encode(text, 7) == encode_event("token", {"t": text, "i": 7})
+    assert PieceTemplate(b'["', b'"]').encode(text, 7) == json_line([text])

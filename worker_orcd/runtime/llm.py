@@ -32,6 +32,7 @@ from worker_orcd.runtime.request import (
     check_seconds,
     check_token_ids,
     prepare,
+    prompt_ids,
     requests_of,
 )
 from worker_orcd.runtime.running import Running
@@ -278,13 +279,42 @@ class LLM:
             InvalidRequest, VramOom: it can never run.
             QueueFull, DuplicateJob, NotReady: not now.
         """
+        return self.submit_requests([request], limits)[0]
+
+    def submit_requests(self, requests: Sequence[Request], limits: Limits | None = None) -> list[Job]:
+        """Queue requests, all of them or none; they begin together.
+
+        Args:
+            requests: up to `STARTED_TOGETHER`.
+            limits: what the caller allows beyond what the model can do.
+
+        Returns:
+            Their jobs, in the order of the requests.
+
+        Raises:
+            InvalidRequest, VramOom: one can never run.
+            QueueFull: there is no room for all. DuplicateJob, NotReady: not now.
+        """
+        if len(requests) > STARTED_TOGETHER:
+            raise InvalidRequest(f"{len(requests)} requests; at most {STARTED_TOGETHER} begin together")
         jobs: list[Job] = []
         try:
-            self._start([self._prepare(request, limits)], jobs)
-            return jobs[0]
+            self._start([self._prepare(request, limits) for request in requests], jobs)
+            return jobs
         except BaseException:
             self._abandon(jobs)
             raise
+
+    def prompt_ids(self, request: Request, limits: Limits | None = None) -> np.ndarray:
+        """The tokens that the prompt or the messages of a request become: int32 [n_prompt].
+
+        Raises:
+            InvalidRequest: of what is wrong with these; nothing else of the request is looked at.
+            InternalError: as `chat`.
+        """
+        self._deputy.check_process()
+        parts = ModelParts(self.tokenizer, self.info.n_vocab, self._scheduler)
+        return self._deputy.call(lambda: prompt_ids(parts, request, limits or Limits()))
 
     def job(self, job_id: str) -> Job | None:
         """The queued or running job of this id, None where there is none."""
@@ -373,6 +403,7 @@ class LLM:
                         job_id=prepared.job_id,
                         deadline=prepared.deadline,
                         bounded=bounded,
+                        score=prepared.score,
                     )
                     jobs.append(job)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
+from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_LOGPROBS, MAX_STOP_TOKENS
 from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
 from worker_orcd.errors import InvalidRequest
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HTTP_FIELDS",
+    "RULES",
     "Limits",
     "Messages",
     "ModelParts",
@@ -35,7 +36,9 @@ __all__ = [
     "check_job_id",
     "check_seconds",
     "check_token_ids",
+    "make_seed",
     "prepare",
+    "prompt_ids",
     "requests_of",
 ]
 
@@ -57,6 +60,10 @@ class Request:
         job_id: the caller's name of the job; None: one is made up.
         deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`; None: never.
         special: take the text of control tokens in `prompt` for the tokens.
+        add_bos: begin a prompt that is text with BOS; None: as the tokenizer's file says.
+        chat: how the chat template is applied: arguments of `Tokenizer.apply_chat`.
+        score: generate nothing, and score the tokens of the prompt, with so many of the most likely ones beside each:
+            the job is a `serving.score_job.ScoreJob`.
     """
 
     prompt: Prompt | None = None
@@ -65,6 +72,9 @@ class Request:
     job_id: str | None = None
     deadline: float | None = None
     special: bool = False
+    add_bos: bool | None = None
+    chat: Mapping[str, Any] = field(default_factory=dict)
+    score: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ class Limits:
         max_prompt_chars: characters of a prompt that is text.
         max_tokens_in: tokens of a prompt.
         max_tokens_out: the limit of `max_tokens`.
+        default_tokens: the most that a request gets which names no `max_tokens`.
         plain_text: refuse NUL in prompts and stop strings, and control characters in job ids.
         without_tokenizer: what is said of a prompt that is text where the model has no tokenizer.
     """
@@ -82,6 +93,7 @@ class Limits:
     max_prompt_chars: int | None = None
     max_tokens_in: int | None = None
     max_tokens_out: int | None = None
+    default_tokens: int = DEFAULT_MAX_TOKENS
     plain_text: bool = False
     without_tokenizer: str = "the model file has no tokenizer; give the prompt as token ids"
 
@@ -113,7 +125,7 @@ class Prepared:
         token_ids: int32 [n_prompt], ids of the vocabulary, at least one.
         params: checked; `max_tokens` and `seed` are those in use.
         seed, max_tokens: the same two, which are never None here.
-        job_id, deadline: as asked.
+        job_id, deadline, score: as asked.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -122,6 +134,7 @@ class Prepared:
     max_tokens: int
     job_id: str | None
     deadline: float | None
+    score: int | None = None
 
 
 _NO_LIMITS = Limits()
@@ -149,23 +162,37 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     if request.prompt is not None and request.messages is not None:
         raise InvalidRequest("a request has a prompt or messages, not both", field="messages")
     _check_text(request, limits)
+    if request.score is not None:
+        RULES["logprobs"].check("score", request.score, MAX_LOGPROBS)
     params.check(model.n_vocab, limits.max_tokens_out)
     if limits.plain_text and any("\0" in s for s in params.stop):
         raise InvalidRequest("stop holds a NUL character", field="stop")
     plain = _plain(params)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)
-    if limits.max_tokens_in is not None and n_prompt > limits.max_tokens_in:
-        raise InvalidRequest(f"prompt has {n_prompt} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
     _check_stop_tokens(plain["stop"], model.tokenizer)
     max_tokens = plain["max_tokens"]
     if max_tokens is None:
-        most = DEFAULT_MAX_TOKENS if limits.max_tokens_out is None else min(DEFAULT_MAX_TOKENS, limits.max_tokens_out)
+        most = (
+            limits.default_tokens
+            if limits.max_tokens_out is None
+            else min(limits.default_tokens, limits.max_tokens_out)
+        )
         max_tokens = max(1, min(most, model.capacity.room_for(n_prompt)))
-    model.capacity.check(n_prompt, max_tokens)
+    model.capacity.check(n_prompt, max_tokens if request.score is None else 0)
     seed = plain["seed"] if plain["seed"] is not None else make_seed()
     in_use = SamplingParams(**{**plain, "max_tokens": max_tokens, "seed": seed})
-    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline)
+    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline, request.score)
+
+
+def prompt_ids(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) -> npt.NDArray[np.int32]:
+    """The tokens of a request's prompt or messages, int32 [n_prompt]; `prepare` takes them as a prompt too.
+
+    Raises:
+        InvalidRequest: as `prepare`, of what is wrong with these alone.
+    """
+    _check_text(request, limits)
+    return _prompt_ids(model, request, limits)
 
 
 def requests_of(
@@ -243,6 +270,9 @@ def check_token_ids(ids: Iterable[int], n_vocab: int, name: str) -> npt.NDArray[
     try:
         if isinstance(ids, bytes | bytearray):
             raise TypeError
+        if isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1 and len(ids):
+            if ids.min() >= 0 and ids.max() < n_vocab:
+                return np.array(ids, np.int32)
         ids = list(ids)
         numbers = [operator.index(i) for i in ids]
     except TypeError:
@@ -286,12 +316,15 @@ def _prompt_ids(model: ModelParts, request: Request, limits: Limits) -> npt.NDAr
     if request.messages is not None:
         if model.tokenizer is None:
             raise InvalidRequest("the model file has no tokenizer, so it cannot chat", field="messages")
-        prompt = model.tokenizer.apply_chat(request.messages)
+        prompt = model.tokenizer.apply_chat(request.messages, **request.chat)
     elif isinstance(prompt, str):
         if model.tokenizer is None:
             raise InvalidRequest(limits.without_tokenizer, field="prompt")
-        prompt = model.tokenizer.encode(prompt, special=request.special)
-    return check_token_ids(prompt, model.n_vocab, "prompt")
+        prompt = model.tokenizer.encode(prompt, special=request.special, add_bos=request.add_bos)
+    ids = check_token_ids(prompt, model.n_vocab, "prompt")
+    if limits.max_tokens_in is not None and len(ids) > limits.max_tokens_in:
+        raise InvalidRequest(f"prompt has {len(ids)} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
+    return ids
 
 
 def _check_stop_tokens(stops: Sequence[str], tokenizer: Tokenizer | None) -> None:

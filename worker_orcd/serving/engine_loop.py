@@ -43,6 +43,7 @@ from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.output import Output
 from worker_orcd.serving.scheduler import Scheduler
+from worker_orcd.serving.score_job import ScoreJob
 from worker_orcd.serving.waiters import Waiters
 from worker_orcd.serving.work import SequenceState
 
@@ -133,8 +134,9 @@ class EngineLoop:
         job_id: str | None = None,
         deadline: float | None = None,
         bounded: bool = True,
+        score: int | None = None,
     ) -> Job:
-        """Queue a generation.
+        """Queue a generation, or the scoring of a prompt.
 
         Args:
             prompt: int32 [n_prompt], not empty, ids of the vocabulary.
@@ -142,6 +144,7 @@ class EngineLoop:
             job_id: None makes one up.
             deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
             bounded: whether the limit of the queue holds.
+            score: generate nothing; the job is a `ScoreJob` with so many of the most likely tokens in each place.
 
         Raises:
             InvalidRequest, VramOom: it can never run.
@@ -149,29 +152,28 @@ class EngineLoop:
 
         The main thread has it done by the deputy: in one errand with all that belongs together.
         """
-        self._scheduler.check(len(prompt), max_tokens)
-        decoder = self._new_decoder() if self._new_decoder else None
+        self._scheduler.check(len(prompt), 0 if score is not None else max_tokens)
+        decoder = self._new_decoder() if self._new_decoder and score is None else None
+        job_id = job_id or uuid.uuid4().hex
         with self._lock:
             self._check_accepting()
-            if job_id is not None and job_id in self._jobs:
+            if job_id in self._jobs:
                 raise DuplicateJob(job_id)
             seq_id = next(self._seq_ids)
-            job = Job(
-                job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy
-            )
-            seq = SequenceState(
-                seq_id,
-                prompt,
-                max_tokens,
-                replace(params, seed=seed),
-                not params.ignore_eos,
-                params.logprobs is not None,
-            )
+            if score is not None:
+                job: Job = ScoreJob(job_id, seq_id, params, seed, prompt, score, deadline, self._ended, self._deputy)
+                seq = SequenceState(seq_id, prompt, 0, stops=False)
+            else:
+                job = Job(job_id, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy)
+                sampling = replace(params, seed=seed)
+                wants = params.logprobs is not None
+                seq = SequenceState(seq_id, prompt, max_tokens, sampling, not params.ignore_eos, wants)
             if bounded:
                 self._check_queue(seq)
             stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
-            self._jobs[job.job_id] = job
-            self._enqueue(Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
+            self._jobs[job_id] = job
+            text = None if score is not None else Detokenizer(job, decoder, stop_ids)
+            self._enqueue(Entry(seq, job, text))
             wake = deadline is not None and self._output.watch(deadline, seq_id)
         if wake:
             self._output.wake()

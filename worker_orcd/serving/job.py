@@ -123,6 +123,7 @@ class Job:
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[dict[int, float]] = []
+        self._drawn: list[int] = []  # the tokens of these
         self._ending = False
         self._end: Finished | WorkerError | None = None
 
@@ -214,6 +215,18 @@ class Job:
             logprobs,
         )
 
+    def logprobs(self, first: int, n: int) -> list[dict[int, float]]:
+        """What `Completion.logprobs` will hold of `n` tokens from number `first` on, whose pieces were read; where they
+        were asked for."""
+        return self._logprobs[first : first + n]
+
+    @property
+    def last_token(self) -> int | None:
+        """Of a job that a token ended: that token, which is none of its text, where log-probabilities were asked for.
+        `logprobs(tokens_out, 1)` are its own."""
+        n = len(self._token_ids)
+        return self._drawn[n] if n < len(self._drawn) else None
+
     def timings(self) -> Timings:
         """The times so far."""
         now = time.monotonic()
@@ -245,8 +258,9 @@ class Job:
             if not self._ending:
                 self._token_ids.extend(token_ids)
 
-    def add_logprobs(self, logprobs: dict[int, float]) -> None:
+    def add_logprobs(self, token: int, logprobs: dict[int, float]) -> None:
         """Record the log-probabilities of the next token."""
+        self._drawn.append(token)
         self._logprobs.append(logprobs)
 
     def finish(self, finish_reason: str) -> bool:

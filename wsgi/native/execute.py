@@ -13,6 +13,7 @@ from worker_orcd.errors import DuplicateJob, QueueFull
 from worker_orcd.observe.events import text_facts
 from worker_orcd.runtime.request import HTTP_FIELDS, Limits, Request, SamplingParams
 from worker_orcd.wsgi.native import requests
+from worker_orcd.wsgi.native.events import JobEvents
 from worker_orcd.wsgi.service import Service
 from worker_orcd.wsgi.sse import JobStream
 
@@ -75,10 +76,12 @@ class Execute:
         except BaseException:
             service.leave_place(place)
             raise
-        log = service.events.bind(job_id=job.job_id, correlation_id=req.context.correlation_id)
-        resp.stream = JobStream(service, place, job, log, req.env.get("gunicorn.socket"))
+        log = service.events.bind(correlation_id=req.context.correlation_id)
+        format = JobEvents(job, service.model)
+        resp.stream = JobStream(service, place, [job], format, log, req.env.get("gunicorn.socket"))
         log.emit(
             "execute_start",
+            job_id=job.job_id,
             tokens_in=job.tokens_in,
             **text_facts("prompt", body.prompt),
             seed=job.seed,
