@@ -206,7 +206,9 @@ async def _broken(client: Client, bad: Broken) -> None:
     if not ended or (not answer.done and not bad.may_reset):
         client.note(f"{bad.name}: no answer on {path} ({connection.fault or 'it hung up or was silent'})")
     elif answer.done:
-        client.check_refusal(path if path in data.decode("latin-1") else "", answer, bad.statuses, bad.name)
+        # what is refused before the application sees it has one form, whatever its path; it ends the connection
+        early = answer.headers.get("connection") == "close" or "{path}" not in bad.head
+        client.check_refusal("" if early else path, answer, bad.statuses, bad.name)
     connection.close()
 
 

@@ -204,8 +204,8 @@ def spoiled(seed: int, number: int, targets: tuple[Target, ...]) -> Spoiled:
         made = replace(made, body=encode(made.pairs).encode("utf-8", "surrogatepass"))
     if made.body is not None:
         made = _bytes(rng, made) if rng.random() < 0.15 else made
-    if made.path.startswith("/shutdown") and made.method == "POST":
-        made = replace(made, method="GET")
+    if "shutdown" in made.path.lower() and made.method == "POST":
+        made = replace(made, method="PUT")  # it would do as it is told
     return made
 
 
