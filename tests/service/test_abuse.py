@@ -1,4 +1,4 @@
-"""Load, abuse, bad requests and SIGTERM on a real server: short runs of the tools that do it for as long as one likes."""
+"""Load, abuse, bad requests and SIGTERM on a real server: short runs of the tools that do it at any length."""
 
 from __future__ import annotations
 
