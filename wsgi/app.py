@@ -22,6 +22,7 @@ from worker_orcd.wsgi.native.shutdown import Shutdown
 from worker_orcd.wsgi.openai.chat import ChatCompletions
 from worker_orcd.wsgi.openai.completions import Completions
 from worker_orcd.wsgi.openai.models import Models, OneModel
+from worker_orcd.wsgi.openai.openapi import OpenApi
 from worker_orcd.wsgi.openai.tokens import ApplyTemplate, Detokenize, Tokenize
 from worker_orcd.wsgi.openai.types import BODIES
 from worker_orcd.wsgi.service import Service
@@ -40,6 +41,7 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/tokenize", Tokenize),
     ("/detokenize", Detokenize),
     ("/apply-template", ApplyTemplate),
+    ("/openapi.json", OpenApi),
 )
 
 #: what a refused request may be said to have wrong: fields of bodies and headers
@@ -62,6 +64,8 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
         resource: Any = make(service)
         if hasattr(resource, "on_get"):
             resource.on_head = resource.on_get  # Falcon leaves the body out and keeps its length
+        if isinstance(resource, OpenApi):
+            resource.routes = ROUTES
         app.add_route(path, resource)
 
     def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, object]) -> None:

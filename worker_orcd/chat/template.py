@@ -77,7 +77,7 @@ class ChatTemplate:
                 what else the template reads, in order. The role `developer` is `system` for a template that does not
                 know it.
             add_generation_prompt: end with the start of the assistant's turn.
-            continue_final_message: end where the content of the last message, an assistant's, does.
+            continue_final_message: end where the content of the last message does, as a rule an assistant's.
             documents: the template's variable of this name, dicts of JSON values.
             variables: further variables of the template, JSON values by name.
 
@@ -172,19 +172,15 @@ def _final_content(messages: Sequence[Mapping[str, Any]], add_generation_prompt:
     name = "continue_final_message"
     if add_generation_prompt:
         raise InvalidRequest(f"{name} and add_generation_prompt exclude each other", field=name)
-    last = messages[-1]
-    if last["role"] != "assistant":
-        raise InvalidRequest(f"{name} needs a last message of the assistant, not of {last['role']}", field=name)
-    content = last.get("content")
-    text = content if isinstance(content, str) else content[-1]["text"] if content else ""
-    if not text.strip():
-        raise InvalidRequest(f"{name} needs a last message that has a content", field=name)
-    return str(text)
+    content = messages[-1].get("content")
+    return str(content if isinstance(content, str) else content[-1]["text"] if content else "")
 
 
 def _end_of(content: str, text: str, origins: bytes) -> int:
     """Where `content` ends for the last time that a user's text is it; blanks at its ends count if they are there."""
     core = content.strip()
+    if not core:
+        return len(text)
     at = text.rfind(core)
     while at >= 0 and origins.count(USER, at, at + len(core)) != len(core):
         at = text.rfind(core, 0, at + len(core) - 1)

@@ -16,7 +16,7 @@ from worker_orcd.serving.job import Completion, Job
 from worker_orcd.wsgi.openai import asked
 from worker_orcd.wsgi.openai.bodies import Bodies
 from worker_orcd.wsgi.openai.fields import check_refused
-from worker_orcd.wsgi.openai.formats import CompletionChunks, Wanted
+from worker_orcd.wsgi.openai.formats import CompletionChunks, Wanted, silent_stream
 from worker_orcd.wsgi.openai.generation import Generation, answer
 from worker_orcd.wsgi.openai.heads import cached_tokens, usage
 from worker_orcd.wsgi.openai.ids import COMPLETION, job_ids
@@ -101,6 +101,13 @@ class Completions:
         if scored:
             place, scores = made.begin(scored, **facts)
             made.wait(place, scores)
+        openings = [_opening(made, ask, i, scores) for i in range(ask.n * len(ask.prompts))]
+        if not choices:
+            whole = _whole(made, ask, (), (), scores)
+            made.stream_ready(
+                resp, silent_stream(whole, bool(body.stream_options and body.stream_options.include_usage))
+            )
+            return
         place, jobs = made.begin(choices, **facts)
         options = body.stream_options
         wanted = Wanted(
@@ -109,7 +116,6 @@ class Completions:
             bool(options and options.include_usage),
             bool(options and options.continuous_usage_stats),
         )
-        openings = [_opening(made, ask, i, scores) for i in range(len(jobs))]
         made.stream(
             resp, place, jobs, lambda: CompletionChunks(made.head, jobs, ask.n, wanted, made.texts, openings=openings)
         )
@@ -124,13 +130,8 @@ def _asked(made: Generation, body: CompletionFields) -> Asked:
         raise InvalidRequest(f"logprobs must be 0 to {MAX_LOGPROBS}", field="logprobs")
     max_tokens = asked.optional_whole("max_tokens", body.max_tokens)
     generates = max_tokens != 0
-    if not generates and not (echo and not body.stream):
-        raise InvalidRequest("max_tokens 0 is for an echo that is no stream", field="max_tokens")
     texts = _prompts(body.prompt)
     n = asked.number_of_choices(body, len(texts), int(echo and n_top is not None), config)
-    best_of = asked.optional_whole("best_of", body.best_of)
-    if best_of is not None and best_of != n:
-        raise InvalidRequest(f"best_of must be n, {n}: there is no choosing among more", field="best_of")
     first = asked.sampling_params(body, llm, max_tokens if generates else 1, n_top)
     prompts, echoes, n_begin = [], [], []
     for text in texts:

@@ -53,6 +53,7 @@ REFUSED: dict[str, Refused] = {
     "modalities": Refused("text is the only modality", (["text"],), _CHAT),
     "chat_template": Refused("the chat template is the model file's", (), _TEMPLATE),
     "suffix": Refused("insertion is not supported", ("",), frozenset(("completions",))),
+    "best_of": Refused("all n choices are given back", (1,), frozenset(("completions",))),
     "use_beam_search": Refused("beam search is not supported", (False,)),
     "prompt_logprobs": Refused("only completions have log-probabilities of the prompt: with echo and logprobs"),
     "allowed_token_ids": Refused("allowed tokens are not supported"),

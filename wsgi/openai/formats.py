@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import UNSET
+
 from worker_orcd.errors import WorkerError
 from worker_orcd.serving.job import Completion, Finished, Job, TextPiece
 from worker_orcd.wsgi.http_errors import openai_details
@@ -53,6 +55,16 @@ class Wanted:
 def data(value: Any) -> bytes:
     """One server-sent event without a name."""
     return b"data: " + json_line(value) + b"\n\n"
+
+
+def silent_stream(whole: CompletionAnswer, with_usage: bool) -> bytes:
+    """The stream of an answer in which nothing was generated."""
+    counts, whole.usage = whole.usage, None if with_usage else UNSET
+    out = data(whole)
+    if with_usage:
+        whole.choices, whole.usage = [], counts
+        out += data(whole)
+    return out + DONE
 
 
 class Chunks(ABC):

@@ -112,9 +112,18 @@ class Generation:
                 job.cancel()
             self.service.leave_place(place)
             raise
-        resp.content_type = EVENT_STREAM
-        resp.set_header("Cache-Control", "no-store")
-        resp.set_header("X-Accel-Buffering", "no")
+        _as_events(resp)
+
+    def stream_ready(self, resp: falcon.Response, events: bytes) -> None:
+        """Answer with a stream that is known to its end."""
+        resp.data = events
+        _as_events(resp)
+
+
+def _as_events(resp: falcon.Response) -> None:
+    resp.content_type = EVENT_STREAM
+    resp.set_header("Cache-Control", "no-store")
+    resp.set_header("X-Accel-Buffering", "no")
 
 
 def answer(resp: falcon.Response, value: Any) -> None:

@@ -99,7 +99,6 @@ class CompletionFields(SamplingFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: Annotated[int | float | None, _whole(0, MAX_LOGPROBS)] = None
-    best_of: int | float | None = None
     add_special_tokens: Annotated[bool | None, Meta(description="begin text with BOS; absent: as the file says")] = None
     parse_special: Annotated[bool | None, Meta(description="the text of a control token is the token")] = None
 
