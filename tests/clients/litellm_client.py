@@ -22,7 +22,9 @@ def test_text_completion():
 
 
 def test_hosted_vllm_with_its_extensions():
-    answer = litellm.completion(model="hosted_vllm/any", messages=MESSAGES, extra_body={"top_k": 1, "min_p": 0.1}, **ASK)
+    answer = litellm.completion(
+        model="hosted_vllm/any", messages=MESSAGES, extra_body={"top_k": 1, "min_p": 0.1}, **ASK
+    )
     assert answer.choices[0].message.content
 
 

@@ -1,10 +1,11 @@
-"""The worker that the clients talk to, and small things that their tests share. Made known by run.py through variables."""
+"""The worker that the clients talk to, which run.py names in variables, and small things that their tests share."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+import urllib.error
 import urllib.request
 
 URL = os.environ["WORKER_URL"]
@@ -15,19 +16,22 @@ MESSAGES = [{"role": "user", "content": "Say a short sentence about the sea."}]
 
 
 def ask(path: str, body: object = None) -> dict:
-    """A plain request, of which no client library knows."""
+    """The object that a plain request is answered with."""
+    return json.loads(read(path, body))
+
+
+def read(path: str, body: object = None) -> str:
+    """The text that a plain request is answered with; no client library knows of it."""
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(urllib.request.Request(URL + path, data, headers), timeout=60) as answer:
-        return json.load(answer)
+        return answer.read().decode("utf-8")
 
 
 def metric(name: str) -> float | None:
     """The value of a metric without labels, None where the worker has none of that name."""
-    request = urllib.request.Request(f"{URL}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = read("/metrics").splitlines()
     except urllib.error.HTTPError:
         return None
     values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name]

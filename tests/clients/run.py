@@ -1,0 +1,110 @@
+"""Start a worker, let every client's tests talk to it, end it. Runs in the environment that has the package.
+
+The clients run in theirs (--clients). What lm-eval must find is computed here first, from the engine's own logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from worker_orcd import LLM
+
+HERE = Path(__file__).resolve().parent
+KEY = "the-key-of-the-clients"
+#: seconds that the worker may take to load, and to end
+LOAD_SEC, EXIT_SEC = 120, 5
+
+
+def expected_scores(model: str, device: str) -> list[list[float]]:
+    """The log-probability of each choice of each question of the task, from the logits of the engine."""
+    lines = (HERE / "tasks" / "small_facts.jsonl").read_text(encoding="utf-8").splitlines()
+    scores = []
+    with LLM(model, device=device, progress=False) as llm:
+        for row in map(json.loads, lines):
+            n_context = len(llm.tokenizer.encode(row["question"], add_bos=False))
+            scores.append([])
+            for choice in row["choices"]:
+                ids = llm.tokenizer.encode(row["question"] + choice, add_bos=False)
+                logits = np.asarray(llm.logits(ids), np.float64)[n_context - 1 : -1]
+                top = logits.max(axis=1)
+                log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+                chosen = logits[np.arange(len(logits)), ids[n_context:]]
+                scores[-1].append(float((chosen - log_sum).sum()))
+    return scores
+
+
+def start(args: argparse.Namespace, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """The worker and its port, once it takes jobs."""
+    command = [sys.executable, "-m", "worker_orcd", "serve", "--model", args.model, "--device", args.device]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--log-format", "json"],
+            stderr=out,
+            env={**os.environ, "WORKER_ORCD_API_KEY": KEY},
+        )
+    end = time.monotonic() + LOAD_SEC
+    while time.monotonic() < end and process.poll() is None:
+        events = {e["event"]: e for e in map(json.loads, log.read_text().splitlines())}
+        if "ready" in events:
+            return process, int(events["startup"]["port"])
+        time.sleep(0.05)
+    process.kill()
+    raise SystemExit(f"the worker is not ready:\n{log.read_text()}")
+
+
+def main() -> int:
+    """The program; its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clients", required=True, help="the Python that has the clients")
+    args, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "expected.json").write_text(json.dumps(expected_scores(args.model, args.device)))
+        process, port = start(args, folder / "log")
+        try:
+            env = {
+                **os.environ,
+                "WORKER_URL": f"http://127.0.0.1:{port}",
+                "WORKER_KEY": KEY,
+                "EXPECTED_SCORES": str(folder / "expected.json"),
+                "PATH": f"{Path(args.clients).resolve().parent}{os.pathsep}{os.environ['PATH']}",
+                # nothing is fetched, nothing is told to anybody
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_OFFLINE": "1",
+                "HF_HOME": str(folder / "hf"),
+                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+                "LANGSMITH_TRACING": "false",
+            }
+            env.pop("PYTHONSAFEPATH", None)
+            every = [] if any(not a.startswith("-") for a in more) else sorted(map(str, HERE.glob("*_client.py")))
+            code = subprocess.run(
+                [args.clients, "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--durations=8", *every, *more],
+                env=env,
+                cwd=HERE,
+                check=False,
+            ).returncode
+        finally:
+            process.terminate()
+            began = time.monotonic()
+            ended = process.wait(20)
+        seconds = time.monotonic() - began
+        errors = [line for line in (folder / "log").read_text().splitlines() if '"level":"error"' in line]
+    if ended != 0 or seconds > EXIT_SEC or errors:
+        print(f"the worker: exit code {ended} after {seconds:.1f} s, errors {errors}", file=sys.stderr)
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
