@@ -42,23 +42,46 @@ def expected_scores(model: str, device: str) -> list[list[float]]:
     return scores
 
 
-def start(args: argparse.Namespace, log: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """The worker and its port, once it takes jobs."""
-    command = [sys.executable, "-m", "worker_orcd", "serve", "--model", args.model, "--device", args.device]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, "--port", "0", "--log-format", "json"],
-            stderr=out,
-            env={**os.environ, "WORKER_ORCD_API_KEY": KEY},
-        )
-    end = time.monotonic() + LOAD_SEC
-    while time.monotonic() < end and process.poll() is None:
-        events = {e["event"]: e for e in map(json.loads, log.read_text().splitlines())}
-        if "ready" in events:
-            return process, int(events["startup"]["port"])
-        time.sleep(0.05)
-    process.kill()
-    raise SystemExit(f"the worker is not ready:\n{log.read_text()}")
+class Worker:
+    """One that runs until it is stopped.
+
+    Args:
+        log: its file.
+        options: of `serve`.
+    """
+
+    def __init__(self, args: argparse.Namespace, log: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "worker_orcd", "serve", "--model", args.model, "--device", args.device]
+        command += ["--port", "0", "--log-format", "json", *options]
+        self._log = log
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(command, stderr=out, env={**os.environ, "WORKER_ORCD_API_KEY": KEY})
+
+    def url(self) -> str:
+        """Where it is, once it takes jobs."""
+        end = time.monotonic() + LOAD_SEC
+        while time.monotonic() < end and self._process.poll() is None:
+            *lines, _ = self._log.read_text().split("\n")
+            events = {e["event"]: e for e in map(json.loads, lines)}
+            if "ready" in events:
+                return f"http://127.0.0.1:{events['startup']['port']}"
+            time.sleep(0.05)
+        raise SystemExit(f"the worker is not ready:\n{self._log.read_text()}")
+
+    def stop(self) -> list[str]:
+        """End it; what was wrong with it."""
+        began = time.monotonic()
+        self._process.terminate()
+        try:
+            code: int | None = self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = None
+        seconds = time.monotonic() - began
+        wrong = [line for line in self._log.read_text().splitlines() if '"level":"error"' in line]
+        if code != 0 or seconds > EXIT_SEC:
+            wrong.append(f"exit code {code} after {seconds:.1f} s")
+        return wrong
 
 
 def main() -> int:
@@ -71,14 +94,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "expected.json").write_text(json.dumps(expected_scores(args.model, args.device)))
-        process, port = start(args, folder / "log")
+        workers = [
+            Worker(args, folder / "log"),
+            Worker(args, folder / "small-log", "--context-length", "96", "--max-tokens-out", "16"),
+        ]
         try:
             env = {
                 **os.environ,
-                "WORKER_URL": f"http://127.0.0.1:{port}",
+                "WORKER_URL": workers[0].url(),
+                "SMALL_WORKER_URL": workers[1].url(),
                 "WORKER_KEY": KEY,
                 "EXPECTED_SCORES": str(folder / "expected.json"),
-                "PATH": f"{Path(args.clients).resolve().parent}{os.pathsep}{os.environ['PATH']}",
                 # nothing is fetched, nothing is told to anybody
                 "HF_HUB_OFFLINE": "1",
                 "HF_DATASETS_OFFLINE": "1",
@@ -89,21 +115,16 @@ def main() -> int:
             env.pop("PYTHONSAFEPATH", None)
             every = [] if any(not a.startswith("-") for a in more) else sorted(map(str, HERE.glob("*_client.py")))
             code = subprocess.run(
-                [args.clients, "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--durations=8", *every, *more],
+                [Path(args.clients).absolute(), "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--durations=8", *every, *more],
                 env=env,
                 cwd=HERE,
                 check=False,
             ).returncode
         finally:
-            process.terminate()
-            began = time.monotonic()
-            ended = process.wait(20)
-        seconds = time.monotonic() - began
-        errors = [line for line in (folder / "log").read_text().splitlines() if '"level":"error"' in line]
-    if ended != 0 or seconds > EXIT_SEC or errors:
-        print(f"the worker: exit code {ended} after {seconds:.1f} s, errors {errors}", file=sys.stderr)
-        return 1
-    return code
+            wrong = [what for worker in workers for what in worker.stop()]
+    for what in wrong:
+        print(f"a worker: {what}", file=sys.stderr)
+    return code or bool(wrong)
 
 
 if __name__ == "__main__":
