@@ -76,6 +76,7 @@ class FakeCapacity:
 class FakeLLM:
     def __init__(self, config, on_fatal):
         self.on_fatal = on_fatal
+        self.sampling_defaults = {}
         self.tokenizer = FakeTokenizer()
         self.info = FakeInfo(
             name="fake",

@@ -36,6 +36,7 @@ from worker_orcd.runtime.request import (
     requests_of,
 )
 from worker_orcd.runtime.running import Running
+from worker_orcd.runtime.sampling_defaults import file_defaults
 from worker_orcd.runtime.streams import is_terminal
 from worker_orcd.runtime.token_stream import TokenStream
 from worker_orcd.serving.deputy import Deputy
@@ -168,6 +169,7 @@ class LLM:
             self._scheduler = self._loop.scheduler
             self._bar = progress is True
             self._model_file = loaded.model_file
+            self._sampling_defaults = file_defaults(loaded.model_file, loaded.info.n_vocab)
             self._residency_faults: Callable[[], list[str]] | None = getattr(loaded.engine, "check_residency", None)
         except BaseException:
             running.give_up()
@@ -329,6 +331,12 @@ class LLM:
         return self._loop.cancel(job_id)
 
     @property
+    def sampling_defaults(self) -> dict[str, int | float]:
+        """Fields of `SamplingParams` for which the model file recommends a value, and that. `SamplingParams()` and
+        `/execute` do not follow it."""
+        return dict(self._sampling_defaults)
+
+    @property
     def error(self) -> WorkerError | None:
         """What the engine died of; None while it lives."""
         return self._loop.error
@@ -403,6 +411,7 @@ class LLM:
                         job_id=prepared.job_id,
                         deadline=prepared.deadline,
                         bounded=bounded,
+                        bad_words=prepared.bad_words,
                         score=prepared.score,
                     )
                     jobs.append(job)

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_LOGPROBS, MAX_STOP_TOKENS
+from worker_orcd.config import (
+    DEFAULT_MAX_TOKENS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_JOB_ID_CHARS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKENS,
+    MAX_TOKENS_OF_A_BAD_WORD,
+)
 from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
 from worker_orcd.errors import InvalidRequest
 
@@ -123,9 +130,10 @@ class Prepared:
 
     Attributes:
         token_ids: int32 [n_prompt], ids of the vocabulary, at least one.
-        params: checked; `max_tokens` and `seed` are those in use.
+        params: checked; `max_tokens` and `seed` are those in use, and `stop_token_ids` none that end the text anyway.
         seed, max_tokens: the same two, which are never None here.
         job_id, deadline, score: as asked.
+        bad_words: the tokens of `params.bad_words`, of each with and without a leading space.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -134,6 +142,7 @@ class Prepared:
     max_tokens: int
     job_id: str | None
     deadline: float | None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     score: int | None = None
 
 
@@ -167,22 +176,29 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     params.check(model.n_vocab, limits.max_tokens_out)
     if limits.plain_text and any("\0" in s for s in params.stop):
         raise InvalidRequest("stop holds a NUL character", field="stop")
+    if limits.plain_text and any("\0" in s for s in params.bad_words):
+        raise InvalidRequest("bad_words holds a NUL character", field="bad_words")
     plain = _plain(params)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)
     _check_stop_tokens(plain["stop"], model.tokenizer)
+    bad_words = _bad_word_ids(plain["bad_words"], model)
+    if bad_words or plain["min_tokens"] or plain["stop_token_ids"]:
+        stop_ids = model.tokenizer.stop_ids if model.tokenizer is not None and not plain["ignore_eos"] else ()
+        plain["stop_token_ids"] = tuple(i for i in dict.fromkeys(plain["stop_token_ids"]) if i not in stop_ids)
+        _check_bans(plain, bad_words, stop_ids, model.n_vocab)
     max_tokens = plain["max_tokens"]
     if max_tokens is None:
-        most = (
-            limits.default_tokens
-            if limits.max_tokens_out is None
-            else min(limits.default_tokens, limits.max_tokens_out)
+        known = (limits.default_tokens, limits.max_tokens_out, model.capacity.room_for(n_prompt))
+        max_tokens = max(1, min(n for n in known if n is not None))
+    if plain["min_tokens"] > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {plain['min_tokens']}; the prompt leaves room for {max_tokens}", field="min_tokens"
         )
-        max_tokens = max(1, min(most, model.capacity.room_for(n_prompt)))
     model.capacity.check(n_prompt, max_tokens if request.score is None else 0)
     seed = plain["seed"] if plain["seed"] is not None else make_seed()
     in_use = SamplingParams(**{**plain, "max_tokens": max_tokens, "seed": seed})
-    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline, request.score)
+    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline, bad_words, request.score)
 
 
 def prompt_ids(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) -> npt.NDArray[np.int32]:
@@ -305,6 +321,10 @@ def _plain(params: SamplingParams) -> dict[str, Any]:
         value = getattr(params, name)
         if rule.kind is list:
             value = tuple(str.__str__(s) for s in value)
+        elif rule.kind is tuple:
+            value = tuple(int(i) for i in value)
+        elif rule.kind is dict:
+            value = {int(i): float(bias) for i, bias in value.items()} if value else None
         elif value is not None:
             value = rule.kind(value)
         plain[name] = value
@@ -334,3 +354,41 @@ def _check_stop_tokens(stops: Sequence[str], tokenizer: Tokenizer | None) -> Non
         n = len(tokenizer.encode(stop, add_bos=False)) if tokenizer is not None else 0
         if n > MAX_STOP_TOKENS:
             raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")
+
+
+def _bad_word_ids(words: Sequence[str], model: ModelParts) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word as it is at the beginning of a text and after a space, without repetitions."""
+    if not words:
+        return ()
+    if model.tokenizer is None:
+        raise InvalidRequest("the model file has no tokenizer, so it can have no bad_words", field="bad_words")
+    found: dict[tuple[int, ...], None] = {}
+    total = 0
+    for word in words:
+        bare = word.lstrip() or word
+        for text in (bare, f" {bare}"):
+            ids = tuple(model.tokenizer.encode(text, add_bos=False))
+            if not 1 <= len(ids) <= MAX_TOKENS_OF_A_BAD_WORD or max(ids) >= model.n_vocab:
+                raise InvalidRequest(
+                    f"bad_words holds a text of {len(ids)} tokens; 1 to {MAX_TOKENS_OF_A_BAD_WORD} are taken",
+                    field="bad_words",
+                )
+            total += len(ids) if ids not in found else 0
+            found[ids] = None
+            if total > MAX_BAD_WORD_TOKENS:
+                raise InvalidRequest(
+                    f"bad_words has more than {MAX_BAD_WORD_TOKENS} tokens, with and without a leading space",
+                    field="bad_words",
+                )
+    return tuple(found)
+
+
+def _check_bans(
+    plain: Mapping[str, Any], bad_words: Iterable[tuple[int, ...]], stop_ids: Iterable[int], n_vocab: int
+) -> None:
+    """Refuse what leaves no token to draw."""
+    banned = {word[0] for word in bad_words if len(word) == 1}
+    if len(banned) >= n_vocab:
+        raise InvalidRequest("bad_words bans every token of the vocabulary", field="bad_words")
+    if plain["min_tokens"] and len(banned.union(stop_ids, plain["stop_token_ids"])) >= n_vocab:
+        raise InvalidRequest("min_tokens leaves no token: all end the text or are banned", field="min_tokens")

@@ -17,7 +17,7 @@ import itertools
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import token_edits
 from worker_orcd.errors import (
     DuplicateJob,
     InsufficientMemory,
@@ -134,6 +135,7 @@ class EngineLoop:
         job_id: str | None = None,
         deadline: float | None = None,
         bounded: bool = True,
+        bad_words: Sequence[Sequence[int]] = (),
         score: int | None = None,
     ) -> Job:
         """Queue a generation, or the scoring of a prompt.
@@ -144,6 +146,7 @@ class EngineLoop:
             job_id: None makes one up.
             deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
             bounded: whether the limit of the queue holds.
+            bad_words: the tokens of each.
             score: generate nothing; the job is a `ScoreJob` with so many of the most likely tokens in each place.
 
         Raises:
@@ -160,19 +163,27 @@ class EngineLoop:
             if job_id in self._jobs:
                 raise DuplicateJob(job_id)
             seq_id = next(self._seq_ids)
+            text: Detokenizer | None = None
             if score is not None:
                 job: Job = ScoreJob(job_id, seq_id, params, seed, prompt, score, deadline, self._ended, self._deputy)
                 seq = SequenceState(seq_id, prompt, 0, stops=False)
             else:
                 job = Job(job_id, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy)
-                sampling = replace(params, seed=seed)
-                wants = params.logprobs is not None
-                seq = SequenceState(seq_id, prompt, max_tokens, sampling, not params.ignore_eos, wants)
+                seq = SequenceState(
+                    seq_id,
+                    prompt,
+                    max_tokens,
+                    replace(params, seed=seed),
+                    not params.ignore_eos,
+                    params.logprobs is not None,
+                    params.stop_token_ids,
+                )
+                stop_ids = frozenset(self._scheduler.stop_ids_of(seq))
+                seq.edits = token_edits(params, bad_words, stop_ids)
+                text = Detokenizer(job, decoder, stop_ids)
             if bounded:
                 self._check_queue(seq)
-            stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
             self._jobs[job_id] = job
-            text = None if score is not None else Detokenizer(job, decoder, stop_ids)
             self._enqueue(Entry(seq, job, text))
             wake = deadline is not None and self._output.watch(deadline, seq_id)
         if wake:

@@ -48,11 +48,15 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The terminal event of a job that ran to its end: "stop" (end-of-text token or stop string) or "length"."""
+    """The terminal event of a job that ran to its end: "stop" (end-of-text or stop token, stop string) or "length".
+
+    `stop_reason` as in `Completion`.
+    """
 
     finish_reason: str
     tokens_out: int
     timings: Timings
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,17 @@ class Completion:
     """A finished generation.
 
     Attributes:
-        text: the text, without the stop string or end-of-text token that ended it.
-        token_ids: the tokens generated. The end-of-text token is not among them; the tokens that make up a stop string
-            are.
+        text: the text, without the stop string, stop token or end-of-text token that ended it.
+        token_ids: the tokens generated. The end-of-text or stop token is not among them; the tokens that make up a stop
+            string are.
         finish_reason: "stop" or "length".
         tokens_in: tokens of the prompt.
         seed: the seed used.
         timings: see `Timings`.
         logprobs: for each of `token_ids` a dict {token id: log-probability} of the most likely ones and the token
             itself, or None where they were not asked for.
+        stop_reason: which of `stop_token_ids` or of `stop` ended it; None where the model's own end-of-text token or
+            the length did.
     """
 
     text: str
@@ -78,6 +84,7 @@ class Completion:
     seed: int
     timings: Timings
     logprobs: tuple[dict[int, float], ...] | None = None
+    stop_reason: int | str | None = None
 
 
 class Job:
@@ -213,6 +220,7 @@ class Job:
             self.seed,
             end.timings,
             logprobs,
+            end.stop_reason,
         )
 
     def logprobs(self, first: int, n: int) -> list[dict[int, float]]:
@@ -222,8 +230,8 @@ class Job:
 
     @property
     def last_token(self) -> int | None:
-        """Of a job that a token ended: that token, which is none of its text, where log-probabilities were asked for.
-        `logprobs(tokens_out, 1)` are its own."""
+        """Where log-probabilities were asked for: the token that was drawn after those of the text. It ended the job,
+        unless a stop string did. `logprobs(tokens_out, 1)` are its own."""
         n = len(self._token_ids)
         return self._drawn[n] if n < len(self._drawn) else None
 
@@ -263,9 +271,9 @@ class Job:
         self._drawn.append(token)
         self._logprobs.append(logprobs)
 
-    def finish(self, finish_reason: str) -> bool:
+    def finish(self, finish_reason: str, stop_reason: int | str | None = None) -> bool:
         """End with `Finished`. Returns whether this call ended the job."""
-        return self.end(Finished(finish_reason, len(self._token_ids), self.timings()))
+        return self.end(Finished(finish_reason, len(self._token_ids), self.timings(), stop_reason))
 
     def end(self, end: Finished | WorkerError) -> bool:
         """End the job. Returns whether this call ended it: the first one wins."""

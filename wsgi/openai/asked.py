@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,14 @@ def optional_whole(name: str, value: int | float | None) -> int | None:
     return None if value is None else whole(name, value)
 
 
-def sampling_params(body: SamplingFields, llm: LLM, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def whole_numbers(name: str, values: Iterable[int | float]) -> list[int]:
+    """JSON numbers as integers; see `whole`."""
+    return [whole(name, value) for value in values]
+
+
+def sampling_params(
+    body: SamplingFields, llm: LLM, max_tokens_out: int, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
     """How every choice is sampled; the first one's seed is set.
 
     Where the body is silent, the model file's own settings count, and after them OpenAI's.
@@ -54,11 +62,15 @@ def sampling_params(body: SamplingFields, llm: LLM, max_tokens: int | None, logp
     Raises:
         InvalidRequest: naming the field; values are checked later.
     """
-    given: dict[str, Any] = {k: v for k, v in getattr(llm, "sampling_defaults", {}).items() if k in _NAMES}
+    given: dict[str, Any] = dict(llm.sampling_defaults)
     for name in _NAMES:
         value = getattr(body, name)
         if value is not None:
             given[name] = whole(name, value) if RULES[name].kind is int else value
+    if "stop_token_ids" in given:
+        given["stop_token_ids"] = whole_numbers("stop_token_ids", given["stop_token_ids"])
+    if "min_tokens" in given:
+        given["min_tokens"] = _min_tokens(given["min_tokens"], max_tokens, max_tokens_out)
     if given.get("top_k") == -1:
         given["top_k"] = 0
     if "logit_bias" in given:
@@ -134,6 +146,12 @@ def check_logprobs(n_tokens: int, n_top: int) -> None:
     if n_all > MAX_LOGPROBS_IN_ALL:
         reason = f"{n_all} log-probabilities; an answer has at most {MAX_LOGPROBS_IN_ALL}"
         raise InvalidRequest(f"logprobs: {n_tokens} tokens may have {reason}", field="logprobs")
+
+
+def _min_tokens(least: int, max_tokens: int | None, max_tokens_out: int) -> int:
+    if not 0 <= least <= max_tokens_out:
+        raise InvalidRequest(f"min_tokens must be 0 to {max_tokens_out}, not {least}", field="min_tokens")
+    return least if max_tokens is None else min(least, max_tokens)
 
 
 def _token_id(key: str) -> int:

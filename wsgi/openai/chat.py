@@ -39,7 +39,7 @@ class ChatCompletions:
         n_top = _top_logprobs(body)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = asked.optional_whole(name, getattr(body, name))
-        params = asked.sampling_params(body, made.llm, max_tokens, n_top)
+        params = asked.sampling_params(body, made.llm, self._service.config.max_tokens_out, max_tokens, n_top)
         prompt = conversation_ids(made.llm, body, made.limits)
         asked.check_context(made.llm, len(prompt), max_tokens, ("messages", name))
         if n_top is not None:
@@ -100,7 +100,10 @@ def _choices(
     choices = []
     for index, completion in enumerate(completions):
         choice = ChatChoice(
-            index=index, message=ChatMessage(content=completion.text), finish_reason=completion.finish_reason
+            index=index,
+            message=ChatMessage(content=completion.text),
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
         )
         if n_top is not None:
             choice.logprobs = chat_logprobs(made.texts, completion.token_ids, completion.logprobs or (), n_top)

@@ -14,6 +14,7 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime.request import Request, SamplingParams
 from worker_orcd.serving.job import Completion, Job
 from worker_orcd.wsgi.openai import asked
+from worker_orcd.wsgi.openai.asked import whole_numbers
 from worker_orcd.wsgi.openai.bodies import Bodies
 from worker_orcd.wsgi.openai.fields import check_refused
 from worker_orcd.wsgi.openai.formats import CompletionChunks, Wanted, silent_stream
@@ -132,7 +133,7 @@ def _asked(made: Generation, body: CompletionFields) -> Asked:
     generates = max_tokens != 0
     texts = _prompts(body.prompt)
     n = asked.number_of_choices(body, len(texts), int(echo and n_top is not None), config)
-    first = asked.sampling_params(body, llm, max_tokens if generates else 1, n_top)
+    first = asked.sampling_params(body, llm, config.max_tokens_out, max_tokens if generates else 1, n_top)
     prompts, echoes, n_begin = [], [], []
     for text in texts:
         request = Request(text, None, first, special=bool(body.parse_special), add_bos=body.add_special_tokens)
@@ -155,9 +156,11 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
     kinds = {type(item) for item in prompt}
     if not prompt:
         raise InvalidRequest("prompt is empty", field="prompt")
+    if kinds <= {int, float}:
+        return [whole_numbers("prompt", prompt)]
     if len(kinds) > 1:
         raise InvalidRequest("prompt mixes texts, ids and lists of ids", field="prompt")
-    return [prompt] if kinds == {int} else prompt
+    return prompt if kinds == {str} else [whole_numbers("prompt", ids) for ids in prompt]
 
 
 def _text(made: Generation, prompt: str | list[int]) -> str:
@@ -216,14 +219,14 @@ def _add(made: Generation, ask: Asked, choice: CompletionChoice, job: Job, compl
     """Add what was generated to an opening."""
     start = len(choice.text)
     choice.text += completion.text
-    choice.finish_reason = completion.finish_reason
+    choice.finish_reason, choice.stop_reason = completion.finish_reason, completion.stop_reason
     if ask.token_ids:
         choice.token_ids = list(completion.token_ids)
     if ask.n_top is None:
         return
     offsets = Offsets(made.texts, True, start)
     new = completion_logprobs(made.texts, completion.token_ids, completion.logprobs or (), offsets)
-    add_end(made.texts, new, job, completion, offsets, start)
+    add_end(made.texts, new, job, completion, offsets)
     old = choice.logprobs
     if old is None:
         choice.logprobs = new

@@ -114,6 +114,7 @@ class Chunks(ABC):
             completion = self.jobs[choice].completion()
             chunk = self.chunk(choice, "", completion.token_ids[self.n_shown[choice] :], end.finish_reason)
             self.complete(choice, chunk, completion)
+        chunk.choices[0].stop_reason = end.stop_reason
         self.n_shown[choice] = end.tokens_out
         return data(chunk)
 
@@ -206,8 +207,8 @@ class CompletionChunks(Chunks):
     def __init__(self, *others: Any, openings: Sequence[CompletionChoice | None]) -> None:
         super().__init__(*others)
         self._openings = openings
-        self._starts = [0 if opening is None else len(opening.text) for opening in openings]
-        self._offsets = [Offsets(self.texts, True, start) for start in self._starts]
+        starts = [0 if opening is None else len(opening.text) for opening in openings]
+        self._offsets = [Offsets(self.texts, True, start) for start in starts]
 
     def first(self, choice: int) -> bytes:
         """The echo, if there is one."""
@@ -231,5 +232,5 @@ class CompletionChunks(Chunks):
             return
         said = chunk.choices[0]
         found = said.logprobs or CompletionLogprobs([], [], [], [])
-        add_end(self.texts, found, self.jobs[choice], completion, self._offsets[choice], self._starts[choice])
+        add_end(self.texts, found, self.jobs[choice], completion, self._offsets[choice])
         said.logprobs = found if found.tokens else None

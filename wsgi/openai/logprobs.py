@@ -114,20 +114,16 @@ def completion_logprobs(
     return out
 
 
-def add_end(
-    texts: TokenTexts, out: CompletionLogprobs, job: Job, completion: Completion, offsets: Offsets, start: int
-) -> None:
-    """Add the token that ended a job, if one did: clients that score by count (`echo`, one token) wait for it.
+def add_end(texts: TokenTexts, out: CompletionLogprobs, job: Job, completion: Completion, offsets: Offsets) -> None:
+    """Add the token that ended a job, if no stop string did. Clients that score by count (`echo`, one token) want it.
 
     Args:
         out: of the tokens of its text.
         completion: the job's.
         offsets: moved on by these tokens.
-        start: characters before them.
     """
     end, token = offsets.end(), job.last_token
-    # a text that a stop string ended is shorter than that of its tokens
-    if token is not None and end - start == len(completion.text):
+    if token is not None and not isinstance(completion.stop_reason, str):
         (found,) = job.logprobs(len(completion.token_ids), 1)
         out.text_offset.append(end)
         out.tokens.append(texts.name(token))

@@ -289,6 +289,8 @@ def _set_limits(properties: Schema, max_tokens_out: int, n_vocab: int | None) ->
         if name in properties:
             least = 0 if "echo" in properties else 1
             properties[name] = {"type": ["integer", "null"], "minimum": least, "maximum": max_tokens_out}
+    if "min_tokens" in properties:
+        properties["min_tokens"]["maximum"] = max_tokens_out
     if n_vocab is None:
         return
     properties["top_k"]["maximum"] = n_vocab

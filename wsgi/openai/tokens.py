@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import falcon
 
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.runtime.request import Request
-from worker_orcd.wsgi.openai.asked import limits_of
+from worker_orcd.runtime.request import check_token_ids
+from worker_orcd.wsgi.openai.asked import limits_of, whole_numbers
 from worker_orcd.wsgi.openai.bodies import Bodies
 from worker_orcd.wsgi.openai.chat import conversation_ids
 from worker_orcd.wsgi.openai.fields import check_refused
@@ -69,9 +69,9 @@ class Detokenize:
         """The text, under the names of both."""
         llm = self._service.llm()
         body: DetokenizeFields = self._bodies.take(req)
-        if body.tokens:
-            llm.prompt_ids(Request(body.tokens))  # are they ids?
-        text = _tokenizer(llm).decode(body.tokens)
+        ids = whole_numbers("tokens", body.tokens)
+        check_token_ids(ids or [0], llm.info.n_vocab, "tokens")
+        text = _tokenizer(llm).decode(ids)
         answer(resp, {"prompt": text, "content": text})
 
 

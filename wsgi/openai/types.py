@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from worker_orcd.config import MAX_LOGPROBS, MAX_STOPS
+from worker_orcd.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, MAX_STOPS
 from worker_orcd.runtime.request import RULES
 from worker_orcd.wsgi.openai.fields import HARMLESS, REFUSED, refused_schema
 from worker_orcd.wsgi.openai.ids import MAX_CHOICES
@@ -22,9 +22,7 @@ _WHOLE: dict[str, Any] = {"type": ["integer", "null"]}
 
 def _range(name: str) -> Meta:
     """The schema of the sampling field `name`."""
-    rule = RULES.get(name)
-    if rule is None:
-        return Meta()
+    rule = RULES[name]
     schema: dict[str, Any] = {"type": ["integer" if rule.kind is int else "number", "null"]}
     if rule.least is not None:
         schema["exclusiveMinimum" if rule.above else "minimum"] = rule.least
@@ -84,11 +82,21 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     frequency_penalty: Annotated[float | None, _range("frequency_penalty")] = None
     logit_bias: Annotated[
         dict[str, float] | None,
-        Meta(extra_json_schema={"additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+        Meta(
+            extra_json_schema={
+                "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                "maxProperties": MAX_LOGIT_BIAS,
+            }
+        ),
     ] = None
-    min_tokens: Annotated[int | float | None, _range("min_tokens")] = None
+    min_tokens: Annotated[
+        int | float | None,
+        Meta(extra_json_schema={**_WHOLE, "minimum": 0}, description="max_tokens ends the text all the same"),
+    ] = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int] | None, Meta(extra_json_schema={"items": _ID})] = None
+    stop_token_ids: Annotated[
+        list[int | float] | None, Meta(extra_json_schema={"items": _ID, "maxItems": MAX_STOP_TOKEN_IDS})
+    ] = None
     bad_words: Annotated[list[str] | None, Meta(extra_json_schema=_text_list())] = None
     return_token_ids: bool | None = None
 
@@ -96,7 +104,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 class CompletionFields(SamplingFields, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: str | list[str | int | float | list[int | float]]
     echo: bool | None = None
     logprobs: Annotated[int | float | None, _whole(0, MAX_LOGPROBS)] = None
     add_special_tokens: Annotated[bool | None, Meta(description="begin text with BOS; absent: as the file says")] = None
@@ -149,7 +157,7 @@ class TokenizeFields(msgspec.Struct, kw_only=True):
 class DetokenizeFields(msgspec.Struct, kw_only=True):
     """POST /detokenize."""
 
-    tokens: Annotated[list[int], Meta(extra_json_schema={"items": _ID})]
+    tokens: Annotated[list[int | float], Meta(extra_json_schema={"items": _ID})]
 
 
 def _with_others(name: str, of: type[msgspec.Struct], route: str) -> Any:
@@ -200,12 +208,14 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One continuation of one prompt; the choices of the first prompt come first."""
+    """One continuation of one prompt; the choices of the first prompt come first. `stop_reason`: which of `stop` or of
+    `stop_token_ids` ended it."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -268,6 +278,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -291,6 +302,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
