@@ -23,7 +23,7 @@ from worker_orcd.wsgi.openai.chat import ChatCompletions
 from worker_orcd.wsgi.openai.completions import Completions
 from worker_orcd.wsgi.openai.models import Models, OneModel
 from worker_orcd.wsgi.openai.openapi import OpenApi
-from worker_orcd.wsgi.openai.tokens import ApplyTemplate, Detokenize, Tokenize
+from worker_orcd.wsgi.openai.tokens import ApplyTemplate, Detokenize, Tokenize, TokenizerInfo
 from worker_orcd.wsgi.openai.types import BODIES
 from worker_orcd.wsgi.service import Service
 
@@ -41,6 +41,7 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/tokenize", Tokenize),
     ("/detokenize", Detokenize),
     ("/apply-template", ApplyTemplate),
+    ("/tokenizer_info", TokenizerInfo),
     ("/openapi.json", OpenApi),
 )
 

@@ -38,7 +38,7 @@ class Unauthorized(WorkerError):
 
 
 #: paths whose clients know OpenAI's shape of an error, and what lies below them
-OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize", "/apply-template")
+OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize", "/apply-template", "/tokenizer_info")
 #: `type` of an error by its status, as OpenAI names them; of others below 500 the first
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

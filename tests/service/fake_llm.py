@@ -28,7 +28,8 @@ class FakeInfo(SimpleNamespace):
 class FakeTokenizer:
     """Bytes are tokens. The prompt of a conversation is the content of its last message."""
 
-    bos_id = None
+    kind = "fake"
+    bos_id = eos_id = unk_id = pad_id = chat_template = None
     add_bos = False
 
     def encode(self, text, *, special=False, add_bos=None):

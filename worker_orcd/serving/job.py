@@ -228,12 +228,10 @@ class Job:
         were asked for."""
         return self._logprobs[first : first + n]
 
-    @property
-    def last_token(self) -> int | None:
-        """Where log-probabilities were asked for: the token that was drawn after those of the text. It ended the job,
-        unless a stop string did. `logprobs(tokens_out, 1)` are its own."""
-        n = len(self._token_ids)
-        return self._drawn[n] if n < len(self._drawn) else None
+    def drawn(self, index: int) -> int | None:
+        """The token number `index` where log-probabilities were asked for, None where there is none. The one after those
+        of a finished text ended it, unless a stop string did."""
+        return self._drawn[index] if index < len(self._drawn) else None
 
     def timings(self) -> Timings:
         """The times so far."""

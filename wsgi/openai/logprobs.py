@@ -122,7 +122,7 @@ def add_end(texts: TokenTexts, out: CompletionLogprobs, job: Job, completion: Co
         completion: the job's.
         offsets: moved on by these tokens.
     """
-    end, token = offsets.end(), job.last_token
+    end, token = offsets.end(), job.drawn(len(completion.token_ids))
     if token is not None and not isinstance(completion.stop_reason, str):
         (found,) = job.logprobs(len(completion.token_ids), 1)
         out.text_offset.append(end)

@@ -143,6 +143,9 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "/apply-template": {
         "post": Operation("Text of a conversation", {200: {JSON: _object(prompt=_TEXT)}}, "TemplateBody")
     },
+    "/tokenizer_info": {
+        "get": Operation("Special tokens and chat template", {200: {JSON: _object(tokenizer_class=_TEXT)}})
+    },
     "/openapi.json": {"get": Operation("This document", {200: {JSON: {"type": "object"}}})},
 }
 

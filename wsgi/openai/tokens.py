@@ -1,4 +1,4 @@
-"""POST /tokenize, /detokenize and /apply-template, as vLLM and llama-server have them."""
+"""POST /tokenize, /detokenize and /apply-template, and GET /tokenizer_info, as vLLM and llama-server have them."""
 
 from __future__ import annotations
 
@@ -91,13 +91,43 @@ class ApplyTemplate:
         answer(resp, {"prompt": text})
 
 
+class TokenizerInfo:
+    """GET /tokenizer_info: the texts of the special tokens, and the chat template."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """What lm-eval asks vLLM for before it uses /tokenize and /detokenize."""
+        llm = self._service.llm()
+        tokenizer = _tokenizer(llm)
+        answer(
+            resp,
+            {
+                "tokenizer_class": tokenizer.kind,
+                "bos_token": _text_of(tokenizer, tokenizer.bos_id),
+                "eos_token": _text_of(tokenizer, tokenizer.eos_id),
+                "unk_token": _text_of(tokenizer, tokenizer.unk_id),
+                "pad_token": _text_of(tokenizer, tokenizer.pad_id),
+                "chat_template": tokenizer.chat_template,
+                "model_max_length": llm.info.context_length,
+            },
+        )
+
+
+def _text_of(tokenizer: Any, token: int | None) -> str | None:
+    return None if token is None else tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+
 def _encoded(llm: LLM, body: TokenizeFields) -> list[int]:
-    if body.content is not None:  # llama-server: no BOS, and control tokens are found, unless it says otherwise
-        text, special, begin = body.content, body.parse_special is not False, bool(body.add_special)
+    if body.content is not None:  # of llama-server, where a text begins with BOS only if it is asked for
+        text, begin = body.content, bool(body.add_special)
     else:
-        text, special, begin = body.prompt or "", bool(body.parse_special), body.add_special_tokens is not False
+        text, begin = body.prompt or "", body.add_special_tokens is not False
     tokenizer = _tokenizer(llm)
-    ids: list[int] = tokenizer.encode(text, special=special, add_bos=begin and tokenizer.add_bos)
+    ids: list[int] = tokenizer.encode(
+        text, special=body.parse_special is not False, add_bos=begin and tokenizer.add_bos
+    )
     return ids
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions with SmolLM2: chat.py, messages.py and the template against the tokenizer and the runtime."""
+"""POST /v1/chat/completions with SmolLM2: chat.py, messages.py, the template, against tokenizer and runtime."""
 
 from __future__ import annotations
 

@@ -162,11 +162,14 @@ BODIES_THAT_ARE_NONE = {
     "very deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep and open": b'{"prompt": ' + b'{"a":' * 100_000,
 }
+#: those with a number that is wrong for a field which other routes do not know
+OF_COMPLETIONS = [BODIES_THAT_ARE_NONE[name] for name in ("huge", "huge in what is ignored", "digits")]
 
 
 @pytest.mark.parametrize("body", BODIES_THAT_ARE_NONE.values(), ids=BODIES_THAT_ARE_NONE)
 def test_s3_bodies_that_are_none(app, body):
-    for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/apply-template"):
+    others = () if body in OF_COMPLETIONS else ("/tokenize", "/detokenize", "/apply-template")
+    for path in (COMPLETIONS, CHAT, *others):
         error_of(post(app, path, body))
     assert not app.service.llm().jobs
 

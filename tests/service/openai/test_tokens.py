@@ -12,10 +12,10 @@ TEXT = "naïve 日本 <|im_end|>"
 def test_vllms_body(smollm2):
     tokenizer = smollm2.service.llm().tokenizer
     out = ok(smollm2, "/tokenize", model="m", prompt=TEXT, return_token_strs=True)
-    ids = tokenizer.encode(TEXT)
+    ids = tokenizer.encode(TEXT, special=True)
     assert out["tokens"] == ids and out["count"] == len(ids) and out["max_model_len"] == 8192
     assert out["token_strs"] == [tokenizer.decode([i]) for i in ids]
-    assert ok(smollm2, "/tokenize", prompt=TEXT, parse_special=True)["tokens"] == tokenizer.encode(TEXT, special=True)
+    assert ok(smollm2, "/tokenize", prompt=TEXT, parse_special=False)["tokens"] == tokenizer.encode(TEXT)
     assert ok(smollm2, "/tokenize", messages=HELLO)["tokens"] == tokenizer.apply_chat(HELLO)
     assert ok(smollm2, "/tokenize", prompt="")["tokens"] == []
 
@@ -54,6 +54,14 @@ def test_one_of_the_three_is_needed(smollm2):
 def test_a_model_without_a_template_says_so(tiny):
     for path in ("/apply-template", "/v1/chat/completions", "/tokenize"):
         assert refused(tiny, path, messages=HELLO)["param"] == "messages"
+
+
+def test_special_tokens_and_the_template(smollm2):
+    tokenizer = smollm2.service.llm().tokenizer
+    info = smollm2.client.simulate_get("/tokenizer_info").json
+    ids = ok(smollm2, "/tokenize", prompt=info["eos_token"], add_special_tokens=False)["tokens"]
+    assert ids == [tokenizer.eos_id] and info["chat_template"] == tokenizer.chat_template
+    assert info["bos_token"] == tokenizer.decode([tokenizer.bos_id])
 
 
 def test_models(smollm2):
