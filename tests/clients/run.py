@@ -18,6 +18,10 @@ import numpy as np
 
 from worker_orcd import LLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import tiny_chat
+
 HERE = Path(__file__).resolve().parent
 KEY = "the-key-of-the-clients"
 #: seconds that the worker may take to load, and to end
@@ -42,6 +46,12 @@ def expected_scores(model: str, device: str) -> list[list[float]]:
     return scores
 
 
+def small_model(folder: Path) -> str | None:
+    """A tiny model, for clients that ask a thousand times; None where there are no reference files to make it of."""
+    goldens = Path(os.environ.get("WORKER_ORCD_GOLDENS") or HERE.parents[2] / "shared" / "goldens")
+    return str(tiny_chat.write(goldens, folder, 256)) if goldens.is_dir() else None
+
+
 class Worker:
     """One that runs until it is stopped.
 
@@ -50,8 +60,8 @@ class Worker:
         options: of `serve`.
     """
 
-    def __init__(self, args: argparse.Namespace, log: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "worker_orcd", "serve", "--model", args.model, "--device", args.device]
+    def __init__(self, model: str, device: str, log: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "worker_orcd", "serve", "--model", model, "--device", device]
         command += ["--port", "0", "--log-format", "json", *options]
         self._log = log
         with log.open("wb") as out:
@@ -94,9 +104,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "expected.json").write_text(json.dumps(expected_scores(args.model, args.device)))
+        small = small_model(folder) or args.model
         workers = [
-            Worker(args, folder / "log"),
-            Worker(args, folder / "small-log", "--context-length", "96", "--max-tokens-out", "16"),
+            Worker(args.model, args.device, folder / "log"),
+            Worker(small, args.device, folder / "small-log", "--context-length", "96", "--max-tokens-out", "16"),
         ]
         try:
             env = {
@@ -115,7 +126,17 @@ def main() -> int:
             env.pop("PYTHONSAFEPATH", None)
             every = [] if any(not a.startswith("-") for a in more) else sorted(map(str, HERE.glob("*_client.py")))
             code = subprocess.run(
-                [Path(args.clients).absolute(), "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--durations=8", *every, *more],
+                [
+                    Path(args.clients).absolute(),
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-c",
+                    HERE / "pytest.ini",
+                    "--durations=8",
+                    *every,
+                    *more,
+                ],
                 env=env,
                 cwd=HERE,
                 check=False,

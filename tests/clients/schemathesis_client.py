@@ -31,6 +31,7 @@ def test_schemathesis_finds_nothing(tmp_path):
             *("--max-examples", "12"),
             *("--seed", "1"),
             *("--workers", "2"),
+            *("--request-timeout", "60"),
             *("--suppress-health-check", "all"),
             "--no-color",
         ],
