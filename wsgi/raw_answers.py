@@ -11,10 +11,11 @@ import msgspec
 from gunicorn.http import errors as gunicorn_errors
 
 from worker_orcd.errors import InvalidRequest, NotReady, WorkerError
-from worker_orcd.wsgi.http_errors import RETRY_LOADING_SEC, from_exception
+from worker_orcd.wsgi.http_errors import RETRY_LOADING_SEC, from_exception, is_openai, openai_details
 from worker_orcd.wsgi.middleware import CORRELATION_HEADER, correlation_id
 
 _GIVEN_ID = re.compile(rb"\r\n" + CORRELATION_HEADER.encode() + rb":[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+_PATH = re.compile(rb"[A-Z]{1,20} ([^ ?\r\n]{1,4096})")
 #: what gunicorn's parser refuses: its class of error, our status and words. The first that fits counts.
 _REFUSALS: tuple[tuple[type[Exception], int, str], ...] = (
     (gunicorn_errors.LimitRequestLine, 414, "the request line is too long"),
@@ -59,9 +60,15 @@ def id_of(head: bytes) -> str:
         return correlation_id(None)
 
 
-def encode(error: WorkerError, correlation: str) -> bytes:
-    """The whole HTTP answer; the connection ends with it."""
-    body = msgspec.json.encode(error.details(), enc_hook=str)
+def path_of(head: bytes) -> str:
+    """The path in the bytes of a request; "" where there is none."""
+    found = _PATH.match(head)
+    return found.group(1).decode("latin-1") if found else ""
+
+
+def encode(error: WorkerError, correlation: str, path: str = "") -> bytes:
+    """The whole HTTP answer, in the shape that `path` has; the connection ends with it."""
+    body = msgspec.json.encode(openai_details(error) if is_openai(path) else error.details(), enc_hook=str)
     lines = [
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
         "Connection: close",

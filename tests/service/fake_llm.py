@@ -15,6 +15,7 @@ from worker_orcd.chat.messages import checked
 from worker_orcd.errors import CudaError, DuplicateJob, InvalidRequest, NotReady, QueueFull
 from worker_orcd.runtime.request import Limits, ModelParts, prepare, prompt_ids
 from worker_orcd.serving.job import Job
+from worker_orcd.serving.score_job import ScoreJob
 
 N_VOCAB = 512
 CONTEXT = 40_000
@@ -102,6 +103,9 @@ class FakeLLM:
     def prompt_ids(self, request, limits=None):
         return prompt_ids(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits or Limits())
 
+    def check_request(self, request, limits=None):
+        prepare(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits or Limits())
+
     def submit_request(self, request, limits=None):
         return self.submit_requests([request], limits)[0]
 
@@ -120,24 +124,29 @@ class FakeLLM:
             jobs = [self._job(ready) for ready in all_ready]
         for job, ready in zip(jobs, all_ready, strict=True):
             words = self.tokenizer.decode(ready.token_ids.tolist()).split(" ", 1)
-            threading.Thread(target=self._speak, args=(job, words[0], words[1:]), daemon=True).start()
+            verb = "score" if ready.score is not None else words[0]
+            threading.Thread(target=self._speak, args=(job, verb, words[1:]), daemon=True).start()
         return jobs
 
     def _job(self, ready):
         self.n_seq += 1
-        n_prompt = len(ready.token_ids)
-        job = Job(ready.job_id, self.n_seq, ready.params, ready.seed, n_prompt, ready.deadline, lambda job: None)
+        ids, fixed = ready.token_ids, (ready.job_id, self.n_seq, ready.params, ready.seed)
+        if ready.score is not None:
+            job = ScoreJob(*fixed, ids, ready.score, ready.deadline, lambda job: None)
+            job.prompt_logprobs += [{int(i): -1.0} for i in ids[1:]]
+        else:
+            job = Job(*fixed, len(ids), ready.deadline, lambda job: None)
         self.jobs[ready.job_id] = job
         return job
 
     def _speak(self, job, verb, rest):
         """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: 8 MB at once;
         quiet: nothing until stopped; fail: an error after the first piece; sticky: the engine dies, at once or
-        late-sticky: after 0.4 s."""
+        late-sticky: after 0.4 s; any other word: an end without text."""
         job.admitted_at = job.first_token_at = time.monotonic()
         limit = job.params.max_tokens
         if verb == "say":
-            text = rest[0][:limit]
+            text = "".join(rest)[:limit]
             for char in text:
                 job.add_piece(char, list(char.encode()))
             job.finish("stop")
@@ -162,6 +171,8 @@ class FakeLLM:
             for other in self.jobs.values():
                 other.end(error)
             self.on_fatal(error)
+        else:
+            job.finish("stop")
 
     def job(self, job_id):
         job = self.jobs.get(job_id)

@@ -307,6 +307,14 @@ class LLM:
             self._abandon(jobs)
             raise
 
+    def check_request(self, request: Request, limits: Limits | None = None) -> None:
+        """Raise what `submit_request` would raise of a request that can never run.
+
+        Raises:
+            InvalidRequest, VramOom: it can never run.
+        """
+        self._prepare(request, limits)
+
     def prompt_ids(self, request: Request, limits: Limits | None = None) -> np.ndarray:
         """The tokens that the prompt or the messages of a request become: int32 [n_prompt].
 
@@ -402,6 +410,9 @@ class LLM:
 
         def start(some: Sequence[Prepared]) -> None:
             with self._loop.together():
+                if bounded:  # before any of them is there: none takes room that others need
+                    sizes = [(p.token_ids, 0 if p.score is not None else p.max_tokens) for p in some]
+                    self._loop.check_room([(p.job_id, *size) for p, size in zip(some, sizes, strict=True)])
                 for prepared in some:
                     job = self._loop.submit(
                         prepared.token_ids,
@@ -410,7 +421,7 @@ class LLM:
                         max_tokens=prepared.max_tokens,
                         job_id=prepared.job_id,
                         deadline=prepared.deadline,
-                        bounded=bounded,
+                        bounded=False,
                         bad_words=prepared.bad_words,
                         score=prepared.score,
                     )

@@ -93,6 +93,7 @@ class Limits:
         max_tokens_in: tokens of a prompt.
         max_tokens_out: the limit of `max_tokens`.
         default_tokens: the most that a request gets which names no `max_tokens`.
+        max_stop_chars: characters of a stop string, in the place of its tokens.
         plain_text: refuse NUL in prompts and stop strings, and control characters in job ids.
         without_tokenizer: what is said of a prompt that is text where the model has no tokenizer.
     """
@@ -101,6 +102,7 @@ class Limits:
     max_tokens_in: int | None = None
     max_tokens_out: int | None = None
     default_tokens: int = DEFAULT_MAX_TOKENS
+    max_stop_chars: int | None = None
     plain_text: bool = False
     without_tokenizer: str = "the model file has no tokenizer; give the prompt as token ids"
 
@@ -181,7 +183,7 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     plain = _plain(params)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)
-    _check_stop_tokens(plain["stop"], model.tokenizer)
+    _check_stops(plain["stop"], model.tokenizer, limits.max_stop_chars)
     bad_words = _bad_word_ids(plain["bad_words"], model)
     if bad_words or plain["min_tokens"] or plain["stop_token_ids"]:
         stop_ids = model.tokenizer.stop_ids if model.tokenizer is not None and not plain["ignore_eos"] else ()
@@ -347,10 +349,15 @@ def _prompt_ids(model: ModelParts, request: Request, limits: Limits) -> npt.NDAr
     return ids
 
 
-def _check_stop_tokens(stops: Sequence[str], tokenizer: Tokenizer | None) -> None:
+def _check_stops(stops: Sequence[str], tokenizer: Tokenizer | None, max_chars: int | None) -> None:
     if stops and tokenizer is None:
         raise InvalidRequest("the model file has no tokenizer, so it can have no stop strings", field="stop")
     for stop in stops:
+        if max_chars is not None:
+            if len(stop) > max_chars:
+                reason = f"a stop string has {len(stop)} characters; at most {max_chars} are taken"
+                raise InvalidRequest(reason, field="stop")
+            continue
         n = len(tokenizer.encode(stop, add_bos=False)) if tokenizer is not None else 0
         if n > MAX_STOP_TOKENS:
             raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")

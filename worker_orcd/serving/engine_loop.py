@@ -197,6 +197,26 @@ class EngineLoop:
         with self._lock:
             yield
 
+    def check_room(self, jobs: Sequence[tuple[str | None, np.ndarray, int]]) -> None:
+        """Inside `together`: whether these jobs may be submitted, all of them, before the first one is.
+
+        Args:
+            jobs: of each its id, its prompt (int32 [n_prompt]) and the tokens that it generates.
+
+        Raises:
+            DuplicateJob: one of them runs. QueueFull: there is no room for all. NotReady: for none.
+        """
+        with self._lock:
+            self._check_accepting()
+            for job_id, _, _ in jobs:
+                if job_id is not None and job_id in self._jobs:
+                    raise DuplicateJob(job_id)
+            arriving = [SequenceState(0, prompt, max_tokens) for _, prompt, max_tokens in jobs]
+            before = self._scheduler.outlook(self._inbox)[1] if self._inbox else 0
+            after = self._scheduler.outlook([*self._inbox, *arriving])[1]
+            if after > before:
+                self._check_queued(after)
+
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """Teacher-forced logits of int32 [n]: float32 [n, n_vocab]. Waits for its turn among the jobs.
 
@@ -294,7 +314,11 @@ class EngineLoop:
 
     def _check_queue(self, seq: SequenceState) -> None:
         starts, n_wait = self._scheduler.outlook([*self._inbox, seq])
-        if not starts and self._scheduler.n_waiting + n_wait > self._max_queue:
+        if not starts:
+            self._check_queued(n_wait)
+
+    def _check_queued(self, n_arriving: int) -> None:
+        if self._scheduler.n_waiting + n_arriving > self._max_queue:
             raise QueueFull(f"{self._max_queue} jobs are queued already; try again later", retry_after=1)
 
     def _enqueue(self, entry: Entry) -> None:

@@ -229,8 +229,8 @@ class Job:
         return self._logprobs[first : first + n]
 
     def drawn(self, index: int) -> int | None:
-        """The token number `index` where log-probabilities were asked for, None where there is none. The one after those
-        of a finished text ended it, unless a stop string did."""
+        """The token number `index`; None where there is none, or where no log-probabilities were asked for. The one
+        after those of a finished text ended it, unless a stop string did."""
         return self._drawn[index] if index < len(self._drawn) else None
 
     def timings(self) -> Timings:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from worker_orcd.config import ServeConfig
+from worker_orcd.config import MAX_STOP_CHARS, ServeConfig
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime.request import RULES, Limits, SamplingParams, make_seed
 from worker_orcd.wsgi.native.requests import whole
@@ -37,6 +37,7 @@ def limits_of(config: ServeConfig) -> Limits:
         max_tokens_in=config.max_tokens_in,
         max_tokens_out=config.max_tokens_out,
         default_tokens=config.max_tokens_out,
+        max_stop_chars=MAX_STOP_CHARS,
         plain_text=True,
         without_tokenizer="the model has no tokenizer; the worker can be given one with --tokenizer",
     )
@@ -50,6 +51,25 @@ def optional_whole(name: str, value: int | float | None) -> int | None:
 def whole_numbers(name: str, values: Iterable[int | float]) -> list[int]:
     """JSON numbers as integers; see `whole`."""
     return [whole(name, value) for value in values]
+
+
+def max_tokens_of(
+    body: SamplingFields, config: ServeConfig, names: Sequence[str], least: int
+) -> tuple[str, int | None]:
+    """The name and the value of the first of several fields that is given: tokens to generate at most.
+
+    Args:
+        names: of the fields, the first before the others.
+        least: of their range.
+
+    Raises:
+        InvalidRequest: one of them is out of range, whether it counts or not.
+    """
+    given = {name: optional_whole(name, getattr(body, name)) for name in names}
+    for name, value in given.items():
+        if value is not None and not least <= value <= config.max_tokens_out:
+            raise InvalidRequest(f"{name} must be {least} to {config.max_tokens_out}, not {_shown(value)}", field=name)
+    return next((item for item in given.items() if item[1] is not None), (names[-1], None))
 
 
 def sampling_params(
@@ -148,9 +168,13 @@ def check_logprobs(n_tokens: int, n_top: int) -> None:
         raise InvalidRequest(f"logprobs: {n_tokens} tokens may have {reason}", field="logprobs")
 
 
+def _shown(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
+
+
 def _min_tokens(least: int, max_tokens: int | None, max_tokens_out: int) -> int:
     if not 0 <= least <= max_tokens_out:
-        raise InvalidRequest(f"min_tokens must be 0 to {max_tokens_out}, not {least}", field="min_tokens")
+        raise InvalidRequest(f"min_tokens must be 0 to {max_tokens_out}, not {_shown(least)}", field="min_tokens")
     return least if max_tokens is None else min(least, max_tokens)
 
 

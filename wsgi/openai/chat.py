@@ -37,8 +37,7 @@ class ChatCompletions:
         check_refused(body)
         n = asked.number_of_choices(body, 1, 0, self._service.config)
         n_top = _top_logprobs(body)
-        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        max_tokens = asked.optional_whole(name, getattr(body, name))
+        name, max_tokens = asked.max_tokens_of(body, self._service.config, ("max_completion_tokens", "max_tokens"), 1)
         params = asked.sampling_params(body, made.llm, self._service.config.max_tokens_out, max_tokens, n_top)
         prompt = conversation_ids(made.llm, body, made.limits)
         asked.check_context(made.llm, len(prompt), max_tokens, ("messages", name))

@@ -129,7 +129,7 @@ def _asked(made: Generation, body: CompletionFields) -> Asked:
     n_top = asked.optional_whole("logprobs", body.logprobs)
     if n_top is not None and not 0 <= n_top <= MAX_LOGPROBS:
         raise InvalidRequest(f"logprobs must be 0 to {MAX_LOGPROBS}", field="logprobs")
-    max_tokens = asked.optional_whole("max_tokens", body.max_tokens)
+    _, max_tokens = asked.max_tokens_of(body, config, ("max_tokens",), 0)
     generates = max_tokens != 0
     texts = _prompts(body.prompt)
     n = asked.number_of_choices(body, len(texts), int(echo and n_top is not None), config)
@@ -142,6 +142,9 @@ def _asked(made: Generation, body: CompletionFields) -> Asked:
         prompts.append(ids)
         echoes.append(_text(made, text) if echo else "")
         n_begin.append(_begin(made, ids) if isinstance(text, str) else 0)
+    if not generates:
+        for text in texts:  # what says nothing of an echo must be right all the same
+            llm.check_request(Request(text, None, first, score=0), made.limits)
     if n_top is not None:
         n_out = n * len(prompts) * min(max_tokens or config.max_tokens_out, llm.info.context_length)
         n_in = n * sum(map(len, prompts)) if echo else 0

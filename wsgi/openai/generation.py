@@ -54,7 +54,7 @@ class Generation:
         self.texts = TokenTexts(self.llm.tokenizer)
         self.limits: Limits = limits_of(service.config)
         self._req = req
-        self._log = service.events.bind(correlation_id=req.context.correlation_id)
+        self._log = service.events.bind(correlation_id=req.context.correlation_id, route=req.path)
         req.context.job_id = self.head.id
 
     def begin(self, asked: Sequence[Request], **facts: object) -> tuple[object, list[Job]]:
@@ -79,7 +79,6 @@ class Generation:
             self._log.emit(
                 "execute_start",
                 job_id=job.job_id,
-                route=self._req.path,
                 answer_id=self.head.id,
                 tokens_in=job.tokens_in,
                 seed=job.seed,

@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ _JOB_ERRORS = {
     499: "the job was cancelled",
     504: "the job passed its deadline",
 }
+#: in a path as Falcon writes it: its name, and how much of the path it is
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ROLE = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}
 _PART = {
     "type": "object",
@@ -202,12 +205,11 @@ def document(
     """
     paths: dict[str, Any] = {}
     for path, methods in operations.items():
-        shown = path.replace(":path}", "}")
+        shown = _PARAMETER.sub(r"{\1}", path)
         paths[shown] = {method: _operation(path, one, with_key) for method, one in methods.items()}
-        if "{model}" in shown:
-            paths[shown]["parameters"] = [
-                {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            ]
+        named: Schema = {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        if parameters := [{"name": found[1], **named} for found in _PARAMETER.finditer(path)]:
+            paths[shown]["parameters"] = parameters
     whole: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "worker-orcd", "version": worker_orcd.__version__},

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from worker_orcd.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, MAX_STOPS
+from worker_orcd.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
 from worker_orcd.runtime.request import RULES
 from worker_orcd.wsgi.openai.fields import HARMLESS, REFUSED, refused_schema
 from worker_orcd.wsgi.openai.ids import MAX_CHOICES
@@ -35,16 +35,14 @@ def _whole(least: int, most: int) -> Meta:
     return Meta(extra_json_schema={**_WHOLE, "minimum": least, "maximum": most})
 
 
-def _text_list(most: int | None = None) -> dict[str, Any]:
-    return {
-        "items": {"type": "string", "minLength": 1, "pattern": NO_NUL},
-        **({} if most is None else {"maxItems": most}),
-    }
+def _text_list(**bounds: int) -> dict[str, Any]:
+    return {"items": {"type": "string", "minLength": 1, "pattern": NO_NUL, **bounds}}
 
 
 #: of a JSON Schema: a string without NUL
 NO_NUL = r"^[^\x00]*$"
-_TEXTS = Meta(extra_json_schema={"minLength": 1, "pattern": NO_NUL, **_text_list(MAX_STOPS)})
+_TEXT = {"minLength": 1, "maxLength": MAX_STOP_CHARS, "pattern": NO_NUL}
+_TEXTS = Meta(extra_json_schema={**_TEXT, **_text_list(maxLength=MAX_STOP_CHARS), "maxItems": MAX_STOPS})
 _ID = {"type": "integer", "minimum": 0}
 
 

@@ -35,6 +35,7 @@ def test_an_answer_has_openais_shape_and_the_runtimes_text(smollm2):
     ]
     assert whole["usage"]["prompt_tokens"] == expected.tokens_in and whole["usage"]["completion_tokens"] == 8
     assert ok(smollm2, CHAT, messages=HELLO, max_completion_tokens=3, max_tokens=7)["usage"]["completion_tokens"] == 3
+    assert refused(smollm2, CHAT, messages=HELLO, max_completion_tokens=3, max_tokens=9999)["param"] == "max_tokens"
 
 
 @pytest.mark.parametrize("extra", [{}, {"logprobs": True, "top_logprobs": 2}, {"return_token_ids": True}], ids=str)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.openai.asking import COMPLETIONS, joined, ok, streamed
+from service.openai.asking import COMPLETIONS, joined, ok, refused, streamed
 from worker_orcd import SamplingParams
 
 PROMPT = "The quick brown fox"
@@ -154,5 +154,6 @@ def test_nothing_is_generated_for_max_tokens_0(tiny):
     texts = [tiny.service.llm().tokenizer.decode(ids) for ids in ([5, 6], [70, 71])]
     assert [c["text"] for c in whole["choices"]] == texts
     assert whole["usage"]["completion_tokens"] == 0 and whole["choices"][0]["finish_reason"] == "length"
+    assert refused(tiny, COMPLETIONS, prompt=PROMPT, max_tokens=0, bad_words=["\x00"])["param"] == "bad_words"
     chunks = streamed(tiny, COMPLETIONS, prompt=PROMPT, max_tokens=0, stream_options={"include_usage": True})
     assert [len(c["choices"]) for c in chunks] == [1, 0] and chunks[1]["usage"]["total_tokens"] > 0

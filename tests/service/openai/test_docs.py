@@ -9,7 +9,7 @@ import pytest
 
 from worker_orcd import SamplingParams
 from worker_orcd.cli.main import cli
-from worker_orcd.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, MAX_STOP_TOKENS, MAX_STOPS
+from worker_orcd.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
 from worker_orcd.wsgi.app import ROUTES
 from worker_orcd.wsgi.openai.asked import MAX_LOGPROBS_IN_ALL
 from worker_orcd.wsgi.openai.fields import HARMLESS, REFUSED
@@ -36,7 +36,7 @@ def test_every_sampling_field_has_its_row():
         value = getattr(defaults, name, None)
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert default == str(value), name
-    assert f"up to {MAX_STOPS}, each at most {MAX_STOP_TOKENS} tokens" in table["stop"][0]
+    assert f"up to {MAX_STOPS}, each at most {MAX_STOP_CHARS} characters" in table["stop"][0]
     assert f"up to {MAX_LOGIT_BIAS:,}" in table["logit_bias"][0]
     assert f"up to {MAX_STOP_TOKEN_IDS} ids" in table["stop_token_ids"][0]
     assert f"1-{MAX_CHOICES} choices" in table["n"][0]

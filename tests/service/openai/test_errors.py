@@ -13,6 +13,7 @@ from service.in_process import App
 from service.in_process import error_of as native_error_of
 from service.openai.asking import CHAT, COMPLETIONS, chunks_of, error_of, joined, ok, post, refused
 from worker_orcd.errors import InferenceTimeout, QueueFull
+from worker_orcd.wsgi import raw_answers
 from worker_orcd.wsgi.http_errors import is_openai, openai_details
 from worker_orcd.wsgi.openai.ids import COMPLETION, MAX_JOBS, is_answer, job_ids, new_id
 
@@ -132,6 +133,14 @@ def _data(text):
     return [event.removeprefix("data: ") for event in text.split("\n\n") if event]
 
 
+def test_answers_of_what_never_reaches_the_application_have_the_shape_of_their_path():
+    for path, kind in (("/v1/completions?x=1", "error"), ("/execute", "code")):
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        answer = raw_answers.encode(raw_answers.too_slow(20), "c", raw_answers.path_of(head))
+        assert kind in json.loads(answer.split(b"\r\n\r\n", 1)[1])
+    assert raw_answers.path_of(b"\x16\x03\x01") == raw_answers.path_of(b"") == ""
+
+
 def test_ids():
     assert new_id(COMPLETION) != new_id(COMPLETION) and is_answer(new_id(COMPLETION)) and not is_answer("j")
     assert len(set(job_ids("a", MAX_JOBS))) == MAX_JOBS
@@ -165,7 +174,7 @@ def test_a_client_that_goes_ends_all_choices(start):
         connection.close()
         for started in worker.events("execute_start")[-2:]:
             ended = worker.event("execute_end", job_id=started["job_id"])
-            assert ended["outcome"] in ("disconnected", "error") and started["route"] == COMPLETIONS
+            assert ended["outcome"] in ("disconnected", "error") and started["route"] == ended["route"] == COMPLETIONS
         assert time.monotonic() - began < 2
         assert {e["answer_id"] for e in worker.events("execute_start")[-2:]} == {
             worker.events("execute_start")[-2]["job_id"]

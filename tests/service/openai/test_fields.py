@@ -65,7 +65,7 @@ def test_harmless_fields_and_nulls_change_nothing(app, path):
         "presence_penalty": (-2.1, 2.1, "x"),
         "frequency_penalty": (-2.1, 2.1, True),
         "seed": (1.5, 2**64, -(2**63) - 1, "1", True, 10**400),
-        "stop": ("", [""], ["a"] * 5, [3], 3, "x" * 33, ["\x00"]),
+        "stop": ("", [""], ["a"] * 5, [3], 3, "x" * 257, ["\x00"]),
         "logit_bias": ({"512": 1}, {"-1": 1}, {"x": 1}, {"01": 1}, {"1": 101}, {"1": "x"}, {"1.0": 1}, [], "x"),
         "min_tokens": (-1, 2049, 1.5, "x"),
         "stop_token_ids": ([512], [-1], ["x"], [1.5], [True], "x", 3),
