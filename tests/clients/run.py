@@ -24,6 +24,8 @@ from helpers import tiny_chat
 
 HERE = Path(__file__).resolve().parent
 KEY = "the-key-of-the-clients"
+#: of the worker that schemathesis talks to: short answers, and room for as many choices as a request may want
+SMALL = ("--max-tokens-out", "16", "--max-queue", "128")
 #: seconds that the worker may take to load, and to end
 LOAD_SEC, EXIT_SEC = 120, 5
 
@@ -107,7 +109,7 @@ def main() -> int:
         small = small_model(folder) or args.model
         workers = [
             Worker(args.model, args.device, folder / "log"),
-            Worker(small, args.device, folder / "small-log", "--context-length", "96", "--max-tokens-out", "16"),
+            Worker(small, args.device, folder / "small-log", "--context-length", "96", *SMALL),
         ]
         try:
             env = {
