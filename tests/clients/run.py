@@ -127,18 +127,9 @@ def main() -> int:
             }
             env.pop("PYTHONSAFEPATH", None)
             every = [] if any(not a.startswith("-") for a in more) else sorted(map(str, HERE.glob("*_client.py")))
+            pytest = [Path(args.clients).absolute(), "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--durations=8"]
             code = subprocess.run(
-                [
-                    Path(args.clients).absolute(),
-                    "-m",
-                    "pytest",
-                    "-q",
-                    "-c",
-                    HERE / "pytest.ini",
-                    "--durations=8",
-                    *every,
-                    *more,
-                ],
+                [*pytest, *every, *more],
                 env=env,
                 cwd=HERE,
                 check=False,

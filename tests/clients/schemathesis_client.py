@@ -30,7 +30,8 @@ def test_schemathesis_finds_nothing(tmp_path):
             *("--exclude-checks", "positive_data_acceptance"),
             *("--max-examples", "12"),
             *("--seed", "1"),
-            *("--workers", "2"),
+            # with more, CPython 3.11 fails in hypothesis now and then: "AST constructor recursion depth mismatch"
+            *("--workers", "1"),
             *("--request-timeout", "60"),
             *("--suppress-health-check", "all"),
             "--no-color",
