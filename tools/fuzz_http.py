@@ -139,18 +139,17 @@ def check(outcome: Outcome, number: int, made: Spoiled, answer: Answer) -> None:
     if status >= 500 and not any(f'"{code}"'.encode() in body for code in NAMED.get(status, ())):
         outcome.fault(number, made, f"status {status}: {body[:200]!r}")
     kind = answer.headers.get("content-type", "")
-    own, openai = (shape_fault(path, status, kind, body) for path in ("", "/v1/"))
-    # what is refused before the application sees it has one form, whatever its path; it ends the connection
+    own, openai, either = (shape_fault(path, status, kind, body) for path in ("", "/v1/", None))
+    # what is refused before the application sees it ends the connection, and may not be known to belong to a route
     early = (
         made.alone
         or not outcome.has_v1
         or made.method not in ("GET", "POST")
         or answer.headers.get("connection") == "close"
     )
-    if openai is not None if made.path.startswith("/v1/") and not early else own is not None and openai is not None:
-        outcome.fault(number, made, openai or "")
-    if made.path == "/execute" and own is not None:
-        outcome.fault(number, made, own)
+    wrong = either if early else {"/v1": openai, "/execute": own}.get("/" + made.path.split("/")[1], either)
+    if wrong is not None:
+        outcome.fault(number, made, wrong)
     if "x-correlation-id" not in answer.headers:
         outcome.fault(number, made, f"{status} without a correlation id")
 

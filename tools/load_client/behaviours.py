@@ -206,9 +206,9 @@ async def _broken(client: Client, bad: Broken) -> None:
     if not ended or (not answer.done and not bad.may_reset):
         client.note(f"{bad.name}: no answer on {path} ({connection.fault or 'it hung up or was silent'})")
     elif answer.done:
-        # what is refused before the application sees it has one form, whatever its path; it ends the connection
+        # what is refused before the application sees it ends the connection, and may not be known to belong to a route
         early = answer.headers.get("connection") == "close" or "{path}" not in bad.head
-        client.check_refusal("" if early else path, answer, bad.statuses, bad.name)
+        client.check_refusal(None if early else path, answer, bad.statuses, bad.name)
     connection.close()
 
 

@@ -109,8 +109,14 @@ OVERSIZE = (
 )
 
 
-def shape_fault(path: str, status: int, content_type: str, body: bytes) -> str | None:
-    """What is wrong with the body of a refusal: OpenAI's shape on /v1, the worker's own elsewhere; None: nothing."""
+def shape_fault(path: str | None, status: int, content_type: str, body: bytes) -> str | None:
+    """What is wrong with the body of a refusal: OpenAI's shape on /v1, the worker's own elsewhere; None: nothing.
+
+    Where `path` is None it may be either: what is refused before anybody knows the route.
+    """
+    if path is None:
+        faults = [shape_fault(each, status, content_type, body) for each in ("/v1/", "")]
+        return faults[1] if all(faults) else None
     try:
         values = json.loads(body.decode("utf-8"))
     except ValueError:

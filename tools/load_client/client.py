@@ -270,11 +270,11 @@ class Client:
             self.fault(job, f"status {answer.status}: {bytes(answer.body[:160])!r}")
         return True
 
-    def check_refusal(self, path: str, answer: Answer, statuses: tuple[int, ...], what: str) -> None:
+    def check_refusal(self, path: str | None, answer: Answer, statuses: tuple[int, ...], what: str) -> None:
         """Check how a bad request was refused."""
         assert answer.status is not None
         if answer.status not in statuses:
-            self.note(f"{what} on {path} is answered {answer.status}: {bytes(answer.body[:120])!r}")
+            self.note(f"{what} on {path or 'no route'} is answered {answer.status}: {bytes(answer.body[:120])!r}")
             return
         body = bytes(answer.body)
         if fault := shape_fault(path, answer.status, answer.headers.get("content-type", ""), body):
