@@ -30,7 +30,7 @@ from load_client import cases
 from load_client.behaviours import NORMAL
 from load_client.client import Client, Shared, take_expected
 from load_client.report import Report
-from load_client.routes import EXECUTE, V1_ROUTES, Route
+from load_client.routes import EXECUTE, V1_ROUTES, Case, Route
 from load_client.watch import Sample, Worker, run_to_end, sample
 from load_client.wire import request
 
@@ -111,7 +111,7 @@ async def prepare(worker: Worker, args: argparse.Namespace) -> Shared:
     # a prompt of which it is known how many tokens it has
     text = cases.words(rng, min(300, n_context // 16))
     client = Client(shared, -4, 0)
-    job = client.job(EXECUTE, cases.Case(text, 1, 0.0, 0))
+    job = client.job(EXECUTE, Case(text, 1, 0.0, 0))
     await client.run(job)
     shared.chars_per_token = len(text) / (job.reading.tokens[0] or 1)
     client.leave()

@@ -19,7 +19,7 @@ def tiny(goldens_dir, tmp_path_factory):
 
 def test_load_and_abuse_change_no_byte_and_lose_no_end(tiny, tmp_path, capsys):
     report = tmp_path / "report.json"
-    args = ["--model", tiny, "--seconds", "3", "--streams", "12", "--cases", "6", "--long", "200", "--prefill", "1500"]
+    args = ["--model", tiny, "--seconds", "3", "--streams", "12", "--cases", "5", "--long", "150", "--prefill", "1500"]
     code = load.main([*args, "--no-time-limits", "--json", str(report), "--serve=--kv-cache-size-mb", "--serve=64"])
     shown = capsys.readouterr().out
     assert code == 0, shown

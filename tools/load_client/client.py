@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from load_client import cases
 from load_client.behaviours import ABUSIVE, NORMAL, Behaviour
 from load_client.broken import shape_fault
-from load_client.routes import LIKE_EXECUTE, Case, Reading, Route
+from load_client.routes import LIKE_EXECUTE, Case, Reading, Result, Route
 from load_client.watch import Worker
 from load_client.wire import Answer, Connection, connect, request
 
@@ -70,7 +70,7 @@ class Shared:
     patience: float
     abusive: float
     counts: Counts = field(default_factory=Counts)
-    expected: dict[tuple[str, Case], tuple[object, ...]] = field(default_factory=dict)
+    expected: dict[tuple[str, Case], Result] = field(default_factory=dict)
     chars_per_token: float = 4.0
 
 
@@ -299,7 +299,7 @@ class Client:
             self.fault(job, fault)
         expected = self.shared.expected.get((job.route.name, job.case))
         if expected is not None:
-            for text, whole in zip(reading.texts, expected[0], strict=True):  # type: ignore[arg-type]
+            for text, whole in zip(reading.texts, expected[0], strict=True):
                 if not whole.startswith(text):
                     self.fault(job, f"{text[-60:]!r} is no beginning of {whole[:80]!r}", "wrong text")
         self.shared.counts.checked["cut"] += 1
@@ -324,7 +324,7 @@ class Client:
         self.shared.counts.tokens += reading.tokens[1] or 0
 
 
-def shown(result: tuple[object, ...]) -> str:
+def shown(result: Result) -> str:
     """A result, short."""
     return repr(result)[-160:]
 
@@ -336,7 +336,7 @@ async def take_expected(shared: Shared, again: bool = False) -> None:
     """
     client = Client(shared, -2 if again else -1, 0)
     client._doing = "again, alone" if again else "alone"
-    texts: dict[tuple[str, Case], object] = {}
+    texts: dict[tuple[str, Case], Result] = {}
     for route in shared.routes:
         for case in [*shared.repeated, *shared.long]:
             job = client.job(route, case)
@@ -345,8 +345,8 @@ async def take_expected(shared: Shared, again: bool = False) -> None:
                 client.fault(job, f"no answer: {job.answer.status} {bytes(job.answer.body[:120])!r} {job.reading.code}")
             elif not again:
                 shared.expected[route.name, case] = job.reading.result()
-            text = (job.reading.texts, job.reading.reasons, job.reading.tokens)
+            text = job.reading.result()
             kin = "execute" if route.name in LIKE_EXECUTE else route.name.partition(",")[0]
             if route.n == 1 and texts.setdefault((kin, case), text) != text:
-                client.fault(job, f"{shown(text)}, elsewhere {shown(texts[kin, case])}", "wrong text")  # type: ignore[arg-type]
+                client.fault(job, f"{shown(text)}, elsewhere {shown(texts[kin, case])}", "wrong text")
     client.leave()

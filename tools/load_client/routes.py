@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+#: what two answers to one case must have in common: the texts and finish reasons of the choices, (tokens in, out)
+Result = tuple[tuple[str, ...], tuple[str | None, ...], tuple[int | None, int | None]]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -93,8 +96,8 @@ class Reading:
         if len(self.faults) < 5:
             self.faults.append(what)
 
-    def result(self) -> tuple[object, ...]:
-        """What two answers to one case must have in common."""
+    def result(self) -> Result:
+        """What has come so far."""
         return (tuple(self.texts), tuple(self.reasons), self.tokens)
 
 
