@@ -133,6 +133,9 @@ def test_an_answer_is_read_in_any_pieces():
                     answer.feed(data[i : i + at])
         assert first.done and bytes(first.body) == b"abcde" and first.status == 200
         assert second.done and second.json() == {} and b"HTTP/1.1 200".startswith(second.rest)
+    unchanged = Answer()
+    unchanged.feed(b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n")
+    assert unchanged.done and not unchanged.body
     for bad in (b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", chunked.replace(b"3\r\n", b"x\r\n"), b"x" * 70_000):
         with pytest.raises(Malformed):
             Answer().feed(bad)

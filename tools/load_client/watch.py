@@ -177,6 +177,7 @@ class Worker:
         self.samples: list[tuple[float, int, Sample]] = []
         self.probes: dict[str, list[tuple[str, float]]] = {}
         self._process: asyncio.subprocess.Process | None = None
+        self._watches = True
         self._tasks: list[asyncio.Task[None]] = []
         self._prober: asyncio.subprocess.Process | None = None
 
@@ -221,7 +222,7 @@ class Worker:
         """Begin to look at /proc; `jobs[0]` is the number of jobs so far."""
 
         async def look() -> None:
-            while self.pid is not None and (seen := sample(self.pid)) is not None:
+            while self._watches and self.pid is not None and (seen := sample(self.pid)) is not None:
                 self.samples.append((asyncio.get_running_loop().time() - began, jobs[0], seen))
                 await asyncio.sleep(SAMPLE_SEC)
 
@@ -242,8 +243,9 @@ class Worker:
 
         self._tasks.append(asyncio.create_task(take(self._prober)))
 
-    async def stop_probes(self) -> None:
-        """Ask no more."""
+    async def stop_watching(self) -> None:
+        """Ask no more, and look no more."""
+        self._watches = False
         if self._prober is not None and self._prober.stdin is not None:
             self._prober.stdin.close()
             await self._prober.wait()

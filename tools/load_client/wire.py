@@ -80,7 +80,9 @@ class Answer:
             self.headers[name.lower()] = value.strip()
         if self.status != 200:
             self._sink = None
-        if self.headers.get("transfer-encoding") == "chunked":
+        if self.status in (204, 304):
+            self.done = True
+        elif self.headers.get("transfer-encoding") == "chunked":
             self._step = self._chunk_size
         elif (length := self.headers.get("content-length")) is not None:
             self._left = int(length)
