@@ -33,6 +33,8 @@ from load_client.wire import request
 MOMENTS = ("load", "idle", "prefill", "decode", "abuse")
 #: seconds within which a worker must be gone
 EXIT_SEC = 5.0
+#: seconds that streams may take to begin
+BEGIN_SEC = 2.0
 #: how streams end that the worker could not finish
 CODES = {"NOT_READY", "CANCELLED"}
 #: MiB of a GPU's memory that may be missing afterwards
@@ -69,8 +71,8 @@ async def follow(client: Client, job: Job, storm: Storm) -> None:
     """Read an answer to its end, which comes with the worker's, and check how it ended."""
     if not await job.connection.end(client.patience):
         client.fault(job, "no end")
-    elif job.answer.status is None:
-        storm.ends["not taken"] += 1  # it came when nobody listened any more
+    elif job.answer.status is None or (job.answer.status == 503 and not job.answer.done):
+        storm.ends["not taken"] += 1  # it came when nobody listened any more, or at the very end
     elif job.answer.status == 503:
         storm.ends["503"] += 1
         client.check_refusal(job.route.path, job.answer, (503,), "a job while the worker stops")
@@ -86,12 +88,18 @@ async def follow(client: Client, job: Job, storm: Storm) -> None:
     job.connection.close()
 
 
-async def begin(client: Client, prefill: bool, storm: Storm) -> asyncio.Task[None]:
-    """Send a job, and follow it."""
-    job = client.job(case=client.fresh_case() if prefill else client.long_case())
-    await client.open(job)
-    await job.connection.send(client.bytes_of(job))
-    return asyncio.create_task(follow(client, job, storm))
+async def begin(client: Client, prefills: list[bool], storm: Storm) -> list[asyncio.Task[None]]:
+    """Send jobs, each with a long prompt or a long answer; follow them. Returns when streams have begun, as a rule."""
+    tasks = []
+    jobs = [client.job(case=client.fresh_case() if prefill else client.long_case()) for prefill in prefills]
+    for job in jobs:
+        await client.open(job)
+        await job.connection.send(client.bytes_of(job))
+        tasks.append(asyncio.create_task(follow(client, job, storm)))
+    end = time.monotonic() + BEGIN_SEC
+    while time.monotonic() < end and any(j.answer.status is None for j in jobs if j.route.streamed):
+        await asyncio.sleep(0.01)
+    return tasks
 
 
 async def one(args: argparse.Namespace, number: int) -> Storm:
@@ -113,8 +121,7 @@ async def one(args: argparse.Namespace, number: int) -> Storm:
             shared = await prepare(worker, args, rng)
             client = Client(shared, number, args.seed)
             if storm.moment in ("prefill", "decode"):
-                for _ in range(args.streams):
-                    tasks.append(await begin(client, storm.moment == "prefill", storm))
+                tasks = await begin(client, [storm.moment == "prefill"] * args.streams, storm)
                 await asyncio.sleep(rng.uniform(0, 0.3))
             elif storm.moment == "abuse":
                 # what these find when the worker goes is no fault; the streams of the other client are looked at
@@ -122,7 +129,7 @@ async def one(args: argparse.Namespace, number: int) -> Storm:
                 clients = [Client(crowd, 1000 * number + n, args.seed) for n in range(args.streams)]
                 abuse = [asyncio.create_task(c.work(time.monotonic() + 60)) for c in clients]
                 await asyncio.sleep(rng.uniform(0.2, 1.5))
-                tasks = [await begin(client, n % 2 == 0, storm) for n in range(args.streams)]
+                tasks = await begin(client, [n % 2 == 0 for n in range(args.streams)], storm)
         ended = await worker.stop(group=rng.random() < 0.3)
         assert ended is not None
         storm.code, storm.seconds = ended
