@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import falcon
+import numpy as np
 
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.wsgi.native import requests
@@ -18,8 +19,8 @@ MAX_DEPTH = 64
 #: names of unknown fields that the log is told of
 MAX_TOLD = 100
 
-# possessive, so that no string of a body makes the matcher keep a place for each of its characters
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# possessive, and the end of the text ends a string too: it matches at every quote, so each byte is looked at once
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKET = bytes(c for c in range(256) if c not in b"[]{}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
@@ -71,12 +72,9 @@ def too_deep(body: bytes, most: int = MAX_DEPTH) -> bool:
     """Whether containers of a JSON text are more than `most` deep within one another."""
     if body.count(b"[") + body.count(b"{") <= most:
         return False
-    brackets = _STRING.sub(b"", body).translate(_TO_SQUARE, _NO_BRACKET)
-    for _ in range(most):  # each turn takes the innermost containers out
-        if not brackets:
-            return False
-        brackets = brackets.replace(b"[]", b"")
-    return bool(brackets)
+    brackets = np.frombuffer(_STRING.sub(b"", body).translate(_TO_SQUARE, _NO_BRACKET), np.int8)
+    depth = np.cumsum(ord("\\") - brackets, dtype=np.int32)  # "[", "\\" and "]" follow one another: 1 and -1
+    return bool(len(depth)) and int(depth.max()) > most
 
 
 def top_names(body: bytes) -> set[str]:

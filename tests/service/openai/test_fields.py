@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -180,6 +181,23 @@ def test_depth_up_to_the_limit_is_taken(app):
     assert post(app, COMPLETIONS, body).status_code == 200
     text = json.dumps({"prompt": "say " + "[{" * 5000 + '\\"' * 100}).encode()
     assert not too_deep(text) and post(app, COMPLETIONS, text).status_code == 200
+
+
+HOSTILE = {
+    "deep": b"[" * 500_000 + b"]" * 500_000,
+    "open": b'{"a":' * 200_000,
+    "open string": b'{"a":"' + b'\\"[[[' * 200_000,
+    "open escape": b"[" * 70 + b'"' + b"\\\\" * 400_000 + b"\\",
+    "pairs": b"[" + b"[]," * 300_000 + b"[]]",
+    "quotes": b"[" * 70 + b'"' * 900_000,
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_depth_is_known_in_time_that_grows_with_the_body_alone(body):
+    began = time.monotonic()
+    too_deep(body)
+    assert time.monotonic() - began < 2, "a quadratic one takes minutes"
 
 
 @pytest.mark.parametrize(("body", "depth"), [(b"{}", 1), (b'[{"a":[]},[[[]]]]', 4), (b'{"a":"[[[[","b":[1,[2]]}', 3)])
