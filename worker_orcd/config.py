@@ -25,6 +25,8 @@ MAX_MODEL_NAME_CHARS = 256
 DEFAULT_MAX_TOKENS = 2048
 #: stop strings of a request, and tokens of each
 MAX_STOPS, MAX_STOP_TOKENS = 4, 32
+#: characters of a stop string where they count and not its tokens, in the OpenAI-compatible API
+MAX_STOP_CHARS = 256
 #: entries of a logit bias, tokens that end a request beside the model's, tokens of all its bad words and of each
 MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, MAX_BAD_WORD_TOKENS, MAX_TOKENS_OF_A_BAD_WORD = 1024, 128, 1024, 32
 #: most likely tokens whose log-probabilities a request may want with each token

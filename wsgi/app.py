@@ -23,6 +23,12 @@ from worker_orcd.wsgi.native.health import Health, Ready
 from worker_orcd.wsgi.native.metrics import MetricsText
 from worker_orcd.wsgi.native.requests import DEADLINE_HEADER
 from worker_orcd.wsgi.native.shutdown import Shutdown
+from worker_orcd.wsgi.openai.chat import ChatCompletions
+from worker_orcd.wsgi.openai.completions import Completions
+from worker_orcd.wsgi.openai.models import Models, OneModel
+from worker_orcd.wsgi.openai.openapi import OpenApi
+from worker_orcd.wsgi.openai.tokens import ApplyTemplate, Detokenize, Tokenize, TokenizerInfo
+from worker_orcd.wsgi.openai.types import BODIES
 from worker_orcd.wsgi.page import Page, Static
 from worker_orcd.wsgi.service import Service
 
@@ -36,11 +42,20 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/shutdown", Shutdown),
     ("/", Page),
     ("/static/{name}", Static),
+    ("/v1/models", Models),
+    ("/v1/models/{model:path}", OneModel),
+    ("/v1/completions", Completions),
+    ("/v1/chat/completions", ChatCompletions),
+    ("/tokenize", Tokenize),
+    ("/detokenize", Detokenize),
+    ("/apply-template", ApplyTemplate),
+    ("/tokenizer_info", TokenizerInfo),
+    ("/openapi.json", OpenApi),
 )
 
 #: what a refused request may be said to have wrong: fields of bodies and headers
 _HEADERS = (CORRELATION_HEADER, REQUEST_ID_HEADER, DEADLINE_HEADER, *ACCESS_FIELDS)
-_FIELDS = frozenset((*ExecuteBody.__struct_fields__, *_HEADERS))
+_FIELDS = frozenset((*(name for body in (ExecuteBody, *BODIES) for name in body.__struct_fields__), *_HEADERS))
 
 
 def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
@@ -56,6 +71,8 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
         resource: Any = make(service)
         if hasattr(resource, "on_get"):
             resource.on_head = resource.on_get  # Falcon leaves the body out and keeps its length
+        if isinstance(resource, OpenApi):
+            resource.routes = ROUTES
         app.add_route(path, resource)
 
     def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, object]) -> None:
@@ -68,6 +85,7 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
         if req.method == "POST":
             # no message, and no name of a field that we do not know: a misquoted body can make one of a prompt
             field = known.fields.get("field")
+            field = field.split("[", 1)[0] if isinstance(field, str) else field
             service.events.emit(
                 "refused",
                 path=req.path,
@@ -92,7 +110,7 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
             )
         service.note_error(known)
         service.metrics.refused(known.code, known.status)
-        http_errors.answer(resp, known)
+        http_errors.answer(resp, known, req.path)
 
     app.add_error_handler(Exception, refuse)
     app.add_error_handler(falcon.HTTPError, refuse)

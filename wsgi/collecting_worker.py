@@ -286,7 +286,7 @@ class CollectingWorker(ThreadWorker):
         name, level = ("error", "error") if error.code == "INTERNAL" else ("refused", "info")
         self.events.emit(name, level, **facts, peer=at_peer, correlation_id=correlation)
         self.on_refused(error.code, error.status)
-        return raw_answers.encode(error, correlation)
+        return raw_answers.encode(error, correlation, raw_answers.path_of(head))
 
 
 def _writable(sock: socket.socket) -> bool:

@@ -1,4 +1,4 @@
-"""Errors on their way out: one map to HTTP answers, one to SSE events.
+"""Errors on their way out: one map to HTTP answers, in the worker's own shape or in OpenAI's, one to SSE events.
 
 Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (401, 403, 404, 413, 415) is added here.
 """
@@ -49,12 +49,19 @@ class UnsupportedMediaType(WorkerError):
     code, status = "UNSUPPORTED_MEDIA_TYPE", 415
 
 
-def answer(resp: falcon.Response, error: WorkerError) -> None:
-    """Make `resp` the HTTP answer of `error`: its status, its details as JSON, Retry-After where it helps."""
+#: paths whose clients know OpenAI's shape of an error, and what lies below them
+OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize", "/apply-template", "/tokenizer_info")
+#: `type` of an error by its status, as OpenAI names them; of others below 500 the first
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def answer(resp: falcon.Response, error: WorkerError, path: str = "") -> None:
+    """Make `resp` the HTTP answer of `error`: its status, its details as JSON in the shape that `path` has, Retry-After
+    where it helps."""
     resp.status = error.status
     resp.stream = None
     resp.content_type = falcon.MEDIA_JSON
-    resp.data = msgspec.json.encode(error.details(), enc_hook=str)
+    resp.data = msgspec.json.encode(openai_details(error) if is_openai(path) else error.details(), enc_hook=str)
     if isinstance(error, QueueFull):
         seconds = error.fields.get("retry_after")
         resp.set_header("Retry-After", str(max(1, math.ceil(seconds)) if isinstance(seconds, int | float) else 1))
@@ -62,6 +69,19 @@ def answer(resp: falcon.Response, error: WorkerError) -> None:
         resp.set_header("Retry-After", str(RETRY_LOADING_SEC))
     elif isinstance(error, Unauthorized):
         resp.set_header("WWW-Authenticate", "Bearer")
+
+
+def is_openai(path: str) -> bool:
+    """Whether a path is one whose errors have OpenAI's shape, or would be below one."""
+    return any(path == known or path.startswith(f"{known}/") for known in OPENAI_PATHS)
+
+
+def openai_details(error: WorkerError) -> dict[str, object]:
+    """The error in OpenAI's shape. `code` is the worker's own but for two that clients look for."""
+    kind = _TYPES.get(error.status, _TYPES[400] if error.status < 500 else "server_error")
+    code = getattr(error, "openai_code", error.code)
+    param = error.fields.get("field")
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
 
 
 def sse_event(error: WorkerError) -> tuple[str, dict[str, object]]:

@@ -11,7 +11,7 @@ import msgspec
 from gunicorn.http import errors as gunicorn_errors
 
 from worker_orcd.errors import InvalidRequest, NotReady, WorkerError
-from worker_orcd.wsgi.http_errors import RETRY_LOADING_SEC, from_exception
+from worker_orcd.wsgi.http_errors import RETRY_LOADING_SEC, from_exception, is_openai, openai_details
 from worker_orcd.wsgi.middleware import CORRELATION_HEADER, REQUEST_ID_HEADER, correlation_id
 
 #: where a client's id is looked for, the first that it gave counts
@@ -19,6 +19,7 @@ _GIVEN_IDS = tuple(
     re.compile(rb"\r\n" + name.encode() + rb":[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
     for name in (CORRELATION_HEADER, REQUEST_ID_HEADER)
 )
+_PATH = re.compile(rb"[A-Z]{1,20} ([^ ?\r\n]{1,4096})")
 #: what gunicorn's parser refuses: its class of error, our status and words. The first that fits counts.
 _REFUSALS: tuple[tuple[type[Exception], int, str], ...] = (
     (gunicorn_errors.LimitRequestLine, 414, "the request line is too long"),
@@ -63,9 +64,15 @@ def id_of(head: bytes) -> str:
         return correlation_id(None)
 
 
-def encode(error: WorkerError, correlation: str) -> bytes:
-    """The whole HTTP answer; the connection ends with it."""
-    body = msgspec.json.encode(error.details(), enc_hook=str)
+def path_of(head: bytes) -> str:
+    """The path in the bytes of a request; "" where there is none."""
+    found = _PATH.match(head)
+    return found.group(1).decode("latin-1") if found else ""
+
+
+def encode(error: WorkerError, correlation: str, path: str = "") -> bytes:
+    """The whole HTTP answer, in the shape that `path` has; the connection ends with it."""
+    body = msgspec.json.encode(openai_details(error) if is_openai(path) else error.details(), enc_hook=str)
     lines = [
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
         "Connection: close",

@@ -20,6 +20,7 @@ from worker_orcd.observe.metrics import Metrics
 from worker_orcd.runtime.info import provenance_facts
 from worker_orcd.wsgi.background import Background
 from worker_orcd.wsgi.http_errors import from_exception
+from worker_orcd.wsgi.openai.ids import MAX_JOBS, is_answer, job_ids
 
 if TYPE_CHECKING:
     from worker_orcd.runtime.info import MemoryPlan
@@ -108,6 +109,7 @@ class Service:
         self.keep_thread: Callable[[], None] = lambda: None
         self.warm_up: Callable[[], None] = lambda: None
         self.stop_deadline: float | None = None
+        self.fingerprint: str | None = None  # of answers; chosen with the first, and the same for all
         self._load_llm = load
         self._lock = threading.Lock()
         self._state = "loading"
@@ -154,13 +156,16 @@ class Service:
         return llm
 
     def cancel(self, job_id: str) -> str:
-        """Cancel a job, also while stopping or unhealthy: it may be cancelled as long as it runs.
+        """Cancel a job, or all of an answer, also while stopping or unhealthy: it may be cancelled as long as it runs.
 
         Returns:
             "cancelling", "finished" or "unknown"; while the model loads there is no job, so every one is unknown.
         """
         llm = self._llm
-        return "unknown" if llm is None else llm.cancel(job_id)
+        if llm is None:
+            return "unknown"
+        states = [llm.cancel(one) for one in (job_ids(job_id, MAX_JOBS) if is_answer(job_id) else [job_id])]
+        return "cancelling" if "cancelling" in states else states[0]
 
     def health(self) -> tuple[bool, dict[str, object]]:
         """(healthy, what /health shows). Reads memory only."""

@@ -483,3 +483,66 @@ def test_threads_share_one_process():
     for t in threads:
         t.join()
     assert wrong == []
+
+
+# --- variables, documents, the final message -----------------------------------------------------------------------
+
+SAID = [*HELLO, {"role": "assistant", "content": " Well, I "}]
+CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+
+
+def test_variables_and_documents_are_a_users_text():
+    source = "{{ mood }}|{{ n + 1 }}|{% for d in documents %}{{ d.title }};{% endfor %}|{{ x is defined }}"
+    given = {"variables": {"mood": CONTROL[0], "n": 2}, "documents": [{"title": CONTROL[0]}, {"title": "b"}]}
+    text, mark = template(source).render(HELLO, **given)
+    assert text.replace(mark, "") == f"{CONTROL[0]}|3|{CONTROL[0]};b;|False" and CONTROL[0] not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"variables": {"messages": []}}, "chat_template_kwargs"),
+        ({"variables": {"_a": 1}}, "chat_template_kwargs"),
+        ({"variables": {"a.b": 1}}, "chat_template_kwargs"),
+        ({"variables": {3: 1}}, "chat_template_kwargs"),
+        ({"variables": [1]}, "chat_template_kwargs"),
+        ({"variables": {"a": object()}}, "chat_template_kwargs"),
+        ({"documents": "x"}, "documents"),
+        ({"documents": [1]}, "documents"),
+        ({"documents": [{"a": float}]}, "documents"),
+        ({"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_what_a_template_cannot_be_given_is_refused_by_name(given, field):
+    with pytest.raises(InvalidRequest) as caught:
+        template(CHATML).render(SAID, **given)
+    assert caught.value.fields["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (CHATML, "<|user|>hi<|end|><|assistant|> Well, I "),
+        (CHATML.replace("m.content", "m.content | trim"), "<|user|>hi<|end|><|assistant|>Well, I"),
+    ],
+)
+def test_the_final_message_ends_the_prompt(source, expected):
+    said = [{"role": "user", "content": "hi"}, SAID[-1]]
+    assert template(source).render(said, False, continue_final_message=True)[0] == expected
+
+
+def test_a_final_message_that_the_template_changes_cannot_be_continued():
+    changed = CHATML.replace("m.content", "m.content | upper")
+    with pytest.raises(InvalidRequest, match="as it is"):
+        template(changed).render(SAID, False, continue_final_message=True)
+    # the template's own words are not the message
+    own = "{{ messages[0].content }}Well, I"
+    with pytest.raises(InvalidRequest, match="as it is"):
+        template(own).render(SAID, False, continue_final_message=True)
+
+
+def test_a_developer_stays_one_where_the_template_knows_it():
+    said = [{"role": "developer", "content": "x"}]
+    assert template(CHATML).render(said)[0] == "<|system|>x<|end|>"
+    known = CHATML + "{% if messages[0].role == 'developer' %}!{% endif %}"
+    assert template(known).render(said)[0] == "<|developer|>x<|end|>!"

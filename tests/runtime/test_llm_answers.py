@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from worker_orcd import LLM, SamplingParams
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import InvalidRequest, QueueFull
+from worker_orcd.runtime.request import Request
 from worker_orcd.serving.job import Finished
 
 TEXTS = [
@@ -237,3 +238,19 @@ def test_a_cancelled_prompt_stops_soon(smollm2):
         assert event is not None
     print(f"the next job waited {event.timings.queue_ms:.0f} ms")
     assert event.timings.queue_ms < 2000
+
+
+def test_requests_begin_all_or_none(tiny):
+    params = dataclasses.replace(SEEDED, max_tokens=20)
+    requests = [Request([i % 500], params=params, job_id=f"r{i}") for i in range(200)]
+    with pytest.raises(QueueFull):  # 64 run and 64 wait
+        tiny.submit_requests(requests)
+    with pytest.raises(InvalidRequest, match="begin together"):
+        tiny.submit_requests(requests * 2)
+    with pytest.raises(InvalidRequest, match="token id"):
+        tiny.submit_requests([*requests[:3], Request([512], params=params)])
+    with pytest.raises(InvalidRequest, match="token id"):
+        tiny.check_request(Request([512], params=params))
+    jobs = tiny.submit_requests(requests[:6])  # their ids are free: none of them runs any more
+    alone = [tiny.generate([[i]], params)[0] for i in range(6)]
+    assert [job.completion().token_ids for job in jobs] == [c.token_ids for c in alone]

@@ -5,15 +5,18 @@ The first word of a prompt says how it behaves; see `FakeLLM._speak`. Ids are th
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import threading
 import time
 from types import SimpleNamespace
 
+from worker_orcd.chat.messages import checked
 from worker_orcd.errors import CudaError, DuplicateJob, InvalidRequest, NotReady, QueueFull
 from worker_orcd.observe.stats import EngineStats
-from worker_orcd.runtime.request import ModelParts, prepare
+from worker_orcd.runtime.request import Limits, ModelParts, prepare, prompt_ids
 from worker_orcd.serving.job import Job
+from worker_orcd.serving.score_job import ScoreJob
 
 N_VOCAB = 512
 CONTEXT = 40_000
@@ -25,11 +28,41 @@ class FakeInfo(SimpleNamespace):
 
 
 class FakeTokenizer:
+    """Bytes are tokens. The prompt of a conversation is the content of its last message."""
+
+    kind = "fake"
+    bos_id = eos_id = unk_id = pad_id = chat_template = None
+    add_bos = False
+
     def encode(self, text, *, special=False, add_bos=None):
         return list(text.encode())
 
     def decode(self, ids, *, skip_special=False):
         return bytes(ids).decode("utf-8", "replace")
+
+    def chat_text(self, messages, add_generation_prompt=True, **options):
+        content = checked(messages)[-1]["content"] or ""
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+    def apply_chat(self, messages, add_generation_prompt=True, **options):
+        return self.encode(self.chat_text(messages))
+
+    def token_bytes(self, token):
+        return bytes([token]) if token < 256 else b""
+
+    def stream(self, *, skip_special=False, continues=False):
+        return FakeDecoder()
+
+
+class FakeDecoder:
+    def __init__(self):
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token):
+        return self._utf8.decode(bytes([token]))
+
+    def flush(self):
+        return self._utf8.decode(b"", True)
 
 
 class FakeCapacity:
@@ -46,6 +79,7 @@ class FakeCapacity:
 class FakeLLM:
     def __init__(self, config, on_fatal):
         self.on_fatal = on_fatal
+        self.sampling_defaults = {}
         self.tokenizer = FakeTokenizer()
         self.warm_up_seconds = 0.0
         self.info = FakeInfo(
@@ -69,40 +103,53 @@ class FakeLLM:
         self.told = lambda job: None
         self.faults = []
 
-    def submit_request(self, request, limits):
-        ready = prepare(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits)
-        job_id = ready.job_id
+    def prompt_ids(self, request, limits=None):
+        return prompt_ids(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits or Limits())
+
+    def check_request(self, request, limits=None):
+        prepare(ModelParts(self.tokenizer, N_VOCAB, FakeCapacity()), request, limits or Limits())
+
+    def submit_request(self, request, limits=None):
+        return self.submit_requests([request], limits)[0]
+
+    def submit_requests(self, requests, limits=None):
+        parts = ModelParts(self.tokenizer, N_VOCAB, FakeCapacity())
+        all_ready = [prepare(parts, request, limits or Limits()) for request in requests]
         with self.lock:
             if self.closing:
                 raise NotReady("the worker is shutting down")
             live = [j for j in self.jobs.values() if not j.finished]
-            if job_id in self.jobs and not self.jobs[job_id].finished:
-                raise DuplicateJob(job_id)
-            if len(live) >= self.limit:
+            for ready in all_ready:
+                if ready.job_id in self.jobs and not self.jobs[ready.job_id].finished:
+                    raise DuplicateJob(ready.job_id)
+            if len(live) + len(all_ready) > self.limit:
                 raise QueueFull("the queue is full", retry_after=1)
-            self.n_seq += 1
-            job = Job(
-                job_id,
-                self.n_seq,
-                ready.params,
-                ready.seed,
-                len(ready.token_ids),
-                ready.deadline,
-                lambda ended: self.told(ended),  # noqa: PLW0108  (who is told may change)
-            )
-            self.jobs[job_id] = job
-        words = self.tokenizer.decode(ready.token_ids.tolist()).split(" ", 1)
-        threading.Thread(target=self._speak, args=(job, words[0], words[1:]), daemon=True).start()
+            jobs = [self._job(ready) for ready in all_ready]
+        for job, ready in zip(jobs, all_ready, strict=True):
+            words = self.tokenizer.decode(ready.token_ids.tolist()).split(" ", 1)
+            verb = "score" if ready.score is not None else words[0]
+            threading.Thread(target=self._speak, args=(job, verb, words[1:]), daemon=True).start()
+        return jobs
+
+    def _job(self, ready):
+        self.n_seq += 1
+        ids, fixed = ready.token_ids, (ready.job_id, self.n_seq, ready.params, ready.seed)
+        if ready.score is not None:
+            job = ScoreJob(*fixed, ids, ready.score, ready.deadline, lambda ended: self.told(ended))  # noqa: PLW0108  (who is told may change)
+            job.prompt_logprobs += [{int(i): -1.0} for i in ids[1:]]
+        else:
+            job = Job(*fixed, len(ids), ready.deadline, lambda ended: self.told(ended))  # noqa: PLW0108  (who is told may change)
+        self.jobs[ready.job_id] = job
         return job
 
     def _speak(self, job, verb, rest):
         """say TEXT: one piece a character; slow: a piece every 20 ms until stopped; flood: 8 MB at once;
         quiet: nothing until stopped; fail: an error after the first piece; sticky: the engine dies, at once or
-        late-sticky: after 0.4 s."""
+        late-sticky: after 0.4 s; any other word: an end without text."""
         job.admitted_at = job.first_token_at = time.monotonic()
         limit = job.params.max_tokens
         if verb == "say":
-            text = rest[0][:limit]
+            text = "".join(rest)[:limit]
             for char in text:
                 job.add_piece(char, list(char.encode()))
             job.finish("stop")
@@ -127,6 +174,8 @@ class FakeLLM:
             for other in self.jobs.values():
                 other.end(error)
             self.on_fatal(error)
+        else:
+            job.finish("stop")
 
     def job(self, job_id):
         job = self.jobs.get(job_id)

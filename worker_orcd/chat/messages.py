@@ -30,6 +30,15 @@ def checked(messages: object) -> list[dict[str, Any]]:
     return [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
 
 
+def plain_value(value: object, where: str) -> Any:
+    """A JSON value with numbers and strings of Python's own types.
+
+    Raises:
+        InvalidRequest: it is none, or nested too deeply; says `where`.
+    """
+    return _plain(value, where, MAX_DEPTH)
+
+
 def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"{where} must be an object with role and content", field=where)
@@ -49,7 +58,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
     thought = next((given[k] for k in _THOUGHTS if k in given), None)
     if thought is not None:
         given = {"thinking": thought, **given, "reasoning_content": thought}
-    return {_plain(str(k), where, MAX_DEPTH): _plain(v, where, MAX_DEPTH) for k, v in given.items()}
+    return {plain_value(str(k), where): plain_value(v, where) for k, v in given.items()}
 
 
 def _check_part(part: object, where: str) -> None:

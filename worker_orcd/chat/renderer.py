@@ -6,10 +6,10 @@ given limits that hold: `RLIMIT_AS`, a timer of processor time whose signal ends
 counted as it grows. Imports the standard library, jinja2 and its neighbours here only, so that it starts quickly.
 
 Frames, both ways: 4 bytes of length (big-endian), then that many bytes of JSON. It says `{"ready": true}` by itself.
-The first frame in holds `template`, `bos_token`, `eos_token` and the limits; each later one `messages` and
-`add_generation_prompt`. Every frame in is answered by one out: `{"text": ..., "origins": ...}`, with one character of
-provenance.py for each of the text's, or `{"error": ...}` where the template or the messages are at fault, or
-`{"fault": ...}` where neither is.
+The first frame in holds `template`, `bos_token`, `eos_token` and the limits; each later one `messages`,
+`add_generation_prompt`, `documents` and further `variables`, by name. Every frame in is answered by one out:
+`{"text": ..., "origins": ...}`, with one character of provenance.py for each of the text's, or `{"error": ...}` where
+the template or the messages are at fault, or `{"fault": ...}` where neither is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import jinja2
 from jinja2.exceptions import SecurityError
 
-from worker_orcd.chat.content import Conversation
+from worker_orcd.chat.content import Conversation, users
 from worker_orcd.chat.environment import compiled
 from worker_orcd.chat.provenance import Text, concat, origins_of
 
@@ -89,14 +89,16 @@ class Renderer:
 
     def render(self, request: dict[str, Any]) -> str:
         """The text of one conversation."""
-        others = {k: v for k, v in request.items() if k != "messages"}
+        others = {name: users(value) for name, value in request.get("variables", {}).items()}
+        others["documents"] = users(request.get("documents"))
+        others["add_generation_prompt"] = request.get("add_generation_prompt", False)
         conversation = Conversation(request["messages"])
         return self.limited(lambda: conversation.run(lambda m, finds_parts: self._render(m, finds_parts, others)))
 
     def _render(self, messages: list[dict[str, Any]], finds_parts: bool, others: dict[str, Any]) -> str:
         self._environment.finds_parts = finds_parts
         parts, n_chars = [], 0
-        for part in self._template.generate(**self._tokens, messages=messages, **others, tools=None, documents=None):
+        for part in self._template.generate(**self._tokens, messages=messages, **others, tools=None):
             n_chars += len(part)
             if n_chars > self._max_chars:
                 raise jinja2.TemplateError(f"its text has more than {self._max_chars} characters")

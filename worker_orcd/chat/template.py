@@ -17,10 +17,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from worker_orcd.chat.messages import checked
+from worker_orcd.chat.messages import checked, plain_value
 from worker_orcd.chat.process import Ended, Process, start
 from worker_orcd.chat.provenance import USER
-from worker_orcd.errors import InternalError, InvalidRequest, excerpt
+from worker_orcd.errors import InternalError, InvalidRequest, excerpt, quoted
 
 #: processor time of one rendering; published templates take about a millisecond
 CPU_SECONDS = 1.5
@@ -32,6 +32,10 @@ MAX_CHARS = 1 << 20
 MAX_REASON = 300
 #: private-use characters that have no meaning in any text; the first that a prompt does not hold marks it
 _MARKS = [chr(c) for c in range(0x10FF00, 0x10FFF0)]
+#: variables of a template that have another source than `variables`
+_RESERVED = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token")
+)
 
 
 class ChatTemplate:
@@ -57,33 +61,57 @@ class ChatTemplate:
         self._locks: dict[int, threading.Lock] = {}
         self._process: Process | None = None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> tuple[str, str]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[str, str]:
         """The prompt text.
 
         Args:
             messages: dicts with `role` and `content` (a string, a list of text parts or, of an assistant, None), and
-                what else the template reads, in order.
+                what else the template reads, in order. The role `developer` is `system` for a template that does not
+                know it.
             add_generation_prompt: end with the start of the assistant's turn.
+            continue_final_message: end where the content of the last message does, as a rule an assistant's.
+            documents: the template's variable of this name, dicts of JSON values.
+            variables: further variables of the template, JSON values by name.
 
         Returns:
             (text, mark): the text, and the character inside it that is to be removed once control tokens are found.
 
         Raises:
-            InvalidRequest: the messages are malformed, the template refuses them, breaks the sandbox or its limits.
+            InvalidRequest: the messages are malformed, the template refuses them, breaks the sandbox or its limits, or
+                does not write the message that is to be continued as it is.
             InternalError: the process that renders it cannot be started, or was ended by something else.
         """
         plain = checked(messages)
-        n_chars = len(json.dumps(plain, ensure_ascii=False))
+        if "developer" not in self.source:
+            plain = [{**m, "role": "system"} if m["role"] == "developer" else m for m in plain]
+        final = _final_content(plain, bool(add_generation_prompt)) if continue_final_message else ""
+        request = {
+            "messages": plain,
+            "add_generation_prompt": bool(add_generation_prompt),
+            "documents": _documents(documents),
+            "variables": _variables(variables or {}),
+        }
+        n_chars = len(json.dumps(request, ensure_ascii=False))
         if n_chars > MAX_CHARS:
             raise InvalidRequest(f"messages hold {n_chars} characters, limit {MAX_CHARS}", field="messages")
-        request = {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             answer = self._ask(request)
-        text: str = answer["text"]
+        text, origins = answer["text"], answer["origins"].encode()
+        if continue_final_message:
+            end = _end_of(final, text, origins)
+            text, origins = text[:end], origins[:end]
         mark = next((m for m in _MARKS if m not in text), None)
         if mark is None:
             raise InvalidRequest("messages hold every private-use character that could mark them", field="messages")
-        return self._marker.mark(text, answer["origins"].encode(), mark), mark
+        return self._marker.mark(text, origins, mark), mark
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -114,6 +142,53 @@ class ChatTemplate:
             raise InternalError(reason)
         reason = excerpt(" ".join(answer["error"].split()), MAX_REASON)
         raise InvalidRequest(f"the chat template of {self._path} {reason}", field="messages")
+
+
+def _documents(documents: object) -> list[Any] | None:
+    if documents is None:
+        return None
+    if not isinstance(documents, Sequence) or isinstance(documents, str | bytes):
+        raise InvalidRequest("documents must be a list of objects", field="documents")
+    for i, document in enumerate(documents):
+        if not isinstance(document, Mapping):
+            raise InvalidRequest(f"documents[{i}] must be an object", field="documents")
+    return [plain_value(document, "documents") for document in documents]
+
+
+def _variables(variables: object) -> dict[str, Any]:
+    where = "chat_template_kwargs"
+    if not isinstance(variables, Mapping):
+        raise InvalidRequest(f"{where} must be an object", field=where)
+    for name in variables:
+        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+            raise InvalidRequest(f"{where} holds {quoted(str(name))}, which is no name of a variable", field=where)
+        if name in _RESERVED:
+            raise InvalidRequest(f"{where} holds {name}, which a template gets from elsewhere", field=where)
+    return {str(name): plain_value(value, where) for name, value in variables.items()}
+
+
+def _final_content(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    """The text of the last message, which is to be continued."""
+    name = "continue_final_message"
+    if add_generation_prompt:
+        raise InvalidRequest(f"{name} and add_generation_prompt exclude each other", field=name)
+    content = messages[-1].get("content")
+    return str(content if isinstance(content, str) else content[-1]["text"] if content else "")
+
+
+def _end_of(content: str, text: str, origins: bytes) -> int:
+    """Where `content` ends for the last time that a user's text is it; blanks at its ends count if they are there."""
+    core = content.strip()
+    if not core:
+        return len(text)
+    at = text.rfind(core)
+    while at >= 0 and origins.count(USER, at, at + len(core)) != len(core):
+        at = text.rfind(core, 0, at + len(core) - 1)
+    if at < 0:
+        reason = "the chat template does not write the content of the last message as it is"
+        raise InvalidRequest(f"continue_final_message: {reason}", field="continue_final_message")
+    whole = content.lstrip()
+    return at + len(whole if text.startswith(whole, at) else core)
 
 
 class _Marker:

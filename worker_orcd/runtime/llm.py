@@ -33,6 +33,7 @@ from worker_orcd.runtime.request import (
     check_seconds,
     check_token_ids,
     prepare,
+    prompt_ids,
     requests_of,
 )
 from worker_orcd.runtime.running import Running
@@ -296,13 +297,50 @@ class LLM:
             InvalidRequest, VramOom: it can never run.
             QueueFull, DuplicateJob, NotReady: not now.
         """
+        return self.submit_requests([request], limits)[0]
+
+    def submit_requests(self, requests: Sequence[Request], limits: Limits | None = None) -> list[Job]:
+        """Queue requests, all of them or none; they begin together.
+
+        Args:
+            requests: up to `STARTED_TOGETHER`.
+            limits: what the caller allows beyond what the model can do.
+
+        Returns:
+            Their jobs, in the order of the requests.
+
+        Raises:
+            InvalidRequest, VramOom: one can never run.
+            QueueFull: there is no room for all. DuplicateJob, NotReady: not now.
+        """
+        if len(requests) > STARTED_TOGETHER:
+            raise InvalidRequest(f"{len(requests)} requests; at most {STARTED_TOGETHER} begin together")
         jobs: list[Job] = []
         try:
-            self._start([self._prepare(request, limits)], jobs)
-            return jobs[0]
+            self._start([self._prepare(request, limits) for request in requests], jobs)
+            return jobs
         except BaseException:
             self._abandon(jobs)
             raise
+
+    def check_request(self, request: Request, limits: Limits | None = None) -> None:
+        """Raise what `submit_request` would raise of a request that can never run.
+
+        Raises:
+            InvalidRequest, VramOom: it can never run.
+        """
+        self._prepare(request, limits)
+
+    def prompt_ids(self, request: Request, limits: Limits | None = None) -> np.ndarray:
+        """The tokens that the prompt or the messages of a request become: int32 [n_prompt].
+
+        Raises:
+            InvalidRequest: of what is wrong with these; nothing else of the request is looked at.
+            InternalError: as `chat`.
+        """
+        self._deputy.check_process()
+        parts = ModelParts(self.tokenizer, self.info.n_vocab, self._scheduler)
+        return self._deputy.call(lambda: prompt_ids(parts, request, limits or Limits()))
 
     def job(self, job_id: str) -> Job | None:
         """The queued or running job of this id, None where there is none."""
@@ -398,6 +436,9 @@ class LLM:
 
         def start(some: Sequence[Prepared]) -> None:
             with self._loop.together():
+                if bounded:  # before any of them is there: none takes room that others need
+                    sizes = [(p.token_ids, 0 if p.score is not None else p.max_tokens) for p in some]
+                    self._loop.check_room([(p.job_id, *size) for p, size in zip(some, sizes, strict=True)])
                 for prepared in some:
                     job = self._loop.submit(
                         prepared.token_ids,
@@ -406,8 +447,9 @@ class LLM:
                         max_tokens=prepared.max_tokens,
                         job_id=prepared.job_id,
                         deadline=prepared.deadline,
-                        bounded=bounded,
+                        bounded=False,
                         bad_words=prepared.bad_words,
+                        score=prepared.score,
                     )
                     jobs.append(job)
 

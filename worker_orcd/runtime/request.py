@@ -20,6 +20,7 @@ from worker_orcd.config import (
     DEFAULT_MAX_TOKENS,
     MAX_BAD_WORD_TOKENS,
     MAX_JOB_ID_CHARS,
+    MAX_LOGPROBS,
     MAX_STOP_TOKENS,
     MAX_TOKENS_OF_A_BAD_WORD,
 )
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HTTP_FIELDS",
+    "RULES",
     "Limits",
     "Messages",
     "ModelParts",
@@ -41,7 +43,9 @@ __all__ = [
     "check_job_id",
     "check_seconds",
     "check_token_ids",
+    "make_seed",
     "prepare",
+    "prompt_ids",
     "requests_of",
 ]
 
@@ -63,6 +67,10 @@ class Request:
         job_id: the caller's name of the job; None: one is made up.
         deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`; None: never.
         special: take the text of control tokens in `prompt` for the tokens.
+        add_bos: begin a prompt that is text with BOS; None: as the tokenizer's file says.
+        chat: how the chat template is applied: arguments of `Tokenizer.apply_chat`.
+        score: generate nothing, and score the tokens of the prompt, with so many of the most likely ones beside each:
+            the job is a `serving.score_job.ScoreJob`.
     """
 
     prompt: Prompt | None = None
@@ -71,6 +79,9 @@ class Request:
     job_id: str | None = None
     deadline: float | None = None
     special: bool = False
+    add_bos: bool | None = None
+    chat: Mapping[str, Any] = field(default_factory=dict)
+    score: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ class Limits:
         max_prompt_chars: characters of a prompt that is text.
         max_tokens_in: tokens of a prompt.
         max_tokens_out: the limit of `max_tokens`.
+        default_tokens: the most that a request gets which names no `max_tokens`.
+        max_stop_chars: characters of a stop string, in the place of its tokens.
         plain_text: refuse NUL in prompts and stop strings, and control characters in job ids.
         without_tokenizer: what is said of a prompt that is text where the model has no tokenizer.
     """
@@ -88,6 +101,8 @@ class Limits:
     max_prompt_chars: int | None = None
     max_tokens_in: int | None = None
     max_tokens_out: int | None = None
+    default_tokens: int = DEFAULT_MAX_TOKENS
+    max_stop_chars: int | None = None
     plain_text: bool = False
     without_tokenizer: str = "the model file has no tokenizer; give the prompt as token ids"
 
@@ -119,7 +134,7 @@ class Prepared:
         token_ids: int32 [n_prompt], ids of the vocabulary, at least one.
         params: checked; `max_tokens` and `seed` are those in use, and `stop_token_ids` none that end the text anyway.
         seed, max_tokens: the same two, which are never None here.
-        job_id, deadline: as asked.
+        job_id, deadline, score: as asked.
         bad_words: the tokens of `params.bad_words`, of each with and without a leading space.
     """
 
@@ -130,6 +145,7 @@ class Prepared:
     job_id: str | None
     deadline: float | None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    score: int | None = None
 
 
 _NO_LIMITS = Limits()
@@ -157,15 +173,17 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     if request.prompt is not None and request.messages is not None:
         raise InvalidRequest("a request has a prompt or messages, not both", field="messages")
     _check_text(request, limits)
+    if request.score is not None:
+        RULES["logprobs"].check("score", request.score, MAX_LOGPROBS)
     params.check(model.n_vocab, limits.max_tokens_out)
     if limits.plain_text and any("\0" in s for s in params.stop):
         raise InvalidRequest("stop holds a NUL character", field="stop")
+    if limits.plain_text and any("\0" in s for s in params.bad_words):
+        raise InvalidRequest("bad_words holds a NUL character", field="bad_words")
     plain = _plain(params)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)
-    if limits.max_tokens_in is not None and n_prompt > limits.max_tokens_in:
-        raise InvalidRequest(f"prompt has {n_prompt} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
-    _check_stop_tokens(plain["stop"], model.tokenizer)
+    _check_stops(plain["stop"], model.tokenizer, limits.max_stop_chars)
     bad_words = _bad_word_ids(plain["bad_words"], model)
     if bad_words or plain["min_tokens"] or plain["stop_token_ids"]:
         stop_ids = model.tokenizer.stop_ids if model.tokenizer is not None and not plain["ignore_eos"] else ()
@@ -173,16 +191,26 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
         _check_bans(plain, bad_words, stop_ids, model.n_vocab)
     max_tokens = plain["max_tokens"]
     if max_tokens is None:
-        most = DEFAULT_MAX_TOKENS if limits.max_tokens_out is None else min(DEFAULT_MAX_TOKENS, limits.max_tokens_out)
-        max_tokens = max(1, min(most, model.capacity.room_for(n_prompt)))
+        known = (limits.default_tokens, limits.max_tokens_out, model.capacity.room_for(n_prompt))
+        max_tokens = max(1, min(n for n in known if n is not None))
     if plain["min_tokens"] > max_tokens:
         raise InvalidRequest(
             f"min_tokens is {plain['min_tokens']}; the prompt leaves room for {max_tokens}", field="min_tokens"
         )
-    model.capacity.check(n_prompt, max_tokens)
+    model.capacity.check(n_prompt, max_tokens if request.score is None else 0)
     seed = plain["seed"] if plain["seed"] is not None else make_seed()
     in_use = SamplingParams(**{**plain, "max_tokens": max_tokens, "seed": seed})
-    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline, bad_words)
+    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline, bad_words, request.score)
+
+
+def prompt_ids(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) -> npt.NDArray[np.int32]:
+    """The tokens of a request's prompt or messages, int32 [n_prompt]; `prepare` takes them as a prompt too.
+
+    Raises:
+        InvalidRequest: as `prepare`, of what is wrong with these alone.
+    """
+    _check_text(request, limits)
+    return _prompt_ids(model, request, limits)
 
 
 def requests_of(
@@ -260,6 +288,9 @@ def check_token_ids(ids: Iterable[int], n_vocab: int, name: str) -> npt.NDArray[
     try:
         if isinstance(ids, bytes | bytearray):
             raise TypeError
+        if isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1 and len(ids):
+            if ids.min() >= 0 and ids.max() < n_vocab:
+                return np.array(ids, np.int32)
         ids = list(ids)
         numbers = [operator.index(i) for i in ids]
     except TypeError:
@@ -307,18 +338,26 @@ def _prompt_ids(model: ModelParts, request: Request, limits: Limits) -> npt.NDAr
     if request.messages is not None:
         if model.tokenizer is None:
             raise InvalidRequest("the model file has no tokenizer, so it cannot chat", field="messages")
-        prompt = model.tokenizer.apply_chat(request.messages)
+        prompt = model.tokenizer.apply_chat(request.messages, **request.chat)
     elif isinstance(prompt, str):
         if model.tokenizer is None:
             raise InvalidRequest(limits.without_tokenizer, field="prompt")
-        prompt = model.tokenizer.encode(prompt, special=request.special)
-    return check_token_ids(prompt, model.n_vocab, "prompt")
+        prompt = model.tokenizer.encode(prompt, special=request.special, add_bos=request.add_bos)
+    ids = check_token_ids(prompt, model.n_vocab, "prompt")
+    if limits.max_tokens_in is not None and len(ids) > limits.max_tokens_in:
+        raise InvalidRequest(f"prompt has {len(ids)} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
+    return ids
 
 
-def _check_stop_tokens(stops: Sequence[str], tokenizer: Tokenizer | None) -> None:
+def _check_stops(stops: Sequence[str], tokenizer: Tokenizer | None, max_chars: int | None) -> None:
     if stops and tokenizer is None:
         raise InvalidRequest("the model file has no tokenizer, so it can have no stop strings", field="stop")
     for stop in stops:
+        if max_chars is not None:
+            if len(stop) > max_chars:
+                reason = f"a stop string has {len(stop)} characters; at most {max_chars} are taken"
+                raise InvalidRequest(reason, field="stop")
+            continue
         n = len(tokenizer.encode(stop, add_bos=False)) if tokenizer is not None else 0
         if n > MAX_STOP_TOKENS:
             raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")

@@ -48,6 +48,7 @@ from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.loop_stats import stats_of
 from worker_orcd.serving.output import Output
 from worker_orcd.serving.scheduler import Scheduler
+from worker_orcd.serving.score_job import ScoreJob
 from worker_orcd.serving.waiters import Waiters
 from worker_orcd.serving.watchdog import Watchdog
 from worker_orcd.serving.work import SequenceState
@@ -149,8 +150,9 @@ class EngineLoop:
         deadline: float | None = None,
         bounded: bool = True,
         bad_words: Sequence[Sequence[int]] = (),
+        score: int | None = None,
     ) -> Job:
-        """Queue a generation.
+        """Queue a generation, or the scoring of a prompt.
 
         Args:
             prompt: int32 [n_prompt], not empty, ids of the vocabulary.
@@ -159,6 +161,7 @@ class EngineLoop:
             deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
             bounded: whether the limit of the queue holds.
             bad_words: the tokens of each.
+            score: generate nothing; the job is a `ScoreJob` with so many of the most likely tokens in each place.
 
         Raises:
             InvalidRequest, VramOom: it can never run.
@@ -166,31 +169,36 @@ class EngineLoop:
 
         The main thread has it done by the deputy: in one errand with all that belongs together.
         """
-        self._scheduler.check(len(prompt), max_tokens)
-        decoder = self._new_decoder() if self._new_decoder else None
+        self._scheduler.check(len(prompt), 0 if score is not None else max_tokens)
+        decoder = self._new_decoder() if self._new_decoder and score is None else None
+        job_id = job_id or uuid.uuid4().hex
         with self._lock:
             self._check_accepting()
-            if job_id is not None and job_id in self._jobs:
+            if job_id in self._jobs:
                 raise DuplicateJob(job_id)
             seq_id = next(self._seq_ids)
-            job = Job(
-                job_id or uuid.uuid4().hex, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy
-            )
-            seq = SequenceState(
-                seq_id,
-                prompt,
-                max_tokens,
-                replace(params, seed=seed),
-                not params.ignore_eos,
-                params.logprobs is not None,
-                params.stop_token_ids,
-            )
+            text: Detokenizer | None = None
+            if score is not None:
+                job: Job = ScoreJob(job_id, seq_id, params, seed, prompt, score, deadline, self._ended, self._deputy)
+                seq = SequenceState(seq_id, prompt, 0, stops=False)
+            else:
+                job = Job(job_id, seq_id, params, seed, len(prompt), deadline, self._ended, self._deputy)
+                seq = SequenceState(
+                    seq_id,
+                    prompt,
+                    max_tokens,
+                    replace(params, seed=seed),
+                    not params.ignore_eos,
+                    params.logprobs is not None,
+                    params.stop_token_ids,
+                )
+                stop_ids = frozenset(self._scheduler.stop_ids_of(seq))
+                seq.edits = token_edits(params, bad_words, stop_ids)
+                text = Detokenizer(job, decoder, stop_ids)
             if bounded:
                 self._check_queue(seq)
-            stop_ids = frozenset(self._scheduler.stop_ids_of(seq))
-            seq.edits = token_edits(params, bad_words, stop_ids)
-            self._jobs[job.job_id] = job
-            self._enqueue(Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
+            self._jobs[job_id] = job
+            self._enqueue(Entry(seq, job, text))
             wake = deadline is not None and self._output.watch(deadline, seq_id)
         if wake:
             self._output.wake()
@@ -202,6 +210,26 @@ class EngineLoop:
         nothing else can begin or end meanwhile."""
         with self._lock:
             yield
+
+    def check_room(self, jobs: Sequence[tuple[str | None, np.ndarray, int]]) -> None:
+        """Inside `together`: whether these jobs may be submitted, all of them, before the first one is.
+
+        Args:
+            jobs: of each its id, its prompt (int32 [n_prompt]) and the tokens that it generates.
+
+        Raises:
+            DuplicateJob: one of them runs. QueueFull: there is no room for all. NotReady: for none.
+        """
+        with self._lock:
+            self._check_accepting()
+            for job_id, _, _ in jobs:
+                if job_id is not None and job_id in self._jobs:
+                    raise DuplicateJob(job_id)
+            arriving = [SequenceState(0, prompt, max_tokens) for _, prompt, max_tokens in jobs]
+            before = self._scheduler.outlook(self._inbox)[1] if self._inbox else 0
+            after = self._scheduler.outlook([*self._inbox, *arriving])[1]
+            if after > before:
+                self._check_queued(after)
 
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """Teacher-forced logits of int32 [n]: float32 [n, n_vocab]. Waits for its turn among the jobs.
@@ -306,7 +334,11 @@ class EngineLoop:
 
     def _check_queue(self, seq: SequenceState) -> None:
         starts, n_wait = self._scheduler.outlook([*self._inbox, seq])
-        if not starts and self._scheduler.n_waiting + n_wait > self._max_queue:
+        if not starts:
+            self._check_queued(n_wait)
+
+    def _check_queued(self, n_arriving: int) -> None:
+        if self._scheduler.n_waiting + n_arriving > self._max_queue:
             raise QueueFull(f"{self._max_queue} jobs are queued already; try again later", retry_after=1)
 
     def _enqueue(self, entry: Entry) -> None:

@@ -19,6 +19,7 @@ from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.logprobs import top_logprobs
 from worker_orcd.serving.scheduler import Scheduler
+from worker_orcd.serving.score_job import ScoreJob
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
 
 #: a step with prefill tokens is kept about this long, so that a cancelled prompt stops within 100 ms
@@ -153,21 +154,21 @@ class EngineWork:
         began = time.monotonic()
         logits = self._engine.forward(work.batch, control=self._control)
         self._control.step_done()
-        self._pace(0, len(logits), time.monotonic() - began)
         first = work.seq.n_past
         ended = self._scheduler.done_logits(work)
         entry = self._entries.get(work.seq.seq_id)
-        if entry is not None and isinstance(entry.job, LogitsJob):
+        if entry is not None and isinstance(entry.job, LogitsJob | ScoreJob):
             try:
-                entry.job.logits[first : first + len(logits)] = logits
+                entry.job.take(first, logits)
             except Exception as error:
                 entry.job.end(as_worker_error(error, "the logits could not be kept"))
             if ended:
-                entry.job.end(None)
+                entry.job.complete()
+        self._pace(len(logits), len(logits), time.monotonic() - began)
 
     def _add_logprobs(self, job: Job, logits: np.ndarray, token: int) -> None:
         try:
-            job.add_logprobs(top_logprobs(logits, token, job.params.logprobs or 0))
+            job.add_logprobs(token, top_logprobs(logits, token, job.params.logprobs or 0))
         except Exception as error:
             job.end(as_worker_error(error, "the log-probabilities could not be made"))
 

@@ -136,6 +136,7 @@ class Job:
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[dict[int, float]] = []
+        self._drawn: list[int] = []  # the tokens of these
         self._ending = False
         self._end: Finished | WorkerError | None = None
 
@@ -239,6 +240,16 @@ class Job:
             self.cached_tokens,
         )
 
+    def logprobs(self, first: int, n: int) -> list[dict[int, float]]:
+        """What `Completion.logprobs` will hold of `n` tokens from number `first` on, whose pieces were read; where they
+        were asked for."""
+        return self._logprobs[first : first + n]
+
+    def drawn(self, index: int) -> int | None:
+        """The token number `index`; None where there is none, or where no log-probabilities were asked for. The one
+        after those of a finished text ended it, unless a stop string did."""
+        return self._drawn[index] if index < len(self._drawn) else None
+
     def timings(self) -> Timings:
         """The times so far."""
         now = time.monotonic()
@@ -270,8 +281,9 @@ class Job:
             if not self._ending:
                 self._token_ids.extend(token_ids)
 
-    def add_logprobs(self, logprobs: dict[int, float]) -> None:
+    def add_logprobs(self, token: int, logprobs: dict[int, float]) -> None:
         """Record the log-probabilities of the next token."""
+        self._drawn.append(token)
         self._logprobs.append(logprobs)
 
     def finish(self, finish_reason: str, stop_reason: int | str | None = None) -> bool:

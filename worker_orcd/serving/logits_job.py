@@ -27,6 +27,14 @@ class LogitsJob:
         self._waiters = Waiters()
         self._lock = threading.Lock()  # of those who end it; never taken by the main thread
 
+    def take(self, first: int, logits: np.ndarray) -> None:
+        """The logits of the tokens from `first` on, float32 [n, n_vocab]."""
+        self.logits[first : first + len(logits)] = logits
+
+    def complete(self) -> None:
+        """The last logits were taken."""
+        self.end(None)
+
     def wait(self) -> None:
         """Wait for the end."""
         self._waiters.wait_for(lambda: self._ended)

@@ -210,7 +210,9 @@ class Tokenizer:
         """SHA-256 of the chat template's UTF-8 text, in hexadecimal; None where there is no template."""
         return None if self._chat is None else self._chat.sha256
 
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def apply_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation in the form of the file's chat template.
 
         Control tokens are those that the template writes. What looks like one in a message is text.
@@ -219,15 +221,14 @@ class Tokenizer:
             messages: dicts with `role` and `content` (a string, a list of text parts or, of an assistant, None), in
                 order.
             add_generation_prompt: end with the start of the assistant's turn.
+            options: `continue_final_message`, `documents`, `variables`: see `ChatTemplate.render`.
 
         Raises:
             InvalidRequest: there is no chat template, the messages are malformed, or the template refuses them, does
                 what a template must not do, or needs more time, memory or text than allowed.
             InternalError: the process that renders the template cannot be started, or was ended by something else.
         """
-        if self._chat is None:
-            raise InvalidRequest(f"{self.path} has no chat template; pass the prompt as text", field="messages")
-        text, mark = self._chat.render(messages, add_generation_prompt)
+        text, mark = self._render(messages, add_generation_prompt, **options)
         fragments: list[str | int] = []
         for fragment in self._chat_special.cut(text, True):
             if isinstance(fragment, int):
@@ -238,6 +239,35 @@ class Tokenizer:
         if self.add_bos and (not ids or ids[0] not in (self._begin[0], self.bos_id)):
             ids[:0] = self._begin
         return ids
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
+    ) -> str:
+        """The text that the file's chat template makes of a conversation. In it the control tokens of the template can
+        no more be told from what looks like one in a message.
+
+        Args, Raises: as `apply_chat`.
+        """
+        text, mark = self._render(messages, add_generation_prompt, **options)
+        return text.replace(mark, "")
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **options: Any
+    ) -> tuple[str, str]:
+        if self._chat is None:
+            raise InvalidRequest(f"{self.path} has no chat template; pass the prompt as text", field="messages")
+        return self._chat.render(messages, add_generation_prompt, **options)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token; empty for ids from `n_vocab` on. Of a tokenizer that is no table of bytes, the UTF-8
+        of what the token is decoded to alone.
+
+        Raises:
+            InvalidRequest: the id is negative.
+        """
+        if self._parts.table is not None:
+            return self._parts.table.token_bytes(token)
+        return self._decode_by_library([token], False).encode()
 
 
 def _check_fits(parts: TokenizerParts, model_file: ModelFile, conclusion: str) -> None:

@@ -92,11 +92,19 @@ def decode(body: bytes, kind: type[Body]) -> Body:
         InvalidRequest: for anything that is not exactly one object of the known fields; names the field where one is
             at fault. The text of the request is never repeated in the message.
     """
+    request = typed(body, kind)
+    # The body is known to be one flat object here; the last of two equal keys won, which no client can have meant.
+    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=str, parse_float=str)
+    return request
+
+
+def typed(body: bytes, kind: type[Body]) -> Body:
+    """`decode`, of two equal keys the last."""
     if not body.strip(b" \t\r\n"):
         needed = [f.name for f in msgspec.structs.fields(kind) if f.required]
         raise InvalidRequest(f"the body is empty; it must be a JSON object with {' and '.join(needed)}")
     try:
-        request = msgspec.json.decode(body, type=kind)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _refused(str(error)) from None
     except msgspec.DecodeError as error:
@@ -105,9 +113,6 @@ def decode(body: bytes, kind: type[Body]) -> Body:
         raise InvalidRequest("the body is no valid UTF-8") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
-    # The body is known to be one flat object here; the last of two equal keys won, which no client can have meant.
-    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=str, parse_float=str)
-    return request
 
 
 class _JobId(msgspec.Struct):
