@@ -53,9 +53,9 @@ _ROLE = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}
 _PART = {
     "type": "object",
     "required": ["type", "text"],
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string", "pattern": types.NO_NUL}},
 }
-_CONTENT = [{"type": "string"}, {"type": "array", "items": _PART}]
+_CONTENT = [{"type": "string", "pattern": types.NO_NUL}, {"type": "array", "items": _PART}]
 #: names of the worker's own error in JSON
 _NATIVE_ERROR = {
     "type": "object",
