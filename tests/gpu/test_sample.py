@@ -281,7 +281,7 @@ def test_edits_and_penalties_follow_the_rule(gpu, n_vocab, stride, kind):
     sampled, skipped, failed = [[] for _ in slots], 0, 0
     for step in range(8):
         logits = make_logits(rng, n, n_vocab, kind)
-        logits[:, hot] = 9 + rng.standard_normal((n, 5))
+        logits[:, hot] = 15 + rng.standard_normal((n, 5))
         order = rng.permutation(n)
         positions = rng.integers(0, 5000, n)
         sampler.set_logits(logits, order, positions, stride)

@@ -197,6 +197,20 @@ def test_stream_and_stop_string(smollm2):
     assert cut.text == whole.text[: whole.text.find(stop)] and cut.finish_reason == "stop"
 
 
+def test_a_stop_string_is_told_and_does_not_count_before_min_tokens(smollm2):
+    prompt, params = "1, 2, 3,", SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    (whole,) = smollm2.generate([prompt], params)
+    pieces = [piece.text for piece in smollm2.stream(prompt, params)]
+    assert len(pieces) == 30 and "".join(pieces) == whole.text and whole.stop_reason is None
+    for least in (0, 7, 29):
+        shown = len("".join(pieces[:least]))
+        at = whole.text.find(",", shown)
+        asked = dataclasses.replace(params, stop=("no such text", ","), min_tokens=least)
+        (got,) = smollm2.generate([prompt], asked)
+        want = (whole.text, "length", None) if at < 0 else (whole.text[:at], "stop", ",")
+        assert (got.text, got.finish_reason, got.stop_reason) == want, least
+
+
 def test_chat_takes_content_in_parts(smollm2):
     greedy = SamplingParams(max_tokens=8, temperature=0.0)
     parts = [{"type": "text", "text": "Say hello."}, {"type": "text", "text": "Now."}]

@@ -56,7 +56,9 @@ class Output:
                     if token >= 0:
                         entry.text.push(token)
                     elif token == FAILED:
-                        entry.job.end(InternalError("the logits of the next token are no numbers"))
+                        entry.job.end(
+                            InternalError("the logits of the next token are no numbers, or every token is banned")
+                        )
                     elif token in (STOP, LENGTH):
                         entry.text.end("stop" if token == STOP else "length")
                 except BaseException as error:  # a library's panic is no Exception, and hurts the one job as well
