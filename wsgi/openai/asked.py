@@ -132,7 +132,7 @@ def number_of_choices(body: SamplingFields, n_prompts: int, jobs_per_prompt: int
     n = 1 if n is None else n
     if not 1 <= n <= MAX_CHOICES:
         raise InvalidRequest(f"n must be 1 to {MAX_CHOICES}", field="n")
-    name = "n" if n > 1 else "prompt"
+    name = "n" if n > 1 or n_prompts == 1 else "prompt"
     if n * n_prompts > MAX_CHOICES:
         raise InvalidRequest(f"{n} x {n_prompts} choices; at most {MAX_CHOICES} are made at once", field=name)
     n_jobs = (n + jobs_per_prompt) * n_prompts

@@ -78,13 +78,18 @@ def too_deep(body: bytes, most: int = MAX_DEPTH) -> bool:
 
 
 def top_names(body: bytes) -> set[str]:
-    """The names in the outermost object of a JSON text that is known to be one and not to be deep.
+    """The names in the outermost object of a JSON text that is not deep and was decoded into a structure already.
 
     Raises:
-        InvalidRequest: an object of it has a name twice.
+        InvalidRequest: an object of it has a name twice; or what the structure passed over is no JSON.
     """
-    # the last object to be complete is the outermost
-    return set(json.loads(body, object_pairs_hook=_unique, parse_int=str, parse_float=str))
+    try:
+        # the last object to be complete is the outermost
+        return set(json.loads(body, object_pairs_hook=_unique, parse_int=str, parse_float=str))
+    except UnicodeDecodeError:
+        raise InvalidRequest("the body is no valid UTF-8") from None
+    except ValueError:
+        raise InvalidRequest("the body is no valid JSON") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

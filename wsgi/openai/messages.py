@@ -42,10 +42,19 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     given = dict(message)
     content, calls = given.get("content"), given.get("tool_calls")
     if isinstance(content, list):
-        given["content"] = [_part(part) for part in content]
+        content = given["content"] = [_part(part) for part in content]
+    if any("\0" in text for text in _texts(content)):
+        raise InvalidRequest(f"{where}.content holds a NUL character", field=f"{where}.content")
     if isinstance(calls, list):
         given["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return given
+
+
+def _texts(content: Any) -> list[str]:
+    """The strings of a content, whatever else is wrong with it."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    found = (part.get("text") for part in parts if isinstance(part, dict))
+    return [text for text in found if isinstance(text, str)]
 
 
 def _part(part: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import falcon
@@ -24,11 +23,9 @@ from worker_orcd.wsgi.native.execute import ExecuteBody
 from worker_orcd.wsgi.openai import types
 from worker_orcd.wsgi.openai.generation import answer
 from worker_orcd.wsgi.openai.ids import MAX_CHOICES
+from worker_orcd.wsgi.openai.operations import ID, JSON, OPERATIONS, Operation, Schema, ref
 from worker_orcd.wsgi.service import Service
 
-Schema = dict[str, Any]
-
-JSON, EVENTS = "application/json", "text/event-stream"
 #: what every route may answer: status -> when
 _ERRORS = {
     400: "a field breaks its rule, which the answer names; or the body is no JSON object",
@@ -53,9 +50,9 @@ _ROLE = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}
 _PART = {
     "type": "object",
     "required": ["type", "text"],
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string", "pattern": types.NO_NUL}},
 }
-_CONTENT = [{"type": "string"}, {"type": "array", "items": _PART}]
+_CONTENT = [{"type": "string", "pattern": types.NO_NUL}, {"type": "array", "items": _PART}]
 #: names of the worker's own error in JSON
 _NATIVE_ERROR = {
     "type": "object",
@@ -66,90 +63,6 @@ _NATIVE_ERROR = {
         "retriable": {"type": "boolean"},
         "field": {"type": "string"},
     },
-}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What one method of a route does.
-
-    Attributes:
-        summary: of it.
-        answers: status -> media type -> schema; None: any text.
-        body: name of the schema of its body.
-        jobs: whether it begins jobs.
-        errors: further statuses of errors.
-        open: whether it answers without a key.
-    """
-
-    summary: str
-    answers: Mapping[int, Mapping[str, Schema | None]]
-    body: str | None = None
-    jobs: bool = False
-    errors: tuple[int, ...] = ()
-    open: bool = False
-
-
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(**properties: Schema) -> Schema:
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
-_TEXT = {"type": "string"}
-_ID = {"type": "integer", "minimum": 0}
-_PIECE = _object(id=_ID, piece={"anyOf": [_TEXT, {"type": "array", "items": _ID}]})
-_STATUS = _object(status=_TEXT)
-_TOKENS = _object(
-    tokens={"anyOf": [{"type": "array", "items": _ID}, {"type": "array", "items": _PIECE}]},
-    count=_ID,
-    max_model_len=_ID,
-)
-
-#: path as routed -> method -> operation; of a route that is not here the document says what its resource says of itself
-OPERATIONS: dict[str, dict[str, Operation]] = {
-    "/execute": {"post": Operation("Run a job, its events streamed", {200: {EVENTS: None}}, "ExecuteBody", jobs=True)},
-    "/cancel": {
-        "post": Operation("End a job", {202: {JSON: _object(job_id=_TEXT, state=_TEXT)}}, "CancelBody"),
-    },
-    "/health": {
-        "get": Operation("What the worker is and how it is", {200: {JSON: _STATUS}, 503: {JSON: _STATUS}}, open=True)
-    },
-    "/ready": {
-        "get": Operation(
-            "Whether jobs are taken",
-            {code: {JSON: _object(ready={"type": "boolean"}, status=_TEXT)} for code in (200, 503)},
-            open=True,
-        )
-    },
-    "/shutdown": {"post": Operation("End the worker", {202: {JSON: _STATUS}})},
-    "/v1/models": {"get": Operation("The served model", {200: {JSON: _ref("ModelList")}})},
-    "/v1/models/{model:path}": {
-        "get": Operation("The served model by its name", {200: {JSON: _ref("Model")}}, errors=(404,))
-    },
-    "/v1/completions": {
-        "post": Operation(
-            "Continue texts", {200: {JSON: _ref("CompletionAnswer"), EVENTS: None}}, "CompletionBody", jobs=True
-        )
-    },
-    "/v1/chat/completions": {
-        "post": Operation(
-            "Continue a conversation", {200: {JSON: _ref("ChatAnswer"), EVENTS: None}}, "ChatBody", jobs=True
-        )
-    },
-    "/tokenize": {"post": Operation("Ids of a text or of a conversation", {200: {JSON: _TOKENS}}, "TokenizeBody")},
-    "/detokenize": {
-        "post": Operation("Text of ids", {200: {JSON: _object(prompt=_TEXT, content=_TEXT)}}, "DetokenizeFields")
-    },
-    "/apply-template": {
-        "post": Operation("Text of a conversation", {200: {JSON: _object(prompt=_TEXT)}}, "TemplateBody")
-    },
-    "/tokenizer_info": {
-        "get": Operation("Special tokens and chat template", {200: {JSON: _object(tokenizer_class=_TEXT)}})
-    },
-    "/openapi.json": {"get": Operation("This document", {200: {JSON: {"type": "object"}}})},
 }
 
 
@@ -222,7 +135,7 @@ def document(
 
 
 def _operation(path: str, one: Operation, with_key: bool) -> Schema:
-    error = _ref("ErrorAnswer" if is_openai(path) else "Error")
+    error = ref("ErrorAnswer" if is_openai(path) else "Error")
     errors = {**_ERRORS, **(_JOB_ERRORS if one.jobs else {}), **dict.fromkeys(one.errors, "there is no such thing")}
     if one.open or not with_key:
         del errors[401]
@@ -232,7 +145,7 @@ def _operation(path: str, one: Operation, with_key: bool) -> Schema:
         responses[str(code)] = {"description": one.summary, "content": content}
     out: Schema = {"summary": one.summary, "responses": dict(sorted(responses.items()))}
     if one.body is not None:
-        out["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(one.body)}}}
+        out["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(one.body)}}}
     if with_key and not one.open:
         out["security"] = [{"key": []}]
     return out
@@ -285,7 +198,7 @@ _TOKENIZED = ("prompt", "content", "messages")
 
 
 def _id(n_vocab: int | None) -> Schema:
-    return {**_ID, **({} if n_vocab is None else {"maximum": n_vocab - 1})}
+    return {**ID, **({} if n_vocab is None else {"maximum": n_vocab - 1})}
 
 
 def _set_limits(properties: Schema, max_tokens_out: int, n_vocab: int | None) -> None:

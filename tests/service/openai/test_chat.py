@@ -123,6 +123,8 @@ def test_add_generation_prompt_can_be_left_out(smollm2):
         ([{"role": "us er", "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
+        ([{"role": "user", "content": "a\0b"}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\0"}]}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
         ([*HELLO, {"role": "user", "content": [{"type": "input_audio"}]}], "messages[1].content[0].type"),
         ([{"role": "user", "content": "word " * 9000}], "messages"),

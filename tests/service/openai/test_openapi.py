@@ -13,7 +13,8 @@ from worker_orcd.config import MAX_LOGPROBS, MAX_STOPS
 from worker_orcd.runtime.request import HTTP_FIELDS, RULES
 from worker_orcd.wsgi.app import ROUTES
 from worker_orcd.wsgi.native.execute import ExecuteBody
-from worker_orcd.wsgi.openai.openapi import OPERATIONS, below
+from worker_orcd.wsgi.openai.openapi import below
+from worker_orcd.wsgi.openai.operations import OPERATIONS
 from worker_orcd.wsgi.openai.types import ChatBody, CompletionBody
 
 
