@@ -116,6 +116,11 @@ class StepWork:
         return cls(batch, chunks, outputs, any(s.want_logits for s in outputs))
 
     @property
+    def seqs(self) -> list[SequenceState]:
+        """The sequences of the step."""
+        return [seq for seq, _ in self.chunks]
+
+    @property
     def n_prefill_tokens(self) -> int:
         """Prompt tokens of the step."""
         return len(self.batch.tokens) - self.batch.n_decode
@@ -127,6 +132,11 @@ class LogitsWork:
 
     batch: Batch
     seq: SequenceState
+
+    @property
+    def seqs(self) -> list[SequenceState]:
+        """The one sequence."""
+        return [self.seq]
 
 
 @dataclass
