@@ -95,6 +95,9 @@ def _steps(engine: Engine, n_positions: int, go_on: Callable[[], None]) -> tuple
     if engine.warm_seqs:
         # the largest number of logits rows, which only texts that are scored ask for
         engine.forward(_prompts(engine, n_positions, min(_MAX_OUT, config.max_batch_tokens), every_row=True))
+    for group, n_blocks in enumerate(config.n_blocks):
+        if n_blocks > 1:
+            engine.copy_block(group, 0, n_blocks - 1)
     ring, control = TokenRing(), Control()
     for sampling in (_GREEDY, _DRAWN):
         engine.set_slot(0, sampling)  # one that is drawn makes all of its step so
