@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from worker_orcd._ring import TokenRing
+from worker_orcd._text import TextDecoder
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import (
@@ -57,7 +59,7 @@ class EngineLoop:
     Args:
         engine: any `Engine`; from now on only the engine thread calls it.
         scheduler: made for this engine.
-        ring, control: a `TokenRing` and a `Control`, or objects like them.
+        ring: carries the tokens. control: a `Control`, or an object like it.
         new_decoder: makes a stream decoder for one job; None for a model without a tokenizer.
         max_queue: jobs that may wait for a slot.
         on_fatal: called with the error, in the engine or output thread, when the loop has died: all jobs have ended by
@@ -69,7 +71,7 @@ class EngineLoop:
         self,
         engine: Engine,
         scheduler: Scheduler,
-        ring: Any,
+        ring: TokenRing,
         control: Any,
         *,
         new_decoder: Callable[[], Decoder] | None = None,
@@ -171,7 +173,12 @@ class EngineLoop:
                 self._check_queue(seq)
             stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
             self._jobs[job.job_id] = job
-            self._enqueue(Entry(seq, job, Detokenizer(job, decoder, stop_ids)))
+            text = None
+            if decoder is None or isinstance(decoder, TextDecoder):
+                job.sink.decode_with(decoder, params.stop, stop_ids)
+            else:
+                text = Detokenizer(job, decoder, stop_ids)
+            self._enqueue(Entry(seq, job, text))
             wake = deadline is not None and self._output.watch(deadline, seq_id)
         if wake:
             self._output.wake()
@@ -286,6 +293,7 @@ class EngineLoop:
 
     def _enqueue(self, entry: Entry) -> None:
         self._entries[entry.seq.seq_id] = entry
+        self._output.add(entry)
         self._inbox.append(entry.seq)
         self._lock.notify_all()
         if not self._called and self._scheduler.outlook(self._inbox)[0]:  # else it cannot start before another one ends
@@ -298,6 +306,7 @@ class EngineLoop:
         """A job has ended for its client; called once for each, by the thread that ended it."""
         with self._lock:
             entry = self._entries.pop(job.seq_id, None)
+            self._output.remove(job.seq_id)
             if job.job_id in self._jobs:
                 # in this order: who looks without the lock finds it in one of the two
                 self._recent[job.job_id] = None
