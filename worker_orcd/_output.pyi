@@ -23,8 +23,8 @@ class ClientStream:
     def write(self, data: bytes) -> int:
         """Append bytes, however much waits, and send. Returns the state: OPEN, SENT or GONE, as the next ones do."""
 
-    def finish(self) -> int:
-        """The body is complete: end it, and send."""
+    def finish(self, data: bytes = b"") -> int:
+        """Append the last bytes of the body, end it, and send."""
 
     def writable(self) -> int:
         """The socket can be written again: send what waits."""

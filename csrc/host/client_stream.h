@@ -49,10 +49,11 @@ class ClientStream {
         return send_some();
     }
 
-    // The body is complete: ends it, and sends.
-    State finish() {
+    // Appends the last bytes of the body, ends it, and sends.
+    State finish(const char* data, size_t n) {
         std::lock_guard<std::mutex> lock(mutex_);
         if (fd_ >= 0 && !finished_) {
+            body_.append(data, n);
             frame();
             if (chunked_) out_ += "0\r\n\r\n";
             finished_ = true;

@@ -20,7 +20,7 @@ cdef extern from "host/client_stream.h" namespace "worker_orcd" nogil:
     cdef cppclass CClientStream "worker_orcd::ClientStream":
         CClientStream(int fd, cbool chunked, int epoll, int wake, size_t limit) except +
         int write(const char* data, size_t n) except +
-        int finish() except +
+        int finish(const char* data, size_t n) except +
         int flush() except +
         int writable() except +
         void release() except +
@@ -97,11 +97,13 @@ cdef class ClientStream:
             state = self.stream.get().write(start, n)
         return state
 
-    def finish(self):
-        """The body is complete: end it, and send."""
+    def finish(self, bytes data not None=b""):
+        """Append the last bytes of the body, end it, and send."""
+        cdef const char* start = data
+        cdef size_t n = len(data)
         cdef int state
         with nogil:
-            state = self.stream.get().finish()
+            state = self.stream.get().finish(start, n)
         return state
 
     def writable(self):

@@ -74,7 +74,7 @@ def by_loop(decoder, stops, stop_ids, tokens, mark, draw):
         ring.put(1, token)
         if draw.random() < 0.3 or token == mark:
             for seq_id, kind, value in loop.run(0.0):
-                assert seq_id == 1 and (kind == STOPPED or (kind == MARK and value == mark) or kind == PIECE)
+                assert seq_id == 1 and (kind in (STOPPED, PIECE) or (kind == MARK and value == mark))
                 if kind != PIECE:
                     job.finish("stop" if kind == STOPPED or mark == STOP else "length")
         if draw.random() < 0.3:
@@ -184,8 +184,16 @@ def test_a_closed_sink_takes_nothing():
         JobSink().add_piece(None, [1])
 
 
-@pytest.mark.parametrize("text", ["", "plain", 'q " \\ / \u2028 \u2029 \u0085', "é漢\U0001f600\x7f\u0080\u0084\u0086\u2027\u202a",
-                                  "".join(map(chr, range(32)))])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "plain",
+        'q " \\ / \u2028 \u2029 \u0085',
+        "é漢\U0001f600\x7f\u0080\u0084\u0086\u2027\u202a",
+        "".join(map(chr, range(32))),
+    ],
+)
 @pytest.mark.parametrize("end", [None, b"}\n"])
 def test_a_template_is_filled_in_as_in_python(text, end):
     form = PieceTemplate(b'{"t":"', b'","i":', end)

@@ -54,9 +54,10 @@ USES_COMPILED = {
     "serving": ("_output", "_ring", "_text"),
     "tokenizer": ("_gguf", "_spm", "_text"),
     "gguf": ("_gguf",),
+    "wsgi": ("_output",),
 }
 #: what HTTP may import of worker_orcd, by the longest name that fits
-WSGI = ("runtime", "serving.job", "chat", "config", "errors", "observe", "wsgi")
+WSGI = ("runtime", "serving.job", "chat", "config", "errors", "observe", "wsgi", "_output")
 #: room -> libraries of others, beside NumPy, that it may import; the driver's bindings are for `_driver` alone
 LIBRARIES = {
     "cli": {"click", "tqdm"},

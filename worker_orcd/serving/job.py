@@ -227,8 +227,8 @@ class Job:
         )
 
     def listen(self, listener: Callable[[], object]) -> None:
-        """Have `listener` called whenever somebody who waits is told: at the end, and at a piece after `next_event` found
-        none. It is called in the thread that feeds or ends the job, must not wait, and is called once at once."""
+        """Have `listener` called at once, and whenever those who wait are told: at the end, and at a piece after
+        `next_event` found none. It is called in the thread that feeds or ends the job, and must not wait."""
         self._listener = listener
         listener()
 

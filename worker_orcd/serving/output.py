@@ -1,7 +1,7 @@
 """Output: the work of the output thread. Tokens of the ring become text of their jobs; jobs past their deadline end.
 
-Most of it is done by an `OutputLoop` without Python, which comes back where a job has ended, somebody waits for a piece,
-or a token is decoded here (by the decoders of libraries).
+Most of it is done by an `OutputLoop` without Python, which comes back where a job has ended, where somebody waits for a
+piece, and with tokens that are decoded here (by the decoders of libraries).
 """
 
 from __future__ import annotations
