@@ -49,11 +49,11 @@ class OutputLoop {
     // Works until there is something to report, `timeout_s` is over, or the queue is closed and empty. A negative
     // token is a mark, -1 the sign of an engine that could draw none, which its own mark follows.
     void run(TokenQueue& queue, double timeout_s, std::vector<Report>& reports) {
-        const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_s);
-        while (reports.empty()) {
-            const double left = std::chrono::duration<double>(end - std::chrono::steady_clock::now()).count();
+        const auto end = Clock::now() + std::chrono::duration<double>(timeout_s);
+        double left = timeout_s;
+        do {
             entries_.resize(kBatch);
-            entries_.resize(queue.pop_some(entries_.data(), kBatch, std::max(left, 0.0)));
+            entries_.resize(queue.pop_some(entries_.data(), kBatch, left));
             if (entries_.empty()) return;
             find_sinks();
             for (size_t i = 0; i < entries_.size(); ++i) feed(entries_[i], found_[i].get(), reports);
@@ -61,10 +61,13 @@ class OutputLoop {
             told_.clear();
             flush_streams();
             found_.clear();
-        }
+            left = std::chrono::duration<double>(end - Clock::now()).count();
+        } while (reports.empty() && left > 0);
     }
 
   private:
+    using Clock = std::chrono::steady_clock;
+
     static constexpr size_t kBatch = 4096;
 
     void find_sinks() {
