@@ -217,7 +217,7 @@ cdef class JobSink:
         return self.sink.get().ready()
 
     def attach(self, ClientStream stream not None, bytes before not None, bytes after not None, bytes end):
-        """From now on pieces are bytes of `stream`, by the template given; those that nobody has taken are the first."""
+        """From now on pieces are bytes of `stream`, by the template given; those that nobody took are the first."""
         cdef CPieceTemplate form = _template(before, after, end)
         with nogil:
             self.sink.get().attach(stream.stream, form)
