@@ -2,10 +2,11 @@
 
     goldens_dir         the reference files: $WORKER_ORCD_GOLDENS, else ../shared/goldens beside the repository
     model_path(name)    a real model, "smollm2" or "qwen": in $WORKER_ORCD_MODELS, else ~/.cache/worker-orcd/models
+    browser             headless Chromium
 
-A test that uses one of them is marked `goldens` or `model` by that. Where they are absent it is skipped and says why.
-It fails instead with WORKER_ORCD_REQUIRE_MODELS=1, and in CI (CI=true) where the files are there;
-WORKER_ORCD_REQUIRE_GPU=1 does the same for `gpu` tests.
+A test that uses one of them is marked `goldens`, `model` or `browser` by that. Where they are absent it is skipped and
+says why. It fails instead with WORKER_ORCD_REQUIRE_MODELS=1, and in CI (CI=true) where the files are there;
+WORKER_ORCD_REQUIRE_GPU=1 does the same for `gpu` tests, and in CI a `browser` test always has to run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import worker_orcd
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"smollm2": "smollm2-135m-instruct-q4_1.gguf", "qwen": "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"}
+#: fixture -> the marker of the tests that use it
+_MARKERS = {"model_path": "model", "goldens_dir": "goldens", "browser": "browser", "gpu": "gpu"}
 
 # Processes that tests start must find the package that is tested here: the installed one, and not the source tree that
 # may be their working directory; or the source tree where it is tested in place.
@@ -45,6 +48,8 @@ def _required(marker: str) -> bool:
     """Whether a test of this marker that does not run is a failure."""
     if marker == "gpu":
         return os.environ.get("WORKER_ORCD_REQUIRE_GPU") == "1"
+    if marker == "browser":
+        return os.environ.get("CI") == "true"
     if os.environ.get("WORKER_ORCD_REQUIRE_MODELS") == "1":
         return True
     if os.environ.get("CI") != "true" or os.environ.get("WORKER_ORCD_REQUIRE_MODELS") == "0":
@@ -90,6 +95,18 @@ def call(capsys):
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A running `helpers.chromium.Browser`."""
+    from helpers import chromium
+
+    if chromium.find() is None:
+        pytest.skip("Chromium is not installed (on Debian: apt-get install chromium)")
+    running = chromium.Browser(tmp_path_factory.mktemp("chromium"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
 def gpu() -> int:
     """Index of the GPU to test on."""
     return int(os.environ.get("WORKER_ORCD_TEST_GPU", "0"))
@@ -101,7 +118,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     usable: bool | None = None
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        for fixture, marker in (("goldens_dir", "goldens"), ("model_path", "model"), ("gpu", "gpu")):
+        for fixture, marker in _MARKERS.items():
             if fixture in fixtures:
                 item.add_marker(marker)
         if item.path.is_relative_to(gpu_dir):
@@ -124,7 +141,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """Turn the skip of a test that had to run into a failure."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail"):
-        for marker in ("model", "goldens", "gpu"):
+        for marker in _MARKERS.values():
             if item.get_closest_marker(marker) and _required(marker):
                 report.outcome = "failed"
                 report.longrepr = f"had to run but was skipped: {report.longrepr[-1]}"

@@ -10,6 +10,7 @@ from typing_extensions import Buffer
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import TokenEdits
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models.plan import Plan
 
@@ -24,7 +25,9 @@ def cpu_features() -> _CpuFeatures:
 def dequantize(type_id: int, buffer: Buffer, n_elements: int, isa: str | None = None) -> NDArray[np.float32]:
     """Exact float32 values [n_elements] of quantized blocks."""
 
-def sample_token(logits: ArrayLike, position: int, sampling: SamplingParams, sampled: Iterable[int] = ()) -> int:
+def sample_token(
+    logits: ArrayLike, position: int, sampling: SamplingParams, sampled: Iterable[int] = (), edits: TokenEdits = ...
+) -> int:
     """Draw one token from float32 logits [n_vocab]; -1 where there is nothing to draw from."""
 
 class CpuEngine:
@@ -51,7 +54,7 @@ class CpuEngine:
     def workspace_bytes(self) -> int:
         """Reserved for activations and scratch; 0 once closed."""
 
-    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = ...) -> None:
         """Give a slot to a new sequence."""
 
     def step(self, batch: Batch, want_logits: bool = False) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
@@ -68,7 +71,7 @@ class CpuEngine:
         positions: ArrayLike,
         n_steps: int,
         stop_ids: ArrayLike,
-        stop_mask: ArrayLike,
+        stop_offsets: ArrayLike,
         ring: TokenRing,
         control: Control,
     ) -> NDArray[np.int32]:

@@ -12,6 +12,7 @@ from worker_orcd.cuda.memory import Arenas
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import TokenEdits
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models.plan import Plan
 
@@ -69,7 +70,7 @@ class CudaEngine:
     def load_stats(self) -> UploadStats:
         """How the weights were loaded."""
 
-    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = ...) -> None:
         """Give a slot to a new sequence."""
 
     def step(self, batch: Batch, want_logits: bool = False) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
@@ -86,7 +87,7 @@ class CudaEngine:
         positions: ArrayLike,
         n_steps: int,
         stop_ids: ArrayLike,
-        stop_mask: ArrayLike,
+        stop_offsets: ArrayLike,
         ring: TokenRing,
         control: Control,
     ) -> NDArray[np.int32]:

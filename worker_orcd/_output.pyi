@@ -46,7 +46,9 @@ def encode_piece(before: bytes, after: bytes, end: bytes | None, text: str, inde
 class JobSink:
     """Where the tokens of one job become its text, and its pieces wait for who takes them - or are sent to a client."""
 
-    def decode_with(self, decoder: TextDecoder | None, stops: Iterable[str], stop_ids: Iterable[int]) -> None:
+    def decode_with(
+        self, decoder: TextDecoder | None, stops: Iterable[str], stop_ids: Iterable[int], n_unwatched: int = 0
+    ) -> None:
         """Make pieces of the tokens that the loop brings."""
 
     @property
@@ -70,6 +72,10 @@ class JobSink:
 
     def attach(self, stream: ClientStream, before: bytes, after: bytes, end: bytes | None) -> None:
         """From now on pieces are bytes of `stream`, by the template given."""
+
+    @property
+    def ended_by(self) -> tuple[str | None, int | None]:
+        """(stop string, stop token) that ended its text, each None where it did not."""
 
     @property
     def text(self) -> str:

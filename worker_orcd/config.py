@@ -7,6 +7,7 @@ option is a field here and the place that uses it.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import uuid
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,8 @@ MAX_MODEL_NAME_CHARS = 256
 DEFAULT_MAX_TOKENS = 2048
 #: stop strings of a request, and tokens of each
 MAX_STOPS, MAX_STOP_TOKENS = 4, 32
+#: entries of a logit bias, tokens that end a request beside the model's, tokens of all its bad words and of each
+MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, MAX_BAD_WORD_TOKENS, MAX_TOKENS_OF_A_BAD_WORD = 1024, 128, 1024, 32
 #: most likely tokens whose log-probabilities a request may want with each token
 MAX_LOGPROBS = 20
 #: share of a GPU's memory that a process takes at most where nobody says another
@@ -34,6 +37,8 @@ MAX_BODY_BYTES = 1 << 20
 SPARE_THREADS = 8
 #: seconds within which a stopping process is gone, whatever hangs
 EXIT_LIMIT_SEC = 5.0
+#: among allowed hosts or origins: any
+ANY = "*"
 SHA256_RULE = "must be 64 lowercase hexadecimal digits"
 
 
@@ -53,6 +58,7 @@ class Flag:
         choices: the values it may have; (): any.
         chosen: it has no fixed default on the command line: who runs it chooses one.
         guard: it protects something, so a variable that is set but empty is refused and not taken as absent.
+        many: it may be given several times; its variable holds values with blanks between them.
     """
 
     help: str
@@ -67,6 +73,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     chosen: bool = False
     guard: bool = False
+    many: bool = False
 
 
 def _flag(help: str, metavar: str = "", kind: type = str, *args: Any, **settings: Any) -> dict[str, Flag]:
@@ -215,6 +222,29 @@ class ServeConfig:
             guard=True,
         ),
     )
+    allow_unauthenticated: bool = field(
+        default=False,
+        metadata=_flag("Listen beyond this machine without --api-key: whoever reaches it may use it.", kind=bool),
+    )
+    allowed_hosts: tuple[str, ...] = field(
+        default=(),
+        metadata=_flag(
+            "A name by which clients may call the worker beside its own, with or without a port: of a proxy, a "
+            "container, a service. May be repeated.",
+            "HOST",
+            name="allowed-host",
+            many=True,
+        ),
+    )
+    cors_origins: tuple[str, ...] = field(
+        default=(),
+        metadata=_flag(
+            "A web page's origin, like https://app.example, that may use the worker from a browser. May be repeated.",
+            "ORIGIN",
+            name="cors-origin",
+            many=True,
+        ),
+    )
     log_format: str = field(
         default="json",
         metadata=_flag(
@@ -247,6 +277,24 @@ class ServeConfig:
         """Threads of the server at most: one for each answer given whole that may be under way, and the spare ones."""
         return self.max_streams + SPARE_THREADS
 
+    @property
+    def is_open(self) -> bool:
+        """Whether others than this machine may be let in: they need a key, or were said to need none."""
+        return self.api_key is not None or self.allow_unauthenticated
+
+    def check_reach(self, address: str) -> None:
+        """Refuse to listen on `address` where that lets in others who need no key, and nobody said that they may.
+
+        Raises:
+            InvalidRequest: naming the host.
+        """
+        if not (self.is_open or is_loopback(address)):
+            raise _refused(
+                "host",
+                f"{quoted(self.host)} can be reached from other machines, and there is no API key: give --api-key "
+                f"(better as the variable WORKER_ORCD_API_KEY), or --allow-unauthenticated where everybody is meant",
+            )
+
     def check(self) -> None:
         """Check every value.
 
@@ -263,6 +311,11 @@ class ServeConfig:
             raise _refused("served_model_name", f"must be 1 to {MAX_MODEL_NAME_CHARS} printable characters")
         if not self.host:
             raise _refused("host", "must not be empty")
+        if is_address(self.host):
+            self.check_reach(self.host)
+        for name in ("allowed_hosts", "cors_origins"):
+            if ANY in getattr(self, name) and not self.is_open:
+                raise _refused(name, f"may be {ANY} only with --api-key or --allow-unauthenticated")
         for name in FLAGS:
             check_range(name, getattr(self, name))
         if self.vram_limit_bytes is not None and self.device == "cpu":
@@ -299,6 +352,25 @@ def file_path(name: str, value: object) -> str:
     if "\0" in path:
         raise _refused(name, "holds a NUL character, which no path can")
     return os.path.expanduser(path)
+
+
+def is_address(host: str) -> bool:
+    """Whether `host` is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is an address of loopback, or `localhost`. Other names are not looked up."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().removesuffix(".") == "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def check_device(device: str) -> None:

@@ -13,12 +13,16 @@ import falcon
 
 from worker_orcd.errors import WorkerError
 from worker_orcd.wsgi import http_errors
-from worker_orcd.wsgi.middleware import CORRELATION_HEADER, ApiKey, Correlation, peer
+from worker_orcd.wsgi.access import FIELDS as ACCESS_FIELDS
+from worker_orcd.wsgi.access import Rules
+from worker_orcd.wsgi.middleware import CORRELATION_HEADER, REQUEST_ID_HEADER, Access, ApiKey, Correlation, cors, peer
 from worker_orcd.wsgi.native.cancel import Cancel
 from worker_orcd.wsgi.native.execute import Execute, ExecuteBody
 from worker_orcd.wsgi.native.health import Health, Ready
+from worker_orcd.wsgi.native.metrics import MetricsText
 from worker_orcd.wsgi.native.requests import DEADLINE_HEADER
 from worker_orcd.wsgi.native.shutdown import Shutdown
+from worker_orcd.wsgi.page import Page, Static
 from worker_orcd.wsgi.service import Service
 
 #: every route: its path, and the resource that answers its methods; docs/http.md has a row for each
@@ -27,18 +31,25 @@ ROUTES: tuple[tuple[str, Callable[[Service], object]], ...] = (
     ("/cancel", Cancel),
     ("/health", Health),
     ("/ready", Ready),
+    ("/metrics", MetricsText),
     ("/shutdown", Shutdown),
+    ("/", Page),
+    ("/static/{name}", Static),
 )
 
 #: what a refused request may be said to have wrong: fields of bodies and headers
-_FIELDS = frozenset((*ExecuteBody.__struct_fields__, CORRELATION_HEADER, DEADLINE_HEADER))
+_HEADERS = (CORRELATION_HEADER, REQUEST_ID_HEADER, DEADLINE_HEADER, *ACCESS_FIELDS)
+_FIELDS = frozenset((*ExecuteBody.__struct_fields__, *_HEADERS))
 
 
 def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
     """The application that serves `service`."""
-    middleware: list[Any] = [Correlation()]
+    rules = Rules.of(service.config)
+    middleware: list[Any] = [Correlation(), Access(rules)]
+    if rules.cors_origins:
+        middleware.append(cors(rules))
     if service.config.api_key is not None:
-        middleware.append(ApiKey(service.config.api_key))
+        middleware.append(ApiKey(service.config.api_key, rules))
     app = falcon.App(middleware=middleware, media_type=falcon.MEDIA_JSON)
     for path, make in ROUTES:
         resource: Any = make(service)
@@ -79,6 +90,7 @@ def create_app(service: Service) -> falcon.App[falcon.Request, falcon.Response]:
                 at=f"{frame.filename}:{frame.lineno}",
             )
         service.note_error(known)
+        service.metrics.refused(known.code, known.status)
         http_errors.answer(resp, known)
 
     app.add_error_handler(Exception, refuse)

@@ -57,9 +57,11 @@ class CollectingWorker(ThreadWorker):
 
     Attributes:
         events: the narration log; set before the first request.
+        on_refused: called with code and status of an answer that the application does not know.
     """
 
     events: EventLog
+    on_refused: Callable[[str, int], None] = staticmethod(lambda code, status: None)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -291,6 +293,7 @@ class CollectingWorker(ThreadWorker):
         facts = {"status": error.status, "code": error.code, "message": error.message}
         name, level = ("error", "error") if error.code == "INTERNAL" else ("refused", "info")
         self.events.emit(name, level, **facts, peer=at_peer, correlation_id=correlation)
+        self.on_refused(error.code, error.status)
         return raw_answers.encode(error, correlation)
 
 

@@ -1,6 +1,6 @@
 """Errors on their way out: one map to HTTP answers, one to SSE events.
 
-Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (413, 401, 404) is added here.
+Codes and statuses are those of `worker_orcd.errors`; what HTTP alone knows (401, 403, 404, 413, 415) is added here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,18 @@ class Unauthorized(WorkerError):
     """The API key is missing or wrong."""
 
     code, status = "UNAUTHORIZED", 401
+
+
+class Forbidden(WorkerError):
+    """The request is not one that a user of this worker has meant: another host's name, another site's page."""
+
+    code, status = "FORBIDDEN", 403
+
+
+class UnsupportedMediaType(WorkerError):
+    """The body is not said to be JSON; it was not read."""
+
+    code, status = "UNSUPPORTED_MEDIA_TYPE", 415
 
 
 def answer(resp: falcon.Response, error: WorkerError) -> None:

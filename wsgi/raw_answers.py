@@ -12,9 +12,13 @@ from gunicorn.http import errors as gunicorn_errors
 
 from worker_orcd.errors import InvalidRequest, NotReady, WorkerError
 from worker_orcd.wsgi.http_errors import RETRY_LOADING_SEC, from_exception
-from worker_orcd.wsgi.middleware import CORRELATION_HEADER, correlation_id
+from worker_orcd.wsgi.middleware import CORRELATION_HEADER, REQUEST_ID_HEADER, correlation_id
 
-_GIVEN_ID = re.compile(rb"\r\n" + CORRELATION_HEADER.encode() + rb":[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+#: where a client's id is looked for, the first that it gave counts
+_GIVEN_IDS = tuple(
+    re.compile(rb"\r\n" + name.encode() + rb":[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+    for name in (CORRELATION_HEADER, REQUEST_ID_HEADER)
+)
 #: what gunicorn's parser refuses: its class of error, our status and words. The first that fits counts.
 _REFUSALS: tuple[tuple[type[Exception], int, str], ...] = (
     (gunicorn_errors.LimitRequestLine, 414, "the request line is too long"),
@@ -52,7 +56,7 @@ def too_much() -> WorkerError:
 
 def id_of(head: bytes) -> str:
     """The correlation id in the bytes of a request, or a new one."""
-    found = _GIVEN_ID.search(head)
+    found = next((match for given in _GIVEN_IDS if (match := given.search(head)) is not None), None)
     try:
         return correlation_id(found.group(1).decode("latin-1") if found else None)
     except InvalidRequest:
@@ -68,6 +72,7 @@ def encode(error: WorkerError, correlation: str) -> bytes:
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         f"{CORRELATION_HEADER}: {correlation}",
+        f"{REQUEST_ID_HEADER}: {correlation}",
     ]
     if isinstance(error, NotReady):
         lines.append(f"Retry-After: {RETRY_LOADING_SEC}")

@@ -28,6 +28,7 @@ from worker_orcd.observe.events import EventLog
 from worker_orcd.observe.unblocked import UnblockedWriter, unblock_standard_streams
 from worker_orcd.runtime import streams
 from worker_orcd.wsgi import signals
+from worker_orcd.wsgi.access import Rules
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.arbiter import WorkerArbiter
 from worker_orcd.wsgi.descriptors import connections_within, raise_limit, streams_within
@@ -64,8 +65,10 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
         InvalidRequest: a value breaks its rule, or the address cannot be listened on.
     """
     config.check()
+    Rules.of(config)
     streams.open_missing()
     listener = _listen(config.host, config.port)
+    config.check_reach(listener.getsockname()[0])  # a name may stand for anything
     signals.leave_at_once()
     _, log_writer = unblock_standard_streams()
     port = listener.getsockname()[1]
@@ -89,6 +92,8 @@ def serve(config: ServeConfig, load: Loader = load_llm) -> None:
         max_seqs=config.max_seqs,
         max_queue=config.max_queue,
     )
+    if config.api_key is None and config.allow_unauthenticated:
+        events.emit("server", "warning", message="there is no API key: whoever reaches this worker may use it")
     _Application(config, events, log_writer, load, listener, f"http://{host}:{port}").run()
 
 
@@ -155,6 +160,7 @@ class _Application(BaseApplication):
             "limit_request_fields": 64,
             "limit_request_field_size": 8190,
             "control_socket_disable": True,
+            "forwarded_allow_ips": "",  # nobody, this machine included, says by headers what path or scheme is meant
             "logger_class": self._logger_class(),
             "loglevel": "warning",
             "accesslog": None,
@@ -192,6 +198,7 @@ class _Application(BaseApplication):
         service = self._service
         assert service is not None, "gunicorn loads the application first"
         worker.events = self._events
+        worker.on_refused = service.metrics.refused
 
         def end(code: int) -> None:
             self._exit.within(EXIT_SLACK_SEC)

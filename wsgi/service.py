@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import worker_orcd
 from worker_orcd.config import ServeConfig
 from worker_orcd.errors import Cancelled, CudaError, NotReady, QueueFull, WorkerError
 from worker_orcd.observe.events import EventLog
+from worker_orcd.observe.metrics import Metrics
 from worker_orcd.runtime.info import provenance_facts
 from worker_orcd.wsgi.background import Background
 from worker_orcd.wsgi.http_errors import from_exception
@@ -117,6 +119,7 @@ class Service:
             "device": config.device,
         }
         self._dead = threading.Event()
+        self.metrics = Metrics(worker_orcd.__version__, lambda: len(self._streams), lambda: self._state == "ready")
         self._streams: dict[object, float | None] = {}  # each with the time at which its last event was sent
         self._no_streams = threading.Condition(self._lock)
 
@@ -290,6 +293,9 @@ class Service:
             llm.close()
             return
         self._advance(100)
+        self.metrics.model_loaded(str(self._facts["model"]), seconds, info)
+        self.metrics.watch(llm.stats)
+        llm.on_job_end(self.metrics.job_ended)
         n_bytes = info.get("model_bytes") or size or 0
         events.emit(
             "model_load_complete",
@@ -337,6 +343,7 @@ class Service:
             self._facts = {**self._facts, "sha256": digest}
 
     def _show_plan(self, plan: MemoryPlan, free: int) -> None:
+        self.metrics.vram_planned(plan.to_dict())
         self.events.emit("vram_plan", **plan.to_dict(), bytes_free=free)
 
     def _progress(self, done: int, total: int) -> None:

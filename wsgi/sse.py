@@ -75,6 +75,7 @@ class JobRecord:
             "info" if "code" not in self._outcome else "warning",
             **self._outcome,
             tokens_in=self.job.tokens_in,
+            cached_tokens=self.job.cached_tokens,
             tokens_out=self.job.sink.n_tokens,
             text_chars=len(text),
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
@@ -369,7 +370,7 @@ def wait_for(
             completions = []
             for record in records:
                 done = record.job.completion()
-                record.finished(Finished(done.finish_reason, len(done.token_ids), done.timings))
+                record.finished(Finished(done.finish_reason, len(done.token_ids), done.timings, done.stop_reason))
                 completions.append(done)
             return completions
         finally:

@@ -122,15 +122,18 @@ void Engine::finish(int32_t logits_buffer) {
     SlotSampling greedy = {};  // and nothing penalized, until `set_slot` says otherwise
     greedy.repetition_penalty = greedy.top_p = 1;
     for (int32_t i = 0; i < sizes_.max_seqs; ++i)
-        slots_state_.push_back(Slot{greedy, SampledSet(sizes_.n_vocab, sizes_.context_length)});
+        slots_state_.push_back(Slot{greedy, SampledTokens(sizes_.n_vocab, sizes_.context_length), {}});
+    for (Slot& slot : slots_state_) slot.edits.reserve(SAMPLING_EDIT_WORDS);
     slot_seen_.resize((size_t)sizes_.max_seqs);
     for (auto* v : {&tokens_, &positions_, &slots_, &output_indices_}) v->reserve(max_batch_tokens);
     tiles_.reserve(max_batch_tokens);
 }
 
-void Engine::set_slot(int32_t slot, const SlotSampling& params) {
-    slots_state_[(size_t)slot].params = params;
-    slots_state_[(size_t)slot].sampled.clear();
+void Engine::set_slot(int32_t slot, const SlotSampling& params, const int32_t* edits, int32_t n_words) noexcept {
+    Slot& s = slots_state_[(size_t)slot];
+    s.params = params;
+    s.edits.assign(edits, edits + n_words);
+    s.sampled.clear();
 }
 
 static bool refuse(BatchError* error, const char* field, std::string message) {
@@ -240,8 +243,8 @@ void Engine::sample_rows(int32_t* tokens) noexcept {
     pool_.run(n_out(), [&](int64_t j, int thread) {
         const size_t row = (size_t)output_indices_[(size_t)j];
         const Slot& slot = slots_state_[(size_t)slots_[row]];
-        tokens[j] = sample(logits + j * sizes_.n_vocab, sizes_.n_vocab, positions_[row], slot.params, slot.sampled,
-                           sample_scratch_[(size_t)thread]);
+        tokens[j] = sample(logits + j * sizes_.n_vocab, sizes_.n_vocab, positions_[row], slot.params, slot.edits.data(),
+                           slot.sampled, sample_scratch_[(size_t)thread]);
     });
     for (int32_t j = 0; j < n_out(); ++j)
         if (tokens[j] >= 0) slots_state_[(size_t)slots_[(size_t)output_indices_[(size_t)j]]].sampled.insert(tokens[j]);
@@ -255,8 +258,8 @@ static void push_drawn(TokenQueue* queue, const int64_t* seq_ids, const int32_t*
     }
 }
 
-int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
-                       const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept {
+int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
+                       TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept {
     const int32_t n = n_rows();
     for (int32_t step = 0; step < n_steps; ++step, out += n) {
         run(n_ops(), nullptr);
@@ -268,7 +271,8 @@ int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* s
                 stop = true;
                 continue;
             }
-            if (stop_mask[j]) stop |= std::find(stop_ids, stop_ids + n_stop, out[j]) != stop_ids + n_stop;
+            const int32_t* end = stop_ids + stop_offsets[j + 1];
+            stop |= std::find(stop_ids + stop_offsets[j], end, out[j]) != end;
             tokens_[(size_t)j] = out[j];
             ++positions_[(size_t)j];
         }

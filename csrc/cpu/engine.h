@@ -83,12 +83,14 @@ class Engine {
     // One token of each output row into `tokens` [n_out] (-1: no distribution) and into its slot's history.
     void sample_rows(int32_t* tokens) noexcept;
     // Runs up to n_steps steps of a batch of n rows prepared with that n_steps; row j's sampled token is its next
-    // input. out [n_steps][n]. Returns the steps done; see worker_orcd/engine/protocol.py for when it stops early. A
-    // step during which a watched file changed does not count, and its tokens go nowhere.
-    int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
-                   const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept;
+    // input. Row j ends at stop_ids[stop_offsets[j]] .. stop_ids[stop_offsets[j + 1] - 1]. out [n_steps][n]. Returns
+    // the steps done; see worker_orcd/engine/protocol.py for when it stops early. A step during which a watched file
+    // changed does not count, and its tokens go nowhere.
+    int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
+                   TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept;
 
-    void set_slot(int32_t slot, const SlotSampling& params);
+    // `edits`: at most SAMPLING_EDIT_WORDS words, of params.n_edits edits of tokens of the vocabulary.
+    void set_slot(int32_t slot, const SlotSampling& params, const int32_t* edits, int32_t n_words) noexcept;
     int32_t n_ops() const { return (int32_t)ops_.size(); }
     // Rows of a buffer in the prepared batch, and its data [rows][width].
     int32_t buffer_rows(int32_t buffer) const { return buffers_[(size_t)buffer].outputs ? n_out() : n_rows(); }
@@ -126,7 +128,8 @@ class Engine {
     };
     struct Slot {
         SlotSampling params;
-        SampledSet sampled;
+        SampledTokens sampled;
+        std::vector<int32_t> edits;  // [SAMPLING_EDIT_WORDS] at most
     };
 
     int32_t n_rows() const { return (int32_t)tokens_.size(); }

@@ -7,24 +7,32 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 namespace worker_orcd {
 
-SampledSet::SampledSet(int64_t n_vocab, int64_t context_length) : bits_((size_t)(n_vocab + 63) / 64, 0) {
+SampledTokens::SampledTokens(int64_t n_vocab, int64_t context_length)
+    : counts_((uint32_t*)std::calloc((size_t)n_vocab, sizeof(uint32_t))) {
+    if (!counts_) throw std::bad_alloc();
     tokens_.reserve((size_t)std::min(n_vocab, context_length));
 }
 
-void SampledSet::clear() {
-    for (int32_t token : tokens_) bits_[(size_t)token / 64] = 0;
+void SampledTokens::clear() {
+    for (int32_t token : tokens_) counts_[(size_t)token] = 0;
     tokens_.clear();
+    history_[0] = 0;
 }
 
-void SampledSet::insert(int32_t token) {
-    uint64_t& word = bits_[(size_t)token / 64];
-    uint64_t bit = (uint64_t)1 << (token % 64);
-    if (word & bit) return;
-    word |= bit;
-    tokens_.push_back(token);
+void SampledTokens::insert(int32_t token) {
+    if (counts_[(size_t)token]++ == 0) tokens_.push_back(token);
+    sampling_remember(history_, token);
+}
+
+static void apply_edits(float* y, const int32_t* words, const SlotSampling& p, const int32_t* history) {
+    const SlotEdit* edits = (const SlotEdit*)words;
+    for (int32_t i = 0; i < p.n_bias; ++i) y[edits[i].token] += edits[i].bias;
+    for (int32_t i = p.n_bias; i < p.n_edits; ++i)
+        if (sampling_edit_applies(&edits[i], words, history)) y[edits[i].token] = -INFINITY;
 }
 
 // Sorted descending: larger x first, then smaller id. -0 is made +0 so that the two are equal.
@@ -73,21 +81,28 @@ static void keep_prefix(std::vector<Candidate>& c, uint64_t target) {
     c.erase(begin, c.end());
 }
 
-int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const SlotSampling& p, const SampledSet& sampled,
-               SampleScratch& scratch) {
+int32_t sample(const float* logits, int64_t n_vocab, int32_t position, const SlotSampling& p, const int32_t* edits,
+               const SampledTokens& sampled, SampleScratch& scratch) {
     float max;
     int32_t best;
     const bool greedy = sampling_is_greedy(p.temperature),
-               penalize = p.repetition_penalty != 1 && !sampled.tokens().empty();
+               penalize = sampling_has_penalty(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) &&
+                          !sampled.distinct().empty();
     if (!find_max(logits, n_vocab, &max, &best)) return -1;
-    if (greedy && !penalize) return best;
+    if (greedy && !penalize && !p.n_edits) return best;
 
     std::vector<float>& x = scratch.x;
     x.assign(logits, logits + n_vocab);
+    if (p.n_edits) apply_edits(x.data(), edits, p, sampled.history());
     if (!greedy)
         for (float& v : x) v = sampling_temper(v, p.temperature);
     if (penalize)
-        for (int32_t i : sampled.tokens()) x[(size_t)i] = sampling_penalize(x[(size_t)i], p.repetition_penalty);
+        for (int32_t i : sampled.distinct()) {
+            float& v = x[(size_t)i];
+            if (v == -INFINITY) continue;  // banned, and a penalty of less than any float is 0
+            v = sampling_penalize(v, p.repetition_penalty) -
+                sampling_discount(p.presence_penalty, p.frequency_penalty, sampled.count(i), p.temperature);
+        }
     if (!find_max(x.data(), n_vocab, &max, &best)) return -1;
     if (greedy) return best;
 

@@ -1,14 +1,15 @@
 // The next token of every row of logits, by the rule of sampling.h, and what the next step needs to know.
 //
 // Three launches; the vocabulary is cut into chunks of 4096:
-//   sample_max    one block per chunk and row: largest x, its lowest id, whether a NaN is there
+//   sample_max    one block per chunk and row: the edits of its tokens, in place, where the slot has some; largest x,
+//                 its lowest id, whether a NaN is there
 //   sample_weigh  one block per chunk and row: the chunk's sum of weights; for rows with top-k or top-p instead a
 //                 histogram of counts and weights over 2048 equal steps of the distance to the maximum
 //   sample_draw   one block per row: greedy rows take the maximum. top-k and top-p each keep a prefix of the order (x
 //                 descending, id ascending): the histogram names the step in which the prefix ends, the tokens of that
 //                 step are ranked against each other. Then the draw: the chunk in which the running sum passes the
-//                 random number, and the token in it. Last the feedback: next token, position, seen bit, the token and
-//                 the step number for the host.
+//                 random number, and the token in it. Last the feedback: next token, position, seen bit, count and
+//                 history where the slot goes by them, the token and the step number for the host.
 // All sums are of integers, so they do not depend on order, and atomics are harmless. Bytes: 4 n_vocab per row in each
 // of the first two launches, again in the third once per filter and once more where there is one.
 #include "params/sample_params.h"
@@ -26,7 +27,8 @@ static_assert((1 << kDigitBits) == SAMPLE_BINS && SAMPLE_CHUNK == 4 * kDrawThrea
 // One row of logits and how its slot reads them.
 struct Row {
     const float* logits;
-    const uint32_t* seen;  // null: no penalty
+    const uint32_t* seen;    // null: no penalty
+    const uint32_t* counts;  // null: none that goes by them
     SlotSampling slot;
     int n_vocab;
     bool is_aligned;
@@ -34,7 +36,10 @@ struct Row {
     DEVICE_MEMBER Row(const SampleParams& p, int row, int slot_index) {
         logits = p.logits + (int64_t)row * p.logits_stride;
         slot = p.samples[slot_index];
-        seen = slot.repetition_penalty != 1.f ? p.seen + (int64_t)slot_index * p.seen_words : nullptr;
+        const bool has_penalty =
+            sampling_has_penalty(slot.repetition_penalty, slot.frequency_penalty, slot.presence_penalty);
+        seen = has_penalty ? p.seen + (int64_t)slot_index * p.seen_words : nullptr;
+        counts = slot.frequency_penalty != 0.f ? p.counts + (int64_t)slot_index * p.n_vocab : nullptr;
         n_vocab = p.n_vocab;
         is_aligned = (reinterpret_cast<uint64_t>(logits) & 15) == 0;
     }
@@ -61,11 +66,14 @@ struct Row {
         return seen && first < n_vocab ? seen[first / 32] >> (first % 32) & 15u : 0u;
     }
 
-    // Temperature and penalty; the product must not be fused with the difference that follows it.
-    DEVICE_MEMBER float x(float logit, bool is_seen) const {
+    // Temperature and penalties of token `id`; the product must not be fused with the difference that follows it.
+    DEVICE_MEMBER float x(float logit, int id, bool is_seen) const {
         float v = is_greedy() ? logit : sampling_temper(logit, slot.temperature);
-        if (is_seen)
+        if (is_seen && v > -INFINITY) {
             v = v > 0.f ? sampling_penalize(v, slot.repetition_penalty) : __fmul_rn(v, slot.repetition_penalty);
+            const uint32_t count = counts ? counts[id] : 0;
+            v -= sampling_discount(slot.presence_penalty, slot.frequency_penalty, count, slot.temperature);
+        }
         return v;
     }
 };
@@ -94,6 +102,27 @@ DEVICE SamplePartial row_max(const SampleParams& p, int row) {
     return best;
 }
 
+// The edits of the slot to the tokens first .. last - 1 of its row, which no other block touches. Ends with a barrier.
+DEVICE void apply_edits(const SampleParams& p, const SlotSampling& slot, int slot_index, int first, int last) {
+    float* logits = p.logits + (int64_t)blockIdx.y * p.logits_stride;
+    const int32_t* words = p.edits + (int64_t)slot_index * SAMPLING_EDIT_WORDS;
+    const SlotEdit* edits = reinterpret_cast<const SlotEdit*>(words);
+    const int32_t* history = p.history + (int64_t)slot_index * SAMPLING_HISTORY_WORDS;
+    for (int i = threadIdx.x; i < slot.n_bias; i += kThreads) {
+        const int token = edits[i].token;
+        if (first <= token && token < last) logits[token] += edits[i].bias;
+    }
+    __syncthreads();
+    for (int i = slot.n_bias + threadIdx.x; i < slot.n_edits; i += kThreads) {
+        const int token = edits[i].token;
+        // what is no number stays, for the row to fail
+        if (first <= token && token < last && logits[token] < INFINITY &&
+            sampling_edit_applies(&edits[i], words, history))
+            logits[token] = -INFINITY;
+    }
+    __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads) sample_max(const __grid_constant__ SampleParams p) {
     __shared__ SamplePartial warps[kThreads / 32];
     pdl_launch_dependents();
@@ -101,6 +130,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) sample_max(const __grid_c
     const int slot = p.slots[blockIdx.y];
     if (slot < 0) return;
     const Row row(p, blockIdx.y, slot);
+    if (row.slot.n_edits > 0) {
+        const int first = blockIdx.x * SAMPLE_CHUNK;
+        apply_edits(p, row.slot, slot, first, first + SAMPLE_CHUNK);
+    }
     SamplePartial best = {-INFINITY, INT32_MAX, 0, 0};
     float v[SAMPLE_CHUNK / kThreads / 4][4];
 #pragma unroll
@@ -112,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) sample_max(const __grid_c
         const uint32_t seen = row.seen_bits(first);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float x = row.x(v[i][j], seen >> j & 1);
+            const float x = row.x(v[i][j], first + j, seen >> j & 1);
             if (!(v[i][j] < INFINITY) || !(x < INFINITY)) best.bad = 1;
             if (x > best.max) best.max = x, best.id = first + j;
         }
@@ -167,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) sample_weigh(const __grid
         row.load(v, first);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float x = row.x(v[j], seen >> j & 1);
+            const float x = row.x(v[j], first + j, seen >> j & 1);
             const uint64_t weight = sampling_weight(x, top.max);
             if (!has_filter) {
                 if (weight >= least) sum += weight;
@@ -281,7 +314,7 @@ DEVICE void for_tokens(const Row& row, float max, float depth, int first, int la
         for (int j = 0; j < 4; j++) {
             const bool is_seen = seen >> j & 1;
             if (!is_seen && v[j] * factor < floor) continue;
-            const float x = row.x(v[j], is_seen);
+            const float x = row.x(v[j], i + j, is_seen);
             const uint64_t weight = sampling_weight(x, max);
             if (weight > 0) f(i + j, x, weight);
         }
@@ -412,7 +445,7 @@ DEVICE int draw(DrawShared& s, const SampleParams& p, const Row& row, float max,
     uint64_t weights[4], sum = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const float x = row.x(v[j], seen >> j & 1);
+        const float x = row.x(v[j], first + j, seen >> j & 1);
         const uint64_t weight = sampling_weight(x, max);
         weights[j] = kept(first + j, x, weight) ? weight : 0;
         sum += weights[j];
@@ -430,11 +463,15 @@ DEVICE int draw(DrawShared& s, const SampleParams& p, const Row& row, float max,
 }
 
 // What the host and the next step see of the row's token. One thread; the last row of the launch ends the step.
-DEVICE void publish(const SampleParams& p, int slot, int position, int token) {
+DEVICE void publish(const SampleParams& p, int slot, int position, int token, bool is_counted, bool has_history) {
     const int row = blockIdx.x;
     const uint64_t step = *p.step;
     if (slot >= 0) {
-        if (token >= 0) atomicOr(&p.seen[(int64_t)slot * p.seen_words + token / 32], 1u << (token % 32));
+        if (token >= 0) {
+            atomicOr(&p.seen[(int64_t)slot * p.seen_words + token / 32], 1u << (token % 32));
+            if (is_counted) p.counts[(int64_t)slot * p.n_vocab + token]++;
+            if (has_history) sampling_remember(p.history + (int64_t)slot * SAMPLING_HISTORY_WORDS, token);
+        }
         if (p.next_tokens) p.next_tokens[row] = token >= 0 ? token : 0;
         if (p.advance) p.positions[row] = position + 1;
         p.out[(int64_t)(step % p.out_steps) * p.out_stride + row] = token;
@@ -453,12 +490,15 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_draw(const __g
     pdl_wait();
     const int slot = p.slots[blockIdx.x];
     int token = -1, position = 0;
+    bool is_counted = false, has_history = false;
     if (slot >= 0) {
         const Row row(p, blockIdx.x, slot);
         position = p.positions[blockIdx.x];
+        is_counted = row.counts != nullptr;
+        has_history = row.slot.n_edits > 0;
         const SamplePartial top = row_max(p, blockIdx.x);
         if (!top.bad)
             token = row.is_greedy() ? top.id : draw(*reinterpret_cast<DrawShared*>(smem), p, row, top.max, position);
     }
-    if (threadIdx.x == 0) publish(p, slot, position, token);
+    if (threadIdx.x == 0) publish(p, slot, position, token, is_counted, has_history);
 }

@@ -37,14 +37,15 @@ struct TakenPiece {
 
 class JobSink {
   public:
-    // From now on `push` decodes. Without a decoder every token is a piece with no text. `stop_ids` end the text and
-    // are no part of it.
+    // From now on `push` decodes. Without a decoder every token is a piece with no text. `stops` and `stop_ids` end the
+    // text and are no part of it; in the text of the first `n_unwatched` tokens stops do not count.
     void decode_with(std::unique_ptr<TextDecoder> decoder, std::vector<std::string> stops,
-                     std::vector<int32_t> stop_ids) {
+                     std::vector<int32_t> stop_ids, size_t n_unwatched) {
         std::lock_guard<std::mutex> lock(mutex_);
         decoder_ = std::move(decoder);
         matcher_ = StopMatcher(std::move(stops));
         stop_ids_ = std::move(stop_ids);
+        n_unwatched_ = n_unwatched;
         decodes_ = true;
     }
 
@@ -58,13 +59,21 @@ class JobSink {
         std::lock_guard<std::mutex> lock(mutex_);
         Fed fed;
         // an engine may draw a token or two more before it knows of the end
-        past_end_ = past_end_ || std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end();
-        if (closed_ || past_end_) return fed;
+        if (closed_ || stop_token_ >= 0) return fed;
+        if (std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end()) {
+            stop_token_ = token;
+            return fed;
+        }
         token_ids_.push_back(token);
         decoded_.clear();
         shown_.clear();
         if (decoder_) decoder_->push(token, decoded_);
-        fed.stopped = matcher_.push(decoded_, shown_);
+        if (n_unwatched_ > 0) {
+            --n_unwatched_;
+            shown_ += decoded_;
+        } else {
+            fed.stopped = matcher_.push(decoded_, shown_);
+        }
         fed.told = show(fed.stopped);
         closed_ = closed_ || fed.stopped;
         return fed;
@@ -158,6 +167,12 @@ class JobSink {
         return stream_;
     }
 
+    // The stop string that ended its text, or empty; the stop token that did, or -1.
+    std::pair<std::string, int32_t> ended_by() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return {matcher_.found(), stop_token_};
+    }
+
     std::string text() {
         std::lock_guard<std::mutex> lock(mutex_);
         return text_;
@@ -208,7 +223,9 @@ class JobSink {
     size_t n_pieces_ = 0, text_taken_ = 0, tokens_taken_ = 0;
     bool closed_ = false, wanted_ = false;
 
-    bool decodes_ = false, past_end_ = false;
+    bool decodes_ = false;
+    int32_t stop_token_ = -1;  // that ended the text
+    size_t n_unwatched_ = 0;
     std::unique_ptr<TextDecoder> decoder_;
     StopMatcher matcher_;
     std::vector<int32_t> stop_ids_;

@@ -41,6 +41,7 @@ class StopMatcher {
                 if (stop[n] == held_[at]) ++n;
                 matched_[i] = n;
                 if (n == stop.size()) {
+                    found_ = stop;
                     shown.append(held_, 0, at + 1 - n);
                     held_.clear();
                     return true;
@@ -52,6 +53,9 @@ class StopMatcher {
         held_.erase(0, free);
         return false;
     }
+
+    // The stop that is complete; empty before.
+    const std::string& found() const noexcept { return found_; }
 
     // Appends what was held back: the text has ended, so no stop can claim it.
     void flush(std::string& shown) {
@@ -75,7 +79,7 @@ class StopMatcher {
     std::vector<std::string> stops_;
     std::vector<std::vector<size_t>> falls_;
     std::vector<size_t> matched_;  // bytes of each stop that the text's end matches
-    std::string held_;
+    std::string held_, found_;
 };
 
 }  // namespace worker_orcd

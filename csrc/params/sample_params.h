@@ -27,11 +27,14 @@ typedef struct {
 // live slot is greedy. sample_draw: grid (n_rows), block 1024, dynamic shared memory SAMPLE_DRAW_SMEM. n_vocab is at
 // most SAMPLE_MAX_VOCAB. A dead row (slot < 0) draws nothing and writes nothing of its own.
 typedef struct {
-    const float* logits;          // [n_rows, n_vocab]
+    float* logits;                // [n_rows, n_vocab]; sample_max edits those of slots that have edits
     const SlotSampling* samples;  // [max_seqs]
     const int32_t* slots;         // [n_rows]
     int32_t* positions;           // [n_rows] of the rows the logits belong to; the drawn tokens' are one higher
+    const int32_t* edits;         // [max_seqs, SAMPLING_EDIT_WORDS]; of slots that have some
+    int32_t* history;         // [max_seqs, SAMPLING_HISTORY_WORDS]; the draw adds its token where the slot has edits
     uint32_t* seen;           // [max_seqs, seen_words] tokens sampled in the slot, a bit each; the draw sets its bit
+    uint32_t* counts;         // [max_seqs, n_vocab] how often; counted where the slot has a frequency penalty
     SamplePartial* partial;   // workspace [n_rows, n_chunks]
     uint64_t* chunk_weights;  // workspace [n_rows, n_chunks]
     uint64_t* bin_weights;    // workspace [n_rows, SAMPLE_BINS], zero before the first launch; left zero

@@ -1,9 +1,13 @@
 // How a token is drawn from a row of logits: the rule both engines follow, and its arithmetic as plain functions.
 //
-// For the row at position p of a slot with temperature T, penalty r, top_k, top_p, min_p and a 64-bit seed:
+// For the row at position p of a slot with temperature T, penalties r (repetition), f (frequency) and q (presence),
+// top_k, top_p, min_p, a 64-bit seed and edits of single tokens:
 //   0. A row with a NaN, a +infinity or nothing above -infinity has no distribution: the token is -1.
-//   1. x_i = sampling_temper(logit_i, T); skipped for T = 0 (sampling_is_greedy: below 1e-5 counts as 0).
-//   2. Penalty: x_i = sampling_penalize(x_i, r) for the distinct tokens i sampled in the slot since set_slot.
+//      y_i = logit_i, plus the bias of i; -infinity where an edit that applies (sampling_edit_applies) bans i. Where
+//      nothing above -infinity is left, the token is -1 too.
+//   1. x_i = sampling_temper(y_i, T); skipped for T = 0 (sampling_is_greedy: below 1e-5 counts as 0).
+//   2. Penalties: x_i = sampling_penalize(x_i, r) - sampling_discount(q, f, c_i, T) for the distinct tokens i sampled
+//      c_i > 0 times in the slot since set_slot. With f = q = 0 the subtraction changes no bit.
 //   3. T = 0: the token is the argmax, the lowest id of equals. Nothing below applies.
 //   4. Order: by x descending, equal x by id ascending. top_k in [1, n_vocab): only the first top_k stay.
 //   5. Weights: w_i = sampling_weight(x_i, m), m = the largest x: a whole number, e^(x_i - m) in units of 2^-40. Sums
@@ -37,8 +41,40 @@ typedef struct {
     float min_p;               // 0: off
     float repetition_penalty;  // 1: off
     int32_t top_k;             // 0: off
+    float presence_penalty;    // 0: off
+    float frequency_penalty;   // 0: off
+    int32_t n_bias;            // of the slot's edits the first, which add to a logit; the others ban a token
+    int32_t n_edits;           // 0: none, and the slot keeps no history
     int32_t reserved;
 } SlotSampling;
+
+// One change to the logit of one token. A slot's edits are SAMPLING_EDIT_WORDS int32 words: the entries, one bias a
+// token at most, then the tokens that they point to.
+typedef struct {
+    int32_t token;
+    float bias;        // of a bias
+    int32_t until;     // of a ban: holds while fewer tokens than this were sampled in the slot,
+    int32_t n_before;  // and the last n_before of these, fewer than SAMPLING_RECENT,
+    int32_t before;    // are the words from `before` on
+} SlotEdit;
+
+#define SAMPLING_RECENT 32
+// The tokens sampled in a slot since set_slot: word 0 is their number n, word 1 + i % SAMPLING_RECENT token i, of the
+// latest SAMPLING_RECENT.
+#define SAMPLING_HISTORY_WORDS 33
+#define SAMPLING_EDIT_WORDS 11520
+
+static HOST_DEVICE int sampling_edit_applies(const SlotEdit* edit, const int32_t* words, const int32_t* history) {
+    int32_t n = history[0], first = n - edit->n_before;
+    if (n >= edit->until || first < 0) return 0;
+    for (int32_t i = 0; i < edit->n_before; ++i)
+        if (history[1 + (first + i) % SAMPLING_RECENT] != words[edit->before + i]) return 0;
+    return 1;
+}
+static HOST_DEVICE void sampling_remember(int32_t history[SAMPLING_HISTORY_WORDS], int32_t token) {
+    history[1 + history[0] % SAMPLING_RECENT] = token;
+    ++history[0];
+}
 
 // Philox4x32-10 (Salmon et al. 2011): four random words of a 128-bit counter under a 64-bit key.
 static HOST_DEVICE void philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1, uint32_t out[4]) {
@@ -75,8 +111,22 @@ static HOST_DEVICE float sampling_temper(float x, float temperature) {
     x = x / temperature;
     return x > SAMPLING_MAX ? SAMPLING_MAX : x;
 }
+static HOST_DEVICE int sampling_has_penalty(float repetition, float frequency, float presence) {
+    return repetition != 1 || frequency != 0 || presence != 0;
+}
 static HOST_DEVICE float sampling_penalize(float x, float penalty) {
     return x > 0 ? sampling_temper(x, penalty) : x * penalty;
+}
+
+// What a token loses that was sampled `count` times. The product is rounded before it is added to: no engine may fuse
+// the two.
+static HOST_DEVICE float sampling_discount(float presence, float frequency, uint32_t count, float temperature) {
+#ifdef __CUDA_ARCH__
+    float y = __fadd_rn(__fmul_rn(frequency, (float)count), presence);
+#else
+    float y = frequency * (float)count + presence;
+#endif
+    return sampling_is_greedy(temperature) ? y : y / temperature;
 }
 
 // e^(x - max) in units of 2^-40, rounded down; 0 from 28 below the maximum.

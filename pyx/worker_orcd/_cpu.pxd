@@ -57,16 +57,16 @@ cdef extern from "cpu/ops.h" namespace "worker_orcd" nogil:
 
 
 cdef extern from "cpu/sample.h" namespace "worker_orcd" nogil:
-    cdef cppclass SampledSet:
-        SampledSet(int64_t n_vocab, int64_t context_length) except +
+    cdef cppclass SampledTokens:
+        SampledTokens(int64_t n_vocab, int64_t context_length) except +
         void insert(int32_t token) except +
 
     cdef cppclass SampleScratch:
         SampleScratch(int64_t n_vocab) except +
 
     int32_t draw_token "worker_orcd::sample"(const float* logits, int64_t n_vocab, int32_t position,
-                                             const SlotSampling& params, const SampledSet& sampled,
-                                             SampleScratch& scratch) except +
+                                             const SlotSampling& params, const int32_t* edits,
+                                             const SampledTokens& sampled, SampleScratch& scratch) except +
 
 
 cdef extern from "host/file_watch.h" namespace "worker_orcd" nogil:
@@ -107,9 +107,9 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         cbool prepare(const BatchView& batch, const int32_t* tables, BatchError* error) except +
         void run(int32_t n_ops, float* logits) noexcept
         void sample_rows(int32_t* tokens) noexcept
-        int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, int32_t n_stop,
-                       const uint8_t* stop_mask, TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept
-        void set_slot(int32_t slot, const SlotSampling& params) noexcept
+        int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
+                       TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept
+        void set_slot(int32_t slot, const SlotSampling& params, const int32_t* edits, int32_t n_words) noexcept
         int32_t n_ops() noexcept
         int32_t buffer_rows(int32_t buffer) noexcept
         const float* buffer_data(int32_t buffer) noexcept

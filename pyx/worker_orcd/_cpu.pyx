@@ -19,7 +19,8 @@ import os
 import numpy as np
 
 from worker_orcd.engine.kv_blocks import block_bytes
-from worker_orcd.engine.protocol import BLOCK_SIZE
+from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
+from worker_orcd.engine.token_edits import NO_EDITS
 from worker_orcd.errors import EngineGone, InsufficientMemory, InternalError, InvalidRequest, ModelLoadError
 from worker_orcd.machine import free_memory, usable_cores
 from worker_orcd.models.ops import ACT_ACTIVATIONS, GLU_ACTIVATIONS, output_of
@@ -88,21 +89,23 @@ def dequantize(type_id, buffer, n_elements, isa=None):
     return out
 
 
-cdef SlotSampling _slot_sampling(sampling) except *:
-    """The C struct of a `SamplingParams`, or InvalidRequest naming the field that is out of range."""
+cdef SlotSampling _slot_sampling(sampling, edits, n_vocab) except *:
+    """The C struct of a `SamplingParams` and its edits, or InvalidRequest naming what is out of range."""
     cdef SlotSampling p
-    fill_SlotSampling(&p, sampling.numbers(), ())
+    edits.check(n_vocab)
+    fill_SlotSampling(&p, {**sampling.numbers(), **edits.counts()}, ())
     return p
 
 
-def sample_token(logits, position, sampling, sampled=()):
+def sample_token(logits, position, sampling, sampled=(), edits=NO_EDITS):
     """Draw one token by the rule of `csrc/params/sampling.h`, as `step` does for each output row.
 
     Args:
         logits: float32 [n_vocab].
         position: of the row; the drawn token's is one further.
         sampling: `SamplingParams` with a seed.
-        sampled: token ids drawn before in the slot, for the repetition penalty.
+        sampled: token ids drawn before in the slot, in order.
+        edits: `TokenEdits` of the slot.
 
     Returns:
         The token id; -1 where the row has a NaN, a +infinity or nothing above -infinity.
@@ -110,14 +113,15 @@ def sample_token(logits, position, sampling, sampled=()):
     Raises:
         InvalidRequest: names the argument or sampling field that is out of range.
     """
-    cdef SlotSampling p = _slot_sampling(sampling)
     cdef float[::1] row = np.array(logits, np.float32).reshape(-1)
     cdef int64_t n_vocab = row.shape[0]
     if not 0 < n_vocab < 1 << 24:
         raise InvalidRequest(f"logits of {n_vocab} tokens", field="logits")
+    cdef SlotSampling p = _slot_sampling(sampling, edits, n_vocab)
+    cdef const int32_t* words = _int32s(edits.words)
     if not 0 <= position < (1 << 31) - 1:
         raise InvalidRequest(f"position {position} is out of range", field="position")
-    cdef SampledSet* history = new SampledSet(n_vocab, n_vocab)
+    cdef SampledTokens* history = new SampledTokens(n_vocab, n_vocab)
     cdef SampleScratch* scratch = NULL
     try:
         scratch = new SampleScratch(n_vocab)
@@ -125,7 +129,7 @@ def sample_token(logits, position, sampling, sampled=()):
             if not 0 <= token < n_vocab:
                 raise InvalidRequest(f"sampled token {token} is not in the vocabulary of {n_vocab}", field="sampled")
             history.insert(token)
-        return draw_token(&row[0], n_vocab, position, p, history[0], scratch[0])
+        return draw_token(&row[0], n_vocab, position, p, words, history[0], scratch[0])
     finally:
         del history
         del scratch
@@ -298,22 +302,23 @@ cdef class CpuEngine:
                              _int_array(batch.slots, np.int32, "slots", n),
                              _int_array(batch.output_indices, np.int32, "output_indices"), 1)
 
-    def set_slot(self, slot, sampling):
+    def set_slot(self, slot, sampling, edits=NO_EDITS):
         """Give a slot to a new sequence: how its tokens are drawn; those of the one before are forgotten.
 
         Args:
             slot: index of the slot.
             sampling: `SamplingParams` with a seed.
+            edits: `TokenEdits`.
 
         Raises:
             InternalError: slot out of range, or the engine is closed or busy.
-            InvalidRequest: a sampling number out of range.
+            InvalidRequest: a sampling number or an edit out of range.
         """
         self._check_usable()
         if not 0 <= slot < self.config.max_seqs:
             raise InternalError(f"slot {slot} is not below {self.config.max_seqs}", field="slot")
-        cdef SlotSampling p = _slot_sampling(sampling)
-        self.engine.set_slot(slot, p)
+        cdef SlotSampling p = _slot_sampling(sampling, edits, self.n_vocab)
+        self.engine.set_slot(slot, p, _int32s(edits.words), len(edits.words))
 
     def step(self, batch, want_logits=False):
         """Run one ragged step; releases the GIL while it works.
@@ -385,7 +390,7 @@ cdef class CpuEngine:
         self._check_files()
         return out
 
-    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control):
+    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_offsets, ring, control):
         """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
 
         See `worker_orcd.engine.protocol.Engine.decode`. At least one step runs. A token of -1 (nothing to draw from,
@@ -402,7 +407,9 @@ cdef class CpuEngine:
         output_indices = np.arange(n, dtype=np.int32)
         cdef int64_t[::1] seq_view = _int_array(seq_ids, np.int64, "seq_ids", n)
         cdef int32_t[::1] stop_view = _int_array(stop_ids, np.int32, "stop_ids")
-        cdef uint8_t[::1] mask_view = _int_array(stop_mask, np.uint8, "stop_mask", n)
+        offsets = _int_array(stop_offsets, np.int32, "stop_offsets", n + 1)
+        check_stop_offsets(offsets, n, stop_view.shape[0])
+        cdef int32_t[::1] offsets_view = offsets
         cdef TokenRing ring_c = ring
         cdef Control control_c = control
         if ring_c is None or control_c is None:
@@ -411,13 +418,13 @@ cdef class CpuEngine:
                       slots_a, output_indices, n_steps)
         out = np.empty((n_steps, n), np.int32)
         cdef int32_t[:, ::1] out_view = out
-        cdef int32_t n_steps_c = n_steps, n_stop = <int32_t>stop_view.shape[0], done
-        cdef const int32_t* stop_data = &stop_view[0] if n_stop > 0 else NULL
+        cdef int32_t n_steps_c = n_steps, done
+        cdef const int32_t* stop_data = _int32s(stop_view)
         self.busy = True
         try:
             with nogil:
-                done = self.engine.decode(n_steps_c, &seq_view[0], stop_data, n_stop, &mask_view[0], ring_c.queue,
-                                          control_c.flag, &out_view[0, 0])
+                done = self.engine.decode(n_steps_c, &seq_view[0], stop_data, &offsets_view[0],
+                                          ring_c.queue, control_c.flag, &out_view[0, 0])
         finally:
             self.busy = False
         self._check_files()

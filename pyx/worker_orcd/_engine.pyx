@@ -29,7 +29,8 @@ from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.cuda.launches import Launches
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
 from worker_orcd.cuda.vram import VramPlan
-from worker_orcd.engine.protocol import BLOCK_SIZE
+from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
+from worker_orcd.engine.token_edits import NO_EDITS
 from worker_orcd.errors import (
     CudaError, EngineGone, InsufficientVram, InternalError, InvalidRequest, ModelLoadError,
 )
@@ -265,6 +266,10 @@ cdef class CudaEngine:
         shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
         self._enqueue(self.nodes, &shape)
         self._enqueue(self.output_nodes, &shape)
+        logits = None
+        if want_logits:     # before the draw: it edits them
+            self._finish()
+            logits = self._logits(shape.n_out)
         sampled = np.empty(shape.n_out, np.int32)
         if shape.n_out:
             self._send(self.memory.workspace.sampling.slots, slots[output_indices])
@@ -274,7 +279,6 @@ cdef class CudaEngine:
         self._finish()
         if shape.n_out:
             sampled[:] = np.frombuffer(self.out_ring.read(4 * shape.n_out, _ring_offset(self.steps - 1)), np.int32)
-        logits = self._logits(shape.n_out) if want_logits else None
         return sampled, logits
 
     def _logits(self, int n):
@@ -286,22 +290,35 @@ cdef class CudaEngine:
             self.workspace.copy_to(out.reshape(-1).view(np.uint8), self.memory.workspace.buffers[buffer].offset)
         return out
 
-    def set_slot(self, int slot, sampling):
+    def set_slot(self, int slot, sampling, edits=NO_EDITS):
         """See `engine.Engine.set_slot`."""
         cdef c.SlotSampling* state
+        cdef const int32_t[::1] edit_words = edits.words
+        cdef size_t n_bytes = edit_words.shape[0] * sizeof(int32_t)
         self._enter()
         if not 0 <= slot < self.config.max_seqs:
             raise InvalidRequest(f"a slot lies outside 0..{self.config.max_seqs - 1}", field="slot")
+        edits.check(self.n_vocab)
         words = (self.n_vocab + 31) // 32
         state = <c.SlotSampling*>self.staging.host
         self.staged = sizeof(c.SlotSampling)
-        c.fill_SlotSampling(state, sampling.numbers(), ())
+        c.fill_SlotSampling(state, {**sampling.numbers(), **edits.counts()}, ())
         self.greedy[slot] = sampling.temperature == 0.0
-        cdef uintptr_t samples = self.memory.workspace.sampling.samples.address
-        cdef uintptr_t seen = self.memory.workspace.sampling.seen.address
+        regions = self.memory.workspace.sampling
+        cdef uintptr_t samples = regions.samples.address, seen = regions.seen.address
+        cdef uintptr_t region
         self.stream.copy_in_nogil(<cu.CUdeviceptr>(samples + slot * sizeof(c.SlotSampling)), state,
                                   sizeof(c.SlotSampling))
         self.stream.fill_nogil(<cu.CUdeviceptr>(seen + slot * words * 4), 0, words * 4)
+        if state.n_edits:
+            region = regions.edits.address + slot * (c.SAMPLING_EDIT_WORDS * 4)
+            memcpy(<char*>self.staging.host + 256, &edit_words[0], n_bytes)
+            self.stream.copy_in_nogil(<cu.CUdeviceptr>region, <char*>self.staging.host + 256, n_bytes)
+            region = regions.history.address + slot * (c.SAMPLING_HISTORY_WORDS * 4)
+            self.stream.fill_nogil(<cu.CUdeviceptr>region, 0, c.SAMPLING_HISTORY_WORDS * 4)
+        if state.frequency_penalty != 0:
+            region = regions.counts.address + slot * self.n_vocab * 4
+            self.stream.fill_nogil(<cu.CUdeviceptr>region, 0, <size_t>self.n_vocab * 4)
         self._finish()
 
     def forward(self, batch, stop_after=None):
@@ -382,21 +399,22 @@ cdef class CudaEngine:
             if n >= self.config.max_seqs:
                 break
 
-    def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_mask, TokenRing ring,
+    def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_offsets, TokenRing ring,
                Control control):
         """See `engine.Engine.decode`. Up to one step more than needed may run past a stop id or an interrupt; its
         tokens are returned, and those of slots that have not stopped go to the ring."""
         cdef int n = len(slots), size
         cdef int32_t[::1] stops = np.ascontiguousarray(stop_ids, np.int32)
-        cdef uint8_t[::1] mask = np.ascontiguousarray(stop_mask, np.uint8)
+        cdef int32_t[::1] offsets = np.ascontiguousarray(stop_offsets, np.int32)
         cdef int64_t[::1] ids = np.ascontiguousarray(seq_ids, np.int64)
         slots, tokens, positions = (np.ascontiguousarray(a, np.int32) for a in (slots, tokens, positions))
         self._enter()
         if not 1 <= n <= self.config.max_seqs or len(np.unique(slots)) != n:
             raise InvalidRequest(f"decode takes 1 to {self.config.max_seqs} distinct slots, not {n}", field="slots")
-        if not len(tokens) == len(positions) == len(ids) == len(mask) == n or n_steps < 1:
+        if not len(tokens) == len(positions) == len(ids) == n or n_steps < 1:
             raise InvalidRequest("arrays of one decode call must have one length, and n_steps be positive",
                                  field="slots")
+        check_stop_offsets(np.asarray(offsets), n, len(stops))
         last = positions + n_steps - 1
         self._check_rows(tokens, positions, last, slots)
         self._check_blocks(slots, positions, last)
@@ -410,7 +428,7 @@ cdef class CudaEngine:
         cdef int done
         cdef Graph graph = self.graphs[size, all(self.greedy[slot] for slot in slots)]
         with nogil:
-            done = self._run(graph, n, n_steps, result, ids, stops, mask, stopped, ring, control)
+            done = self._run(graph, n, n_steps, result, ids, stops, offsets, stopped, ring, control)
         self.staged = 0
         return out[:done]
 
@@ -430,7 +448,7 @@ cdef class CudaEngine:
         return 0
 
     cdef int _run(self, Graph graph, int n, int n_steps, int32_t[:, ::1] result, int64_t[::1] ids, int32_t[::1] stops,
-                  uint8_t[::1] mask, uint8_t[::1] stopped, TokenRing ring, Control control) except -1 nogil:
+                  int32_t[::1] offsets, uint8_t[::1] stopped, TokenRing ring, Control control) except -1 nogil:
         """The loop itself: keep IN_FLIGHT steps queued, hand out each step's tokens when they have arrived.
 
         Returns:
@@ -461,11 +479,10 @@ cdef class CudaEngine:
                     ending = True
                 live_ids[m], live_tokens[m] = ids[j], token
                 m += 1
-                if mask[j]:
-                    for k in range(stops.shape[0]):
-                        if stops[k] == token:
-                            stopped[j] = 1
-                            ending = True
+                for k in range(offsets[j], offsets[j + 1]):
+                    if stops[k] == token:
+                        stopped[j] = 1
+                        ending = True
             done += 1
             ring.push_many(live_ids, live_tokens, m)
             if control.is_set():

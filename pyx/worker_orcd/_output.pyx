@@ -10,7 +10,7 @@ from libc.stdint cimport int32_t, int64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
-from libcpp.utility cimport move
+from libcpp.utility cimport move, pair
 from libcpp.vector cimport vector
 
 from worker_orcd._ring cimport TokenQueue, TokenRing
@@ -42,7 +42,8 @@ cdef extern from "host/job_sink.h" namespace "worker_orcd" nogil:
 
     cdef cppclass CJobSink "worker_orcd::JobSink":
         CJobSink() except +
-        void decode_with(unique_ptr[CTextDecoder] decoder, vector[string] stops, vector[int32_t] stop_ids) except +
+        void decode_with(unique_ptr[CTextDecoder] decoder, vector[string] stops, vector[int32_t] stop_ids,
+                         size_t n_unwatched) except +
         cbool decodes() except +
         cbool add_piece(const string& text, const vector[int32_t]& token_ids) except +
         void add_silent(const vector[int32_t]& token_ids) except +
@@ -50,6 +51,7 @@ cdef extern from "host/job_sink.h" namespace "worker_orcd" nogil:
         cbool take(TakenPiece& piece) except +
         cbool ready() except +
         void attach(shared_ptr[CClientStream] stream, const CPieceTemplate& form) except +
+        pair[string, int32_t] ended_by() except +
         string text() except +
         vector[int32_t] token_ids() except +
         size_t n_tokens() except +
@@ -159,13 +161,14 @@ cdef class JobSink:
     def __cinit__(self):
         self.sink = make_shared[CJobSink]()
 
-    def decode_with(self, TextDecoder decoder, stops, stop_ids):
+    def decode_with(self, TextDecoder decoder, stops, stop_ids, size_t n_unwatched=0):
         """Make pieces of the tokens that the loop brings.
 
         Args:
             decoder: in its state of now; None: every token is a piece with no text.
             stops: strings that end the text and are no part of it, none of them empty.
             stop_ids: tokens that do.
+            n_unwatched: tokens at the beginning in whose text stop strings do not count.
         """
         cdef unique_ptr[CTextDecoder] own
         cdef vector[string] texts
@@ -176,7 +179,7 @@ cdef class JobSink:
             ids.push_back(token)
         if decoder is not None:
             own.reset(new CTextDecoder(decoder.decoder))
-        self.sink.get().decode_with(move(own), move(texts), move(ids))
+        self.sink.get().decode_with(move(own), move(texts), move(ids), n_unwatched)
 
     @property
     def decodes(self):
@@ -221,6 +224,12 @@ cdef class JobSink:
         cdef CPieceTemplate form = _template(before, after, end)
         with nogil:
             self.sink.get().attach(stream.stream, form)
+
+    @property
+    def ended_by(self):
+        """(stop string, stop token) that ended its text, each None where it did not."""
+        cdef pair[string, int32_t] found = self.sink.get().ended_by()
+        return found.first.decode("utf-8") or None, found.second if found.second >= 0 else None
 
     @property
     def text(self):

@@ -125,6 +125,29 @@ def test_generate_has_a_flag_for_each_sampling_field_that_names_one():
         if rule.flag:
             option = options_of[name]
             assert option.opts == [f"--{name.replace('_', '-')}"] and option.help == rule.flag
-            assert option.multiple == (rule.kind is list)
+            assert option.multiple == (rule.kind in (list, dict))
             if getattr(defaults, name) not in (None, ()):
                 assert option.default == getattr(defaults, name)
+
+
+def test_generate_with_lists_of_tokens(call, model_path):
+    base = ["generate", "--model", model_path("smollm2"), "--device", "cpu", "--temperature", "0", "--max-tokens", "9",
+            "--prompt", "The capital of France is", "--json"]  # fmt: skip
+    whole = json.loads(call(*base)[1])
+    assert "Paris" in whole["text"] and whole["stop_reason"] is None
+    paris = next(i for i in whole["token_ids"] if i == whole["token_ids"][0])
+    for flags in (["--bad-words", "Paris"], ["--logit-bias", f"{paris}=-100", "--logit-bias", "5=-1"],
+                  ["--logit-bias", f"{paris}=-99.5"]):  # fmt: skip
+        facts = json.loads(call(*base, *flags)[1])
+        assert paris not in facts["token_ids"] and len(facts["token_ids"]) == 9, flags
+    third = whole["token_ids"][2]
+    cut = json.loads(call(*base, "--stop-token-ids", f"99,{third}")[1])
+    at = whole["token_ids"].index(third)
+    assert (cut["token_ids"], cut["finish_reason"], cut["stop_reason"]) == (whole["token_ids"][:at], "stop", third)
+    at_least = json.loads(call(*base, "--stop-token-ids", third, "--min-tokens", "9")[1])
+    assert len(at_least["token_ids"]) == 9 and third not in at_least["token_ids"]
+    for flags, text in ((["--logit-bias", "5"], "198=-100"), (["--stop-token-ids", "a"], "whole numbers")):
+        code, _, err = call(*base, *flags)
+        assert code == 2 and text in err
+    one_error_line(call(*base, "--logit-bias", "5=101"), "INVALID_REQUEST")
+    one_error_line(call(*base, "--min-tokens", "10"), "INVALID_REQUEST")

@@ -228,6 +228,13 @@ def test_a_value_that_breaks_its_rule_is_one_line(call, args):
         ["--device", "cpu", "--gpu-device", "1"],
         ["--device", "cpu", "--vram-limit-mb", "9"],
         ["--host", "256.1.1.1"],
+        ["--host", "0.0.0.0"],
+        ["--host", "0"],
+        ["--host", "::"],
+        ["--allowed-host", "http://x"],
+        ["--allowed-host", "*"],
+        ["--cors-origin", "app.example"],
+        ["--cors-origin", "*"],
     ],
 )
 def test_serve_refuses_before_it_starts(call, args):
@@ -312,6 +319,8 @@ USAGE = [
     (["serve", "--model", "m", "--worker-id", "x"], 1, "worker_id"),
     (["serve", "--model", "m", "--device", "cpu", "--gpu-device", "1"], 1, "gpu_device"),
     (["serve", "--model", "m", "--host", "256.1.1.1"], 1, "port"),
+    (["serve", "--model", "m", "--host", "0.0.0.0"], 1, "host"),
+    (["serve", "--model", "m", "--cors-origin", "x"], 1, "cors_origins"),
 ]
 JSON = ["--log-format", "json"]
 

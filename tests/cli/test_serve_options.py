@@ -48,7 +48,7 @@ def row_of(name: str) -> tuple[str, ...]:
     value = f" {flag.metavar or ' or '.join(flag.choices)}" if flag.kind is not bool else ""
     if name == "model":
         shown = "required"
-    elif flag.kind is bool or flag.chosen or default is None:
+    elif flag.kind is bool or flag.chosen or flag.many or default is None:
         shown = ""
     else:
         shown = f"`{default}`"
@@ -93,6 +93,16 @@ def test_a_flag_reaches_its_field(served):
     assert served("--log-format", "text").log_format == "text" and served("--port", "0").port == 0
 
 
+def test_hosts_and_origins_may_be_given_several_times(served, monkeypatch):
+    assert served().allowed_hosts == served().cors_origins == ()
+    config = served("--allowed-host", "a", "--cors-origin", "http://b", "--allowed-host", "c:1")
+    assert config.allowed_hosts == ("a", "c:1") and config.cors_origins == ("http://b",)
+    monkeypatch.setenv("WORKER_ORCD_ALLOWED_HOST", "a b:2")
+    monkeypatch.setenv("WORKER_ORCD_CORS_ORIGIN", "")
+    assert served().allowed_hosts == ("a", "b:2") and served().cors_origins == ()
+    assert served("--allow-unauthenticated").allow_unauthenticated is True
+
+
 @pytest.mark.parametrize("name", ["SEQS", "STREAMS"])
 def test_max_seqs_has_an_older_name(served, monkeypatch, name):
     assert served(f"--max-{name.lower()}", "7").max_seqs == 7
@@ -116,7 +126,7 @@ def test_a_working_directory_that_was_removed_is_left(removed):
     # in a process of its own: here gunicorn may have been imported before
     script = (
         "import os; from worker_orcd.cli import main; "
-        "main.run(['serve', '--model', '/none/m.gguf', '--host', '203.0.113.1']); print(os.getcwd())"
+        "main.run(['serve', '--model', '/none/m.gguf', '--host', '203.0.113.1', '--api-key', 'k']); print(os.getcwd())"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "/\n"

@@ -192,15 +192,16 @@ def test_plans_that_do_not_fit_are_refused():
         make_engine(mf, dataclasses.replace(plan, ops=(*plan.ops, Strange("s"))))
 
 
-def decode(engine, slots, tokens, positions, n_steps, stop_ids=(), stop_mask=None, ring=None, control=None):
-    mask = np.ones(len(slots), np.uint8) if stop_mask is None else np.asarray(stop_mask, np.uint8)
+def decode(engine, slots, tokens, positions, n_steps, stops=None, ring=None, control=None):
+    """`stops`: a list of stop ids for each slot."""
+    stops = [[]] * len(slots) if stops is None else stops
     return engine.decode(np.asarray(slots, np.int32), np.arange(len(slots), dtype=np.int64) + 10,
                          np.asarray(tokens, np.int32), np.asarray(positions, np.int32), n_steps,
-                         np.asarray(stop_ids, np.int32), mask, TokenRing() if ring is None else ring,
-                         control or Control())  # fmt: skip
+                         np.array([i for ids in stops for i in ids], np.int32), np.cumsum([0, *map(len, stops)]),
+                         TokenRing() if ring is None else ring, control or Control())  # fmt: skip
 
 
-def test_decode_stops_where_a_masked_sequence_draws_a_stop_id(engine):
+def test_decode_stops_where_a_sequence_draws_one_of_its_stop_ids(engine):
     for s in range(2):
         engine.set_slot(s, sampling(temperature=1.5, seed=s))
     free = decode(engine, [0, 1], [1, 2], [0, 0], 30)
@@ -214,10 +215,13 @@ def test_decode_stops_where_a_masked_sequence_draws_a_stop_id(engine):
         return decode(engine, [0, 1], [1, 2], [0, 0], 30, **kw)
 
     ring = TokenRing()
-    got = again(stop_ids=[stop, 5000], stop_mask=[1, 0], ring=ring)
+    got = again(stops=[[5000, stop], []], ring=ring)
     np.testing.assert_array_equal(got, free[: step + 1])
     assert len(ring) == 2 * (step + 1)
-    np.testing.assert_array_equal(again(stop_ids=[stop], stop_mask=[0, 0]), free)
+    other = next(int(t) for t in free[:, 1] if t not in free[:, 0])
+    np.testing.assert_array_equal(again(stops=[[other], [5000]]), free)
+    first = int(np.flatnonzero(free[:, 1] == other)[0])
+    np.testing.assert_array_equal(again(stops=[[other], [5000, other, 6000]]), free[: first + 1])
     control = Control()
     control.interrupt()
     np.testing.assert_array_equal(again(control=control), free[:1])
@@ -239,24 +243,23 @@ def test_bad_decodes(engine):
         ({"slots": [0, 0]}, WorkerError, "does not follow"), ({"slots": [0, 9]}, InternalError, "slot 9"),
         ({"tokens": [1, 77]}, InvalidRequest, "token 77"), ({"positions": [0, 190]}, InvalidRequest, "position 194"),
         ({"positions": [0]}, InvalidRequest, "1 entries"), ({"n_steps": 0}, InternalError, "n_steps"),
-        ({"n_steps": 10**9}, InternalError, "n_steps"), ({"stop_ids": [2**35]}, InvalidRequest, "stop_ids"),
-        ({"stop_mask": [1]}, InvalidRequest, "stop_mask"),
+        ({"n_steps": 10**9}, InternalError, "n_steps"), ({"stops": [[1]]}, InvalidRequest, "stop_offsets"),
         ({"slots": [], "tokens": [], "positions": []}, InvalidRequest, "not 0"),
     ):  # fmt: skip
         arguments = {"slots": [0, 1], "tokens": [1, 2], "positions": [0, 0], "n_steps": 5} | kw
-        if "stop_ids" in kw:
-            with pytest.raises(kind, match=text):
-                engine.decode([0, 1], [1, 2], [1, 2], [0, 0], 5, kw["stop_ids"], [0, 0], TokenRing(), Control())
-            continue
         with pytest.raises(kind, match=text):
             decode(engine, **arguments)
     engine.block_tables[0, 1, 1] = -1
     with pytest.raises(InternalError, match="entry 1 is -1"):
         decode(engine, [0, 1], [1, 2], [0, 60], 5)
     assert decode(engine, [0, 1], [1, 2], [0, 59], 5).shape == (5, 2)
+    for ids, offsets in (([2**35], [0, 0, 1]), ([1], [0, 0, 2]), ([1], [0, 2, 1]), ([1], [1, 1, 1]), ([1], [0, -1, 1]),
+                         ([1], [0, 0, 0]), ([1], [0, 1]), ([1], [0, 0, 1, 1])):  # fmt: skip
+        with pytest.raises(InvalidRequest, match="stop_"):
+            engine.decode([0, 1], [1, 2], [1, 2], [0, 0], 5, ids, offsets, TokenRing(), Control())
     for ring, control in ((None, Control()), (TokenRing(), None), (object(), Control())):
         with pytest.raises((InternalError, TypeError)):
-            engine.decode([0], [1], [1], [0], 5, [], [0], ring, control)
+            engine.decode([0], [1], [1], [0], 5, [], [0, 0], ring, control)
 
 
 def test_a_closed_ring_does_not_hold_the_loop(engine):

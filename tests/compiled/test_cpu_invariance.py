@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from helpers.cpu_engines import ISAS, make_engine, open_engine, prefill, rows, sampling
 from helpers.synthetic_plan import N_VOCAB, every_op
 
 from worker_orcd._ring import Control, TokenRing
+from worker_orcd.engine.token_edits import token_edits
 
+#: tokens of bad words, and those that end a sequence
+BAD_WORDS = [(i, j) for i in range(20) for j in range(1, N_VOCAB, 2)]
+STOP_IDS = (3, 4)
 MODELS = ["llama-Q4_K_M", "qwen2-Q4_0", "gpt-oss-MXFP4_MOE"]
 
 
@@ -55,15 +61,26 @@ def test_avx512_and_avx2_give_the_same_bits(monkeypatch):
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
+def set_slot(engine, slot, kw):
+    params = sampling(**kw)
+    engine.set_slot(slot, params, token_edits(params, BAD_WORDS if kw.get("bad_words") else (), STOP_IDS))
+
+
 def generate_by_steps(engine, slot, prompt, n, **kw):
-    engine.set_slot(slot, sampling(**kw))
+    set_slot(engine, slot, kw)
     out = [int(engine.step(rows((slot, 0, prompt), out="last"))[0][0])]
     for i in range(n - 1):
         out.append(int(engine.step(rows((slot, len(prompt) + i, out[-1:])))[0][0]))
     return out
 
 
-@pytest.mark.parametrize("kw", [{}, {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "top_p": 0.95}])
+@pytest.mark.parametrize("kw", [
+    {}, {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "top_p": 0.95},
+    {"presence_penalty": 0.4, "frequency_penalty": 0.2}, {"temperature": 0.9, "seed": 3, "frequency_penalty": -0.1},
+    {"logit_bias": {i: (i % 7) / 2 - 1 for i in range(N_VOCAB)}, "bad_words": ("x",), "min_tokens": 25},
+    {"logit_bias": {5: 3.0}, "bad_words": ("x",), "min_tokens": 40, "temperature": 1.2, "top_k": 20, "seed": 1,
+     "presence_penalty": -0.2},
+])  # fmt: skip
 def test_decode_equals_steps_and_a_crowd_equals_each_alone(kw):
     mf, plan = every_op()
     rng = np.random.default_rng(2)
@@ -72,15 +89,18 @@ def test_decode_equals_steps_and_a_crowd_equals_each_alone(kw):
     alone = [generate_by_steps(make_engine(mf, plan), 0, p, n, **kw) for p in prompts]
     engine = make_engine(mf, plan)
     for s in range(3):
-        engine.set_slot(s, sampling(**kw))
+        set_slot(engine, s, kw)
     first, logits = engine.step(rows(*((s, 0, p) for s, p in enumerate(prompts)), out="last"), want_logits=True)
     assert logits.shape == (3, N_VOCAB)
     ring, control = TokenRing(), Control()
     slots, seqs = np.arange(3, dtype=np.int32), np.array([100, 101, 2**40], np.int64)
     positions = np.array([len(p) for p in prompts], np.int32)
-    a = engine.decode(slots, seqs, first, positions, 20, [], np.zeros(3, np.uint8), ring, control)
-    b = engine.decode(slots, seqs, a[-1], positions + 20, n - 21, [], np.zeros(3, np.uint8), ring, control)
+    a = engine.decode(slots, seqs, first, positions, 20, [], np.zeros(4, np.int32), ring, control)
+    b = engine.decode(slots, seqs, a[-1], positions + 20, n - 21, [], np.zeros(4, np.int32), ring, control)
     together = np.concatenate([first[None], a, b])
     assert together.T.tolist() == alone
     assert ring.pop(0) == [(int(seqs[j]), int(t)) for step in np.concatenate([a, b]) for j, t in enumerate(step)]
     assert len({t for tokens in alone for t in tokens}) > 5, "the test model says too little"
+    for ids in alone:
+        assert not set(ids[: kw.get("min_tokens", 0)]) & set(STOP_IDS)
+        assert not kw.get("bad_words") or not set(itertools.pairwise(ids)) & set(BAD_WORDS)

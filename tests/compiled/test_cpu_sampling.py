@@ -12,11 +12,15 @@ from helpers.cpu_engines import sampling
 from helpers.sampling_reference import draw, philox
 
 from worker_orcd._cpu import sample_token
+from worker_orcd.engine.token_edits import TokenEdits, token_edits
 from worker_orcd.errors import InvalidRequest
 
 
-def token(logits, position=0, sampled=(), **kw):
-    return sample_token(np.asarray(logits, np.float32), position, sampling(**kw), sampled)
+def token(logits, position=0, sampled=(), bad_words=(), stop_ids=(), **kw):
+    """`bad_words`: the tokens of each; `stop_ids`: those that end the sequence."""
+    params = sampling(**kw)
+    edits = token_edits(params, bad_words, stop_ids)
+    return sample_token(np.asarray(logits, np.float32), position, params, sampled, edits)
 
 
 def test_philox_known_answers():
@@ -56,16 +60,106 @@ def test_penalty_over_sampled_tokens():
     assert bounded in (0, 1), "what overflows is the largest float"
 
 
+def test_presence_and_frequency_penalty():
+    assert token([2.0, 1.6], sampled=[0], presence_penalty=0.5) == 1
+    assert token([2.0, 1.4], sampled=[0], presence_penalty=0.5) == 0
+    assert token([2.0, 1.4], sampled=[0, 0, 0], presence_penalty=0.5) == 0, "a token counts once"
+    assert token([2.0, 1.4], sampled=[0], frequency_penalty=0.5) == 0
+    assert token([2.0, 1.4], sampled=[0, 0], frequency_penalty=0.5) == 1, "each time counts"
+    assert token([2.0, 0.1], sampled=[0, 0], frequency_penalty=0.5, presence_penalty=1.0) == 1
+    assert token([1.0, 1.9], sampled=[0], presence_penalty=-1.0) == 0, "below 0 it encourages"
+    assert token([-2.0, -2.3], sampled=[0], presence_penalty=0.5) == 1
+    # divided by r first, then less: 4 / 2 - 1 = 1
+    assert token([4.0, 1.1], sampled=[0], presence_penalty=1.0, repetition_penalty=2.0) == 1
+    assert token([4.0, 0.9], sampled=[0], presence_penalty=1.0, repetition_penalty=2.0) == 0
+
+
+def test_penalties_are_of_logits_and_not_of_what_the_temperature_makes_of_them():
+    """As vLLM and OpenAI have it: (logit - penalty) / T."""
+    rng = np.random.default_rng(3)
+    for temperature in (0.25, 0.5, 2.0):
+        logits = rng.integers(-16, 16, 40) / 4
+        n = [i % 4 for i in range(40)]
+        less = [x - (0.5 * c + 0.25 * (c > 0)) for x, c in zip(logits, n, strict=True)]
+        sampled = [i for i, c in enumerate(n) for _ in range(c)]
+        for position in range(50):
+            ours = token(logits, position, sampled, temperature=temperature, frequency_penalty=0.5,
+                         presence_penalty=0.25, seed=1)  # fmt: skip
+            assert ours == token(less, position, temperature=temperature, seed=1)
+
+
+def test_a_bias_is_added_before_all_else():
+    assert token([1.0, 2.0, 3.0], logit_bias={0: 2.5}) == 0
+    assert token([1.0, 2.0, 3.0], logit_bias={2: -100}) == 1
+    assert token([1.0, 2.0, -math.inf], logit_bias={2: 100}) == 1
+    assert token([1.0, 2.0], logit_bias={0: 1}) == 0, "the lowest id on a tie"
+    logits = np.linspace(0, 3, 20)
+    for position in range(50):
+        shifted = logits.copy()
+        shifted[[3, 5]] += [1.5, -2]
+        kw = {"temperature": 0.5, "top_p": 0.9, "seed": 2}
+        assert token(logits, position, logit_bias={5: -2, 3: 1.5}, **kw) == token(shifted, position, **kw)
+
+
+def test_stop_ids_are_banned_until_there_are_enough_tokens():
+    for n in range(6):
+        for kw in ({}, {"temperature": 1e-3, "seed": 1}):
+            got = token([1, 9, 8, 7], sampled=[0] * n, min_tokens=3, stop_ids=(1, 2), **kw)
+            assert got == (3 if n < 3 else 1), n
+    assert token([1, 9], min_tokens=3, stop_ids=(0, 1)) == -1, "nothing is left"
+    assert token([1, 9], min_tokens=3) == 1, "nothing ends the sequence"
+
+
+def test_the_last_token_of_a_bad_word_is_banned_after_the_others():
+    logits = [5, 4, 3, 2, 1]
+    word = (1, 2, 0)
+    for sampled, banned in (([1, 2], True), ([3, 1, 2], True), ([2, 1], False), ([2], False), ([], False),
+                            ([1, 2, 3], False), ([1, 1, 2], True)):  # fmt: skip
+        assert token(logits, sampled=sampled, bad_words=[word]) == (1 if banned else 0), sampled
+    assert token(logits, bad_words=[(0,), (1,)]) == 2, "a word of one token always"
+    assert token(logits, sampled=[1, 2], bad_words=[word, (2, 1), (1, 2)]) == 2, "two words may end at once"
+    assert token(logits, bad_words=[(i,) for i in range(5)]) == -1
+    long = [*range(1, 5)] * 8  # of 32 tokens, the last of which is 4
+    for n in (30, 31, 32, 33, 100):
+        sampled = ([0] * 100 + long[:31])[-n:]
+        want = 1 if n >= 31 else 0
+        assert token([1, 1, 1, 1, 9], sampled=sampled, bad_words=[long]) == (0 if want else 4), n
+    assert token([9, 1], sampled=[1] * 1000 + [0] * 5, bad_words=[(1, *[0] * 5)]) == 0
+    assert token([9, 1], sampled=[1] * 1000 + [0] * 5, bad_words=[(1, *[0] * 6)]) == 1
+
+
+def test_a_banned_token_stays_banned_whatever_the_penalties_do():
+    kw = {"repetition_penalty": 1e-46, "presence_penalty": -2.0, "frequency_penalty": -2.0}
+    assert token([9, 1], sampled=[0, 0], bad_words=[(0,)], logit_bias={0: 100}, **kw) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_ban_does_not_hide_what_is_no_number(bad):
+    assert token([bad, 1, 2], bad_words=[(0,)]) == -1
+    assert token([bad, 1, 2], logit_bias={0: -100}) == -1
+    assert token([-math.inf] * 3, logit_bias={0: 100}) == -1
+
+
 def random_logits(rng, n):
     """Spread, peaked or full of ties."""
     x = rng.standard_normal(n) * rng.choice([0.1, 2, 10])
     return (np.round(x * 2) / 2 if rng.random() < 0.3 else x).astype(np.float32)
 
 
+def random_edits(rng, n, sampled):
+    """The fields that change logits of single tokens, some of them off; bad words of which some end now."""
+    few = lambda most: rng.integers(0, n, rng.integers(0, most)).tolist()  # noqa: E731
+    words = [[*few(4), int(rng.integers(0, n))] for _ in range(rng.integers(0, 5))]
+    words += [[*sampled[len(sampled) - k :], int(rng.integers(0, n))] for k in range(1, len(sampled))]
+    return {"presence_penalty": float(rng.choice([0, 0.7, -2])), "frequency_penalty": float(rng.choice([0, 0.3, -1.1])),
+            "logit_bias": {i: float(rng.uniform(-9, 9)) for i in few(20)}, "min_tokens": int(rng.integers(0, 6)),
+            "bad_words": words, "stop_ids": few(4)}  # fmt: skip
+
+
 def test_random_cases_equal_the_reference():
     rng = np.random.default_rng(0)
-    seen = set()
-    for i in range(600):
+    seen, failed = set(), 0
+    for i in range(1200):
         n = int(rng.choice([1, 2, 17, 100, 1000]))
         logits = random_logits(rng, n)
         if rng.random() < 0.2:
@@ -76,11 +170,14 @@ def test_random_cases_equal_the_reference():
               "repetition_penalty": float(rng.choice([1, 1.3, 0.7])),
               "seed": int(rng.integers(0, 2**64, dtype=np.uint64))}  # fmt: skip
         sampled = rng.integers(0, n, rng.integers(0, 6)).tolist()
+        if i % 2:
+            kw |= random_edits(rng, n, sampled)
         position = int(rng.integers(0, 2**31 - 1))
         ours = token(logits, position, sampled, **kw)
         assert ours == draw(logits, position, sampled, **kw), (i, n, kw)
         seen.add(ours)
-    assert len(seen) > 100
+        failed += ours == -1
+    assert len(seen) > 100 and 0 < failed < 240
 
 
 def chi_square(counts, expected):
@@ -125,6 +222,19 @@ def test_refusals():
         token([1, 2], sampled=[2])
     with pytest.raises(InvalidRequest, match="logits"):
         token([])
+    for logit_bias in ({2: 1.0}, {-1: 1.0}):
+        with pytest.raises(InvalidRequest, match="outside"):
+            token([1, 2], logit_bias=logit_bias)
+    with pytest.raises(InvalidRequest, match="outside"):
+        token([1, 2], bad_words=[(0, 2)])
+    words = lambda *numbers: np.array(numbers, np.int32)  # noqa: E731
+    for edits in (TokenEdits(1, 0, words(0, 0, 9, 1)), TokenEdits(1, 0, words(0, 0, 9, 1, 5)),
+                  TokenEdits(1, 0, words(0, 0, 9, -1, 0)), TokenEdits(1, 0, words(0, 0, 9, 1, -1)),
+                  TokenEdits(1, 0, words(0, 0, 9, 40, 0, *range(60))), TokenEdits(1, 2, words(0, 0, 9, 0, 0)),
+                  TokenEdits(0, 0, np.zeros(20000, np.int32)), TokenEdits(1, 0, np.zeros(5)),
+                  TokenEdits(-1, -1, words(0, 0, 9, 0, 0)), TokenEdits(1, -1, words(0, 0, 9, 0, 0))):  # fmt: skip
+        with pytest.raises(InvalidRequest, match="edits"):
+            sample_token(np.zeros(4, np.float32), 0, sampling(), (), edits)
 
 
 def test_numbers_that_are_not_those_of_the_struct_are_refused():

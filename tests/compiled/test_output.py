@@ -40,8 +40,9 @@ from worker_orcd.wsgi.stream_format import PieceTemplate
 TOKEN_FORM = (b'{"t":"', b'","i":', b"}\n")
 
 
-def job_with(stops=()):
-    return Job("j", 1, SamplingParams(stop=tuple(stops)), 0, 1, None, lambda job: None)
+def job_with(stops=(), stop_ids=(), n_unwatched=0):
+    params = SamplingParams(stop=tuple(stops), stop_token_ids=tuple(stop_ids), min_tokens=n_unwatched)
+    return Job("j", 1, params, 0, 1, None, lambda job: None)
 
 
 def events(job):
@@ -52,9 +53,9 @@ def events(job):
     return found, event
 
 
-def by_python(decoder, stops, stop_ids, tokens, reason):
+def by_python(decoder, stops, stop_ids, tokens, reason, n_unwatched):
     """Pieces and completion as the Detokenizer makes them."""
-    job = job_with(stops)
+    job = job_with(stops, stop_ids, n_unwatched)
     text = Detokenizer(job, decoder, frozenset(stop_ids))
     for token in tokens:
         if not job.finished:  # past its end nothing comes
@@ -64,11 +65,11 @@ def by_python(decoder, stops, stop_ids, tokens, reason):
     return events(job)[0], job.completion()
 
 
-def by_loop(decoder, stops, stop_ids, tokens, mark, draw):
+def by_loop(decoder, stops, stop_ids, tokens, mark, n_unwatched, draw):
     """The same by ring, loop and sink; pieces are taken at odd moments."""
-    ring, job, taken = TokenRing(), job_with(stops), []
+    ring, job, taken = TokenRing(), job_with(stops, stop_ids), []
     loop = OutputLoop(ring, FAILED)
-    job.sink.decode_with(decoder, stops, stop_ids)
+    job.sink.decode_with(decoder, stops, stop_ids, n_unwatched)
     loop.add(1, job.sink)
     for token in [*tokens, mark]:
         ring.put(1, token)
@@ -76,7 +77,8 @@ def by_loop(decoder, stops, stop_ids, tokens, mark, draw):
             for seq_id, kind, value in loop.run(0.0):
                 assert seq_id == 1 and (kind in (STOPPED, PIECE) or (kind == MARK and value == mark))
                 if kind != PIECE:
-                    job.finish("stop" if kind == STOPPED or mark == STOP else "length")
+                    text, token = job.sink.ended_by
+                    job.finish("stop" if kind == STOPPED or mark == STOP else "length", text or token)
         if draw.random() < 0.3:
             taken += events(job)[0]
     return taken + events(job)[0], job.completion()
@@ -85,10 +87,11 @@ def by_loop(decoder, stops, stop_ids, tokens, mark, draw):
 def same(vocab, decoder, stops, tokens, draw, stop_ids=()):
     """Both ways agree; `decoder` makes a new one."""
     mark = draw.choice((STOP, LENGTH))
-    want = by_python(decoder(), stops, stop_ids, tokens, "stop" if mark == STOP else "length")
-    got = by_loop(decoder(), stops, stop_ids, tokens, mark, draw)
+    n_unwatched = draw.choice((0, 0, 1, 5))
+    want = by_python(decoder(), stops, stop_ids, tokens, "stop" if mark == STOP else "length", n_unwatched)
+    got = by_loop(decoder(), stops, stop_ids, tokens, mark, n_unwatched, draw)
     assert got[0] == want[0], (vocab, stops, tokens)
-    for name in ("text", "token_ids", "finish_reason", "tokens_in", "seed"):
+    for name in ("text", "token_ids", "finish_reason", "stop_reason", "tokens_in", "seed"):
         assert getattr(got[1], name) == getattr(want[1], name), (vocab, stops, tokens, name)
 
 

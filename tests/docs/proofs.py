@@ -174,7 +174,8 @@ def client(load, **config):
     while service.state == "loading" and time.monotonic() < end:
         time.sleep(0.005)
     assert service.state == "ready"
-    return testing.TestClient(create_app(service)), service
+    headers = {"Host": "localhost", "Content-Type": "application/json"}
+    return testing.TestClient(create_app(service), headers=headers), service
 
 
 def fake_client(**config):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
+from worker_orcd.engine.token_edits import NO_EDITS
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.serving.logprobs import top_logprobs
 
@@ -37,12 +38,24 @@ from worker_orcd.serving.logprobs import top_logprobs
         {"stop": None},
         {"logprobs": 0},
         {"logprobs": 20},
+        {"presence_penalty": -2, "frequency_penalty": 2.0},
+        {"logit_bias": {"0": -100, 99: 100.0}},
+        {"logit_bias": {}},
+        {"logit_bias": dict.fromkeys(range(100), 1)},
+        {"min_tokens": 5, "max_tokens": 5},
+        {"min_tokens": 2000},
+        {"stop_token_ids": [0, 99]},
+        {"stop_token_ids": None, "bad_words": None},
+        {"stop_token_ids": [1] * 128},
+        {"bad_words": "x"},
+        {"bad_words": ["a"] * 2000},
     ],
 )
 def test_accepted(given):
     params = SamplingParams(**given)
     params.check(n_vocab=100, max_tokens_out=2048)
-    assert isinstance(params.stop, tuple)
+    assert all(isinstance(value, tuple) for value in (params.stop, params.stop_token_ids, params.bad_words))
+    hash(params)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +96,43 @@ def test_accepted(given):
         ("logprobs", 21),
         ("logprobs", -1),
         ("logprobs", True),
+        ("presence_penalty", 2.01),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -3),
+        ("frequency_penalty", "1"),
+        ("logit_bias", [1, 2]),
+        ("logit_bias", 5),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: 100.5}),
+        ("logit_bias", {1: "2"}),
+        ("logit_bias", {1: None}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {100: 1}),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"\u0661": 1}),
+        ("logit_bias", {1.0: 1}),
+        ("logit_bias", {True: 1}),
+        ("logit_bias", {1: 1, "1": 2}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", dict.fromkeys(range(1025), 1)),
+        ("min_tokens", -1),
+        ("min_tokens", 1.5),
+        ("min_tokens", True),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [100]),
+        ("stop_token_ids", ["1"]),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", [10**5000]),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "12"),
+        ("stop_token_ids", b"12"),
+        ("stop_token_ids", {1: 2}),
+        ("stop_token_ids", [1] * 129),
+        ("bad_words", [""]),
+        ("bad_words", [1]),
+        ("bad_words", 5),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -104,6 +154,12 @@ NUMPY = {
     "seed": (np.uint64(2**64 - 1), 2**64 - 1),
     "ignore_eos": (np.bool_(True), True),
     "logprobs": (np.array(2), 2),
+    "presence_penalty": (np.float32(0.5), 0.5),
+    "frequency_penalty": (np.int8(-1), -1),
+    "logit_bias": ({np.int64(5): np.float32(0.5)}, {5: 0.5}),
+    "min_tokens": (np.uint8(3), 3),
+    "stop_token_ids": (np.array([4, 5]), (4, 5)),
+    "bad_words": (np.array(["a"]), ("a",)),
 }
 
 
@@ -143,6 +199,12 @@ def test_a_number_of_numpy_has_the_rule_of_its_field(field, value):
     assert caught.value.fields["field"] == field and len(caught.value.message) < 120
 
 
+def test_there_is_no_less_than_min_tokens_and_no_more_than_max_tokens():
+    with pytest.raises(InvalidRequest, match="min_tokens is 6, above max_tokens 5") as caught:
+        SamplingParams(min_tokens=6, max_tokens=5).check()
+    assert caught.value.fields["field"] == "min_tokens"
+
+
 def test_plain_number_leaves_all_else_alone():
     for value in (None, "a", 5, 2.5, [1], object(), np.array([1]), np.array([[1]])):
         assert plain_number(value) is value
@@ -177,9 +239,10 @@ def test_every_field_has_its_rule_and_its_row_in_the_docs():
 
 def test_an_engine_gets_the_numbers_that_its_struct_has():
     params = SamplingParams(temperature=0, top_k=3, top_p=1, min_p=0.5, repetition_penalty=2, seed=8)
-    numbers = {"temperature": 0, "top_k": 3, "top_p": 1, "min_p": 0.5, "repetition_penalty": 2, "seed": 8}
+    numbers = {"temperature": 0, "top_k": 3, "top_p": 1, "min_p": 0.5, "repetition_penalty": 2, "seed": 8,
+               "presence_penalty": 0.0, "frequency_penalty": 0.0}  # fmt: skip
     header = next(h for h in gen_params.read() if "SlotSampling" in h.structs)
-    names = {f.name for f in header.structs["SlotSampling"]} - {"reserved"}
+    names = {f.name for f in header.structs["SlotSampling"]} - {"reserved", *NO_EDITS.counts()}
     assert names >= set(numbers) and params.numbers() == {name: getattr(params, name) for name in names}
     assert numbers.items() <= params.numbers().items()
     for field, value in {"seed": None, "top_k": 2**31, "temperature": math.nan}.items():

@@ -5,9 +5,12 @@ Kernels do nothing here: of a step only its launches are looked at, results are 
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import os
 from pathlib import Path
 
+import gen_params
 import numpy as np
 import pytest
 from fake_driver.cases import FAKE, NOTHING, leftovers
@@ -16,11 +19,12 @@ from helpers.gguf_patch import with_uint32
 from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_qkv, take_apart
 
 import worker_orcd
-from worker_orcd import LLM, _driver, _engine
+from worker_orcd import LLM, SamplingParams, _driver, _engine
 from worker_orcd.cuda import memory, vram
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
-from worker_orcd.errors import CudaError, InsufficientMemory, InsufficientVram, ModelLoadError
+from worker_orcd.engine.token_edits import MAX_WORDS, token_edits
+from worker_orcd.errors import CudaError, InsufficientMemory, InsufficientVram, InvalidRequest, ModelLoadError
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
 
@@ -28,6 +32,9 @@ pytestmark = pytest.mark.skipif(
     not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
     reason="no kernel images are installed",
 )
+
+
+STRUCTS = gen_params.mirror(gen_params.read())
 
 
 @pytest.fixture
@@ -89,6 +96,47 @@ def test_infinity_is_refused_while_it_is_loaded(tensor, goldens_dir, tmp_path):
     assert leftovers() == NOTHING
     LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1, check_tensors=False).close()
     assert leftovers() == NOTHING
+
+
+def test_a_slot_that_is_set_begins_anew_and_alone(tiny):
+    """What is sent and cleared of one slot, and nothing of its neighbours; who asks for little sends little."""
+    engine = _engine.CudaEngine(*tiny)
+    n_vocab, regions = engine.n_vocab, engine.memory.workspace.sampling
+    strides = {"samples": memory.SLOT_SAMPLING_BYTES, "edits": 4 * MAX_WORDS, "history": 4 * memory.HISTORY_WORDS,
+               "seen": 4 * -(-n_vocab // 32), "counts": 4 * n_vocab}  # fmt: skip
+
+    def slot(name, index):
+        return ctypes.string_at(getattr(regions, name).address + index * strides[name], strides[name])
+
+    def set_slot(*args):
+        for name in strides:
+            region = getattr(regions, name)
+            assert region.nbytes == 4 * strides[name]
+            ctypes.memset(region.address, 0x5A, region.nbytes)
+        engine.set_slot(1, *args)
+        for name, stride in strides.items():
+            assert slot(name, 0) == slot(name, 2) == slot(name, 3) == b"\x5a" * stride
+
+    params = SamplingParams(seed=7, logit_bias={3: 1.5}, frequency_penalty=0.5, min_tokens=9)
+    edits = token_edits(params, [(1, 2)], (4,))
+    set_slot(params, edits)
+    sent = STRUCTS["SlotSampling"].from_buffer_copy(slot("samples", 1))
+    assert (sent.seed, sent.frequency_penalty, sent.n_bias, sent.n_edits) == (7, 0.5, 1, 3)
+    assert slot("edits", 1).startswith(edits.words.tobytes() + b"\x5a")
+    assert not any(slot("history", 1) + slot("seen", 1) + slot("counts", 1))
+    set_slot(SamplingParams(seed=8))
+    sent = STRUCTS["SlotSampling"].from_buffer_copy(slot("samples", 1))
+    assert (sent.seed, sent.n_edits) == (8, 0) and not any(slot("seen", 1))
+    for name in ("edits", "history", "counts"):
+        assert slot(name, 1) == b"\x5a" * strides[name]
+    bias = SamplingParams(seed=1, logit_bias=dict.fromkeys(range(n_vocab), 1.0))
+    words = [tuple(range(32))] * 32
+    most = token_edits(dataclasses.replace(bias, min_tokens=1), [*words], range(256))
+    set_slot(bias, most)
+    assert slot("edits", 1)[: 4 * len(most.words)] == most.words.tobytes()
+    with pytest.raises(InvalidRequest, match="edits"):
+        engine.set_slot(1, params, token_edits(SamplingParams(logit_bias={n_vocab: 1.0})))
+    engine.close()
 
 
 def test_progress_may_end_the_load(tiny):

@@ -50,7 +50,7 @@ def exercise(engine: CudaEngine, n_vocab: int) -> None:
             ints(at[:n]),
             3,
             np.empty(0, np.int32),
-            np.zeros(n, np.uint8),
+            np.zeros(n + 1, np.int32),
             TokenRing(),
             Control(),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import threading
 import time
 
@@ -18,6 +19,7 @@ from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
+from worker_orcd.engine.token_edits import NO_EDITS, token_edits
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import ops, plan, registry
 
@@ -29,6 +31,11 @@ MODELS = ["llama-Q4_0", "llama-Q4_K_M", "llama-F16", "qwen2-Q8_0", "qwen2-Q4_K_M
 #: may change places between two ways of rounding, and then whole rows differ
 CLEAR_CHOICE = {"gpt-oss-MXFP4": 23, "gpt-oss-MXFP4_MOE": 32, "gpt-oss-Q4_K_M": 30}
 GREEDY = SamplingParams(temperature=0.0, seed=0)
+EDITED = SamplingParams(
+    temperature=0.8, presence_penalty=0.5, frequency_penalty=0.3, logit_bias={5: 4.0, 9: -3.0}, min_tokens=15, seed=3
+)
+#: tokens of bad words, and those that end a sequence
+BAD_WORDS, STOP_IDS = [(i, j) for i in range(20) for j in range(1, 400, 8)], (5, 11, 12)
 FILTERED = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02, repetition_penalty=1.1, seed=7)
 
 
@@ -139,7 +146,7 @@ def run_decode(engine, slots, first, start, n_steps):
 
     ring, n = TokenRing(), len(slots)
     out = engine.decode(np.asarray(slots, np.int32), np.arange(n, dtype=np.int64) + 100, np.asarray(first, np.int32),
-                        np.asarray(start, np.int32), n_steps, np.zeros(0, np.int32), np.zeros(n, np.uint8), ring,
+                        np.asarray(start, np.int32), n_steps, np.zeros(0, np.int32), np.zeros(n + 1, np.int32), ring,
                         Control())  # fmt: skip
     pushed = []
     while chunk := ring.pop(0.0):
@@ -149,25 +156,27 @@ def run_decode(engine, slots, first, start, n_steps):
 
 
 @pytest.mark.parametrize("name", ["qwen2-Q4_K_M", "gpt-oss-MXFP4_MOE"])
-@pytest.mark.parametrize("sampling", [GREEDY, FILTERED])
+@pytest.mark.parametrize("sampling", [GREEDY, FILTERED, EDITED, dataclasses.replace(EDITED, temperature=0.0)])
 def test_decode_loop_equals_single_steps_and_does_not_depend_on_neighbours(sampling, name, goldens_dir):
     _, p, engine = open_engine(goldens_dir / f"{name}.gguf")
+    is_edited = sampling.logit_bias is not None
+    edits = token_edits(sampling, BAD_WORDS, STOP_IDS) if is_edited else NO_EDITS
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, p.n_vocab, n) for n in (5, 33, 64, 90)]
     try:
         alone = []
         for s, prompt in enumerate(prompts):
-            engine.set_slot(s, sampling)
+            engine.set_slot(s, sampling, edits)
             first, _ = engine.step(prompt_batch(prompt, slot=s, outputs=[len(prompt) - 1]))
             alone.append([int(first[0]), *run_decode(engine, [s], first, [len(prompt)], 20)[:, 0].tolist()])
         firsts = []
         for s, prompt in enumerate(prompts):
-            engine.set_slot(s, sampling)
+            engine.set_slot(s, sampling, edits)
             firsts.append(int(engine.step(prompt_batch(prompt, slot=s, outputs=[len(prompt) - 1]))[0][0]))
         crowd = run_decode(engine, range(4), firsts, [len(q) for q in prompts], 20)
         for s in range(4):
             assert [firsts[s], *crowd[:, s].tolist()] == alone[s]
-        engine.set_slot(3, sampling)
+        engine.set_slot(3, sampling, edits)
         token = int(engine.step(prompt_batch(prompts[3], slot=3, outputs=[89]))[0][0])
         singles = [token]
         for i in range(20):
@@ -176,6 +185,24 @@ def test_decode_loop_equals_single_steps_and_does_not_depend_on_neighbours(sampl
             token = int(engine.step(batch)[0][0])
             singles.append(token)
         assert singles == alone[3]
+        for ids in alone if is_edited else ():
+            assert not set(ids[:15]) & set(STOP_IDS) and not set(itertools.pairwise(ids)) & set(BAD_WORDS)
+    finally:
+        engine.close()
+
+
+def test_logits_that_are_wanted_are_those_before_the_draw(goldens_dir):
+    _, p, engine = open_engine(goldens_dir / "llama-Q4_0.gguf")
+    try:
+        batch = prompt_batch([1, 2, 3], outputs=[2])
+        raw = engine.forward(batch)
+        best = int(raw[0].argmax())
+        bias = SamplingParams(temperature=0.0, seed=0, logit_bias={best: -100.0})
+        engine.set_slot(0, bias, token_edits(bias))
+        sampled, logits = engine.step(batch, want_logits=True)
+        assert np.array_equal(logits, raw) and sampled[0] == np.where(np.arange(p.n_vocab) == best, -9e9, raw).argmax()
+        engine.set_slot(0, GREEDY)
+        assert engine.step(batch)[0][0] == best, "a new sequence has no edits"
     finally:
         engine.close()
 
@@ -213,12 +240,12 @@ def test_a_stop_id_and_an_interrupt_end_the_loop(goldens_dir):
         at = int(np.flatnonzero(free == stop)[0])
         args = (np.zeros(1, np.int32), np.zeros(1, np.int64), first, np.full(1, 3, np.int32), 30)
         ring = TokenRing()
-        out = engine.decode(*args, np.array([stop], np.int32), np.ones(1, np.uint8), ring, Control())
+        out = engine.decode(*args, np.array([stop], np.int32), np.array([0, 1], np.int32), ring, Control())
         assert out[: at + 1, 0].tolist() == free[: at + 1].tolist() and len(out) <= at + 3
         assert [t for _, t in ring.pop(0.0)] == free[: at + 1].tolist(), "nothing is pushed after the stop id"
         control = Control()
         control.interrupt()
-        assert len(engine.decode(*args, np.zeros(0, np.int32), np.zeros(1, np.uint8), TokenRing(), control)) <= 3
+        assert len(engine.decode(*args, np.zeros(0, np.int32), np.zeros(2, np.int32), TokenRing(), control)) <= 3
     finally:
         engine.close()
 

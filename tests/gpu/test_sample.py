@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 from gpu.kernel_harness import CONSTANTS, STRUCTS, available, params
 from gpu.ops_host import new_gpu
+from helpers.sampling_reference import edited, penalized
+
+from worker_orcd import SamplingParams
+from worker_orcd.engine.token_edits import token_edits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 
@@ -14,6 +18,10 @@ ONE = 1 << 40
 DRAW_SMEM, CHUNK, BINS = (CONSTANTS[f"SAMPLE_{name}"] for name in ("DRAW_SMEM", "CHUNK", "BINS"))
 
 GREEDY = {"temperature": 0.0}
+#: what a slot may have beside the numbers of `SlotSampling`: arguments of `edited`
+EDITS = ("logit_bias", "bad_words", "stop_ids", "min_tokens")
+OFF = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+       "frequency_penalty": 0.0, "top_k": 0, "seed": 0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +43,32 @@ def test_philox_known_answer():
     assert philox(0, 0) == 0xE169C58D6627E8D5  # words 1 and 0 of the published vector
 
 
-def reference(logits, position, slot, seen=()):
-    """(token, margin): margin is how near the nearest limit came, relative to the sum it belongs to."""
-    s = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": 0, "seed": 0} | slot
+def edits_of(slot):
+    return {name: slot[name] for name in EDITS if name in slot}
+
+
+def reference(logits, position, slot, sampled=()):
+    """(token, margin): margin is how near the nearest limit came, relative to the sum it belongs to. `sampled`: the
+    tokens of the slot so far, in order."""
+    s = OFF | slot
     f = np.float32
     bad = lambda v: not (v < np.inf).all() or v.max() == -np.inf  # noqa: E731
     with np.errstate(all="ignore"):
         if bad(logits):
             return -1, 1.0
-        x = logits.astype(f)
+        x = edited(logits, sampled, **edits_of(slot))
         greedy = s["temperature"] < 1e-5
         temper = lambda v, t: np.minimum(v / f(t), np.finfo(f).max)  # noqa: E731
         if not greedy:
             x = temper(x, s["temperature"])
-        seen = np.array(sorted(set(seen)), int)
-        x[seen] = np.where(x[seen] > 0, temper(x[seen], s["repetition_penalty"]), x[seen] * f(s["repetition_penalty"]))
+        x = penalized(
+            x,
+            sampled,
+            0.0 if greedy else s["temperature"],
+            s["repetition_penalty"],
+            s["presence_penalty"],
+            s["frequency_penalty"],
+        )
         if bad(x):
             return -1, 1.0
         best = int(np.argmax(x))
@@ -89,21 +108,22 @@ class Sampler:
         self.gpu, self.n_rows, self.n_vocab = gpu, n_rows, n_vocab
         kind = STRUCTS["SlotSampling"]
         table = (kind * len(slots))()
-        for entry, slot in zip(table, slots, strict=True):
-            values = {
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "top_k": 0,
-                "seed": 0,
-            } | slot
+        words = np.zeros((len(slots), CONSTANTS["SAMPLING_EDIT_WORDS"]), np.int32)
+        for entry, slot, row in zip(table, slots, words, strict=True):
+            params = SamplingParams(logit_bias=slot.get("logit_bias"), min_tokens=slot.get("min_tokens", 0))
+            edits = token_edits(params, slot.get("bad_words", ()), slot.get("stop_ids", ()))
+            edits.check(n_vocab)
+            row[: len(edits.words)] = edits.words
+            values = OFF | edits.counts() | {name: value for name, value in slot.items() if name not in EDITS}
             for key, value in values.items():
                 setattr(entry, key, value)
         self.seen_words = -(-n_vocab // 32)
         self.n_chunks = -(-n_vocab // CHUNK)
         self.samples = gpu.buffer(np.frombuffer(bytes(table), np.uint8))
+        self.edits = gpu.buffer(words)
+        self.history = gpu.buffer(np.zeros((len(slots), CONSTANTS["SAMPLING_HISTORY_WORDS"]), np.int32))
         self.seen = gpu.buffer(np.zeros((len(slots), self.seen_words), np.uint32))
+        self.counts = gpu.buffer(np.zeros((len(slots), n_vocab), np.uint32))
         self.partial = gpu.empty((n_rows, self.n_chunks, 4), np.int32)
         self.chunk_weights = gpu.empty((n_rows, self.n_chunks), np.uint64)
         self.bin_weights = gpu.buffer(np.zeros((n_rows, BINS), np.uint64))
@@ -126,7 +146,8 @@ class Sampler:
     def launch(self, advance=1, weigh=True, pdl=True):
         """Queue the launches of one step."""
         p = params("SampleParams", logits=self.logits, samples=self.samples, slots=self.slots,
-                   positions=self.positions, seen=self.seen, partial=self.partial, chunk_weights=self.chunk_weights,
+                   positions=self.positions, edits=self.edits, history=self.history, seen=self.seen,
+                   counts=self.counts, partial=self.partial, chunk_weights=self.chunk_weights,
                    bin_weights=self.bin_weights, bin_counts=self.bin_counts, done=self.done,
                    next_tokens=self.next_tokens, out=self.out, step=self.step, host_step=self.host_step,
                    logits_stride=self.stride, n_vocab=self.n_vocab, n_chunks=self.n_chunks,
@@ -149,7 +170,8 @@ class Sampler:
             and not self.bin_counts.to_numpy().any()
         )
         assert int(self.step.to_numpy()[0]) == int(self.host_step.to_numpy()[0]) == step + 1
-        for buffer in (self.partial, self.chunk_weights, self.logits, self.samples, self.seen):
+        for buffer in (self.partial, self.chunk_weights, self.logits, self.samples, self.edits, self.history, self.seen,
+                       self.counts):  # fmt: skip
             buffer.check_guards()
         return out[step % self.out_steps, : self.n_rows]
 
@@ -201,7 +223,7 @@ def test_tokens_follow_the_rule(gpu, n_vocab, stride, kind):
     rng = np.random.default_rng(n_vocab)
     n = len(SLOTS)
     sampler = Sampler(gpu, n, n_vocab, SLOTS)
-    seen = [set() for _ in SLOTS]
+    sampled = [[] for _ in SLOTS]
     skipped = 0
     for step in range(3):
         logits = make_logits(rng, n, n_vocab, kind)
@@ -210,18 +232,106 @@ def test_tokens_follow_the_rule(gpu, n_vocab, stride, kind):
         sampler.set_logits(logits, order, positions, stride)
         tokens = sampler.run()
         for row, slot in enumerate(order):
-            want, margin = reference(logits[row], int(positions[row]), SLOTS[slot], seen[slot])
+            want, margin = reference(logits[row], int(positions[row]), SLOTS[slot], sampled[slot])
             skipped += margin < limits.SAMPLE_MARGIN
             assert tokens[row] == want or margin < limits.SAMPLE_MARGIN, (
                 f"step {step}, {SLOTS[slot]}: {tokens[row]} != {want} (margin {margin:.1e})"
             )
-            seen[slot].add(int(tokens[row]))
+            sampled[slot].append(int(tokens[row]))
         assert np.array_equal(sampler.positions.to_numpy(), positions + 1)
         assert np.array_equal(sampler.next_tokens.to_numpy(), tokens)
         bits = np.unpackbits(sampler.seen.to_numpy().view(np.uint8), axis=1, bitorder="little")
         for slot in range(n):
-            assert set(np.flatnonzero(bits[slot])) == seen[slot]
+            assert set(np.flatnonzero(bits[slot])) == set(sampled[slot])
     print(f"{skipped} of {3 * n} draws within {limits.SAMPLE_MARGIN} of a limit")
+
+
+def edited_slots(rng, n_vocab, hot):
+    """Slots with all that changes logits of single tokens. `hot`: tokens that are drawn again and again."""
+    any_ids = lambda n: rng.integers(0, n_vocab, n).tolist()  # noqa: E731
+    bias = {i: float(rng.uniform(-6, 6)) for i in [*any_ids(20), *hot]}
+    pairs = [(a, b) for a in hot for b in hot if (a + b) % 2]
+    many = {"logit_bias": dict.fromkeys(any_ids(1024), -1.5), "bad_words": [(i,) for i in any_ids(900) if i not in hot]}
+    end = {"stop_ids": [*hot[:2], *any_ids(10)], "min_tokens": 4}
+    drawn = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
+    return [
+        {"presence_penalty": 0.7, "seed": 1}, {"frequency_penalty": 1.1, "seed": 2},
+        {"frequency_penalty": -0.3, "seed": 3},
+        GREEDY | {"frequency_penalty": 0.9, "presence_penalty": 0.4},
+        GREEDY | {"logit_bias": bias}, GREEDY | {"bad_words": [*pairs, (*hot[:1], *hot[:1])]}, GREEDY | end,
+        drawn | {"logit_bias": bias, "seed": 4}, drawn | {"bad_words": pairs, "seed": 5}, drawn | end | {"seed": 6},
+        drawn | end | {"bad_words": pairs, "logit_bias": bias, "repetition_penalty": 1.2, "presence_penalty": -0.5,
+                       "frequency_penalty": 0.25, "seed": 7},
+        {"temperature": 0.5, "seed": 8} | end | many, GREEDY | many, GREEDY, {"seed": 9},
+        {"min_p": 0.05, "seed": 10, "bad_words": [(*hot, *hot, *hot)[:k] for k in (1, 3, 5)]},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n_vocab", "stride", "kind"),
+    [(5, None, "normal"), (512, 515, "normal"), (4097, None, "ties"), (49152, None, "peaked"),
+     (151936, None, "normal")],
+)  # fmt: skip
+def test_edits_and_penalties_follow_the_rule(gpu, n_vocab, stride, kind):
+    rng = np.random.default_rng(n_vocab)
+    hot = rng.permutation(n_vocab)[:5].tolist()
+    slots = edited_slots(rng, n_vocab, hot)
+    n = len(slots)
+    sampler = Sampler(gpu, n, n_vocab, slots)
+    sampled, skipped, failed = [[] for _ in slots], 0, 0
+    for step in range(8):
+        logits = make_logits(rng, n, n_vocab, kind)
+        logits[:, hot] = 15 + rng.standard_normal((n, 5))
+        order = rng.permutation(n)
+        positions = rng.integers(0, 5000, n)
+        sampler.set_logits(logits, order, positions, stride)
+        tokens = sampler.run()
+        left = sampler.logits.to_numpy()[:, :n_vocab]
+        for row, slot in enumerate(order):
+            assert np.array_equal(left[row], edited(logits[row], sampled[slot], **edits_of(slots[slot])))
+            want, margin = reference(logits[row], int(positions[row]), slots[slot], sampled[slot])
+            skipped += margin < limits.SAMPLE_MARGIN
+            failed += want == -1
+            assert tokens[row] == want or margin < limits.SAMPLE_MARGIN, (
+                f"step {step}, slot {slot}: {tokens[row]} != {want} (margin {margin:.1e})"
+            )
+            if tokens[row] >= 0:
+                sampled[slot].append(int(tokens[row]))
+    history, counts = sampler.history.to_numpy(), sampler.counts.to_numpy()
+    for slot, ids in zip(slots, sampled, strict=True):
+        i = slots.index(slot)
+        kept = ids if any(slot.get(name) for name in ("logit_bias", "bad_words", "min_tokens")) else []
+        assert history[i, : 1 + len(kept)].tolist() == [len(kept), *kept]
+        counted = ids if slot.get("frequency_penalty") else []
+        assert np.array_equal(counts[i], np.bincount(counted, minlength=n_vocab))
+    print(f"{skipped} of {8 * n} draws within {limits.SAMPLE_MARGIN} of a limit; {failed} had no token")
+    assert max(max(np.bincount(ids)) for ids in sampled if ids) > 2, "no token was drawn often"
+    assert failed == 0 or n_vocab == 5
+
+
+def test_a_history_goes_round(gpu):
+    """A bad word of 32 tokens, 31 of which were drawn last, wherever in the ring they lie."""
+    cycle = [3, 1, 4, 1, 5, 9, 2, 6]
+    word = [*(cycle * 4)[:31], 7]
+    sampler = Sampler(gpu, 1, 10, [GREEDY | {"bad_words": [word]}])
+    sampled = []
+    for step in range(150):
+        logits = np.zeros((1, 10), np.float32)
+        if step % 50 < 31:
+            logits[0, cycle[step % 50 % 8]] = 5
+        logits[0, 7] = 4 if step % 50 < 31 else 6
+        sampler.set_logits(logits, [0], [step])
+        sampled.append(int(sampler.run()[0]))
+        assert sampled[-1] == edited(logits[0], sampled[:-1], bad_words=[word]).argmax()
+        assert (sampled[-1] == 7) == (step % 50 > 31), "banned right after the others, and only there"
+
+
+def test_a_ban_does_not_hide_what_is_no_number(gpu):
+    logits = np.tile(np.arange(5, dtype=np.float32), (4, 1))
+    logits[[0, 1], 2] = np.nan, np.inf
+    sampler = Sampler(gpu, 4, 5, [GREEDY | {"bad_words": [(2,)]}, GREEDY | {"bad_words": [(i,) for i in range(5)]}])
+    sampler.set_logits(logits, [0, 0, 0, 1], [0] * 4)
+    assert sampler.run().tolist() == [-1, -1, 4, -1]
 
 
 def test_row_depends_on_nothing_else(gpu):

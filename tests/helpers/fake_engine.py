@@ -12,8 +12,9 @@ import zlib
 
 import numpy as np
 
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, check_stop_offsets
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import NO_EDITS, TokenEdits
 from worker_orcd.models.plan import KvGroup
 
 STOP_ID = 0
@@ -46,7 +47,7 @@ class FakeEngine:
         self.closed = False
         self.n_rows_seen = 0
 
-    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:
         self.sampling[slot] = sampling
 
     def step(self, batch: Batch, want_logits: bool = False):
@@ -63,11 +64,12 @@ class FakeEngine:
         self._begin("forward", len(batch.tokens))
         return self._logits(batch, self._run(batch))
 
-    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_mask, ring, control) -> np.ndarray:
+    def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_offsets, ring, control) -> np.ndarray:
         assert n_steps >= 1 and len(set(slots.tolist())) == len(slots)
         rows = []
         tokens, positions = tokens.copy(), positions.copy()
         n = len(slots)
+        check_stop_offsets(stop_offsets, n, len(stop_ids))
         while len(rows) < n_steps and not (rows and control.interrupted):
             self._begin("decode", n)
             digests = self._run(Batch(tokens, positions, slots, n, np.arange(n, dtype=np.int32)))
@@ -76,7 +78,7 @@ class FakeEngine:
             rows.append(tokens)
             for seq_id, token in zip(seq_ids.tolist(), tokens.tolist(), strict=True):
                 ring.put(seq_id, token)
-            if np.any(stop_mask.astype(bool) & np.isin(tokens, stop_ids)):
+            if any(tokens[j] in stop_ids[stop_offsets[j] : stop_offsets[j + 1]] for j in range(n)):
                 break
         return np.array(rows, np.int32).reshape(len(rows), n)
 

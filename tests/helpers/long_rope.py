@@ -67,6 +67,15 @@ def check(path: Path, device: str) -> None:
         short, long = exact_logits(model, ids[:ORIG_CONTEXT]), exact_logits(model, ids[: ORIG_CONTEXT + 1])
         assert ((short - long[:-1]) ** 2).mean() / (short**2).mean() > 1e-3, "the divisors make no difference"
 
+        # what goes by the tokens generated so far goes by all of them, those before the limit too
+        least = SamplingParams(max_tokens=40, temperature=0.9, seed=2, min_tokens=39, stop_token_ids=tuple(range(128)),
+                               frequency_penalty=2.0)  # fmt: skip
+        prompts = [ids[:50], ids[:30]]
+        crowd = [c.token_ids for c in llm.generate(prompts, least)]
+        assert [llm.generate([p], least)[0].token_ids for p in prompts] == crowd
+        for answer in crowd:
+            assert len(answer) >= 39 and min(answer[:39]) >= 128, "no stop token before there are 39"
+
         params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
         prompts = [ids[:50], ids[:ORIG_CONTEXT], ids[: ORIG_CONTEXT + 1], ids[5:70], ids[:10]]
         alone = [llm.generate([p], params)[0].token_ids for p in prompts]

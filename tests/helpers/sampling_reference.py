@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -29,12 +30,39 @@ def weights(x: np.ndarray) -> list[int]:
     return [int(np.float32(expf(float(v))) * np.float32(ONE)) if v > -28 else 0 for v in d]
 
 
-def draw(logits, position, sampled, temperature, top_k, top_p, min_p, repetition_penalty, seed) -> int:
-    x = np.asarray(logits, np.float32).copy()
+def edited(logits, sampled, logit_bias=None, bad_words=(), stop_ids=(), min_tokens=0) -> np.ndarray:
+    """The logits with their biases and bans. `sampled`: the tokens of the slot so far; `bad_words`: tokens of each."""
+    y = np.asarray(logits, np.float32).copy()
+    sampled = list(sampled)
+    for token, bias in (logit_bias or {}).items():
+        y[token] += np.float32(bias)
+    if len(sampled) < min_tokens:
+        y[list(stop_ids)] = -np.inf
+    for *before, last in bad_words:
+        if len(sampled) >= len(before) and sampled[len(sampled) - len(before) :] == before:
+            y[last] = -np.inf
+    return y
+
+
+def penalized(x, sampled, temperature, repetition_penalty, presence_penalty=0.0, frequency_penalty=0.0) -> np.ndarray:
+    """What of x = y / temperature is left when the penalties are taken off; every number is rounded to float32."""
+    f = np.float32
+    x = x.copy()
+    for i, n in Counter(sampled).items():
+        x[i] = np.minimum(x[i] / f(repetition_penalty), np.finfo(f).max) if x[i] > 0 else x[i] * f(repetition_penalty)
+        discount = f(frequency_penalty) * f(n) + f(presence_penalty)
+        x[i] -= discount / f(temperature) if temperature else discount
+    return x
+
+
+def draw(logits, position, sampled, temperature, top_k, top_p, min_p, repetition_penalty, seed, **more) -> int:
+    penalties = {name: more.pop(name, 0.0) for name in ("presence_penalty", "frequency_penalty")}
+    x = edited(logits, sampled, **more)
+    if not (x < np.inf).all() or x.max() == -np.inf:
+        return -1
     if temperature:
         x /= np.float32(temperature)
-    for i in set(sampled):
-        x[i] = x[i] / np.float32(repetition_penalty) if x[i] > 0 else x[i] * np.float32(repetition_penalty)
+    x = penalized(x, sampled, temperature, repetition_penalty, **penalties)
     if not temperature:
         return int(x.argmax())
     order = sorted(range(len(x)), key=lambda i: (-x[i], i))

@@ -55,6 +55,7 @@ COVERED_BY = {
     "worker_orcd/models/phi3.py": ["models/test_plan.py", "oracle/test_numpy_engine.py"],
     "worker_orcd/models/qwen.py": ["models/test_plan.py", "oracle/test_numpy_engine.py"],
     # files
+    "worker_orcd/observe/stats.py": ["observe/test_metrics.py", "serving/test_loop_stats.py"],
     "worker_orcd/gguf/digests.py": ["gguf/test_provenance.py"],
     "worker_orcd/gguf/quants.py": ["gguf/test_model_file.py", "compiled/test_cpu_dequantize.py"],
     "worker_orcd/gguf/regular_file.py": ["gguf/test_provenance.py"],
@@ -70,7 +71,6 @@ COVERED_BY = {
     "wsgi/connections.py": ["service/test_collecting_worker.py"],
     "wsgi/raw_answers.py": ["service/test_collecting_worker.py"],
     "wsgi/http_errors.py": ["service/test_app.py"],
-    "wsgi/middleware.py": ["service/test_app.py"],
     "wsgi/native/cancel.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/execute.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/health.py": ["service/test_app.py", "service/test_server.py"],

@@ -65,6 +65,7 @@ LIBRARIES = {
     "diagnose": {"tqdm", "cuda"},
     "tokenizer": {"tokenizers"},
     "chat": {"jinja2"},
+    "observe": {"prometheus_client"},
     "wsgi": {"falcon", "gunicorn", "msgspec"},
 }
 #: folder of csrc/ -> folders whose headers it may include

@@ -71,7 +71,10 @@ def test_the_installed_package_is_whole():
     modules = [p.relative_to(ROOT / "worker_orcd") for p in (ROOT / "worker_orcd").rglob("*.py")]
     modules += [Path("wsgi") / p.relative_to(ROOT / "wsgi") for p in (ROOT / "wsgi").rglob("*.py")]
     assert len(modules) > 50
-    for path in [*modules, Path("py.typed")]:
+    page = [Path("wsgi") / p.relative_to(ROOT / "wsgi") for p in (ROOT / "wsgi" / "static").iterdir()]
+    assert Path("wsgi/static/index.html") in page
+    assert {p.relative_to(package) for p in (package / "wsgi" / "static").iterdir()} == set(page)
+    for path in [*modules, *page, Path("py.typed")]:
         assert (package / path).is_file(), path
     installed = {p.relative_to(package) for p in package.rglob("*.py")}
     assert installed == set(modules), "a module is installed that the tree does not hold"
@@ -85,4 +88,4 @@ def test_the_installed_package_is_whole():
     assert sorted(manifest) == kernels
     assert all(m["sass"] or m["ptx"] for m in manifest.values())
     suffixes = {p.suffix for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert suffixes <= {".py", ".pyi", ".so", ".fatbin", ".json", ".typed"}
+    assert suffixes <= {".py", ".pyi", ".so", ".fatbin", ".json", ".typed", *(p.suffix for p in page)}

@@ -50,6 +50,7 @@ def test_numbers_that_python_repeats():
     constants = {name: value for header in HEADERS for name, value in header.constants.items()}
     assert constants["KV_BLOCK"] == protocol.BLOCK_SIZE
     assert ctypes.sizeof(STRUCTS["SlotSampling"]) == memory.SLOT_SAMPLING_BYTES
+    assert constants["SAMPLING_HISTORY_WORDS"] == memory.HISTORY_WORDS
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def run_paced(engine, n_steps, between=lambda n: None):
     def run() -> None:
         one = [np.array([n]) for n in (0, 7, 1, 0)]
         try:
-            engine.decode(*one, n_steps, np.array([], np.int32), np.ones(1, np.uint8), ring, Control())
+            engine.decode(*one, n_steps, np.array([], np.int32), np.zeros(2, np.int32), ring, Control())
         except ModelLoadError as error:
             raised.append(error)
         ring.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import limits
@@ -76,6 +77,62 @@ def test_sixteen_at_once_and_each_alone_smollm2(smollm2, params):
     check_crowd(smollm2, TEXTS, params, n_runs=1)
 
 
+#: one for each field that changes what is drawn, greedy and drawn, and all of them at once
+ASKED = [
+    {"presence_penalty": 1.5}, {"frequency_penalty": 0.8}, {"frequency_penalty": -0.5, "presence_penalty": -0.2},
+    {"logit_bias": {i: (i % 9) - 4.0 for i in range(500)}}, {"bad_words": [chr(c) for c in range(97, 123)]},
+    {"min_tokens": 24, "stop_token_ids": list(range(100, 200))}, {"stop_token_ids": list(range(100, 120))},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [*ASKED, {k: v for asked in ASKED[2:6] for k, v in asked.items()}], ids="-".join)
+def test_a_crowd_whatever_is_asked_for(tiny, asked):
+    prompts = tiny_prompts()
+    if tiny.tokenizer is None:
+        asked = {name: value for name, value in asked.items() if name != "bad_words"}
+    each = [dataclasses.replace((GREEDY, SEEDED)[i % 2], **asked) for i in range(len(prompts))]
+    each[5] = SEEDED  # neighbours that ask for nothing
+    alone = [tiny.generate([p], params)[0] for p, params in zip(prompts, each, strict=True)]
+    crowd = tiny.generate(prompts, each)
+    assert [(c.token_ids, c.finish_reason, c.stop_reason) for c in crowd] == [
+        (a.token_ids, a.finish_reason, a.stop_reason) for a in alone
+    ]
+    with_logprobs = tiny.generate(prompts, [dataclasses.replace(p, logprobs=0) for p in each])
+    assert [c.token_ids for c in with_logprobs] == [a.token_ids for a in alone], "step by step"
+    if "min_tokens" in asked:
+        assert all(len(c.token_ids) == 24 for i, c in enumerate(crowd) if i != 5)
+    elif "stop_token_ids" in asked:
+        reasons = {c.stop_reason for c in crowd}
+        assert reasons - {None} and reasons <= {None, *asked["stop_token_ids"]}
+    else:
+        plain = tiny.generate(prompts, [(GREEDY, SEEDED)[i % 2] for i in range(len(prompts))])
+        assert [c.token_ids for c in crowd] != [p.token_ids for p in plain] or "bad_words" in asked
+
+
+def test_bad_words_are_not_in_the_text(smollm2):
+    prompt, params = "The capital of France is", SamplingParams(max_tokens=24, temperature=0.0)
+    (whole,) = smollm2.generate([prompt], params)
+    words = whole.text.split()
+    for banned in ([words[0]], words[:6], [" ".join(words[1:3])], ["the", "Paris", "city"]):
+        (other,) = smollm2.generate([prompt], dataclasses.replace(params, bad_words=banned, ignore_eos=True))
+        assert len(other.token_ids) == 24
+        for word in banned:
+            ids = [smollm2.tokenizer.encode(text, add_bos=False) for text in (word, f" {word}")]
+            assert all(list(other.token_ids[i : i + len(w)]) != w for w in ids for i in range(24)), word
+
+
+def test_min_tokens_outlast_the_end_of_the_turn(smollm2):
+    messages, params = [{"role": "user", "content": "Say hello."}], SamplingParams(max_tokens=80, temperature=0.0)
+    first = smollm2.chat(messages, params)
+    n = len(first.token_ids)
+    assert first.finish_reason == "stop" and first.stop_reason is None and n < 60
+    longer = smollm2.chat(messages, dataclasses.replace(params, min_tokens=n + 10))
+    assert len(longer.token_ids) >= n + 10 and longer.token_ids[:n] == first.token_ids
+    assert not set(longer.token_ids) & set(smollm2.tokenizer.stop_ids)
+    same = smollm2.chat(messages, dataclasses.replace(params, min_tokens=n))
+    assert same.token_ids == first.token_ids
+
+
 def test_ten_runs_are_identical(smollm2):
     runs = {smollm2.generate(["Write a haiku about the sea"], SEEDED)[0].text for _ in range(10)}
     assert len(runs) == 1
@@ -137,6 +194,20 @@ def test_stream_and_stop_string(smollm2):
     stop = whole.text[8:14]
     (cut,) = smollm2.generate(["The capital of France is"], SamplingParams(max_tokens=40, temperature=0.0, stop=stop))
     assert cut.text == whole.text[: whole.text.find(stop)] and cut.finish_reason == "stop"
+
+
+def test_a_stop_string_is_told_and_does_not_count_before_min_tokens(smollm2):
+    prompt, params = "1, 2, 3,", SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    (whole,) = smollm2.generate([prompt], params)
+    pieces = [piece.text for piece in smollm2.stream(prompt, params)]
+    assert len(pieces) == 30 and "".join(pieces) == whole.text and whole.stop_reason is None
+    for least in (0, 7, 29):
+        shown = len("".join(pieces[:least]))
+        at = whole.text.find(",", shown)
+        asked = dataclasses.replace(params, stop=("no such text", ","), min_tokens=least)
+        (got,) = smollm2.generate([prompt], asked)
+        want = (whole.text, "length", None) if at < 0 else (whole.text[:at], "stop", ",")
+        assert (got.text, got.finish_reason, got.stop_reason) == want, least
 
 
 def test_chat_takes_content_in_parts(smollm2):

@@ -14,7 +14,9 @@ N_VOCAB, CONTEXT = 256, 5000
 
 
 class Letters:
-    """A tokenizer of bytes; a control token is written <c>."""
+    """A tokenizer of bytes; a control token is written <c>, and 1 and 2 end a text."""
+
+    stop_ids = (1, 2)
 
     def encode(self, text: str, *, special: bool = False, add_bos: bool | None = None) -> list[int]:
         return [1] if special and text == "<c>" else list(text.encode())
@@ -211,6 +213,13 @@ def test_what_other_threads_get_is_plain_whatever_it_was():
         ("ignore_eos", "yes"),
         ("logprobs", "x"),
         ("logprobs", 21),
+        ("presence_penalty", 3),
+        ("logit_bias", {N_VOCAB: 1.0}),
+        ("logit_bias", {3: "a"}),
+        ("min_tokens", -1),
+        ("stop_token_ids", [N_VOCAB]),
+        ("stop_token_ids", (True,)),
+        ("bad_words", [""]),
     ],
 )
 def test_a_field_that_was_set_later_is_checked_as_well(name, value):
@@ -224,3 +233,61 @@ def test_a_field_that_was_set_later_is_checked_as_well(name, value):
         with pytest.raises(InvalidRequest) as caught:
             prepare(MODEL, Request("a", params=params))
         assert caught.value.fields["field"] == name
+
+
+def test_bad_words_become_tokens_with_and_without_a_space():
+    def words(*given, **more):
+        return prepare(MODEL, Request("a", params=SamplingParams(bad_words=given, **more))).bad_words
+
+    assert words() == ()
+    assert words("ab", "c") == ((97, 98), (32, 97, 98), (99,), (32, 99))
+    assert words("  ab", "ab") == ((97, 98), (32, 97, 98)), "spaces before it are those of the second form"
+    assert words(" ") == ((32,), (32, 32)), "a word of spaces stays one"
+    assert len(words(*(f"{i:03}" for i in range(146)))) == 292, "1,022 tokens"
+    for given, text in (("x" * 32, "33 tokens"), ([f"{i:03}" for i in range(147)], "more than 1024 tokens")):
+        with pytest.raises(InvalidRequest, match=text) as caught:
+            words(*([given] if isinstance(given, str) else given))
+        assert caught.value.fields["field"] == "bad_words"
+    with pytest.raises(InvalidRequest, match="no tokenizer") as caught:
+        prepare(ModelParts(None, N_VOCAB, Capacity()), Request([1], params=SamplingParams(bad_words="a")))
+    assert caught.value.fields["field"] == "bad_words"
+
+
+def test_stop_token_ids_are_those_that_do_not_end_the_text_anyway():
+    for ignore_eos, left in ((False, (7,)), (True, (2, 7, 1))):
+        params = SamplingParams(stop_token_ids=[2, 7, 1, 7], ignore_eos=ignore_eos)
+        assert prepare(MODEL, Request("a", params=params)).params.stop_token_ids == left
+    model = ModelParts(None, N_VOCAB, Capacity())
+    assert prepare(model, Request([1], params=SamplingParams(stop_token_ids=[2]))).params.stop_token_ids == (2,)
+
+
+def test_more_tokens_than_there_is_room_for_are_not_demanded():
+    prompt = "a" * (CONTEXT - 10)
+    assert prepare(MODEL, Request(prompt, params=SamplingParams(min_tokens=10))).max_tokens == 10
+    for params, limits in ((SamplingParams(min_tokens=11), Limits()), (SamplingParams(min_tokens=101), HTTP)):
+        with pytest.raises(InvalidRequest, match="leaves room") as caught:
+            prepare(MODEL, Request(prompt if limits == Limits() else "a", params=params), limits)
+        assert caught.value.fields["field"] == "min_tokens"
+
+
+def test_what_leaves_no_token_is_refused():
+    class Two(Letters):
+        def encode(self, text, *, special=False, add_bos=None):
+            return [ord(c) % 4 for c in text.strip()]
+
+    model = ModelParts(Two(), 4, Capacity())
+    for params, field in (
+        ({"bad_words": ["d", "h", "a", "b", "c"]}, "bad_words"),
+        ({"bad_words": ["d", "h"], "min_tokens": 1, "stop_token_ids": [3]}, "min_tokens"),
+        ({"bad_words": ["d", "c"], "min_tokens": 1}, "min_tokens"),
+    ):
+        with pytest.raises(InvalidRequest, match=field) as caught:
+            prepare(model, Request([1], params=SamplingParams(**params)))
+        assert caught.value.fields["field"] == field
+    for params in (
+        {"bad_words": ["d", "a", "b"]},
+        {"bad_words": ["d", "c"], "min_tokens": 1, "ignore_eos": True},
+        {"bad_words": ["d", "ab", "bc", "cd", "da"]},
+        {"bad_words": ["d"], "min_tokens": 1, "stop_token_ids": [2]},
+    ):
+        prepare(model, Request([1], params=SamplingParams(**params)))

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+JSON = {"Content-Type": "application/json"}
 FAKE_APP = Path(__file__).parent / "fake_app.py"
 
 
@@ -69,7 +70,7 @@ class Worker:
         if isinstance(body, dict):
             body = json.dumps(body).encode()
         try:
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, {**({} if body is None else JSON), **(headers or {})})
             response = connection.getresponse()
             return response.status, response.headers, response.read()
         finally:
@@ -110,7 +111,7 @@ class Stream:
 
     def __init__(self, port, body, headers=None, timeout=15.0):
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-        self.connection.request("POST", "/execute", json.dumps(body).encode(), headers or {})
+        self.connection.request("POST", "/execute", json.dumps(body).encode(), {**JSON, **(headers or {})})
         self.response = self.connection.getresponse()
         self.status = self.response.status
         self.headers = self.response.headers

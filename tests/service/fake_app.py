@@ -64,7 +64,11 @@ def main():
     parser.add_argument("--max-tokens-out", type=int, default=2048)
     parser.add_argument("--grace", type=float, default=1.0)
     parser.add_argument("--timeout", type=float, default=300.0)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--api-key")
+    parser.add_argument("--allow-unauthenticated", action="store_true")
+    parser.add_argument("--allowed-host", action="append", default=[])
+    parser.add_argument("--cors-origin", action="append", default=[])
     parser.add_argument("--ping-sec", type=float, default=sse.PING_SEC)
     parser.add_argument("--read-limit-sec", type=float, default=collecting_worker.READ_LIMIT_SEC)
     parser.add_argument("--max-received-bytes", type=int, default=collecting_worker.MAX_RECEIVED_BYTES)
@@ -112,7 +116,11 @@ def main():
             max_tokens_out=args.max_tokens_out,
             grace_sec=args.grace,
             inference_timeout_sec=args.timeout,
+            host=args.host,
             api_key=args.api_key,
+            allow_unauthenticated=args.allow_unauthenticated,
+            allowed_hosts=("x", *args.allowed_host),  # as tests that write bytes call the server
+            cors_origins=tuple(args.cors_origin),
             print_curl=args.print_curl,
         ),
         load,

@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 from worker_orcd.errors import CudaError, DuplicateJob, InvalidRequest, NotReady, QueueFull
+from worker_orcd.observe.stats import EngineStats
 from worker_orcd.runtime.request import ModelParts, prepare
 from worker_orcd.serving.job import Job
 
@@ -64,6 +65,7 @@ class FakeLLM:
         self.n_seq = 0
         self.lock = threading.Lock()
         self.closing = False
+        self.told = lambda job: None
         self.faults = []
 
     def submit_request(self, request, limits):
@@ -85,7 +87,7 @@ class FakeLLM:
                 ready.seed,
                 len(ready.token_ids),
                 ready.deadline,
-                lambda job: None,
+                lambda ended: self.told(ended),  # noqa: PLW0108  (who is told may change)
             )
             self.jobs[job_id] = job
         words = self.tokenizer.decode(ready.token_ids.tolist()).split(" ", 1)
@@ -137,6 +139,22 @@ class FakeLLM:
             return "finished"
         job.cancel()
         return "cancelling"
+
+    def on_job_end(self, told):
+        self.told = told
+
+    def stats(self):
+        jobs = [j for j in list(self.jobs.values()) if j.outcome is None]
+        computed = [j for j in jobs if j.first_token_at is not None]
+        return EngineStats(
+            n_running=len(computed),
+            n_waiting=len(jobs) - len(computed),
+            n_kv_blocks=100,
+            n_kv_blocks_used=len(computed),
+            kv_usage=len(computed) / 100,
+            prompt_tokens=sum(j.tokens_in for j in computed),
+            generated_tokens=sum(j.tokens_out for j in jobs),
+        )
 
     def digest(self, progress):
         progress(0)

@@ -14,6 +14,9 @@ from worker_orcd.observe.events import EventLog
 from worker_orcd.wsgi.app import create_app
 from worker_orcd.wsgi.service import Service
 
+#: what every client of a worker on its own machine says
+HEADERS = {"Host": "127.0.0.1:8080", "Content-Type": "application/json"}
+
 
 class App:
     def __init__(self, load=lambda config, progress, on_fatal, on_plan: FakeLLM(config, on_fatal), **config):
@@ -22,7 +25,7 @@ class App:
         self.config = ServeConfig(**config)
         self.terminated = []
         self.service = Service(self.config, EventLog(self.out), load, terminate=lambda: self.terminated.append(1))
-        self.client = testing.TestClient(create_app(self.service))
+        self.client = testing.TestClient(create_app(self.service), headers=HEADERS)
 
     def ready(self):
         self.service.start()

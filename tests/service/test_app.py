@@ -346,7 +346,7 @@ def test_routes_and_methods_that_are_not_there(app):
 
 
 def test_shutdown_asks_once_per_call(app):
-    result = app.client.simulate_post("/shutdown")
+    result = app.client.simulate_post("/shutdown", remote_addr="127.0.0.1")
     assert result.status_code == 202 and app.terminated == [1]
 
 

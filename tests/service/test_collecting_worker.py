@@ -16,7 +16,9 @@ from service.client import fake_worker
 
 pytestmark = pytest.mark.timeout(60)
 
-HEAD = b"POST /execute HTTP/1.1\r\nHost: x\r\nX-Correlation-Id: mine\r\n"
+EXECUTE = b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+CANCEL = EXECUTE.replace(b"/execute", b"/cancel")
+HEAD = EXECUTE + b"X-Correlation-Id: mine\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -136,7 +138,7 @@ def test_streams_that_nobody_reads_count_after_their_jobs_have_ended(worker, soc
     deaf = sockets(worker, 16)
     for n, sock in enumerate(deaf):
         body = json.dumps({"job_id": f"deaf{n}", "prompt": "flood"}).encode()
-        sock.sendall(b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        sock.sendall(EXECUTE + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
     statuses = [int(sock.recv(20).split()[1]) for sock in deaf]
     assert sorted(set(statuses)) == [200, 429] and statuses.count(200) <= 4
     health_times(worker)
@@ -171,13 +173,10 @@ def test_what_arrives_at_once_has_a_bound_and_small_requests_pass(start, sockets
 
 def test_requests_that_come_together_or_in_pieces_are_answered_one_by_one(worker, sockets):
     body = b'{"job_id":"nobody"}'
-    post = b"POST /cancel HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-    chunks = (
-        b"POST /cancel HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\nX-T: 1\r\n\r\n"
-        % (
-            len(body),
-            body,
-        )
+    post = CANCEL + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    chunks = CANCEL + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\nX-T: 1\r\n\r\n" % (
+        len(body),
+        body,
     )
     last = b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     data = GET + post + chunks + GET + post + last
@@ -192,7 +191,7 @@ def test_requests_that_come_together_or_in_pieces_are_answered_one_by_one(worker
 
 def test_100_is_said_once_and_only_for_what_will_be_taken(worker, sockets):
     body = b'{"job_id":"nobody"}'
-    expect = b"POST /cancel HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    expect = CANCEL + b"Connection: close\r\nExpect: 100-continue\r\n"
     waits, at_once, chunked, too_large, odd = sockets(worker, 5)
     waits.sendall(expect + b"Content-Length: %d\r\n\r\n" % len(body))
     assert waits.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"

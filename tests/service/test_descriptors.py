@@ -117,7 +117,7 @@ def test_as_many_streams_as_connections_bear_leave_health_reachable():
 
 def test_accepting_pauses_where_no_descriptor_is_left_and_goes_on_when_one_is():
     worker = limited_worker("--max-seqs", 40, "--hold-files", 40)
-    request = b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+    request = b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
     with ExitStack() as stack:
         stack.callback(worker.kill)
         served = []

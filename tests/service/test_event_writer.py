@@ -291,7 +291,8 @@ def worker():
 
 def post(job_id, prompt, version="1.1", **fields):
     body = json.dumps({"job_id": job_id, "prompt": prompt, **fields}).encode()
-    return b"POST /execute HTTP/%s\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (version.encode(), len(body), body)
+    head = b"POST /execute HTTP/%s\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % (version.encode(), len(body)) + body
 
 
 def read_until(sock, mark):
@@ -305,7 +306,7 @@ def read_until(sock, mark):
 
 def test_streams_and_short_answers_follow_each_other_on_one_connection(worker):
     """Also where all requests were sent before the first answer came."""
-    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    health = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     last = health.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     requests = [post("k1", "slow", max_tokens=5), health, post("k2", "say hi"), post("k3", "fail"), last]
     with socket.create_connection(("127.0.0.1", worker.port), timeout=10) as sock:
@@ -348,7 +349,8 @@ def test_a_stream_takes_no_thread(worker):
         worker.event("execute_end", job_id=f"quiet{i}", outcome="disconnected")
 
 
-def test_a_stalled_reader_is_cut_off_and_told_so_when_it_reads(worker):
+def test_a_stalled_reader_is_cut_off_and_told_so_when_it_reads(start):
+    worker = start("--send-buffer", 1 << 16)
     with socket.create_connection(("127.0.0.1", worker.port), timeout=10) as sock:
         sock.sendall(post("deaf", "flood", max_tokens=2048))
         beside = worker.execute("slow", job_id="beside", max_tokens=10)

@@ -59,7 +59,8 @@ def test_every_piece_is_utf8_and_the_connection_stays_usable(worker):
     text = "dĺžeň 😀 👩‍👩‍👧 日本 مرحبا"
     connection = http.client.HTTPConnection("127.0.0.1", worker.port, timeout=10)
     for n in range(3):
-        connection.request("POST", "/execute", json.dumps({"job_id": f"utf{n}", "prompt": f"say {text}"}).encode())
+        body = json.dumps({"job_id": f"utf{n}", "prompt": f"say {text}"}).encode()
+        connection.request("POST", "/execute", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         body = response.read()
         pieces = [json.loads(line[6:])["t"] for line in body.decode("utf-8").split("\n") if '"t":' in line]

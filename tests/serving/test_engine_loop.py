@@ -15,6 +15,7 @@ from helpers.fake_engine import STOP_ID, FakeEngine, LetterDecoder
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import NO_EDITS
 from worker_orcd.errors import (
     Cancelled,
     CudaError,
@@ -444,12 +445,61 @@ def test_a_decoder_that_fails_anywhere_hurts_its_job_only(method, error):
         rig.settle()
 
 
+def test_a_job_says_what_ended_it():
+    with Rig() as rig:
+        free = rig.submit(max_tokens=12, ignore_eos=True).completion()
+        assert (free.finish_reason, free.stop_reason) == ("length", None)
+        third, fifth = free.token_ids[2], free.text[4]
+        by_id = rig.submit(max_tokens=12, ignore_eos=True, stop_token_ids=(third, 49)).completion()
+        at = free.token_ids.index(third)
+        assert (by_id.token_ids, by_id.finish_reason, by_id.stop_reason) == (free.token_ids[:at], "stop", third)
+        assert by_id.text == free.text[:at], "a stop token is no text"
+        stop = ("\N{SNOWMAN}", fifth)
+        job = rig.submit(max_tokens=12, ignore_eos=True, stop=stop)
+        _, end = read(job)
+        by_text = job.completion()
+        assert (end.stop_reason, by_text.stop_reason, by_text.finish_reason) == (fifth, fifth, "stop")
+        assert by_text.text == free.text[: free.text.index(fifth)]
+        ends = (rig.submit(seed=seed, max_tokens=400).completion() for seed in range(50))
+        assert next(c for c in ends if c.finish_reason == "stop").stop_reason is None, "the model's own end"
+        rig.settle()
+
+
+def test_a_stop_string_does_not_count_before_min_tokens():
+    with Rig(never_stop=True) as rig:
+        free = rig.submit(max_tokens=30).completion()
+        for least in (0, 1, 5, 29, 30):
+            stop = free.text[0]
+            at = free.text.find(stop, least)
+            got = rig.submit(max_tokens=30, stop=stop, min_tokens=least).completion()
+            want = (free.text, "length", None) if at < 0 else (free.text[:at], "stop", stop)
+            assert (got.text, got.finish_reason, got.stop_reason) == want, least
+        rig.settle()
+
+
+def test_the_engine_is_told_what_a_job_edits():
+    class Told(FakeEngine):
+        def set_slot(self, slot, sampling, edits):
+            told.append(edits)
+            super().set_slot(slot, sampling, edits)
+
+    told = []
+    with Rig(engine_class=Told) as rig:
+        rig.submit().completion()
+        rig.submit(ignore_eos=True, min_tokens=3).completion()
+        assert told == [NO_EDITS, NO_EDITS]
+        rig.submit(min_tokens=3, logit_bias={5: 1.0}, stop_token_ids=(7,)).completion()
+        tokens = told[2].words.reshape(-1, 5)[:, 0].tolist()
+        assert told[2].n_bias == 1 and tokens[0] == 5 and set(tokens[1:]) == {STOP_ID, 7}
+        rig.settle()
+
+
 def test_a_job_that_cannot_be_started_fails_alone():
     class Picky(FakeEngine):
-        def set_slot(self, slot, sampling):
+        def set_slot(self, slot, sampling, edits):
             if sampling.seed == 99:
                 raise InvalidRequest("no such number", field="seed")
-            super().set_slot(slot, sampling)
+            super().set_slot(slot, sampling, edits)
 
     with Rig(max_seqs=2, never_stop=True, step_seconds=0.002, engine_class=Picky) as rig:
         good = rig.submit(max_tokens=100)
@@ -464,7 +514,7 @@ def test_a_job_that_cannot_be_started_fails_alone():
 
 def test_a_lost_device_at_a_start_kills_the_loop():
     class Lost(FakeEngine):
-        def set_slot(self, slot, sampling):
+        def set_slot(self, slot, sampling, edits):
             raise CudaError("illegal address", call="cuMemcpyHtoD", sticky=True)
 
     with Rig(engine_class=Lost) as rig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -75,8 +76,8 @@ def run(scheduler: Scheduler, engine: FakeEngine, ids: dict[int, list[int]] | No
             work.tokens,
             work.positions,
             work.n_steps,
-            np.array([STOP_ID], np.int32),
-            work.stop_mask,
+            work.stop_ids,
+            work.stop_offsets,
             Ring(),
             Control(),
         )
@@ -272,6 +273,32 @@ def test_tokens_past_the_end_do_not_count():
     assert [(s.seq_id, s.ended, s.n_out) for s in ended] == [(2, "stop", 2), (4, "failed", 3)]
     assert [(s.n_past, s.n_out, s.last_token) for s in (seqs[0], seqs[2])] == [(7, 4, 7), (7, 4, 9)]
     check_ownership(scheduler)
+
+
+def test_each_sequence_ends_at_its_own_tokens():
+    scheduler, engine = make(never_stop=True)
+    asked = [{}, {"stop_token_ids": (9, 7)}, {"stops": False, "stop_token_ids": (7,)}, {"stops": False}]
+    seqs = [sequence(i + 1, 4, 20, **kw) for i, kw in enumerate(asked)]
+    for seq in seqs:
+        scheduler.add(seq)
+    run(scheduler, engine)
+    work = scheduler.next_work()
+    lists = [work.stop_ids[a:b].tolist() for a, b in itertools.pairwise(work.stop_offsets.tolist())]
+    assert lists == [[STOP_ID], [STOP_ID, 9, 7], [7], []]
+    assert work.stop_ids.dtype == work.stop_offsets.dtype == np.int32
+    ended = scheduler.done_decode(work, np.array([[7, 5, STOP_ID, 7], [9, 7, 9, 9], [STOP_ID, 9, 7, 9]], np.int32))
+    assert [(s.seq_id, s.ended, s.n_out, s.last_token) for s in ended] == [
+        (1, "stop", 4, STOP_ID),
+        (2, "stop", 3, 7),
+        (3, "stop", 4, 7),
+    ]
+    for token, ends in ((7, True), (STOP_ID, False), (9, False)):
+        scheduler, engine = make()
+        seq = sequence(1, 4, 20, stops=False, stop_token_ids=(7,))
+        scheduler.add(seq)
+        scheduler.admit()
+        assert bool(scheduler.done_step(scheduler.next_work(), [token])) is ends, "the first token may be the last"
+        assert seq.ended == ("stop" if ends else None)
 
 
 @pytest.mark.parametrize("window", [1, 2, 24, 64, 65, 128, 300])

@@ -40,9 +40,24 @@ def _sampling_options(command: Any) -> Any:
     defaults = SamplingParams()
     for name, rule in reversed(_SAMPLING.items()):
         settings: dict[str, Any] = {"help": rule.flag, "metavar": rule.metavar}
-        settings |= {"multiple": True} if rule.kind is list else {"type": rule.kind, "default": getattr(defaults, name)}
+        if rule.kind in (list, dict):
+            settings["multiple"] = True
+        elif rule.kind is tuple:
+            settings["type"] = Numbers()
+        else:
+            settings |= {"type": rule.kind, "default": getattr(defaults, name)}
+        if rule.kind is dict:
+            settings["callback"] = _as_mapping
         command = option(f"--{name.replace('_', '-')}", **settings)(command)
     return command
+
+
+def _as_mapping(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    """Texts ID=B as {ID: B}."""
+    try:
+        return {token: float(number) for token, number in (value.split("=") for value in values)}
+    except ValueError:
+        raise click.BadParameter("must be a token id, = and a number, for example 198=-100", ctx, param) from None
 
 
 @click.command()
@@ -102,6 +117,7 @@ def _as_dict(result: Completion, model: str, device: str) -> dict[str, object]:
         "text": result.text,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
         "tokens_in": result.tokens_in,
         "tokens_out": len(result.token_ids),
         "seed": result.seed,

@@ -137,6 +137,8 @@ def config_option(name: str) -> Callable[[Any], Any]:
     settings["type"] = click.Choice(flag.choices) if flag.choices else _number_type(flag)
     if flag.guard:
         settings["guard"] = True
+    if flag.many:
+        settings["multiple"] = True
     if flag.metavar:
         settings["metavar"] = flag.metavar
     if flag.unit != 1:

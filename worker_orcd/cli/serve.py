@@ -42,8 +42,8 @@ def serve(gpu_device: int | None, **given: Any) -> None:
     """Serve one model over HTTP until told to stop.
 
     POST /execute streams a completion as server-sent events, POST /cancel ends one, GET /health and /ready tell how
-    the worker is - also while it loads. Exit codes: 0 stopped as told, 1 failed before it was ready, 70 the engine
-    died (start it again).
+    the worker is, GET /metrics tells Prometheus - also while it loads. Without --api-key only this machine may use it.
+    Exit codes: 0 stopped as told, 1 failed before it was ready, 70 the engine died (start it again).
     """
     _leave_removed_directory(given)
     from worker_orcd.wsgi import server

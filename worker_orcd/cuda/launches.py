@@ -390,7 +390,8 @@ class Launches:
         fields = {
             **ring, "logits": w.buffers["logits"].address, "samples": s.samples.address,
             "slots": (w.slots if feed_back else s.slots).address,
-            "positions": (w.positions if feed_back else s.positions).address, "seen": s.seen.address,
+            "positions": (w.positions if feed_back else s.positions).address, "edits": s.edits.address,
+            "history": s.history.address, "seen": s.seen.address, "counts": s.counts.address,
             "partial": s.partial.address, "chunk_weights": s.chunk_weights.address,
             "bin_weights": s.bin_weights.address, "bin_counts": s.bin_counts.address, "done": s.done.address,
             "next_tokens": w.tokens.address if feed_back else 0, "step": s.step.address, "logits_stride": n_vocab,

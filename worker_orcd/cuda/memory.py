@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from worker_orcd.cuda import expert_layout, layout
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
+from worker_orcd.engine.token_edits import MAX_WORDS
 from worker_orcd.models.ops import Attention, ExpertMatMul, MatMul, Rope, Route, Weight
 from worker_orcd.models.plan import Plan
 
@@ -23,7 +24,9 @@ MAX_OUT = 64
 #: device memory beside the arenas: kernels, graphs, and what the driver takes for them
 RESERVE_BYTES = 32 << 20
 #: bytes of a slot's sampling parameters on the device
-SLOT_SAMPLING_BYTES = 32
+SLOT_SAMPLING_BYTES = 48
+#: int32 words of what was sampled in a slot, `SAMPLING_HISTORY_WORDS`
+HISTORY_WORDS = 33
 #: device memory through which raw tensor bytes pass on their way into the repacked layout
 STAGING_BYTES = 64 << 20
 
@@ -98,7 +101,10 @@ class Sampling:
     bin_weights: Region
     bin_counts: Region
     samples: Region
+    edits: Region
+    history: Region
     seen: Region
+    counts: Region
     slots: Region
     positions: Region
     done: Region
@@ -271,7 +277,10 @@ def workspace_arena(
             bin_weights=end.add(MAX_OUT * sample.bin_weights),
             bin_counts=end.add(MAX_OUT * sample.bin_counts),
             samples=end.add(config.max_seqs * SLOT_SAMPLING_BYTES),
+            edits=end.add(config.max_seqs * MAX_WORDS * 4),
+            history=end.add(config.max_seqs * HISTORY_WORDS * 4),
             seen=end.add(config.max_seqs * -(-plan.n_vocab // 32) * 4),
+            counts=end.add(config.max_seqs * plan.n_vocab * 4),
             slots=end.add(MAX_OUT * 4),
             positions=end.add(MAX_OUT * 4),
             done=end.add(4),
@@ -305,4 +314,5 @@ def staging_bytes(workspace: Workspace) -> int:
     w = workspace
     tables = (w.tokens, w.positions, w.slots, w.output_indices, w.tiles, w.block_tables, w.rope_tables,
               w.sampling.slots, w.sampling.positions)  # fmt: skip
-    return sum(_aligned(table.nbytes) for table in tables) + ALIGN
+    # or those of a slot that is set
+    return max(sum(_aligned(table.nbytes) for table in tables) + ALIGN, _aligned(SLOT_SAMPLING_BYTES) + 4 * MAX_WORDS)

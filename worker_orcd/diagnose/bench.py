@@ -215,7 +215,7 @@ class Bench:
         tokens = self._first_ids[:batch].copy()
         fed = [tokens[np.newaxis]]
         positions = np.zeros(batch, np.int32)
-        no_stops, stop_mask = np.empty(0, np.int32), np.zeros(batch, np.uint8)
+        no_stops, stop_offsets = np.empty(0, np.int32), np.zeros(batch + 1, np.int32)
         seconds = 0.0
         for start in range(0, n_tokens, DECODE_CHUNK):
             n_steps = min(DECODE_CHUNK, n_tokens - start)
@@ -227,7 +227,7 @@ class Bench:
                 positions,
                 n_steps,
                 no_stops,
-                stop_mask,
+                stop_offsets,
                 self._ring,
                 self._control,
             )

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import NO_EDITS, TokenEdits
+from worker_orcd.errors import InvalidRequest
 
 #: positions of one KV block
 BLOCK_SIZE = 64
@@ -61,6 +63,12 @@ class Batch:
     output_indices: np.ndarray
 
 
+def check_stop_offsets(offsets: np.ndarray, n: int, n_stop: int) -> None:
+    """Raise `InvalidRequest` where `offsets` [n + 1] do not divide `n_stop` stop ids among `n` sequences."""
+    if len(offsets) != n + 1 or offsets[0] != 0 or offsets[-1] != n_stop or (offsets[1:] < offsets[:-1]).any():
+        raise InvalidRequest(f"stop_offsets must be {n + 1} ascending numbers, 0 to {n_stop}", field="stop_offsets")
+
+
 class Engine(Protocol):
     """A loaded model on one device. Not thread-safe: one thread calls it; `control.interrupt()` may come from any."""
 
@@ -71,17 +79,18 @@ class Engine(Protocol):
     #: int32 [max_seqs], written likewise: index of the plan's rotary frequency table that the slot's sequence turns by
     rope_tables: np.ndarray
 
-    def set_slot(self, slot: int, sampling: SamplingParams) -> None:
+    def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:
         """Give a slot to a new sequence: sets how its tokens are drawn and forgets the tokens of the one before.
 
         Args:
             slot: index of the slot.
             sampling: with a seed; of its fields only `numbers()` count. The seed keys the counter-based generator
-                together with the position of the drawn token, so a draw depends on nothing else. The repetition
-                penalty counts the tokens sampled in this slot since this call.
+                together with the position of the drawn token, so a draw depends on nothing else. The penalties count
+                the tokens sampled in this slot since this call.
+            edits: what is done to the logits of single tokens. Bans too go by the tokens sampled since this call.
 
         Raises:
-            InvalidRequest: a number out of range, named.
+            InvalidRequest: a number out of range, named; edits of tokens that are not there.
         """
 
     def step(self, batch: Batch, want_logits: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -104,17 +113,17 @@ class Engine(Protocol):
         positions: np.ndarray,
         n_steps: int,
         stop_ids: np.ndarray,
-        stop_mask: np.ndarray,
+        stop_offsets: np.ndarray,
         ring: Any,
         control: Any,
     ) -> np.ndarray:
         """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
 
         The GIL is released throughout. After each step the pairs (seq_ids[j], token) go to `ring`. Returns early,
-        at a step boundary, when a slot j with stop_mask[j] != 0 sampled one of `stop_ids` or `control` was
-        interrupted (the flag is cleared by the caller). An engine may run a step or two past that; their tokens are
-        returned too, but of a slot that has stopped nothing more goes to `ring`. A drawn token below 0 means that there
-        was no distribution to draw from (NaN logits).
+        at a step boundary, when a slot sampled one of its stop ids or `control` was interrupted (the flag is cleared
+        by the caller). An engine may run a step or two past that; their tokens are returned too, but of a slot that
+        has stopped nothing more goes to `ring`. A drawn token below 0 means that there was nothing to draw from (NaN
+        logits, or every token banned).
 
         An engine that reads weights from a file raises `ModelLoadError`, here as in `step` and `forward`, when that
         file has changed; a token of the step that this voids goes nowhere.
@@ -122,8 +131,8 @@ class Engine(Protocol):
         Args:
             slots, seq_ids, tokens, positions: int32/int64/int32/int32 [n]; tokens[j] is the input of the first step
                 at positions[j].
-            stop_ids: int32 [n_stop], token ids that end generation (of the model, not of a request).
-            stop_mask: uint8 [n].
+            stop_ids: int32 [n_stop], the token ids that end each sequence, those of one after those of another.
+            stop_offsets: int32 [n + 1], from 0 to n_stop: slot j ends at stop_ids[stop_offsets[j]:stop_offsets[j + 1]].
 
         Returns:
             int32 [steps_done, n]: the sampled tokens.

@@ -181,6 +181,14 @@ _GENERAL: dict[str, Rule] = {
     "xielu.alpha_n": Unless(),
     "xielu.beta": Unless(),
     "xielu.eps": Unless(),
+    **{
+        f"general.sampling.{key}": Harmless("what the file recommends to requests; no logit depends on it")
+        for key in ("temp", "top_k", "top_p", "min_p", "penalty_repeat", "penalty_last_n")
+    },
+    **{
+        f"general.sampling.{key}": Harmless("recommends a sampler, or an order of samplers, that is not here")
+        for key in ("sequence", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta")
+    },
 }
 
 

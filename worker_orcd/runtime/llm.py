@@ -19,6 +19,7 @@ from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.sampling import SamplingParams, plain_number
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
+from worker_orcd.observe.stats import EngineStats
 from worker_orcd.runtime.loading import LoadOptions
 from worker_orcd.runtime.progress import Progress, bar, no_progress
 from worker_orcd.runtime.request import (
@@ -35,6 +36,7 @@ from worker_orcd.runtime.request import (
     requests_of,
 )
 from worker_orcd.runtime.running import Running
+from worker_orcd.runtime.sampling_defaults import file_defaults
 from worker_orcd.runtime.streams import is_terminal
 from worker_orcd.runtime.token_stream import TokenStream
 from worker_orcd.serving.deputy import Deputy
@@ -167,6 +169,7 @@ class LLM:
             self._scheduler = self._loop.scheduler
             self._bar = progress is True
             self._model_file = loaded.model_file
+            self._sampling_defaults = file_defaults(loaded.model_file, loaded.info.n_vocab)
             self._residency_faults: Callable[[], list[str]] | None = getattr(loaded.engine, "check_residency", None)
         except BaseException:
             running.give_up()
@@ -298,6 +301,22 @@ class LLM:
         check_job_id(job_id)
         return self._loop.cancel(job_id)
 
+    def stats(self) -> EngineStats:
+        """How many jobs run and wait, and what is used of the KV cache; waits for nothing."""
+        self._deputy.check_process()
+        return self._loop.stats()
+
+    def on_job_end(self, told: Callable[[Job], None]) -> None:
+        """Have `told` called for every job that ends from now on, by the thread that ends it: it must not wait. The one
+        that was named before is told no more."""
+        self._loop.on_job_end = told
+
+    @property
+    def sampling_defaults(self) -> dict[str, int | float]:
+        """Fields of `SamplingParams` for which the model file recommends a value, and that. `SamplingParams()` and
+        `/execute` do not follow it."""
+        return dict(self._sampling_defaults)
+
     @property
     def error(self) -> WorkerError | None:
         """What the engine died of; None while it lives."""
@@ -373,6 +392,7 @@ class LLM:
                         job_id=prepared.job_id,
                         deadline=prepared.deadline,
                         bounded=bounded,
+                        bad_words=prepared.bad_words,
                     )
                     jobs.append(job)
 

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from worker_orcd.config import DEFAULT_MAX_TOKENS, MAX_JOB_ID_CHARS, MAX_STOP_TOKENS
+from worker_orcd.config import (
+    DEFAULT_MAX_TOKENS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_JOB_ID_CHARS,
+    MAX_STOP_TOKENS,
+    MAX_TOKENS_OF_A_BAD_WORD,
+)
 from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
 from worker_orcd.errors import InvalidRequest
 
@@ -111,9 +117,10 @@ class Prepared:
 
     Attributes:
         token_ids: int32 [n_prompt], ids of the vocabulary, at least one.
-        params: checked; `max_tokens` and `seed` are those in use.
+        params: checked; `max_tokens` and `seed` are those in use, and `stop_token_ids` none that end the text anyway.
         seed, max_tokens: the same two, which are never None here.
         job_id, deadline: as asked.
+        bad_words: the tokens of `params.bad_words`, of each with and without a leading space.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -122,6 +129,7 @@ class Prepared:
     max_tokens: int
     job_id: str | None
     deadline: float | None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 _NO_LIMITS = Limits()
@@ -158,14 +166,23 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     if limits.max_tokens_in is not None and n_prompt > limits.max_tokens_in:
         raise InvalidRequest(f"prompt has {n_prompt} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
     _check_stop_tokens(plain["stop"], model.tokenizer)
+    bad_words = _bad_word_ids(plain["bad_words"], model)
+    if bad_words or plain["min_tokens"] or plain["stop_token_ids"]:
+        stop_ids = model.tokenizer.stop_ids if model.tokenizer is not None and not plain["ignore_eos"] else ()
+        plain["stop_token_ids"] = tuple(i for i in dict.fromkeys(plain["stop_token_ids"]) if i not in stop_ids)
+        _check_bans(plain, bad_words, stop_ids, model.n_vocab)
     max_tokens = plain["max_tokens"]
     if max_tokens is None:
         most = DEFAULT_MAX_TOKENS if limits.max_tokens_out is None else min(DEFAULT_MAX_TOKENS, limits.max_tokens_out)
         max_tokens = max(1, min(most, model.capacity.room_for(n_prompt)))
+    if plain["min_tokens"] > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {plain['min_tokens']}; the prompt leaves room for {max_tokens}", field="min_tokens"
+        )
     model.capacity.check(n_prompt, max_tokens)
     seed = plain["seed"] if plain["seed"] is not None else make_seed()
     in_use = SamplingParams(**{**plain, "max_tokens": max_tokens, "seed": seed})
-    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline)
+    return Prepared(ids, in_use, seed, max_tokens, job_id, deadline, bad_words)
 
 
 def requests_of(
@@ -275,6 +292,10 @@ def _plain(params: SamplingParams) -> dict[str, Any]:
         value = getattr(params, name)
         if rule.kind is list:
             value = tuple(str.__str__(s) for s in value)
+        elif rule.kind is tuple:
+            value = tuple(int(i) for i in value)
+        elif rule.kind is dict:
+            value = {int(i): float(bias) for i, bias in value.items()} if value else None
         elif value is not None:
             value = rule.kind(value)
         plain[name] = value
@@ -301,3 +322,41 @@ def _check_stop_tokens(stops: Sequence[str], tokenizer: Tokenizer | None) -> Non
         n = len(tokenizer.encode(stop, add_bos=False)) if tokenizer is not None else 0
         if n > MAX_STOP_TOKENS:
             raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")
+
+
+def _bad_word_ids(words: Sequence[str], model: ModelParts) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word as it is at the beginning of a text and after a space, without repetitions."""
+    if not words:
+        return ()
+    if model.tokenizer is None:
+        raise InvalidRequest("the model file has no tokenizer, so it can have no bad_words", field="bad_words")
+    found: dict[tuple[int, ...], None] = {}
+    total = 0
+    for word in words:
+        bare = word.lstrip() or word
+        for text in (bare, f" {bare}"):
+            ids = tuple(model.tokenizer.encode(text, add_bos=False))
+            if not 1 <= len(ids) <= MAX_TOKENS_OF_A_BAD_WORD or max(ids) >= model.n_vocab:
+                raise InvalidRequest(
+                    f"bad_words holds a text of {len(ids)} tokens; 1 to {MAX_TOKENS_OF_A_BAD_WORD} are taken",
+                    field="bad_words",
+                )
+            total += len(ids) if ids not in found else 0
+            found[ids] = None
+            if total > MAX_BAD_WORD_TOKENS:
+                raise InvalidRequest(
+                    f"bad_words has more than {MAX_BAD_WORD_TOKENS} tokens, with and without a leading space",
+                    field="bad_words",
+                )
+    return tuple(found)
+
+
+def _check_bans(
+    plain: Mapping[str, Any], bad_words: Iterable[tuple[int, ...]], stop_ids: Iterable[int], n_vocab: int
+) -> None:
+    """Refuse what leaves no token to draw."""
+    banned = {word[0] for word in bad_words if len(word) == 1}
+    if len(banned) >= n_vocab:
+        raise InvalidRequest("bad_words bans every token of the vocabulary", field="bad_words")
+    if plain["min_tokens"] and len(banned.union(stop_ids, plain["stop_token_ids"])) >= n_vocab:
+        raise InvalidRequest("min_tokens leaves no token: all end the text or are banned", field="min_tokens")

@@ -28,7 +28,8 @@ class Detokenizer:
     Args:
         job: the job to feed.
         decoder: None for a model without a tokenizer: then every token is a piece with no text.
-        stop_ids: end-of-text tokens of the model, which are not part of the text; empty where they are ignored.
+        stop_ids: tokens that end the job, which are not part of the text: the model's, unless they are ignored, and
+            those of the job's params.
     """
 
     def __init__(self, job: Job, decoder: Decoder | None, stop_ids: frozenset[int]) -> None:
@@ -38,24 +39,32 @@ class Detokenizer:
         self._matcher = StopMatcher(job.params.stop)
         self._waiting: list[int] = []  # tokens whose text has not been shown
         self._past_end = False
+        self._stop_token: int | None = None
+        self._n_unwatched = job.params.min_tokens  # tokens left in whose text stop strings do not count
 
     def push(self, token: int) -> None:
         """Take the next token; a complete stop string ends the job."""
         if token in self._stop_ids:
+            if not self._past_end and token in self.job.params.stop_token_ids:
+                self._stop_token = token
             self._past_end = True  # an engine may draw a token or two more before it knows
         if self._past_end:
             return
         self._waiting.append(token)
-        text, stopped = self._matcher.push(self._decoder.push(token) if self._decoder else "")
+        text, stopped = self._decoder.push(token) if self._decoder else "", False
+        if self._n_unwatched:
+            self._n_unwatched -= 1
+        else:
+            text, stopped = self._matcher.push(text)
         self._show(text, last=stopped)
         if stopped:
-            self.job.finish("stop")
+            self.job.finish("stop", self._matcher.found)
 
     def end(self, finish_reason: str) -> None:
         """The sequence has no more tokens: show what was held back and finish the job."""
         text, stopped = self._matcher.push(self._decoder.flush() if self._decoder else "")
         self._show(text if stopped else text + self._matcher.flush(), last=True)
-        self.job.finish("stop" if stopped else finish_reason)
+        self.job.finish("stop" if stopped else finish_reason, self._matcher.found or self._stop_token)
 
     def _show(self, text: str, last: bool) -> None:
         if text or (self._decoder is None and self._waiting):

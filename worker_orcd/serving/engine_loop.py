@@ -17,7 +17,7 @@ import itertools
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from worker_orcd._ring import TokenRing
 from worker_orcd._text import TextDecoder
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import token_edits
 from worker_orcd.errors import (
     DuplicateJob,
     InsufficientMemory,
@@ -37,12 +38,14 @@ from worker_orcd.errors import (
     WorkerError,
 )
 from worker_orcd.machine import free_memory
+from worker_orcd.observe.stats import EngineStats
 from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
 from worker_orcd.serving.engine_work import EngineWork
 from worker_orcd.serving.entry import Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
+from worker_orcd.serving.loop_stats import stats_of
 from worker_orcd.serving.output import Output
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.waiters import Waiters
@@ -97,6 +100,8 @@ class EngineLoop:
         self._called = False  # the engine thread was interrupted for the inbox and has not taken it in yet
         self._seq_ids = itertools.count(1)
         self._idle = Waiters()  # for the end of all jobs
+        #: told of every job that has ended, by the thread that ended it, which it must not hold up
+        self.on_job_end: Callable[[Job], None] | None = None
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
@@ -135,6 +140,7 @@ class EngineLoop:
         job_id: str | None = None,
         deadline: float | None = None,
         bounded: bool = True,
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> Job:
         """Queue a generation.
 
@@ -144,6 +150,7 @@ class EngineLoop:
             job_id: None makes one up.
             deadline: `time.monotonic()` at which the job ends with `InferenceTimeout`.
             bounded: whether the limit of the queue holds.
+            bad_words: the tokens of each.
 
         Raises:
             InvalidRequest, VramOom: it can never run.
@@ -168,14 +175,16 @@ class EngineLoop:
                 replace(params, seed=seed),
                 not params.ignore_eos,
                 params.logprobs is not None,
+                params.stop_token_ids,
             )
             if bounded:
                 self._check_queue(seq)
-            stop_ids = self._scheduler.stop_ids if seq.stops else frozenset()
+            stop_ids = frozenset(self._scheduler.stop_ids_of(seq))
+            seq.edits = token_edits(params, bad_words, stop_ids)
             self._jobs[job.job_id] = job
             text = None
             if decoder is None or isinstance(decoder, TextDecoder):
-                job.sink.decode_with(decoder, params.stop, stop_ids)
+                job.sink.decode_with(decoder, params.stop, stop_ids, params.min_tokens)
             else:
                 text = Detokenizer(job, decoder, stop_ids)
             self._enqueue(Entry(seq, job, text))
@@ -232,6 +241,10 @@ class EngineLoop:
             return "finished" if job_id in self._recent else "unknown"
         job.cancel()
         return "cancelling"
+
+    def stats(self) -> EngineStats:
+        """The state of the loop; waits for nothing."""
+        return stats_of(self._scheduler, self._entries, len(self._inbox))
 
     def shutdown(self, grace: float) -> None:
         """Accept no new jobs, give the others `grace` seconds, end the rest with `NotReady`; no work follows."""
@@ -319,6 +332,8 @@ class EngineLoop:
                 self._control.interrupt()
             self._lock.notify_all()
             idle = not self._entries
+        if self.on_job_end is not None and isinstance(job, Job):
+            self.on_job_end(job)
         if idle:
             self._idle.notify_all()
 

@@ -42,7 +42,6 @@ class EngineWork:
         self._ring = ring
         self._control = control
         self._entries = entries
-        self._stop_ids = np.array(sorted(scheduler.stop_ids), np.int32)
         scheduler.max_prefill_tokens = min(64, scheduler.config.max_batch_tokens)
 
     def begin(self, admitted: list[SequenceState]) -> None:
@@ -51,7 +50,7 @@ class EngineWork:
             entry = self._entries.get(seq.seq_id)
             try:
                 if seq.sampling is not None:
-                    self._engine.set_slot(seq.slot, seq.sampling)
+                    self._engine.set_slot(seq.slot, seq.sampling, seq.edits)
             except Exception as error:
                 failure = as_worker_error(error, "the job could not be started")
                 if failure.sticky:
@@ -73,8 +72,8 @@ class EngineWork:
                 work.tokens,
                 work.positions,
                 work.n_steps,
-                self._stop_ids,
-                work.stop_mask,
+                work.stop_ids,
+                work.stop_offsets,
                 self._ring,
                 self._control,
             )

@@ -49,11 +49,15 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The terminal event of a job that ran to its end: "stop" (end-of-text token or stop string) or "length"."""
+    """The terminal event of a job that ran to its end: "stop" (end-of-text or stop token, stop string) or "length".
+
+    `stop_reason` as in `Completion`.
+    """
 
     finish_reason: str
     tokens_out: int
     timings: Timings
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,17 @@ class Completion:
     """A finished generation.
 
     Attributes:
-        text: the text, without the stop string or end-of-text token that ended it.
-        token_ids: the tokens generated. The end-of-text token is not among them; the tokens that make up a stop string
-            are.
+        text: the text, without the stop string, stop token or end-of-text token that ended it.
+        token_ids: the tokens generated. The end-of-text or stop token is not among them; the tokens that make up a stop
+            string are.
         finish_reason: "stop" or "length".
         tokens_in: tokens of the prompt.
         seed: the seed used.
         timings: see `Timings`.
         logprobs: for each of `token_ids` a dict {token id: log-probability} of the most likely ones and the token
             itself, or None where they were not asked for.
+        stop_reason: which of `stop_token_ids` or of `stop` ended it; None where the model's own end-of-text token or
+            the length did.
     """
 
     text: str
@@ -79,6 +85,7 @@ class Completion:
     seed: int
     timings: Timings
     logprobs: tuple[dict[int, float], ...] | None = None
+    stop_reason: int | str | None = None
 
 
 class Job:
@@ -92,6 +99,8 @@ class Job:
         params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
         sink: its text and pieces.
+        cached_tokens: those of `tokens_in` that were found in the prefix cache and not computed.
+        outcome: how it ended: "stop", "length" or the code of its error; None before.
 
     Every method that waits or cancels raises `EngineGone` in a process that was forked from that of the model.
     """
@@ -117,6 +126,8 @@ class Job:
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.ended_at: float | None = None  # when the engine had its last token
+        self.cached_tokens = 0
+        self.outcome: str | None = None
         self._on_end = on_end
         self._deputy = deputy
         self._waiters = Waiters()  # for a piece or the end
@@ -142,6 +153,16 @@ class Job:
     def finished(self) -> bool:
         """Whether the terminal event is there (pieces before it may still wait to be read)."""
         return self._end is not None
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens generated so far, as `Completion.token_ids` counts them."""
+        return self.sink.n_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it may generate."""
+        return self.params.max_tokens or 0
 
     def next_event(self, timeout: float | None = None) -> TextPiece | Finished | None:
         """Wait for the next event.
@@ -212,6 +233,7 @@ class Job:
             self.seed,
             end.timings,
             logprobs,
+            end.stop_reason,
         )
 
     def timings(self) -> Timings:
@@ -253,9 +275,9 @@ class Job:
         """Record the log-probabilities of the next token."""
         self._logprobs.append(logprobs)
 
-    def finish(self, finish_reason: str) -> bool:
+    def finish(self, finish_reason: str, stop_reason: int | str | None = None) -> bool:
         """End with `Finished`. Returns whether this call ended the job."""
-        return self.end(Finished(finish_reason, self.sink.n_tokens, self.timings()))
+        return self.end(Finished(finish_reason, self.sink.n_tokens, self.timings(), stop_reason))
 
     def end(self, end: Finished | WorkerError) -> bool:
         """End the job. Returns whether this call ended it: the first one wins."""
@@ -264,6 +286,7 @@ class Job:
                 return False
             self._ending = True
             self.sink.close()
+        self.outcome = end.finish_reason if isinstance(end, Finished) else end.code
         # before anyone can see the end: who has seen it may use the job's id again
         self._on_end(self)
         self._end = end

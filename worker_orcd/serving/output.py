@@ -79,13 +79,13 @@ class Output:
         elif kind == TOKEN and entry.text is not None:
             entry.text.push(value)
         elif kind == STOPPED:
-            job.finish("stop")
+            job.finish("stop", _stop_reason(job))
         elif kind == MARK and value == FAILED:
-            job.end(InternalError("the logits of the next token are no numbers"))
+            job.end(InternalError("the logits of the next token are no numbers, or every token is banned"))
         elif kind == MARK and value in (STOP, LENGTH):
             reason = "stop" if value == STOP else "length"
             if entry.text is None:
-                job.finish(reason)
+                job.finish(reason, _stop_reason(job))
             else:
                 entry.text.end(reason)
 
@@ -103,3 +103,9 @@ class Output:
                 heapq.heappop(self._deadlines)
             if entry is not None:
                 entry.job.end(InferenceTimeout("the job is past its deadline", job_id=entry.job.job_id))
+
+
+def _stop_reason(job: Job) -> int | str | None:
+    """Which of its stop strings and stop tokens ended a job whose sink decodes."""
+    text, token = job.sink.ended_by
+    return text or (token if token in job.params.stop_token_ids else None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -55,7 +56,8 @@ class Scheduler:
         self.groups = tuple(groups)
         self.pools = [BlockPool(n) for n in config.n_blocks]
         self.stop_ids = frozenset(stop_ids)
-        self._stop_array = np.array(sorted(self.stop_ids), np.int32)
+        self._stop_tuple = tuple(sorted(self.stop_ids))
+        self._stop_array = np.array(self._stop_tuple, np.int32)
         #: prompt tokens of one step, 1 .. max_batch_tokens; the loop lowers it on a slow device
         self.max_prefill_tokens = config.max_batch_tokens
         windowed = any(g.window for g in self.groups)
@@ -102,6 +104,10 @@ class Scheduler:
         longest = longest_sequence(self.groups, self.config.n_blocks)
         context = self.config.context_length
         return (context if longest is None else min(context, longest + 1)) - n_prompt
+
+    def stop_ids_of(self, seq: SequenceState) -> tuple[int, ...]:
+        """The token ids that end a sequence."""
+        return self._stop_tuple + seq.stop_token_ids if seq.stops else seq.stop_token_ids
 
     # -- life of a sequence
 
@@ -194,7 +200,10 @@ class Scheduler:
             return []
         no_token, stop = sampled < 0, np.isin(sampled, self._stop_array)
         for j, seq in enumerate(work.seqs):
-            ends = np.flatnonzero(no_token[:, j] | stop[:, j] if seq.stops else no_token[:, j])
+            end = no_token[:, j] | stop[:, j] if seq.stops else no_token[:, j]
+            if seq.stop_token_ids:
+                end = end | np.isin(sampled[:, j], seq.stop_token_ids)
+            ends = np.flatnonzero(end)
             n = int(ends[0]) + 1 if len(ends) else len(sampled)
             seq.n_past += n
             seq.n_out += n
@@ -211,7 +220,7 @@ class Scheduler:
         for seq in seqs:
             if seq.n_out and seq.last_token < 0:
                 reason = "failed"
-            elif seq.n_out and seq.stops and seq.last_token in self.stop_ids:
+            elif seq.n_out and seq.last_token in self.stop_ids_of(seq):
                 reason = "stop"
             elif not seq.prefilling and seq.n_out == seq.max_tokens:
                 reason = "length"
@@ -340,6 +349,7 @@ class Scheduler:
         )
         for seq in seqs:
             self._allocate(seq, n_steps)
+        stops = [self.stop_ids_of(s) for s in seqs]
         return DecodeWork(
             seqs=seqs,
             slots=np.array([s.slot for s in seqs], np.int32),
@@ -347,5 +357,6 @@ class Scheduler:
             tokens=np.array([s.last_token for s in seqs], np.int32),
             positions=np.array([s.n_past for s in seqs], np.int32),
             n_steps=n_steps,
-            stop_mask=np.array([s.stops for s in seqs], np.uint8),
+            stop_ids=np.array([*chain.from_iterable(stops)], np.int32),
+            stop_offsets=np.array([0, *accumulate(map(len, stops))], np.int32),
         )

@@ -15,6 +15,9 @@ class StopMatcher:
 
     Args:
         stops: non-empty strings; none at all is the common case, and then every piece goes straight through.
+
+    Attributes:
+        found: the string that is complete, None before.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -23,6 +26,7 @@ class StopMatcher:
         self._falls = [_fall_table(s) for s in self._stops]
         self._matched = [0] * len(self._stops)  # characters of each string that the text's end matches
         self._held = ""
+        self.found: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take the next piece.
@@ -42,7 +46,7 @@ class StopMatcher:
                 n += stop[n] == char
                 self._matched[i] = n
                 if n == len(stop):
-                    self._held = ""
+                    self._held, self.found = "", stop
                     return buffer[: at - n], True
         free = len(buffer) - max(self._matched)
         self._held = buffer[free:]

@@ -8,6 +8,7 @@ import numpy as np
 
 from worker_orcd.engine.protocol import Batch
 from worker_orcd.engine.sampling import SamplingParams
+from worker_orcd.engine.token_edits import NO_EDITS, TokenEdits
 
 
 def positions_kept(n_prompt: int, max_tokens: int) -> int:
@@ -25,6 +26,8 @@ class SequenceState:
         max_tokens: tokens to generate, >= 1; 0 for a teacher-forced sequence: logits of every token of its prompt.
         sampling: how tokens are drawn; None for a teacher-forced one.
         stops: whether the model's end-of-text tokens end it.
+        stop_token_ids: further tokens that end it.
+        edits: what is done to the logits of single tokens.
         want_logits: whether the logits of each drawn token are wanted.
         slot: place in the engine, -1 while waiting.
         n_past: positions in the KV cache.
@@ -41,6 +44,8 @@ class SequenceState:
     sampling: SamplingParams | None = None
     stops: bool = True
     want_logits: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    edits: TokenEdits = NO_EDITS
     slot: int = -1
     n_past: int = 0
     n_out: int = 0
@@ -102,4 +107,5 @@ class DecodeWork:
     tokens: np.ndarray
     positions: np.ndarray
     n_steps: int
-    stop_mask: np.ndarray
+    stop_ids: np.ndarray
+    stop_offsets: np.ndarray
