@@ -350,11 +350,14 @@ def test_a_stream_takes_no_thread(worker):
 
 
 def test_a_stalled_reader_is_cut_off_and_told_so_when_it_reads(start):
+    """Of 8 MB the buffers of the two sockets take little."""
     worker = start("--send-buffer", 1 << 16)
-    with socket.create_connection(("127.0.0.1", worker.port), timeout=10) as sock:
+    with socket.socket() as sock:
+        sock.settimeout(20)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sock.connect(("127.0.0.1", worker.port))
         sock.sendall(post("deaf", "flood", max_tokens=2048))
-        beside = worker.execute("slow", job_id="beside", max_tokens=10)
-        assert beside.all()[-1][0] == "end"
+        assert worker.execute("slow", job_id="beside", max_tokens=50).all()[-1][0] == "end"
         data = read_until(sock, b"0\r\n\r\n")
         assert data.count(b"event: error") == 1 and b"does not read" in data and b"event: end" not in data
     end = worker.event("execute_end", job_id="deaf")
