@@ -14,6 +14,9 @@ from worker_orcd.engine.token_edits import TokenEdits
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models.plan import Plan
 
+#: prompt tokens of a warm-up
+WARM_ROWS: int
+
 class _CpuFeatures(TypedDict):
     isa: str | None
     available: list[str]
@@ -37,6 +40,8 @@ class CpuEngine:
     block_tables: NDArray[np.int32]
     rope_tables: NDArray[np.int32]
     n_vocab: int
+    warm_rows: tuple[int, ...]
+    warm_seqs: tuple[int, ...]
     def __init__(self, model_file: ModelFile, plan: Plan, config: EngineConfig, n_threads: int = 0) -> None: ...
     @property
     def isa(self) -> str:
@@ -57,10 +62,14 @@ class CpuEngine:
     def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = ...) -> None:
         """Give a slot to a new sequence."""
 
-    def step(self, batch: Batch, want_logits: bool = False) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+    def step(
+        self, batch: Batch, want_logits: bool = False, control: Control | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
         """Run one ragged step: sampled tokens [n_out], logits [n_out, n_vocab] or None."""
 
-    def forward(self, batch: Batch, stop_after: str | None = None) -> NDArray[np.float32]:
+    def forward(
+        self, batch: Batch, stop_after: str | None = None, control: Control | None = None
+    ) -> NDArray[np.float32]:
         """Run one step without sampling: logits [n_out, n_vocab], or the buffer that op `stop_after` writes."""
 
     def decode(

@@ -38,6 +38,8 @@ class CudaEngine:
     block_tables: NDArray[np.int32]
     rope_tables: NDArray[np.int32]
     n_vocab: int
+    warm_rows: tuple[int, ...]
+    warm_seqs: tuple[int, ...]
     def __init__(
         self,
         model_file: ModelFile,
@@ -73,10 +75,14 @@ class CudaEngine:
     def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = ...) -> None:
         """Give a slot to a new sequence."""
 
-    def step(self, batch: Batch, want_logits: bool = False) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+    def step(
+        self, batch: Batch, want_logits: bool = False, control: Control | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
         """Run one ragged step: sampled tokens [n_out], logits [n_out, n_vocab] or None."""
 
-    def forward(self, batch: Batch, stop_after: str | None = None) -> NDArray[np.float32]:
+    def forward(
+        self, batch: Batch, stop_after: str | None = None, control: Control | None = None
+    ) -> NDArray[np.float32]:
         """Run one step without sampling: logits [n_out, n_vocab], or the buffer that op `stop_after` writes."""
 
     def decode(

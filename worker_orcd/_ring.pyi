@@ -1,4 +1,4 @@
-"""Types of pyx/worker_orcd/_ring.pyx: the ring of sampled tokens, and the flag that interrupts a decode loop."""
+"""Types of pyx/worker_orcd/_ring.pyx: the ring of sampled tokens, and what interrupts a decode loop."""
 
 from typing import Self
 
@@ -29,14 +29,28 @@ class TokenRing:
     def __len__(self) -> int: ...
 
 class Control:
-    """A flag that makes a running decode loop return at its next step boundary."""
+    """What other threads tell an engine's call, and how far it is: steps that have ended are counted."""
 
     def interrupt(self) -> None:
-        """Set the flag; callable from any thread."""
+        """Make a running decode loop return at its next step boundary; callable from any thread."""
+
+    def abort(self) -> None:
+        """Interrupt, and let the step under way be given up: nobody wants its results. From any thread."""
 
     def clear(self) -> None:
-        """Clear the flag: the owner of the loop does it before it decodes again."""
+        """Take both back: the owner of the loop does it before it calls the engine again."""
+
+    def step_done(self) -> None:
+        """Count a step."""
 
     @property
     def interrupted(self) -> bool:
-        """Whether the flag is set."""
+        """Whether a decode loop shall return."""
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the step under way shall be given up."""
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that have ended so far."""

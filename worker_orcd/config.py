@@ -214,6 +214,17 @@ class ServeConfig:
             "Time between looks at whether the model's memory is still on the GPU.", "S", float, 0.1, 1e6, "least"
         ),
     )
+    watchdog_sec: float = field(
+        default=30.0,
+        metadata=_flag(
+            "The worker ends with exit code 70 where its engine finishes no step for so long and has work; 0: never.",
+            "S",
+            float,
+            0,
+            1e6,
+            "least",
+        ),
+    )
     api_key: str | None = field(
         default=None,
         metadata=_flag(

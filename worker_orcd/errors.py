@@ -163,6 +163,12 @@ class EngineGone(InternalError):
     sticky = True
 
 
+class EngineHangs(InternalError):
+    """The engine answers no more: it is in a call that does not end."""
+
+    sticky = True
+
+
 class QueueFull(WorkerError):
     """The queue holds `max_queue` jobs already; try again after `retry_after` seconds."""
 

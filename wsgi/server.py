@@ -29,7 +29,7 @@ from worker_orcd.observe.unblocked import UnblockedWriter, unblock_standard_stre
 from worker_orcd.runtime import streams
 from worker_orcd.wsgi import signals
 from worker_orcd.wsgi.access import Rules
-from worker_orcd.wsgi.app import create_app
+from worker_orcd.wsgi.app import create_app, first_request
 from worker_orcd.wsgi.arbiter import WorkerArbiter
 from worker_orcd.wsgi.descriptors import connections_within, raise_limit, streams_within
 from worker_orcd.wsgi.event_writer import EventWriter
@@ -180,7 +180,9 @@ class _Application(BaseApplication):
             self._config, self._events, self._load, self._url, terminate=lambda: os.kill(master, signal.SIGTERM)
         )
         self._service.max_streams = self._max_streams
-        return create_app(self._service)
+        app = create_app(self._service)
+        self._service.warm_up = lambda: first_request(app, self._url)
+        return app
 
     def run(self) -> None:
         """Run the master, and end the process."""

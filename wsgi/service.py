@@ -63,6 +63,8 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
         gpu_memory_utilization=config.gpu_memory_utilization,
         chunk_bytes=config.chunk_bytes,
         progress=True if config.progress_bar else progress,
+        watchdog_sec=config.watchdog_sec,
+        warm_up=True,
         on_fatal=on_fatal,
         on_plan=on_plan,
     )
@@ -72,8 +74,8 @@ class Service:
     """One model, its state and its streams. All methods may be called from any thread.
 
     `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs. `writer` watches
-    their clients; None: nobody does. An answer that keeps its thread for long calls `keep_thread` first, which raises
-    where no thread would be left for others.
+    their clients; None: nobody does. `warm_up` is called once the model is loaded, before jobs are accepted. An answer
+    that keeps its thread for long calls `keep_thread` first, which raises where no thread would be left for others.
 
     Args:
         config: checked start-up values.
@@ -105,6 +107,7 @@ class Service:
         self.max_streams = config.max_streams
         self.writer: EventWriter | None = None
         self.keep_thread: Callable[[], None] = lambda: None
+        self.warm_up: Callable[[], None] = lambda: None
         self.stop_deadline: float | None = None
         self._load_llm = load
         self._lock = threading.Lock()
@@ -283,7 +286,7 @@ class Service:
         self._show_progress(0)
         began = time.monotonic()
         llm = self._load_llm(config, self._progress, self.engine_died, self._show_plan)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began - llm.warm_up_seconds
         info = llm.info.to_dict()
         with self._lock:
             if self._state == "loading":
@@ -302,6 +305,7 @@ class Service:
             bytes=n_bytes,
             seconds=seconds,
             gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
+            warm_up_seconds=llm.warm_up_seconds,
             **{k: info.get(k) for k in ("quant_kind", "device", "context_length", "kv_bytes", "vram_bytes")},
         )
         if info.get("tokenizer_source") == "beside":
@@ -309,6 +313,7 @@ class Service:
             events.emit("tokenizer_beside", "warning", path=info["tokenizer_path"], message=reason)
         if info.get("verified_by") is not None:
             events.emit("provenance", **provenance_facts(info))
+        self.warm_up()
         background = Background(
             llm, events, config.residency_check_sec, self._not_resident, self.engine_died, self._know_digest
         )

@@ -259,10 +259,10 @@ static void push_drawn(TokenQueue* queue, const int64_t* seq_ids, const int32_t*
 }
 
 int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
-                       TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept {
+                       TokenQueue* queue, ControlFlag* control, int32_t* out) noexcept {
     const int32_t n = n_rows();
     for (int32_t step = 0; step < n_steps; ++step, out += n) {
-        run(n_ops(), nullptr);
+        if (!run(n_ops(), nullptr, control)) return step;
         sample_rows(out);
         if (files_.changed()) return step;
         bool stop = false;
@@ -277,7 +277,8 @@ int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* s
             ++positions_[(size_t)j];
         }
         push_drawn(queue, seq_ids, out, n);
-        if (stop || control->get()) return step + 1;
+        control->step_done();
+        if (stop || control->interrupted()) return step + 1;
     }
     return n_steps;
 }

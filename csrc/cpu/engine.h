@@ -78,16 +78,17 @@ class Engine {
     // Copies and checks a batch. `tables`: int32 [n_groups][max_seqs][max_blocks_per_seq]. False: `error` says why.
     bool prepare(const BatchView& batch, const int32_t* tables, BatchError* error);
     // Runs ops [0, n_ops) of the prepared batch. `logits`: where to put the logits [n_out][n_vocab], or null for
-    // the engine's own buffer.
-    void run(int32_t n_ops, float* logits) noexcept;
+    // the engine's own buffer. `control`: may abort it, or null. False: it was aborted, and nothing that it wrote
+    // counts.
+    bool run(int32_t n_ops, float* logits, const ControlFlag* control = nullptr) noexcept;
     // One token of each output row into `tokens` [n_out] (-1: no distribution) and into its slot's history.
     void sample_rows(int32_t* tokens) noexcept;
     // Runs up to n_steps steps of a batch of n rows prepared with that n_steps; row j's sampled token is its next
     // input. Row j ends at stop_ids[stop_offsets[j]] .. stop_ids[stop_offsets[j + 1] - 1]. out [n_steps][n]. Returns
     // the steps done; see worker_orcd/engine/protocol.py for when it stops early. A step during which a watched file
-    // changed does not count, and its tokens go nowhere.
+    // changed, or that was aborted, does not count, and its tokens go nowhere.
     int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
-                   TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept;
+                   TokenQueue* queue, ControlFlag* control, int32_t* out) noexcept;
 
     // `edits`: at most SAMPLING_EDIT_WORDS words, of params.n_edits edits of tokens of the vocabulary.
     void set_slot(int32_t slot, const SlotSampling& params, const int32_t* edits, int32_t n_words) noexcept;
@@ -144,6 +145,7 @@ class Engine {
     bool check_rope_tables(const BatchView& batch, BatchError* error) const;
     void make_tiles();
     void fill_rope_tables() noexcept;
+    void run_op(const Op& op) noexcept;
     // body(r0, r1) over ranges of rows, in parallel when there is work enough.
     template <class Body>
     void for_rows(int64_t n, int64_t elements_per_row, const Body& body) noexcept;

@@ -25,49 +25,54 @@ void Engine::for_rows(int64_t n, int64_t elements_per_row, const Body& body) noe
     pool_.run((n + rows - 1) / rows, [&](int64_t c, int) { body(c * rows, std::min(n, (c + 1) * rows)); });
 }
 
-void Engine::run(int32_t n_ops, float* logits) noexcept {
+bool Engine::run(int32_t n_ops, float* logits, const ControlFlag* control) noexcept {
     Buffer& last = buffers_[(size_t)logits_buffer_];
     last.data = logits ? logits : (float*)last.pages.data();
+    pool_.heed(control);
     fill_rope_tables();
-    for (int32_t i = 0; i < n_ops; ++i) {
-        const Op& op = ops_[(size_t)i];
-        switch (op.kind) {
-            case OpKind::kEmbed:
-                embed(op);
-                break;
-            case OpKind::kNorm:
-                norm(op);
-                break;
-            case OpKind::kMatMul:
-                matmul(op);
-                break;
-            case OpKind::kRope:
-                rope(op);
-                break;
-            case OpKind::kKvWrite:
-                kv_write(op);
-                break;
-            case OpKind::kAttention:
-                attention(op);
-                break;
-            case OpKind::kGlu:
-            case OpKind::kAct:
-            case OpKind::kAdd:
-                elementwise(op);
-                break;
-            case OpKind::kRoute:
-                route(op);
-                break;
-            case OpKind::kExpertMatMul:
-                expert_matmul(op);
-                break;
-            case OpKind::kExpertSum:
-                expert_sum(op);
-                break;
-            case OpKind::kGather:
-                gather(op);
-                break;
-        }
+    for (int32_t i = 0; i < n_ops && !pool_.aborted(); ++i) run_op(ops_[(size_t)i]);
+    const bool done = !pool_.aborted();
+    pool_.heed(nullptr);  // sampling is short, and must not end half-way: it changes what the slots remember
+    return done;
+}
+
+void Engine::run_op(const Op& op) noexcept {
+    switch (op.kind) {
+        case OpKind::kEmbed:
+            embed(op);
+            break;
+        case OpKind::kNorm:
+            norm(op);
+            break;
+        case OpKind::kMatMul:
+            matmul(op);
+            break;
+        case OpKind::kRope:
+            rope(op);
+            break;
+        case OpKind::kKvWrite:
+            kv_write(op);
+            break;
+        case OpKind::kAttention:
+            attention(op);
+            break;
+        case OpKind::kGlu:
+        case OpKind::kAct:
+        case OpKind::kAdd:
+            elementwise(op);
+            break;
+        case OpKind::kRoute:
+            route(op);
+            break;
+        case OpKind::kExpertMatMul:
+            expert_matmul(op);
+            break;
+        case OpKind::kExpertSum:
+            expert_sum(op);
+            break;
+        case OpKind::kGather:
+            gather(op);
+            break;
     }
 }
 
@@ -257,6 +262,7 @@ void Engine::route(const Op& op) noexcept {
     task.y = y_pointers_.data();
     task.n_tokens = n;
     run_tasks(&task, 1);
+    if (pool_.aborted()) return;
     for (int32_t r = 0; r < n; ++r) {
         float *l = logits + (int64_t)r * op.n_expert, *ids = at(op.out, r), *gates = at(op.out2, r);
         for (int32_t s = 0; s < op.n_used; ++s) {  // NaN never wins, so an id is always one of the experts

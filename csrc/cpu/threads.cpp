@@ -43,7 +43,7 @@ void ThreadPool::take_chunks(uint32_t generation, int thread) noexcept {
         if (chunk >= n) return;
         // Succeeds only while this is still the current job, and then n, call and body were its own.
         if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-        call(body, chunk, thread);
+        if (!aborted()) call(body, chunk, thread);
         done_.fetch_add(1, std::memory_order_release);
     }
 }

@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "host/token_queue.h"
+
 namespace worker_orcd {
 
 class ThreadPool {
@@ -24,13 +26,18 @@ class ThreadPool {
 
     int n_threads() const noexcept { return (int)workers_.size() + 1; }
 
+    // While `control` (null: nothing) is aborted, `run` skips the chunks that are left: what it was to compute is not
+    // there. Not while a `run` is under way.
+    void heed(const ControlFlag* control) noexcept { control_ = control; }
+    bool aborted() const noexcept { return control_ != nullptr && control_->aborted(); }
+
     // Calls body(chunk, thread) for each chunk of [0, n_chunks), thread < n_threads(); returns when all are done.
     // `body` must not throw.
     template <class Body>
     void run(int64_t n_chunks, const Body& body) noexcept {
         if (n_chunks <= 0) return;
         if (workers_.empty() || n_chunks == 1) {
-            for (int64_t c = 0; c < n_chunks; ++c) body(c, 0);
+            for (int64_t c = 0; c < n_chunks && !aborted(); ++c) body(c, 0);
             return;
         }
         auto call = [](const void* b, int64_t chunk, int thread) { (*(const Body*)b)(chunk, thread); };
@@ -52,6 +59,7 @@ class ThreadPool {
     // Takes chunks of the job of `generation` until none is left.
     void take_chunks(uint32_t generation, int thread) noexcept;
 
+    const ControlFlag* control_ = nullptr;  // read by whoever has taken a chunk
     Job jobs_[2];
     // generation << 32 | next chunk: a chunk is taken only from the job that was looked at
     alignas(64) std::atomic<uint64_t> ticket_{0};

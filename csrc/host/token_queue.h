@@ -1,4 +1,4 @@
-// The queue of sampled tokens from an engine's decode loop to the output thread, and the flag that stops that loop.
+// The queue of sampled tokens from an engine's decode loop to the output thread, and what is told to that loop.
 //
 // Both are used without the GIL, so they are plain C++: a bounded ring under one mutex (a step pushes at most
 // max_seqs entries, so the lock is taken a few hundred times a second) and an atomic flag. Header-only because two
@@ -85,12 +85,28 @@ class TokenQueue {
     bool closed_ = false;
 };
 
-// Set from any thread, read by a decode loop once a step.
+// What other threads tell an engine's call, and how far it is. An interrupt ends a decode run at its next step
+// boundary; an abort, which is one too, gives up the step under way, where the engine can.
 struct ControlFlag {
-    std::atomic<bool> interrupted{false};
+    void interrupt() noexcept { interrupted_.store(true, std::memory_order_release); }
+    void abort() noexcept {
+        aborted_.store(true, std::memory_order_release);
+        interrupt();
+    }
+    void clear() noexcept {
+        interrupted_.store(false, std::memory_order_release);
+        aborted_.store(false, std::memory_order_release);
+    }
+    bool interrupted() const noexcept { return interrupted_.load(std::memory_order_acquire); }
+    bool aborted() const noexcept { return aborted_.load(std::memory_order_relaxed); }
 
-    void set(bool value) noexcept { interrupted.store(value, std::memory_order_release); }
-    bool get() const noexcept { return interrupted.load(std::memory_order_acquire); }
+    // Steps that have ended since the start, for whoever watches that there are any. One thread counts.
+    void step_done() noexcept { n_steps_.fetch_add(1, std::memory_order_relaxed); }
+    uint64_t n_steps() const noexcept { return n_steps_.load(std::memory_order_relaxed); }
+
+  private:
+    std::atomic<bool> interrupted_{false}, aborted_{false};
+    std::atomic<uint64_t> n_steps_{0};
 };
 
 }  // namespace worker_orcd

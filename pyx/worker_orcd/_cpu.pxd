@@ -105,10 +105,10 @@ cdef extern from "cpu/engine.h" namespace "worker_orcd" nogil:
         void watch(const WatchedFile& file) except +
         void finish(int32_t logits_buffer) except +
         cbool prepare(const BatchView& batch, const int32_t* tables, BatchError* error) except +
-        void run(int32_t n_ops, float* logits) noexcept
+        cbool run(int32_t n_ops, float* logits, const ControlFlag* control) noexcept
         void sample_rows(int32_t* tokens) noexcept
         int32_t decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
-                       TokenQueue* queue, const ControlFlag* control, int32_t* out) noexcept
+                       TokenQueue* queue, ControlFlag* control, int32_t* out) noexcept
         void set_slot(int32_t slot, const SlotSampling& params, const int32_t* edits, int32_t n_words) noexcept
         int32_t n_ops() noexcept
         int32_t buffer_rows(int32_t buffer) noexcept

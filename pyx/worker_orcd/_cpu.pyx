@@ -12,14 +12,14 @@ from libcpp cimport bool as cbool
 from posix.unistd cimport getpid
 
 from worker_orcd._params cimport SlotSampling, fill_SlotSampling
-from worker_orcd._ring cimport Control, TokenRing
+from worker_orcd._ring cimport Control, ControlFlag, TokenRing
 
 import os
 
 import numpy as np
 
 from worker_orcd.engine.kv_blocks import block_bytes
-from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
+from worker_orcd.engine.protocol import BLOCK_SIZE, StepAborted, check_stop_offsets
 from worker_orcd.engine.token_edits import NO_EDITS
 from worker_orcd.errors import EngineGone, InsufficientMemory, InternalError, InvalidRequest, ModelLoadError
 from worker_orcd.machine import free_memory, usable_cores
@@ -29,6 +29,8 @@ from worker_orcd.gguf.quants import TYPES
 _ACTIVATIONS = {"silu": <int>Activation.kSilu, "gelu_tanh": <int>Activation.kGeluTanh,
                 "swiglu_oai": <int>Activation.kSwigluOai}
 _FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
+#: prompt tokens of a warm-up: enough to tell how fast a step is
+WARM_ROWS = 16
 
 
 def cpu_features():
@@ -148,6 +150,12 @@ def _int_array(values, dtype, field, size=None):
     return np.ascontiguousarray(a, dtype)
 
 
+cdef const ControlFlag* _flag(Control control) noexcept:
+    if control is None:
+        return NULL
+    return control.flag
+
+
 cdef const int32_t* _int32s(const int32_t[::1] a) noexcept:
     return &a[0] if a.shape[0] > 0 else NULL
 
@@ -185,7 +193,7 @@ cdef class CpuEngine:
     """
 
     cdef Engine* engine
-    cdef readonly object config, block_tables, rope_tables, n_vocab, isa
+    cdef readonly object config, block_tables, rope_tables, n_vocab, isa, warm_rows, warm_seqs
     cdef object model_file, plan, views, op_index, op_buffer, buffer_index
     cdef int32_t[:, :, ::1] tables
     cdef int32_t[::1] rope_tables_view
@@ -210,6 +218,8 @@ cdef class CpuEngine:
         if BLOCK_SIZE != kBlockPositions:
             raise InternalError(f"the kernels are built for blocks of {kBlockPositions} positions")
         self.pid = getpid()
+        # every shape runs the same code; one small step brings pages of the file and of the workspace
+        self.warm_rows, self.warm_seqs = (min(WARM_ROWS, config.max_batch_tokens),), ()
         self.model_file, self.plan, self.config, self.n_vocab = model_file, plan, config, plan.n_vocab
         cdef const Kernels* kernels = _kernels(None)
         self.isa = kernels.name.decode()
@@ -320,8 +330,8 @@ cdef class CpuEngine:
         cdef SlotSampling p = _slot_sampling(sampling, edits, self.n_vocab)
         self.engine.set_slot(slot, p, _int32s(edits.words), len(edits.words))
 
-    def step(self, batch, want_logits=False):
-        """Run one ragged step; releases the GIL while it works.
+    def step(self, batch, want_logits=False, Control control=None):
+        """Run one ragged step; releases the GIL while it works. An abort of `control` ends it soon.
 
         Returns:
             (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled -1 means that the row's logits
@@ -331,6 +341,7 @@ cdef class CpuEngine:
             InvalidRequest: a token or position out of range; `fields["field"]` names the array.
             InternalError: slots, output_indices or block tables that cannot be, or the engine is busy.
             ModelLoadError: the model file was cut or written to; nothing that was computed counts.
+            StepAborted: `control` was aborted.
             EngineGone: the engine is closed, or was made before this process forked.
         """
         self._check_usable()
@@ -342,23 +353,28 @@ cdef class CpuEngine:
         cdef float[:, ::1] logits_view = logits
         cdef float* logits_data = &logits_view[0, 0] if logits is not None and n_out > 0 else NULL
         cdef int32_t* sampled_data = &sampled_view[0] if n_out > 0 else NULL
+        cdef const ControlFlag* flag = _flag(control)
+        cdef cbool done
         self.busy = True
         try:
             with nogil:
-                self.engine.run(self.engine.n_ops(), logits_data)
-                if n_out > 0:
+                done = self.engine.run(self.engine.n_ops(), logits_data, flag)
+                if done and n_out > 0:
                     self.engine.sample_rows(sampled_data)
         finally:
             self.busy = False
         self._check_files()
+        if not done:
+            raise StepAborted
         return sampled, logits
 
-    def forward(self, batch, stop_after=None):
+    def forward(self, batch, stop_after=None, Control control=None):
         """Run one step without sampling.
 
         Args:
             batch: the rows.
             stop_after: name of an op of the plan.
+            control: an abort ends it, as in `step`.
 
         Returns:
             float32 logits [n_out, n_vocab]; with `stop_after` the whole buffer that op writes, [rows, width]
@@ -379,22 +395,27 @@ cdef class CpuEngine:
         cdef size_t n_bytes = out.nbytes
         cdef float* data = &view[0, 0] if n_bytes > 0 else NULL
         cdef cbool is_logits = buffer == self.buffer_index["logits"]
+        cdef const ControlFlag* flag = _flag(control)
+        cdef cbool done
         self.busy = True
         try:
             with nogil:
-                self.engine.run(n_ops, data if is_logits else NULL)
+                done = self.engine.run(n_ops, data if is_logits else NULL, flag)
                 if not is_logits and n_bytes > 0:
                     memcpy(data, self.engine.buffer_data(buffer), n_bytes)
         finally:
             self.busy = False
         self._check_files()
+        if not done:
+            raise StepAborted
         return out
 
     def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_offsets, ring, control):
         """Run up to `n_steps` steps of all `slots` together, each feeding its sampled token to its next step.
 
-        See `worker_orcd.engine.protocol.Engine.decode`. At least one step runs. A token of -1 (nothing to draw from,
-        see `step`) also ends the call at that step; it goes into the result and not into the ring.
+        See `worker_orcd.engine.protocol.Engine.decode`. At least one step runs, unless it is aborted. A token
+        of -1 (nothing to draw from, see `step`) also ends the call at that step; it goes into the result and not into
+        the ring.
 
         Raises:
             as `step`; the positions and blocks of all `n_steps` steps are checked before the first.

@@ -81,7 +81,7 @@ cdef class CudaEngine:
             something.
     """
 
-    cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan
+    cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan, warm_rows, warm_seqs
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
@@ -254,8 +254,8 @@ cdef class CudaEngine:
             self._send(w.rope_tables, self.rope_tables)
         return len(tiles)
 
-    def step(self, batch, want_logits=False):
-        """See `engine.Engine.step`."""
+    def step(self, batch, want_logits=False, control=None):
+        """See `engine.Engine.step`. Nothing aborts it: what was queued on the device cannot be taken back."""
         cdef Shape shape
         self._enter()
         tokens, positions, slots, output_indices = self._check_batch(batch)
@@ -321,7 +321,7 @@ cdef class CudaEngine:
             self.stream.fill_nogil(<cu.CUdeviceptr>region, 0, <size_t>self.n_vocab * 4)
         self._finish()
 
-    def forward(self, batch, stop_after=None):
+    def forward(self, batch, stop_after=None, control=None):
         """See `engine.Engine.forward`. With `stop_after` the plan runs op by op, nothing fused."""
         cdef Shape shape
         self._enter()
@@ -383,7 +383,12 @@ cdef class CudaEngine:
     def _capture(self):
         """Record one decode step for every batch size, greedy and drawn; the row tables are the graphs' only inputs."""
         cdef Shape shape
-        for n in DECODE_SIZES:
+        sizes = [n for i, n in enumerate(DECODE_SIZES) if not i or DECODE_SIZES[i - 1] < self.config.max_seqs]
+        # one row and as many as there may be: between them each product changes once from its small kernel to its
+        # large one
+        self.warm_rows = tuple(sorted({1, self.config.max_batch_tokens}))
+        self.warm_seqs = tuple(min(n, self.config.max_seqs) for n in sizes)
+        for n in sizes:
             shape.n_rows = shape.n_decode = shape.n_out = n
             shape.n_tiles = 0
             for greedy in (True, False):
@@ -396,8 +401,6 @@ cdef class CudaEngine:
                     self.stream.abandon_capture()
                     raise
                 self.graphs[n, greedy] = self.stream.end_capture()
-            if n >= self.config.max_seqs:
-                break
 
     def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_offsets, TokenRing ring,
                Control control):
@@ -485,6 +488,7 @@ cdef class CudaEngine:
                         ending = True
             done += 1
             ring.push_many(live_ids, live_tokens, m)
+            control.flag.step_done()
             if control.is_set():
                 ending = True
 

@@ -1,5 +1,5 @@
 # C view of the token queue and the control flag, for the decode loops of the engines.
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 from libcpp cimport bool as cbool
 
 
@@ -19,8 +19,13 @@ cdef extern from "host/token_queue.h" namespace "worker_orcd" nogil:
 
     cdef cppclass ControlFlag:
         ControlFlag() except +
-        void set(cbool value) noexcept
-        cbool get() noexcept
+        void interrupt() noexcept
+        void abort() noexcept
+        void clear() noexcept
+        cbool interrupted() noexcept
+        cbool aborted() noexcept
+        void step_done() noexcept
+        uint64_t n_steps() noexcept
 
 
 cdef class TokenRing:

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""The ring of sampled tokens between a decode loop and the output thread, and the flag that interrupts the loop.
+"""The ring of sampled tokens between a decode loop and the output thread, and what interrupts the loop.
 
 Both can be used by engines without the GIL (see `_ring.pxd`) and by Python from any thread.
 """
@@ -94,7 +94,7 @@ cdef class TokenRing:
 
 
 cdef class Control:
-    """A flag that makes a running decode loop return at its next step boundary."""
+    """What other threads tell an engine's call, and how far it is: steps that have ended are counted."""
 
     def __cinit__(self):
         self.flag = new ControlFlag()
@@ -103,17 +103,35 @@ cdef class Control:
         del self.flag
 
     cdef cbool is_set(self) noexcept nogil:
-        return self.flag.get()
+        return self.flag.interrupted()
 
     def interrupt(self):
-        """Set the flag; callable from any thread."""
-        self.flag.set(True)
+        """Make a running decode loop return at its next step boundary; callable from any thread."""
+        self.flag.interrupt()
+
+    def abort(self):
+        """Interrupt, and let the step under way be given up: nobody wants its results. From any thread."""
+        self.flag.abort()
 
     def clear(self):
-        """Clear the flag: the owner of the loop does it before it decodes again."""
-        self.flag.set(False)
+        """Take both back: the owner of the loop does it before it calls the engine again."""
+        self.flag.clear()
+
+    def step_done(self):
+        """Count a step. Decode loops count theirs; the owner of the loop counts those of its other calls."""
+        self.flag.step_done()
 
     @property
     def interrupted(self):
-        """Whether the flag is set."""
-        return self.flag.get()
+        """Whether a decode loop shall return."""
+        return self.flag.interrupted()
+
+    @property
+    def aborted(self):
+        """Whether the step under way shall be given up."""
+        return self.flag.aborted()
+
+    @property
+    def n_steps(self):
+        """Steps that have ended so far."""
+        return self.flag.n_steps()

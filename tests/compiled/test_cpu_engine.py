@@ -17,7 +17,7 @@ from helpers.synthetic_plan import N_POSITIONS, N_VOCAB, every_op
 
 from worker_orcd._cpu import CpuEngine
 from worker_orcd._ring import Control, TokenRing
-from worker_orcd.engine.protocol import Batch, EngineConfig
+from worker_orcd.engine.protocol import Batch, EngineConfig, StepAborted
 from worker_orcd.errors import InsufficientMemory, InternalError, InvalidRequest, ModelLoadError, WorkerError
 from worker_orcd.models.ops import Op, View
 
@@ -236,6 +236,63 @@ def test_interrupt_ends_a_running_loop_and_the_gil_is_free():
     control.interrupt()
     t.join(10)
     assert not t.is_alive() and 1 <= len(got[0]) <= 150
+
+
+def test_an_aborted_step_counts_for_nothing(engine):
+    """Neither a token nor a drawn token's weight in the penalty; the same step afterwards gives what it would have."""
+    control = Control()
+    control.abort()
+    good, ring, engine_op = batch(*GOOD), TokenRing(), every_op()[1].ops[0].name
+    for s in range(2):
+        engine.set_slot(s, sampling(temperature=1.0, seed=s, repetition_penalty=1.9))
+    with pytest.raises(StepAborted):
+        engine.step(good, control=control)
+    with pytest.raises(StepAborted):
+        engine.step(good, want_logits=True, control=control)
+    with pytest.raises(StepAborted):
+        engine.forward(good, control=control)
+    with pytest.raises(StepAborted):
+        engine.forward(good, engine_op, control=control)
+    assert decode(engine, [0, 1], [1, 2], [0, 0], 30, ring=ring, control=control).shape == (0, 2)
+    assert len(ring) == 0 and control.n_steps == 0
+    control.clear()
+    got = [engine.step(good, control=control)[0], decode(engine, [0, 1], [1, 2], [2, 0], 30, control=control)]
+    assert control.n_steps == 30
+    for s in range(2):
+        engine.set_slot(s, sampling(temperature=1.0, seed=s, repetition_penalty=1.9))
+    want = [engine.step(good)[0], decode(engine, [0, 1], [1, 2], [2, 0], 30)]
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_step_aborted_at_any_moment_can_be_run_again(n_threads):
+    """Another thread aborts while it runs, at moments spread over a step; results are those of a step left alone."""
+    engine = make_engine(*every_op(), n_threads=n_threads)
+    prompt = rows((0, 0, np.arange(128) % N_VOCAB), (2, 0, np.arange(100) % N_VOCAB), out="last")
+    engine.step(prompt)
+    began = time.perf_counter()
+    want = engine.step(prompt, want_logits=True)
+    usual = time.perf_counter() - began
+    control, n_aborted = Control(), 0
+    for i in range(2000):
+        if i >= 40 and n_aborted >= 5:  # on a busy machine most come late
+            break
+        timer = threading.Timer(usual * (i % 40) / 40, control.abort)
+        timer.start()
+        try:
+            got = engine.step(prompt, want_logits=True, control=control)
+        except StepAborted:
+            n_aborted += 1
+            got = None
+        timer.join()
+        control.clear()
+        if got is None:
+            got = engine.step(prompt, want_logits=True, control=control)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
+    print(f"{n_aborted} of {i} steps were aborted")
+    assert n_aborted >= 5
+    engine.close()
 
 
 def test_bad_decodes(engine):

@@ -166,3 +166,24 @@ def test_control():
     assert control.interrupted is True
     control.clear()
     assert control.interrupted is False
+
+
+def test_an_abort_is_an_interrupt_that_only_clear_takes_back():
+    control = Control()
+    control.interrupt()
+    assert not control.aborted
+    control.abort()
+    control.interrupt()
+    assert control.interrupted and control.aborted
+    control.clear()
+    assert not control.interrupted and not control.aborted
+
+
+def test_steps_are_counted():
+    control = Control()
+    assert control.n_steps == 0
+    control.step_done()
+    control.interrupt()
+    control.clear()
+    control.step_done()
+    assert control.n_steps == 2

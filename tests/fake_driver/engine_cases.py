@@ -360,3 +360,60 @@ def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, ch
         if isinstance(value, tuple)
     }
     assert places == {"weights", "kv", "workspace", "host"}
+
+
+@pytest.mark.parametrize(
+    ("name", "max_seqs"),
+    [("llama-Q4_K_M", 64), ("gpt-oss-MXFP4", 1), ("gpt-oss-MXFP4", 64), ("phi3-swa-Q8_0", 5), ("gpt2-Q8_0", 12)],
+)
+def test_after_a_warm_up_no_launch_is_the_first_of_its_kernel(name, max_seqs, goldens_dir, monkeypatch):
+    """Steps of many shapes: what they launch was launched before, and so was every graph."""
+    monkeypatch.setenv("FAKE_CUDA_DELAY_US", "0")
+    monkeypatch.setenv("FAKE_CUDA_SMS", "2")  # a model this small fills no more, so that there are large tiles too
+    rng = np.random.default_rng(max_seqs)
+    options = {"max_seqs": max_seqs, "max_batch_tokens": 1024, "context_length": 128, "progress": False}
+    path = goldens_dir / f"{name}.gguf"
+    with recorded() as cold, LLM(path, device="cuda:0", **options) as llm:
+        assert FAKE.fake_new_graphs() > 0
+    assert leftovers() == NOTHING and FAKE.fake_new_graphs() == 0
+    with recorded() as warm, LLM(path, device="cuda:0", warm_up=True, **options) as llm:
+        assert FAKE.fake_new_graphs() == 0, "graphs that were never launched"
+        engine = llm._running._loaded.engine
+        before = {launch.kernel for launch in warm}
+        assert before > {launch.kernel for launch in cold if not launch.captured}
+        engine.block_tables[:] = 0
+        with recorded() as later:
+            for _ in range(30):
+                n_decode = int(rng.integers(0, max_seqs + 1))
+                lengths = rng.integers(0, 129, max_seqs - n_decode) if rng.integers(2) else [int(rng.integers(0, 129))]
+                lengths = [int(n) for n in lengths[: max_seqs - n_decode] if n]
+                while n_decode + sum(lengths) > 1024:
+                    lengths.pop()
+                if not n_decode and not lengths:
+                    continue
+                positions = np.concatenate([np.full(n_decode, 3), *(np.arange(n) for n in lengths)]).astype(np.int32)
+                slots = np.repeat(np.arange(n_decode + len(lengths)), [1] * n_decode + lengths).astype(np.int32)
+                outputs = np.flatnonzero(np.diff(np.append(slots, -1))).astype(np.int32)
+                batch = Batch(np.ones(len(slots), np.int32), positions, slots, n_decode, outputs)
+                engine.step(batch, bool(rng.integers(2)))
+                engine.forward(batch)
+            every = np.arange(128, dtype=np.int32)
+            engine.forward(Batch(every, every, 0 * every, 0, every))
+    launched = {launch.kernel for launch in later}
+    assert not launched - before and len(later) > 1000
+    families = ("matmul_", "expert_matmul_") if "gpt-oss" in name else ("matmul_",)
+    for family in families if max_seqs > 1 else ():
+        kinds = {kernel for kernel in launched if kernel.startswith(family)}
+        assert len(kinds) > 1, "not a family of small and large tiles"
+    assert leftovers() == NOTHING
+
+
+def test_a_fault_in_a_warm_up_is_a_load_error(goldens_dir, monkeypatch):
+    """Graphs are launched there and nowhere else in a load."""
+    monkeypatch.setenv("FAKE_CUDA_DELAY_US", "0")
+    for n in (1, 2, 5):
+        _driver._fail_nth(n, "cuGraphLaunch", 700)
+        with pytest.raises(CudaError) as e:
+            LLM(goldens_dir / "llama-Q4_0.gguf", device="cuda:0", progress=False, max_seqs=4, warm_up=True)
+        assert e.value.sticky and e.value.fields["call"] == "cuGraphLaunch"
+        assert leftovers() == NOTHING

@@ -3,8 +3,9 @@
 // a copy outside an allocation poisons the context. Enough of the driver for worker_orcd._driver and _upload.
 //
 // Environment: FAKE_CUDA_DEVICES (1), FAKE_CUDA_CAPABILITY ("9.0"), FAKE_CUDA_MEMORY (bytes, 1 GiB),
-// FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_ANY_KERNEL (every name is a kernel, which does nothing),
-// FAKE_CUDA_DELAY_US (longest delay of an operation, 50).
+// FAKE_CUDA_SMS (multiprocessors, 132), FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_ANY_KERNEL (every
+// name is a kernel, which does nothing; sample_draw counts its steps), FAKE_CUDA_DELAY_US (longest delay of an
+// operation, 50).
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -45,7 +46,7 @@ typedef struct Op {
     Event* event;
     uint64_t generation;
     const char* kernel;
-    unsigned char params[64];
+    unsigned char params[136];
     struct Op* next;
 } Op;
 typedef struct Stream {
@@ -59,6 +60,7 @@ typedef struct Stream {
 typedef struct Graph {
     Op *head, *tail;
     size_t n;
+    int launched;
 } Graph;
 typedef struct Block {
     char* at;
@@ -75,7 +77,7 @@ static pthread_mutex_t heap = PTHREAD_MUTEX_INITIALIZER;
 static Block* blocks;
 static size_t used;
 static Status sticky;
-static int ready, contexts, live_streams, live_events, live_libraries;
+static int ready, contexts, live_streams, live_events, live_libraries, new_graphs;
 static __thread int current;
 enum { MOST_STREAMS = 256 };
 static Stream* streams[MOST_STREAMS];
@@ -165,6 +167,15 @@ static void run(Op* op) {
                     sticky = ILLEGAL_ADDRESS;
             } else if (!strcmp(op->kernel, "fault"))
                 sticky = ILLEGAL_ADDRESS;
+            else if (!strcmp(op->kernel, "sample_draw")) {  // csrc/params/sample_params.h; draws what is there
+                struct {
+                    const void* others[15];
+                    uint64_t *step, *host_step;
+                } p;
+                memcpy(&p, op->params, sizeof p);
+                ++*p.step;
+                if (p.host_step) __atomic_store_n(p.host_step, *p.step, __ATOMIC_RELEASE);
+            }
     }
 }
 
@@ -244,7 +255,11 @@ Status cuDeviceGetAttribute(int* v, int which, int d) {
     const char* cc = getenv("FAKE_CUDA_CAPABILITY");
     int major = 9, minor = 0;
     if (cc) sscanf(cc, "%d.%d", &major, &minor);
-    *v = which == 75 ? major : which == 76 ? minor : which == 16 ? 132 : which == 97 ? 232448 : 0;
+    *v = which == 75   ? major
+         : which == 76 ? minor
+         : which == 16 ? (int)setting("FAKE_CUDA_SMS", 132)
+         : which == 97 ? 232448
+                       : 0;
     return OK;
 }
 Status cuDevicePrimaryCtxRetain(void** c, int d) {
@@ -461,7 +476,7 @@ Status cuLaunchKernelEx(const void* config, void* f, void** params, void** extra
     Stream* s = *(Stream**)((const char*)config + 32);  // after seven unsigned ints
     if (watcher) watcher(f, config, *(const unsigned*)((const char*)config + 48), params[0], s->capture != NULL);
     Op op = {.kind = KERNEL, .kernel = f};
-    memcpy(op.params, params[0], !strcmp(f, "copy") ? 24 : 0);
+    memcpy(op.params, params[0], !strcmp(f, "copy") ? 24 : !strcmp(f, "sample_draw") ? sizeof op.params : 0);
     return push(s, op);
 }
 
@@ -481,6 +496,7 @@ Status cuGraphGetNodes(Graph* g, void* nodes, size_t* n) {
 Status cuGraphInstantiateWithFlags(Graph** out, Graph* g, unsigned long long f) {
     *out = malloc(sizeof *g);
     **out = *g;
+    __sync_fetch_and_add(&new_graphs, 1);
     return OK;
 }
 Status cuGraphDestroy(Graph* g) {
@@ -488,10 +504,13 @@ Status cuGraphDestroy(Graph* g) {
     return OK;
 }  // the executable graph keeps the operations
 Status cuGraphExecDestroy(Graph* g) {
+    if (!g->launched) __sync_fetch_and_sub(&new_graphs, 1);
     free(g);
     return OK;
 }
 Status cuGraphLaunch(Graph* g, Stream* s) {
+    if (!g->launched) __sync_fetch_and_sub(&new_graphs, 1);
+    g->launched = 1;
     for (Op* op = g->head; op; op = op->next) {
         Status status = push(s, *op);
         if (status) return status;
@@ -514,6 +533,8 @@ size_t fake_host_blocks(void) {
     return n;
 }
 int fake_live(void) { return live_streams + live_events + live_libraries; }
+// Graphs that are ready and were never launched.
+int fake_new_graphs(void) { return new_graphs; }
 int fake_contexts(void) { return contexts; }
 void fake_watch_launches(Watcher w) { watcher = w; }
 // The start of the block that an address lies in, 0 where there is none.

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, check_stop_offsets
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig, StepAborted, check_stop_offsets
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.engine.token_edits import NO_EDITS, TokenEdits
 from worker_orcd.models.plan import KvGroup
@@ -21,7 +21,8 @@ STOP_ID = 0
 
 
 class FakeEngine:
-    """Implements `Engine`. `step_seconds` is the time of one step, plus `row_seconds` for each row."""
+    """Implements `Engine`. `step_seconds` is the time of one step, plus `row_seconds` for each row; an abort ends it
+    early where `abortable`."""
 
     def __init__(
         self,
@@ -31,18 +32,20 @@ class FakeEngine:
         step_seconds: float = 0.0,
         row_seconds: float = 0.0,
         never_stop: bool = False,
+        abortable: bool = True,
     ) -> None:
         self.n_vocab = n_vocab
         self.config = config
         self.groups = groups
         self.step_seconds, self.row_seconds = step_seconds, row_seconds
-        self.never_stop = never_stop
+        self.never_stop, self.abortable = never_stop, abortable
         self.block_tables = np.full((len(groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
         self.kv = [np.full((n, BLOCK_SIZE, 3), -1, np.int64) for n in config.n_blocks]  # (token, position, rope table)
         self.history: dict[int, list[int]] = {}
         self.sampling: dict[int, SamplingParams] = {}
         self.calls: list[str] = []
+        self._control = None
         self.fail_with: Exception | None = None
         self.closed = False
         self.n_rows_seen = 0
@@ -50,7 +53,8 @@ class FakeEngine:
     def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:
         self.sampling[slot] = sampling
 
-    def step(self, batch: Batch, want_logits: bool = False):
+    def step(self, batch: Batch, want_logits: bool = False, control=None):
+        self._control = control
         self._begin("step", len(batch.tokens))
         digests = self._run(batch)
         out = np.array(
@@ -59,23 +63,29 @@ class FakeEngine:
         )
         return out, (self._logits(batch, digests) if want_logits else None)
 
-    def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
+    def forward(self, batch: Batch, stop_after: str | None = None, control=None) -> np.ndarray:
         assert stop_after is None
+        self._control = control
         self._begin("forward", len(batch.tokens))
         return self._logits(batch, self._run(batch))
 
     def decode(self, slots, seq_ids, tokens, positions, n_steps, stop_ids, stop_offsets, ring, control) -> np.ndarray:
         assert n_steps >= 1 and len(set(slots.tolist())) == len(slots)
+        self._control = control
         rows = []
         tokens, positions = tokens.copy(), positions.copy()
         n = len(slots)
         check_stop_offsets(stop_offsets, n, len(stop_ids))
         while len(rows) < n_steps and not (rows and control.interrupted):
-            self._begin("decode", n)
+            try:
+                self._begin("decode", n)
+            except StepAborted:
+                break
             digests = self._run(Batch(tokens, positions, slots, n, np.arange(n, dtype=np.int32)))
             tokens = np.array([self._draw(digests[j], int(slots[j]), int(positions[j])) for j in range(n)], np.int32)
             positions = positions + 1
             rows.append(tokens)
+            control.step_done()
             for seq_id, token in zip(seq_ids.tolist(), tokens.tolist(), strict=True):
                 ring.put(seq_id, token)
             if any(tokens[j] in stop_ids[stop_offsets[j] : stop_offsets[j + 1]] for j in range(n)):
@@ -90,7 +100,11 @@ class FakeEngine:
         self.calls.append(call)
         self.n_rows_seen = max(self.n_rows_seen, n_rows)
         if self.step_seconds or self.row_seconds:
-            time.sleep(self.step_seconds + n_rows * self.row_seconds)
+            until = time.monotonic() + self.step_seconds + n_rows * self.row_seconds
+            while (left := until - time.monotonic()) > 0:
+                if self.abortable and self._control is not None and self._control.aborted:
+                    raise StepAborted
+                time.sleep(min(left, 0.005))
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None
             raise error

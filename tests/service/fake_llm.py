@@ -47,6 +47,7 @@ class FakeLLM:
     def __init__(self, config, on_fatal):
         self.on_fatal = on_fatal
         self.tokenizer = FakeTokenizer()
+        self.warm_up_seconds = 0.0
         self.info = FakeInfo(
             name="fake",
             path=config.model,

@@ -13,6 +13,8 @@ import pytest
 
 from service.fake_llm import FakeLLM
 from service.in_process import App, error_of, events_of
+from worker_orcd.errors import InternalError
+from worker_orcd.wsgi.app import first_request
 
 
 @pytest.fixture
@@ -391,3 +393,43 @@ def test_the_log_tells_the_life_of_a_job_and_never_its_text(app):
     assert end["tokens_out"] == 6 and end["text_chars"] == 6 and len(end["text_sha256"]) == 64
     assert end["finish_reason"] == "stop" and end["outcome"] == "finished"
     assert "sesame" not in app.out.getvalue()
+
+
+# -- before the first request
+
+
+@pytest.mark.parametrize("config", [{}, {"api_key": "secret"}])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8080", "http://[::1]:80"])
+def test_a_first_request_of_our_own_leaves_no_trace(config, url):
+    """While the model loads; afterwards Falcon's table of routes is there."""
+    app = App(**config)
+    falcon_app = app.client.app
+    asked = []
+    health = app.service.health
+    app.service.health = lambda: asked.append(1) or health()
+    first_request(falcon_app, url)
+    assert asked == [1] and app.log == []
+    assert app.client.simulate_get("/health").json["status"] == "loading"
+
+
+def test_the_worker_warms_itself_up_before_jobs_are_accepted():
+    app, states = App(), []
+    app.service.warm_up = lambda: states.append(app.service.state)
+    app.ready()
+    assert states == ["loading"]
+    app.service.stop(0)
+
+
+def test_a_warm_up_that_fails_is_a_failed_load():
+    app, codes = App(), []
+    app.service.on_exit = codes.append
+
+    def fail():
+        raise InternalError("no")
+
+    app.service.warm_up = fail
+    app.service.start()
+    until = time.monotonic() + 5
+    while not codes and time.monotonic() < until:
+        time.sleep(0.002)
+    assert codes == [1] and app.log[-1]["message"] == "no" and app.service.state == "loading"

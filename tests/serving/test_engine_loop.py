@@ -54,6 +54,7 @@ class Rig:
         decoder=LetterDecoder,
         ring_capacity=1024,
         engine_class=FakeEngine,
+        watchdog_sec=0.0,
         **engine,
     ) -> None:
         config = EngineConfig(max_seqs, max_batch_tokens, context, n_blocks)
@@ -68,6 +69,7 @@ class Rig:
             new_decoder=decoder,
             max_queue=max_queue,
             on_fatal=self.fatal.append,
+            watchdog_sec=watchdog_sec,
         )
 
     def submit(self, prompt=(1, 2, 3), max_tokens=20, seed=7, job_id=None, deadline=None, **params):
@@ -539,8 +541,8 @@ def test_logprobs_that_cannot_be_made_end_one_job(monkeypatch):
 
 def test_logits_that_cannot_be_kept_end_one_job():
     class Wide(FakeEngine):
-        def forward(self, batch, stop_after=None):
-            logits = super().forward(batch, stop_after)
+        def forward(self, batch, stop_after=None, control=None):
+            logits = super().forward(batch, stop_after, control)
             return np.hstack([logits, logits]) if len(batch.tokens) == 3 else logits
 
     with Rig(never_stop=True, engine_class=Wide, step_seconds=0.002) as rig:

@@ -38,7 +38,10 @@ class Ring:
 
 
 class Control:
-    interrupted = False
+    interrupted = aborted = False
+
+    def step_done(self):
+        pass
 
 
 def make(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,12 @@ from worker_orcd.cli.options import (
     verbose_option,
     vram_options,
 )
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from worker_orcd.diagnose.bench import Report
+    from worker_orcd.diagnose.overhead import Overhead
 
 
 @click.command()
@@ -39,6 +42,14 @@ if TYPE_CHECKING:
 @option("-n", "--n-gen", type=click.IntRange(0), default=128, metavar="N", help="Tokens to decode; 0: none.")
 @option("--batch", type=Numbers(), default="1,8", metavar="N,N", help="Numbers of sequences to decode together.")
 @option("--repeat", type=click.IntRange(1), default=5, metavar="N", help="Timed runs of each test, after one untimed.")
+@option(
+    "--http",
+    is_flag=True,
+    help="Serve the model too: one stream over HTTP beside the engine, --streams of them beside LLM.generate.",
+)
+@option(
+    "--streams", type=click.IntRange(1, 1024), default=64, metavar="N", help="Streams of --http that are open together."
+)
 @device_option
 @threads_option
 @vram_options
@@ -51,6 +62,8 @@ def bench(
     n_gen: int,
     batch: list[int],
     repeat: int,
+    http: bool,
+    streams: int,
     device: str,
     verbose: bool,
     as_json: bool,
@@ -64,12 +77,14 @@ def bench(
     """
     from worker_orcd.diagnose import bench as measuring
 
+    if http and not n_gen:
+        raise InvalidRequest("--http measures the tokens of streams, and --n-gen is 0", field="n_gen")
     bar = None
     if is_terminal(sys.stderr):
         from tqdm import tqdm
 
         n_tests = len(n_prompt) + (len(batch) if n_gen else 0)
-        bar = tqdm(total=2 + n_tests, leave=False, bar_format="{desc}: {n}/{total}")
+        bar = tqdm(total=2 + n_tests + 5 * http, leave=False, bar_format="{desc}: {n}/{total}")
 
     def progress(text: str) -> None:
         if bar is not None:
@@ -85,6 +100,11 @@ def bench(
             on_plan=plan_printer(verbose),
             **given,
         )
+        if http:
+            from worker_orcd.diagnose import overhead
+
+            where, asked = overhead.Device(device, **given), overhead.Asked(n_gen, streams, repeat)
+            report = dataclasses.replace(report, http=overhead.measure(model, where, asked, progress))
     finally:
         if bar is not None:
             bar.close()
@@ -111,4 +131,20 @@ def as_text(report: Report) -> str:
         distinct = f"{100 * r.distinct:7.0f} %" if r.distinct is not None else ""
         speeds = f"{r.tokens_per_s:10.1f} {r.slowest:10.1f} {r.fastest:10.1f}"
         out.append(f"{name:18s} {speeds} {rate} {percent} {distinct}".rstrip())
-    return "\n".join(out)
+    return "\n".join(out if report.http is None else [*out, "", *_http_lines(report.http)])
+
+
+def _http_lines(http: Overhead) -> list[str]:
+    out = [f"{'1 stream, ms':24s} {'engine':>10s} {'HTTP':>10s} {'more':>10s}"]
+    for name, engine, served in (
+        (f"first token, prompt {http.tokens_in}", http.engine_first_token_ms, http.first_token_ms),
+        ("each token", http.engine_per_token_ms, http.per_token_ms),
+    ):
+        rest = "" if served is None else f"{served:10.3f} {served - engine:10.3f}"
+        out.append(f"{name:24s} {engine:10.3f} {rest}".rstrip())
+    generate, served = http.generate_tokens_per_s, http.http_tokens_per_s
+    out += ["", f"{f'{http.n_streams} streams':24s} {'generate':>10s} {'HTTP':>10s} {'of it':>10s}"]
+    out.append(f"{'tokens/s':24s} {generate:10.1f} {served:10.1f} {100 * served / generate:8.1f} %")
+    if http.gap_p50_ms is not None:
+        out.append(f"gap between tokens: p50 {http.gap_p50_ms:.2f} ms, p99 {http.gap_p99_ms:.2f} ms")
+    return out

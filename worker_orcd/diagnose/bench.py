@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from worker_orcd.gguf.trusted_models import TrustedModels, verify
 from worker_orcd.machine import usable_cores
 from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
+
+if TYPE_CHECKING:
+    from worker_orcd.diagnose.overhead import Overhead
 
 #: tokens of one call of the decode loop; the ring is emptied between calls
 DECODE_CHUNK = 64
@@ -69,7 +73,8 @@ class Measured:
 class Report:
     """All of a run. Rates in GB/s (10^9). `load_s` is everything up to a ready engine, `load_gb_per_s` the rate of the
     copies to the GPU alone; None on the CPU. `rows` says how the sequences of a batch relate: "distinct", each has its
-    own tokens. Reports of versions before that lack the field: there all sequences had the same."""
+    own tokens. Reports of versions before that lack the field: there all sequences had the same. `http` is what HTTP
+    costs, where that was asked for."""
 
     model: str
     arch: str
@@ -83,6 +88,7 @@ class Report:
     load_gb_per_s: float | None = None
     rows: str = "distinct"
     results: list[Measured] = field(default_factory=list)
+    http: Overhead | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON."""

@@ -63,6 +63,11 @@ class Batch:
     output_indices: np.ndarray
 
 
+class StepAborted(Exception):
+    """A step was given up because its control was aborted. Nothing that it computed counts, the KV that it wrote
+    included; the same step can be run again."""
+
+
 def check_stop_offsets(offsets: np.ndarray, n: int, n_stop: int) -> None:
     """Raise `InvalidRequest` where `offsets` [n + 1] do not divide `n_stop` stop ids among `n` sequences."""
     if len(offsets) != n + 1 or offsets[0] != 0 or offsets[-1] != n_stop or (offsets[1:] < offsets[:-1]).any():
@@ -78,6 +83,10 @@ class Engine(Protocol):
     block_tables: np.ndarray
     #: int32 [max_seqs], written likewise: index of the plan's rotary frequency table that the slot's sequence turns by
     rope_tables: np.ndarray
+    #: what a warm-up has to run, so that no later call is the first of its kind: steps of so many prompt tokens,
+    #: ascending, and decode steps of so many sequences
+    warm_rows: tuple[int, ...]
+    warm_seqs: tuple[int, ...]
 
     def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:
         """Give a slot to a new sequence: sets how its tokens are drawn and forgets the tokens of the one before.
@@ -93,17 +102,25 @@ class Engine(Protocol):
             InvalidRequest: a number out of range, named; edits of tokens that are not there.
         """
 
-    def step(self, batch: Batch, want_logits: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    def step(
+        self, batch: Batch, want_logits: bool = False, control: Any = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Run one ragged step.
+
+        Args:
+            control: a `Control` whose abort may end the step; None: nothing does.
 
         Returns:
             (sampled int32 [n_out], logits float32 [n_out, n_vocab] or None). A sampled token below 0 means that there
             was no distribution to draw from. Releases the GIL while it works. `output_indices` may be empty.
+
+        Raises:
+            StepAborted: it was, before its end.
         """
 
-    def forward(self, batch: Batch, stop_after: str | None = None) -> np.ndarray:
+    def forward(self, batch: Batch, stop_after: str | None = None, control: Any = None) -> np.ndarray:
         """Run one step without sampling. Returns float32 logits [n_out, n_vocab], or with `stop_after` the whole
-        output buffer of that op, [n_tokens or n_out, width]."""
+        output buffer of that op, [n_tokens or n_out, width]. Aborted as `step`."""
 
     def decode(
         self,
@@ -121,9 +138,9 @@ class Engine(Protocol):
 
         The GIL is released throughout. After each step the pairs (seq_ids[j], token) go to `ring`. Returns early,
         at a step boundary, when a slot sampled one of its stop ids or `control` was interrupted (the flag is cleared
-        by the caller). An engine may run a step or two past that; their tokens are returned too, but of a slot that
-        has stopped nothing more goes to `ring`. A drawn token below 0 means that there was nothing to draw from (NaN
-        logits, or every token banned).
+        by the caller); an aborted step does not count. Each step is counted in `control`. An engine may run a step or
+        two past that; their tokens are returned too, but of a slot that has stopped nothing more goes to `ring`. A
+        drawn token below 0 means that there was nothing to draw from (NaN logits, or every token banned).
 
         An engine that reads weights from a file raises `ModelLoadError`, here as in `step` and `forward`, when that
         file has changed; a token of the step that this voids goes nowhere.

@@ -77,6 +77,9 @@ class LLM:
         gpu_memory_utilization: share of the GPU's memory that this process may take, above 0 to 1; its context counts
             too, and never more is taken than is free.
         chunk_bytes: bytes of one copy to the GPU.
+        warm_up: do at the end of the load what the first request would have to wait for: a driver loads kernels when
+            they are first used, and the process that renders chat templates has to start.
+        watchdog_sec: the engine counts as dead where it has work and finishes no step for so many seconds; 0: never.
         on_fatal: called with the error when the engine has died; every job has ended by then.
         on_plan: called on a GPU with what the model will take (`vram.VramPlan`) and the bytes that are free, before
             anything is allocated; also where it does not fit, and again where less is tried.
@@ -84,6 +87,7 @@ class LLM:
     Attributes:
         info: what is loaded, a `ModelInfo`.
         tokenizer: the `Tokenizer`, or None where the file has none: then prompts are token ids.
+        warm_up_seconds: what `warm_up` took; 0.0 without it.
 
     Raises:
         InvalidRequest: an argument breaks its rule.
@@ -116,6 +120,8 @@ class LLM:
         vram_limit_bytes: int | None = None,
         gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
         chunk_bytes: int = 1 << 20,
+        watchdog_sec: float = 0.0,
+        warm_up: bool = False,
         on_fatal: Callable[[WorkerError], None] | None = None,
         on_plan: Callable[[VramPlan, int], object] | None = None,
     ) -> None:
@@ -125,7 +131,7 @@ class LLM:
         numbers = (context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads)
         context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads = map(plain_number, numbers)
         vram_limit_bytes, chunk_bytes = plain_number(vram_limit_bytes), plain_number(chunk_bytes)
-        gpu_memory_utilization = plain_number(gpu_memory_utilization)
+        gpu_memory_utilization, watchdog_sec = plain_number(gpu_memory_utilization), plain_number(watchdog_sec)
         _check_counts(
             max_seqs=max_seqs,
             context_length=context_length,
@@ -135,7 +141,8 @@ class LLM:
         _check_counts(False, n_threads=n_threads, chunk_bytes=chunk_bytes)
         _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, MAX_BATCH_TOKENS, optional=True)
         _check_count("max_queue", max_queue, 0, MAX_QUEUE)
-        _check_share("gpu_memory_utilization", gpu_memory_utilization)
+        _check_number("gpu_memory_utilization", gpu_memory_utilization)
+        _check_number("watchdog_sec", watchdog_sec)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
         _check_callable(progress=True if isinstance(progress, bool) else progress, on_fatal=on_fatal, on_plan=on_plan)
@@ -162,9 +169,10 @@ class LLM:
         self._finalizer = weakref.finalize(self, _close, deputy, running)
         try:
             deputy.start()
-            deputy.call(lambda: running.open(model, options, max_queue, on_fatal, deputy))
+            deputy.call(lambda: running.open(model, options, max_queue, on_fatal, deputy, watchdog_sec, warm_up))
             loaded, self._loop = running.parts()
             self.info = loaded.info
+            self.warm_up_seconds = running.warmed.seconds
             self.tokenizer = loaded.tokenizer
             self._scheduler = self._loop.scheduler
             self._bar = progress is True
@@ -449,7 +457,7 @@ def _check_count(name: str, value: object, least: float | None, most: float | No
         raise InvalidRequest(f"{name} must be a whole number, {low} to {high}", field=name)
 
 
-def _check_share(name: str, value: object) -> None:
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"{name} must be a number", field=name)
     check_range(name, value)

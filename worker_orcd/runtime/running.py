@@ -13,6 +13,7 @@ from collections.abc import Callable
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.errors import NotReady, WorkerError
 from worker_orcd.runtime.loading import LoadedModel, LoadOptions, load
+from worker_orcd.runtime.warming import Warmed, warm_up
 from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.engine_loop import EngineLoop
 from worker_orcd.serving.scheduler import Scheduler
@@ -27,6 +28,7 @@ class Running:
         self._lock = threading.Lock()  # two threads may close at once
         self._loaded: LoadedModel | None = None
         self._loop: EngineLoop | None = None
+        self.warmed = Warmed()
         self._given_up = False
 
     def open(
@@ -36,32 +38,31 @@ class Running:
         max_queue: int,
         on_fatal: Callable[[WorkerError], None] | None,
         deputy: Deputy,
+        watchdog_sec: float = 0.0,
+        warm: bool = False,
     ) -> None:
-        """Load a model and start its loop.
+        """Load a model, warm it up where that is asked for, and start its loop.
 
         Raises:
-            What `load` does; NotReady: after `give_up`.
+            What `load` and `warm_up` do; NotReady: after `give_up`.
         """
         loaded = self._loaded = load(model, options, self._go_on)
         self._go_on()
-        engine, tokenizer = loaded.engine, loaded.tokenizer
-        scheduler = Scheduler(
-            loaded.config,
-            loaded.plan.kv_groups,
-            engine.block_tables,
-            tokenizer.stop_ids if tokenizer is not None else (),
-            rope_tables=engine.rope_tables,
-            rope_limits=loaded.plan.rope_limits,
-        )
+        tokenizer = loaded.tokenizer
+        new_decoder = None if tokenizer is None else lambda: _decoder(tokenizer)
+        if warm:
+            self.warmed = warm_up(loaded, lambda: _scheduler(loaded), new_decoder, self._go_on)
         self._loop = EngineLoop(
-            engine,
-            scheduler,
+            loaded.engine,
+            _scheduler(loaded),
             TokenRing(),
             Control(),
-            new_decoder=None if tokenizer is None else lambda: _decoder(tokenizer),
+            new_decoder=new_decoder,
             max_queue=max_queue,
             on_fatal=on_fatal,
             deputy=deputy,
+            first_prefill=self.warmed.first_prefill,
+            watchdog_sec=watchdog_sec,
         )
 
     def parts(self) -> tuple[LoadedModel, EngineLoop]:
@@ -94,6 +95,18 @@ class Running:
     def _go_on(self) -> None:
         if self._given_up:
             raise NotReady("the load was interrupted")
+
+
+def _scheduler(loaded: LoadedModel) -> Scheduler:
+    """A scheduler with nothing in it. The engine's tables are its own from now on."""
+    return Scheduler(
+        loaded.config,
+        loaded.plan.kv_groups,
+        loaded.engine.block_tables,
+        loaded.tokenizer.stop_ids if loaded.tokenizer is not None else (),
+        rope_tables=loaded.engine.rope_tables,
+        rope_limits=loaded.plan.rope_limits,
+    )
 
 
 def _decoder(tokenizer: Tokenizer) -> StreamDecoder:

@@ -1,8 +1,9 @@
-"""EngineLoop: the two threads between jobs and an engine, and what is asked of them from any other thread.
+"""EngineLoop: the threads between jobs and an engine, and what is asked of them from any other thread.
 
 The engine thread is the only one that calls the engine (`EngineWork`), the output thread turns tokens into pieces and
-watches deadlines (`Output`). Whoever has news for the engine thread (a new job, an end) writes it down under the lock
-and interrupts the decode run, which then returns at its next token.
+watches deadlines (`Output`), and a third may watch whether the engine still answers (`Watchdog`). Whoever has news for
+the engine thread (a new job, an end) writes it down under the lock and interrupts the decode run, which then returns at
+its next token. Where nobody waits for what the engine computes any more, the step under way is aborted.
 
 A job ends for its client at once; its slot and blocks are free at the next boundary between two engine calls. What a
 sequence gets does not depend on when that is: tokens computed past its end are dropped.
@@ -30,6 +31,7 @@ from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.engine.token_edits import token_edits
 from worker_orcd.errors import (
     DuplicateJob,
+    EngineHangs,
     InsufficientMemory,
     InternalError,
     ModelLoadError,
@@ -41,7 +43,7 @@ from worker_orcd.machine import free_memory
 from worker_orcd.observe.stats import EngineStats
 from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
-from worker_orcd.serving.engine_work import EngineWork
+from worker_orcd.serving.engine_work import FIRST_PREFILL_TOKENS, EngineWork
 from worker_orcd.serving.entry import Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
@@ -49,6 +51,7 @@ from worker_orcd.serving.loop_stats import stats_of
 from worker_orcd.serving.output import Output
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.waiters import Waiters
+from worker_orcd.serving.watchdog import Watchdog
 from worker_orcd.serving.work import SequenceState
 
 #: how long `close` waits for each thread; a call that hangs in the device keeps its thread, and the engine
@@ -65,9 +68,11 @@ class EngineLoop:
         ring: carries the tokens. control: a `Control`, or an object like it.
         new_decoder: makes a stream decoder for one job; None for a model without a tokenizer.
         max_queue: jobs that may wait for a slot.
-        on_fatal: called with the error, in the engine or output thread, when the loop has died: all jobs have ended by
+        on_fatal: called with the error, in a thread of the loop, when the loop has died: all jobs have ended by
             then and no new one is accepted.
         deputy: works for the main thread; None: there is no main thread that signals could interrupt.
+        first_prefill: prompt tokens of the first step, see `EngineWork`.
+        watchdog_sec: the loop dies where no step ends for so long while there is work; 0: it waits for ever.
     """
 
     def __init__(
@@ -81,6 +86,8 @@ class EngineLoop:
         max_queue: int = 64,
         on_fatal: Callable[[WorkerError], None] | None = None,
         deputy: Deputy | None = None,
+        first_prefill: int = FIRST_PREFILL_TOKENS,
+        watchdog_sec: float = 0.0,
     ) -> None:
         self._deputy = deputy or Deputy()
         self._engine = engine
@@ -105,12 +112,15 @@ class EngineLoop:
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
-        self._work = EngineWork(engine, scheduler, ring, control, self._entries)
+        self._work = EngineWork(engine, scheduler, ring, control, self._entries, first_prefill)
         self._output = Output(ring, self._lock, self._entries)
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=name, daemon=True)
             for name, body in (("orcd-engine", self._run_engine), ("orcd-output", self._output.run))
         ]
+        self._watchdog = Watchdog(watchdog_sec, lambda: control.n_steps, self._busy, self._hangs)
+        if watchdog_sec > 0:
+            self._threads.append(threading.Thread(target=self._watchdog.run, name="orcd-watchdog", daemon=True))
         try:
             for thread in self._threads:
                 thread.start()
@@ -253,20 +263,22 @@ class EngineLoop:
         self._deputy.call(self._end_the_rest)
 
     def close(self) -> bool:
-        """End all jobs and both threads.
+        """End all jobs and the threads.
 
         Returns:
             Whether the engine thread has ended, so that the engine may be closed. Idempotent.
         """
         self.shutdown(0.0)
-        engine_thread, output_thread = self._threads
+        self._watchdog.close()
+        engine_thread, *others = self._threads
         ended = _join(engine_thread)
         self._ring.close()
-        _join(output_thread)
+        for thread in others:
+            _join(thread)
         return ended
 
     def owns(self, thread: threading.Thread) -> bool:
-        """Whether it is one of the two threads of the loop."""
+        """Whether it is one of the threads of the loop."""
         return thread in self._threads
 
     # -- inside
@@ -289,7 +301,7 @@ class EngineLoop:
         with self._lock:
             self._quit = True
             self._lock.notify_all()
-            self._control.interrupt()
+            self._control.abort()
 
     # -- inside, with the lock held
 
@@ -329,7 +341,10 @@ class EngineLoop:
                     self._recent.popitem(last=False)
             if entry is not None and entry.seq.ended is None:
                 self._drops.append(job.seq_id)
-                self._control.interrupt()
+                if self._work.unwanted():
+                    self._control.abort()
+                else:
+                    self._control.interrupt()
             self._lock.notify_all()
             idle = not self._entries
         if self.on_job_end is not None and isinstance(job, Job):
@@ -360,6 +375,17 @@ class EngineLoop:
             body()
         except BaseException as error:  # of a library, that is: no signal comes here
             self._fail(as_worker_error(error, "the loop failed"))
+
+    # -- the watchdog's thread
+
+    def _busy(self) -> bool:
+        """Whether the engine thread must come back some time: with a step, or for the news."""
+        with self._lock:
+            waits = bool(self._drops) or any(entry.seq.ended is None for entry in self._entries.values())
+        return (waits or self._work.in_call) and self._error is None
+
+    def _hangs(self, seconds: float) -> None:
+        self._fail(EngineHangs(f"the engine has finished no step for {seconds:g} s and has work to do"))
 
     # -- the engine thread
 

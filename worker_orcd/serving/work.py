@@ -84,6 +84,11 @@ class StepWork:
     want_logits: bool
 
     @property
+    def seqs(self) -> list[SequenceState]:
+        """The sequences of the step."""
+        return [seq for seq, _ in self.chunks]
+
+    @property
     def n_prefill_tokens(self) -> int:
         """Prompt tokens of the step."""
         return len(self.batch.tokens) - self.batch.n_decode
@@ -95,6 +100,11 @@ class LogitsWork:
 
     batch: Batch
     seq: SequenceState
+
+    @property
+    def seqs(self) -> list[SequenceState]:
+        """The one sequence."""
+        return [self.seq]
 
 
 @dataclass
