@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# sanitize_cpu.sh [pytest options]: hostile files, the token ring and the driver layer (on its stand-in) against
-# extensions built with AddressSanitizer and UBSan. Any report ends the process that made it, and so the run. Leaks are
-# not looked for (the interpreter's own drown ours), and memory is not measured (the sanitizer takes its own).
+# sanitize_cpu.sh [pytest options]: hostile files, the token ring, the way of tokens to clients and the driver layer (on
+# its stand-in) against extensions built with AddressSanitizer and UBSan. Any report ends the process that made it, and
+# so the run. Leaks are not looked for (the interpreter's own drown ours), and memory is not measured (the sanitizer
+# takes its own).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 site=build/sanitize/site
@@ -21,5 +22,5 @@ export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0:allocator_ma
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export PYTHONPATH="$PWD/$site" PYTHONSAFEPATH=1 WORKER_ORCD_SANITIZED=1
 export WORKER_ORCD_REQUIRE_MODELS=0
-tests=(tests/gguf tests/tokenizer tests/compiled/test_ring.py tests/compiled/test_driver.py)
+tests=(tests/gguf tests/tokenizer tests/compiled/test_{ring,text,output,driver}.py)
 LD_PRELOAD="$preload" .venv/bin/python -m pytest -p no:cacheprovider -q -k "not little_memory" "${tests[@]}" "$@"

@@ -35,7 +35,7 @@ MAX_LOGPROBS = 20
 GPU_MEMORY_UTILIZATION = 0.92
 #: bytes of a request body; more is refused before it is parsed
 MAX_BODY_BYTES = 1 << 20
-#: threads beyond the streams: health probes, cancels, refusals
+#: threads beyond those that answers given whole keep: health probes, cancels, refusals, beginnings of streams
 SPARE_THREADS = 8
 #: seconds within which a stopping process is gone, whatever hangs
 EXIT_LIMIT_SEC = 5.0
@@ -294,7 +294,7 @@ class ServeConfig:
 
     @property
     def threads(self) -> int:
-        """Threads of the server: one for each stream that may be open, and the spare ones."""
+        """Threads of the server at most: one for each answer given whole that may be under way, and the spare ones."""
         return self.max_streams + SPARE_THREADS
 
     @property

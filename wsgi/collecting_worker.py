@@ -46,12 +46,14 @@ MAX_RECEIVED_BYTES = 64 << 20
 RECV_BYTES = 1 << 16
 #: seconds without accepting where no descriptor is left, and between two log lines that say so
 ACCEPT_PAUSE_SEC, COMPLAINT_SEC = 0.1, 60.0
+#: what a thread returns for a request that is answered on without it
+DETACHED = object()
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class CollectingWorker(ThreadWorker):
-    """A connection is served by a thread, or waits in one of four places: idle, for its first byte; reading, for the
-    rest of a request; unsent, for the client to take its last answer; closing, for the client to close.
+    """A connection is served (by a thread, or as a stream), or waits in one of four places: idle, for its first byte;
+    reading, for the rest of a request; unsent, for the client to take its last answer; closing, for it to close.
 
     Attributes:
         events: the narration log; set before the first request.
@@ -230,8 +232,14 @@ class CollectingWorker(ThreadWorker):
     # -- after serving, in the main loop
 
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:  # type: ignore[override]
-        """A thread is done with a request: wait for the next one, or close."""
-        if fs.cancelled() or fs.exception() is not None or fs.result() is not True:
+        """A thread is done with a request: wait for the next one, or close - or for others to be done with it."""
+        result = False if fs.cancelled() or fs.exception() is not None else fs.result()
+        if result is not DETACHED:
+            self._served(conn, result is True)
+
+    def _served(self, conn: Connection, keep: bool) -> None:
+        """A request is answered: wait for the next one, or close."""
+        if not keep:
             self._close(conn)
             return
         try:

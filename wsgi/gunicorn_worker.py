@@ -1,5 +1,7 @@
 """StreamWorker: the gunicorn worker of worker-orcd. It serves what `CollectingWorker` has collected, in threads.
 
+A stream is begun by a thread and then left to those who have its bytes; the connection comes back when it has ended.
+
 While a stopping worker's jobs have their grace time, it goes on answering: new clients are told 503 instead of being
 left in the backlog. It builds on the methods of gunicorn's ThreadWorker that it overrides.
 """
@@ -11,11 +13,15 @@ import threading
 from types import FrameType
 from typing import Any
 
+from gunicorn.http import wsgi
+
 from worker_orcd.wsgi import raw_answers, signals
-from worker_orcd.wsgi.collecting_worker import CollectingWorker
+from worker_orcd.wsgi.collecting_worker import DETACHED, CollectingWorker
 from worker_orcd.wsgi.connections import Connection
+from worker_orcd.wsgi.event_writer import EventWriter
 from worker_orcd.wsgi.http_errors import NoThread
 from worker_orcd.wsgi.request_buffer import State
+from worker_orcd.wsgi.sse import JobStream
 from worker_orcd.wsgi.thread_pool import ThreadPool
 
 #: seconds that a stopping worker keeps idle connections, for a request that may be on its way
@@ -23,9 +29,14 @@ STOP_IDLE_SEC = 2.0
 
 
 class StreamWorker(CollectingWorker):
-    """gunicorn worker of worker-orcd. `stop_requested` is set once when it shall end."""
+    """gunicorn worker of worker-orcd. `stop_requested` is set once when it shall end.
+
+    Attributes:
+        writer: watches the clients of streams; set before the first request.
+    """
 
     app: Any
+    writer: EventWriter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,7 +92,7 @@ class StreamWorker(CollectingWorker):
         return self._pool
 
     def start_threads(self) -> None:
-        """Start the least that serves: a thread for one stream, and one for all that is short.
+        """Start the least that serves: a thread for one answer that takes long, and one for all that is short.
 
         Raises:
             RuntimeError: one cannot be started.
@@ -89,7 +100,7 @@ class StreamWorker(CollectingWorker):
         self._pool.start(2)
 
     def keep_thread(self) -> None:
-        """The request that this pool thread answers will keep it for long, as a stream does.
+        """The request that this pool thread answers will keep it for long.
 
         Raises:
             RuntimeError: no thread would be left for others.
@@ -116,16 +127,52 @@ class StreamWorker(CollectingWorker):
         return super().handle(conn)
 
     def handle_request(self, req: Any, conn: Connection) -> Any:  # type: ignore[override]
-        """As gunicorn's; the main loop has said 100, and after a request that broke off no other can follow."""
-        req._expected_100_continue = False
+        """Answer one request, in the place of gunicorn's method, which keeps its thread until the answer is sent.
+
+        Returns:
+            Whether another request may follow; DETACHED: `_served` is called when that is known.
+        """
+        req._expected_100_continue = False  # the main loop has said it
         if conn.buffer.state is not State.WHOLE:
-            req.force_close()
+            req.force_close()  # it broke off: no other can follow
         should_close = req.should_close
         req.should_close = lambda: req.body.failed or should_close()  # of which the answer's headers tell
-        return super().handle_request(req, conn)
+        response: Any
+        response, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
+        environ["wsgi.multithread"] = True
+        if not self.alive:
+            response.force_close()
+        body = self.wsgi(environ, response.start_response)
+        try:
+            if isinstance(body, JobStream):
+                self._begin(body, response, conn)
+                return DETACHED
+            for chunk in body:
+                response.write(chunk)
+            response.close()
+        except BaseException as error:
+            _close_body(body)
+            if response.headers_sent and isinstance(error, Exception) and not isinstance(error, OSError):
+                self.log.exception("Error handling request")  # a second answer would be taken for the first one's
+                return False
+            raise
+        _close_body(body)
+        return not response.should_close()
 
-    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
+    def _begin(self, stream: JobStream, response: Any, conn: Connection) -> None:
+        """Send the head of a stream's answer and leave the rest to others; then `conn` is theirs."""
+        response.send_headers()
+        keep = not response.should_close() and self._keepalive_after(conn, True)
+
+        def done(whole: bool) -> None:
+            self.method_queue.defer(self._served, conn, whole and keep)
+
+        stream.detach(self.writer, response.chunked, done)
+
+    def _keepalive_after(self, conn: Connection, keepalive: Any) -> Any:
         """Whether another request may follow. A body that nobody read is skipped; it may turn out to be malformed."""
+        if keepalive is DETACHED:
+            return DETACHED
         try:
             return bool(super()._keepalive_after(conn, keepalive))  # type: ignore[misc]
         except Exception:
@@ -137,3 +184,9 @@ class StreamWorker(CollectingWorker):
             client.sendall(self.told(raw_answers.refusal(exc), self._thread.head, addr))
         except OSError:
             pass
+
+
+def _close_body(body: Any) -> None:
+    """Tell an answer's body that no more of it is wanted."""
+    if hasattr(body, "close"):
+        body.close()

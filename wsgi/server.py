@@ -32,6 +32,7 @@ from worker_orcd.wsgi.access import Rules
 from worker_orcd.wsgi.app import create_app, first_request
 from worker_orcd.wsgi.arbiter import WorkerArbiter
 from worker_orcd.wsgi.descriptors import connections_within, raise_limit, streams_within
+from worker_orcd.wsgi.event_writer import EventWriter
 from worker_orcd.wsgi.exits import ExitTimer, StopTime
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm
@@ -215,12 +216,14 @@ class _Application(BaseApplication):
             self._exit.within(0.0)
 
         service.on_exit = end
+        service.writer = worker.writer = EventWriter()
         service.keep_thread = worker.keep_thread
         service.on_ready = self.notifier.worker_is_ready
         self._log_writer.start()
         try:
             # these are there from the start, so that no end waits for a thread, and who is ready can serve
             self._exit.start()
+            service.writer.start()
             threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
             worker.start_threads()
         except RuntimeError as error:

@@ -25,6 +25,7 @@ from worker_orcd.wsgi.openai.ids import MAX_JOBS, is_answer, job_ids
 if TYPE_CHECKING:
     from worker_orcd.runtime.info import MemoryPlan
     from worker_orcd.runtime.llm import LLM
+    from worker_orcd.wsgi.event_writer import EventWriter
 
 #: exit codes: stopped as told, failed before ready, the engine died (of a poisoned CUDA context, as a rule)
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
@@ -74,9 +75,9 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
 class Service:
     """One model, its state and its streams. All methods may be called from any thread.
 
-    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs. `warm_up` is called
-    once the model is loaded, before jobs are accepted. Each stream calls
-    `keep_thread` before it begins, which raises where no thread would be left for others.
+    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs. `writer` watches
+    their clients; None: nobody does. `warm_up` is called once the model is loaded, before jobs are accepted. An answer
+    that keeps its thread for long calls `keep_thread` first, which raises where no thread would be left for others.
 
     Args:
         config: checked start-up values.
@@ -106,6 +107,7 @@ class Service:
         self.on_ready = on_ready
         self.exit_code = EXIT_OK
         self.max_streams = config.max_streams
+        self.writer: EventWriter | None = None
         self.keep_thread: Callable[[], None] = lambda: None
         self.warm_up: Callable[[], None] = lambda: None
         self.stop_deadline: float | None = None
@@ -183,10 +185,8 @@ class Service:
         """The place of one stream, until `leave_place`. A client that does not read keeps it past its job's end.
 
         Raises:
-            QueueFull: as many streams are open as there may be jobs; one more would take a thread that others need.
-            RuntimeError: the system gives no thread that others need.
+            QueueFull: as many streams are open as there may be jobs.
         """
-        self.keep_thread()
         place = object()
         with self._lock:
             late = time.monotonic() - LAST_EVENT_SEC

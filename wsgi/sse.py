@@ -1,28 +1,31 @@
 """JobStream: the server-sent events of one stream, from first bytes to its one end; `wait_for`: jobs answered whole.
 
-What the bytes are is said by a `StreamFormat`. WSGI pulls them chunk by chunk. While a stream waits for tokens it
-watches the client's socket, because a server that only writes learns of a dead client at the second write. However a
-stream ends, its jobs end with it.
+What the bytes are is said by a `StreamFormat`. Under our server no thread belongs to a stream: the output thread sends
+pieces without Python, whoever ends a job writes the end, and the `EventWriter` tells of clients. Any other WSGI server
+pulls the same bytes chunk by chunk. However a stream ends, its jobs end with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import select
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
+from worker_orcd._output import GONE, SENT, ClientStream
 from worker_orcd.errors import Cancelled, NotReady, WorkerError
 from worker_orcd.observe.events import EventLog
 from worker_orcd.serving.job import Completion, Finished, Job, TextPiece
+from worker_orcd.wsgi.event_writer import EventWriter
 from worker_orcd.wsgi.http_errors import from_exception
 from worker_orcd.wsgi.service import Service
 from worker_orcd.wsgi.stream_format import StreamFormat
 
-#: seconds between two looks at the client's socket while no token comes
+#: seconds between two looks at the time while no token comes, where a server pulls
 WATCH_SEC = 0.05
-#: seconds between two looks at the jobs of a stream that has several
+#: seconds between two looks at the jobs of a stream that has several, where a server pulls
 TURN_SEC = 0.005
 #: seconds of silence after which a comment is sent
 PING_SEC = 10.0
@@ -30,20 +33,6 @@ PING_SEC = 10.0
 LATE_SEC = 0.2
 #: pieces put into one write where they are there already
 MAX_PIECES_PER_WRITE = 64
-
-
-class ClientSocket:
-    """Tells whether the other side has gone. With no socket (outside gunicorn) it never has."""
-
-    def __init__(self, sock: socket.socket | None) -> None:
-        self._poll = None
-        if sock is not None:
-            self._poll = select.poll()
-            self._poll.register(sock, select.POLLRDHUP)
-
-    def gone(self) -> bool:
-        """Whether the client closed or half-closed its connection. Does not wait."""
-        return self._poll is not None and bool(self._poll.poll(0))
 
 
 class JobRecord:
@@ -54,21 +43,12 @@ class JobRecord:
         self._log = log
         self._began = time.monotonic()
         self._outcome: dict[str, object] = {"outcome": "disconnected"}
-        self._text_hash = hashlib.sha256()
-        self._text_chars = 0
-        self._tokens_out = 0
-        self._closed = False
-
-    def text(self, text: str, n_tokens: int) -> None:
-        """Text of `n_tokens` tokens goes to the client."""
-        self._text_hash.update(text.encode("utf-8", "replace"))
-        self._text_chars += len(text)
-        self._tokens_out += n_tokens
+        self._ended = self._closed = False
 
     def finished(self, end: Finished) -> None:
         """The job came to its end."""
         times = end.timings
-        self._tokens_out = end.tokens_out
+        self._ended = True
         self._outcome = {
             "outcome": "finished",
             "finish_reason": end.finish_reason,
@@ -79,8 +59,9 @@ class JobRecord:
         }
 
     def failed(self, error: WorkerError) -> None:
-        """The job ended with an error, its own or that of another choice."""
-        self._outcome = {"outcome": "error", "code": error.code, "message": error.message}
+        """The job ended with an error, its own or that of another choice; no effect on one that has finished."""
+        if not self._ended:
+            self._outcome = {"outcome": "error", "code": error.code, "message": error.message}
 
     def close(self) -> None:
         """Cancel the job if it still runs and write `execute_end`. Idempotent."""
@@ -88,21 +69,24 @@ class JobRecord:
             return
         self._closed = True
         self.job.cancel()
+        text = self.job.sink.text
         self._log.emit(
             "execute_end",
             "info" if "code" not in self._outcome else "warning",
             **self._outcome,
             tokens_in=self.job.tokens_in,
             cached_tokens=self.job.cached_tokens,
-            tokens_out=self._tokens_out,
-            text_chars=self._text_chars,
-            text_sha256=self._text_hash.hexdigest(),
+            tokens_out=self.job.sink.n_tokens,
+            text_chars=len(text),
+            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             seconds=time.monotonic() - self._began,
         )
 
 
 class JobStream:
-    """An iterable of chunks, never empty ones. `close` cancels what is not finished and may come at any time.
+    """An iterable of chunks, never empty ones; or, after `detach`, a `Client` of the event writer, without a thread.
+
+    `close` cancels what is not finished and may come at any time.
 
     Args:
         service: is told of errors and of the end.
@@ -126,12 +110,72 @@ class JobStream:
         self._place = place
         self._format = format
         self._log = log
+        self._sock = sock
         self._records = [JobRecord(job, log.bind(job_id=job.job_id)) for job in jobs]
         self._templates = [format.template(choice) for choice in range(len(jobs))]
-        self._client = ClientSocket(sock)
-        self._last_write = time.monotonic()
+        self._open = list(range(len(jobs)))  # choices that have not ended
         self._closed = False
+        # where a server pulls
+        self._last_write = time.monotonic()
         self._chunks = self._run()
+        # after `detach`; the lock guards the state of the stream and the order of what is written
+        self._lock = threading.Lock()
+        self._over = self._left = False
+        self._writer: EventWriter | None = None
+        self._body: ClientStream | None = None
+        self._on_done: Callable[[bool], object] = lambda whole: None
+
+    def close(self) -> None:
+        """End the stream and its jobs. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for record in self._records:
+            record.close()
+        self._service.leave_place(self._place)
+
+    # -- the bytes
+
+    def _news(self, choice: int, seconds: float) -> bytes:
+        """What there is to say of a choice, having waited up to `seconds` for it; b"" for nothing new."""
+        job, template = self._records[choice].job, self._templates[choice]
+        pieces: list[TextPiece] = []
+        event = job.next_event(seconds)
+        while isinstance(event, TextPiece):
+            pieces.append(event)
+            if len(pieces) >= MAX_PIECES_PER_WRITE:
+                break
+            try:
+                event = job.next_event(0)
+            except WorkerError:
+                break  # it can be read again, so it waits its turn
+        chunk = b""
+        if pieces and template is not None:
+            chunk = b"".join(template.encode(piece.text, piece.index) for piece in pieces)
+        elif pieces:
+            chunk = self._format.pieces(choice, pieces)
+        if isinstance(event, Finished):
+            self._open.remove(choice)
+            self._records[choice].finished(event)
+            chunk += self._format.finished(choice, event)
+        return chunk
+
+    def _failed(self, cause: BaseException) -> bytes:
+        """The end of the stream with an error."""
+        error = from_exception(cause)
+        self._service.place_ends(self._place)
+        for record in self._records:
+            record.failed(error)
+        if cause is not error:
+            self._log.emit("error", "error", code=error.code, message=error.message)
+        self._service.note_error(error)
+        return self._format.failed(error)
+
+    def _overdue(self) -> bool:
+        deadline = self._service.stop_deadline
+        return deadline is not None and time.monotonic() > deadline + LATE_SEC
+
+    # -- pulled by a server
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -145,79 +189,161 @@ class JobStream:
         self._last_write = time.monotonic()
         return chunk
 
-    def close(self) -> None:
-        """End the stream and its jobs. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        for record in self._records:
-            record.close()
-        self._service.leave_place(self._place)
-
     def _run(self) -> Iterator[bytes]:
-        open_choices = list(range(len(self._records)))
         try:
             yield self._format.opening()
-            while open_choices:
-                chunk = b""
-                for choice in list(open_choices):
-                    event = self._records[choice].job.next_event(WATCH_SEC if len(open_choices) == 1 else 0)
-                    if isinstance(event, TextPiece):
-                        chunk += self._pieces(choice, event)
-                    elif isinstance(event, Finished):
-                        open_choices.remove(choice)
-                        self._records[choice].finished(event)
-                        chunk += self._format.finished(choice, event)
-                if not open_choices:
-                    self._service.place_ends(self._place)
-                    yield chunk + self._format.closing()
-                    return
-                if self._client.gone():
-                    return
-                if chunk:
-                    yield chunk
+            while True:
+                alone, said = len(self._open) == 1, False
+                for choice in list(self._open):
+                    chunk = self._news(choice, WATCH_SEC if alone else 0)
+                    if not self._open:
+                        self._service.place_ends(self._place)
+                        yield chunk + self._format.closing()
+                        return
+                    if chunk:
+                        said = True
+                        yield chunk
+                if said:
                     continue
                 if self._overdue():
                     raise NotReady("the worker is shutting down")
                 if time.monotonic() - self._last_write >= PING_SEC:
                     yield self._format.ping
-                if len(open_choices) > 1:
+                if not alone:
                     time.sleep(TURN_SEC)
         except Exception as error:
-            if self._client.gone():
+            yield self._failed(error)
+
+    # -- written by others
+
+    def detach(self, writer: EventWriter, chunked: bool, on_done: Callable[[bool], object]) -> None:
+        """Write the body to the client's socket from now on, in no thread of its own.
+
+        Args:
+            writer: watches the client.
+            chunked: whether the body is framed by HTTP/1.1's chunks.
+            on_done: called once when the socket is the caller's again, with whether all was sent; in any thread.
+        """
+        assert self._sock is not None, "detached without a connection"
+        opening = self._format.opening()
+        self._writer, self._on_done = writer, on_done
+        with self._lock:  # nobody may look before the body is there
+            self._body = body = writer.open(self._sock, chunked, self)
+        try:
+            body.write(opening)
+            for record, template in zip(self._records, self._templates, strict=True):
+                if template is not None:
+                    record.job.sink.attach(body, template.before, template.after, template.end)
+            for choice, record in enumerate(self._records):
+                record.job.listen(partial(self._look, choice))
+        except BaseException:
+            with self._lock:
+                self._over, was_left, self._left = True, self._left, True
+            if not was_left:
+                body.release()
+                writer.forget(self._sock)
+            raise
+
+    def gone(self) -> None:
+        """See `Client`."""
+        with self._lock:
+            self._over = True
+        self._leave(whole=False)
+
+    def writable(self) -> None:
+        """See `Client`."""
+        with self._lock:
+            assert self._body is not None, "it is watched"
+            state = self._body.writable()
+        if state == SENT:
+            self._leave(whole=True)
+        elif state == GONE:
+            self.gone()
+
+    def tick(self) -> None:
+        """See `Client`."""
+        with self._lock:
+            body = self._body
+            if self._over or body is None:
                 return
-            self._service.place_ends(self._place)
-            yield self._failed(from_exception(error), error, open_choices)
+            stalled = body.overflowed
+            if not stalled and not self._overdue() and body.silent_seconds >= PING_SEC:
+                body.write(self._format.ping)
+        if stalled:
+            for record in self._records:
+                record.job.end(Cancelled("the client does not read", job_id=record.job.job_id))
+        elif self._overdue():
+            self._write(partial(self._failed, NotReady("the worker is shutting down")), over=True)
 
-    def _pieces(self, choice: int, first: TextPiece) -> bytes:
-        """The piece and those that are there already. The terminal event can be read again, so it waits its turn."""
-        record, pieces = self._records[choice], [first]
-        while len(pieces) < MAX_PIECES_PER_WRITE:
+    def _look(self, choice: int) -> None:
+        """There may be news of a choice. Called by its job."""
+        self._write(partial(self._news_until_end, choice))
+
+    def _news_until_end(self, choice: int) -> bytes:
+        assert self._body is not None, "it is written after `detach`"
+        while choice in self._open:
+            chunk = self._news(choice, 0)
+            if choice not in self._open:
+                if not self._open:
+                    self._service.place_ends(self._place)
+                    chunk += self._format.closing()
+                return chunk
+            if not chunk:
+                break
+            self._body.write(chunk)  # at once: what comes next may be an error
+        return b""
+
+    def _write(self, make: Callable[[], bytes], over: bool = False) -> None:
+        """Write what `make` returns, which is the end where nothing is open any more or `over`."""
+        with self._lock:
+            if self._over:
+                return
+            assert self._body is not None, "it is written after `detach`"
             try:
-                event = record.job.next_event(0)
-            except WorkerError:
-                break
-            if not isinstance(event, TextPiece):
-                break
-            pieces.append(event)
-        for piece in pieces:
-            record.text(piece.text, len(piece.token_ids))
-        template = self._templates[choice]
-        if template is None:
-            return self._format.pieces(choice, pieces)
-        return b"".join(template.encode(piece.text, piece.index) for piece in pieces)
+                chunk = make()
+                self._over = over or not self._open
+            except Exception as error:
+                chunk, self._over = self._failed(error), True
+            if self._over:
+                sent = self._body.finish(chunk) == SENT
+            else:
+                sent = False
+                if chunk:
+                    self._body.write(chunk)
+        if sent:
+            self._leave(whole=True)
 
-    def _failed(self, error: WorkerError, cause: BaseException, open_choices: Sequence[int]) -> bytes:
-        for choice in open_choices:
-            self._records[choice].failed(error)
-        if cause is not error:
-            self._log.emit("error", "error", code=error.code, message=error.message)
-        self._service.note_error(error)
-        return self._format.failed(error)
+    def _leave(self, whole: bool) -> None:
+        """The socket is left to the server."""
+        with self._lock:
+            if self._left:
+                return
+            self._left = True
+        assert self._writer is not None and self._body is not None and self._sock is not None, "after `detach`"
+        self._body.release()
+        self._writer.forget(self._sock)
+        self.close()
+        self._on_done(whole)
 
-    def _overdue(self) -> bool:
-        deadline = self._service.stop_deadline
-        return deadline is not None and time.monotonic() > deadline + LATE_SEC
+
+class _Waiting:
+    """The `Client` of jobs that are answered whole: when it goes, they end."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self.has_gone = False
+
+    def gone(self) -> None:
+        """See `Client`."""
+        self.has_gone = True
+        for job in self._jobs:
+            job.end(Cancelled("the client has gone", job_id=job.job_id))
+
+    def writable(self) -> None:
+        """Nothing is written."""
+
+    def tick(self) -> None:
+        """Its jobs have their own deadlines."""
 
 
 def wait_for(
@@ -225,29 +351,35 @@ def wait_for(
 ) -> list[Completion]:
     """Wait for the ends of jobs that are answered whole, in their order. When one fails or the client goes, all end.
 
+    It keeps the calling thread, which sleeps meanwhile.
+
     Args:
         as `JobStream`.
 
     Raises:
         WorkerError: the first job's that failed; Cancelled: the client has gone.
+        RuntimeError: no thread would be left for others.
     """
-    client = ClientSocket(sock)
     records = [JobRecord(job, log.bind(job_id=job.job_id)) for job in jobs]
+    client, writer = _Waiting(jobs), service.writer
     try:
-        completions = []
-        for record in records:
-            while not isinstance(event := record.job.next_event(WATCH_SEC), Finished):
-                if isinstance(event, TextPiece):
-                    record.text(event.text, len(event.token_ids))
-                elif client.gone():
-                    raise Cancelled("the client has gone", job_id=record.job.job_id)
-            record.finished(event)
-            completions.append(record.job.completion())
-        return completions
+        service.keep_thread()
+        if writer is not None and sock is not None:
+            writer.watch(sock, client)
+        try:
+            completions = []
+            for record in records:
+                done = record.job.completion()
+                record.finished(Finished(done.finish_reason, len(done.token_ids), done.timings, done.stop_reason))
+                completions.append(done)
+            return completions
+        finally:
+            if writer is not None and sock is not None:
+                writer.forget(sock)
     except Exception as error:
         known = from_exception(error)
-        for record in records:
-            if not record.job.finished:
+        if not client.has_gone:
+            for record in records:
                 record.failed(known)
         service.note_error(known)
         raise

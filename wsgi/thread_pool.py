@@ -3,8 +3,8 @@
 There a thread that cannot be started (a container's limit on processes) is an error after the request was queued, which
 would end the main loop and all streams with it. Here it is an error of that request, which the caller can still refuse.
 
-Streams hold their threads for long. None begins unless a thread is left for short calls, so that a system without
-threads costs new streams and not the probes of health.
+Answers that are given whole hold their threads for long. None begins unless a thread is left for short calls, so that a
+system without threads costs those and not the probes of health.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from concurrent.futures import Executor, Future
 from queue import SimpleQueue
 from typing import Any
 
+#: short calls that run at once; more of them would but wait for the interpreter together
+SHORT_CALLS = 32
 _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
@@ -52,7 +54,7 @@ class ThreadPool(Executor):
         """
         future: Future[Any] = Future()
         with self._changed:
-            if self._n_calls >= self._n_threads:
+            if self._n_long + SHORT_CALLS > self._n_threads <= self._n_calls:
                 try:
                     self._add_thread()
                 except RuntimeError:

@@ -250,6 +250,14 @@ void Engine::sample_rows(int32_t* tokens) noexcept {
         if (tokens[j] >= 0) slots_state_[(size_t)slots_[(size_t)output_indices_[(size_t)j]]].sampled.insert(tokens[j]);
 }
 
+// One push a step where every row has a token, so that the reader is woken once.
+static void push_drawn(TokenQueue* queue, const int64_t* seq_ids, const int32_t* tokens, int32_t n) noexcept {
+    for (int32_t first = 0, end; first < n; first = end + 1) {
+        for (end = first; end < n && tokens[end] >= 0;) ++end;
+        if (end > first) queue->push_many(seq_ids + first, tokens + first, (size_t)(end - first));
+    }
+}
+
 int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* stop_ids, const int32_t* stop_offsets,
                        TokenQueue* queue, ControlFlag* control, int32_t* out) noexcept {
     const int32_t n = n_rows();
@@ -263,12 +271,12 @@ int32_t Engine::decode(int32_t n_steps, const int64_t* seq_ids, const int32_t* s
                 stop = true;
                 continue;
             }
-            queue->push_many(seq_ids + j, out + j, 1);
             const int32_t* end = stop_ids + stop_offsets[j + 1];
             stop |= std::find(stop_ids + stop_offsets[j], end, out[j]) != end;
             tokens_[(size_t)j] = out[j];
             ++positions_[(size_t)j];
         }
+        push_drawn(queue, seq_ids, out, n);
         control->step_done();
         if (stop || control->interrupted()) return step + 1;
     }

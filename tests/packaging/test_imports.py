@@ -37,8 +37,10 @@ LEAVES = ("errors", "config", "machine")
 COMPILED = {
     "_driver": ("machine",),
     "_gguf": (),
+    "_output": ("_ring", "_text"),
     "_ring": (),
     "_spm": (),
+    "_text": (),
     "_upload": ("_driver", "_gguf", "machine"),
     "_nodes": ("_driver", "_params"),
     "_engine": ("_driver", "_nodes", "_params", "_ring", "_upload", "cuda", "engine", "gguf", "models"),
@@ -49,11 +51,13 @@ USES_COMPILED = {
     "diagnose": ("_ring",),
     "runtime": ("_cpu", "_driver", "_engine", "_ring"),
     "cuda": ("_nodes",),
-    "tokenizer": ("_gguf", "_spm"),
+    "serving": ("_output", "_ring", "_text"),
+    "tokenizer": ("_gguf", "_spm", "_text"),
     "gguf": ("_gguf",),
+    "wsgi": ("_output",),
 }
 #: what HTTP may import of worker_orcd, by the longest name that fits
-WSGI = ("runtime", "serving.job", "chat", "config", "errors", "observe", "wsgi")
+WSGI = ("runtime", "serving.job", "chat", "config", "errors", "observe", "wsgi", "_output")
 #: room -> libraries of others, beside NumPy, that it may import; the driver's bindings are for `_driver` alone
 LIBRARIES = {
     "cli": {"click", "tqdm"},

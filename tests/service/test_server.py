@@ -155,7 +155,9 @@ def test_s7_a_client_that_goes_away_is_noticed(worker, prompt, how):
     event = worker.event("execute_end", job_id=job_id)
     seconds = time.monotonic() - began
     print(f"{prompt} {how}: noticed after {1e3 * seconds:.0f} ms (limit 100, 50 of slack for the log reader)")
-    assert event["outcome"] == "disconnected" and seconds < 0.15
+    # of the flood more may have waited unread than may, before it went
+    cut_off = prompt == "flood" and event["outcome"] == "error" and event["code"] == "CANCELLED"
+    assert (event["outcome"] == "disconnected" or cut_off) and seconds < 0.15
     assert worker.json("POST", "/cancel", {"job_id": job_id})[1]["state"] == "finished"
 
 

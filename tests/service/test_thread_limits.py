@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.mark.parametrize("thread", ["exit", "stop", "request-0", "request-1", "dead", "load", "provenance"])
+@pytest.mark.parametrize("thread", ["exit", "writer", "stop", "request-0", "request-1", "dead", "load", "provenance"])
 def test_a_load_without_a_thread_that_it_needs_fails_by_name(start, thread):
     worker = start("--no-thread", thread, wait=False)
     began = time.monotonic()
@@ -31,7 +31,8 @@ def test_without_a_thread_for_the_log_it_is_written_all_the_same(start):
     assert worker.stop()[0] == 0 and worker.events("shutdown")
 
 
-def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path):
+def test_without_new_threads_all_go_on_streams_among_them(start, tmp_path):
+    """A stream needs no thread of its own; the fake's jobs do, so a new one fails, and that alone."""
     limit = tmp_path / "limit"
     worker = start("--no-threads-while", limit)
     streams = [worker.execute("slow", job_id=f"held{n}", max_tokens=100) for n in range(3)]
@@ -39,7 +40,7 @@ def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path)
         assert stream.next()[0] == "started"
     limit.touch()
     statuses = []
-    # the one thread that no stream has taken answers them, one by one
+    # those threads that there are answer them, one by one
     held = [threading.Thread(target=lambda: statuses.append(worker.json("GET", "/health")[0])) for _ in range(10)]
     for thread in held:
         thread.start()
@@ -50,10 +51,12 @@ def test_a_request_without_a_thread_is_503_and_all_others_go_on(start, tmp_path)
     error = json.loads(body)
     assert status == 503 and error["code"] == "NOT_READY" and "thread" in error["message"] and error["retriable"]
     assert headers["Retry-After"] == "1" and headers["X-Correlation-Id"]
+    assert worker.json("POST", "/cancel", {"job_id": "held0"})[0] == 202
+    assert streams[0].all()[-1][1]["code"] == "CANCELLED"
     limit.unlink()
     assert worker.json("GET", "/health")[0] == 200
-    assert worker.execute("say x", job_id="refused").all()[-1][0] == "end", "the id of a refused job is free"
-    for stream in streams:
+    assert worker.execute("say x", job_id="again").all()[-1][0] == "end"
+    for stream in streams[1:]:
         assert stream.all()[-1][0] == "end"
     assert worker.stop()[0] == 0
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from worker_orcd.wsgi.thread_pool import ThreadPool
+from worker_orcd.wsgi.thread_pool import SHORT_CALLS, ThreadPool
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -36,6 +36,27 @@ def test_calls_run_at_once_up_to_the_number_and_the_others_wait(gate):
     assert sorted(running) == [0, 1, 2] and not pool.wait_until_idle(0.05)
     gate.set()
     assert [f.result(5) for f in futures] == [0, 1, 2, 3, 4] and pool.wait_until_idle(5)
+    pool.shutdown()
+
+
+def test_a_crowd_of_short_calls_takes_few_threads_beside_long_ones(gate):
+    pool, running = ThreadPool(500), []
+
+    def call(long):
+        if long:
+            pool.take_long()
+        running.append(long)
+        gate.wait(10)
+
+    futures = [pool.submit(call, n < 20) for n in range(100)]
+    end = time.monotonic() + 5
+    while len(running) < 20 + SHORT_CALLS and time.monotonic() < end:
+        time.sleep(0.01)
+        if len(running) >= SHORT_CALLS:
+            futures.append(pool.submit(call, False))  # a call looks for a thread when it comes
+    assert running.count(True) == 20 and running.count(False) <= SHORT_CALLS + 1
+    gate.set()
+    assert all(f.exception(5) is None for f in futures)
     pool.shutdown()
 
 

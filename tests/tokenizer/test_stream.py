@@ -2,13 +2,15 @@
 
 import itertools
 import random
+import resource
 
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
+from worker_orcd._text import TextDecoder
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.tokenizer.stream import ByteStreamDecoder, WindowStreamDecoder
+from worker_orcd.tokenizer.stream import WindowStreamDecoder
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 from worker_orcd.tokenizer.vocab import Vocab
 
@@ -86,12 +88,12 @@ def test_any_tokens_stream_as_they_decode(name, tokenizers, model_path):
 
 
 def _bytes_table(strip_space=False):
-    return Vocab(bytes(range(256)), [1] * 256, {0}, strip_space)
+    return Vocab(bytes(range(256)), [1] * 256, {0}, strip_space).table
 
 
 def test_dangling_bytes_become_one_replacement():
     for cut in (1, 2, 3):
-        stream = ByteStreamDecoder(_bytes_table(), False, False)
+        stream = TextDecoder(_bytes_table(), False, False)
         assert [stream.push(b) for b in "a\U0001f600".encode()[: 1 + cut]] == ["a", *[""] * cut]
         assert stream.flush() == "\ufffd"
         assert stream.flush() == ""
@@ -100,29 +102,36 @@ def test_dangling_bytes_become_one_replacement():
 
 def test_invalid_bytes_in_the_middle():
     """One U+FFFD for each maximal part of an ill-formed sequence, as soon as it is known to be one."""
-    stream = ByteStreamDecoder(_bytes_table(), False, False)
+    stream = TextDecoder(_bytes_table(), False, False)
     got = [stream.push(b) for b in b"\xf0\x9fa\xff\xc3(\xe2\x82"]
     assert got == ["", "", "\ufffda", "\ufffd", "", "\ufffd(", "", ""]
     assert stream.flush() == "\ufffd"
 
 
 def test_leading_space_is_taken_off_once():
-    stream = ByteStreamDecoder(_bytes_table(strip_space=True), True, False)
+    stream = TextDecoder(_bytes_table(strip_space=True), True, False)
     assert [stream.push(b) for b in b"\0  a a"] == ["", "", " ", "a", " ", "a"]
-    assert ByteStreamDecoder(_bytes_table(strip_space=True), True, True).push(32) == " "
+    assert TextDecoder(_bytes_table(strip_space=True), True, True).push(32) == " "
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def test_work_per_token_does_not_grow():
     """A long stream holds nothing but an unfinished character."""
-    stream = ByteStreamDecoder(_bytes_table(), False, False)
+    stream = TextDecoder(_bytes_table(), False, False)
+    before = resident_bytes()
     for i in range(100_000):
         stream.push(97 + i % 26)
-    assert stream._utf8.getstate()[0] == b""
+    assert stream.push(0xC3) == "" and stream.push(0xA9) == "é" and stream.flush() == ""
+    assert resident_bytes() - before < 1 << 20
 
 
 def test_negative_id_is_refused():
     with pytest.raises(InvalidRequest):
-        ByteStreamDecoder(_bytes_table(), False, False).push(-1)
+        TextDecoder(_bytes_table(), False, False).push(-1)
 
 
 # --- decoders that are no table of bytes ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Detokenizer: the tokens of one job on their way to its pieces - decoded, searched for stop strings, cut into events.
 
-The output thread owns these objects.
+It is for decoders that are Python, as those of libraries are; with a `TextDecoder` the job's sink does the same without
+Python (csrc/host/job_sink.h). The output thread owns these objects.
 """
 
 from __future__ import annotations

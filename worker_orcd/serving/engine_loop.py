@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from worker_orcd._ring import TokenRing
+from worker_orcd._text import TextDecoder
 from worker_orcd.engine.protocol import Engine
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.engine.token_edits import token_edits
@@ -64,7 +66,7 @@ class EngineLoop:
     Args:
         engine: any `Engine`; from now on only the engine thread calls it.
         scheduler: made for this engine.
-        ring, control: a `TokenRing` and a `Control`, or objects like them.
+        ring: carries the tokens. control: a `Control`, or an object like it.
         new_decoder: makes a stream decoder for one job; None for a model without a tokenizer.
         max_queue: jobs that may wait for a slot.
         on_fatal: called with the error, in a thread of the loop, when the loop has died: all jobs have ended by
@@ -78,7 +80,7 @@ class EngineLoop:
         self,
         engine: Engine,
         scheduler: Scheduler,
-        ring: Any,
+        ring: TokenRing,
         control: Any,
         *,
         new_decoder: Callable[[], Decoder] | None = None,
@@ -194,7 +196,10 @@ class EngineLoop:
                 )
                 stop_ids = frozenset(self._scheduler.stop_ids_of(seq))
                 seq.edits = token_edits(params, bad_words, stop_ids)
-                text = Detokenizer(job, decoder, stop_ids)
+                if decoder is None or isinstance(decoder, TextDecoder):
+                    job.sink.decode_with(decoder, params.stop, stop_ids, params.min_tokens)
+                else:
+                    text = Detokenizer(job, decoder, stop_ids)
             if bounded:
                 self._check_queue(seq)
             self._jobs[job_id] = job
@@ -343,6 +348,7 @@ class EngineLoop:
 
     def _enqueue(self, entry: Entry) -> None:
         self._entries[entry.seq.seq_id] = entry
+        self._output.add(entry)
         self._inbox.append(entry.seq)
         self._lock.notify_all()
         if not self._called and self._scheduler.outlook(self._inbox)[0]:  # else it cannot start before another one ends
@@ -355,6 +361,7 @@ class EngineLoop:
         """A job has ended for its client; called once for each, by the thread that ended it."""
         with self._lock:
             entry = self._entries.pop(job.seq_id, None)
+            self._output.remove(job.seq_id)
             if job.job_id in self._jobs:
                 # in this order: who looks without the lock finds it in one of the two
                 self._recent[job.job_id] = None

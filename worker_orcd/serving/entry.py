@@ -19,7 +19,8 @@ MARKS = {"stop": STOP, "length": LENGTH, "failed": FAILED}
 
 @dataclass
 class Entry:
-    """A sequence that has not ended for its client."""
+    """A sequence that has not ended for its client. `text`: what makes its pieces in Python; None where its job's sink
+    does, and for logits."""
 
     seq: SequenceState
     job: Job | LogitsJob

@@ -1,18 +1,19 @@
 """Job: one generation as its client sees it, from submission to its one terminal event.
 
 Pieces come in order and complete; the job ends exactly once, with `Finished` or with an error. The first end wins, and
-nothing follows it. The loop feeds a job; any thread may read or cancel it. Who reads takes no lock that who feeds
-needs: a reader may be the main thread, which a signal handler can throw out anywhere.
+nothing follows it. Text and pieces lie in a `JobSink`, which the output thread fills without Python and which holds no
+lock across a line of Python: a reader may be the main thread, which a signal handler can throw out anywhere. Python is
+told of a piece only where somebody waits for one.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from worker_orcd._output import JobSink
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.errors import Cancelled, WorkerError
 from worker_orcd.serving.deputy import Deputy
@@ -100,6 +101,7 @@ class Job:
         cached_tokens: those among them that were found in the prefix cache; final with the first token.
         params: checked; `max_tokens` and `seed` are those in use.
         deadline: `time.monotonic()` at which it ends with `InferenceTimeout`, or None.
+        sink: its text and pieces.
         outcome: how it ended: "stop", "length" or the code of its error; None before.
 
     Every method that waits or cancels raises `EngineGone` in a process that was forked from that of the model.
@@ -131,10 +133,9 @@ class Job:
         self._on_end = on_end
         self._deputy = deputy
         self._waiters = Waiters()  # for a piece or the end
-        self._feeding = threading.Lock()  # of those who feed and end it; never taken by the main thread
-        self._events: deque[TextPiece] = deque()
-        self._token_ids: list[int] = []
-        self._texts: list[str] = []
+        self._listener: Callable[[], object] | None = None
+        self._feeding = threading.Lock()  # of those who end it; never taken by the main thread
+        self.sink = JobSink()
         self._logprobs: list[dict[int, float]] = []
         self._drawn: list[int] = []  # the tokens of these
         self._ending = False
@@ -159,7 +160,7 @@ class Job:
     @property
     def tokens_out(self) -> int:
         """Tokens generated so far, as `Completion.token_ids` counts them."""
-        return len(self._token_ids)
+        return self.sink.n_tokens
 
     @property
     def max_tokens(self) -> int:
@@ -182,16 +183,15 @@ class Job:
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             end = self._end  # looked at first: once it is there, no piece comes any more
-            try:
-                return self._events.popleft()
-            except IndexError:
-                pass
+            piece = self.sink.take()
+            if piece is not None:
+                return TextPiece(*piece)
             if isinstance(end, WorkerError):
                 raise end.with_traceback(None)
             if end is not None:
                 return end
             left = None if until is None else until - time.monotonic()
-            if not self._waiters.wait_for(lambda: self._events or self._end is not None, left):
+            if not self._waiters.wait_for(lambda: self.sink.ready() or self._end is not None, left):
                 return None
 
     def cancel(self) -> None:
@@ -227,10 +227,10 @@ class Job:
         assert end is not None, "waiting had no limit"
         logprobs = None
         if self.params.logprobs is not None:
-            logprobs = tuple(self._logprobs[: len(self._token_ids)])
+            logprobs = tuple(self._logprobs[: self.sink.n_tokens])
         return Completion(
-            "".join(self._texts),
-            tuple(self._token_ids),
+            self.sink.text,
+            self.sink.token_ids,
             end.finish_reason,
             self.tokens_in,
             self.seed,
@@ -256,30 +256,34 @@ class Job:
         admitted = self.admitted_at or now
         first = self.first_token_at or now
         last = max(self.ended_at or now, first)
-        after_first = max(len(self._token_ids) - 1, 0)
+        after_first = max(self.sink.n_tokens - 1, 0)
         rate = after_first / (last - first) if after_first and last > first else 0.0
         return Timings(
             1e3 * (admitted - self.submitted_at), 1e3 * max(first - admitted, 0.0), 1e3 * (last - first), rate
         )
 
+    def listen(self, listener: Callable[[], object]) -> None:
+        """Have `listener` called at once, and whenever those who wait are told: at the end, and at a piece after
+        `next_event` found none. It is called in the thread that feeds or ends the job, and must not wait."""
+        self._listener = listener
+        listener()
+
     # -- the loop's side
 
-    def add_piece(self, text: str, token_ids: list[int]) -> None:
+    def add_piece(self, text: str, token_ids: Iterable[int]) -> None:
         """Append a piece; no effect on a job that has ended."""
-        with self._feeding:
-            if self._ending:
-                return
-            self._token_ids.extend(token_ids)
-            piece = TextPiece(text, len(self._texts), tuple(token_ids))
-            self._texts.append(text)
-            self._events.append(piece)
-        self._waiters.notify_all()
+        if self.sink.add_piece(text, token_ids):
+            self.tell()
 
-    def add_silent_tokens(self, token_ids: list[int]) -> None:
+    def add_silent_tokens(self, token_ids: Iterable[int]) -> None:
         """Record tokens that gave no text to show: part of the result, no piece."""
-        with self._feeding:
-            if not self._ending:
-                self._token_ids.extend(token_ids)
+        self.sink.add_silent(token_ids)
+
+    def tell(self) -> None:
+        """Let those who wait look again."""
+        self._waiters.notify_all()
+        if self._listener is not None:
+            self._listener()
 
     def add_logprobs(self, token: int, logprobs: dict[int, float]) -> None:
         """Record the log-probabilities of the next token."""
@@ -288,7 +292,7 @@ class Job:
 
     def finish(self, finish_reason: str, stop_reason: int | str | None = None) -> bool:
         """End with `Finished`. Returns whether this call ended the job."""
-        return self.end(Finished(finish_reason, len(self._token_ids), self.timings(), stop_reason))
+        return self.end(Finished(finish_reason, self.sink.n_tokens, self.timings(), stop_reason))
 
     def end(self, end: Finished | WorkerError) -> bool:
         """End the job. Returns whether this call ended it: the first one wins."""
@@ -296,11 +300,12 @@ class Job:
             if self._ending:
                 return False
             self._ending = True
+            self.sink.close()
         self.outcome = end.finish_reason if isinstance(end, Finished) else end.code
         # before anyone can see the end: who has seen it may use the job's id again
         self._on_end(self)
         self._end = end
-        self._waiters.notify_all()
+        self.tell()
         return True
 
     def _cancel(self) -> None:

@@ -237,16 +237,17 @@ class Scheduler:
         self._handed_out = []
         if not len(sampled):
             return []
-        no_token, stop = sampled < 0, np.isin(sampled, self._stop_array)
+        ends = np.isin(sampled, self._stop_array) & np.array([seq.stops for seq in work.seqs])
+        ends |= sampled < 0
         for j, seq in enumerate(work.seqs):
-            end = no_token[:, j] | stop[:, j] if seq.stops else no_token[:, j]
             if seq.stop_token_ids:
-                end = end | np.isin(sampled[:, j], seq.stop_token_ids)
-            ends = np.flatnonzero(end)
-            n = int(ends[0]) + 1 if len(ends) else len(sampled)
+                ends[:, j] |= np.isin(sampled[:, j], seq.stop_token_ids)
+        n_done = np.where(ends.any(axis=0), ends.argmax(axis=0) + 1, len(sampled))
+        last = sampled[n_done - 1, np.arange(len(work.seqs))]
+        for j, (seq, n, token) in enumerate(zip(work.seqs, n_done.tolist(), last.tolist(), strict=True)):
             seq.n_past += n
             seq.n_out += n
-            seq.last_token = int(sampled[n - 1, j])
+            seq.last_token = token
             if self._recompute_at(seq) is not None:
                 seq.drawn += sampled[:n, j].tolist()
         return self._end_finished(work.seqs)

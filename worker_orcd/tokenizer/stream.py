@@ -1,16 +1,14 @@
 """Streaming decode: token ids one at a time in, complete characters out.
 
-The pieces of one stream, `flush` included, are exactly the decode of all its tokens at once. Both decoders share that
-promise; which one a tokenizer uses is its own matter.
+The pieces of one stream, `flush` included, are exactly the decode of all its tokens at once. Two decoders share that
+promise: `_text.TextDecoder`, for tokenizers whose tokens are bytes, and the one here. Which one a tokenizer uses is its
+own matter.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable
 from typing import Protocol
-
-from worker_orcd.tokenizer.vocab import Vocab
 
 
 class StreamDecoder(Protocol):
@@ -27,40 +25,6 @@ class StreamDecoder(Protocol):
     def flush(self) -> str:
         """What is still held back: U+FFFD for an unfinished character, else "". The stream is then as new."""
         ...
-
-
-class ByteStreamDecoder:
-    """For tokenizers whose tokens are bytes: constant work a token, at most three bytes held back.
-
-    Args:
-        table: bytes of every token.
-        skip_special: leave control tokens out.
-        continues: the text goes on from a prompt, so a leading space belongs to it (SentencePiece only).
-    """
-
-    def __init__(self, table: Vocab, skip_special: bool, continues: bool) -> None:
-        self._table = table
-        self._skip = table.control if skip_special else frozenset()
-        self._strips = table.strip_space and not continues
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_next = self._strips
-
-    def push(self, token: int) -> str:
-        """See `StreamDecoder.push`."""
-        if token in self._skip:
-            return ""
-        data = self._table.token_bytes(token)
-        if self._strip_next and data:
-            self._strip_next = False
-            data = data.removeprefix(b" ")
-        return self._utf8.decode(data)
-
-    def flush(self) -> str:
-        """See `StreamDecoder.flush`."""
-        text = self._utf8.decode(b"", True)
-        self._utf8.reset()
-        self._strip_next = self._strips
-        return text
 
 
 class WindowStreamDecoder:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd._gguf import GgufFile, Metadata
+from worker_orcd._text import TextDecoder
 from worker_orcd.chat.template import ChatTemplate
 from worker_orcd.config import file_path
 from worker_orcd.errors import InternalError, InvalidRequest, ModelLoadError
@@ -22,7 +23,7 @@ from worker_orcd.tokenizer import from_gguf, from_json
 from worker_orcd.tokenizer.metadata import MAX_TOKENS
 from worker_orcd.tokenizer.parts import TokenizerParts
 from worker_orcd.tokenizer.special_tokens import end_of_turn, stop_ids
-from worker_orcd.tokenizer.stream import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
+from worker_orcd.tokenizer.stream import StreamDecoder, WindowStreamDecoder
 
 if TYPE_CHECKING:
     from worker_orcd.gguf.model_file import ModelFile
@@ -202,7 +203,7 @@ class Tokenizer:
         Args: as `decode`.
         """
         if self._parts.table is not None:
-            return ByteStreamDecoder(self._parts.table, skip_special, continues)
+            return TextDecoder(self._parts.table.table, skip_special, continues)
         return WindowStreamDecoder(lambda ids: self._decode_by_library(ids, skip_special))
 
     @property

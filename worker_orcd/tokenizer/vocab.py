@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 
-from worker_orcd.errors import InvalidRequest
+from worker_orcd._text import TokenTable
 
 #: U+2581, which SentencePiece vocabularies write for a space
 SPM_SPACE = "\u2581"
@@ -28,7 +28,7 @@ def byte_alphabet() -> dict[int, int]:
 
 
 class Vocab:
-    """Bytes of every token.
+    """Bytes of every token. `table` holds them for decoders.
 
     Args:
         blob: the bytes of all tokens, one after the other.
@@ -38,31 +38,23 @@ class Vocab:
     """
 
     def __init__(self, blob: bytes, lengths: Iterable[int], control: Collection[int], strip_space: bool) -> None:
-        self._blob = blob
-        self._offsets = array("I", [0, *accumulate(lengths)])
-        if self._offsets[-1] != len(blob):
-            raise ValueError(f"token lengths sum to {self._offsets[-1]}, the blob has {len(blob)} bytes")
-        self.n_vocab = len(self._offsets) - 1
+        offsets = array("I", [0, *accumulate(lengths)])
+        if offsets[-1] != len(blob):
+            raise ValueError(f"token lengths sum to {offsets[-1]}, the blob has {len(blob)} bytes")
+        self.n_vocab = len(offsets) - 1
         self.control = frozenset(control)
         self.strip_space = strip_space
+        self.table = TokenTable(blob, offsets, self.control, strip_space)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token; empty for an id from `n_vocab` on, which models with padded outputs can produce.
-
-        Raises:
-            InvalidRequest: the id is negative.
-        """
-        if 0 <= token < self.n_vocab:
-            return self._blob[self._offsets[token] : self._offsets[token + 1]]
-        if token < 0:
-            raise InvalidRequest(f"token id {token} is negative", field="ids")
-        return b""
+        """See `TokenTable.token_bytes`."""
+        return self.table.token_bytes(token)
 
     def decode(self, ids: Iterable[int], skip_special: bool, continues: bool) -> str:
         """Text of a whole sequence; see `Tokenizer.decode`."""
         if skip_special:
             ids = (i for i in ids if i not in self.control)
-        data = b"".join(map(self.token_bytes, ids))
+        data = b"".join(map(self.table.token_bytes, ids))
         if self.strip_space and not continues and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", "replace")

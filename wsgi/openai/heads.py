@@ -55,4 +55,4 @@ def usage(tokens_in: Iterable[int], cached: Iterable[int], tokens_out: Iterable[
 
 def cached_tokens(jobs: Sequence[Job], n: int) -> list[int]:
     """Of each prompt, the tokens that its first choice did not compute; every `n` jobs have one prompt."""
-    return [getattr(job, "cached_tokens", 0) for job in jobs[::n]]
+    return [job.cached_tokens for job in jobs[::n]]
