@@ -6,7 +6,7 @@ The algorithm is in csrc/host/text_decoder.h; this file checks the arguments. Th
 without Python (see _output.pyx).
 """
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t
+from libc.stdint cimport uint32_t
 from libcpp.memory cimport make_shared, shared_ptr
 from libcpp.string cimport string
 
