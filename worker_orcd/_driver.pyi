@@ -243,6 +243,11 @@ class Kernel:
     ) -> None:
         """Queue a launch: blocks (x, y, z), threads of a block, bytes of dynamic shared memory, the struct."""
 
+class LaunchList:
+    """Launches in order, for compiled modules: put together with the Python lock, queued without it."""
+
+    def __init__(self) -> None: ...
+
 class Graph:
     """Recorded work, ready to be replayed. Made by `Stream.end_capture`."""
 

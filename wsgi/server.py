@@ -48,6 +48,8 @@ LAST_ANSWER_SEC = 0.2
 CLOSE_LIMIT_SEC = 0.25
 #: seconds a process that ends waits for who reads its log
 LOG_FLUSH_SEC = 0.1
+#: seconds after which a thread of the worker lets another one that waits have the Python lock
+SWITCH_SEC = 0.0005
 #: seconds between the end of a worker that took all its time and the master's noticing it
 LAST_LOOK_SEC = 0.05
 #: what gunicorn's master says at its end; the narration has told why
@@ -199,6 +201,9 @@ class _Application(BaseApplication):
         """In the worker process, before its first request."""
         service = self._service
         assert service is not None, "gunicorn loads the application first"
+        # requests that arrive would keep the Python lock from the engine's thread for 5 ms at a time: with 64 of them at
+        # once p99 of the gap between tokens was 11.6 ms so, and is 9.7 (H200, Qwen2.5 0.5B)
+        sys.setswitchinterval(SWITCH_SEC)
         worker.events = self._events
         worker.on_refused = service.metrics.refused
 

@@ -1,6 +1,8 @@
 # C-level face of the driver layer, for the uploader and the engine. Everything marked nogil may run without the GIL;
 # a failing call takes it only to raise.
 from cuda.bindings cimport cydriver as cu
+from libc.stdint cimport uint64_t
+from libcpp.vector cimport vector
 
 
 cdef int check(cu.CUresult status, const char* call) except -1 nogil
@@ -61,8 +63,22 @@ cdef class Kernel:
     cdef readonly str name
     cdef readonly size_t param_bytes    # of its one parameter
     cdef cu.CUfunction handle
-    cdef int enqueue(self, cu.CUstream stream, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int block,
-                     unsigned int smem, const void* params, bint pdl) except -1 nogil
+
+
+cdef struct LaunchRecord:
+    cu.CUfunction kernel
+    unsigned int gx, gy, gz, block, smem
+    bint pdl
+    size_t first_word   # of its parameters
+
+
+cdef class LaunchList:
+    cdef vector[LaunchRecord] records
+    cdef vector[uint64_t] params
+    cdef int add(self, Kernel kernel, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int block,
+                 unsigned int smem, const void* params, size_t nbytes, bint pdl) except -1
+    cdef void clear(self) noexcept
+    cdef int queue(self, cu.CUstream stream) except -1 nogil
 
 
 cdef class DeviceMemory:

@@ -16,7 +16,9 @@ from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
 from worker_orcd cimport _params as c
-from worker_orcd._driver cimport Context, DeviceMemory, Graph, Kernel, PinnedMemory, Stream, launch_nogil
+from worker_orcd._driver cimport (
+    Context, DeviceMemory, Graph, Kernel, LaunchList, PinnedMemory, Stream, launch_nogil,
+)
 from worker_orcd._nodes cimport Node, Shape
 from worker_orcd._ring cimport Control, TokenRing
 from worker_orcd._upload cimport Consumer
@@ -88,6 +90,7 @@ cdef class CudaEngine:
     cdef object launches    # `Launches`
     cdef list nodes, output_nodes, named_nodes, step_sampler, greedy
     cdef Stream stream
+    cdef LaunchList pending     # of the part of a step that is being queued
     cdef PinnedMemory staging, out_ring
     cdef dict graphs, decode_samplers
     cdef bint own_context, closed
@@ -100,7 +103,7 @@ cdef class CudaEngine:
         if not 1 <= config.max_seqs <= MAX_BATCH:
             raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
         self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
-        self.graphs = {}
+        self.graphs, self.pending = {}, LaunchList()
         check_supported(model_file, plan)
         self.memory = plan_memory(plan, config)
         self.own_context = context is None
@@ -200,15 +203,20 @@ cdef class CudaEngine:
 
     def _check_blocks(self, slots, first, last):
         """Every position a row reads or writes, from `first` to `last`, must have a block of its group's pool."""
+        used, row_slot = np.unique(slots, return_inverse=True)
+        low, high = np.full(len(used), np.iinfo(np.int32).max, np.int32), np.zeros(len(used), np.int32)
+        np.minimum.at(low, row_slot, first)
+        np.maximum.at(high, row_slot, last)
+        high //= BLOCK_SIZE
+        numbers = np.arange(high.max() + 1)
         for g, group in enumerate(self.plan.kv_groups):
-            for slot in np.unique(slots):
-                mine = slots == slot
-                low = int(first[mine].min())
-                low = max(0, low - group.window + 1) // BLOCK_SIZE if group.window else 0
-                entries = self.block_tables[g, slot, low:int(last[mine].max()) // BLOCK_SIZE + 1]
-                if entries.min() < 0 or entries.max() >= self.config.n_blocks[g]:
-                    raise InternalError(f"slot {slot} has no KV block for a position of its rows (group {g})",
-                                        field="block")
+            lowest = np.maximum(low - group.window + 1, 0) // BLOCK_SIZE if group.window else np.zeros_like(low)
+            needed = (numbers >= lowest[:, np.newaxis]) & (numbers <= high[:, np.newaxis])
+            blocks = self.block_tables[g, used, :len(numbers)]
+            bad = needed & ((blocks < 0) | (blocks >= self.config.n_blocks[g]))
+            if bad.any():
+                raise InternalError(f"slot {used[bad.any(axis=1)][0]} has no KV block for a position of its rows "
+                                    f"(group {g})", field="block")
 
     cdef int _send(self, region, array) except -1:
         """Queue a host array into a `Region` of the workspace, by way of the pinned staging area."""
@@ -226,8 +234,11 @@ cdef class CudaEngine:
 
     cdef int _enqueue(self, list nodes, const Shape* shape) except -1:
         cdef Node node
+        self.pending.clear()
         for node in nodes:
-            node.enqueue(self.stream.handle, shape)
+            node.enqueue(self.pending, shape)
+        with nogil:
+            self.pending.queue(self.stream.handle)
         return 0
 
     cdef int _finish(self) except -1:
@@ -579,14 +590,11 @@ def _tiles(positions, slots, int n_decode):
 
     A tile is up to 64 consecutive rows of one sequence that end at a multiple of 64 positions or at the chunk's end.
     """
-    tiles = []
-    row, n = n_decode, len(positions)
-    while row < n:
-        end, slot, position = row + 1, slots[row], positions[row]
-        stop = row + BLOCK_SIZE - position % BLOCK_SIZE
-        while end < min(n, stop) and slots[end] == slot and positions[end] == positions[end - 1] + 1:
-            end += 1
-        tiles.append((row, end - row, position, slot))
-        row = end
-    tiles.sort(key=lambda tile: -(tile[2] + tile[1]))
-    return np.array(tiles, np.int32).reshape(-1, 4)
+    positions, slots = positions[n_decode:], slots[n_decode:]
+    n = len(positions)
+    begins = np.ones(n, bool)
+    begins[1:] = (slots[1:] != slots[:-1]) | (positions[1:] != positions[:-1] + 1) | (positions[1:] % BLOCK_SIZE == 0)
+    first = np.flatnonzero(begins)
+    rows = np.diff(first, append=n)
+    tiles = np.stack([first + n_decode, rows, positions[first], slots[first]], axis=1).astype(np.int32)
+    return tiles[np.argsort(-(positions[first] + rows), kind="stable")]

@@ -1,6 +1,7 @@
 # C view of the launches of one step: what the engine enqueues, op after op.
-from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t
+
+from worker_orcd._driver cimport LaunchList
 
 
 # The shape of one step. Decode rows come first; rows [n_decode, n_rows) are prefill rows, cut into n_tiles tiles.
@@ -13,4 +14,4 @@ cdef struct Shape:
 
 cdef class Node:
     cdef readonly str name
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1

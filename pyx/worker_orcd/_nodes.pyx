@@ -3,14 +3,13 @@
 
 Parameters are given as dicts, by the field names of csrc/params, with addresses and strides that are fixed when a node
 is made; `enqueue` only sets what depends on the number of rows, which is what each node lists as `later`. The engine
-makes the nodes from lowered ops and enqueues them in order, straight into a stream or into a graph.
+makes the nodes from lowered ops and enqueues them in order into a list of launches, for a stream or a graph.
 """
 
-from cuda.bindings cimport cydriver as cu
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from worker_orcd cimport _params as c
-from worker_orcd._driver cimport Kernel
+from worker_orcd._driver cimport Kernel, LaunchList
 
 #: numbers of the kernels' parameters by the plan's words
 NORM_KINDS = {"rms": c.NORM_RMS, "layer": c.NORM_LAYER}
@@ -54,7 +53,7 @@ def sample_sizes(int n_vocab):
 cdef class Node:
     """Base: a named launch. `enqueue` queues it for a step of the given shape; zero rows queue nothing."""
 
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         raise NotImplementedError
 
     def __init__(self, str name):
@@ -86,12 +85,12 @@ cdef class RowNode(Node):
         self.kernel, self.block, self.outputs = kernel, block, outputs
         self.grid[0], self.grid[1] = grid
 
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef unsigned int rows = shape.n_out if self.outputs else shape.n_rows
         if rows == 0:
             return 0
-        return self.kernel.enqueue(stream, self.grid[0] or rows, self.grid[1] or rows, 1, self.block, 0, self.params,
-                                   True)
+        return launches.add(self.kernel, self.grid[0] or rows, self.grid[1] or rows, 1, self.block, 0, self.params,
+                            sizeof(self.params), True)
 
 
 cdef class AttentionNode(Node):
@@ -120,15 +119,17 @@ cdef class AttentionNode(Node):
         self.heads = attention_heads(self.d.n_head, self.d.n_head_kv)
         self.decode_smem, self.prefill_smem = attention_smem(head_dim)
 
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef unsigned int splits
         if shape.n_decode:
             # enough blocks for two a multiprocessor; results do not depend on how many there are
             splits = max(1, min(<unsigned int>self.d.max_splits,
                                 (2 * self.sm_count + self.heads * shape.n_decode - 1) // (self.heads * shape.n_decode)))
-            self.decode_kernel.enqueue(stream, splits, self.heads, shape.n_decode, 128, self.decode_smem, &self.d, True)
+            launches.add(self.decode_kernel, splits, self.heads, shape.n_decode, 128, self.decode_smem, &self.d,
+                         sizeof(self.d), True)
         if shape.n_tiles:
-            self.prefill_kernel.enqueue(stream, shape.n_tiles, self.p.n_head, 1, 128, self.prefill_smem, &self.p, True)
+            launches.add(self.prefill_kernel, shape.n_tiles, self.p.n_head, 1, 128, self.prefill_smem, &self.p,
+                         sizeof(self.p), True)
         return 0
 
 
@@ -151,14 +152,14 @@ cdef class SampleNode(Node):
         self.largest, self.weigh, self.draw, self.greedy = largest, weigh, draw, greedy
         c.fill_SampleParams(&self.p, fields, ())
 
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef unsigned int rows = shape.n_out
         if rows == 0:
             return 0
-        self.largest.enqueue(stream, self.p.n_chunks, rows, 1, 256, 0, &self.p, True)
+        launches.add(self.largest, self.p.n_chunks, rows, 1, 256, 0, &self.p, sizeof(self.p), True)
         if not self.greedy:
-            self.weigh.enqueue(stream, self.p.n_chunks, rows, 1, 256, 0, &self.p, True)
-        return self.draw.enqueue(stream, rows, 1, 1, 1024, c.SAMPLE_DRAW_SMEM, &self.p, True)
+            launches.add(self.weigh, self.p.n_chunks, rows, 1, 256, 0, &self.p, sizeof(self.p), True)
+        return launches.add(self.draw, rows, 1, 1, 1024, c.SAMPLE_DRAW_SMEM, &self.p, sizeof(self.p), True)
 
 
 include "nodes_products.pxi"

@@ -36,7 +36,7 @@ cdef class RouteNode(Node):
         c.fill_ExpertList(&self.prefill_list, prefill_list, ())
         self.partial_floats, self.grid, self.item_rows = partial_floats, grid, item_rows
 
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef c.RouteParams p = self.p
         cdef int row = shape.n_decode, n_prefill = shape.n_rows - shape.n_decode
         cdef unsigned int gx, gy
@@ -44,18 +44,18 @@ cdef class RouteNode(Node):
             return 0
         p.n_rows = shape.n_rows
         gx, gy, _ = self.grid(p.n_rows)
-        self.logits.enqueue(stream, gx, gy, 1, 256, 0, &p, True)
+        launches.add(self.logits, gx, gy, 1, 256, 0, &p, sizeof(p), True)
         if row:
             p.n_rows, p.item_rows, p.list = row, c.EXPERT_DECODE_ROWS, self.decode_list
-            self.choose.enqueue(stream, 1, 1, 1, 1024, 0, &p, True)
+            launches.add(self.choose, 1, 1, 1, 1024, 0, &p, sizeof(p), True)
         if n_prefill:
             p.partial += row * self.partial_floats
             p.ids += row * p.n_used
             p.gates += row * p.n_used
             p.n_rows, p.item_rows, p.list = n_prefill, 0, self.prefill_list
-            self.choose.enqueue(stream, (n_prefill + 31) // 32, 1, 1, 1024, 0, &p, True)
+            launches.add(self.choose, (n_prefill + 31) // 32, 1, 1, 1024, 0, &p, sizeof(p), True)
             p.item_rows = self.item_rows(n_prefill)
-            self.make_list.enqueue(stream, 1, 1, 1, 1024, 0, &p, True)
+            launches.add(self.make_list, 1, 1, 1, 1024, 0, &p, sizeof(p), True)
         return 0
 
 
@@ -86,32 +86,32 @@ cdef class ExpertProductNode(Node):
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
         self.n_inputs = self.v.n_used if self.v.x_slot_stride else 1
 
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         if shape.n_decode:
-            self._decode(stream, shape.n_decode)
+            self._decode(launches, shape.n_decode)
         if shape.n_rows > shape.n_decode:
-            self._prefill(stream, shape.n_decode, shape.n_rows - shape.n_decode)
+            self._prefill(launches, shape.n_decode, shape.n_rows - shape.n_decode)
         return 0
 
-    cdef int _decode(self, cu.CUstream stream, int n) except -1:
+    cdef int _decode(self, LaunchList launches, int n) except -1:
         """Rows [0, n), n <= 64."""
         cdef Bound bound = self.decode[n]
         cdef c.ExpertMatvecParams p = self.v
         cdef int i
         if bound.needs_split:
             for i in range(self.n_inputs):
-                self.to_split.enqueue(stream, i * p.x_slot_stride, i * n, n, n)
+                self.to_split.enqueue(launches, i * p.x_slot_stride, i * n, n, n)
         p.split_slot_rows, p.ring_bytes = n if self.n_inputs > 1 else 0, bound.ring_bytes
-        return bound.enqueue(stream, &p)
+        return bound.enqueue(launches, &p, sizeof(p))
 
-    cdef int _prefill(self, cu.CUstream stream, int row, int n) except -1:
+    cdef int _prefill(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""
         cdef Bound bound = self.prefill(n)
         cdef c.ExpertMatmulParams p = self.m
         cdef int i
         for i in range(self.n_inputs):
-            self.to_half.enqueue(stream, row * self.v.x_stride + i * self.v.x_slot_stride, i * n, n, n)
+            self.to_half.enqueue(launches, row * self.v.x_stride + i * self.v.x_slot_stride, i * n, n, n)
         p.x_slot_rows = n if self.n_inputs > 1 else 0
         for i in range(self.v.n_matrices):
             p.m[i].out += row * p.m[i].out_stride
-        return bound.enqueue(stream, &p)
+        return bound.enqueue(launches, &p, sizeof(p))

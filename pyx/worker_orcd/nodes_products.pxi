@@ -19,7 +19,7 @@ cdef class Conversion:
         c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows"))
         self.kernel, self.columns = kernel, (self.p.k_pad // 8 + 255) // 256 if by_column else 0
 
-    cdef int enqueue(self, cu.CUstream stream, int64_t x_offset, int64_t row, int n, int n_pad) except -1:
+    cdef int enqueue(self, LaunchList launches, int64_t x_offset, int64_t row, int n, int n_pad) except -1:
         """Convert `n` rows from x + x_offset on into rows [row, row + n_pad) of the workspace; the rest are zeros."""
         cdef c.ConvertParams p = self.p
         p.x += x_offset
@@ -28,8 +28,8 @@ cdef class Conversion:
             p.scale += row
         p.n_rows, p.n_pad_rows = n, n_pad
         if self.columns:
-            return self.kernel.enqueue(stream, self.columns, n_pad, 1, 256, 0, &p, True)
-        return self.kernel.enqueue(stream, n_pad, 1, 1, 256, 0, &p, True)
+            return launches.add(self.kernel, self.columns, n_pad, 1, 256, 0, &p, sizeof(p), True)
+        return launches.add(self.kernel, n_pad, 1, 1, 256, 0, &p, sizeof(p), True)
 
 
 cdef class Bound:
@@ -46,8 +46,8 @@ cdef class Bound:
         self.gx, self.gy, _ = launch.grid
         self.ring_bytes, self.tile_rows, self.needs_split = launch.ring_bytes, launch.tile_rows, launch.needs_split
 
-    cdef int enqueue(self, cu.CUstream stream, const void* params) except -1:
-        return self.kernel.enqueue(stream, self.gx, self.gy, 1, self.block, self.smem, params, True)
+    cdef int enqueue(self, LaunchList launches, const void* params, size_t nbytes) except -1:
+        return launches.add(self.kernel, self.gx, self.gy, 1, self.block, self.smem, params, nbytes, True)
 
 
 cdef class MatMulNode(Node):
@@ -83,17 +83,17 @@ cdef class MatMulNode(Node):
         for i in range(self.v.n_matrices):
             c.fill_MatmulParams(&self.m[i], matmuls[i], ("n_rows",))
 
-    cdef int enqueue(self, cu.CUstream stream, const Shape* shape) except -1:
+    cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef int most = len(self.decode) - 1
         cdef int n_matvec = shape.n_out if self.outputs else shape.n_decode, row = 0
         while row < n_matvec:
-            self._matvec(stream, row, min(most, n_matvec - row))
+            self._matvec(launches, row, min(most, n_matvec - row))
             row += most
         if not self.outputs and shape.n_rows > n_matvec:
-            self._matmul(stream, n_matvec, shape.n_rows - n_matvec)
+            self._matmul(launches, n_matvec, shape.n_rows - n_matvec)
         return 0
 
-    cdef int _matvec(self, cu.CUstream stream, int row, int n) except -1:
+    cdef int _matvec(self, LaunchList launches, int row, int n) except -1:
         """Rows [row, row + n), n <= 64."""
         cdef Bound bound = self.decode[n]
         cdef c.MatvecParams p = self.v
@@ -103,19 +103,19 @@ cdef class MatMulNode(Node):
         p.x += row * p.x_stride
         p.n_rows, p.ring_bytes = n, bound.ring_bytes
         if bound.needs_split:
-            self.to_split.enqueue(stream, row * p.x_stride, 0, n, bound.tile_rows)
-        return bound.enqueue(stream, &p)
+            self.to_split.enqueue(launches, row * p.x_stride, 0, n, bound.tile_rows)
+        return bound.enqueue(launches, &p, sizeof(p))
 
-    cdef int _matmul(self, cu.CUstream stream, int row, int n) except -1:
+    cdef int _matmul(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""
         cdef c.MatmulParams p
         cdef Bound bound
         cdef int i
-        self.to_half.enqueue(stream, row * self.v.x_stride, 0, n, (n + 63) // 64 * 64)  # whole tiles of the kernels
+        self.to_half.enqueue(launches, row * self.v.x_stride, 0, n, (n + 63) // 64 * 64)  # whole tiles of the kernels
         for i in range(self.v.n_matrices):
             p = self.m[i]
             p.out += row * p.out_stride
             p.n_rows = n
             bound = self.prefill(p.n_out, n)
-            bound.enqueue(stream, &p)
+            bound.enqueue(launches, &p, sizeof(p))
         return 0

@@ -6,6 +6,8 @@ kernel tests. A pair is a row and one of its slots; an item is an expert with so
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from worker_orcd.cuda import layout
 from worker_orcd.cuda.layout import SMEM_SMALL, Launch
 
@@ -79,6 +81,7 @@ def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:
     return PREFILL_ROWS[n_rows * n_used >= 24 * n_expert]
 
 
+@lru_cache(maxsize=4096)  # asked for by every layer of every step with prompt rows
 def prefill_launch(
     type_id: int, n_out: int, n_matrices: int, n_rows: int, n_used: int, n_expert: int, item_rows: int | None = None
 ) -> Launch:

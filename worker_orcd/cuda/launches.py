@@ -53,6 +53,8 @@ from worker_orcd.models.plan import Plan
 
 #: parameters of a kernel, by the names of its struct in csrc/params
 Fields = dict[str, Any]
+#: launches that are remembered: a step of prompts asks for the same ones in every layer
+MAX_BOUNDS = 4096
 #: of rope_kv where nothing is rotated
 NO_ROTATION: Fields = {"inv_freq": 0, "rope_tables": 0, "n_rot": 0, "rope_type": 0, "mscale": 1.0}
 
@@ -72,6 +74,7 @@ class Launches:
         self._tables = memory.inv_freq_tables(plan)
         self._libraries: dict[str, Any] = {}
         self._kernels: dict[str, tuple[Any, int]] = {}
+        self._bounds: dict[layout.Launch, Bound] = {}
 
     def kernel(self, image: str, name: str, smem: int = 0) -> Any:
         """The kernel `name` of the fatbin `image`, allowed at least `smem` bytes of dynamic shared memory."""
@@ -206,7 +209,12 @@ class Launches:
     # ---- products
 
     def _bound(self, image: str, launch: layout.Launch) -> Bound:
-        return Bound(self.kernel(image, launch.kernel, launch.smem), launch)
+        bound = self._bounds.get(launch)
+        if bound is None:
+            if len(self._bounds) >= MAX_BOUNDS:
+                self._bounds.clear()
+            bound = self._bounds[launch] = Bound(self.kernel(image, launch.kernel, launch.smem), launch)
+        return bound
 
     def _conversions(self, w: Weight, k: int, inp: View) -> tuple[Conversion, Conversion]:
         """Of an input of products with matrices like `w`, for decode rows and for prefill rows."""

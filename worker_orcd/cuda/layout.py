@@ -7,6 +7,7 @@ the lowering and the kernel tests. Pure arithmetic.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from worker_orcd.gguf import quants
 
@@ -187,6 +188,7 @@ def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
     return stages, slots, smem
 
 
+@lru_cache(maxsize=4096)  # asked for by every product of every step with prompt rows
 def matmul_launch(type_id: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
     """The prefill launch for a matrix of `n_out` rows and an input of `n_rows` rows converted by convert_f16.
 
