@@ -201,8 +201,8 @@ class _Application(BaseApplication):
         """In the worker process, before its first request."""
         service = self._service
         assert service is not None, "gunicorn loads the application first"
-        # requests that arrive would keep the Python lock from the engine's thread for 5 ms at a time: with 64 of them at
-        # once p99 of the gap between tokens was 11.6 ms so, and is 9.7 (H200, Qwen2.5 0.5B)
+        # requests that arrive would keep the Python lock from the engine's thread for 5 ms at a time: with 64 of them
+        # at once p99 of the gap between tokens was 11.6 ms so, and is 9.7 (H200, Qwen2.5 0.5B)
         sys.setswitchinterval(SWITCH_SEC)
         worker.events = self._events
         worker.on_refused = service.metrics.refused
