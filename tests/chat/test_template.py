@@ -557,9 +557,8 @@ def test_a_final_message_keeps_its_parts_where_the_last_is_empty():
 
 def test_an_empty_message_that_the_template_does_not_write_cannot_be_continued():
     with pytest.raises(InvalidRequest, match="as it is"):
-        template("{{ messages[0].content }}").render(
-            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}], False, continue_final_message=True
-        )
+        said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
+        template("{{ messages[0].content }}").render(said, False, continue_final_message=True)
 
 
 def test_a_final_message_that_the_template_changes_cannot_be_continued():
