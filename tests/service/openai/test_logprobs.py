@@ -119,7 +119,13 @@ def test_chat_has_bytes_and_the_likeliest_tokens(smollm2):
 def test_an_answer_of_too_many_logprobs_is_refused(smollm2):
     error = refused(smollm2, COMPLETIONS, prompt="x", n=32, max_tokens=2048, logprobs=20)
     assert error["param"] == "logprobs"
-    assert refused(smollm2, CHAT, messages=HELLO, top_logprobs=1)["param"] == "top_logprobs"
+
+
+def test_top_logprobs_that_ask_for_something_need_logprobs(smollm2):
+    body = {"messages": HELLO, "max_tokens": 1}
+    for off in (None, False):
+        assert refused(smollm2, CHAT, **body, logprobs=off, top_logprobs=1)["param"] == "top_logprobs"
+        assert ok(smollm2, CHAT, **body, logprobs=off, top_logprobs=0)["choices"][0]["logprobs"] is None
 
 
 def test_scores_wait_beside_running_jobs(tiny):
