@@ -89,6 +89,22 @@ def test_offsets_and_names_of_tokens(tiny):
     assert pieces > 3, "characters of several tokens"
 
 
+@pytest.mark.parametrize("begin", [None, False])
+def test_a_prompt_that_begins_with_the_text_of_a_control_token_has_it_in_its_offsets(tiny, smollm2, begin):
+    for app in (tiny, smollm2):
+        tokenizer = app.service.llm().tokenizer
+        bos = tokenizer.token_bytes(tokenizer.bos_id).decode()
+        body = {"prompt": f"{bos}user says hi", "add_special_tokens": begin, "parse_special": True}
+        (choice,) = ok(app, COMPLETIONS, **body, max_tokens=2, echo=True, logprobs=0)["choices"]
+        found, text = choice["logprobs"], choice["text"]
+        assert text.startswith(body["prompt"])
+        n_begin = int(begin is None and tokenizer.add_bos)
+        assert found["tokens"][: n_begin + 1] == [bos] * (n_begin + 1)
+        assert found["text_offset"][:n_begin] == [0] * n_begin
+        for at, token in list(zip(found["text_offset"], found["tokens"], strict=True))[n_begin:]:
+            assert token.startswith("bytes:") or text[at : at + len(token)] in (token, token.lstrip())
+
+
 def test_no_entry_is_added_where_a_stop_string_ended_the_text(tiny):
     body = {"prompt": LONG[:9], "max_tokens": 12, "seed": 3, "logprobs": 0, "return_token_ids": True}
     (full,) = ok(tiny, COMPLETIONS, **body)["choices"]
