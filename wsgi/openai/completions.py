@@ -202,13 +202,15 @@ def _opening(made: Generation, ask: Asked, index: int, scores: Sequence[Any]) ->
     if ask.token_ids:
         choice.prompt_token_ids, choice.token_ids = ids, []
     if ask.scores:
-        choice.logprobs = _echo_logprobs(made, ids, ask.n_begin[at], scores[at].prompt_logprobs)
+        choice.logprobs = _echo_logprobs(made, ids, ask.n_begin[at], scores[at].prompt_logprobs, ask.echoes[at])
     return choice
 
 
-def _echo_logprobs(made: Generation, ids: list[int], n_begin: int, likely: Sequence[Likely]) -> CompletionLogprobs:
+def _echo_logprobs(
+    made: Generation, ids: list[int], n_begin: int, likely: Sequence[Likely], text: str
+) -> CompletionLogprobs:
     begin = completion_logprobs(made.texts, ids[:n_begin], likely[:n_begin], Offsets(made.texts, True))
-    rest = completion_logprobs(made.texts, ids[n_begin:], likely[n_begin:], Offsets(made.texts, False))
+    rest = completion_logprobs(made.texts, ids[n_begin:], likely[n_begin:], Offsets(made.texts, False, given=text))
     return CompletionLogprobs(
         [0] * n_begin + rest.text_offset,
         begin.token_logprobs + rest.token_logprobs,
