@@ -81,7 +81,7 @@ class Offsets:
 
     def __init__(self, texts: TokenTexts, continues: bool, start: int = 0, given: str | None = None) -> None:
         self._decoder = texts.decoder(continues)
-        self._given = given
+        self._given = None if given is None else given.replace("\u2581", " ")  # SPM writes a space so, and reads it so
         self.n_chars = start
 
     def push(self, token: int) -> int:

@@ -37,8 +37,10 @@ def test_a_score_job_gives_the_bits_that_the_logits_give(tiny, n_top):
 
 def test_a_score_job_can_be_cancelled_and_has_a_deadline(tiny):
     llm = tiny.service.llm()
-    job = llm.submit_requests([Request(LONG, job_id="scored", score=20)])[0]
+    before = [Request(LONG, score=20)] * 4  # whose turn comes first: else it might be done before it is cancelled
+    *others, job = llm.submit_requests([*before, Request(LONG, job_id="scored", score=20)])
     assert llm.cancel("scored") == "cancelling"
+    assert [len(other.completion().token_ids) for other in others] == [0] * 4
     with pytest.raises(Cancelled):
         job.completion()
     job = llm.submit_requests([Request(LONG, score=20, deadline=time.monotonic())])[0]
@@ -104,7 +106,9 @@ def test_a_prompt_that_begins_with_the_text_of_a_control_token_has_it_in_its_off
         _check_offsets(text, found, n_begin)
 
 
-@pytest.mark.parametrize("prompt", ["user says hi", "  user says", "<s>user  says", "<s> user<|end|>hi<|end|> hi"])
+@pytest.mark.parametrize(
+    "prompt", ["user says hi", "  user says", "<s>user  says", "<s> user<|end|>hi<|end|> hi", "a\u2581b"]
+)
 def test_spaces_that_the_tokenizer_adds_are_no_part_of_an_echo(phi3, prompt):
     body = {"prompt": prompt, "parse_special": True, "max_tokens": 0, "echo": True, "logprobs": 0}
     for begin in (True, False):
@@ -119,7 +123,7 @@ def _check_offsets(text, found, n_begin):
     assert offsets == sorted(offsets)
     for at, end, token in zip(offsets, [*offsets[1:], len(text)], tokens, strict=True):
         if not token.startswith("bytes:"):
-            assert text[at : at + len(token)] == token or text[at:end] == token.removeprefix(" ")
+            assert text[at : at + len(token)] == token or text[at:end].replace("\u2581", " ") in (token, token[1:])
 
 
 def test_no_entry_is_added_where_a_stop_string_ended_the_text(tiny):
