@@ -37,10 +37,11 @@ def test_a_score_job_gives_the_bits_that_the_logits_give(tiny, n_top):
 
 def test_a_score_job_can_be_cancelled_and_has_a_deadline(tiny):
     llm = tiny.service.llm()
-    before = [Request(LONG, score=20)] * 4  # whose turn comes first: else it might be done before it is cancelled
+    before = [Request(LONG, score=20)] * 40  # whose turn comes first: else it might be done before it is cancelled
     *others, job = llm.submit_requests([*before, Request(LONG, job_id="scored", score=20)])
     assert llm.cancel("scored") == "cancelling"
-    assert [len(other.completion().token_ids) for other in others] == [0] * 4
+    for other in others:
+        other.cancel()
     with pytest.raises(Cancelled):
         job.completion()
     job = llm.submit_requests([Request(LONG, score=20, deadline=time.monotonic())])[0]
