@@ -37,16 +37,18 @@ def test_a_score_job_gives_the_bits_that_the_logits_give(tiny, n_top):
 
 def test_a_score_job_can_be_cancelled_and_has_a_deadline(tiny):
     llm = tiny.service.llm()
-    before = [Request(LONG, score=20)] * 40  # whose turn comes first: else it might be done before it is cancelled
-    *others, job = llm.submit_requests([*before, Request(LONG, job_id="scored", score=20)])
-    assert llm.cancel("scored") == "cancelling"
-    for other in others:
-        other.cancel()
-    with pytest.raises(Cancelled):
-        job.completion()
-    job = llm.submit_requests([Request(LONG, score=20, deadline=time.monotonic())])[0]
-    with pytest.raises(InferenceTimeout):
-        job.completion()
+    before = [Request(LONG, score=20)] * 40  # whose turn comes first: else it might be done before it is ended
+    for ended_by, last in (
+        (Cancelled, Request(LONG, job_id="scored", score=20)),
+        (InferenceTimeout, Request(LONG, score=20, deadline=time.monotonic())),
+    ):
+        *others, job = llm.submit_requests([*before, last])
+        if ended_by is Cancelled:
+            assert llm.cancel("scored") == "cancelling"
+        with pytest.raises(ended_by):
+            job.completion()
+        for other in others:
+            other.cancel()
     after = llm.submit_requests([Request(LONG[:3], score=0)])[0]
     assert after.completion().finish_reason == "length" and len(after.prompt_logprobs) == 3
 
