@@ -531,6 +531,36 @@ def test_the_final_message_ends_the_prompt(source, expected):
     assert template(source).render(said, False, continue_final_message=True)[0] == expected
 
 
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("", ""), (None, ""), ([], ""), (" \n", " \n"), ([{"type": "text", "text": ""}], "")],
+)
+def test_a_final_message_without_text_is_continued_where_its_text_would_begin(content, expected, trim):
+    source = CHATML.replace("m.content", "m.content | trim") if trim else CHATML
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+    text, mark = template(source).render(said, False, continue_final_message=True)
+    assert text == "<|user|>hi<|end|><|assistant|>" + ("" if trim else expected)
+    assert mark not in text
+    # what a user wrote of the same kind is not taken for the place, and stays
+    strange = [{"role": "user", "content": "".join(map(chr, range(0x10FF00, 0x10FF20)))}, said[1]]
+    text, mark = template(source).render(strange, False, continue_final_message=True)
+    assert text.startswith("<|user|>" + strange[0]["content"] + "<|end|>") and text.rstrip().endswith("<|assistant|>")
+
+
+def test_a_final_message_keeps_its_parts_where_the_last_is_empty():
+    parts = [{"type": "text", "text": "Well"}, {"type": "text", "text": ""}]
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": parts}]
+    text = template(CHATML).render(said, False, continue_final_message=True)[0]
+    assert text.startswith("<|user|>hi<|end|><|assistant|>Well") and "<|end|>" not in text.partition("Well")[2]
+
+
+def test_an_empty_message_that_the_template_does_not_write_cannot_be_continued():
+    with pytest.raises(InvalidRequest, match="as it is"):
+        said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
+        template("{{ messages[0].content }}").render(said, False, continue_final_message=True)
+
+
 def test_a_final_message_that_the_template_changes_cannot_be_continued():
     changed = CHATML.replace("m.content", "m.content | upper")
     with pytest.raises(InvalidRequest, match="as it is"):

@@ -126,6 +126,8 @@ def check_ownership(scheduler: Scheduler) -> None:
             assert all(len(s.blocks[i]) <= s.reserved[i] for s in scheduler.running)
         else:
             assert unreserved == pool.n_blocks - reserved
+            borrowed = sum(max(len(s.blocks[i]) - s.reserved[i], 0) for s in scheduler.running)
+            assert borrowed <= unreserved, "blocks that are set aside for others"
         table = scheduler._blocks.tables[i]
         assert Counter(table[table >= 0].tolist()) == Counter(owned)
         for seq in scheduler.running:

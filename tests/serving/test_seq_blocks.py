@@ -185,6 +185,19 @@ def test_blocks_that_the_window_has_passed_are_there_for_others():
 # -- frequency tables by length
 
 
+@pytest.mark.parametrize("n_common", [BLOCK_SIZE + 60, 2 * BLOCK_SIZE - 2])
+def test_a_copied_part_frees_what_the_window_has_passed(n_common):
+    """A sequence that has all that the pool holds set aside takes no block beyond it."""
+    groups, n_blocks = SLIDING, 3  # what one sequence needs
+    first, second = of(1, words(1, n_common), words(2, 30)), of(2, words(1, n_common), words(3, 300))
+    scheduler, engine = make(groups=groups, n_blocks=(n_blocks,), max_batch_tokens=400, never_stop=True)
+    finish(scheduler, engine, first)
+    expected = alone(second, groups)
+    assert finish(scheduler, engine, second) == [expected]
+    assert second.n_cached == n_common, "a whole block and a part"
+    check_empty(scheduler)
+
+
 def test_sequences_of_other_frequency_tables_share_nothing():
     scheduler, engine = make(never_stop=True, rope_limits=(150,))
     short, long = of(1, words(1, 140)), of(2, words(1, 140), words(2, 40))
@@ -527,7 +540,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("add"), PROMPTS, st.integers(0, 90), st.booleans()),
         st.tuples(st.just("run"), st.integers(1, 8)),
         st.tuples(st.just("drop"), st.integers(0, 30)),
-        st.tuples(st.just("rows"), st.integers(1, 64)),
+        st.tuples(st.just("rows"), st.integers(1, 300)),
         st.tuples(st.just("fail"), st.booleans()),
         st.tuples(st.just("abandon"), st.integers(1, 2)),
         st.tuples(st.just("answer"), st.integers(0, 30), st.integers(1, 20)),
@@ -540,7 +553,7 @@ GROUPS = st.sampled_from(
 
 
 @settings(max_examples=80, deadline=None)
-@given(GROUPS, st.integers(1, 5), st.integers(5, 64), st.integers(3, 14), st.sampled_from([(), (), (100,), (64, 150)]),
+@given(GROUPS, st.integers(1, 5), st.integers(5, 300), st.integers(3, 14), st.sampled_from([(), (), (100,), (64, 150)]),
        st.booleans(), ACTIONS)  # fmt: skip
 def test_whatever_happens_each_gets_what_it_would_get_alone(
     groups, max_seqs, max_batch_tokens, n_blocks, rope_limits, parts, actions

@@ -93,6 +93,10 @@ class ChatTemplate:
         if "developer" not in self.source:
             plain = [{**m, "role": "system"} if m["role"] == "developer" else m for m in plain]
         final = _final_content(plain, bool(add_generation_prompt)) if continue_final_message else ""
+        stand_in = ""
+        if continue_final_message and not final.strip():  # no text of its own says where it ends
+            stand_in = _unused_mark(json.dumps(plain, ensure_ascii=False))
+            plain[-1] = _ending_with(stand_in, plain[-1])
         request = {
             "messages": plain,
             "add_generation_prompt": bool(add_generation_prompt),
@@ -106,11 +110,9 @@ class ChatTemplate:
             answer = self._ask(request)
         text, origins = answer["text"], answer["origins"].encode()
         if continue_final_message:
-            end = _end_of(final, text, origins)
+            end = _end_of(stand_in or final, text, origins) - len(stand_in)
             text, origins = text[:end], origins[:end]
-        mark = next((m for m in _MARKS if m not in text), None)
-        if mark is None:
-            raise InvalidRequest("messages hold every private-use character that could mark them", field="messages")
+        mark = _unused_mark(text)
         return self._marker.mark(text, origins, mark), mark
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -176,11 +178,29 @@ def _final_content(messages: Sequence[Mapping[str, Any]], add_generation_prompt:
     return str(content if isinstance(content, str) else content[-1]["text"] if content else "")
 
 
+def _ending_with(end: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with `end` after the text of its content."""
+    content = message.get("content")
+    if isinstance(content, list) and content:
+        return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + end}]}
+    return {**message, "content": (content or "") + end}
+
+
+def _unused_mark(text: str) -> str:
+    """One character that a text does not hold.
+
+    Raises:
+        InvalidRequest: there is none.
+    """
+    mark = next((m for m in _MARKS if m not in text), None)
+    if mark is None:
+        raise InvalidRequest("messages hold every private-use character that could mark them", field="messages")
+    return mark
+
+
 def _end_of(content: str, text: str, origins: bytes) -> int:
     """Where `content` ends for the last time that a user's text is it; blanks at its ends count if they are there."""
     core = content.strip()
-    if not core:
-        return len(text)
     at = text.rfind(core)
     while at >= 0 and origins.count(USER, at, at + len(core)) != len(core):
         at = text.rfind(core, 0, at + len(core) - 1)

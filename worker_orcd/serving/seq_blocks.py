@@ -186,6 +186,7 @@ class SequenceBlocks:
             if target != source:
                 self._copy_block(i, source, target)
         self._hit(seq, n)
+        self.free_passed(seq)  # else the chunk that follows takes more blocks than are set aside
 
     def waits(self, seq: SequenceState, begun: Begun) -> bool:
         """Whether a sequence had better not go on in this step: another computes now what it can take afterwards.

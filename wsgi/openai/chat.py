@@ -88,7 +88,7 @@ def _top_logprobs(body: ChatFields) -> int | None:
     n_top = asked.optional_whole("top_logprobs", body.top_logprobs)
     if n_top is not None and not 0 <= n_top <= MAX_LOGPROBS:
         raise InvalidRequest(f"top_logprobs must be 0 to {MAX_LOGPROBS}", field="top_logprobs")
-    if n_top is not None and not body.logprobs:
+    if n_top and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
     return (n_top or 0) if body.logprobs else None
 

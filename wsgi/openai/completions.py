@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import falcon
-import numpy as np
 
 from worker_orcd.config import MAX_LOGPROBS
 from worker_orcd.errors import InvalidRequest
@@ -141,7 +140,7 @@ def _asked(made: Generation, body: CompletionFields) -> Asked:
         asked.check_context(llm, len(ids), max_tokens, ("prompt", "max_tokens"))
         prompts.append(ids)
         echoes.append(_text(made, text) if echo else "")
-        n_begin.append(_begin(made, ids) if isinstance(text, str) else 0)
+        n_begin.append(_begin(made, body.add_special_tokens) if isinstance(text, str) else 0)
     if not generates:
         for text in texts:  # what says nothing of an echo must be right all the same
             llm.check_request(Request(text, None, first, score=0), made.limits)
@@ -172,10 +171,10 @@ def _text(made: Generation, prompt: str | list[int]) -> str:
     return "" if made.llm.tokenizer is None else made.llm.tokenizer.decode(prompt)
 
 
-def _begin(made: Generation, ids: np.ndarray) -> int:
-    """Tokens that were put before a text."""
+def _begin(made: Generation, add_bos: bool | None) -> int:
+    """Tokens that are put before a text. One that begins with the text of such a token has it as a part."""
     tokenizer = made.llm.tokenizer
-    return int(tokenizer is not None and tokenizer.bos_id is not None and int(ids[0]) == tokenizer.bos_id)
+    return 0 if tokenizer is None else len(tokenizer.encode("", add_bos=add_bos))
 
 
 def _whole(
@@ -203,13 +202,15 @@ def _opening(made: Generation, ask: Asked, index: int, scores: Sequence[Any]) ->
     if ask.token_ids:
         choice.prompt_token_ids, choice.token_ids = ids, []
     if ask.scores:
-        choice.logprobs = _echo_logprobs(made, ids, ask.n_begin[at], scores[at].prompt_logprobs)
+        choice.logprobs = _echo_logprobs(made, ids, ask.n_begin[at], scores[at].prompt_logprobs, ask.echoes[at])
     return choice
 
 
-def _echo_logprobs(made: Generation, ids: list[int], n_begin: int, likely: Sequence[Likely]) -> CompletionLogprobs:
+def _echo_logprobs(
+    made: Generation, ids: list[int], n_begin: int, likely: Sequence[Likely], text: str
+) -> CompletionLogprobs:
     begin = completion_logprobs(made.texts, ids[:n_begin], likely[:n_begin], Offsets(made.texts, True))
-    rest = completion_logprobs(made.texts, ids[n_begin:], likely[n_begin:], Offsets(made.texts, False))
+    rest = completion_logprobs(made.texts, ids[n_begin:], likely[n_begin:], Offsets(made.texts, False, given=text))
     return CompletionLogprobs(
         [0] * n_begin + rest.text_offset,
         begin.token_logprobs + rest.token_logprobs,

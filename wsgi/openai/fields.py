@@ -92,6 +92,10 @@ def check_refused(body: msgspec.Struct) -> None:
         if rule is None:
             continue
         value = getattr(body, name)
-        # of one type: false and 0 are equal in Python and differ in JSON
-        if value is not None and not any(type(value) is type(off) and value == off for off in rule.off):
+        if value is not None and not any(_same(value, off) for off in rule.off):
             raise InvalidRequest(f"{name} is not taken: {rule.reason}", field=name)
+
+
+def _same(value: Any, off: Any) -> bool:
+    """Whether two JSON values are one: 1.0 is the integer 1, but false and 0, which are equal in Python, are two."""
+    return value == off and isinstance(value, bool) == isinstance(off, bool)

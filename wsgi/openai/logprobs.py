@@ -75,17 +75,22 @@ class Offsets:
         texts: decodes.
         continues: whether the tokens go on from a prompt.
         start: characters before the first token.
+        given: the text that was encoded, where it is known. Some tokenizers put a space before a text, also after a
+            control token in it, that decoding cannot tell from one that was there.
     """
 
-    def __init__(self, texts: TokenTexts, continues: bool, start: int = 0) -> None:
+    def __init__(self, texts: TokenTexts, continues: bool, start: int = 0, given: str | None = None) -> None:
         self._decoder = texts.decoder(continues)
+        self._given = None if given is None else given.replace("\u2581", " ")  # SPM writes a space so, and reads it so
         self.n_chars = start
 
     def push(self, token: int) -> int:
         """The offset of the next token."""
         at = self.n_chars
         if self._decoder is not None:
-            self.n_chars += len(self._decoder.push(token))
+            piece = self._decoder.push(token)
+            added = self._given is not None and piece[:1] == " " != self._given[at : at + 1]
+            self.n_chars += len(piece) - added
         return at
 
     def end(self) -> int:

@@ -30,6 +30,13 @@ def tiny(goldens_dir):
 
 
 @pytest.fixture(scope="module")
+def phi3(goldens_dir):
+    app = _real(goldens_dir / "phi3-Q8_0.gguf")
+    yield app
+    app.service.stop(0)
+
+
+@pytest.fixture(scope="module")
 def smollm2(model_path):
     app = _real(model_path("smollm2"))
     yield app

@@ -95,6 +95,9 @@ def test_a_final_message_is_continued(smollm2):
     # what another message says again is not where the last one ends
     twice = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ab"}]
     assert prompt_of(smollm2, twice, continue_final_message=True).endswith("<|im_start|>assistant\nab")
+    # an empty one begins its turn
+    begun = [*HELLO, {"role": "assistant", "content": ""}]
+    assert prompt_of(smollm2, begun, continue_final_message=True) == prompt_of(smollm2, HELLO)
     both = {"continue_final_message": True, "add_generation_prompt": True}
     assert refused(smollm2, CHAT, messages=said, **both)["param"] == "continue_final_message"
 

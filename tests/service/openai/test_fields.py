@@ -41,6 +41,12 @@ def test_what_cannot_be_honoured_is_refused_by_name_and_what_asks_for_nothing_is
         ok(app, path, **SAY[path], **{name: off})
 
 
+def test_what_asks_for_nothing_is_told_by_its_value_in_json(app):
+    for name, value, is_off in (("best_of", 1.0, True), ("best_of", True, False), ("use_beam_search", 0, False)):
+        body = {**SAY[COMPLETIONS], name: value}
+        assert ok(app, COMPLETIONS, **body) if is_off else refused(app, COMPLETIONS, **body)["param"] == name
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_harmless_fields_and_nulls_change_nothing(app, path):
     kind = CompletionBody if path == COMPLETIONS else ChatBody

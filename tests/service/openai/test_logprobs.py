@@ -37,13 +37,18 @@ def test_a_score_job_gives_the_bits_that_the_logits_give(tiny, n_top):
 
 def test_a_score_job_can_be_cancelled_and_has_a_deadline(tiny):
     llm = tiny.service.llm()
-    job = llm.submit_requests([Request(LONG, job_id="scored", score=20)])[0]
-    assert llm.cancel("scored") == "cancelling"
-    with pytest.raises(Cancelled):
-        job.completion()
-    job = llm.submit_requests([Request(LONG, score=20, deadline=time.monotonic())])[0]
-    with pytest.raises(InferenceTimeout):
-        job.completion()
+    before = [Request(LONG, score=20)] * 30  # whose turn comes first: else it might be done before it is ended
+    for ended_by, last in (
+        (Cancelled, Request(LONG, job_id="scored", score=20)),
+        (InferenceTimeout, Request(LONG, score=20, deadline=time.monotonic())),
+    ):
+        *others, job = llm.submit_requests([*before, last])
+        if ended_by is Cancelled:
+            assert llm.cancel("scored") == "cancelling"
+        with pytest.raises(ended_by):
+            job.completion()
+        for other in others:
+            other.cancel()
     after = llm.submit_requests([Request(LONG[:3], score=0)])[0]
     assert after.completion().finish_reason == "length" and len(after.prompt_logprobs) == 3
 
@@ -89,6 +94,41 @@ def test_offsets_and_names_of_tokens(tiny):
     assert pieces > 3, "characters of several tokens"
 
 
+@pytest.mark.parametrize("begin", [None, False])
+def test_a_prompt_that_begins_with_the_text_of_a_control_token_has_it_in_its_offsets(tiny, smollm2, begin):
+    for app in (tiny, smollm2):
+        tokenizer = app.service.llm().tokenizer
+        bos = tokenizer.token_bytes(tokenizer.bos_id).decode()
+        body = {"prompt": f"{bos}user says hi", "add_special_tokens": begin, "parse_special": True}
+        (choice,) = ok(app, COMPLETIONS, **body, max_tokens=2, echo=True, logprobs=0)["choices"]
+        found, text = choice["logprobs"], choice["text"]
+        assert text.startswith(body["prompt"])
+        n_begin = int(begin is None and tokenizer.add_bos)
+        assert found["tokens"][: n_begin + 1] == [bos] * (n_begin + 1)
+        assert found["text_offset"][:n_begin] == [0] * n_begin
+        _check_offsets(text, found, n_begin)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["user says hi", "  user says", "<s>user  says", "<s> user<|end|>hi<|end|> hi", "a\u2581b"]
+)
+def test_spaces_that_the_tokenizer_adds_are_no_part_of_an_echo(phi3, prompt):
+    body = {"prompt": prompt, "parse_special": True, "max_tokens": 0, "echo": True, "logprobs": 0}
+    for begin in (True, False):
+        (choice,) = ok(phi3, COMPLETIONS, **body, add_special_tokens=begin)["choices"]
+        assert choice["text"] == prompt
+        _check_offsets(prompt, choice["logprobs"], int(begin))
+
+
+def _check_offsets(text, found, n_begin):
+    """Every token stands where it is said to, but for a space that its tokenizer has put before it."""
+    offsets, tokens = found["text_offset"][n_begin:], found["tokens"][n_begin:]
+    assert offsets == sorted(offsets)
+    for at, end, token in zip(offsets, [*offsets[1:], len(text)], tokens, strict=True):
+        if not token.startswith("bytes:"):
+            assert text[at : at + len(token)] == token or text[at:end].replace("\u2581", " ") in (token, token[1:])
+
+
 def test_no_entry_is_added_where_a_stop_string_ended_the_text(tiny):
     body = {"prompt": LONG[:9], "max_tokens": 12, "seed": 3, "logprobs": 0, "return_token_ids": True}
     (full,) = ok(tiny, COMPLETIONS, **body)["choices"]
@@ -119,7 +159,13 @@ def test_chat_has_bytes_and_the_likeliest_tokens(smollm2):
 def test_an_answer_of_too_many_logprobs_is_refused(smollm2):
     error = refused(smollm2, COMPLETIONS, prompt="x", n=32, max_tokens=2048, logprobs=20)
     assert error["param"] == "logprobs"
-    assert refused(smollm2, CHAT, messages=HELLO, top_logprobs=1)["param"] == "top_logprobs"
+
+
+def test_top_logprobs_that_ask_for_something_need_logprobs(smollm2):
+    body = {"messages": HELLO, "max_tokens": 1}
+    for off in (None, False):
+        assert refused(smollm2, CHAT, **body, logprobs=off, top_logprobs=1)["param"] == "top_logprobs"
+        assert ok(smollm2, CHAT, **body, logprobs=off, top_logprobs=0)["choices"][0]["logprobs"] is None
 
 
 def test_scores_wait_beside_running_jobs(tiny):
