@@ -44,6 +44,7 @@ class JobRecord:
         self._began = time.monotonic()
         self._outcome: dict[str, object] = {"outcome": "disconnected"}
         self._ended = self._closed = False
+        self._closing = threading.Lock()
 
     def finished(self, end: Finished) -> None:
         """The job came to its end."""
@@ -64,10 +65,11 @@ class JobRecord:
             self._outcome = {"outcome": "error", "code": error.code, "message": error.message}
 
     def close(self) -> None:
-        """Cancel the job if it still runs and write `execute_end`. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        """Cancel the job if it still runs and write `execute_end`. Idempotent; in any thread."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         self.job.cancel()
         text = self.job.sink.text
         self._log.emit(
@@ -130,9 +132,14 @@ class JobStream:
         if self._closed:
             return
         self._closed = True
+        self._close_records()
+        self._service.leave_place(self._place)
+
+    def _close_records(self) -> None:
+        """To be called before a client sees the end of its stream: whoever has seen it finds its job in the log, and
+        that of the next one behind. Not while the lock is held, which the listener of a cancelled job takes."""
         for record in self._records:
             record.close()
-        self._service.leave_place(self._place)
 
     # -- the bytes
 
@@ -157,6 +164,7 @@ class JobStream:
         if isinstance(event, Finished):
             self._open.remove(choice)
             self._records[choice].finished(event)
+            self._records[choice].close()  # of an ended job, so that nobody is told
             chunk += self._format.finished(choice, event)
         return chunk
 
@@ -212,7 +220,9 @@ class JobStream:
                 if not alone:
                     time.sleep(TURN_SEC)
         except Exception as error:
-            yield self._failed(error)
+            chunk = self._failed(error)
+            self._close_records()
+            yield chunk
 
     # -- written by others
 
@@ -304,13 +314,15 @@ class JobStream:
                 self._over = over or not self._open
             except Exception as error:
                 chunk, self._over = self._failed(error), True
-            if self._over:
-                sent = self._body.finish(chunk) == SENT
-            else:
-                sent = False
+            if not self._over:
                 if chunk:
                     self._body.write(chunk)
-        if sent:
+                return
+        try:
+            self._close_records()
+        finally:
+            state = self._body.finish(chunk)
+        if state == SENT:
             self._leave(whole=True)
 
     def _leave(self, whole: bool) -> None:

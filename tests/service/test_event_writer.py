@@ -153,6 +153,41 @@ def test_an_error_of_one_choice_ends_all_after_what_came_before(writer, failing)
             rig.jobs[1 - failing].completion()
 
 
+class Told:
+    """What stands in for the log of a job: notes what its client has been sent when the end is logged."""
+
+    def __init__(self, client):
+        self._client, self.seen = client, []
+
+    def emit(self, event, *args, **fields):
+        assert event == "execute_end"
+        self.seen.append(self._client.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+
+
+@pytest.mark.parametrize("how", ["finish", "error", "cancel", "late"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_end_is_logged_before_the_client_sees_it(writer, how, n):
+    """Who has seen the end and sends the next job finds the two in this order in the log."""
+    with Rig(writer, n) as rig:
+        told = [Told(rig.theirs) for _ in rig.jobs]
+        for record, one in zip(rig.stream._records, told, strict=True):
+            record._log = one
+        for job in rig.jobs:
+            job.add_piece("x", [1])
+        if how == "finish":
+            for job in rig.jobs:
+                job.finish("stop")
+        elif how == "late":
+            rig.service.stop_deadline = time.monotonic() - 1
+        else:
+            rig.jobs[-1].end(InvalidRequest("no room") if how == "error" else Cancelled("by its id"))
+        assert rig.done.wait(5)
+        for choice, one in enumerate(told):
+            (seen,) = one.seen
+            assert b"<%d x 0>" % choice in seen and b"<end %d" % choice not in seen
+            assert b"<close>" not in seen and b"<error" not in seen
+
+
 @pytest.mark.parametrize("part", ["pieces", "finished", "closing"])
 def test_a_format_that_fails_ends_its_stream_alone(writer, part):
     format = Format()
