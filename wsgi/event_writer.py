@@ -42,6 +42,7 @@ class EventWriter:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._clients: dict[int, Client] = {}  # by the number of the socket
+        self._lock = threading.Lock()  # held while they become more or fewer
 
     def start(self) -> None:
         """Start the thread.
@@ -63,18 +64,23 @@ class EventWriter:
             OSError, ValueError: the system does not watch it, or it is closed.
         """
         number = sock.fileno()
-        self._clients[number] = client
+        with self._lock:
+            wakes = not self._clients  # it sleeps for long while there is nobody
+            self._clients[number] = client
         try:
             self._epoll.register(number, select.EPOLLRDHUP)
         except BaseException:
-            del self._clients[number]
+            with self._lock:
+                del self._clients[number]
             raise
-        if len(self._clients) == 1:
-            os.eventfd_write(self._wake, 1)  # it sleeps for long while there is nobody
+        if wakes:
+            os.eventfd_write(self._wake, 1)
 
     def forget(self, sock: socket.socket) -> None:
         """Watch no longer; to be called before the socket is closed."""
-        if self._clients.pop(sock.fileno(), None) is not None:
+        with self._lock:
+            known = self._clients.pop(sock.fileno(), None) is not None
+        if known:
             self._epoll.unregister(sock)
 
     def _run(self) -> None:

@@ -31,6 +31,8 @@ TURN_SEC = 0.005
 PING_SEC = 10.0
 #: seconds after the grace time in which the job should have ended by itself
 LATE_SEC = 0.2
+#: seconds that a client has to take the last bytes of a stream that has ended; it keeps its place meanwhile
+LAST_BYTES_SEC = 30.0
 #: pieces put into one write where they are there already
 MAX_PIECES_PER_WRITE = 64
 
@@ -123,6 +125,7 @@ class JobStream:
         # after `detach`; the lock guards the state of the stream and the order of what is written
         self._lock = threading.Lock()
         self._over = self._left = False
+        self._over_at = 0.0
         self._writer: EventWriter | None = None
         self._body: ClientStream | None = None
         self._on_done: Callable[[bool], object] = lambda whole: None
@@ -249,9 +252,10 @@ class JobStream:
         except BaseException:
             with self._lock:
                 self._over, was_left, self._left = True, self._left, True
-            if not was_left:
-                body.release()
-                writer.forget(self._sock)
+            if was_left:
+                return  # the connection was given back when the client went
+            body.release()
+            writer.forget(self._sock)
             raise
 
     def gone(self) -> None:
@@ -274,12 +278,15 @@ class JobStream:
         """See `Client`."""
         with self._lock:
             body = self._body
-            if self._over or body is None:
+            late = self._over and time.monotonic() - self._over_at > LAST_BYTES_SEC
+            if body is None or (self._over and not late):
                 return
             stalled = body.overflowed
-            if not stalled and not self._overdue() and body.silent_seconds >= PING_SEC:
+            if not late and not stalled and not self._overdue() and body.silent_seconds >= PING_SEC:
                 body.write(self._format.ping)
-        if stalled:
+        if late:
+            self.gone()
+        elif stalled:
             for record in self._records:
                 record.job.end(Cancelled("the client does not read", job_id=record.job.job_id))
         elif self._overdue():
@@ -318,12 +325,15 @@ class JobStream:
                 if chunk:
                     self._body.write(chunk)
                 return
+            self._over_at = time.monotonic()
         try:
             self._close_records()
         finally:
             state = self._body.finish(chunk)
         if state == SENT:
             self._leave(whole=True)
+        elif state == GONE:
+            self.gone()  # where sending failed for want of memory, no event would tell
 
     def _leave(self, whole: bool) -> None:
         """The socket is left to the server."""

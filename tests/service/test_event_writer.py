@@ -17,6 +17,7 @@ import pytest
 from service.client import fake_worker
 from service.in_process import App
 from worker_orcd import SamplingParams
+from worker_orcd._output import GONE
 from worker_orcd.errors import Cancelled, InvalidRequest, NotReady
 from worker_orcd.serving.job import Job
 from worker_orcd.wsgi import event_writer, sse
@@ -242,6 +243,57 @@ def test_silence_is_broken_and_a_stalled_reader_is_cut_off(writer, monkeypatch):
         assert b"<ping>" not in data and len(data) < 2_000_000
         (end,) = rig.ended(True)
         assert end["code"] == "CANCELLED"
+
+
+def test_the_end_of_a_stream_that_nobody_takes_is_given_up(writer, monkeypatch):
+    """Or clients that read a byte now and then would hold all places for ever."""
+    monkeypatch.setattr(sse, "LAST_BYTES_SEC", 0.3)
+    with Rig(writer) as rig:
+        rig.jobs[0].add_piece("x" * 900_000, [1])
+        rig.jobs[0].finish("stop")
+        for _ in range(3):
+            assert rig.theirs.recv(1)
+        assert not rig.done.is_set()
+        (end,) = rig.ended(False)
+        assert end["outcome"] == "finished"
+
+
+def test_an_end_that_the_system_refuses_to_send_gives_the_connection_back(writer):
+    """Nothing is known to be wrong with the client, so no event tells of it."""
+
+    class Refused:
+        def finish(self, data):
+            return GONE
+
+        def __getattr__(self, name):
+            return getattr(body, name)
+
+    with Rig(writer) as rig:
+        body, rig.stream._body = rig.stream._body, Refused()
+        rig.jobs[0].finish("stop")
+        rig.ended(False)
+
+
+def test_a_writer_that_sleeps_is_woken_by_each_first_client():
+    """Also where the last one was forgotten meanwhile: it looks at the time while there is somebody."""
+    writer, ticks = EventWriter(), threading.Event()
+
+    class Client:
+        def tick(self):
+            ticks.set()
+
+    writer.start()
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ticks.clear()
+            writer.watch(ours, Client())
+            assert ticks.wait(5)
+            writer.forget(ours)
+            writer.forget(ours)
+    with pytest.raises(ValueError):
+        writer.watch(ours, Client())
+    assert not writer._clients
 
 
 def test_jobs_that_outlive_the_grace_time_are_ended(writer):
