@@ -51,8 +51,8 @@ MAX_RECEIVED_BYTES = 64 << 20
 RECV_BYTES = 1 << 16
 #: seconds without accepting where no descriptor is left, and between two log lines that say so
 ACCEPT_PAUSE_SEC, COMPLAINT_SEC = 0.1, 60.0
-#: what a thread returns for a request that is answered on without it
-DETACHED = object()
+#: what a thread returns for a request that is answered on without it, by others or by the main loop
+DETACHED, RESTING = object(), object()
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -165,10 +165,16 @@ class CollectingWorker(ThreadWorker):
             self.log.warning("no file descriptor is left for a new connection")
 
     def _wait(self, conn: Connection, place: Deadlines, act: Callable[[Connection], None], write: bool = False) -> None:
-        """Let `conn` wait in `place` until its socket can be read (or written), then `act`."""
-        place.add(conn)
+        """Let `conn` wait in `place` until its socket can be read (or written), then `act`. Where the system does not
+        watch one more, it ends: the main loop must not."""
         event = selectors.EVENT_WRITE if write else selectors.EVENT_READ
-        self.poller.register(conn.sock, event, partial(self._act, conn, act))
+        try:
+            self.poller.register(conn.sock, event, partial(self._act, conn, act))
+        except Exception:
+            self.log.exception("a connection cannot be watched")
+            self._drop(conn)
+            return
+        place.add(conn)
 
     def _act(self, conn: Connection, act: Callable[[Connection], None], sock: object = None) -> None:
         if conn.waits is None:
@@ -242,7 +248,7 @@ class CollectingWorker(ThreadWorker):
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:  # type: ignore[override]
         """A thread is done with a request: wait for the next one, or close - or for others to be done with it."""
         result = False if fs.cancelled() or fs.exception() is not None else fs.result()
-        if conn.rest is not None:
+        if result is RESTING:
             self._wait(conn, self._unsent, self._send_rest, write=True)
         elif result is not DETACHED:
             self._served(conn, result is True)
@@ -323,7 +329,8 @@ class CollectingWorker(ThreadWorker):
             self._drop(conn)
             return
         self._wait(conn, self._closing, self._drain)
-        self._drain(conn)
+        if conn.waits is not None:
+            self._drain(conn)
 
     def _drain(self, conn: Connection) -> None:
         try:

@@ -95,21 +95,26 @@ class EventWriter:
                 elif client is None:
                     continue  # it was forgotten since
                 elif not events & ~select.EPOLLOUT:
-                    _call(client, client.writable)
+                    self._call(fd, client, client.writable)
                 elif _has_gone(fd):  # else the number is another client's since
-                    _call(client, client.gone)
+                    self._call(fd, client, client.gone)
             if told or time.monotonic() >= next_look:
-                for client in list(self._clients.values()):
-                    _call(client, client.tick)
+                for fd, client in list(self._clients.items()):
+                    self._call(fd, client, client.tick)
                 next_look = time.monotonic() + TICK_SEC
 
-
-def _call(client: Client, method: Callable[[], None]) -> None:
-    """Call a method of `client`; a fault of one must not leave all the others unwatched."""
-    try:
-        method()
-    except Exception:
-        client.gone()
+    def _call(self, fd: int, client: Client, method: Callable[[], None]) -> None:
+        """Call a method of `client`; a fault of one must not leave all the others unwatched."""
+        try:
+            method()
+        except Exception:
+            try:
+                client.gone()
+            except Exception:
+                with self._lock:
+                    if self._clients.get(fd) is client:
+                        del self._clients[fd]
+                        self._epoll.unregister(fd)
 
 
 def _has_gone(fd: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from gunicorn.http import wsgi
 
 from worker_orcd.wsgi import raw_answers, signals
-from worker_orcd.wsgi.collecting_worker import DETACHED, CollectingWorker
+from worker_orcd.wsgi.collecting_worker import DETACHED, RESTING, CollectingWorker
 from worker_orcd.wsgi.connections import Connection, Outbox
 from worker_orcd.wsgi.event_writer import EventWriter
 from worker_orcd.wsgi.http_errors import NoThread
@@ -135,7 +135,8 @@ class StreamWorker(CollectingWorker):
         """Answer one request, in the place of gunicorn's method, which keeps its thread until the answer is sent.
 
         Returns:
-            Whether another request may follow; DETACHED: `_served` is called when that is known.
+            Whether another request may follow; DETACHED: `_served` is called when that is known; RESTING: there is a
+            rest to be sent.
         """
         req._expected_100_continue = False  # the main loop has said it
         if conn.buffer.state is not State.WHOLE:
@@ -170,7 +171,7 @@ class StreamWorker(CollectingWorker):
             return keep
         keep = bool(self._keepalive_after(conn, keep))
         if self.leave_rest(conn, data[n:], keep):
-            return DETACHED
+            return RESTING
         conn.sock.sendall(data[n:])
         return keep
 
@@ -194,8 +195,8 @@ class StreamWorker(CollectingWorker):
 
     def _keepalive_after(self, conn: Connection, keepalive: Any) -> Any:
         """Whether another request may follow. A body that nobody read is skipped; it may turn out to be malformed."""
-        if keepalive is DETACHED:
-            return DETACHED
+        if keepalive is DETACHED or keepalive is RESTING:
+            return keepalive
         try:
             return bool(super()._keepalive_after(conn, keepalive))  # type: ignore[misc]
         except Exception:

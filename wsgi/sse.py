@@ -7,6 +7,7 @@ pulls the same bytes chunk by chunk. However a stream ends, its jobs end with it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import threading
@@ -320,7 +321,9 @@ class JobStream:
                 chunk = make()
                 self._over = over or not self._open
             except Exception as error:
-                chunk, self._over = self._failed(error), True
+                chunk, self._over = b"", True
+                with contextlib.suppress(Exception):  # without its last event it ends all the same
+                    chunk = self._failed(error)
             if not self._over:
                 if chunk:
                     self._body.write(chunk)
@@ -344,8 +347,10 @@ class JobStream:
         assert self._writer is not None and self._body is not None and self._sock is not None, "after `detach`"
         self._body.release()
         self._writer.forget(self._sock)
-        self.close()
-        self._on_done(whole)
+        try:
+            self.close()
+        finally:
+            self._on_done(whole)
 
 
 class _Waiting:

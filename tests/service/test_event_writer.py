@@ -204,6 +204,35 @@ def test_a_format_that_fails_ends_its_stream_alone(writer, part):
         assert rig.received(b"<close>") and rig.ended(True), "the writer goes on"
 
 
+def test_a_stream_whose_last_event_cannot_be_made_ends_without_it(writer):
+    format = Format()
+    format.closing = format.failed = lambda *args: 1 / 0
+    with Rig(writer, 2, format, chunked=True) as rig:
+        for job in rig.jobs:
+            job.finish("stop")
+        assert rig.received(b"0\r\n\r\n").startswith(b"6\r\n<open>\r\n") and rig.ended(True)
+
+
+def test_a_client_that_fails_in_every_way_leaves_the_others_watched(writer):
+    """`gone` is what is called when something failed, and fails itself."""
+
+    class Broken:
+        def gone(self):
+            raise ZeroDivisionError
+
+        tick = writable = gone
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Rig(writer) as rig:
+        writer.watch(ours, Broken())
+        theirs.close()
+        time.sleep(2 * event_writer.TICK_SEC)
+        assert ours.fileno() not in writer._clients, "or the writer would be told of it for ever"
+        rig.theirs.close()
+        assert rig.done.wait(5)
+        writer.forget(ours)
+
+
 @pytest.mark.parametrize("how", ["close", "shutdown"])
 def test_a_client_that_goes_ends_all_jobs(writer, how):
     with Rig(writer, 2) as rig:
@@ -294,6 +323,17 @@ def test_a_writer_that_sleeps_is_woken_by_each_first_client():
     with pytest.raises(ValueError):
         writer.watch(ours, Client())
     assert not writer._clients
+
+
+def test_who_is_told_of_an_end_and_fails_loses_no_end(writer):
+    def fail(job):
+        raise ZeroDivisionError
+
+    with Rig(writer) as rig:
+        rig.jobs[0]._on_end = fail
+        with pytest.raises(ZeroDivisionError):
+            rig.jobs[0].finish("stop")
+        assert rig.received(b"<close>") and rig.ended(True)
 
 
 def test_jobs_that_outlive_the_grace_time_are_ended(writer):

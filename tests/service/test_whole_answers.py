@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -14,8 +15,8 @@ from gunicorn.config import Config
 
 from service.client import fake_worker
 from worker_orcd.wsgi import collecting_worker
-from worker_orcd.wsgi.collecting_worker import DETACHED
-from worker_orcd.wsgi.connections import Budget, Connection
+from worker_orcd.wsgi.collecting_worker import RESTING
+from worker_orcd.wsgi.connections import Budget, Connection, Deadlines
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 
 pytestmark = pytest.mark.timeout(60)
@@ -86,7 +87,7 @@ def test_a_rest_waits_in_the_main_loop_unless_too_much_waits(monkeypatch, limit)
         thread.start()
         if limit > len(body):
             thread.join(5)
-            assert results == [DETACHED] and conn.rest.keep and worker._n_rests == 1
+            assert results == [RESTING] and conn.rest.keep and worker._n_rests == 1
             n_sent = len(body) - len(conn.rest.data)
             assert 0 < n_sent < len(body) and worker._rest_bytes == len(conn.rest.data)
             worker._forget_rest(conn)
@@ -97,6 +98,26 @@ def test_a_rest_waits_in_the_main_loop_unless_too_much_waits(monkeypatch, limit)
                 data += theirs.recv(1 << 20)
             thread.join(5)
             assert results == [True] and conn.rest is None
+
+
+@pytest.mark.parametrize("then", ["_served", "_close"])
+def test_f1_a_connection_that_the_system_does_not_watch_ends_alone(then):
+    """And not the main loop, which calls this."""
+
+    class Full:
+        def register(self, *args):
+            raise OSError(28, "No space left on device")
+
+    worker = bare_worker([b"x"])
+    worker.poller, worker.nr_conns, worker.log = Full(), 2, logging.getLogger("test")
+    worker._idle, worker._closing = Deadlines(5), Deadlines(1)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        conn = asked(worker, ours)
+        assert worker.handle(conn) is True
+        worker._served(conn, True) if then == "_served" else worker._close(conn)
+        assert worker.nr_conns == 1 and ours.fileno() == -1 and conn.waits is None
+        assert theirs.recv(1 << 16).endswith(b"x") and theirs.recv(1) == b""
 
 
 # -- under gunicorn
