@@ -80,6 +80,8 @@ async def follow(client: Client, job: Job, storm: Storm) -> None:
         client.check_refusal(job.route.path, job.answer, (503,), "a job while the worker stops")
     elif job.answer.status == 429:
         storm.ends["429"] += 1
+    elif job.route.streamed and job.answer.status != 200:
+        client.fault(job, f"status {job.answer.status}: {bytes(job.answer.body[:160])!r}")
     elif job.route.streamed:
         storm.ends[job.reading.code or job.reading.terminal or "cut"] += 1
         client.check_cut(job, CODES)
@@ -170,7 +172,7 @@ async def prepare(worker: Worker, args: argparse.Namespace, rng: random.Random) 
     routes = [EXECUTE]
     if bodies[1][0] == 200:
         routes += [r for r in V1_ROUTES if "chat" not in r.name or facts.get("chat_template_sha256")]
-    prefill = min(args.prefill, n_context - 300)
+    prefill = min(args.prefill, 2 * n_context // 3)  # how many tokens a text has is not known exactly
     shared = Shared(
         worker,
         routes,
