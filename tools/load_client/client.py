@@ -20,7 +20,7 @@ MAX_TOLD = 60
 #: seconds until a client that was told 429 asks again, at most, and how often it does
 RETRY_SEC, RETRIES = 1.0, 60
 #: clients that ask for known answers at once
-AT_ONCE = 8
+AT_ONCE = 16
 CORRELATION = "X-Correlation-Id"
 
 
@@ -334,14 +334,13 @@ def shown(result: Result) -> str:
 async def take_expected(shared: Shared, again: bool = False) -> None:
     """Ask each route for each case; `again`: compare with the first time.
 
-    What /execute answers comes first, one job after another and nothing beside it. The other routes follow with a few
-    jobs at once, or a run would long be busy with these. Streamed and not, a route answers the same, and completions
-    what /execute does.
+    The short answers of /execute come first, one job after another and nothing beside it. All else follows with a few
+    jobs at once, or a run would long be busy with it. Streamed and not, a route answers the same, and completions what
+    /execute does.
     """
     texts: dict[tuple[str, Case], Result] = {}
-    cases_of = [*shared.repeated, *shared.long]
-    alone = [] if again else [(EXECUTE, case) for case in cases_of]
-    others = [(route, case) for route in shared.routes for case in cases_of if again or route is not EXECUTE]
+    alone = [] if again else [(EXECUTE, case) for case in shared.repeated]
+    others = [(r, c) for r in shared.routes for c in [*shared.long, *shared.repeated] if (r, c) not in alone]
     for todo, n_clients in ((alone, 1), (others, AT_ONCE)):
         todo.reverse()
         await asyncio.gather(*(_take(shared, n, again, todo, texts) for n in range(n_clients)))
