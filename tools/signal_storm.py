@@ -71,13 +71,17 @@ async def follow(client: Client, job: Job, storm: Storm) -> None:
     """Read an answer to its end, which comes with the worker's, and check how it ended."""
     if not await job.connection.end(client.patience):
         client.fault(job, "no end")
-    elif job.answer.status is None or (job.answer.status == 503 and not job.answer.done):
-        storm.ends["not taken"] += 1  # it came when nobody listened any more, or at the very end
+    elif job.answer.status is None:
+        storm.ends["not taken"] += 1  # it came when nobody listened any more
+    elif job.answer.status == 503 and not job.answer.done:
+        client.fault(job, "a refusal was cut", "lost end")
     elif job.answer.status == 503:
         storm.ends["503"] += 1
         client.check_refusal(job.route.path, job.answer, (503,), "a job while the worker stops")
     elif job.answer.status == 429:
         storm.ends["429"] += 1
+    elif job.route.streamed and job.answer.status != 200:
+        client.fault(job, f"status {job.answer.status}: {bytes(job.answer.body[:160])!r}")
     elif job.route.streamed:
         storm.ends[job.reading.code or job.reading.terminal or "cut"] += 1
         client.check_cut(job, CODES)
@@ -168,7 +172,7 @@ async def prepare(worker: Worker, args: argparse.Namespace, rng: random.Random) 
     routes = [EXECUTE]
     if bodies[1][0] == 200:
         routes += [r for r in V1_ROUTES if "chat" not in r.name or facts.get("chat_template_sha256")]
-    prefill = min(args.prefill, n_context - 300)
+    prefill = min(args.prefill, 2 * n_context // 3)  # how many tokens a text has is not known exactly
     shared = Shared(
         worker,
         routes,

@@ -17,6 +17,7 @@ import pytest
 from service.client import fake_worker
 from service.in_process import App
 from worker_orcd import SamplingParams
+from worker_orcd._output import GONE
 from worker_orcd.errors import Cancelled, InvalidRequest, NotReady
 from worker_orcd.serving.job import Job
 from worker_orcd.wsgi import event_writer, sse
@@ -153,6 +154,41 @@ def test_an_error_of_one_choice_ends_all_after_what_came_before(writer, failing)
             rig.jobs[1 - failing].completion()
 
 
+class Told:
+    """What stands in for the log of a job: notes what its client has been sent when the end is logged."""
+
+    def __init__(self, client):
+        self._client, self.seen = client, []
+
+    def emit(self, event, *args, **fields):
+        assert event == "execute_end"
+        self.seen.append(self._client.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+
+
+@pytest.mark.parametrize("how", ["finish", "error", "cancel", "late"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_end_is_logged_before_the_client_sees_it(writer, how, n):
+    """Who has seen the end and sends the next job finds the two in this order in the log."""
+    with Rig(writer, n) as rig:
+        told = [Told(rig.theirs) for _ in rig.jobs]
+        for record, one in zip(rig.stream._records, told, strict=True):
+            record._log = one
+        for job in rig.jobs:
+            job.add_piece("x", [1])
+        if how == "finish":
+            for job in rig.jobs:
+                job.finish("stop")
+        elif how == "late":
+            rig.service.stop_deadline = time.monotonic() - 1
+        else:
+            rig.jobs[-1].end(InvalidRequest("no room") if how == "error" else Cancelled("by its id"))
+        assert rig.done.wait(5)
+        for choice, one in enumerate(told):
+            (seen,) = one.seen
+            assert b"<%d x 0>" % choice in seen and b"<end %d" % choice not in seen
+            assert b"<close>" not in seen and b"<error" not in seen
+
+
 @pytest.mark.parametrize("part", ["pieces", "finished", "closing"])
 def test_a_format_that_fails_ends_its_stream_alone(writer, part):
     format = Format()
@@ -166,6 +202,35 @@ def test_a_format_that_fails_ends_its_stream_alone(writer, part):
     with Rig(writer) as rig:
         rig.jobs[0].finish("stop")
         assert rig.received(b"<close>") and rig.ended(True), "the writer goes on"
+
+
+def test_a_stream_whose_last_event_cannot_be_made_ends_without_it(writer):
+    format = Format()
+    format.closing = format.failed = lambda *args: 1 / 0
+    with Rig(writer, 2, format, chunked=True) as rig:
+        for job in rig.jobs:
+            job.finish("stop")
+        assert rig.received(b"0\r\n\r\n").startswith(b"6\r\n<open>\r\n") and rig.ended(True)
+
+
+def test_a_client_that_fails_in_every_way_leaves_the_others_watched(writer):
+    """`gone` is what is called when something failed, and fails itself."""
+
+    class Broken:
+        def gone(self):
+            raise ZeroDivisionError
+
+        tick = writable = gone
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Rig(writer) as rig:
+        writer.watch(ours, Broken())
+        theirs.close()
+        time.sleep(2 * event_writer.TICK_SEC)
+        assert ours.fileno() not in writer._clients, "or the writer would be told of it for ever"
+        rig.theirs.close()
+        assert rig.done.wait(5)
+        writer.forget(ours)
 
 
 @pytest.mark.parametrize("how", ["close", "shutdown"])
@@ -207,6 +272,90 @@ def test_silence_is_broken_and_a_stalled_reader_is_cut_off(writer, monkeypatch):
         assert b"<ping>" not in data and len(data) < 2_000_000
         (end,) = rig.ended(True)
         assert end["code"] == "CANCELLED"
+
+
+@pytest.mark.parametrize("n_late", [0, 3])
+def test_a_job_that_finishes_before_its_stalled_reader_is_seen_has_no_good_end(monkeypatch, n_late):
+    """Once a piece was dropped; where all of them wait, the end may follow them."""
+    monkeypatch.setattr(event_writer, "MAX_UNSENT_BYTES", 100_000)
+    with Rig(EventWriter()) as rig:  # which is not started: nobody looks at the time
+        n = 0
+        while not rig.stream._body.overflowed:
+            rig.jobs[0].add_piece("x" * 10_000, [n])
+            n += 1
+        for _ in range(n_late):
+            rig.jobs[0].add_piece("late", [0])
+        rig.jobs[0].finish("stop")
+        data = b""
+        while not data.endswith((b"<close>", b"<error CANCELLED>")):
+            data += rig.theirs.recv(1 << 16)
+            rig.stream.writable()
+        rig.ended(True)
+        assert data.count(b"x" * 10_000) == n and b"late" not in data
+        assert data.endswith(b"<error CANCELLED>" if n_late else b"<end 0 stop %d><close>" % n)
+        assert (b"<end" in data) == (not n_late)
+
+
+def test_the_end_of_a_stream_that_nobody_takes_is_given_up(writer, monkeypatch):
+    """Or clients that read a byte now and then would hold all places for ever."""
+    monkeypatch.setattr(sse, "LAST_BYTES_SEC", 0.3)
+    with Rig(writer) as rig:
+        rig.jobs[0].add_piece("x" * 900_000, [1])
+        rig.jobs[0].finish("stop")
+        for _ in range(3):
+            assert rig.theirs.recv(1)
+        assert not rig.done.is_set()
+        (end,) = rig.ended(False)
+        assert end["outcome"] == "finished"
+
+
+def test_an_end_that_the_system_refuses_to_send_gives_the_connection_back(writer):
+    """Nothing is known to be wrong with the client, so no event tells of it."""
+
+    class Refused:
+        def finish(self, data):
+            return GONE
+
+        def __getattr__(self, name):
+            return getattr(body, name)
+
+    with Rig(writer) as rig:
+        body, rig.stream._body = rig.stream._body, Refused()
+        rig.jobs[0].finish("stop")
+        rig.ended(False)
+
+
+def test_a_writer_that_sleeps_is_woken_by_each_first_client():
+    """Also where the last one was forgotten meanwhile: it looks at the time while there is somebody."""
+    writer, ticks = EventWriter(), threading.Event()
+
+    class Client:
+        def tick(self):
+            ticks.set()
+
+    writer.start()
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ticks.clear()
+            writer.watch(ours, Client())
+            assert ticks.wait(5)
+            writer.forget(ours)
+            writer.forget(ours)
+    with pytest.raises(ValueError):
+        writer.watch(ours, Client())
+    assert not writer._clients
+
+
+def test_who_is_told_of_an_end_and_fails_loses_no_end(writer):
+    def fail(job):
+        raise ZeroDivisionError
+
+    with Rig(writer) as rig:
+        rig.jobs[0]._on_end = fail
+        with pytest.raises(ZeroDivisionError):
+            rig.jobs[0].finish("stop")
+        assert rig.received(b"<close>") and rig.ended(True)
 
 
 def test_jobs_that_outlive_the_grace_time_are_ended(writer):

@@ -9,6 +9,7 @@ from typing import Any
 Schema = dict[str, Any]
 
 JSON, EVENTS = "application/json", "text/event-stream"
+METRICS, OPEN_METRICS = "text/plain", "application/openmetrics-text"
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Operation:
 
     Attributes:
         summary: of it.
-        answers: status -> media type -> schema; None: any text.
+        answers: status -> media type -> schema; None: any text. No media type: no body.
         body: name of the schema of its body.
         jobs: whether it begins jobs.
         errors: further statuses of errors.
@@ -64,6 +65,16 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "get": Operation(
             "Whether jobs are taken",
             {code: {JSON: _object(ready={"type": "boolean"}, status=_TEXT)} for code in (200, 503)},
+            open=True,
+        )
+    },
+    "/metrics": {"get": Operation("All metrics as text for Prometheus", {200: {METRICS: None, OPEN_METRICS: None}})},
+    "/": {"get": Operation("The page", {200: {"text/html": None}, 304: {}}, open=True)},
+    "/static/{name}": {
+        "get": Operation(
+            "A file of the page",
+            {200: dict.fromkeys(("text/css", "text/javascript", "image/svg+xml", "text/html")), 304: {}},
+            errors=(404,),
             open=True,
         )
     },
