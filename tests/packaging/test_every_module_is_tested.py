@@ -77,6 +77,7 @@ COVERED_BY = {
     "wsgi/native/health.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/requests.py": ["service/test_app.py"],
     "wsgi/native/shutdown.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/openai/answers.py": ["service/openai/test_completions.py", "service/openai/test_openapi.py"],
     "wsgi/openai/asked.py": ["service/openai/test_fields.py", "service/openai/test_completions.py"],
     "wsgi/openai/bodies.py": ["service/openai/test_fields.py"],
     "wsgi/openai/chat.py": ["service/openai/test_chat.py"],
@@ -96,6 +97,9 @@ COVERED_BY = {
     "wsgi/service.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/events.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/sse.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/places.py": ["service/test_event_writer.py"],
+    "wsgi/job_record.py": ["service/test_app.py", "service/test_event_writer.py"],
+    "wsgi/whole_answer.py": ["service/test_event_writer.py"],
     "wsgi/stream_format.py": ["service/test_protocol.py"],
     # compiled modules
     "pyx/worker_orcd/_cpu.pyx": ["compiled/test_cpu_engine.py", "compiled/test_cpu_sampling.py"],

@@ -1,5 +1,5 @@
-"""Streams that no thread belongs to: their bytes, their ends, clients that go or do not read (wsgi.event_writer, sse).
-In process, and under a real gunicorn (wsgi.gunicorn_worker)."""
+"""Streams that no thread belongs to: their bytes, their ends, clients that go or do not read (wsgi.event_writer, sse,
+job_record, places, whole_answer). In process, and under a real gunicorn (wsgi.gunicorn_worker)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from worker_orcd.errors import Cancelled, InvalidRequest, NotReady
 from worker_orcd.serving.job import Job
 from worker_orcd.wsgi import event_writer, sse
 from worker_orcd.wsgi.event_writer import EventWriter
-from worker_orcd.wsgi.sse import JobStream, wait_for
+from worker_orcd.wsgi.sse import JobStream
 from worker_orcd.wsgi.stream_format import PieceTemplate
+from worker_orcd.wsgi.whole_answer import wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -68,7 +69,7 @@ class Rig:
         self.theirs.settimeout(5)
         self.jobs = [Job(f"j{i}", i + 1, SamplingParams(), 0, 1, None, lambda job: None) for i in range(n)]
         self.done, self.whole = threading.Event(), []
-        self.place = self.service.take_place()
+        self.place = self.service.places.take()
         log = self.service.events
         self.stream = JobStream(self.service, self.place, self.jobs, format or Format(), log, self.ours)
         before(self.jobs)
@@ -97,7 +98,7 @@ class Rig:
 
     def ended(self, whole):
         assert self.done.wait(5) and self.whole == [whole]
-        assert not self.service._streams and self.ours.fileno() not in self.writer._clients
+        assert not self.service.places and self.ours.fileno() not in self.writer._clients
         return [e for e in self.app.log if e["event"] == "execute_end"]
 
 
@@ -110,6 +111,30 @@ def test_one_choice_from_opening_to_close(writer):
         (end,) = rig.ended(True)
         assert end["outcome"] == "finished" and end["tokens_out"] == 3 and end["text_chars"] == 2
         assert end["text_sha256"] == hashlib.sha256(b'a"').hexdigest()
+
+
+@pytest.mark.parametrize("end", ["finish", "error"])
+def test_who_has_seen_the_end_finds_it_in_the_log(writer, end):
+    class Body:
+        def __init__(self, body):
+            self._body = body
+
+        def __getattr__(self, name):
+            return getattr(self._body, name)
+
+        def finish(self, chunk):
+            logged.append([e["outcome"] for e in rig.app.log if e["event"] == "execute_end"])
+            return self._body.finish(chunk)
+
+    logged = []
+    with Rig(writer) as rig:
+        rig.stream._body = Body(rig.stream._body)
+        if end == "finish":
+            rig.jobs[0].finish("stop")
+        else:
+            rig.jobs[0].end(InvalidRequest("no room"))
+        rig.received(b"<close>" if end == "finish" else b"<error INVALID_REQUEST>")
+        assert logged == [["finished" if end == "finish" else "error"]] and len(rig.ended(True)) == 1
 
 
 def test_several_choices_on_one_connection_end_each_in_its_time(writer):
@@ -184,13 +209,13 @@ def test_a_connection_that_cannot_be_watched_is_the_callers_again(writer):
     app = App()
     job = Job("j", 1, SamplingParams(), 0, 1, None, lambda job: None)
     ours, theirs = socket.socketpair()
-    stream = JobStream(app.service, app.service.take_place(), [job], Format(), app.service.events, ours)
+    stream = JobStream(app.service, app.service.places.take(), [job], Format(), app.service.events, ours)
     ours.close()
     theirs.close()
     with pytest.raises((OSError, ValueError)):
         stream.detach(writer, True, lambda whole: None)
     stream.close()
-    assert job.finished and not app.service._streams and -1 not in writer._clients
+    assert job.finished and not app.service.places and -1 not in writer._clients
 
 
 def test_silence_is_broken_and_a_stalled_reader_is_cut_off(writer, monkeypatch):
@@ -224,9 +249,9 @@ def waiting(writer):
     app.service.writer = writer
     jobs = [Job(f"j{n}", n + 1, SamplingParams(), 0, 1, None, lambda job: None) for n in range(2)]
     ours, theirs = socket.socketpair()
-    place = app.service.take_place()
+    place = app.service.places.take()
     yield app, jobs, theirs, partial(wait_for, app.service, place, jobs, app.service.events, ours)
-    assert not app.service._streams and ours.fileno() not in writer._clients
+    assert not app.service.places and ours.fileno() not in writer._clients
     ours.close()
     theirs.close()
 

@@ -20,7 +20,7 @@ from worker_orcd.runtime.request import HTTP_FIELDS, RULES
 from worker_orcd.wsgi.http_errors import is_openai
 from worker_orcd.wsgi.native.cancel import CancelBody
 from worker_orcd.wsgi.native.execute import ExecuteBody
-from worker_orcd.wsgi.openai import types
+from worker_orcd.wsgi.openai import answers, types
 from worker_orcd.wsgi.openai.generation import answer
 from worker_orcd.wsgi.openai.ids import MAX_CHOICES
 from worker_orcd.wsgi.openai.operations import ID, JSON, OPERATIONS, Operation, Schema, ref
@@ -142,7 +142,7 @@ def _operation(path: str, one: Operation, with_key: bool) -> Schema:
     responses = {str(code): {"description": why, "content": {JSON: {"schema": error}}} for code, why in errors.items()}
     for code, kinds in one.answers.items():
         content = {kind: {} if schema is None else {"schema": schema} for kind, schema in kinds.items()}
-        responses[str(code)] = {"description": one.summary, "content": content}
+        responses[str(code)] = {"description": one.summary, **({"content": content} if content else {})}
     out: Schema = {"summary": one.summary, "responses": dict(sorted(responses.items()))}
     if one.body is not None:
         out["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(one.body)}}}
@@ -153,8 +153,8 @@ def _operation(path: str, one: Operation, with_key: bool) -> Schema:
 
 def _schemas(max_tokens_out: int, max_jobs: int, n_vocab: int | None) -> Schema:
     bodies = (*types.BODIES, ExecuteBody, CancelBody)
-    answers = (types.CompletionAnswer, types.ChatAnswer, types.ChatChunk, types.ModelList, types.ErrorAnswer)
-    _, schemas = msgspec.json.schema_components((*bodies, *answers), ref_template="#/components/schemas/{name}")
+    answered = (answers.CompletionAnswer, answers.ChatAnswer, answers.ChatChunk, answers.ModelList, answers.ErrorAnswer)
+    _, schemas = msgspec.json.schema_components((*bodies, *answered), ref_template="#/components/schemas/{name}")
     schemas["Error"] = _NATIVE_ERROR
     for schema in schemas.values():
         for one in schema["properties"].values():

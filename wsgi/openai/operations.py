@@ -93,4 +93,16 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "get": Operation("Special tokens and chat template", {200: {JSON: _object(tokenizer_class=_TEXT)}})
     },
     "/openapi.json": {"get": Operation("This document", {200: {JSON: {"type": "object"}}})},
+    "/metrics": {
+        "get": Operation("Metrics for Prometheus", {200: {"text/plain": None, "application/openmetrics-text": None}})
+    },
+    "/": {"get": Operation("The page", {200: {"text/html": None}, 304: {}}, open=True)},
+    "/static/{name}": {
+        "get": Operation(
+            "A file of the page",
+            {200: dict.fromkeys(("text/css", "text/html", "text/javascript", "image/svg+xml")), 304: {}},
+            errors=(404,),
+            open=True,
+        )
+    },
 }

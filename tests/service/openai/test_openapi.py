@@ -1,4 +1,4 @@
-"""The OpenAPI document (openapi.py, types.py) against the routes, the rules and the answers."""
+"""The OpenAPI document (openapi.py, types.py, answers.py) against the routes, the rules and the answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from service.openai.asking import CHAT, COMPLETIONS, ok
 from worker_orcd.config import MAX_LOGPROBS, MAX_STOPS
 from worker_orcd.runtime.request import HTTP_FIELDS, RULES
 from worker_orcd.wsgi.app import ROUTES
+from worker_orcd.wsgi.middleware import OPEN_FOLDER, OPEN_PATHS
 from worker_orcd.wsgi.native.execute import ExecuteBody
 from worker_orcd.wsgi.openai.openapi import below
 from worker_orcd.wsgi.openai.operations import OPERATIONS
@@ -34,6 +35,18 @@ def test_every_route_and_method_is_there(app):
             assert shown[method]["summary"]
             assert ("requestBody" in shown[method]) == (method == "post" and path != "/shutdown")
     assert set(OPERATIONS) <= {path for path, _ in ROUTES}
+
+
+@pytest.mark.parametrize("path", [path for path, resource in ROUTES if hasattr(resource, "on_get")])
+def test_what_is_got_is_what_the_document_says(app, path):
+    shown = document(app)["paths"][path.replace(":path}", "}")]["get"]["responses"]
+    for name in ("chat.js", "style.css", "icon.svg", "none"):
+        result = app.client.simulate_get(path.replace("{name}", name).replace("{model:path}", "fake"))
+        kinds = shown[str(result.status_code)]["content"]
+        assert result.headers["content-type"].split(";")[0] in kinds
+    if "304" in shown:
+        again = app.client.simulate_get(path.replace("{name}", "chat.js"), headers={"If-None-Match": "*"})
+        assert again.status_code == 304 and "content" not in shown["304"]
 
 
 def test_every_reference_leads_somewhere(app):
@@ -71,7 +84,14 @@ def test_a_key_and_a_loading_model():
     whole = result.json
     assert whole["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert whole["paths"][CHAT]["post"]["security"] and "401" in whole["paths"][CHAT]["post"]["responses"]
-    assert "security" not in whole["paths"]["/health"]["get"]
+    for path, resource in ROUTES:
+        shown = whole["paths"][path.replace(":path}", "}")]
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        for method in {"get", "post"} & set(shown):
+            assert ("security" not in shown[method]) == ("401" not in shown[method]["responses"]) == is_open, path
+        if hasattr(resource, "on_get"):
+            answered = app.client.simulate_get(path.replace("{name}", "chat.js").replace("{model:path}", "m"))
+            assert (answered.status_code != 401) == is_open, path
     assert "maximum" not in whole["components"]["schemas"]["CompletionBody"]["properties"]["top_k"]
 
 
