@@ -71,8 +71,10 @@ async def follow(client: Client, job: Job, storm: Storm) -> None:
     """Read an answer to its end, which comes with the worker's, and check how it ended."""
     if not await job.connection.end(client.patience):
         client.fault(job, "no end")
-    elif job.answer.status is None or (job.answer.status == 503 and not job.answer.done):
-        storm.ends["not taken"] += 1  # it came when nobody listened any more, or at the very end
+    elif job.answer.status is None:
+        storm.ends["not taken"] += 1  # it came when nobody listened any more
+    elif job.answer.status == 503 and not job.answer.done:
+        client.fault(job, "a refusal was cut", "lost end")
     elif job.answer.status == 503:
         storm.ends["503"] += 1
         client.check_refusal(job.route.path, job.answer, (503,), "a job while the worker stops")

@@ -17,6 +17,7 @@ import select
 import selectors
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,7 +29,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from worker_orcd.errors import WorkerError
 from worker_orcd.observe.events import EventLog
 from worker_orcd.wsgi import raw_answers
-from worker_orcd.wsgi.connections import FREE_BYTES, Budget, Connection, Deadlines
+from worker_orcd.wsgi.connections import FREE_BYTES, Budget, Connection, Deadlines, Rest
 from worker_orcd.wsgi.middleware import peer
 from worker_orcd.wsgi.request_buffer import State
 
@@ -40,14 +41,18 @@ LINGER_SEC, LINGER_BYTES = 1.0, 8 << 20
 WRITE_LIMIT_MS = 30_000
 #: seconds in which the first bytes of a new connection may still be on their way
 FRESH_SEC = 0.5
+#: bytes that such a client must take meanwhile of an answer that it is sent whole, or the rest of it
+WRITE_LEAST_BYTES = 1 << 16
+#: bytes of answers that wait for their clients, in all; beyond them a thread waits for each
+MAX_REST_BYTES = 64 << 20
 #: bytes of requests that are being received, in all, beyond what each connection has free
 MAX_RECEIVED_BYTES = 64 << 20
 #: bytes read of one connection before the next one's turn
 RECV_BYTES = 1 << 16
 #: seconds without accepting where no descriptor is left, and between two log lines that say so
 ACCEPT_PAUSE_SEC, COMPLAINT_SEC = 0.1, 60.0
-#: what a thread returns for a request that is answered on without it
-DETACHED = object()
+#: what a thread returns for a request that is answered on without it, by others or by the main loop
+DETACHED, RESTING = object(), object()
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -73,6 +78,8 @@ class CollectingWorker(ThreadWorker):
         self._closing = Deadlines(LINGER_SEC)
         self._budget = Budget(MAX_RECEIVED_BYTES)
         self._accept_again = self._complain_again = 0.0
+        self._rests_lock = threading.Lock()
+        self._n_rests = self._rest_bytes = 0
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
@@ -158,10 +165,16 @@ class CollectingWorker(ThreadWorker):
             self.log.warning("no file descriptor is left for a new connection")
 
     def _wait(self, conn: Connection, place: Deadlines, act: Callable[[Connection], None], write: bool = False) -> None:
-        """Let `conn` wait in `place` until its socket can be read (or written), then `act`."""
-        place.add(conn)
+        """Let `conn` wait in `place` until its socket can be read (or written), then `act`. Where the system does not
+        watch one more, it ends: the main loop must not."""
         event = selectors.EVENT_WRITE if write else selectors.EVENT_READ
-        self.poller.register(conn.sock, event, partial(self._act, conn, act))
+        try:
+            self.poller.register(conn.sock, event, partial(self._act, conn, act))
+        except Exception:
+            self.log.exception("a connection cannot be watched")
+            self._drop(conn)
+            return
+        place.add(conn)
 
     def _act(self, conn: Connection, act: Callable[[Connection], None], sock: object = None) -> None:
         if conn.waits is None:
@@ -182,6 +195,7 @@ class CollectingWorker(ThreadWorker):
         """End a connection now."""
         self._leave_place(conn)
         self._budget.give_back(conn)
+        self._forget_rest(conn)
         self.nr_conns -= 1
         conn.close()
 
@@ -234,8 +248,50 @@ class CollectingWorker(ThreadWorker):
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:  # type: ignore[override]
         """A thread is done with a request: wait for the next one, or close - or for others to be done with it."""
         result = False if fs.cancelled() or fs.exception() is not None else fs.result()
-        if result is not DETACHED:
+        if result is RESTING:
+            self._wait(conn, self._unsent, self._send_rest, write=True)
+        elif result is not DETACHED:
             self._served(conn, result is True)
+
+    def leave_rest(self, conn: Connection, data: memoryview, keep: bool) -> bool:
+        """Let the main loop send `data` when the thread is done with `conn`; in that thread. False where it cannot."""
+        with self._rests_lock:
+            if self._rest_bytes + len(data) > MAX_REST_BYTES:
+                return False
+            self._n_rests += 1
+            self._rest_bytes += len(data)
+        conn.sock.setblocking(False)
+        conn.rest = Rest(data, keep, len(data))
+        return True
+
+    def _send_rest(self, conn: Connection) -> None:
+        rest = conn.rest
+        assert rest is not None, "it waits for this"
+        try:
+            n = conn.sock.send(rest.data)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(conn)
+            return
+        rest.data = rest.data[n:]
+        with self._rests_lock:
+            self._rest_bytes -= n
+        if not rest.data:
+            self._leave_place(conn)
+            self._forget_rest(conn)
+            self._served(conn, rest.keep)
+        elif rest.mark - len(rest.data) >= WRITE_LEAST_BYTES:
+            rest.mark = len(rest.data)
+            self._unsent.add(conn)
+
+    def _forget_rest(self, conn: Connection) -> None:
+        if conn.rest is None:
+            return
+        with self._rests_lock:
+            self._n_rests -= 1
+            self._rest_bytes -= len(conn.rest.data)
+        conn.rest = None
 
     def _served(self, conn: Connection, keep: bool) -> None:
         """A request is answered: wait for the next one, or close."""
@@ -273,7 +329,8 @@ class CollectingWorker(ThreadWorker):
             self._drop(conn)
             return
         self._wait(conn, self._closing, self._drain)
-        self._drain(conn)
+        if conn.waits is not None:
+            self._drain(conn)
 
     def _drain(self, conn: Connection) -> None:
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from gunicorn.http.errors import LimitRequestHeaders
@@ -58,6 +59,32 @@ class BufferReader(Unreader):
         return data
 
 
+class Outbox:
+    """Takes the bytes of an answer in the place of its socket, so that they leave together or not at all: the process
+    may end between two of them."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def sendall(self, data: bytes) -> None:
+        """Called by gunicorn."""
+        self.data += data
+
+
+@dataclass
+class Rest:
+    """What a socket did not take at once of an answer.
+
+    Attributes:
+        keep: whether another request may follow.
+        mark: bytes that were left when the client's time began.
+    """
+
+    data: memoryview
+    keep: bool
+    mark: int
+
+
 class Connection(TConn):
     """A client's connection.
 
@@ -67,6 +94,7 @@ class Connection(TConn):
         held: bytes of the common budget that it has.
         waits: where it waits for something to happen; None while a thread serves it, and after its end.
         drained: bytes thrown away since it began to close.
+        rest: what its client has still to take of the last answer, or None.
     """
 
     def __init__(self, cfg: Any, sock: Any, client: Any, server: Any) -> None:
@@ -78,6 +106,7 @@ class Connection(TConn):
         self.held = 0
         self.waits: Deadlines | None = None
         self.drained = 0
+        self.rest: Rest | None = None
 
     def next_request(self) -> bytes:
         """Begin to collect the next request; returns what has come of it behind the last one."""

@@ -42,6 +42,7 @@ class EventWriter:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._clients: dict[int, Client] = {}  # by the number of the socket
+        self._lock = threading.Lock()  # held while they become more or fewer
 
     def start(self) -> None:
         """Start the thread.
@@ -63,18 +64,23 @@ class EventWriter:
             OSError, ValueError: the system does not watch it, or it is closed.
         """
         number = sock.fileno()
-        self._clients[number] = client
+        with self._lock:
+            wakes = not self._clients  # it sleeps for long while there is nobody
+            self._clients[number] = client
         try:
             self._epoll.register(number, select.EPOLLRDHUP)
         except BaseException:
-            del self._clients[number]
+            with self._lock:
+                del self._clients[number]
             raise
-        if len(self._clients) == 1:
-            os.eventfd_write(self._wake, 1)  # it sleeps for long while there is nobody
+        if wakes:
+            os.eventfd_write(self._wake, 1)
 
     def forget(self, sock: socket.socket) -> None:
         """Watch no longer; to be called before the socket is closed."""
-        if self._clients.pop(sock.fileno(), None) is not None:
+        with self._lock:
+            known = self._clients.pop(sock.fileno(), None) is not None
+        if known:
             self._epoll.unregister(sock)
 
     def _run(self) -> None:
@@ -89,21 +95,26 @@ class EventWriter:
                 elif client is None:
                     continue  # it was forgotten since
                 elif not events & ~select.EPOLLOUT:
-                    _call(client, client.writable)
+                    self._call(fd, client, client.writable)
                 elif _has_gone(fd):  # else the number is another client's since
-                    _call(client, client.gone)
+                    self._call(fd, client, client.gone)
             if told or time.monotonic() >= next_look:
-                for client in list(self._clients.values()):
-                    _call(client, client.tick)
+                for fd, client in list(self._clients.items()):
+                    self._call(fd, client, client.tick)
                 next_look = time.monotonic() + TICK_SEC
 
-
-def _call(client: Client, method: Callable[[], None]) -> None:
-    """Call a method of `client`; a fault of one must not leave all the others unwatched."""
-    try:
-        method()
-    except Exception:
-        client.gone()
+    def _call(self, fd: int, client: Client, method: Callable[[], None]) -> None:
+        """Call a method of `client`; a fault of one must not leave all the others unwatched."""
+        try:
+            method()
+        except Exception:
+            try:
+                client.gone()
+            except Exception:
+                with self._lock:
+                    if self._clients.get(fd) is client:
+                        del self._clients[fd]
+                        self._epoll.unregister(fd)
 
 
 def _has_gone(fd: int) -> bool:

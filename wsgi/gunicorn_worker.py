@@ -9,15 +9,17 @@ left in the backlog. It builds on the methods of gunicorn's ThreadWorker that it
 from __future__ import annotations
 
 import signal
+import socket
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from gunicorn.http import wsgi
 
 from worker_orcd.wsgi import raw_answers, signals
-from worker_orcd.wsgi.collecting_worker import DETACHED, CollectingWorker
-from worker_orcd.wsgi.connections import Connection
+from worker_orcd.wsgi.collecting_worker import DETACHED, RESTING, CollectingWorker
+from worker_orcd.wsgi.connections import Connection, Outbox
 from worker_orcd.wsgi.event_writer import EventWriter
 from worker_orcd.wsgi.http_errors import NoThread
 from worker_orcd.wsgi.request_buffer import State
@@ -109,7 +111,10 @@ class StreamWorker(CollectingWorker):
 
     def wait_for_answers(self, seconds: float) -> None:
         """Wait until no request is being answered, but not longer than `seconds`; from any thread but the main one."""
+        end = time.monotonic() + seconds
         self._pool.wait_until_idle(seconds)
+        while self._n_rests and time.monotonic() < end:
+            time.sleep(0.005)
 
     def enqueue_req(self, conn: Connection) -> None:  # type: ignore[override]
         """As gunicorn's, but a request for which there is no thread is answered here and now."""
@@ -130,7 +135,8 @@ class StreamWorker(CollectingWorker):
         """Answer one request, in the place of gunicorn's method, which keeps its thread until the answer is sent.
 
         Returns:
-            Whether another request may follow; DETACHED: `_served` is called when that is known.
+            Whether another request may follow; DETACHED: `_served` is called when that is known; RESTING: there is a
+            rest to be sent.
         """
         req._expected_100_continue = False  # the main loop has said it
         if conn.buffer.state is not State.WHOLE:
@@ -143,36 +149,54 @@ class StreamWorker(CollectingWorker):
         if not self.alive:
             response.force_close()
         body = self.wsgi(environ, response.start_response)
+        if isinstance(body, JobStream):
+            return self._begin(body, response, conn)
+        response.sock = outbox = Outbox()
         try:
-            if isinstance(body, JobStream):
-                self._begin(body, response, conn)
-                return DETACHED
             for chunk in body:
                 response.write(chunk)
             response.close()
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+        return self._send(conn, memoryview(outbox.data), not response.should_close())
+
+    def _send(self, conn: Connection, data: memoryview, keep: bool) -> Any:
+        """Send an answer without waiting for its client, or another's answer would wait for a thread."""
+        try:
+            n = conn.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            n = 0
+        if n == len(data):
+            return keep
+        keep = bool(self._keepalive_after(conn, keep))
+        if self.leave_rest(conn, data[n:], keep):
+            return RESTING
+        conn.sock.sendall(data[n:])
+        return keep
+
+    def _begin(self, stream: JobStream, response: Any, conn: Connection) -> Any:
+        """Send the head of a stream's answer and leave the rest to others: DETACHED says that `conn` is theirs."""
+        try:
+            response.send_headers()
+            keep = not response.should_close() and self._keepalive_after(conn, True)
+
+            def done(whole: bool) -> None:
+                self.method_queue.defer(self._served, conn, whole and keep)
+
+            stream.detach(self.writer, response.chunked, done)
         except BaseException as error:
-            _close_body(body)
+            stream.close()
             if response.headers_sent and isinstance(error, Exception) and not isinstance(error, OSError):
                 self.log.exception("Error handling request")  # a second answer would be taken for the first one's
                 return False
             raise
-        _close_body(body)
-        return not response.should_close()
-
-    def _begin(self, stream: JobStream, response: Any, conn: Connection) -> None:
-        """Send the head of a stream's answer and leave the rest to others; then `conn` is theirs."""
-        response.send_headers()
-        keep = not response.should_close() and self._keepalive_after(conn, True)
-
-        def done(whole: bool) -> None:
-            self.method_queue.defer(self._served, conn, whole and keep)
-
-        stream.detach(self.writer, response.chunked, done)
+        return DETACHED
 
     def _keepalive_after(self, conn: Connection, keepalive: Any) -> Any:
         """Whether another request may follow. A body that nobody read is skipped; it may turn out to be malformed."""
-        if keepalive is DETACHED:
-            return DETACHED
+        if keepalive is DETACHED or keepalive is RESTING:
+            return keepalive
         try:
             return bool(super()._keepalive_after(conn, keepalive))  # type: ignore[misc]
         except Exception:
@@ -184,9 +208,3 @@ class StreamWorker(CollectingWorker):
             client.sendall(self.told(raw_answers.refusal(exc), self._thread.head, addr))
         except OSError:
             pass
-
-
-def _close_body(body: Any) -> None:
-    """Tell an answer's body that no more of it is wanted."""
-    if hasattr(body, "close"):
-        body.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 
 from worker_orcd.errors import WorkerError
@@ -19,6 +20,7 @@ class JobRecord:
         self._began = time.monotonic()
         self._outcome: dict[str, object] = {"outcome": "disconnected"}
         self._ended = self._closed = False
+        self._closing = threading.Lock()
 
     def finished(self, end: Finished) -> None:
         """The job came to its end."""
@@ -39,10 +41,11 @@ class JobRecord:
             self._outcome = {"outcome": "error", "code": error.code, "message": error.message}
 
     def close(self) -> None:
-        """Cancel the job if it still runs and write `execute_end`. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        """Cancel the job if it still runs and write `execute_end`. Idempotent; in any thread."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         self.job.cancel()
         text = self.job.sink.text
         self._log.emit(

@@ -7,6 +7,7 @@ pulls the same bytes chunk by chunk. However a stream ends, its jobs end with it
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -31,6 +32,8 @@ TURN_SEC = 0.005
 PING_SEC = 10.0
 #: seconds after the grace time in which the job should have ended by itself
 LATE_SEC = 0.2
+#: seconds that a client has to take the last bytes of a stream that has ended; it keeps its place meanwhile
+LAST_BYTES_SEC = 30.0
 #: pieces put into one write where they are there already
 MAX_PIECES_PER_WRITE = 64
 
@@ -73,6 +76,7 @@ class JobStream:
         # after `detach`; the lock guards the state of the stream and the order of what is written
         self._lock = threading.Lock()
         self._over = self._left = False
+        self._over_at = 0.0
         self._writer: EventWriter | None = None
         self._body: ClientStream | None = None
         self._on_done: Callable[[bool], object] = lambda whole: None
@@ -82,9 +86,14 @@ class JobStream:
         if self._closed:
             return
         self._closed = True
+        self._close_records()
+        self._service.places.leave(self._place)
+
+    def _close_records(self) -> None:
+        """To be called before a client sees the end of its stream: whoever has seen it finds its job in the log, and
+        that of the next one behind. Not while the lock is held, which the listener of a cancelled job takes."""
         for record in self._records:
             record.close()
-        self._service.places.leave(self._place)
 
     # -- the bytes
 
@@ -109,6 +118,7 @@ class JobStream:
         if isinstance(event, Finished):
             self._open.remove(choice)
             self._records[choice].finished(event)
+            self._records[choice].close()  # of an ended job, so that nobody is told
             chunk += self._format.finished(choice, event)
         return chunk
 
@@ -164,7 +174,9 @@ class JobStream:
                 if not alone:
                     time.sleep(TURN_SEC)
         except Exception as error:
-            yield self._failed(error)
+            chunk = self._failed(error)
+            self._close_records()
+            yield chunk
 
     # -- written by others
 
@@ -191,9 +203,10 @@ class JobStream:
         except BaseException:
             with self._lock:
                 self._over, was_left, self._left = True, self._left, True
-            if not was_left:
-                body.release()
-                writer.forget(self._sock)
+            if was_left:
+                return  # the connection was given back when the client went
+            body.release()
+            writer.forget(self._sock)
             raise
 
     def gone(self) -> None:
@@ -216,12 +229,15 @@ class JobStream:
         """See `Client`."""
         with self._lock:
             body = self._body
-            if self._over or body is None:
+            late = self._over and time.monotonic() - self._over_at > LAST_BYTES_SEC
+            if body is None or (self._over and not late):
                 return
             stalled = body.overflowed
-            if not stalled and not self._overdue() and body.silent_seconds >= PING_SEC:
+            if not late and not stalled and not self._overdue() and body.silent_seconds >= PING_SEC:
                 body.write(self._format.ping)
-        if stalled:
+        if late:
+            self.gone()
+        elif stalled:
             for record in self._records:
                 record.job.end(Cancelled("the client does not read", job_id=record.job.job_id))
         elif self._overdue():
@@ -255,18 +271,22 @@ class JobStream:
                 chunk = make()
                 self._over = over or not self._open
             except Exception as error:
-                chunk, self._over = self._failed(error), True
-            if self._over:
-                for record in self._records:
-                    if record.job.finished:  # whoever has seen the end finds it in the log
-                        record.close()
-                sent = self._body.finish(chunk) == SENT
-            else:
-                sent = False
+                chunk, self._over = b"", True
+                with contextlib.suppress(Exception):  # without its last event it ends all the same
+                    chunk = self._failed(error)
+            if not self._over:
                 if chunk:
                     self._body.write(chunk)
-        if sent:
+                return
+            self._over_at = time.monotonic()
+        try:
+            self._close_records()
+        finally:
+            state = self._body.finish(chunk)
+        if state == SENT:
             self._leave(whole=True)
+        elif state == GONE:
+            self.gone()  # where sending failed for want of memory, no event would tell
 
     def _leave(self, whole: bool) -> None:
         """The socket is left to the server."""
@@ -277,5 +297,7 @@ class JobStream:
         assert self._writer is not None and self._body is not None and self._sock is not None, "after `detach`"
         self._body.release()
         self._writer.forget(self._sock)
-        self.close()
-        self._on_done(whole)
+        try:
+            self.close()
+        finally:
+            self._on_done(whole)

@@ -17,6 +17,7 @@ import pytest
 from service.client import fake_worker
 from service.in_process import App
 from worker_orcd import SamplingParams
+from worker_orcd._output import GONE
 from worker_orcd.errors import Cancelled, InvalidRequest, NotReady
 from worker_orcd.serving.job import Job
 from worker_orcd.wsgi import event_writer, sse
@@ -113,30 +114,6 @@ def test_one_choice_from_opening_to_close(writer):
         assert end["text_sha256"] == hashlib.sha256(b'a"').hexdigest()
 
 
-@pytest.mark.parametrize("end", ["finish", "error"])
-def test_who_has_seen_the_end_finds_it_in_the_log(writer, end):
-    class Body:
-        def __init__(self, body):
-            self._body = body
-
-        def __getattr__(self, name):
-            return getattr(self._body, name)
-
-        def finish(self, chunk):
-            logged.append([e["outcome"] for e in rig.app.log if e["event"] == "execute_end"])
-            return self._body.finish(chunk)
-
-    logged = []
-    with Rig(writer) as rig:
-        rig.stream._body = Body(rig.stream._body)
-        if end == "finish":
-            rig.jobs[0].finish("stop")
-        else:
-            rig.jobs[0].end(InvalidRequest("no room"))
-        rig.received(b"<close>" if end == "finish" else b"<error INVALID_REQUEST>")
-        assert logged == [["finished" if end == "finish" else "error"]] and len(rig.ended(True)) == 1
-
-
 def test_several_choices_on_one_connection_end_each_in_its_time(writer):
     with Rig(writer, 3) as rig:
         rig.jobs[1].add_piece("x", [1])
@@ -178,6 +155,41 @@ def test_an_error_of_one_choice_ends_all_after_what_came_before(writer, failing)
             rig.jobs[1 - failing].completion()
 
 
+class Told:
+    """What stands in for the log of a job: notes what its client has been sent when the end is logged."""
+
+    def __init__(self, client):
+        self._client, self.seen = client, []
+
+    def emit(self, event, *args, **fields):
+        assert event == "execute_end"
+        self.seen.append(self._client.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+
+
+@pytest.mark.parametrize("how", ["finish", "error", "cancel", "late"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_end_is_logged_before_the_client_sees_it(writer, how, n):
+    """Who has seen the end and sends the next job finds the two in this order in the log."""
+    with Rig(writer, n) as rig:
+        told = [Told(rig.theirs) for _ in rig.jobs]
+        for record, one in zip(rig.stream._records, told, strict=True):
+            record._log = one
+        for job in rig.jobs:
+            job.add_piece("x", [1])
+        if how == "finish":
+            for job in rig.jobs:
+                job.finish("stop")
+        elif how == "late":
+            rig.service.stop_deadline = time.monotonic() - 1
+        else:
+            rig.jobs[-1].end(InvalidRequest("no room") if how == "error" else Cancelled("by its id"))
+        assert rig.done.wait(5)
+        for choice, one in enumerate(told):
+            (seen,) = one.seen
+            assert b"<%d x 0>" % choice in seen and b"<end %d" % choice not in seen
+            assert b"<close>" not in seen and b"<error" not in seen
+
+
 @pytest.mark.parametrize("part", ["pieces", "finished", "closing"])
 def test_a_format_that_fails_ends_its_stream_alone(writer, part):
     format = Format()
@@ -191,6 +203,35 @@ def test_a_format_that_fails_ends_its_stream_alone(writer, part):
     with Rig(writer) as rig:
         rig.jobs[0].finish("stop")
         assert rig.received(b"<close>") and rig.ended(True), "the writer goes on"
+
+
+def test_a_stream_whose_last_event_cannot_be_made_ends_without_it(writer):
+    format = Format()
+    format.closing = format.failed = lambda *args: 1 / 0
+    with Rig(writer, 2, format, chunked=True) as rig:
+        for job in rig.jobs:
+            job.finish("stop")
+        assert rig.received(b"0\r\n\r\n").startswith(b"6\r\n<open>\r\n") and rig.ended(True)
+
+
+def test_a_client_that_fails_in_every_way_leaves_the_others_watched(writer):
+    """`gone` is what is called when something failed, and fails itself."""
+
+    class Broken:
+        def gone(self):
+            raise ZeroDivisionError
+
+        tick = writable = gone
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Rig(writer) as rig:
+        writer.watch(ours, Broken())
+        theirs.close()
+        time.sleep(2 * event_writer.TICK_SEC)
+        assert ours.fileno() not in writer._clients, "or the writer would be told of it for ever"
+        rig.theirs.close()
+        assert rig.done.wait(5)
+        writer.forget(ours)
 
 
 @pytest.mark.parametrize("how", ["close", "shutdown"])
@@ -232,6 +273,68 @@ def test_silence_is_broken_and_a_stalled_reader_is_cut_off(writer, monkeypatch):
         assert b"<ping>" not in data and len(data) < 2_000_000
         (end,) = rig.ended(True)
         assert end["code"] == "CANCELLED"
+
+
+def test_the_end_of_a_stream_that_nobody_takes_is_given_up(writer, monkeypatch):
+    """Or clients that read a byte now and then would hold all places for ever."""
+    monkeypatch.setattr(sse, "LAST_BYTES_SEC", 0.3)
+    with Rig(writer) as rig:
+        rig.jobs[0].add_piece("x" * 900_000, [1])
+        rig.jobs[0].finish("stop")
+        for _ in range(3):
+            assert rig.theirs.recv(1)
+        assert not rig.done.is_set()
+        (end,) = rig.ended(False)
+        assert end["outcome"] == "finished"
+
+
+def test_an_end_that_the_system_refuses_to_send_gives_the_connection_back(writer):
+    """Nothing is known to be wrong with the client, so no event tells of it."""
+
+    class Refused:
+        def finish(self, data):
+            return GONE
+
+        def __getattr__(self, name):
+            return getattr(body, name)
+
+    with Rig(writer) as rig:
+        body, rig.stream._body = rig.stream._body, Refused()
+        rig.jobs[0].finish("stop")
+        rig.ended(False)
+
+
+def test_a_writer_that_sleeps_is_woken_by_each_first_client():
+    """Also where the last one was forgotten meanwhile: it looks at the time while there is somebody."""
+    writer, ticks = EventWriter(), threading.Event()
+
+    class Client:
+        def tick(self):
+            ticks.set()
+
+    writer.start()
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ticks.clear()
+            writer.watch(ours, Client())
+            assert ticks.wait(5)
+            writer.forget(ours)
+            writer.forget(ours)
+    with pytest.raises(ValueError):
+        writer.watch(ours, Client())
+    assert not writer._clients
+
+
+def test_who_is_told_of_an_end_and_fails_loses_no_end(writer):
+    def fail(job):
+        raise ZeroDivisionError
+
+    with Rig(writer) as rig:
+        rig.jobs[0]._on_end = fail
+        with pytest.raises(ZeroDivisionError):
+            rig.jobs[0].finish("stop")
+        assert rig.received(b"<close>") and rig.ended(True)
 
 
 def test_jobs_that_outlive_the_grace_time_are_ended(writer):

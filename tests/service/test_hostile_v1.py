@@ -160,6 +160,10 @@ def test_s2_s5_what_cannot_be_is_named(worker, path, body, param):
     assert status == 400 and answer["error"]["param"].startswith(param), answer
 
 
+#: what no string of JSON holds, which must be seen where nobody reads it too: in names and values of unknown fields
+NO_TEXTS = (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\x80", rb"\ud800", b"a\nb", rb"\q")
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, TOKENIZE, "/apply-template"])
 def test_s3_bodies_that_are_no_flat_good_json(worker, path):
     good = {"prompt": "a", "messages": TALK, "max_tokens": 1}
@@ -177,6 +181,9 @@ def test_s3_bodies_that_are_no_flat_good_json(worker, path):
         b'{"messages":' + b"[" * 100 + b"]" * 100 + b"}",
         b'{"prompt":' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
         text.replace('"max_tokens": 1', '"max_tokens": 1, "max_tokens": 2').encode(),
+        *(text.replace('"max_tokens"', '"@": 1, "max_tokens"').encode().replace(b"@", raw) for raw in NO_TEXTS),
+        *(text.replace('"max_tokens"', '"zork": ["@"], "max_tokens"').encode().replace(b"@", raw) for raw in NO_TEXTS),
+        *(text.replace('"content"', '"zork": "@", "content"').encode().replace(b"@", raw) for raw in NO_TEXTS),
     ):
         status, answer = ask(worker, path, body)
         assert status == 400, (body[:60], answer)

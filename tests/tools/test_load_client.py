@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import load_client
 import pytest
 from load_client.broken import shape_fault
 from load_client.client import Client, Counts, Shared
 from load_client.mutations import TARGETS, encode, spoiled
 from load_client.report import SLOPE_JOBS, Report, quantile, slope
 from load_client.routes import EXECUTE, V1_ROUTES, Case, ChatReading, ExecuteReading, OpenAIReading, WholeReading
-from load_client.watch import Log, Sample, Worker
+from load_client.watch import ENDED, Log, Sample, Worker
 from load_client.wire import Answer, Malformed
 
 CASE = Case("a prompt", 4, 0.0, 0)
@@ -251,3 +256,24 @@ def test_only_so_many_faults_are_told():
     for n in range(1000):
         counts.note(str(n))
     assert counts.faults["wrong answer"] == 1000 and len(counts.told) == 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_end_leaves_no_traceback(number):
+    program = """
+import asyncio, os, sys
+sys.path.insert(0, sys.argv[1])
+from load_client.watch import run_to_end
+async def work():
+    os.kill(os.getpid(), int(sys.argv[2]))
+    try:
+        await asyncio.sleep(20)
+    finally:
+        print("tidied", flush=True)
+run_to_end(work())
+"""
+    tools = Path(load_client.__file__).parents[1]
+    command = [sys.executable, "-c", program, str(tools), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (ENDED, "tidied\n")
+    assert done.stderr == "told to end before its time\n"

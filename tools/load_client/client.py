@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from load_client import cases
 from load_client.behaviours import ABUSIVE, NORMAL, Behaviour
 from load_client.broken import shape_fault
-from load_client.routes import LIKE_EXECUTE, Case, Reading, Result, Route
+from load_client.routes import EXECUTE, LIKE_EXECUTE, Case, Reading, Result, Route
 from load_client.watch import Worker
 from load_client.wire import Answer, Connection, connect, request
 
@@ -19,6 +19,8 @@ from load_client.wire import Answer, Connection, connect, request
 MAX_TOLD = 60
 #: seconds until a client that was told 429 asks again, at most, and how often it does
 RETRY_SEC, RETRIES = 1.0, 60
+#: clients that ask for known answers at once
+AT_ONCE = 8
 CORRELATION = "X-Correlation-Id"
 
 
@@ -330,23 +332,37 @@ def shown(result: Result) -> str:
 
 
 async def take_expected(shared: Shared, again: bool = False) -> None:
-    """Ask each route for each case, one after another and nothing beside it; `again`: compare with the first time.
+    """Ask each route for each case; `again`: compare with the first time.
 
-    Streamed and not, a route answers the same, and completions what /execute does.
+    What /execute answers comes first, one job after another and nothing beside it. The other routes follow with a few
+    jobs at once, or a run would long be busy with these. Streamed and not, a route answers the same, and completions
+    what /execute does.
     """
-    client = Client(shared, -2 if again else -1, 0)
-    client._doing = "again, alone" if again else "alone"
     texts: dict[tuple[str, Case], Result] = {}
-    for route in shared.routes:
-        for case in [*shared.repeated, *shared.long]:
-            job = client.job(route, case)
-            await client.run(job)
-            if job.reading.terminal != "end":
-                client.fault(job, f"no answer: {job.answer.status} {bytes(job.answer.body[:120])!r} {job.reading.code}")
-            elif not again:
-                shared.expected[route.name, case] = job.reading.result()
-            text = job.reading.result()
-            kin = "execute" if route.name in LIKE_EXECUTE else route.name.partition(",")[0]
-            if route.n == 1 and texts.setdefault((kin, case), text) != text:
-                client.fault(job, f"{shown(text)}, elsewhere {shown(texts[kin, case])}", "wrong text")
+    cases_of = [*shared.repeated, *shared.long]
+    alone = [] if again else [(EXECUTE, case) for case in cases_of]
+    others = [(route, case) for route in shared.routes for case in cases_of if again or route is not EXECUTE]
+    for todo, n_clients in ((alone, 1), (others, AT_ONCE)):
+        todo.reverse()
+        await asyncio.gather(*(_take(shared, n, again, todo, texts) for n in range(n_clients)))
+
+
+async def _take(
+    shared: Shared, number: int, again: bool, todo: list[tuple[Route, Case]], texts: dict[tuple[str, Case], Result]
+) -> None:
+    """One client's part of it: takes its jobs from the end of `todo`."""
+    client = Client(shared, -100 - number - (AT_ONCE if again else 0), 0)
+    client._doing = "again" if again else "for the first time"
+    while todo:
+        route, case = todo.pop()
+        job = client.job(route, case)
+        await client.run(job)
+        if job.reading.terminal != "end":
+            client.fault(job, f"no answer: {job.answer.status} {bytes(job.answer.body[:120])!r} {job.reading.code}")
+        elif not again:
+            shared.expected[route.name, case] = job.reading.result()
+        text = job.reading.result()
+        kin = "execute" if route.name in LIKE_EXECUTE else route.name.partition(",")[0]
+        if route.n == 1 and texts.setdefault((kin, case), text) != text:
+            client.fault(job, f"{shown(text)}, elsewhere {shown(texts[kin, case])}", "wrong text")
     client.leave()

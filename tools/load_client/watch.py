@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 START_SEC = 300.0
 #: seconds between two looks at /proc
 SAMPLE_SEC = 0.5
+#: exit code of a program that was told to end, as shells say it of Ctrl-C
+ENDED = 130
 
 #: what measures how soon a path is answered, in a process of its own, so that the clients' work is not in the figures.
 #: It prints "path status milliseconds" for each probe until its stdin ends.
@@ -232,7 +234,11 @@ class Worker:
         """Begin to ask for `paths`, all of them every `gap` seconds, from a process of its own."""
         arguments = [self.host, str(self.port), self.api_key or "", str(gap), *paths]
         self._prober = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", PROBE, *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            sys.executable,
+            *("-c", PROBE, *arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us; it ends when its stdin does
         )
 
         async def take(prober: asyncio.subprocess.Process) -> None:
@@ -284,7 +290,7 @@ def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
     """Run a program; SIGTERM ends it as Ctrl-C does, so that it leaves no worker behind.
 
     Raises:
-        KeyboardInterrupt: it was told to end.
+        SystemExit: it was told to end before its time.
     """
 
     async def guarded() -> Result:
@@ -295,8 +301,9 @@ def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
 
     try:
         return asyncio.run(guarded())
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("told to end before its time", file=sys.stderr)
+        raise SystemExit(ENDED) from None
 
 
 async def _read(stream: asyncio.StreamReader, log: Log) -> None:

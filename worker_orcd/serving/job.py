@@ -302,10 +302,12 @@ class Job:
             self._ending = True
             self.sink.close()
         self.outcome = end.finish_reason if isinstance(end, Finished) else end.code
-        # before anyone can see the end: who has seen it may use the job's id again
-        self._on_end(self)
-        self._end = end
-        self.tell()
+        try:
+            # before anyone can see the end: who has seen it may use the job's id again
+            self._on_end(self)
+        finally:
+            self._end = end
+            self.tell()
         return True
 
     def _cancel(self) -> None:

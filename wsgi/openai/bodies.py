@@ -84,8 +84,9 @@ def top_names(body: bytes) -> set[str]:
         InvalidRequest: an object of it has a name twice; or what the structure passed over is no JSON.
     """
     try:
+        text = str(body, "utf-8")  # json would let surrogates pass
         # the last object to be complete is the outermost
-        return set(json.loads(body, object_pairs_hook=_unique, parse_int=str, parse_float=str))
+        return set(json.loads(text, object_pairs_hook=_unique, parse_int=str, parse_float=str))
     except UnicodeDecodeError:
         raise InvalidRequest("the body is no valid UTF-8") from None
     except ValueError:

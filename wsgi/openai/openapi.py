@@ -142,7 +142,7 @@ def _operation(path: str, one: Operation, with_key: bool) -> Schema:
     responses = {str(code): {"description": why, "content": {JSON: {"schema": error}}} for code, why in errors.items()}
     for code, kinds in one.answers.items():
         content = {kind: {} if schema is None else {"schema": schema} for kind, schema in kinds.items()}
-        responses[str(code)] = {"description": one.summary, **({"content": content} if content else {})}
+        responses[str(code)] = {"description": one.summary, "content": content}
     out: Schema = {"summary": one.summary, "responses": dict(sorted(responses.items()))}
     if one.body is not None:
         out["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(one.body)}}}

@@ -9,6 +9,7 @@ from typing import Any
 Schema = dict[str, Any]
 
 JSON, EVENTS = "application/json", "text/event-stream"
+METRICS, OPEN_METRICS = "text/plain", "application/openmetrics-text"
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Operation:
 
     Attributes:
         summary: of it.
-        answers: status -> media type -> schema; None: any text.
+        answers: status -> media type -> schema; None: any text. No media type: no body.
         body: name of the schema of its body.
         jobs: whether it begins jobs.
         errors: further statuses of errors.
@@ -67,6 +68,16 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             open=True,
         )
     },
+    "/metrics": {"get": Operation("All metrics as text for Prometheus", {200: {METRICS: None, OPEN_METRICS: None}})},
+    "/": {"get": Operation("The page", {200: {"text/html": None}, 304: {}}, open=True)},
+    "/static/{name}": {
+        "get": Operation(
+            "A file of the page",
+            {200: dict.fromkeys(("text/css", "text/javascript", "image/svg+xml", "text/html")), 304: {}},
+            errors=(404,),
+            open=True,
+        )
+    },
     "/shutdown": {"post": Operation("End the worker", {202: {JSON: _STATUS}})},
     "/v1/models": {"get": Operation("The served model", {200: {JSON: ref("ModelList")}})},
     "/v1/models/{model:path}": {
@@ -93,16 +104,4 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "get": Operation("Special tokens and chat template", {200: {JSON: _object(tokenizer_class=_TEXT)}})
     },
     "/openapi.json": {"get": Operation("This document", {200: {JSON: {"type": "object"}}})},
-    "/metrics": {
-        "get": Operation("Metrics for Prometheus", {200: {"text/plain": None, "application/openmetrics-text": None}})
-    },
-    "/": {"get": Operation("The page", {200: {"text/html": None}, 304: {}}, open=True)},
-    "/static/{name}": {
-        "get": Operation(
-            "A file of the page",
-            {200: dict.fromkeys(("text/css", "text/html", "text/javascript", "image/svg+xml")), 304: {}},
-            errors=(404,),
-            open=True,
-        )
-    },
 }

@@ -155,6 +155,7 @@ BODIES_THAT_ARE_NONE = {
     "surrogate in what is ignored": rb'{"prompt": "x", "zork": "\ud800"}',
     "not utf-8 in a name that is ignored": b'{"prompt": "x", "messages": [], "tokens": [1], "\xcfx": 4}',
     "not utf-8 in what is ignored": b'{"prompt": "x", "messages": [], "tokens": [1], "zork": "\xff"}',
+    "a surrogate in what is ignored, in utf-8": b'{"prompt": "x", "tokens": [1], "zork": "\xed\xa0\x80"}',
     "a line break in what is ignored": b'{"prompt": "x", "messages": [], "tokens": [1], "zork": "a\nb"}',
     "an escape that is none in what is ignored": b'{"prompt": "x", "tokens": [1], "zork": "\\q"}',
     "nan": b'{"prompt": "x", "temperature": NaN}',
