@@ -45,6 +45,8 @@ COVERED_BY = {
     "worker_orcd/serving/score_job.py": ["service/openai/test_logprobs.py"],
     "worker_orcd/serving/logprobs.py": ["engine/test_sampling.py", "runtime/test_llm_answers.py"],
     "worker_orcd/serving/work.py": ["serving/test_scheduler.py"],
+    "worker_orcd/runtime/arguments.py": ["runtime/test_llm.py"],
+    "worker_orcd/runtime/text_bounds.py": ["runtime/test_request.py"],
     # plans
     "worker_orcd/engine/protocol.py": ["compiled/test_cpu_engine.py", "engine/test_kv_blocks.py"],
     "worker_orcd/models/blocks.py": ["models/test_plan.py"],
