@@ -37,6 +37,10 @@ class ClientStream:
         """Whether more waited than may."""
 
     @property
+    def lost(self) -> bool:
+        """Whether a piece was dropped because of that."""
+
+    @property
     def silent_seconds(self) -> float:
         """Seconds since the system took the last byte; 0 while some wait for the client."""
 

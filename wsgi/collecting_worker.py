@@ -43,7 +43,8 @@ WRITE_LIMIT_MS = 30_000
 FRESH_SEC = 0.5
 #: bytes that such a client must take meanwhile of an answer that it is sent whole, or the rest of it
 WRITE_LEAST_BYTES = 1 << 16
-#: bytes of answers that wait for their clients, in all; beyond them a thread waits for each
+#: bytes of answers that wait for their clients, in all; beyond them a thread that has one long answer to give waits
+#: itself, and other clients are cut off
 MAX_REST_BYTES = 64 << 20
 #: bytes of requests that are being received, in all, beyond what each connection has free
 MAX_RECEIVED_BYTES = 64 << 20

@@ -28,6 +28,8 @@ from worker_orcd.wsgi.thread_pool import ThreadPool
 
 #: seconds that a stopping worker keeps idle connections, for a request that may be on its way
 STOP_IDLE_SEC = 2.0
+#: seconds in which a client must take an answer for which the main loop has no room, all of it
+LONG_WRITE_SEC = 300.0
 
 
 class StreamWorker(CollectingWorker):
@@ -172,7 +174,13 @@ class StreamWorker(CollectingWorker):
         keep = bool(self._keepalive_after(conn, keep))
         if self.leave_rest(conn, data[n:], keep):
             return RESTING
-        conn.sock.sendall(data[n:])
+        if not self._pool.is_long:
+            return False  # cut off: its thread is there for others
+        conn.sock.settimeout(LONG_WRITE_SEC)
+        try:
+            conn.sock.sendall(data[n:])
+        except TimeoutError:
+            return False
         return keep
 
     def _begin(self, stream: JobStream, response: Any, conn: Connection) -> Any:

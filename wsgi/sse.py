@@ -34,6 +34,8 @@ PING_SEC = 10.0
 LATE_SEC = 0.2
 #: seconds that a client has to take the last bytes of a stream that has ended; it keeps its place meanwhile
 LAST_BYTES_SEC = 30.0
+#: why a stream ends of which too much waits
+DEAF = "the client does not read"
 #: pieces put into one write where they are there already
 MAX_PIECES_PER_WRITE = 64
 
@@ -239,7 +241,7 @@ class JobStream:
             self.gone()
         elif stalled:
             for record in self._records:
-                record.job.end(Cancelled("the client does not read", job_id=record.job.job_id))
+                record.job.end(Cancelled(DEAF, job_id=record.job.job_id))
         elif self._overdue():
             self._write(partial(self._failed, NotReady("the worker is shutting down")), over=True)
 
@@ -250,6 +252,8 @@ class JobStream:
     def _news_until_end(self, choice: int) -> bytes:
         assert self._body is not None, "it is written after `detach`"
         while choice in self._open:
+            if self._body.lost:  # it may have finished before `tick` could end it
+                raise Cancelled(DEAF, job_id=self._records[choice].job.job_id)
             chunk = self._news(choice, 0)
             if choice not in self._open:
                 if not self._open:

@@ -75,6 +75,11 @@ class ThreadPool(Executor):
             self._n_long += 1
             self._own.long = True
 
+    @property
+    def is_long(self) -> bool:
+        """Whether the call in whose thread this is asked has said that it takes long."""
+        return bool(getattr(self._own, "long", False))
+
     def _add_thread(self) -> None:
         if self._n_threads < self._max_threads:
             threading.Thread(target=self._run, name=f"request-{self._n_threads}", daemon=True).start()

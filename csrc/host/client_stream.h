@@ -38,8 +38,9 @@ class ClientStream {
     template <class Fill>
     void append(Fill fill) {
         std::lock_guard<std::mutex> lock(mutex_);
-        if (fd_ < 0 || overflowed_ || finished_) return;
-        fill(body_);
+        if (fd_ < 0 || finished_) return;
+        lost_ = lost_ || overflowed_;
+        if (!lost_) fill(body_);
     }
 
     // Appends bytes however much waits (there are few of them: the events of a beginning or an end), and sends.
@@ -89,6 +90,12 @@ class ClientStream {
     bool overflowed() {
         std::lock_guard<std::mutex> lock(mutex_);
         return overflowed_;
+    }
+
+    // Whether something was not taken because of that: what follows would follow a gap.
+    bool lost() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return lost_;
     }
 
     // Seconds since the last byte was given to the system; 0 while some wait for the client.
@@ -164,7 +171,7 @@ class ClientStream {
     std::string body_;  // not framed yet
     std::string out_;   // framed; sent up to sent_
     size_t sent_ = 0;
-    bool blocked_ = false, finished_ = false, overflowed_ = false;
+    bool blocked_ = false, finished_ = false, overflowed_ = false, lost_ = false;
     Clock::time_point last_write_ = Clock::now();
 };
 

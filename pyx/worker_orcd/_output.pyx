@@ -25,6 +25,7 @@ cdef extern from "host/client_stream.h" namespace "worker_orcd" nogil:
         int writable() except +
         void release() except +
         cbool overflowed() except +
+        cbool lost() except +
         double silent_seconds() except +
 
 cdef extern from "host/piece_template.h" namespace "worker_orcd" nogil:
@@ -124,6 +125,11 @@ cdef class ClientStream:
     def overflowed(self):
         """Whether more waited than may."""
         return self.stream.get().overflowed()
+
+    @property
+    def lost(self):
+        """Whether a piece was dropped because of that."""
+        return self.stream.get().lost()
 
     @property
     def silent_seconds(self):

@@ -275,6 +275,28 @@ def test_silence_is_broken_and_a_stalled_reader_is_cut_off(writer, monkeypatch):
         assert end["code"] == "CANCELLED"
 
 
+@pytest.mark.parametrize("n_late", [0, 3])
+def test_a_job_that_finishes_before_its_stalled_reader_is_seen_has_no_good_end(monkeypatch, n_late):
+    """Once a piece was dropped; where all of them wait, the end may follow them."""
+    monkeypatch.setattr(event_writer, "MAX_UNSENT_BYTES", 100_000)
+    with Rig(EventWriter()) as rig:  # which is not started: nobody looks at the time
+        n = 0
+        while not rig.stream._body.overflowed:
+            rig.jobs[0].add_piece("x" * 10_000, [n])
+            n += 1
+        for _ in range(n_late):
+            rig.jobs[0].add_piece("late", [0])
+        rig.jobs[0].finish("stop")
+        data = b""
+        while not data.endswith((b"<close>", b"<error CANCELLED>")):
+            data += rig.theirs.recv(1 << 16)
+            rig.stream.writable()
+        rig.ended(True)
+        assert data.count(b"x" * 10_000) == n and b"late" not in data
+        assert data.endswith(b"<error CANCELLED>" if n_late else b"<end 0 stop %d><close>" % n)
+        assert (b"<end" in data) == (not n_late)
+
+
 def test_the_end_of_a_stream_that_nobody_takes_is_given_up(writer, monkeypatch):
     """Or clients that read a byte now and then would hold all places for ever."""
     monkeypatch.setattr(sse, "LAST_BYTES_SEC", 0.3)

@@ -160,3 +160,16 @@ def test_its_threads_keep_no_process_alive_and_end_with_it():
     while threading.active_count() > before and time.monotonic() < end:
         time.sleep(0.01)
     assert threading.active_count() <= before
+
+
+def test_a_call_knows_whether_it_has_said_that_it_takes_long():
+    pool = ThreadPool(4)
+
+    def call(long):
+        if long:
+            pool.take_long()
+        return pool.is_long
+
+    assert [pool.submit(call, long).result(5) for long in (True, False, True, False)] == [True, False, True, False]
+    assert not pool.is_long
+    pool.shutdown()

@@ -9,12 +9,13 @@ import socket
 import threading
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 from gunicorn.config import Config
 
 from service.client import fake_worker
-from worker_orcd.wsgi import collecting_worker
+from worker_orcd.wsgi import collecting_worker, gunicorn_worker
 from worker_orcd.wsgi.collecting_worker import RESTING
 from worker_orcd.wsgi.connections import Budget, Connection, Deadlines
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
@@ -25,7 +26,7 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 DOCUMENT = GET.replace(b" / ", b" /openapi.json ")
 
 
-def bare_worker(body, fails=False):
+def bare_worker(body, fails=False, is_long=False):
     """A `StreamWorker` outside of gunicorn, whose application answers with the chunks `body`."""
 
     def application(environ, start_response):
@@ -39,6 +40,7 @@ def bare_worker(body, fails=False):
     worker.told = lambda error, head, address: error.code.encode()
     worker._thread, worker._budget, worker._rests_lock = threading.local(), Budget(1 << 20), threading.Lock()
     worker._n_rests = worker._rest_bytes = 0
+    worker._pool = SimpleNamespace(is_long=is_long)
     return worker
 
 
@@ -75,29 +77,41 @@ def test_an_answer_that_fails_half_way_is_replaced_by_its_error(pair):
     assert theirs.recv(1 << 16) == b"INTERNAL"
 
 
-@pytest.mark.parametrize("limit", [1 << 20, 1000])
-def test_a_rest_waits_in_the_main_loop_unless_too_much_waits(monkeypatch, limit):
-    monkeypatch.setattr(collecting_worker, "MAX_REST_BYTES", limit)
-    body = b"x" * 900_000
-    worker = bare_worker([body])
+BODY = b"x" * 900_000
+
+
+@pytest.fixture
+def streams():
     ours, theirs = socket.socketpair()
+    theirs.settimeout(5)
     with ours, theirs:
-        conn, results = asked(worker, ours), []
-        thread = threading.Thread(target=lambda: results.append(worker.handle(conn)))
-        thread.start()
-        if limit > len(body):
-            thread.join(5)
-            assert results == [RESTING] and conn.rest.keep and worker._n_rests == 1
-            n_sent = len(body) - len(conn.rest.data)
-            assert 0 < n_sent < len(body) and worker._rest_bytes == len(conn.rest.data)
-            worker._forget_rest(conn)
-            assert worker._n_rests == worker._rest_bytes == 0
-        else:
-            data = b""
-            while not data.endswith(b"\r\n\r\n" + body):
-                data += theirs.recv(1 << 20)
-            thread.join(5)
-            assert results == [True] and conn.rest is None
+        yield ours, theirs
+
+
+def test_a_rest_waits_in_the_main_loop(streams):
+    ours, _ = streams
+    worker = bare_worker([BODY])
+    conn = asked(worker, ours)
+    assert worker.handle(conn) is RESTING and conn.rest.keep and worker._n_rests == 1
+    assert 0 < len(conn.rest.data) < len(BODY) and worker._rest_bytes == len(conn.rest.data)
+    worker._forget_rest(conn)
+    assert worker._n_rests == worker._rest_bytes == 0
+
+
+@pytest.mark.parametrize(("is_long", "reads"), [(True, True), (True, False), (False, False)])
+def test_where_too_much_waits_only_a_long_call_waits_for_its_client(monkeypatch, streams, is_long, reads):
+    monkeypatch.setattr(collecting_worker, "MAX_REST_BYTES", 1000)
+    monkeypatch.setattr(gunicorn_worker, "LONG_WRITE_SEC", 5.0 if reads else 0.2)
+    ours, theirs = streams
+    worker, results = bare_worker([BODY], is_long=is_long), []
+    conn = asked(worker, ours)
+    thread = threading.Thread(target=lambda: results.append(worker.handle(conn)))
+    thread.start()
+    data = b""
+    while reads and not data.endswith(b"\r\n\r\n" + BODY):
+        data += theirs.recv(1 << 20)
+    thread.join(5)
+    assert results == [reads] and conn.rest is None and worker._n_rests == 0
 
 
 @pytest.mark.parametrize("then", ["_served", "_close"])
