@@ -65,7 +65,7 @@ format: .venv/.tested ## write Python, C++ and CUDA in the tree's format
 sanitize: $(INSTALLED) .venv/.tested ## compute-sanitizer's four tools over the GPU tests
 	tools/sanitize_gpu.sh $(ARGS)
 
-sanitize-cpu: .venv/.tested ## hostile files against extensions built with ASan and UBSan
+sanitize-cpu: .venv/.tested ## hostile files and the way of tokens to clients, on extensions built with ASan and UBSan
 	tools/sanitize_cpu.sh $(ARGS)
 
 wheel: .venv/.python ## a wheel for every supported GPU, in dist/

@@ -237,7 +237,8 @@ class ServeConfig:
     api_key: str | None = field(
         default=None,
         metadata=_flag(
-            "Ask for 'Authorization: Bearer KEY' on everything but /health and /ready. Better given as variable.",
+            "Ask for 'Authorization: Bearer KEY' on all but /health, /ready and the page's files. Better given as "
+            "variable.",
             "KEY",
             guard=True,
         ),

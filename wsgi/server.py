@@ -181,7 +181,7 @@ class _Application(BaseApplication):
         self._service = Service(
             self._config, self._events, self._load, self._url, terminate=lambda: os.kill(master, signal.SIGTERM)
         )
-        self._service.max_streams = self._max_streams
+        self._service.places.limit = self._max_streams
         app = create_app(self._service)
         self._service.warm_up = lambda: first_request(app, self._url)
         return app

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import worker_orcd
 from worker_orcd.config import ServeConfig
-from worker_orcd.errors import Cancelled, CudaError, NotReady, QueueFull, WorkerError
+from worker_orcd.errors import Cancelled, CudaError, NotReady, WorkerError
 from worker_orcd.observe.events import EventLog
 from worker_orcd.observe.metrics import Metrics
 from worker_orcd.runtime.info import provenance_facts
 from worker_orcd.wsgi.background import Background
 from worker_orcd.wsgi.http_errors import from_exception
 from worker_orcd.wsgi.openai.ids import MAX_JOBS, is_answer, job_ids
+from worker_orcd.wsgi.places import Places
 
 if TYPE_CHECKING:
     from worker_orcd.runtime.info import MemoryPlan
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
 FLUSH_SEC = 0.5
-#: seconds for sending the last event of a stream; afterwards its client is known not to read
-LAST_EVENT_SEC = 0.5
 #: facts of `ModelInfo` that say how many jobs run together
 _CAPACITY = ("max_seqs", "kv_positions", "default_seqs", "full_context_seqs")
 _PROGRESS_STEPS = (25, 50, 75, 100)
@@ -75,9 +74,9 @@ def load_llm(config: ServeConfig, progress: Progress, on_fatal: Fatal, on_plan: 
 class Service:
     """One model, its state and its streams. All methods may be called from any thread.
 
-    `max_streams` may be open at once; set by a server that can bear fewer than there may be jobs. `writer` watches
-    their clients; None: nobody does. `warm_up` is called once the model is loaded, before jobs are accepted. An answer
-    that keeps its thread for long calls `keep_thread` first, which raises where no thread would be left for others.
+    `places` are those of the answers that are under way. `writer` watches their clients; None: nobody does. `warm_up`
+    is called once the model is loaded, before jobs are accepted. An answer that keeps its thread for long calls
+    `keep_thread` first, which raises where no thread would be left for others.
 
     Args:
         config: checked start-up values.
@@ -106,7 +105,7 @@ class Service:
         self.on_exit = on_exit
         self.on_ready = on_ready
         self.exit_code = EXIT_OK
-        self.max_streams = config.max_streams
+        self.places = Places(config.max_streams)
         self.writer: EventWriter | None = None
         self.keep_thread: Callable[[], None] = lambda: None
         self.warm_up: Callable[[], None] = lambda: None
@@ -125,9 +124,7 @@ class Service:
             "device": config.device,
         }
         self._dead = threading.Event()
-        self.metrics = Metrics(worker_orcd.__version__, lambda: len(self._streams), lambda: self._state == "ready")
-        self._streams: dict[object, float | None] = {}  # each with the time at which its last event was sent
-        self._no_streams = threading.Condition(self._lock)
+        self.metrics = Metrics(worker_orcd.__version__, lambda: len(self.places), lambda: self._state == "ready")
 
     # -- what the resources ask
 
@@ -181,33 +178,6 @@ class Service:
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
         }
 
-    def take_place(self) -> object:
-        """The place of one stream, until `leave_place`. A client that does not read keeps it past its job's end.
-
-        Raises:
-            QueueFull: as many streams are open as there may be jobs.
-        """
-        place = object()
-        with self._lock:
-            late = time.monotonic() - LAST_EVENT_SEC
-            n_open = sum(1 for ended_at in self._streams.values() if ended_at is None or ended_at < late)
-            if n_open >= self.max_streams:
-                raise QueueFull(f"{n_open} streams are open, as many as may be; try again later", retry_after=1)
-            self._streams[place] = None
-        return place
-
-    def place_ends(self, place: object) -> None:
-        """The last event is about to be sent. Its client may ask again before we know that it has been."""
-        with self._lock:
-            self._streams[place] = time.monotonic()
-
-    def leave_place(self, place: object) -> None:
-        """The stream has ended, however it did. Idempotent."""
-        with self._lock:
-            self._streams.pop(place, None)
-            if not self._streams:
-                self._no_streams.notify_all()
-
     def note_error(self, error: WorkerError) -> None:
         """Look at an error on its way to a client: nothing works after a poisoned CUDA context."""
         if isinstance(error, CudaError) and error.sticky:
@@ -256,7 +226,7 @@ class Service:
                 return
             self._state = "stopping"
             self.stop_deadline = time.monotonic() + grace
-            llm, background, n_streams = self._llm, self._background, len(self._streams)
+            llm, background, n_streams = self._llm, self._background, len(self.places)
         self.events.emit("shutdown", grace_sec=grace, streams=n_streams)
         if llm is not None:
             try:
@@ -264,7 +234,7 @@ class Service:
             except WorkerError as error:
                 self.events.emit("error", "error", **error.details())
             # what has been generated may still be on its way to a slow reader
-            self._wait_for_streams(max(FLUSH_SEC, self.stop_deadline - time.monotonic()))
+            self.places.wait_until_all_left(max(FLUSH_SEC, self.stop_deadline - time.monotonic()))
             on_streams_ended()
             if background is not None:
                 background.stop()
@@ -272,12 +242,8 @@ class Service:
 
     def _leave_when_dead(self) -> None:
         self._dead.wait()
-        self._wait_for_streams(FLUSH_SEC)
+        self.places.wait_until_all_left(FLUSH_SEC)
         self.on_exit(EXIT_DEAD)
-
-    def _wait_for_streams(self, limit: float) -> None:
-        with self._no_streams:
-            self._no_streams.wait_for(lambda: not self._streams, limit)
 
     def _load(self) -> None:
         try:

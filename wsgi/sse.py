@@ -1,4 +1,4 @@
-"""JobStream: the server-sent events of one stream, from first bytes to its one end; `wait_for`: jobs answered whole.
+"""JobStream: the server-sent events of one stream, from first bytes to its one end.
 
 What the bytes are is said by a `StreamFormat`. Under our server no thread belongs to a stream: the output thread sends
 pieces without Python, whoever ends a job writes the end, and the `EventWriter` tells of clients. Any other WSGI server
@@ -8,7 +8,6 @@ pulls the same bytes chunk by chunk. However a stream ends, its jobs end with it
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import socket
 import threading
 import time
@@ -18,9 +17,10 @@ from functools import partial
 from worker_orcd._output import GONE, SENT, ClientStream
 from worker_orcd.errors import Cancelled, NotReady, WorkerError
 from worker_orcd.observe.events import EventLog
-from worker_orcd.serving.job import Completion, Finished, Job, TextPiece
+from worker_orcd.serving.job import Finished, Job, TextPiece
 from worker_orcd.wsgi.event_writer import EventWriter
 from worker_orcd.wsgi.http_errors import from_exception
+from worker_orcd.wsgi.job_record import JobRecord
 from worker_orcd.wsgi.service import Service
 from worker_orcd.wsgi.stream_format import StreamFormat
 
@@ -38,56 +38,6 @@ LAST_BYTES_SEC = 30.0
 DEAF = "the client does not read"
 #: pieces put into one write where they are there already
 MAX_PIECES_PER_WRITE = 64
-
-
-class JobRecord:
-    """What the log says of a job when it is over."""
-
-    def __init__(self, job: Job, log: EventLog) -> None:
-        self.job = job
-        self._log = log
-        self._began = time.monotonic()
-        self._outcome: dict[str, object] = {"outcome": "disconnected"}
-        self._ended = self._closed = False
-        self._closing = threading.Lock()
-
-    def finished(self, end: Finished) -> None:
-        """The job came to its end."""
-        times = end.timings
-        self._ended = True
-        self._outcome = {
-            "outcome": "finished",
-            "finish_reason": end.finish_reason,
-            "queue_ms": times.queue_ms,
-            "prefill_ms": times.prefill_ms,
-            "decode_ms": times.decode_ms,
-            "tokens_per_s": times.tokens_per_s,
-        }
-
-    def failed(self, error: WorkerError) -> None:
-        """The job ended with an error, its own or that of another choice; no effect on one that has finished."""
-        if not self._ended:
-            self._outcome = {"outcome": "error", "code": error.code, "message": error.message}
-
-    def close(self) -> None:
-        """Cancel the job if it still runs and write `execute_end`. Idempotent; in any thread."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-        self.job.cancel()
-        text = self.job.sink.text
-        self._log.emit(
-            "execute_end",
-            "info" if "code" not in self._outcome else "warning",
-            **self._outcome,
-            tokens_in=self.job.tokens_in,
-            cached_tokens=self.job.cached_tokens,
-            tokens_out=self.job.sink.n_tokens,
-            text_chars=len(text),
-            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            seconds=time.monotonic() - self._began,
-        )
 
 
 class JobStream:
@@ -139,7 +89,7 @@ class JobStream:
             return
         self._closed = True
         self._close_records()
-        self._service.leave_place(self._place)
+        self._service.places.leave(self._place)
 
     def _close_records(self) -> None:
         """To be called before a client sees the end of its stream: whoever has seen it finds its job in the log, and
@@ -177,7 +127,7 @@ class JobStream:
     def _failed(self, cause: BaseException) -> bytes:
         """The end of the stream with an error."""
         error = from_exception(cause)
-        self._service.place_ends(self._place)
+        self._service.places.ends(self._place)
         for record in self._records:
             record.failed(error)
         if cause is not error:
@@ -211,7 +161,7 @@ class JobStream:
                 for choice in list(self._open):
                     chunk = self._news(choice, WATCH_SEC if alone else 0)
                     if not self._open:
-                        self._service.place_ends(self._place)
+                        self._service.places.ends(self._place)
                         yield chunk + self._format.closing()
                         return
                     if chunk:
@@ -307,7 +257,7 @@ class JobStream:
             chunk = self._news(choice, 0)
             if choice not in self._open:
                 if not self._open:
-                    self._service.place_ends(self._place)
+                    self._service.places.ends(self._place)
                     chunk += self._format.closing()
                 return chunk
             if not chunk:
@@ -355,66 +305,3 @@ class JobStream:
             self.close()
         finally:
             self._on_done(whole)
-
-
-class _Waiting:
-    """The `Client` of jobs that are answered whole: when it goes, they end."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs = jobs
-        self.has_gone = False
-
-    def gone(self) -> None:
-        """See `Client`."""
-        self.has_gone = True
-        for job in self._jobs:
-            job.end(Cancelled("the client has gone", job_id=job.job_id))
-
-    def writable(self) -> None:
-        """Nothing is written."""
-
-    def tick(self) -> None:
-        """Its jobs have their own deadlines."""
-
-
-def wait_for(
-    service: Service, place: object, jobs: Sequence[Job], log: EventLog, sock: socket.socket | None
-) -> list[Completion]:
-    """Wait for the ends of jobs that are answered whole, in their order. When one fails or the client goes, all end.
-
-    It keeps the calling thread, which sleeps meanwhile.
-
-    Args:
-        as `JobStream`.
-
-    Raises:
-        WorkerError: the first job's that failed; Cancelled: the client has gone.
-        RuntimeError: no thread would be left for others.
-    """
-    records = [JobRecord(job, log.bind(job_id=job.job_id)) for job in jobs]
-    client, writer = _Waiting(jobs), service.writer
-    try:
-        service.keep_thread()
-        if writer is not None and sock is not None:
-            writer.watch(sock, client)
-        try:
-            completions = []
-            for record in records:
-                done = record.job.completion()
-                record.finished(Finished(done.finish_reason, len(done.token_ids), done.timings, done.stop_reason))
-                completions.append(done)
-            return completions
-        finally:
-            if writer is not None and sock is not None:
-                writer.forget(sock)
-    except Exception as error:
-        known = from_exception(error)
-        if not client.has_gone:
-            for record in records:
-                record.failed(known)
-        service.note_error(known)
-        raise
-    finally:
-        for record in records:
-            record.close()
-        service.leave_place(place)

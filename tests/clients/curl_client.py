@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
+from pathlib import Path
 
 from target import BASE, KEY, MESSAGES, URL
 
@@ -55,3 +58,10 @@ def test_a_template_is_applied():
 
 def test_a_head_without_a_body():
     assert "HTTP/1.1 200" in curl("-I", f"{URL}/health")
+
+
+def test_what_the_readme_shows_works():
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^curl (http://127\.0\.0\.1:8080/v1/.*)$", text, re.MULTILINE)
+    args = shlex.split(shown.replace("http://127.0.0.1:8080", URL))
+    assert json.loads(curl(*args, "-H", f"Authorization: Bearer {KEY}"))["choices"][0]["message"]["content"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
+from pathlib import Path
 
 import openai
 import pytest
@@ -261,3 +263,13 @@ async def _async_work():
 def test_async_in_a_crowd_and_cancelled():
     asyncio.run(_async_work())
     assert nothing_runs(), "the job of a cancelled call goes on"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/openai.md"])
+def test_what_the_page_shows_works(page, capsys):
+    text = (Path(__file__).resolve().parents[2] / page).read_text(encoding="utf-8")
+    (program,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import OpenAI" in code]
+    assert "http://127.0.0.1:8080/v1" in program and 'api_key="none"' in program
+    program = program.replace("http://127.0.0.1:8080/v1", BASE).replace('api_key="none"', f"api_key={KEY!r}")
+    exec(compile(program, page, "exec"), {})
+    assert capsys.readouterr().out.strip()

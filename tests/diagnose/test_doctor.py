@@ -103,6 +103,11 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
     assert [f.status for f in modules] == ["ok", "missing"] and modules[1].detail == "_engine (the CUDA engine)"
 
 
+def test_every_compiled_module_is_looked_for():
+    sources = Path(__file__).resolve().parents[2] / "pyx" / "worker_orcd"
+    assert set(doctor.MODULES) == {path.stem for path in sources.glob("_*.pyx")}
+
+
 def test_no_kernels(monkeypatch: pytest.MonkeyPatch):
     assert pretend(monkeypatch, images={}, gpus=[H100])["GPU kernels"].status == "missing"
     assert not doctor.has_gpu()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers.command_line import one_error_line
@@ -52,6 +54,20 @@ def test_bench_tells_what_http_costs(call, goldens_dir, monkeypatch):
     assert f"p99 {http['gap_p99_ms']:.2f} ms" in out
 
 
+def test_streams_that_end_before_their_first_token_have_no_times(call, goldens_dir, monkeypatch):
+    """A model may end its text at once; what is not there is null, which JSON has, unlike infinity."""
+    monkeypatch.setattr(overhead, "Worker", lambda arguments: contextlib.nullcontext(SimpleNamespace(port=1)))
+    monkeypatch.setattr(overhead, "read_streams", lambda port, bodies: [StreamTimes(1.0, [], 2.0, 0) for _ in bodies])
+    args = ["bench", "--model", str(goldens_dir / "llama-Q4_0.gguf"), "--device", "cpu", "--threads", "1", "-p", ""]
+    args += ["-n", "2", "--batch", "1", "--repeat", "1", "--http", "--streams", "2"]
+    code, out, _ = call(*args, "--json")
+    http = json.loads(out, parse_constant=pytest.fail)["http"]
+    assert code == 0 and http["engine_first_token_ms"] > 0 and http["http_tokens_per_s"] == 0
+    assert [http[name] for name in ("first_token_ms", "per_token_ms", "gap_p50_ms", "gap_p99_ms")] == [None] * 4
+    code, out, _ = call(*args)
+    assert code == 0 and "inf" not in out and "first token, prompt" in out
+
+
 def test_without_the_option_the_report_has_none(call, goldens_dir):
     args = ["bench", "--model", str(goldens_dir / "llama-Q4_0.gguf"), "--device", "cpu", "-p", "4", "-n", "0"]
     code, out, _ = call(*args, "--repeat", "1", "--json")
@@ -82,3 +98,4 @@ def test_streams_run_together_where_the_device_can(n_streams, device, expected, 
     given = overhead._arguments("m.gguf", on, asked)
     assert given[given.index("--max-seqs") + 1] == str(expected)
     assert given[given.index("--vram-limit-mb") + 1] == "64" and "trusted.json" in given
+    assert "--no-prefix-cache" in given, "a prompt that is timed again is computed again"

@@ -72,8 +72,9 @@ def test_an_example_is_short_and_imports_public_names_only(name):
             assert node.module == "worker_orcd" and {a.name for a in node.names} <= set(worker_orcd.__all__)
 
 
-def test_the_client_of_the_worker_needs_the_standard_library_only():
-    tree = ast.parse((EXAMPLES / "serve_client.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["serve_client.py", "chat_client.py"])
+def test_a_client_of_the_worker_needs_the_standard_library_only(name):
+    tree = ast.parse((EXAMPLES / name).read_text(encoding="utf-8"))
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {n.split(".")[0] for n in names} <= set(sys.stdlib_module_names)
@@ -156,6 +157,25 @@ def test_the_client_exits_with_1_where_the_request_is_refused(worker):
     assert done.stderr.startswith("400: ") and json.loads(done.stderr[5:])["field"] == "max_tokens"
 
 
+def test_the_chat_client_says_what_the_library_says_and_what_was_cached(smollm2, worker):
+    questions = "What is the capital of France?\nAnd of Italy?\n"
+    text = said("chat_client.py", f"http://127.0.0.1:{worker.port}/", text=questions)
+    counts = re.findall(r"^    (\d+) tokens in, (\d+) of them cached, (\d+) out$", text, re.MULTILINE)
+    expected = said("chat.py", smollm2, text=questions)
+    shown = re.sub(r"^(    \d+ tokens in), \d+ of them cached,", r"\1,", text, flags=re.MULTILINE)
+    assert shown == expected and "Paris" in text and "Rome" in text
+    # the second prompt begins with the first one, and its answer is computed as a prompt
+    (first, _, _), (second, cached, _) = counts
+    assert int(second) > int(first) >= int(cached) >= int(first) - 1
+
+
+def test_the_chat_client_tells_of_a_refusal(worker):
+    done = run("chat_client.py", f"http://127.0.0.1:{worker.port}", text="word " * 9000)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = json.loads(done.stderr.removeprefix("400: "))["error"]
+    assert error["code"] == "context_length_exceeded"
+
+
 @pytest.fixture(scope="module")
 def fake():
     worker = fake_worker("--api-key", "secret", "--ping-sec", 0.2)
@@ -168,6 +188,19 @@ def test_the_client_exits_with_1_where_the_job_ends_in_an_error(fake):
     done = run("serve_client.py", url, "--prompt", "fail", WORKER_ORCD_API_KEY="secret")
     assert (done.returncode, done.stdout) == (1, "x")
     assert done.stderr == "\nINVALID_REQUEST: no room in the cache\n"
+
+
+def test_the_chat_client_gives_its_key_and_tells_of_an_error_in_a_stream(fake):
+    url = f"http://127.0.0.1:{fake.port}"
+    text = "a\u2028b: \u65e5\u672c \U0001f600"
+    out = said("chat_client.py", url, text=f"say {text}\n", WORKER_ORCD_API_KEY="secret")
+    n = len(text.encode())
+    assert out == f"user: say {text}\nassistant: {text}\n    {n + 4} tokens in, 0 of them cached, {n} out\n"
+    done = run("chat_client.py", url, text="fail\n", WORKER_ORCD_API_KEY="secret")
+    assert (done.returncode, done.stdout) == (1, "user: fail\nassistant: x")
+    assert done.stderr == "\nINVALID_REQUEST: no room in the cache\n"
+    done = run("chat_client.py", url, text="say x\n", WORKER_ORCD_API_KEY="wrong")
+    assert done.returncode == 1 and done.stderr.startswith("401: ")
 
 
 def test_the_client_gives_its_key_and_reads_every_character(fake):

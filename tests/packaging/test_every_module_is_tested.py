@@ -45,6 +45,8 @@ COVERED_BY = {
     "worker_orcd/serving/score_job.py": ["service/openai/test_logprobs.py"],
     "worker_orcd/serving/logprobs.py": ["engine/test_sampling.py", "runtime/test_llm_answers.py"],
     "worker_orcd/serving/work.py": ["serving/test_scheduler.py"],
+    "worker_orcd/runtime/arguments.py": ["runtime/test_llm.py"],
+    "worker_orcd/runtime/text_bounds.py": ["runtime/test_request.py"],
     # plans
     "worker_orcd/engine/protocol.py": ["compiled/test_cpu_engine.py", "engine/test_kv_blocks.py"],
     "worker_orcd/models/blocks.py": ["models/test_plan.py"],
@@ -77,6 +79,7 @@ COVERED_BY = {
     "wsgi/native/health.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/requests.py": ["service/test_app.py"],
     "wsgi/native/shutdown.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/openai/answers.py": ["service/openai/test_completions.py", "service/openai/test_openapi.py"],
     "wsgi/openai/asked.py": ["service/openai/test_fields.py", "service/openai/test_completions.py"],
     "wsgi/openai/bodies.py": ["service/openai/test_fields.py"],
     "wsgi/openai/chat.py": ["service/openai/test_chat.py"],
@@ -96,6 +99,9 @@ COVERED_BY = {
     "wsgi/service.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/native/events.py": ["service/test_app.py", "service/test_server.py"],
     "wsgi/sse.py": ["service/test_app.py", "service/test_server.py"],
+    "wsgi/places.py": ["service/test_event_writer.py"],
+    "wsgi/job_record.py": ["service/test_app.py", "service/test_event_writer.py"],
+    "wsgi/whole_answer.py": ["service/test_event_writer.py"],
     "wsgi/stream_format.py": ["service/test_protocol.py"],
     # compiled modules
     "pyx/worker_orcd/_cpu.pyx": ["compiled/test_cpu_engine.py", "compiled/test_cpu_sampling.py"],

@@ -1,4 +1,4 @@
-"""prepare: each rule once, in one order, and what a request leaves open."""
+"""prepare: each rule once, in one order (those of text_bounds among them), and what a request leaves open."""
 
 from __future__ import annotations
 

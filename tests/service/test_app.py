@@ -1,6 +1,7 @@
 """The application without a server: what it refuses, how, and what it never says.
 
-That is wsgi.app with its resources (native: cancel, execute, health, requests, shutdown), middleware, http_errors, sse.
+That is wsgi.app with its resources (native: cancel, execute, health, requests, shutdown), middleware, http_errors,
+sse, job_record.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def test_s1_s5_a_field_that_breaks_its_rule_is_named(app, field, value):
     error = error_of(app.execute(body))
     if not any(bad in value for bad in ("NaN", "Infinity", "0x1")):  # those are no JSON at all
         assert error["field"] == field and field in error["message"]
-    assert not app.service._streams
+    assert not app.service.places
 
 
 @pytest.mark.parametrize(

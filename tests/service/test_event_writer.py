@@ -1,5 +1,5 @@
-"""Streams that no thread belongs to: their bytes, their ends, clients that go or do not read (wsgi.event_writer, sse).
-In process, and under a real gunicorn (wsgi.gunicorn_worker)."""
+"""Streams that no thread belongs to: their bytes, their ends, clients that go or do not read (wsgi.event_writer, sse,
+job_record, places, whole_answer). In process, and under a real gunicorn (wsgi.gunicorn_worker)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from worker_orcd.errors import Cancelled, InvalidRequest, NotReady
 from worker_orcd.serving.job import Job
 from worker_orcd.wsgi import event_writer, sse
 from worker_orcd.wsgi.event_writer import EventWriter
-from worker_orcd.wsgi.sse import JobStream, wait_for
+from worker_orcd.wsgi.sse import JobStream
 from worker_orcd.wsgi.stream_format import PieceTemplate
+from worker_orcd.wsgi.whole_answer import wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -69,7 +70,7 @@ class Rig:
         self.theirs.settimeout(5)
         self.jobs = [Job(f"j{i}", i + 1, SamplingParams(), 0, 1, None, lambda job: None) for i in range(n)]
         self.done, self.whole = threading.Event(), []
-        self.place = self.service.take_place()
+        self.place = self.service.places.take()
         log = self.service.events
         self.stream = JobStream(self.service, self.place, self.jobs, format or Format(), log, self.ours)
         before(self.jobs)
@@ -98,7 +99,7 @@ class Rig:
 
     def ended(self, whole):
         assert self.done.wait(5) and self.whole == [whole]
-        assert not self.service._streams and self.ours.fileno() not in self.writer._clients
+        assert not self.service.places and self.ours.fileno() not in self.writer._clients
         return [e for e in self.app.log if e["event"] == "execute_end"]
 
 
@@ -249,13 +250,13 @@ def test_a_connection_that_cannot_be_watched_is_the_callers_again(writer):
     app = App()
     job = Job("j", 1, SamplingParams(), 0, 1, None, lambda job: None)
     ours, theirs = socket.socketpair()
-    stream = JobStream(app.service, app.service.take_place(), [job], Format(), app.service.events, ours)
+    stream = JobStream(app.service, app.service.places.take(), [job], Format(), app.service.events, ours)
     ours.close()
     theirs.close()
     with pytest.raises((OSError, ValueError)):
         stream.detach(writer, True, lambda whole: None)
     stream.close()
-    assert job.finished and not app.service._streams and -1 not in writer._clients
+    assert job.finished and not app.service.places and -1 not in writer._clients
 
 
 def test_silence_is_broken_and_a_stalled_reader_is_cut_off(writer, monkeypatch):
@@ -373,9 +374,9 @@ def waiting(writer):
     app.service.writer = writer
     jobs = [Job(f"j{n}", n + 1, SamplingParams(), 0, 1, None, lambda job: None) for n in range(2)]
     ours, theirs = socket.socketpair()
-    place = app.service.take_place()
+    place = app.service.places.take()
     yield app, jobs, theirs, partial(wait_for, app.service, place, jobs, app.service.events, ours)
-    assert not app.service._streams and ours.fileno() not in writer._clients
+    assert not app.service.places and ours.fileno() not in writer._clients
     ours.close()
     theirs.close()
 

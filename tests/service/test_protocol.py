@@ -143,39 +143,39 @@ def test_a_key_that_no_client_could_send_is_refused(key):
 def test_who_asks_again_at_the_last_event_is_not_told_that_it_is_full(monkeypatch):
     """The next stream is wanted before the server knows that the last event has gone out; or it never goes out."""
     app = App(max_seqs=1, max_queue=0)
-    first = app.service.take_place()
+    first = app.service.places.take()
     with pytest.raises(QueueFull):
-        app.service.take_place()
-    app.service.place_ends(first)
-    second = app.service.take_place()
-    app.service.leave_place(second)
-    monkeypatch.setattr("worker_orcd.wsgi.service.LAST_EVENT_SEC", -1.0)
+        app.service.places.take()
+    app.service.places.ends(first)
+    second = app.service.places.take()
+    app.service.places.leave(second)
+    monkeypatch.setattr("worker_orcd.wsgi.places.LAST_EVENT_SEC", -1.0)
     with pytest.raises(QueueFull):
-        app.service.take_place()
-    app.service.leave_place(first)
-    app.service.leave_place(first)
-    assert app.service.take_place() is not None
+        app.service.places.take()
+    app.service.places.leave(first)
+    app.service.places.leave(first)
+    assert app.service.places.take() is not None
 
 
 def test_a_job_that_runs_is_a_duplicate_however_full_it_is():
     app = App(max_seqs=1, max_queue=0)
     app.ready()
-    place = app.service.take_place()
+    place = app.service.places.take()
     job = app.service.llm().submit_request(Request("quiet", job_id="runs"), Limits())
     error_of(app.execute(job_id="runs"), 409, "DUPLICATE_JOB")
     error_of(app.execute(job_id="another"), 429, "QUEUE_FULL")
     job.cancel()
     error_of(app.execute(job_id="runs"), 429, "QUEUE_FULL")
-    app.service.leave_place(place)
+    app.service.places.leave(place)
     app.service.stop(0)
 
 
 def test_a_stream_says_when_its_last_event_comes(app):
     ended = []
-    app.service.place_ends = ended.append
+    app.service.places.ends = ended.append
     for prompt in ("say hi", "fail"):
         events_of(app.execute(prompt=prompt, job_id=prompt))
-    assert len(ended) == 2 and not app.service._streams
+    assert len(ended) == 2 and not app.service.places
 
 
 # -- what the log says of a refusal

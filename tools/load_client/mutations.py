@@ -87,9 +87,6 @@ TARGETS = (
     *(Target("GET", p) for p in ("/health", "/ready", "/metrics", "/v1/models", "/openapi.json", "/", "/v1", "/docs")),
     Target("GET", "/shutdown"),
 )
-#: who answers with what OpenAI's clients expect
-LIKE_OPENAI = ("/v1/",)
-
 #: values that are wrong nearly everywhere
 _VALUES: tuple[object, ...] = (
     None, True, False, 0, -1, 1, 5, 0.5, -0.0, 1e308, 1 << 31, 1 << 53, (1 << 64) - 1, 1 << 64, -(1 << 63), -(1 << 70),

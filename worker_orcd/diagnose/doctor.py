@@ -37,10 +37,14 @@ LIBRARIES = (
 #: compiled modules and what they are for
 MODULES = {
     "_gguf": "reading model files",
+    "_spm": "SentencePiece tokenizers",
+    "_text": "making text of tokens",
     "_ring": "passing tokens on",
+    "_output": "sending text to clients",
     "_cpu": "the CPU engine",
     "_driver": "the CUDA driver layer",
     "_upload": "loading into GPU memory",
+    "_nodes": "the CUDA graph's nodes",
     "_engine": "the CUDA engine",
 }
 #: free memory under which even small models are tight

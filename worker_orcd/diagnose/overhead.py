@@ -1,7 +1,8 @@
 """What HTTP costs: one stream of a served model beside its engine, and many beside `LLM.generate`.
 
 The model is loaded three times, one after the other: as an engine alone, as an `LLM`, and in a worker process that
-serves it. All get the same prompts and seeds, so that they generate the same tokens.
+serves it. All get the same prompts and seeds, so that they generate the same tokens, and none has a prefix cache: a
+prompt that comes again is computed again, as the engine alone does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime import devices, sizing
 from worker_orcd.runtime.llm import LLM
 
-#: what every stream goes on from, after a number of its own
+#: what the one stream goes on from, greedily: even a model of the smallest ends no text that counts
+_COUNTING = "Count to one thousand: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
+#: what each of many streams goes on from, after a number of its own
 _PROMPT = "Write a long story about a small robot that lives on a hill beside the sea and counts the ships."
 #: said on both sides, whatever the file recommends
 _ALL_TOKENS: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -59,7 +62,7 @@ class Overhead:
     Attributes:
         tokens_in: of the prompt of the one stream.
         first_token_ms, per_token_ms: of one stream over HTTP, as its client sees it: from before the connection to the
-            first token, and from a token to the next. None where a stream has no second token.
+            first token, and from a token to the next. None where no stream has a first or a second token.
         engine_first_token_ms, engine_per_token_ms: a step with a prompt of as many tokens, and a decode step, of the
             engine alone.
         generate_tokens_per_s: `LLM.generate` of the prompts of `n_streams` streams.
@@ -71,7 +74,7 @@ class Overhead:
     tokens_in: int
     n_tokens: int
     engine_first_token_ms: float
-    first_token_ms: float
+    first_token_ms: float | None
     engine_per_token_ms: float
     per_token_ms: float | None
     n_streams: int
@@ -103,16 +106,17 @@ def measure(model: str, on: Device, asked: Asked, progress: Callable[[str], None
     progress("serve")
     with Worker(_arguments(model, on, asked)) as worker:
         progress("1 stream")
-        single = _repeated(worker.port, prompts[:1], asked, temperature=0.0)
+        single = _repeated(worker.port, [_COUNTING], asked, temperature=0.0)
         progress(f"{asked.n_streams} streams")
         many = _repeated(worker.port, prompts, asked, temperature=1.0)
     gaps = sorted(gap for run in many for times in run for gap in times.gaps)
+    firsts = [times.first_token for run in single for times in run if times.arrivals]
     steps = [times.per_token for run in single for times in run if times.per_token is not None]
     return Overhead(
         tokens_in=tokens_in,
         n_tokens=asked.n_tokens,
         engine_first_token_ms=1e3 * first,
-        first_token_ms=1e3 * statistics.median(times.first_token for run in single for times in run),
+        first_token_ms=1e3 * statistics.median(firsts) if firsts else None,
         engine_per_token_ms=1e3 * per_token,
         per_token_ms=1e3 * statistics.median(steps) if steps else None,
         n_streams=asked.n_streams,
@@ -144,7 +148,7 @@ def _params(n: int, asked: Asked, temperature: float) -> SamplingParams:
 
 
 def _generate(model: str, on: Device, asked: Asked, prompts: list[str]) -> tuple[int, float]:
-    """Tokens of the first prompt, and tokens a second of all of them together."""
+    """Tokens of the prompt of the one stream, and tokens a second of all of `prompts` together."""
     with LLM(
         model,
         device=on.device,
@@ -154,6 +158,7 @@ def _generate(model: str, on: Device, asked: Asked, prompts: list[str]) -> tuple
         max_seqs=_max_seqs(on, asked),
         progress=False,
         warm_up=True,
+        prefix_cache=False,
         gpu_memory_utilization=on.gpu_memory_utilization,
     ) as llm:
         if llm.tokenizer is None:
@@ -164,7 +169,7 @@ def _generate(model: str, on: Device, asked: Asked, prompts: list[str]) -> tuple
             began = time.perf_counter()
             done = llm.generate(prompts, params)
             rates.append(sum(len(one.token_ids) for one in done) / (time.perf_counter() - began))
-        return len(llm.tokenizer.encode(prompts[0])), statistics.median(rates[1:])
+        return len(llm.tokenizer.encode(_COUNTING)), statistics.median(rates[1:])
 
 
 def _engine(model: str, on: Device, asked: Asked, tokens_in: int) -> tuple[float, float]:
@@ -187,7 +192,7 @@ def _engine(model: str, on: Device, asked: Asked, tokens_in: int) -> tuple[float
 
 def _arguments(model: str, on: Device, asked: Asked) -> list[str]:
     """Of `serve`."""
-    out = ["--model", model, "--device", on.device, "--threads", str(on.n_threads)]
+    out = ["--model", model, "--device", on.device, "--threads", str(on.n_threads), "--no-prefix-cache"]
     out += ["--max-seqs", str(_max_seqs(on, asked)), "--max-queue", str(asked.n_streams)]
     out += ["--max-tokens-out", str(asked.n_tokens), "--gpu-memory-utilization", str(on.gpu_memory_utilization)]
     if on.trusted_models is not None:

@@ -114,8 +114,8 @@ class StreamTimes:
 
     @property
     def first_token(self) -> float:
-        """Seconds to the first token event, infinite where none came."""
-        return self.arrivals[0] - self.began if self.arrivals else float("inf")
+        """Seconds to the first token event; one must have come."""
+        return self.arrivals[0] - self.began
 
     @property
     def per_token(self) -> float | None:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from worker_orcd.config import FLAGS, GPU_MEMORY_UTILIZATION, check_range, check_sha256, file_path
+from worker_orcd.config import GPU_MEMORY_UTILIZATION, check_sha256, file_path
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.sampling import SamplingParams, plain_number
 from worker_orcd.errors import InvalidRequest, WorkerError
 from worker_orcd.gguf.digests import file_sha256
 from worker_orcd.observe.stats import EngineStats
+from worker_orcd.runtime.arguments import check_callable, check_count, check_counts, check_number
 from worker_orcd.runtime.loading import LoadOptions
 from worker_orcd.runtime.progress import Progress, bar, no_progress
 from worker_orcd.runtime.request import (
@@ -136,20 +137,20 @@ class LLM:
         context_length, kv_cache_bytes, max_seqs, max_batch_tokens, max_queue, n_threads = map(plain_number, numbers)
         vram_limit_bytes, chunk_bytes = plain_number(vram_limit_bytes), plain_number(chunk_bytes)
         gpu_memory_utilization, watchdog_sec = plain_number(gpu_memory_utilization), plain_number(watchdog_sec)
-        _check_counts(
+        check_counts(
             max_seqs=max_seqs,
             context_length=context_length,
             kv_cache_bytes=kv_cache_bytes,
             vram_limit_bytes=vram_limit_bytes,
         )
-        _check_counts(False, n_threads=n_threads, chunk_bytes=chunk_bytes)
-        _check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, MAX_BATCH_TOKENS, optional=True)
-        _check_count("max_queue", max_queue, 0, MAX_QUEUE)
-        _check_number("gpu_memory_utilization", gpu_memory_utilization)
-        _check_number("watchdog_sec", watchdog_sec)
+        check_counts(False, n_threads=n_threads, chunk_bytes=chunk_bytes)
+        check_count("max_batch_tokens", max_batch_tokens, max_seqs or 1, MAX_BATCH_TOKENS, optional=True)
+        check_count("max_queue", max_queue, 0, MAX_QUEUE)
+        check_number("gpu_memory_utilization", gpu_memory_utilization)
+        check_number("watchdog_sec", watchdog_sec)
         if expect_sha256 is not None:
             check_sha256("expect_sha256", expect_sha256)
-        _check_callable(progress=True if isinstance(progress, bool) else progress, on_fatal=on_fatal, on_plan=on_plan)
+        check_callable(progress=True if isinstance(progress, bool) else progress, on_fatal=on_fatal, on_plan=on_plan)
         options = LoadOptions(
             device=device,
             context_length=context_length,
@@ -489,33 +490,6 @@ class LLM:
 def _or_default(params: SamplingParams | None) -> SamplingParams:
     # anything else that is false is refused where the request is checked
     return SamplingParams() if params is None else params
-
-
-def _check_counts(optional: bool = True, /, **values: object) -> None:
-    """Check arguments that are values of `ServeConfig` too."""
-    for name, value in values.items():
-        flag = FLAGS[name]
-        _check_count(name, value, flag.least, flag.most, optional)
-
-
-def _check_count(name: str, value: object, least: float | None, most: float | None, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    low, high = int(least or 0), int(most or 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be a whole number, {low} to {high}", field=name)
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequest(f"{name} must be a number", field=name)
-    check_range(name, value)
-
-
-def _check_callable(**values: object) -> None:
-    for name, value in values.items():
-        if value is not None and value is not True and not callable(value):
-            raise InvalidRequest(f"{name} must be callable, not {type(value).__name__}", field=name)
 
 
 def _close(deputy: Deputy, running: Running) -> None:

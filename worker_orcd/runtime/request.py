@@ -18,14 +18,12 @@ import numpy.typing as npt
 
 from worker_orcd.config import (
     DEFAULT_MAX_TOKENS,
-    MAX_BAD_WORD_TOKENS,
     MAX_JOB_ID_CHARS,
     MAX_LOGPROBS,
-    MAX_STOP_TOKENS,
-    MAX_TOKENS_OF_A_BAD_WORD,
 )
 from worker_orcd.engine.sampling import RULES, SamplingParams, make_seed, plain_number
 from worker_orcd.errors import InvalidRequest
+from worker_orcd.runtime.text_bounds import bad_word_ids, check_bans, check_stops
 
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.tokenizer import Tokenizer
@@ -183,12 +181,12 @@ def prepare(model: ModelParts, request: Request, limits: Limits = _NO_LIMITS) ->
     plain = _plain(params)
     ids = _prompt_ids(model, request, limits)
     n_prompt = len(ids)
-    _check_stops(plain["stop"], model.tokenizer, limits.max_stop_chars)
-    bad_words = _bad_word_ids(plain["bad_words"], model)
+    check_stops(plain["stop"], model.tokenizer, limits.max_stop_chars)
+    bad_words = bad_word_ids(plain["bad_words"], model.tokenizer, model.n_vocab)
     if bad_words or plain["min_tokens"] or plain["stop_token_ids"]:
         stop_ids = model.tokenizer.stop_ids if model.tokenizer is not None and not plain["ignore_eos"] else ()
         plain["stop_token_ids"] = tuple(i for i in dict.fromkeys(plain["stop_token_ids"]) if i not in stop_ids)
-        _check_bans(plain, bad_words, stop_ids, model.n_vocab)
+        check_bans(plain, bad_words, stop_ids, model.n_vocab)
     max_tokens = plain["max_tokens"]
     if max_tokens is None:
         known = (limits.default_tokens, limits.max_tokens_out, model.capacity.room_for(n_prompt))
@@ -347,55 +345,3 @@ def _prompt_ids(model: ModelParts, request: Request, limits: Limits) -> npt.NDAr
     if limits.max_tokens_in is not None and len(ids) > limits.max_tokens_in:
         raise InvalidRequest(f"prompt has {len(ids)} tokens; at most {limits.max_tokens_in} are taken", field="prompt")
     return ids
-
-
-def _check_stops(stops: Sequence[str], tokenizer: Tokenizer | None, max_chars: int | None) -> None:
-    if stops and tokenizer is None:
-        raise InvalidRequest("the model file has no tokenizer, so it can have no stop strings", field="stop")
-    for stop in stops:
-        if max_chars is not None:
-            if len(stop) > max_chars:
-                reason = f"a stop string has {len(stop)} characters; at most {max_chars} are taken"
-                raise InvalidRequest(reason, field="stop")
-            continue
-        n = len(tokenizer.encode(stop, add_bos=False)) if tokenizer is not None else 0
-        if n > MAX_STOP_TOKENS:
-            raise InvalidRequest(f"a stop string has {n} tokens; at most {MAX_STOP_TOKENS} are taken", field="stop")
-
-
-def _bad_word_ids(words: Sequence[str], model: ModelParts) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each word as it is at the beginning of a text and after a space, without repetitions."""
-    if not words:
-        return ()
-    if model.tokenizer is None:
-        raise InvalidRequest("the model file has no tokenizer, so it can have no bad_words", field="bad_words")
-    found: dict[tuple[int, ...], None] = {}
-    total = 0
-    for word in words:
-        bare = word.lstrip() or word
-        for text in (bare, f" {bare}"):
-            ids = tuple(model.tokenizer.encode(text, add_bos=False))
-            if not 1 <= len(ids) <= MAX_TOKENS_OF_A_BAD_WORD or max(ids) >= model.n_vocab:
-                raise InvalidRequest(
-                    f"bad_words holds a text of {len(ids)} tokens; 1 to {MAX_TOKENS_OF_A_BAD_WORD} are taken",
-                    field="bad_words",
-                )
-            total += len(ids) if ids not in found else 0
-            found[ids] = None
-            if total > MAX_BAD_WORD_TOKENS:
-                raise InvalidRequest(
-                    f"bad_words has more than {MAX_BAD_WORD_TOKENS} tokens, with and without a leading space",
-                    field="bad_words",
-                )
-    return tuple(found)
-
-
-def _check_bans(
-    plain: Mapping[str, Any], bad_words: Iterable[tuple[int, ...]], stop_ids: Iterable[int], n_vocab: int
-) -> None:
-    """Refuse what leaves no token to draw."""
-    banned = {word[0] for word in bad_words if len(word) == 1}
-    if len(banned) >= n_vocab:
-        raise InvalidRequest("bad_words bans every token of the vocabulary", field="bad_words")
-    if plain["min_tokens"] and len(banned.union(stop_ids, plain["stop_token_ids"])) >= n_vocab:
-        raise InvalidRequest("min_tokens leaves no token: all end the text or are banned", field="min_tokens")

@@ -66,7 +66,7 @@ class Execute:
             deadline=time.monotonic() + (longest if left is None else min(left, longest)),
         )
         try:
-            place = service.take_place()
+            place = service.places.take()
         except QueueFull:
             if llm.job(body.job_id) is not None:  # however full: asking again will not help
                 raise DuplicateJob(body.job_id) from None
@@ -74,7 +74,7 @@ class Execute:
         try:
             job = llm.submit_request(request, self._limits)
         except BaseException:
-            service.leave_place(place)
+            service.places.leave(place)
             raise
         log = service.events.bind(correlation_id=req.context.correlation_id)
         format = JobEvents(job, service.model)

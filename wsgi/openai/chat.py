@@ -11,6 +11,7 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime.request import Limits, Request, SamplingParams
 from worker_orcd.serving.job import Completion
 from worker_orcd.wsgi.openai import asked
+from worker_orcd.wsgi.openai.answers import ChatAnswer, ChatChoice, ChatMessage
 from worker_orcd.wsgi.openai.bodies import Bodies
 from worker_orcd.wsgi.openai.fields import check_refused
 from worker_orcd.wsgi.openai.formats import ChatChunks, Wanted
@@ -19,7 +20,7 @@ from worker_orcd.wsgi.openai.heads import cached_tokens, usage
 from worker_orcd.wsgi.openai.ids import CHAT, job_ids
 from worker_orcd.wsgi.openai.logprobs import chat_logprobs
 from worker_orcd.wsgi.openai.messages import template_messages, template_options
-from worker_orcd.wsgi.openai.types import ChatAnswer, ChatBody, ChatChoice, ChatFields, ChatMessage
+from worker_orcd.wsgi.openai.types import ChatBody, ChatFields
 from worker_orcd.wsgi.service import Service
 
 

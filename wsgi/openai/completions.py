@@ -13,6 +13,7 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.runtime.request import Request, SamplingParams
 from worker_orcd.serving.job import Completion, Job
 from worker_orcd.wsgi.openai import asked
+from worker_orcd.wsgi.openai.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs
 from worker_orcd.wsgi.openai.asked import whole_numbers
 from worker_orcd.wsgi.openai.bodies import Bodies
 from worker_orcd.wsgi.openai.fields import check_refused
@@ -21,13 +22,7 @@ from worker_orcd.wsgi.openai.generation import Generation, answer
 from worker_orcd.wsgi.openai.heads import cached_tokens, usage
 from worker_orcd.wsgi.openai.ids import COMPLETION, job_ids
 from worker_orcd.wsgi.openai.logprobs import Likely, Offsets, add_end, completion_logprobs
-from worker_orcd.wsgi.openai.types import (
-    CompletionAnswer,
-    CompletionBody,
-    CompletionChoice,
-    CompletionFields,
-    CompletionLogprobs,
-)
+from worker_orcd.wsgi.openai.types import CompletionBody, CompletionFields
 from worker_orcd.wsgi.service import Service
 
 

@@ -12,9 +12,7 @@ from msgspec import UNSET
 from worker_orcd.errors import WorkerError
 from worker_orcd.serving.job import Completion, Finished, Job, TextPiece
 from worker_orcd.wsgi.http_errors import openai_details
-from worker_orcd.wsgi.openai.heads import Head, cached_tokens, usage
-from worker_orcd.wsgi.openai.logprobs import Likely, Offsets, TokenTexts, add_end, chat_logprobs, completion_logprobs
-from worker_orcd.wsgi.openai.types import (
+from worker_orcd.wsgi.openai.answers import (
     ChatChunk,
     ChatChunkChoice,
     ChatDelta,
@@ -23,6 +21,8 @@ from worker_orcd.wsgi.openai.types import (
     CompletionLogprobs,
     Usage,
 )
+from worker_orcd.wsgi.openai.heads import Head, cached_tokens, usage
+from worker_orcd.wsgi.openai.logprobs import Likely, Offsets, TokenTexts, add_end, chat_logprobs, completion_logprobs
 from worker_orcd.wsgi.stream_format import PING, PieceTemplate, json_line
 
 DONE = b"data: [DONE]\n\n"

@@ -17,8 +17,9 @@ from worker_orcd.wsgi.openai.heads import Head, fingerprint
 from worker_orcd.wsgi.openai.ids import new_id
 from worker_orcd.wsgi.openai.logprobs import TokenTexts
 from worker_orcd.wsgi.service import Service
-from worker_orcd.wsgi.sse import JobStream, wait_for
+from worker_orcd.wsgi.sse import JobStream
 from worker_orcd.wsgi.stream_format import StreamFormat, json_line
+from worker_orcd.wsgi.whole_answer import wait_for
 
 if TYPE_CHECKING:
     from worker_orcd.runtime.llm import LLM
@@ -69,11 +70,11 @@ class Generation:
         Raises:
             WorkerError: what refuses one of them, or there is no room.
         """
-        place = self.service.take_place()
+        place = self.service.places.take()
         try:
             jobs = self.llm.submit_requests(asked, self.limits)
         except BaseException:
-            self.service.leave_place(place)
+            self.service.places.leave(place)
             raise
         for job in jobs:
             self._log.emit(
@@ -109,7 +110,7 @@ class Generation:
         except BaseException:
             for job in jobs:
                 job.cancel()
-            self.service.leave_place(place)
+            self.service.places.leave(place)
             raise
         _as_events(resp)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import worker_orcd
 from worker_orcd.serving.job import Job
-from worker_orcd.wsgi.openai.types import CachedTokens, Usage
+from worker_orcd.wsgi.openai.answers import CachedTokens, Usage
 
 if TYPE_CHECKING:
     from worker_orcd.runtime.llm import LLM

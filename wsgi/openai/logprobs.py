@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from worker_orcd.serving.job import Completion, Job
-from worker_orcd.wsgi.openai.types import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from worker_orcd.wsgi.openai.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 #: JSON has no infinity; clients of vLLM know this number in its place
 LEAST = -9999.0

@@ -7,8 +7,8 @@ import time
 import falcon
 
 from worker_orcd.errors import InvalidRequest
+from worker_orcd.wsgi.openai.answers import Model, ModelList
 from worker_orcd.wsgi.openai.generation import answer
-from worker_orcd.wsgi.openai.types import Model, ModelList
 from worker_orcd.wsgi.service import Service
 
 

@@ -20,7 +20,7 @@ from worker_orcd.runtime.request import HTTP_FIELDS, RULES
 from worker_orcd.wsgi.http_errors import is_openai
 from worker_orcd.wsgi.native.cancel import CancelBody
 from worker_orcd.wsgi.native.execute import ExecuteBody
-from worker_orcd.wsgi.openai import types
+from worker_orcd.wsgi.openai import answers, types
 from worker_orcd.wsgi.openai.generation import answer
 from worker_orcd.wsgi.openai.ids import MAX_CHOICES
 from worker_orcd.wsgi.openai.operations import ID, JSON, OPERATIONS, Operation, Schema, ref
@@ -153,8 +153,8 @@ def _operation(path: str, one: Operation, with_key: bool) -> Schema:
 
 def _schemas(max_tokens_out: int, max_jobs: int, n_vocab: int | None) -> Schema:
     bodies = (*types.BODIES, ExecuteBody, CancelBody)
-    answers = (types.CompletionAnswer, types.ChatAnswer, types.ChatChunk, types.ModelList, types.ErrorAnswer)
-    _, schemas = msgspec.json.schema_components((*bodies, *answers), ref_template="#/components/schemas/{name}")
+    answered = (answers.CompletionAnswer, answers.ChatAnswer, answers.ChatChunk, answers.ModelList, answers.ErrorAnswer)
+    _, schemas = msgspec.json.schema_components((*bodies, *answered), ref_template="#/components/schemas/{name}")
     schemas["Error"] = _NATIVE_ERROR
     for schema in schemas.values():
         for one in schema["properties"].values():

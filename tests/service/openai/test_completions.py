@@ -1,4 +1,5 @@
-"""POST /v1/completions on the CPU engine (completions.py, asked.py, generation.py, heads.py) against the runtime."""
+"""POST /v1/completions on the CPU engine (completions.py, asked.py, generation.py, heads.py, answers.py) against
+the runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document (openapi.py, types.py) against the routes, the rules and the answers."""
+"""The OpenAPI document (openapi.py, types.py, answers.py) against the routes, the rules and the answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from service.openai.asking import CHAT, COMPLETIONS, ok
 from worker_orcd.config import MAX_LOGPROBS, MAX_STOPS
 from worker_orcd.runtime.request import HTTP_FIELDS, RULES
 from worker_orcd.wsgi.app import ROUTES
+from worker_orcd.wsgi.middleware import OPEN_FOLDER, OPEN_PATHS
 from worker_orcd.wsgi.native.execute import ExecuteBody
 from worker_orcd.wsgi.openai.openapi import below
 from worker_orcd.wsgi.openai.operations import OPERATIONS
@@ -94,7 +95,14 @@ def test_a_key_and_a_loading_model():
     whole = result.json
     assert whole["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert whole["paths"][CHAT]["post"]["security"] and "401" in whole["paths"][CHAT]["post"]["responses"]
-    assert "security" not in whole["paths"]["/health"]["get"]
+    for path, resource in ROUTES:
+        shown = whole["paths"][path.replace(":path}", "}")]
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        for method in {"get", "post"} & set(shown):
+            assert ("security" not in shown[method]) == ("401" not in shown[method]["responses"]) == is_open, path
+        if hasattr(resource, "on_get"):
+            answered = app.client.simulate_get(path.replace("{name}", "chat.js").replace("{model:path}", "m"))
+            assert (answered.status_code != 401) == is_open, path
     assert "maximum" not in whole["components"]["schemas"]["CompletionBody"]["properties"]["top_k"]
 
 
