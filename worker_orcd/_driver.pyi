@@ -246,8 +246,6 @@ class Kernel:
 class LaunchList:
     """Launches in order, for compiled modules: put together with the Python lock, queued without it."""
 
-    def __init__(self) -> None: ...
-
 class Graph:
     """Recorded work, ready to be replayed. Made by `Stream.end_capture`."""
 

@@ -41,8 +41,9 @@ def test_bench_tells_what_http_costs(call, goldens_dir, monkeypatch):
     assert code == 0 and err == ""
     http = json.loads(out)["http"]
     assert http["n_streams"] == 5 and http["n_tokens"] == 24 and http["tokens_in"] > 20
-    for name in ("engine_first_token_ms", "first_token_ms", "engine_per_token_ms", "per_token_ms"):
+    for name in ("engine_first_token_ms", "first_token_ms", "engine_per_token_ms"):
         assert 0 < http[name] < 10_000
+    assert 0 <= http["per_token_ms"] < 10_000, "0 where one read brings all that a tiny model says"
     assert http["generate_tokens_per_s"] > 0 and http["http_tokens_per_s"] > 0
     assert 0 <= http["gap_p50_ms"] <= http["gap_p99_ms"]
     assert seen["generate"] == seen[5] and len(set(seen[5])) >= 1, "the same prompts and seeds, the same tokens"

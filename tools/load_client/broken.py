@@ -61,7 +61,8 @@ BAD_BODIES = (
     _json("true for a number", b'{"job_id":"j","prompt":"p","messages":1,"max_tokens":true}'),
     _json("negative", b'{"job_id":"j","prompt":"p","messages":1,"max_tokens":-1}'),
     _json("an empty prompt", b'{"job_id":"j","prompt":"","messages":[]}'),
-    _json("a long prompt", json.dumps({"job_id": "j", "prompt": "x" * 32_769, "messages": 1}).encode()),
+    # past the characters of one route, and the context of the others
+    _json("a long prompt", json.dumps({"job_id": "j", "prompt": "1 " * 400_000, "messages": 1}).encode()),
     _json("five stops", b'{"job_id":"j","prompt":"p","messages":1,"stop":["a","b","c","d","e"]}'),
     _json("an empty stop", b'{"job_id":"j","prompt":"p","messages":1,"stop":[""]}'),
 )
