@@ -197,14 +197,19 @@ async def run(args: argparse.Namespace) -> Report:
                     "threads": [before.threads, after.threads],
                     "descriptors": [before.descriptors, after.descriptors],
                 }
-        report.wrong += await idle_gauges(worker)
-        await take_expected(shared, again=True)
+        try:
+            report.wrong += await idle_gauges(worker)
+            await take_expected(shared, again=True)
+        except OSError as error:
+            report.wrong.append(f"after the load nobody answers ({error}); {await worker.last_words()}")
         ended = await worker.stop()
         if ended is not None and (ended[0] != 0 or ended[1] > 5):
             report.wrong.append(f"after SIGTERM: exit code {ended[0]}, {ended[1]:.1f} s (0 within 5 s)")
         await asyncio.sleep(0.2)  # the last lines of the log
         report.judge(shared, seconds, not args.no_time_limits)
         report.facts["exit"] = ended and [ended[0], round(ended[1], 2)]
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}\n{await worker.last_words()}") from error
     finally:
         worker.kill()
     return report

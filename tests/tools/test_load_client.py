@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import load
 import load_client
 import pytest
 from load_client.broken import shape_fault
@@ -16,7 +18,7 @@ from load_client.client import Client, Counts, Shared
 from load_client.mutations import TARGETS, encode, spoiled
 from load_client.report import SLOPE_JOBS, Report, quantile, slope
 from load_client.routes import EXECUTE, V1_ROUTES, Case, ChatReading, ExecuteReading, OpenAIReading, WholeReading
-from load_client.watch import ENDED, Log, Sample, Worker
+from load_client.watch import ENDED, Log, Sample, Worker, sample
 from load_client.wire import Answer, Malformed
 
 CASE = Case("a prompt", 4, 0.0, 0)
@@ -277,3 +279,30 @@ run_to_end(work())
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stdout) == (ENDED, "tidied\n")
     assert done.stderr == "told to end before its time\n"
+
+
+def test_a_worker_that_dies_is_told_with_its_last_words(monkeypatch, capsys):
+    program = """
+import json, socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+for event in ({"event": "startup", "port": server.getsockname()[1]}, {"event": "ready"}):
+    print(json.dumps({"level": "info", **event}), file=sys.stderr, flush=True)
+server.accept()
+print(json.dumps({"level": "error", "event": "error", "code": "INTERNAL", "message": "no more"}), file=sys.stderr)
+sys.exit(3)
+"""
+    start = Worker.start
+    monkeypatch.setattr(Worker, "start", lambda command, key: start([sys.executable, "-c", program], key))
+    assert load.main(["--model", "m.gguf", "--seconds", "1"]) == 1
+    told = capsys.readouterr().err
+    assert "it ended with 3" in told and "no more" in told and "/health answers None" in told
+
+
+def test_what_proc_shows_of_a_process_and_its_children():
+    alone = sample(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        both, one = sample(os.getpid()), sample(child.pid)
+        child.communicate(b"\n")
+    assert alone is not None and both is not None and one is not None
+    assert both.threads >= alone.threads + 1 and both.rss_kib >= one.rss_kib and one.descriptors >= 3
+    assert sample(child.pid) is None

@@ -7,11 +7,12 @@ process id what /proc shows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,6 +25,10 @@ Result = TypeVar("Result")
 START_SEC = 300.0
 #: seconds between two looks at /proc
 SAMPLE_SEC = 0.5
+#: lines of the log that are told where a worker fails, and characters of each
+LAST_LINES, LINE_CHARS = 12, 400
+#: seconds for the end of a worker that answers no more
+FAILED_SEC = 2.0
 #: exit code of a program that was told to end, as shells say it of Ctrl-C
 ENDED = 130
 
@@ -63,26 +68,29 @@ def family(pid: int) -> list[int]:
     """A process and its children."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += family(int(child))
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            for child in task.read_text().split():
+                found += family(int(child))
     return found
 
 
 def sample(pid: int) -> Sample | None:
     """A look at a worker; None where it is gone."""
     total = Sample(0, 0, 0, 0)
-    try:
-        for each in family(pid):
-            fields = dict(
-                line.split(":", 1) for line in Path(f"/proc/{each}/status").read_text().splitlines() if ":" in line
-            )
-            rss = int(fields.get("VmRSS", "0").split()[0])
-            total.rss_kib += rss
-            total.anon_kib += int(fields["RssAnon"].split()[0]) if "RssAnon" in fields else rss
-            total.threads += int(fields["Threads"])
-            total.descriptors += len(os.listdir(f"/proc/{each}/fd"))
-    except OSError:
-        return None
+    for each in family(pid):
+        try:
+            lines = Path(f"/proc/{each}/status").read_text().splitlines()
+            descriptors = len(os.listdir(f"/proc/{each}/fd"))
+        except OSError:
+            if each == pid:
+                return None
+            continue  # a child that has just ended
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        rss = int(fields.get("VmRSS", "0").split()[0])
+        total.rss_kib += rss
+        total.anon_kib += int(fields["RssAnon"].split()[0]) if "RssAnon" in fields else rss
+        total.threads += int(fields["Threads"])
+        total.descriptors += descriptors
     return total
 
 
@@ -103,11 +111,13 @@ class Log:
         gone_ms: by kind of leaving, milliseconds until `execute_end` of those jobs that still ran.
         outcomes: how jobs ended.
         faults: lines of level error, and what is no event.
+        last: the last lines.
     """
 
     gone_ms: dict[str, list[float]] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     _left: dict[str, Left] = field(default_factory=dict)
     _running: dict[str, int] = field(default_factory=dict)
@@ -121,6 +131,7 @@ class Log:
 
     def line(self, raw: bytes) -> None:
         """Take a line."""
+        self.last.append(raw.decode("utf-8", "replace").strip()[:LINE_CHARS])
         try:
             entry = json.loads(raw)
             event, level = entry["event"], entry["level"]
@@ -187,6 +198,11 @@ class Worker:
     def authority(self) -> str:
         """HOST:PORT."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def exit_code(self) -> int | None:
+        """That of a worker that was started here and has ended, else None."""
+        return None if self._process is None else self._process.returncode
 
     @classmethod
     async def start(cls, command: list[str], api_key: str | None = None, until: str = "ready") -> Worker:
@@ -273,6 +289,15 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
             code = await self._process.wait()
         return code, asyncio.get_running_loop().time() - began
+
+    async def last_words(self) -> str:
+        """How a worker that was started here and answers no more has ended, and what its log says last."""
+        if self._process is None or self.log is None:
+            return ""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), FAILED_SEC)
+        ended = "it still runs" if self.exit_code is None else f"it ended with {self.exit_code}"
+        return "\n".join([f"the worker: {ended}; its log ends with", *(f"  {line}" for line in self.log.last)])
 
     def kill(self) -> None:
         """Leave nothing behind, whatever happened."""

@@ -16,6 +16,9 @@ class CancelBody(msgspec.Struct, forbid_unknown_fields=True):
     job_id: str
 
 
+_BODY = requests.Decoder(CancelBody)
+
+
 class Cancel:
     """POST /cancel: 202 whatever the job's state; saying it again changes nothing."""
 
@@ -24,7 +27,7 @@ class Cancel:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Cancel the job named in the body; its stream ends with the error CANCELLED."""
-        job_id = requests.take(req, CancelBody).job_id
+        job_id = requests.take(req, _BODY).job_id
         check_job_id(job_id, plain_text=True)
         state = self._service.cancel(job_id)
         self._service.events.emit("cancel", job_id=job_id, correlation_id=req.context.correlation_id, state=state)

@@ -33,6 +33,7 @@ ExecuteBody = msgspec.defstruct(
     ],
     forbid_unknown_fields=True,
 )
+_BODY: requests.Decoder[Any] = requests.Decoder(ExecuteBody)
 
 
 class Execute:
@@ -53,7 +54,7 @@ class Execute:
         service, longest = self._service, self._service.config.inference_timeout_sec
         llm = service.llm()
         left = requests.seconds_left(req.get_header(requests.DEADLINE_HEADER))
-        body: Any = requests.take(req, ExecuteBody)
+        body = requests.take(req, _BODY)
         given: dict[str, Any] = {
             name: requests.whole(name, value) if kind is int else value
             for name, kind in HTTP_FIELDS.items()

@@ -36,7 +36,7 @@ class Bodies:
 
     def __init__(self, service: Service, kind: Any) -> None:
         self._events = service.events
-        self._kind = kind
+        self._decoder = requests.Decoder(kind)
         self._known = frozenset(kind.__struct_fields__)
         self._told: set[str] = set()
         self._lock = threading.Lock()
@@ -52,7 +52,7 @@ class Bodies:
         body = requests.read_body(req)
         if too_deep(body):
             raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
-        taken = requests.typed(body, self._kind)
+        taken = requests.typed(body, self._decoder)
         unknown = top_names(body) - self._known
         if unknown:
             self._tell(unknown, req.path)
