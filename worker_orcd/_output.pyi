@@ -16,12 +16,22 @@ MARK: int
 STOPPED: int
 PIECE: int
 
+def watch(epoll: int, fd: int) -> None:
+    """Let an epoll instance tell of the other side of `fd` closing. Raises: OSError."""
+
+def unwatch(epoll: int, fd: int) -> None:
+    """Let it tell nothing of `fd` any more. Raises: OSError."""
+
 class ClientStream:
     """The body of one HTTP answer on its way. What the socket does not take at once waits here; nothing blocks."""
 
     def __init__(self, fd: int, chunked: bool, epoll: int, wake: int, limit: int) -> None: ...
+    def begin(self, head: bytes, data: bytes) -> int:
+        """Send the head of the answer, as it is, and the first bytes of the body with it. Returns the state: OPEN, SENT
+        or GONE, as the next ones do."""
+
     def write(self, data: bytes) -> int:
-        """Append bytes, however much waits, and send. Returns the state: OPEN, SENT or GONE, as the next ones do."""
+        """Append bytes, however much waits, and send."""
 
     def finish(self, data: bytes = b"") -> int:
         """Append the last bytes of the body, end it, and send."""

@@ -1,5 +1,6 @@
 """Types of pyx/worker_orcd/_ring.pyx: the ring of sampled tokens, and what interrupts a decode loop."""
 
+from collections.abc import Iterable
 from typing import Self
 
 #: entries of a ring made without a size
@@ -11,6 +12,9 @@ class TokenRing:
     def __new__(cls, capacity: int = 65536) -> Self: ...
     def put(self, seq_id: int, token: int) -> None:
         """Append one entry, waiting while the ring is full."""
+
+    def put_many(self, seq_ids: Iterable[int], tokens: Iterable[int]) -> None:
+        """Append one entry for each of two sequences of one length, as `put` does."""
 
     def pop(self, timeout: float) -> list[tuple[int, int]]:
         """All entries there are (at most 4096), waiting up to `timeout` seconds for the first."""

@@ -251,7 +251,7 @@ class CollectingWorker(ThreadWorker):
         result = False if fs.cancelled() or fs.exception() is not None else fs.result()
         if result is RESTING:
             self._wait(conn, self._unsent, self._send_rest, write=True)
-        elif result is not DETACHED:
+        else:
             self._served(conn, result is True)
 
     def leave_rest(self, conn: Connection, data: memoryview, keep: bool) -> bool:

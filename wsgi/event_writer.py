@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from worker_orcd._output import ClientStream
+from worker_orcd._output import ClientStream, unwatch, watch
 
 #: seconds between two looks at what depends on the time
 TICK_SEC = 0.1
@@ -61,14 +61,14 @@ class EventWriter:
         """Tell `client` when the other side of `sock` has gone, until `forget`.
 
         Raises:
-            OSError, ValueError: the system does not watch it, or it is closed.
+            OSError: the system does not watch it, or it is closed.
         """
         number = sock.fileno()
         with self._lock:
             wakes = not self._clients  # it sleeps for long while there is nobody
             self._clients[number] = client
         try:
-            self._epoll.register(number, select.EPOLLRDHUP)
+            watch(self._epoll.fileno(), number)
         except BaseException:
             with self._lock:
                 del self._clients[number]
@@ -81,7 +81,7 @@ class EventWriter:
         with self._lock:
             known = self._clients.pop(sock.fileno(), None) is not None
         if known:
-            self._epoll.unregister(sock)
+            unwatch(self._epoll.fileno(), sock.fileno())
 
     def _run(self) -> None:
         next_look = 0.0
@@ -114,7 +114,7 @@ class EventWriter:
                 with self._lock:
                     if self._clients.get(fd) is client:
                         del self._clients[fd]
-                        self._epoll.unregister(fd)
+                        unwatch(self._epoll.fileno(), fd)
 
 
 def _has_gone(fd: int) -> bool:

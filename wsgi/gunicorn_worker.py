@@ -12,6 +12,8 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import Future
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -24,7 +26,7 @@ from worker_orcd.wsgi.event_writer import EventWriter
 from worker_orcd.wsgi.http_errors import NoThread
 from worker_orcd.wsgi.request_buffer import State
 from worker_orcd.wsgi.sse import JobStream
-from worker_orcd.wsgi.thread_pool import ThreadPool
+from worker_orcd.wsgi.thread_pool import SHORT_SEC, ThreadPool
 
 #: seconds that a stopping worker keeps idle connections, for a request that may be on its way
 STOP_IDLE_SEC = 2.0
@@ -111,6 +113,12 @@ class StreamWorker(CollectingWorker):
         """
         self._pool.take_long()
 
+    def wait_for_and_dispatch_events(self, timeout: float | None) -> None:
+        """As `CollectingWorker`, but soon again while requests wait for a thread."""
+        if self._pool.relieve():
+            timeout = SHORT_SEC if timeout is None else min(timeout, SHORT_SEC)
+        super().wait_for_and_dispatch_events(timeout)
+
     def wait_for_answers(self, seconds: float) -> None:
         """Wait until no request is being answered, but not longer than `seconds`; from any thread but the main one."""
         end = time.monotonic() + seconds
@@ -119,11 +127,16 @@ class StreamWorker(CollectingWorker):
             time.sleep(0.005)
 
     def enqueue_req(self, conn: Connection) -> None:  # type: ignore[override]
-        """As gunicorn's, but a request for which there is no thread is answered here and now."""
+        """As gunicorn's, but a request for which there is no thread is answered here and now, and the main loop is not
+        woken for an answer that is left to others."""
         try:
-            super().enqueue_req(conn)
+            self._pool.submit(self.handle, conn).add_done_callback(partial(self._handled, conn))
         except RuntimeError:
             self.refuse(conn, NoThread())
+
+    def _handled(self, conn: Connection, future: Future[Any]) -> None:
+        if future.exception() is not None or future.result() is not DETACHED:
+            self.method_queue.defer(self.finish_request, conn, future)
 
     # -- serving, in a pool thread
 
@@ -184,18 +197,19 @@ class StreamWorker(CollectingWorker):
         return keep
 
     def _begin(self, stream: JobStream, response: Any, conn: Connection) -> Any:
-        """Send the head of a stream's answer and leave the rest to others: DETACHED says that `conn` is theirs."""
+        """Leave a stream's answer to others, its head included: DETACHED says that `conn` is theirs."""
         try:
+            response.sock = outbox = Outbox()
             response.send_headers()
             keep = not response.should_close() and self._keepalive_after(conn, True)
 
             def done(whole: bool) -> None:
                 self.method_queue.defer(self._served, conn, whole and keep)
 
-            stream.detach(self.writer, response.chunked, done)
+            stream.detach(self.writer, bytes(outbox.data), response.chunked, done)
         except BaseException as error:
             stream.close()
-            if response.headers_sent and isinstance(error, Exception) and not isinstance(error, OSError):
+            if stream.begun and isinstance(error, Exception) and not isinstance(error, OSError):
                 self.log.exception("Error handling request")  # a second answer would be taken for the first one's
                 return False
             raise

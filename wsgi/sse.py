@@ -8,6 +8,8 @@ pulls the same bytes chunk by chunk. However a stream ends, its jobs end with it
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
 import threading
 import time
@@ -77,7 +79,7 @@ class JobStream:
         self._chunks = self._run()
         # after `detach`; the lock guards the state of the stream and the order of what is written
         self._lock = threading.Lock()
-        self._over = self._left = False
+        self._begun = self._over = self._left = False
         self._over_at = 0.0
         self._writer: EventWriter | None = None
         self._body: ClientStream | None = None
@@ -182,11 +184,17 @@ class JobStream:
 
     # -- written by others
 
-    def detach(self, writer: EventWriter, chunked: bool, on_done: Callable[[bool], object]) -> None:
-        """Write the body to the client's socket from now on, in no thread of its own.
+    @property
+    def begun(self) -> bool:
+        """Whether the head of the answer may be on its way."""
+        return self._begun
+
+    def detach(self, writer: EventWriter, head: bytes, chunked: bool, on_done: Callable[[bool], object]) -> None:
+        """Write the answer to the client's socket from now on, in no thread of its own.
 
         Args:
             writer: watches the client.
+            head: of the answer, with the empty line behind it.
             chunked: whether the body is framed by HTTP/1.1's chunks.
             on_done: called once when the socket is the caller's again, with whether all was sent; in any thread.
         """
@@ -196,7 +204,9 @@ class JobStream:
         with self._lock:  # nobody may look before the body is there
             self._body = body = writer.open(self._sock, chunked, self)
         try:
-            body.write(opening)
+            self._begun = True
+            if body.begin(head, opening) == GONE:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
             for record, template in zip(self._records, self._templates, strict=True):
                 if template is not None:
                     record.job.sink.attach(body, template.before, template.after, template.end)

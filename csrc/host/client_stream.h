@@ -19,6 +19,15 @@
 
 namespace worker_orcd {
 
+// Changes what `epoll` is told of a socket: `op` is EPOLL_CTL_ADD, _MOD or _DEL, and the going away of its other side
+// is always among the events. 0; or -1, and errno says why.
+inline int change_watch(int epoll, int op, int fd, uint32_t also = 0) {
+    struct epoll_event event = {};
+    event.events = EPOLLRDHUP | also;
+    event.data.fd = fd;
+    return ::epoll_ctl(epoll, op, fd, &event);
+}
+
 class ClientStream {
   public:
     enum State {
@@ -41,6 +50,16 @@ class ClientStream {
         if (fd_ < 0 || finished_) return;
         lost_ = lost_ || overflowed_;
         if (!lost_) fill(body_);
+    }
+
+    // Sends the head of the answer, which is not framed, and the first bytes of the body with it.
+    State begin(const char* head, size_t n_head, const char* data, size_t n) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (fd_ >= 0 && !finished_) {
+            out_.append(head, n_head);
+            body_.append(data, n);
+        }
+        return send_some();
     }
 
     // Appends bytes however much waits (there are few of them: the events of a beginning or an end), and sends.
@@ -155,12 +174,7 @@ class ClientStream {
         return kOpen;
     }
 
-    void watch(uint32_t also) {
-        struct epoll_event event = {};
-        event.events = EPOLLRDHUP | also;
-        event.data.fd = fd_;
-        ::epoll_ctl(epoll_, EPOLL_CTL_MOD, fd_, &event);
-    }
+    void watch(uint32_t also) { change_watch(epoll_, EPOLL_CTL_MOD, fd_, also); }
 
     static constexpr size_t kKept = 1 << 16;  // bytes of a buffer that are not given back
 

@@ -42,6 +42,17 @@ class TokenQueue {
         return done;
     }
 
+    // As push_many, but waits for nothing: all n entries go in, or none. 1: they are in; 0: there is no room for all;
+    // -1: the queue is closed.
+    int try_push_many(const int64_t* seq_ids, const int32_t* tokens, size_t n) noexcept {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (closed_) return -1;
+        if (ring_.size() - size_ < n) return 0;
+        for (size_t i = 0; i < n; ++i) ring_[(head_ + size_++) % ring_.size()] = TokenEntry{seq_ids[i], tokens[i]};
+        not_empty_.notify_one();
+        return 1;
+    }
+
     // Moves up to max_n entries to `out`, waiting up to timeout_s for the first one. Returns their number; 0 after the
     // timeout or when closed and empty.
     size_t pop_some(TokenEntry* out, size_t max_n, double timeout_s) noexcept {

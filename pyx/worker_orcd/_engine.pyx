@@ -53,6 +53,7 @@ DECODE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64)
 #: steps whose tokens may be on their way to the host at once
 cdef enum:
     IN_FLIGHT = 2
+    SPINS = 64          # looks at work that takes microseconds before it is waited for without the GIL
     RING_STEPS = 64     # rows of the pinned token ring; more than IN_FLIGHT
     MAX_BATCH = 64
 
@@ -241,6 +242,19 @@ cdef class CudaEngine:
             self.pending.queue(self.stream.handle)
         return 0
 
+    cdef int _run_step(self, list nodes, const Shape* shape) except -1:
+        """Queue the launches of `nodes` and wait for the stream. The lock is let go once for both: while other threads
+        want it, each time may cost milliseconds until it is back."""
+        cdef Node node
+        self.pending.clear()
+        for node in nodes:
+            node.enqueue(self.pending, shape)
+        with nogil:
+            self.pending.queue(self.stream.handle)
+            self.stream.wait_nogil()
+        self.staged = 0
+        return 0
+
     cdef int _finish(self) except -1:
         """Wait for the stream; the lock is released."""
         with nogil:
@@ -275,19 +289,20 @@ cdef class CudaEngine:
                                  field="output_indices")
         shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(output_indices)
         shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
-        self._enqueue(self.nodes, &shape)
-        self._enqueue(self.output_nodes, &shape)
-        logits = None
-        if want_logits:     # before the draw: it edits them
-            self._finish()
-            logits = self._logits(shape.n_out)
-        sampled = np.empty(shape.n_out, np.int32)
         if shape.n_out:
             self._send(self.memory.workspace.sampling.slots, slots[output_indices])
             self._send(self.memory.workspace.sampling.positions, positions[output_indices])
-            self._enqueue(self.step_sampler, &shape)
+        launches = [*self.nodes, *self.output_nodes]
+        logits = None
+        if want_logits:     # before the draw: it edits them
+            self._run_step(launches, &shape)
+            logits = self._logits(shape.n_out)
+            launches = []
+        sampled = np.empty(shape.n_out, np.int32)
+        if shape.n_out:
+            launches += self.step_sampler
             self.steps += 1
-        self._finish()
+        self._run_step(launches, &shape)
         if shape.n_out:
             sampled[:] = np.frombuffer(self.out_ring.read(4 * shape.n_out, _ring_offset(self.steps - 1)), np.int32)
         return sampled, logits
@@ -330,6 +345,10 @@ cdef class CudaEngine:
         if state.frequency_penalty != 0:
             region = regions.counts.address + slot * self.n_vocab * 4
             self.stream.fill_nogil(<cu.CUdeviceptr>region, 0, <size_t>self.n_vocab * 4)
+        for _ in range(SPINS):
+            if self.stream.idle_nogil():
+                self.staged = 0
+                return
         self._finish()
 
     def copy_block(self, int group, int64_t source, int64_t target):

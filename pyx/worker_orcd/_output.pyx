@@ -6,6 +6,7 @@ The work is done in csrc/host (output_loop.h, job_sink.h, client_stream.h); this
 objects, and lets other Python threads run meanwhile. All objects may be used from any thread.
 """
 
+from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport int32_t, int64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
@@ -16,9 +17,14 @@ from libcpp.vector cimport vector
 from worker_orcd._ring cimport TokenQueue, TokenRing
 from worker_orcd._text cimport CTextDecoder, TextDecoder
 
+cdef extern from "<sys/epoll.h>" nogil:
+    const int EPOLL_CTL_ADD, EPOLL_CTL_DEL
+
 cdef extern from "host/client_stream.h" namespace "worker_orcd" nogil:
+    int change_watch(int epoll, int op, int fd)
     cdef cppclass CClientStream "worker_orcd::ClientStream":
         CClientStream(int fd, cbool chunked, int epoll, int wake, size_t limit) except +
+        int begin(const char* head, size_t n_head, const char* data, size_t n) except +
         int write(const char* data, size_t n) except +
         int finish(const char* data, size_t n) except +
         int flush() except +
@@ -75,6 +81,20 @@ OPEN, SENT, GONE = range(3)
 WOKEN, TOKEN, MARK, STOPPED, PIECE = range(5)
 
 
+# with the GIL: each takes a microsecond, and getting the GIL back may take a thousand
+
+def watch(int epoll, int fd):
+    """Let an epoll instance tell of the other side of `fd` closing. Raises: OSError."""
+    if change_watch(epoll, EPOLL_CTL_ADD, fd) < 0:
+        PyErr_SetFromErrno(OSError)
+
+
+def unwatch(int epoll, int fd):
+    """Let it tell nothing of `fd` any more. Raises: OSError."""
+    if change_watch(epoll, EPOLL_CTL_DEL, fd) < 0:
+        PyErr_SetFromErrno(OSError)
+
+
 cdef class ClientStream:
     """The body of one HTTP answer on its way. What the socket does not take at once waits here; nothing blocks.
 
@@ -91,23 +111,21 @@ cdef class ClientStream:
     def __init__(self, int fd, bint chunked, int epoll, int wake, size_t limit):
         self.stream = make_shared[CClientStream](fd, <cbool>chunked, epoll, wake, limit)
 
+    # a few bytes are sent with the GIL: the system takes microseconds for them, and whoever lets the GIL go while other
+    # threads wait for it may wait for milliseconds to get it back
+
+    def begin(self, bytes head not None, bytes data not None):
+        """Send the head of the answer, as it is, and the first bytes of the body with it. Returns the state: OPEN, SENT
+        or GONE, as the next ones do."""
+        return self.stream.get().begin(head, len(head), data, len(data))
+
     def write(self, bytes data not None):
-        """Append bytes, however much waits, and send. Returns the state: OPEN, SENT or GONE, as the next ones do."""
-        cdef const char* start = data
-        cdef size_t n = len(data)
-        cdef int state
-        with nogil:
-            state = self.stream.get().write(start, n)
-        return state
+        """Append bytes, however much waits, and send."""
+        return self.stream.get().write(data, len(data))
 
     def finish(self, bytes data not None=b""):
         """Append the last bytes of the body, end it, and send."""
-        cdef const char* start = data
-        cdef size_t n = len(data)
-        cdef int state
-        with nogil:
-            state = self.stream.get().finish(start, n)
-        return state
+        return self.stream.get().finish(data, len(data))
 
     def writable(self):
         """The socket can be written again: send what waits."""
@@ -118,8 +136,7 @@ cdef class ClientStream:
 
     def release(self):
         """Leave the socket alone from now on."""
-        with nogil:
-            self.stream.get().release()
+        self.stream.get().release()
 
     @property
     def overflowed(self):
@@ -228,8 +245,7 @@ cdef class JobSink:
     def attach(self, ClientStream stream not None, bytes before not None, bytes after not None, bytes end):
         """From now on pieces are bytes of `stream`, by the template given; those that nobody took are the first."""
         cdef CPieceTemplate form = _template(before, after, end)
-        with nogil:
-            self.sink.get().attach(stream.stream, form)
+        self.sink.get().attach(stream.stream, form)
 
     @property
     def ended_by(self):
@@ -270,15 +286,11 @@ cdef class OutputLoop:
 
     def add(self, seq_id, JobSink sink not None):
         """Bring the tokens of a sequence to `sink`; where that does not decode, they are reported."""
-        cdef int64_t number = seq_id
-        with nogil:
-            self.loop.get().add(number, sink.sink)
+        self.loop.get().add(seq_id, sink.sink)
 
     def remove(self, seq_id):
         """Drop the tokens of a sequence from now on."""
-        cdef int64_t number = seq_id
-        with nogil:
-            self.loop.get().remove(number)
+        self.loop.get().remove(seq_id)
 
     def run(self, double timeout):
         """Work until there is something to report, `timeout` seconds are over, or the ring is closed and empty.

@@ -11,6 +11,7 @@ cdef extern from "host/token_queue.h" namespace "worker_orcd" nogil:
     cdef cppclass TokenQueue:
         TokenQueue(size_t capacity) except +
         size_t push_many(const int64_t* seq_ids, const int32_t* tokens, size_t n) noexcept
+        int try_push_many(const int64_t* seq_ids, const int32_t* tokens, size_t n) noexcept
         size_t pop_some(TokenEntry* out, size_t max_n, double timeout_s) noexcept
         void close() noexcept
         cbool closed() noexcept

@@ -6,6 +6,7 @@ Both can be used by engines without the GIL (see `_ring.pxd`) and by Python from
 
 from libc.stdint cimport int32_t, int64_t
 from libcpp cimport bool as cbool
+from libcpp.vector cimport vector
 
 import math
 
@@ -47,12 +48,25 @@ cdef class TokenRing:
             RuntimeError: the ring is closed.
             OverflowError: a number does not fit.
         """
-        cdef int64_t seq = seq_id
-        cdef int32_t tok = token
-        cdef size_t done
-        with nogil:
-            done = self.queue.push_many(&seq, &tok, 1)
-        if done != 1:
+        self.put_many((seq_id,), (token,))
+
+    def put_many(self, seq_ids, tokens):
+        """Append one entry for each of two sequences of one length, as `put` does.
+
+        Raises:
+            ValueError: their lengths differ.
+        """
+        cdef vector[int64_t] seqs = seq_ids
+        cdef vector[int32_t] toks = tokens
+        cdef int pushed
+        if seqs.size() != toks.size():
+            raise ValueError(f"{seqs.size()} sequences, but {toks.size()} tokens")
+        # with the GIL where nothing has to be waited for: whoever lets it go may wait long to get it back
+        pushed = self.queue.try_push_many(seqs.data(), toks.data(), seqs.size())
+        if pushed == 0:
+            with nogil:
+                pushed = 1 if self.queue.push_many(seqs.data(), toks.data(), seqs.size()) == seqs.size() else -1
+        if pushed < 0:
             raise RuntimeError("the token ring is closed")
 
     def pop(self, timeout):

@@ -35,6 +35,26 @@ def test_extreme_numbers():
             ring.put(*bad)
 
 
+def test_many_at_once():
+    ring = TokenRing(4)
+    ring.put_many([1, 2, 3], [10, 20, -5])
+    ring.put_many([], [])
+    assert ring.pop(0) == [(1, 10), (2, 20), (3, -5)]
+    with pytest.raises(ValueError, match="2 sequences, but 1 tokens"):
+        ring.put_many([1, 2], [3])
+    # more than there is room for: in parts, as they are taken out
+    pusher = threading.Thread(target=ring.put_many, args=(range(10), range(10)))
+    pusher.start()
+    taken = []
+    while len(taken) < 10:
+        taken += ring.pop(5)
+    pusher.join()
+    assert taken == [(n, n) for n in range(10)]
+    ring.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        ring.put_many([1], [1])
+
+
 @pytest.mark.parametrize("capacity", [0, -1, 2**24 + 1])
 def test_bad_capacity(capacity):
     with pytest.raises(ValueError):

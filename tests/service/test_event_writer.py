@@ -74,7 +74,7 @@ class Rig:
         log = self.service.events
         self.stream = JobStream(self.service, self.place, self.jobs, format or Format(), log, self.ours)
         before(self.jobs)
-        self.stream.detach(writer, chunked, self.over)
+        self.stream.detach(writer, b"", chunked, self.over)
 
     def over(self, whole):
         self.whole.append(whole)
@@ -253,10 +253,45 @@ def test_a_connection_that_cannot_be_watched_is_the_callers_again(writer):
     stream = JobStream(app.service, app.service.places.take(), [job], Format(), app.service.events, ours)
     ours.close()
     theirs.close()
-    with pytest.raises((OSError, ValueError)):
-        stream.detach(writer, True, lambda whole: None)
+    with pytest.raises(OSError):
+        stream.detach(writer, b"", True, lambda whole: None)
+    assert not stream.begun
     stream.close()
     assert job.finished and not app.service.places and -1 not in writer._clients
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_head_goes_before_the_body_as_it_is(writer, chunked):
+    app = App()
+    job = Job("j", 1, SamplingParams(), 0, 1, None, lambda job: None)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        stream = JobStream(app.service, app.service.places.take(), [job], Format(), app.service.events, ours)
+        stream.detach(writer, b"HTTP/1.1 200 OK\r\n\r\n", chunked, lambda whole: None)
+        opening = b"6\r\n<open>\r\n" if chunked else b"<open>"
+        assert stream.begun and theirs.recv(1 << 16) == b"HTTP/1.1 200 OK\r\n\r\n" + opening
+        job.cancel()
+
+
+def test_a_client_that_has_gone_before_the_head_is_sent(writer):
+    """Whoever sees it first, the thread that sends or the one that watches, ends the stream once."""
+    app, left = App(), []
+    job = Job("j", 1, SamplingParams(), 0, 1, None, lambda job: None)
+    ours, theirs = socket.socketpair()
+    with ours:
+        stream = JobStream(app.service, app.service.places.take(), [job], Format(), app.service.events, ours)
+        theirs.close()
+        try:
+            stream.detach(writer, b"HTTP/1.1 200 OK\r\n\r\n", True, left.append)
+        except BrokenPipeError:
+            assert stream.begun and not left
+            stream.close()
+        else:
+            end = time.monotonic() + 5
+            while not left and time.monotonic() < end:
+                time.sleep(0.001)
+            assert left == [False]
+        assert ours.fileno() not in writer._clients and job.finished and not app.service.places
 
 
 def test_silence_is_broken_and_a_stalled_reader_is_cut_off(writer, monkeypatch):
@@ -343,7 +378,7 @@ def test_a_writer_that_sleeps_is_woken_by_each_first_client():
             assert ticks.wait(5)
             writer.forget(ours)
             writer.forget(ours)
-    with pytest.raises(ValueError):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         writer.watch(ours, Client())
     assert not writer._clients
 

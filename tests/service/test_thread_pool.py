@@ -1,4 +1,5 @@
-"""The threads of requests: as many as are needed, up to a number; one that cannot be started is its request's error."""
+"""The threads of requests: few for short calls, as many as are needed for others; one that cannot be started is its
+request's error."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from worker_orcd.wsgi.thread_pool import SHORT_CALLS, ThreadPool
+from worker_orcd.wsgi.thread_pool import SHORT_CALLS, SHORT_SEC, ThreadPool
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -32,10 +33,42 @@ def test_calls_run_at_once_up_to_the_number_and_the_others_wait(gate):
         return n
 
     futures = [pool.submit(call, n) for n in range(5)]
+    time.sleep(5 * SHORT_SEC)
+    assert sorted(running) == [0, 1], "two at once, as long as nobody asks whether they are short"
+    assert pool.relieve(), "one of three threads, and two calls that wait"
     time.sleep(0.1)
     assert sorted(running) == [0, 1, 2] and not pool.wait_until_idle(0.05)
+    assert pool.relieve()
     gate.set()
     assert [f.result(5) for f in futures] == [0, 1, 2, 3, 4] and pool.wait_until_idle(5)
+    assert not pool.relieve()
+    pool.shutdown()
+
+
+def test_calls_that_hang_hold_up_no_others_for_long(gate):
+    """However many there are: each gets a thread once those before it have turned out not to be short."""
+    pool, calls = ThreadPool(100), []
+    hanging = [pool.submit(gate.wait, 10) for _ in range(20)]
+    short = [pool.submit(calls.append, n) for n in range(5)]
+    end = time.monotonic() + 5
+    while pool.relieve() and time.monotonic() < end:
+        time.sleep(SHORT_SEC / 4)
+    assert all(call.exception(5) is None for call in short) and sorted(calls) == list(range(5))
+    assert not any(call.done() for call in hanging)
+    gate.set()
+    assert all(call.result(5) for call in hanging)
+    # and of what is short few run at once again, though there are many threads now
+    assert pool.wait_until_idle(5)
+    running, most = [], []
+
+    def short_one():
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.001)
+        running.pop()
+
+    assert all(call.exception(5) is None for call in [pool.submit(short_one) for _ in range(100)])
+    assert max(most) <= SHORT_CALLS
     pool.shutdown()
 
 

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from worker_orcd.errors import escaped
 
+_ENCODER = json.JSONEncoder(default=str, separators=(",", ":"))
 #: an unexpectedly long field (a path, a driver's message) is cut here so that a line stays a line
 MAX_FIELD_CHARS = 2000
 
@@ -94,7 +95,7 @@ def _plain(value: object) -> object:
 
 def _as_json(value: object) -> str:
     # ASCII only: a path that is no UTF-8, or a line separator of Unicode, must not break the line
-    return json.dumps(value, default=str, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def _text_value(value: object) -> str:

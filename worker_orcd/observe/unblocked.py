@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 #: pieces of text, lines as a rule, that wait for a reader; more are lost
@@ -45,10 +46,11 @@ class UnblockedWriter:
     def _begin(self) -> None:
         self._lock = threading.RLock()  # a signal handler may come while its own thread is inside
         self._writing = threading.Lock()
-        self._waiting: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self._waiting: deque[bytes | threading.Event] = deque()  # whoever holds `_writing` takes out
         self._rest = b""  # of a text that was written in part
         self._n_lost = 0
         self._wakes: queue.SimpleQueue[None] | None = None  # of the thread, where there is one
+        self._woken = False  # it was told to look and has not begun to
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
 
@@ -71,7 +73,7 @@ class UnblockedWriter:
                 self._n_lost += 1
                 return
             self._put_lost()
-            self._waiting.put(text.encode("utf-8", "backslashreplace"))
+            self._waiting.append(text.encode("utf-8", "backslashreplace"))
         self._wake()
 
     def flush(self, seconds: float) -> bool:
@@ -79,51 +81,69 @@ class UnblockedWriter:
         if self._wakes is None:
             return self._write(seconds)
         written = threading.Event()
-        self._waiting.put(written)
+        self._waiting.append(written)
         self._wake()
         return written.wait(seconds)
 
     def _is_full(self) -> bool:
         # once it was, half of the queue must be free again, or a slow reader would get every second line
-        return self._waiting.qsize() >= (MAX_WAITING // 2 if self._n_lost else MAX_WAITING)
+        return len(self._waiting) >= (MAX_WAITING // 2 if self._n_lost else MAX_WAITING)
 
     def _put_lost(self) -> None:
         with self._lock:
             n, self._n_lost = self._n_lost, 0
             if n and (line := self.tell_lost(n)):
-                self._waiting.put(line.encode("utf-8", "backslashreplace"))
+                self._waiting.append(line.encode("utf-8", "backslashreplace"))
 
     def _wake(self) -> None:
         if self._wakes is None:
             self._write(0)
-        else:
+        elif not self._woken:
+            self._woken = True
             self._wakes.put(None)
 
     def _run(self, wakes: queue.SimpleQueue[None]) -> None:
         while True:
             wakes.get()
+            self._woken = False  # before it looks: what is put from here on wakes it again
             self._write(None)
 
     def _write(self, seconds: float | None) -> bool:
         """Write what waits, for at most so long (None: for ever); whether it is written."""
         end = time.monotonic() + (seconds or 0)
-        while self._rest or not self._waiting.empty():
+        while self._rest or self._waiting:
             if not self._writing.acquire(blocking=seconds is None):
                 return False  # whoever writes now finds this text too
             try:
-                while self._rest or not self._waiting.empty():
-                    if not self._rest:
-                        text = self._waiting.get()
-                        if isinstance(text, threading.Event):
-                            text.set()
-                            continue
-                        self._rest = text
+                while self._rest or self._waiting:
+                    if not self._rest and not self._take_some():
+                        continue
                     if not self._write_rest(None if seconds is None else max(0.0, end - time.monotonic())):
                         return False
                 self._put_lost()
             finally:
                 self._writing.release()
         return True
+
+    def _take_some(self) -> bytes:
+        """Make `_rest` of the first texts that wait, as many whole ones as a pipe takes at once; who waits for those
+        before is told."""
+        texts: list[bytes] = []
+        n_bytes = 0
+        while self._waiting:
+            text = self._waiting[0]
+            if isinstance(text, threading.Event):
+                if texts:
+                    break
+                text.set()
+            elif texts and n_bytes + len(text) > select.PIPE_BUF:
+                break
+            else:
+                texts.append(text)
+                n_bytes += len(text)
+            self._waiting.popleft()
+        self._rest = b"".join(texts)
+        return self._rest
 
     def _write_rest(self, seconds: float | None) -> bool:
         """Write `_rest`, waiting at most so long for each part of it (None: for ever); whether it is written."""

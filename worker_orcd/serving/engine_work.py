@@ -146,8 +146,7 @@ class EngineWork:
                 if seq.want_logits and logits is not None and token >= 0:
                     self._add_logprobs(entry.job, logits[row], token)
         ended = self._scheduler.done_step(work, tokens)
-        for seq, token in zip(work.outputs, tokens, strict=True):
-            self._ring.put(seq.seq_id, token)
+        self._ring.put_many([seq.seq_id for seq in work.outputs], tokens)
         self._mark_ends(ended)
 
     def _forward(self, work: LogitsWork) -> None:
