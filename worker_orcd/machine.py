@@ -1,4 +1,5 @@
-"""What this process may use of the machine: cores and memory, as affinity and control groups allow.
+"""What this process may use of the machine: cores and memory, as affinity and control groups allow; and how it gives
+memory back.
 
 Linux tells both in files. One that is absent, cannot be read or holds something else sets no limit, so that an odd
 container never keeps a program from starting. `root` is the folder that stands for "/"; tests give another.
@@ -6,9 +7,16 @@ container never keeps a program from starting. `root` is the folder that stands 
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+#: heaps of glibc's allocator; a process with many threads would get up to 8 for each core, each of which keeps what is
+#: free in it
+HEAPS = 4
+#: parameter of glibc's mallopt
+_M_ARENA_MAX = -8
 
 
 def usable_cores(root: str | os.PathLike[str] = "/") -> int:
@@ -36,6 +44,29 @@ def free_memory(root: str | os.PathLike[str] = "/") -> int | None:
             kept = [_number(_entry(group / "memory.stat", name)) or 0 for name in ("active_file", "inactive_file")]
             known.append(max(limit - max(used - sum(kept), 0), 0))
     return min(known, default=None)
+
+
+def _of_glibc(name: str) -> Callable[..., object]:
+    """A function of the C library; where it has none of that name, one that does nothing."""
+    try:
+        found: Callable[..., object] = getattr(ctypes.CDLL(None), name)
+        return found
+    except (OSError, AttributeError):
+        return lambda *arguments: None
+
+
+_mallopt, _malloc_trim = _of_glibc("mallopt"), _of_glibc("malloc_trim")
+
+
+def share_heaps() -> None:
+    """Let the threads of this process share a few heaps; no effect under another allocator than glibc's."""
+    _mallopt(_M_ARENA_MAX, HEAPS)
+
+
+def give_back_memory() -> None:
+    """Give free memory back to the system, of which glibc's allocator would keep most. Takes some milliseconds, without
+    the Python lock; no effect under another allocator."""
+    _malloc_trim(0)
 
 
 def _groups(base: Path, controller: str) -> Iterator[Path]:

@@ -28,17 +28,20 @@ class BufferReader(Unreader):
 
     Attributes:
         head: of the request, or as much of it as is looked at.
+        n_bytes: of the whole request.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.head = b""
+        self.n_bytes = 0
         self._data = b""
         self._state = State.HEAD
 
     def give(self, buffer: RequestBuffer) -> None:
         """Read from `buffer` from now on; its bytes are taken out of it."""
         self._data, self._state = bytes(buffer.data), buffer.state
+        self.n_bytes = len(self._data)
         self.head = self._data[:FREE_BYTES].split(b"\r\n\r\n", 1)[0] + b"\r\n"
         buffer.data = bytearray()
 

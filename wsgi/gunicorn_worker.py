@@ -19,6 +19,7 @@ from typing import Any
 
 from gunicorn.http import wsgi
 
+from worker_orcd.machine import give_back_memory
 from worker_orcd.wsgi import raw_answers, signals
 from worker_orcd.wsgi.collecting_worker import DETACHED, RESTING, CollectingWorker
 from worker_orcd.wsgi.connections import Connection, Outbox
@@ -32,6 +33,10 @@ from worker_orcd.wsgi.thread_pool import SHORT_SEC, ThreadPool
 STOP_IDLE_SEC = 2.0
 #: seconds in which a client must take an answer for which the main loop has no room, all of it
 LONG_WRITE_SEC = 300.0
+#: bytes of a request that takes so much memory in passing that it is given back afterwards
+LARGE_BYTES = 1 << 16
+#: what is answered before all that waits for a thread: probes, which take no time, and what makes room
+FIRST = (b"GET /health", b"GET /ready", b"GET /metrics", b"POST /cancel")
 
 
 class StreamWorker(CollectingWorker):
@@ -129,8 +134,9 @@ class StreamWorker(CollectingWorker):
     def enqueue_req(self, conn: Connection) -> None:  # type: ignore[override]
         """As gunicorn's, but a request for which there is no thread is answered here and now, and the main loop is not
         woken for an answer that is left to others."""
+        submit = self._pool.submit_first if conn.reader.head.startswith(FIRST) else self._pool.submit
         try:
-            self._pool.submit(self.handle, conn).add_done_callback(partial(self._handled, conn))
+            submit(self.handle, conn).add_done_callback(partial(self._handled, conn))
         except RuntimeError:
             self.refuse(conn, NoThread())
 
@@ -144,7 +150,12 @@ class StreamWorker(CollectingWorker):
         """Serve one request, all of whose bytes are there."""
         self._budget.give_back(conn)
         self._thread.head = conn.reader.head
-        return super().handle(conn)
+        is_large = conn.reader.n_bytes > LARGE_BYTES
+        try:
+            return super().handle(conn)
+        finally:
+            if is_large:
+                give_back_memory()
 
     def handle_request(self, req: Any, conn: Connection) -> Any:  # type: ignore[override]
         """Answer one request, in the place of gunicorn's method, which keeps its thread until the answer is sent.

@@ -24,6 +24,7 @@ from gunicorn.app.base import BaseApplication
 import worker_orcd
 from worker_orcd.config import EXIT_LIMIT_SEC, ServeConfig
 from worker_orcd.errors import InvalidRequest
+from worker_orcd.machine import share_heaps
 from worker_orcd.observe.events import EventLog
 from worker_orcd.observe.unblocked import UnblockedWriter, unblock_standard_streams
 from worker_orcd.runtime import streams
@@ -204,6 +205,7 @@ class _Application(BaseApplication):
         # requests that arrive would keep the Python lock from the engine's thread for 5 ms at a time: with 64 of them
         # at once p99 of the gap between tokens was 11.6 ms so, and is 9.7 (H200, Qwen2.5 0.5B)
         sys.setswitchinterval(SWITCH_SEC)
+        share_heaps()
         worker.events = self._events
         worker.on_refused = service.metrics.refused
 

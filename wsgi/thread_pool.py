@@ -70,9 +70,15 @@ class ThreadPool(Executor):
         Raises:
             RuntimeError: long calls have taken all threads and no other can be started; nothing was queued.
         """
-        call = _Call(Future(), lambda: fn(*args, **kwargs))
+        return self._submit(_Call(Future(), lambda: fn(*args, **kwargs)), False)
+
+    def submit_first(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        """As `submit`, before all that waits."""
+        return self._submit(_Call(Future(), lambda: fn(*args)), True)
+
+    def _submit(self, call: _Call, first: bool) -> Future[Any]:
         with self._changed:
-            self._waiting.append(call)
+            (self._waiting.appendleft if first else self._waiting.append)(call)
             try:
                 self._hand_out()
             except RuntimeError:

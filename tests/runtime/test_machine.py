@@ -145,3 +145,9 @@ def test_nobody_else_counts_cores():
         files += [f for f in (tree / folder).rglob("*") if f.suffix in (".py", ".pyx", ".pxi", ".pxd", ".h", ".cpp")]
     count = re.compile(r"cpu_count|getaffinity|hardware_concurrency|_SC_NPROCESSORS|get_nprocs")
     assert [f.name for f in files if count.search(f.read_text())] == ["machine.py"]
+
+
+def test_memory_goes_back_where_the_allocator_can_do_that():
+    assert machine._of_glibc("malloc_trim")(0) in (0, 1)
+    assert machine._of_glibc("no_such_function")(1, 2) is None
+    machine.give_back_memory()

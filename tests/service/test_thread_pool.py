@@ -93,6 +93,18 @@ def test_a_crowd_of_short_calls_takes_few_threads_beside_long_ones(gate):
     pool.shutdown()
 
 
+def test_what_comes_first_overtakes_what_waits(gate):
+    pool, calls = ThreadPool(SHORT_CALLS), []
+    for _ in range(SHORT_CALLS):
+        pool.submit(gate.wait, 10)
+    for n in range(3):
+        pool.submit(calls.append, n)
+    first = pool.submit_first(lambda n: calls.append(n) or time.sleep(0.1), -1)
+    gate.set()
+    assert first.exception(5) is None and pool.wait_until_idle(5) and calls.index(-1) <= 1
+    pool.shutdown()
+
+
 def test_an_idle_thread_is_used_before_another_is_started():
     pool = ThreadPool(50)
     names = set()

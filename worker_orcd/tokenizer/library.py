@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from worker_orcd.errors import InvalidRequest, WorkerError, excerpt
+from worker_orcd.machine import give_back_memory
+from worker_orcd.tokenizer.room import Room
 
 #: From this length on the library's batch call is used, which leaves out character offsets (0.3 s instead of 0.5 s for
 #: 10^6 characters). Not for shorter text: it starts a thread pool, which warns about every later fork.
 _LONG_TEXT = 1 << 16
+_ROOM = Room()
 #: what every message of a file that cannot be loaded begins with
 _LOADING = "Cannot instantiate Tokenizer from buffer: "
 
@@ -37,10 +40,13 @@ def encode_with(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises:
         InvalidRequest: the library gives up on the text.
     """
-    with failing_as(lambda reason: InvalidRequest(f"text cannot be tokenized: {reason}", field="text")):
+    refused = failing_as(lambda reason: InvalidRequest(f"text cannot be tokenized: {reason}", field="text"))
+    with _ROOM.for_text(len(text)), refused:
         if len(text) < _LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=False).ids
-        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        give_back_memory()
+        return ids
 
 
 def decode_with(tokenizer: Tokenizer, ids: list[int], skip_special: bool) -> str:

@@ -1,0 +1,88 @@
+"""Long texts are tokenized few at a time, and what they took goes back to the system."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from worker_orcd.tokenizer.room import FREE, Room
+from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def mib(field):
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def in_threads(n, work):
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_only_so_much_at_once_and_every_text_gets_its_turn():
+    room, inside, most, done = Room(10 * FREE), [], [], []
+
+    def take(i):
+        size = (2 * FREE, 5 * FREE, 100 * FREE)[i % 3]
+        with room.for_text(size):
+            inside.append(min(size, 10 * FREE))
+            most.append(sum(inside))
+            time.sleep(0.002)
+            inside.remove(min(size, 10 * FREE))
+        done.append(i)
+
+    in_threads(60, take)
+    assert len(done) == 60 and 5 * FREE < max(most) <= 10 * FREE
+
+
+def test_short_texts_wait_for_nothing_and_a_failure_leaves_the_room():
+    room = Room(2 * FREE)
+    with pytest.raises(KeyError), room.for_text(3 * FREE):
+        raise KeyError
+    outcome = []
+
+    def fail(i):
+        try:
+            with room.for_text(3 * FREE):
+                outcome.append(i)
+                raise KeyError
+        except KeyError:
+            pass
+
+    in_threads(3, fail)
+    assert sorted(outcome) == [0, 1, 2]
+    holds, go = threading.Event(), threading.Event()
+
+    def hold(_):
+        with room.for_text(3 * FREE):
+            holds.set()
+            go.wait(10)
+
+    holder = threading.Thread(target=hold, args=(0,))
+    holder.start()
+    assert holds.wait(5)
+    in_threads(1, lambda _: [outcome.append(n) for n in (7,) if room.for_text(FREE).__enter__() is None])
+    with room.for_text(3 * FREE):  # of the main thread, which could be interrupted in the block
+        assert outcome[-1] == 7
+    go.set()
+    holder.join()
+
+
+def test_long_texts_of_many_threads_take_the_memory_of_one(goldens_dir):
+    tokenizer = Tokenizer.from_file(goldens_dir / "tokenizers" / "gpt-2.gguf")
+    text, ids = "1 " * 200_000, []
+    tokenizer.encode(text)
+    before = mib("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    in_threads(8, lambda _: ids.append(len(tokenizer.encode(text))))
+    assert ids == [200_001] * 8
+    assert mib("VmHWM:") - before < 250, "one takes 90 MiB, eight at once would take 700"
+    assert mib("VmRSS:") - before < 40
