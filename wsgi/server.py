@@ -10,6 +10,7 @@ Here is what ties them to the `Service`: settings, the log, and how the worker p
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import signal
@@ -225,7 +226,7 @@ class _Application(BaseApplication):
         service.on_exit = end
         service.writer = worker.writer = EventWriter()
         service.keep_thread = worker.keep_thread
-        service.on_ready = self.notifier.worker_is_ready
+        service.on_ready = self._ready
         self._log_writer.start()
         try:
             # these are there from the start, so that no end waits for a thread, and who is ready can serve
@@ -238,6 +239,13 @@ class _Application(BaseApplication):
             service.load_failed(error)
             return
         service.start()
+
+    def _ready(self) -> None:
+        """In the worker process: jobs are accepted."""
+        # what is there now stays; looking through it again for garbage would stop all threads for 10 ms now and then
+        gc.collect()
+        gc.freeze()
+        self.notifier.worker_is_ready()
 
     def _worker_ended(self, server: object, worker: StreamWorker) -> None:
         """In the worker process, after its main loop. A thread may hang in a read or a load: leave without it."""
