@@ -50,6 +50,8 @@ class ThreadPool(Executor):
         self._changed = threading.Condition()
         self._handed_out: SimpleQueue[_Call | None] = SimpleQueue()  # to threads that are idle
         self._waiting: deque[_Call] = deque()
+        self._waiting_first: deque[_Call] = deque()
+        self._was_first = False  # the last call that began
         self._running: set[_Call] = set()  # what is handed out, too
         self._n_threads = self._n_idle = self._n_long = 0
         self._own = threading.local()  # `call`: the one that runs in this thread
@@ -70,20 +72,20 @@ class ThreadPool(Executor):
         Raises:
             RuntimeError: long calls have taken all threads and no other can be started; nothing was queued.
         """
-        return self._submit(_Call(Future(), lambda: fn(*args, **kwargs)), False)
+        return self._submit(_Call(Future(), lambda: fn(*args, **kwargs)), self._waiting)
 
     def submit_first(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
-        """As `submit`, before all that waits."""
-        return self._submit(_Call(Future(), lambda: fn(*args)), True)
+        """As `submit`, before the calls of `submit` that wait; these are every second one all the same."""
+        return self._submit(_Call(Future(), lambda: fn(*args)), self._waiting_first)
 
-    def _submit(self, call: _Call, first: bool) -> Future[Any]:
+    def _submit(self, call: _Call, waiting: deque[_Call]) -> Future[Any]:
         with self._changed:
-            (self._waiting.appendleft if first else self._waiting.append)(call)
+            waiting.append(call)
             try:
                 self._hand_out()
             except RuntimeError:
                 if self._n_threads == self._n_long:
-                    self._waiting.remove(call)
+                    waiting.remove(call)
                     raise
         return call.future
 
@@ -93,7 +95,7 @@ class ThreadPool(Executor):
         Returns:
             Whether some wait on: then ask again after `SHORT_SEC`.
         """
-        if not self._waiting:
+        if not self._some_wait:
             return False
         with self._changed:
             late = time.monotonic() - SHORT_SEC
@@ -104,7 +106,7 @@ class ThreadPool(Executor):
                 self._hand_out()
             except RuntimeError:
                 pass  # they wait for a thread that comes back
-            return bool(self._waiting)
+            return self._some_wait
 
     def take_long(self) -> None:
         """Called by a call in its thread: it will take long, and another thread is there for those that do not.
@@ -129,7 +131,7 @@ class ThreadPool(Executor):
     def wait_until_idle(self, seconds: float | None = None) -> bool:
         """Wait until no call runs or waits, but not longer than `seconds` where they are given; whether none does."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._running and not self._waiting, seconds)
+            return self._changed.wait_for(lambda: not self._running and not self._some_wait, seconds)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the threads once they have done what is queued; waits for that where `wait` says so."""
@@ -137,6 +139,10 @@ class ThreadPool(Executor):
             self._handed_out.put(None)
         if wait:
             self.wait_until_idle()
+
+    @property
+    def _some_wait(self) -> bool:
+        return bool(self._waiting or self._waiting_first)
 
     # -- inside, with the lock held
 
@@ -152,16 +158,17 @@ class ThreadPool(Executor):
 
     def _next(self) -> _Call | None:
         """A call that may begin, taken from those that wait."""
-        if not self._waiting or len(self._running) - self._n_long >= SHORT_CALLS:
+        if not self._some_wait or len(self._running) - self._n_long >= SHORT_CALLS:
             return None
-        call = self._waiting.popleft()
+        self._was_first = bool(self._waiting_first) and not (self._was_first and self._waiting)
+        call = (self._waiting_first if self._was_first else self._waiting).popleft()
         call.began = time.monotonic()
         self._running.add(call)
         return call
 
     def _hand_out(self) -> None:
         """Let begin what may."""
-        while self._waiting and len(self._running) - self._n_long < SHORT_CALLS:
+        while self._some_wait and len(self._running) - self._n_long < SHORT_CALLS:
             if not self._n_idle:
                 self._add_thread()
             if not self._n_idle:

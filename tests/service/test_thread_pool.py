@@ -105,6 +105,19 @@ def test_what_comes_first_overtakes_what_waits(gate):
     pool.shutdown()
 
 
+def test_a_flood_of_what_comes_first_leaves_every_second_turn_to_the_others(gate):
+    pool, calls = ThreadPool(1), []
+    pool.submit(gate.wait, 10)
+    for n in range(50):
+        pool.submit_first(calls.append, "first")
+    for n in range(5):
+        pool.submit(calls.append, n)
+    gate.set()
+    assert pool.wait_until_idle(5) and calls[:10] == [x for n in range(5) for x in ("first", n)]
+    assert calls[10:] == ["first"] * 45
+    pool.shutdown()
+
+
 def test_an_idle_thread_is_used_before_another_is_started():
     pool = ThreadPool(50)
     names = set()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from worker_orcd.tokenizer import library
 from worker_orcd.tokenizer.room import FREE, Room
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
@@ -86,3 +87,26 @@ def test_long_texts_of_many_threads_take_the_memory_of_one(goldens_dir):
     assert ids == [200_001] * 8
     assert mib("VmHWM:") - before < 250, "one takes 90 MiB, eight at once would take 700"
     assert mib("VmRSS:") - before < 40
+
+
+def test_no_shorter_text_waits_for_a_long_one(goldens_dir):
+    tokenizer, n_ids = Tokenizer.from_file(goldens_dir / "tokenizers" / "gpt-2.gguf"), []
+    holds, go = threading.Event(), threading.Event()
+
+    def hold():
+        with library._LONG_ROOM.for_text(1 << 20):
+            holds.set()
+            go.wait(10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holds.wait(5)
+    in_threads(3, lambda _: n_ids.append(len(tokenizer.encode("1 " * 20_000))))
+    long = threading.Thread(target=lambda: n_ids.append(len(tokenizer.encode("1 " * 40_000))))
+    long.start()
+    time.sleep(0.1)
+    assert n_ids == [20_001] * 3, "and another long one waits"
+    go.set()
+    long.join()
+    holder.join()
+    assert n_ids[3] == 40_001

@@ -196,6 +196,7 @@ def test_requests_are_drawn_from_seed_and_number():
     drawn = [spoiled(3, n, TARGETS).data("h", {}) for n in range(300)]
     assert drawn == [spoiled(3, n, TARGETS).data("h", {}) for n in range(300)] and len(set(drawn)) > 240
     assert not any(d.startswith(b"POST /shutdown") for d in drawn)
+    assert all(spoiled(0, n, TARGETS).data("h", {}) for n in range(30_000)), "whatever is spoiled can be spoiled again"
     assert json.loads(encode((("a", [1, {"b": None}]), ("c", "é")))) == {"a": [1, {"b": None}], "c": "é"}
 
 

@@ -218,7 +218,8 @@ def _value(rng: random.Random, made: Spoiled) -> Spoiled:
         inner = list(value)
         k = rng.randrange(len(inner))
         item = inner[k]
-        inner[k] = {**item, rng.choice(sorted(item)): new} if isinstance(item, dict) and rng.random() < 0.7 else new
+        one_field = isinstance(item, dict) and bool(item) and rng.random() < 0.7
+        inner[k] = {**item, rng.choice(sorted(item)): new} if one_field else new
         new = inner
     elif isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.4:
         new = rng.choice((-value - 1, value + 0.5, value * 1e6, str(value), [value]))

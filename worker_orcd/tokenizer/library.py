@@ -18,7 +18,8 @@ from worker_orcd.tokenizer.room import Room
 #: From this length on the library's batch call is used, which leaves out character offsets (0.3 s instead of 0.5 s for
 #: 10^6 characters). Not for shorter text: it starts a thread pool, which warns about every later fork.
 _LONG_TEXT = 1 << 16
-_ROOM = Room()
+#: long texts go one by one, and no shorter one waits for them
+_ROOM, _LONG_ROOM = Room(), Room(1)
 #: what every message of a file that cannot be loaded begins with
 _LOADING = "Cannot instantiate Tokenizer from buffer: "
 
@@ -41,9 +42,10 @@ def encode_with(tokenizer: Tokenizer, text: str) -> list[int]:
         InvalidRequest: the library gives up on the text.
     """
     refused = failing_as(lambda reason: InvalidRequest(f"text cannot be tokenized: {reason}", field="text"))
-    with _ROOM.for_text(len(text)), refused:
-        if len(text) < _LONG_TEXT:
+    if len(text) < _LONG_TEXT:
+        with _ROOM.for_text(len(text)), refused:
             return tokenizer.encode(text, add_special_tokens=False).ids
+    with _LONG_ROOM.for_text(len(text)), refused:
         ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         give_back_memory()
         return ids
