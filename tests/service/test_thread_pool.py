@@ -108,7 +108,7 @@ def test_what_comes_first_overtakes_what_waits(gate):
 def test_a_flood_of_what_comes_first_leaves_every_second_turn_to_the_others(gate):
     pool, calls = ThreadPool(1), []
     pool.submit(gate.wait, 10)
-    for n in range(50):
+    for _ in range(50):
         pool.submit_first(calls.append, "first")
     for n in range(5):
         pool.submit(calls.append, n)
