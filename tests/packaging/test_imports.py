@@ -57,7 +57,7 @@ USES_COMPILED = {
     "wsgi": ("_output",),
 }
 #: what HTTP may import of worker_orcd, by the longest name that fits
-WSGI = ("runtime", "serving.job", "chat", "config", "errors", "observe", "wsgi", "_output")
+WSGI = ("runtime", "serving.job", "chat", "config", "errors", "machine", "observe", "wsgi", "_output")
 #: room -> libraries of others, beside NumPy, that it may import; the driver's bindings are for `_driver` alone
 LIBRARIES = {
     "cli": {"click", "tqdm"},
