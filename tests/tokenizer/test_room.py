@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,9 @@ from worker_orcd.tokenizer.room import FREE, Room
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(60)
+
+#: under a sanitizer, which has an allocator of its own
+SANITIZED = os.environ.get("WORKER_ORCD_SANITIZED") == "1"
 
 
 def mib(field):
@@ -85,8 +89,8 @@ def test_long_texts_of_many_threads_take_the_memory_of_one(goldens_dir):
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
     in_threads(8, lambda _: ids.append(len(tokenizer.encode(text))))
     assert ids == [200_001] * 8
-    assert mib("VmHWM:") - before < 250, "one takes 90 MiB, eight at once would take 700"
-    assert mib("VmRSS:") - before < 40
+    assert SANITIZED or mib("VmHWM:") - before < 250, "one takes 90 MiB, eight at once would take 700"
+    assert SANITIZED or mib("VmRSS:") - before < 40, "it goes back"
 
 
 def test_no_shorter_text_waits_for_a_long_one(goldens_dir):
