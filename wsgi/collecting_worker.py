@@ -247,7 +247,7 @@ class CollectingWorker(ThreadWorker):
     # -- after serving, in the main loop
 
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:  # type: ignore[override]
-        """A thread is done with a request: wait for the next one, or close - or for others to be done with it."""
+        """A thread has answered a request: wait for the next one, or for the client to take the rest, or close."""
         result = False if fs.cancelled() or fs.exception() is not None else fs.result()
         if result is RESTING:
             self._wait(conn, self._unsent, self._send_rest, write=True)

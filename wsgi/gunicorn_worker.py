@@ -141,7 +141,7 @@ class StreamWorker(CollectingWorker):
             self.refuse(conn, NoThread())
 
     def _handled(self, conn: Connection, future: Future[Any]) -> None:
-        if future.exception() is not None or future.result() is not DETACHED:
+        if future.cancelled() or future.exception() is not None or future.result() is not DETACHED:
             self.method_queue.defer(self.finish_request, conn, future)
 
     # -- serving, in a pool thread

@@ -233,11 +233,16 @@ cdef class CudaEngine:
         self.staged += (n + 255) // 256 * 256
         return 0
 
-    cdef int _enqueue(self, list nodes, const Shape* shape) except -1:
+    cdef int _collect(self, list nodes, const Shape* shape) except -1:
+        """Put the launches of `nodes` together in `pending`."""
         cdef Node node
         self.pending.clear()
         for node in nodes:
             node.enqueue(self.pending, shape)
+        return 0
+
+    cdef int _enqueue(self, list nodes, const Shape* shape) except -1:
+        self._collect(nodes, shape)
         with nogil:
             self.pending.queue(self.stream.handle)
         return 0
@@ -245,10 +250,7 @@ cdef class CudaEngine:
     cdef int _run_step(self, list nodes, const Shape* shape) except -1:
         """Queue the launches of `nodes` and wait for the stream. The lock is let go once for both: while other threads
         want it, each time may cost milliseconds until it is back."""
-        cdef Node node
-        self.pending.clear()
-        for node in nodes:
-            node.enqueue(self.pending, shape)
+        self._collect(nodes, shape)
         with nogil:
             self.pending.queue(self.stream.handle)
             self.stream.wait_nogil()

@@ -38,7 +38,7 @@ COVERED_BY = {
     "worker_orcd/runtime/token_stream.py": ["runtime/test_llm.py"],
     # the loop: its parts run in two threads, so they are tested together
     "worker_orcd/serving/detokenizer.py": ["serving/test_engine_loop.py", "serving/test_output.py"],
-    "worker_orcd/serving/engine_work.py": ["serving/test_engine_loop.py"],
+    "worker_orcd/serving/engine_work.py": ["serving/test_engine_loop.py", "serving/test_loop_failures.py"],
     "worker_orcd/serving/entry.py": ["serving/test_engine_loop.py", "serving/test_output.py"],
     "worker_orcd/serving/job.py": ["serving/test_engine_loop.py", "runtime/test_llm.py"],
     "worker_orcd/serving/logits_job.py": ["serving/test_engine_loop.py"],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from service.client import fake_worker
+from worker_orcd.wsgi.server import _Application
 from worker_orcd.wsgi.systemd import Notifier
 
 pytestmark = pytest.mark.timeout(60)
@@ -82,3 +85,12 @@ def test_a_manager_that_does_not_listen_holds_up_nothing(tmp_path):
         for _ in range(2000):
             deaf_one.stopping()
     assert time.monotonic() - began < 5
+
+
+def test_who_is_ready_looks_no_more_for_garbage_among_what_stays():
+    said = []
+    try:
+        _Application._ready(SimpleNamespace(notifier=SimpleNamespace(worker_is_ready=lambda: said.append(1))))
+        assert said == [1] and gc.get_freeze_count() > 10_000 and len(gc.get_objects()) < 1000
+    finally:
+        gc.unfreeze()

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from serving.test_engine_loop import Rig, read, wait_for
+from helpers.loop_rig import Rig, read, wait_for
 
 from worker_orcd.errors import Cancelled, NotReady
 from worker_orcd.serving.engine_work import MIN_PREFILL_TOKENS, STEP_SECONDS, prefill_tokens

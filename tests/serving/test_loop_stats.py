@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from serving.test_engine_loop import Rig, wait_for
+from helpers.loop_rig import Rig, wait_for
 
 from worker_orcd.errors import Cancelled, WorkerError
 from worker_orcd.observe.stats import EngineStats

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from helpers.fake_engine import FakeEngine
-from serving.test_engine_loop import Rig, read, wait_for
+from helpers.loop_rig import Rig, read, wait_for
 
 from worker_orcd.errors import EngineHangs, InferenceTimeout, NotReady
 from worker_orcd.serving.watchdog import Watchdog
