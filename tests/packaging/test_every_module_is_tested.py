@@ -64,7 +64,6 @@ COVERED_BY = {
     "worker_orcd/gguf/regular_file.py": ["gguf/test_provenance.py"],
     "worker_orcd/gguf/trusted_models.py": ["gguf/test_provenance.py"],
     "worker_orcd/tokenizer/from_gguf.py": ["tokenizer/test_tokenizer.py"],
-    "worker_orcd/tokenizer/library.py": ["tokenizer/test_from_json.py", "tokenizer/test_tokenizer.py"],
     "worker_orcd/tokenizer/metadata.py": ["tokenizer/test_tokenizer.py", "gguf/test_hostile.py"],
     "worker_orcd/tokenizer/parts.py": ["tokenizer/test_tokenizer.py"],
     "worker_orcd/tokenizer/special_tokens.py": ["tokenizer/test_tokenizer.py", "tokenizer/test_spm.py"],

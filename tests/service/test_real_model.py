@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_health_tells_what_is_served(worker):
     assert status == 200 and health["status"] == "healthy" and health["quant_kind"] == "Q4_1"
     assert health["tokenizer_kind"] == "gguf-bpe" and health["vocab_size"] == 49152 and health["device"] == "cpu"
     assert health["vram_bytes_used"] == 0 and 0 < health["context_length"] <= 8192 and health["sm"] is None
+
+
+def test_a_long_text_is_tokenized_without_a_pool_of_threads(worker):
+    """A call that would start one is not used; the one that is used lets other requests run: see tokenizer.library."""
+
+    def tokens(n):
+        status, answer = worker.json("POST", "/tokenize", {"prompt": "the sea " * n, "add_special_tokens": False})
+        return len(answer["tokens"]) if status == 200 else answer
+
+    (pid,) = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text().split()[-1:]
+    assert tokens(10) in (20, 21)
+    before = len(os.listdir(f"/proc/{pid}/task"))
+    assert tokens(20_000) in (40_000, 40_001)
+    assert len(os.listdir(f"/proc/{pid}/task")) <= before
 
 
 def test_the_printed_curl_line_works_as_it_is(worker):

@@ -15,6 +15,8 @@ from worker_orcd._text import TokenTable
 
 #: U+2581, which SentencePiece vocabularies write for a space
 SPM_SPACE = "\u2581"
+#: tokens that are looked up in one go; other threads get the Python lock in between
+_PART = 1 << 12
 
 
 def byte_alphabet() -> dict[int, int]:
@@ -52,9 +54,9 @@ class Vocab:
 
     def decode(self, ids: Iterable[int], skip_special: bool, continues: bool) -> str:
         """Text of a whole sequence; see `Tokenizer.decode`."""
-        if skip_special:
-            ids = (i for i in ids if i not in self.control)
-        data = b"".join(map(self.table.token_bytes, ids))
+        taken = [i for i in ids if not (skip_special and i in self.control)]
+        parts = [taken[first : first + _PART] for first in range(0, len(taken), _PART)]
+        data = b"".join([b"".join(map(self.table.token_bytes, part)) for part in parts])
         if self.strip_space and not continues and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", "replace")

@@ -1,0 +1,71 @@
+"""The library's two calls for a text give the same, and the one for long texts keeps nobody from running."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from worker_orcd.tokenizer.library import POOL_VARIABLE
+from worker_orcd.tokenizer.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.timeout(120)
+
+TEXT = "The sea, 42 times:\n\tна море и обратно 🌊🌊 <|im_end|> " + "naïve co-operation isn't   over.  \r\n"
+
+
+@pytest.fixture(params=["gpt-2", "qwen2", "llama-bpe", "llama-spm", "phi-3"])
+def tokenizer(request, goldens_dir):
+    return Tokenizer.from_file(goldens_dir / "tokenizers" / f"{request.param}.gguf")
+
+
+def test_both_calls_give_the_same(tokenizer, monkeypatch):
+    for n in (1, 30, 300):
+        monkeypatch.setenv(POOL_VARIABLE, "true")
+        text = TEXT * n
+        ids = tokenizer.encode(text)
+        decoded = tokenizer.decode(ids)
+        monkeypatch.setenv(POOL_VARIABLE, "false")
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == decoded
+        stream = tokenizer.stream()
+        assert "".join(map(stream.push, ids)) + stream.flush() == decoded
+
+
+def test_others_run_while_a_long_text_is_tokenized(tokenizer, monkeypatch):
+    monkeypatch.setenv(POOL_VARIABLE, "false")
+    counted, ended = [0], threading.Event()
+
+    def count() -> None:
+        while not ended.is_set():
+            counted[0] += 1
+            time.sleep(1e-4)
+
+    text, interval, thread = TEXT * 600, sys.getswitchinterval(), threading.Thread(target=count)
+    thread.start()
+    sys.setswitchinterval(10)  # so that nobody gets the Python lock from this thread but by its leave
+    try:
+        before = counted[0]
+        tokenizer.encode(text)
+        during = counted[0] - before
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+    assert during > 2
+
+
+def test_a_process_that_wants_no_pool_gets_none(goldens_dir):
+    program = f"""
+import os
+os.environ[{POOL_VARIABLE!r}] = "false"
+from worker_orcd.tokenizer.tokenizer import Tokenizer
+tokenizer = Tokenizer.from_file({str(goldens_dir / "tokenizers" / "qwen2.gguf")!r})
+for n in (100, 5_000, 100_000):
+    tokenizer.decode(tokenizer.encode("the sea " * (n // 8)))
+print(len(os.listdir("/proc/self/task")))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "1"
