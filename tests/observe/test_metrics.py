@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
@@ -260,3 +261,12 @@ def test_two_workers_in_one_process_count_apart_and_not_in_the_librarys_registry
     metrics.job_ended(Ended())
     assert samples(other)["request_outcomes_total{code=OK}"] == 0 and samples(other)["ready"] == 0
     assert not [family for family in REGISTRY.collect() if family.name.startswith(PREFIX)]
+
+
+@pytest.mark.parametrize("accept", [None, "text/plain;version=1.0.0;q=0.5", "text/plain; version=0.0.4"])
+def test_the_text_is_what_the_library_makes_of_the_registry(metrics, accept):
+    for tokens in (1, 40, 3000):
+        metrics.job_ended(Ended(tokens_out=tokens))
+    metrics.job_ended(Ended(outcome="CANCELLED", first_token_at=None, ended_at=None))
+    encode, content_type = choose_encoder(accept or "")
+    assert metrics.exposition(accept) == (encode(metrics.registry), content_type)
