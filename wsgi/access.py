@@ -14,6 +14,7 @@ What has neither `Host` nor `Origin` comes from no browser.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import socket
@@ -40,6 +41,8 @@ _NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-
 _PORT = re.compile(r"[0-9]{1,5}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _MAX_NAME_CHARS = 253
+#: hosts that are remembered as they were parsed
+_KNOWN_HOSTS = 64
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -78,6 +81,12 @@ def parse_authority(text: str) -> Authority | None:
 
     A user's name, a path, a zone of IPv6, blanks: none of it belongs there.
     """
+    # clients name the same few hosts again and again
+    return _known_authority(text) if len(text) <= _MAX_NAME_CHARS else _parse_authority(text)
+
+
+def _parse_authority(text: str) -> Authority | None:
+    """`parse_authority`, without its memory."""
     if text.startswith("["):
         literal, closed, port = text[1:].partition("]")
         address = address_of(literal) if closed and "%" not in literal and ":" in literal else None
@@ -96,6 +105,9 @@ def parse_authority(text: str) -> Authority | None:
     if len(name) > _MAX_NAME_CHARS or not _NAME.fullmatch(name):
         return None
     return Authority(name, number, False)
+
+
+_known_authority = functools.lru_cache(_KNOWN_HOSTS)(_parse_authority)
 
 
 def parse_origin(text: str) -> tuple[str, Authority] | None:

@@ -35,8 +35,11 @@ STOP_IDLE_SEC = 2.0
 LONG_WRITE_SEC = 300.0
 #: bytes of a request that takes so much memory in passing that it is given back afterwards
 LARGE_BYTES = 1 << 16
-#: what is answered before all that waits for a thread: probes, which take no time, and what makes room
-FIRST = (b"GET /health", b"GET /ready", b"GET /metrics", b"POST /cancel")
+#: probes: a few in each turn of the main loop are answered there, since handing them to a thread takes as long
+PROBES = (b"GET /health", b"GET /ready", b"GET /metrics")
+PROBES_IN_A_TURN = 4
+#: what is answered before all that waits for a thread: more probes, and what makes room
+FIRST = (*PROBES, b"POST /cancel")
 
 
 class StreamWorker(CollectingWorker):
@@ -53,6 +56,7 @@ class StreamWorker(CollectingWorker):
         super().__init__(*args, **kwargs)
         self.stop_requested = threading.Event()
         self._thread = threading.local()
+        self._n_probes = 0  # that were answered in this turn of the main loop
 
     # -- stopping
 
@@ -122,6 +126,7 @@ class StreamWorker(CollectingWorker):
         """As `CollectingWorker`, but soon again while requests wait for a thread."""
         if self._pool.relieve():
             timeout = SHORT_SEC if timeout is None else min(timeout, SHORT_SEC)
+        self._n_probes = 0
         super().wait_for_and_dispatch_events(timeout)
 
     def wait_for_answers(self, seconds: float) -> None:
@@ -132,19 +137,32 @@ class StreamWorker(CollectingWorker):
             time.sleep(0.005)
 
     def enqueue_req(self, conn: Connection) -> None:  # type: ignore[override]
-        """As gunicorn's, but a request for which there is no thread is answered here and now, and the main loop is not
-        woken for an answer that is left to others."""
-        submit = self._pool.submit_first if conn.reader.head.startswith(FIRST) else self._pool.submit
+        """As gunicorn's, but a probe is answered here and now, and so is a request for which there is no thread. The
+        main loop is not woken for an answer that is left to others."""
+        head, is_small = conn.reader.head, conn.reader.n_bytes <= LARGE_BYTES
+        if head.startswith(PROBES) and is_small and self._n_probes < PROBES_IN_A_TURN:
+            self._n_probes += 1
+            self._handled(conn, self._answer_here(conn))
+            return
+        submit = self._pool.submit_first if head.startswith(FIRST) else self._pool.submit
         try:
             submit(self.handle, conn).add_done_callback(partial(self._handled, conn))
         except RuntimeError:
             self.refuse(conn, NoThread())
 
+    def _answer_here(self, conn: Connection) -> Future[Any]:
+        answered: Future[Any] = Future()
+        try:
+            answered.set_result(self.handle(conn))
+        except BaseException as error:  # as in a thread
+            answered.set_exception(error)
+        return answered
+
     def _handled(self, conn: Connection, future: Future[Any]) -> None:
         if future.cancelled() or future.exception() is not None or future.result() is not DETACHED:
             self.method_queue.defer(self.finish_request, conn, future)
 
-    # -- serving, in a pool thread
+    # -- serving, in a pool thread; of a probe in the main loop
 
     def handle(self, conn: Connection) -> Any:  # type: ignore[override]
         """Serve one request, all of whose bytes are there."""

@@ -3,7 +3,7 @@
 There a thread that cannot be started (a container's limit on processes) is an error after the request was queued, which
 would end the main loop and all streams with it. Here it is an error of that request, which the caller can still refuse.
 
-Most calls are short and need the interpreter all the time, so few of them run at once: more would take it from each
+Most calls are short and need the interpreter all the time, so one of them runs at a time: more would take it from each
 other, and from the thread that drives the engine. A call that says that it takes long (an answer that is given whole),
 or has run for long whatever it does (a chat template, a huge prompt), counts no more among those. None that says so
 begins unless a thread is left for short calls, so that a system without threads costs those and not the probes of
@@ -22,9 +22,9 @@ from queue import SimpleQueue
 from typing import Any
 
 #: short calls that run at once
-SHORT_CALLS = 2
+SHORT_CALLS = 1
 #: seconds after which a call is no short one
-SHORT_SEC = 0.02
+SHORT_SEC = 0.005
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import threading
 import time
 from contextlib import ExitStack
 
@@ -187,6 +188,22 @@ def test_requests_that_come_together_or_in_pieces_are_answered_one_by_one(worker
         pieces.sendall(data[i : i + 3])
     for sock in (together, pieces):
         assert [status for status, _, _ in answers_of(sock)] == [200, 202, 202, 200, 202, 200]
+
+
+def test_thousands_of_probes_in_one_go_are_each_answered_and_hold_up_nobody(worker, sockets):
+    """The main loop answers a few in each of its turns."""
+    (sock,) = sockets(worker, 1)
+    last = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    sender = threading.Thread(target=sock.sendall, args=(GET * 2000 + last,))
+    sender.start()
+    answered = []
+    reader = threading.Thread(target=lambda: answered.extend(answers_of(sock)))
+    reader.start()
+    health_times(worker)
+    assert worker.execute("say x", job_id="among probes").all()[-1][0] == "end"
+    for thread in (sender, reader):
+        thread.join(30)
+    assert [status for status, _, _ in answered] == [200] * 2001
 
 
 def test_100_is_said_once_and_only_for_what_will_be_taken(worker, sockets):

@@ -60,6 +60,8 @@ class Rule:
 
 #: what most values are: looked at first, since every request has sixteen
 _PLAIN = frozenset((type(None), bool, int, float, str, tuple))
+#: the types of values that a field of a kind takes as they are
+_FITTING = {int: _PLAIN, float: _PLAIN, bool: _PLAIN, dict: frozenset((type(None),)), list: (), tuple: ()}
 
 
 def plain_number(value: Any) -> Any:
@@ -183,6 +185,8 @@ class SamplingParams:
         """Take strings as one or any list of them, ids of a bias as text too, and numbers of NumPy as plain ones."""
         for name, rule in RULES.items():
             value = getattr(self, name)
+            if type(value) in _FITTING[rule.kind] or (type(value) is tuple and not value):
+                continue
             if rule.kind in (list, tuple):
                 plain = _as_tuple(value, rule.kind)
             elif rule.kind is dict:
@@ -204,12 +208,12 @@ class SamplingParams:
         """
         known = {"max_tokens": max_tokens_out, "top_k": n_vocab}
         limits = {name: limit for name, limit in known.items() if limit is not None}
-        for f in dataclasses.fields(self):
-            rule, value = RULES[f.name], getattr(self, f.name)
+        for name, rule in RULES.items():
+            value = getattr(self, name)
             if rule.kind is list:
-                _check_strings(f.name, value)
-            elif rule.kind not in (tuple, dict) and not (value is None and f.default is None):
-                rule.check(f.name, value, limits.get(f.name, rule.most))
+                _check_strings(name, value)
+            elif rule.kind not in (tuple, dict) and not (value is None and name in _OPEN):
+                rule.check(name, value, limits.get(name, rule.most))
         if len(self.stop) > MAX_STOPS:
             raise InvalidRequest(f"stop holds {len(self.stop)} strings; at most {MAX_STOPS} are taken", field="stop")
         self._check_ids(n_vocab)
@@ -248,6 +252,8 @@ class SamplingParams:
 
 #: the rule of each field, by name, in the order of the fields
 RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(SamplingParams)}
+#: the fields that may be left open
+_OPEN = frozenset(f.name for f in dataclasses.fields(SamplingParams) if f.default is None)
 
 
 def make_seed() -> int:

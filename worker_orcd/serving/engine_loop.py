@@ -189,7 +189,7 @@ class EngineLoop:
                     seq_id,
                     prompt,
                     max_tokens,
-                    replace(params, seed=seed),
+                    params if params.seed == seed else replace(params, seed=seed),
                     not params.ignore_eos,
                     params.logprobs is not None,
                     params.stop_token_ids,
