@@ -15,8 +15,11 @@ from pathlib import Path
 #: heaps of glibc's allocator; a process with many threads would get up to 8 for each core, each of which keeps what is
 #: free in it
 HEAPS = 4
-#: parameter of glibc's mallopt
-_M_ARENA_MAX = -8
+#: bytes from which on a block is a mapping of its own, which its end gives back; and that may be free at the end of a
+#: heap. Both would grow with the blocks that are freed, up to 64 MiB for each heap
+LARGE_BLOCK = 1 << 20
+#: parameters of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def usable_cores(root: str | os.PathLike[str] = "/") -> int:
@@ -59,8 +62,11 @@ _mallopt, _malloc_trim = _of_glibc("mallopt"), _of_glibc("malloc_trim")
 
 
 def share_heaps() -> None:
-    """Let the threads of this process share a few heaps; no effect under another allocator than glibc's."""
+    """Let the threads of this process share a few heaps, which keep little of what is free; no effect under another
+    allocator than glibc's."""
     _mallopt(_M_ARENA_MAX, HEAPS)
+    _mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+    _mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
 def give_back_memory() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,48 @@ def test_nobody_else_counts_cores():
         files += [f for f in (tree / folder).rglob("*") if f.suffix in (".py", ".pyx", ".pxi", ".pxd", ".h", ".cpp")]
     count = re.compile(r"cpu_count|getaffinity|hardware_concurrency|_SC_NPROCESSORS|get_nprocs")
     assert [f.name for f in files if count.search(f.read_text())] == ["machine.py"]
+
+
+#: what is left of 40 MB that a thread took and gave back. Before that it gave back a large block, after which glibc
+#: (2.36), left to itself, would keep all of it, even where it is asked to give everything back
+HEAP_PROGRAM = """
+import ctypes, os, sys, threading
+from worker_orcd import machine
+machine.share_heaps()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def take(n):
+    block = libc.malloc(n)
+    ctypes.memset(block, 1, n)
+    return block
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def work():
+    libc.free(take(30 << 20))
+    blocks = [0] * 80
+    before = resident()
+    for i in range(80):
+        blocks[i] = take(500_000)
+    for block in blocks:
+        libc.free(block)
+    machine.give_back_memory()
+    print(resident() - before)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(os.environ.get("WORKER_ORCD_SANITIZED") == "1", reason="its allocator is not glibc's")
+def test_heaps_that_are_shared_keep_little_of_what_is_free():
+    command = [sys.executable, "-P", "-c", HEAP_PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 4 * MIB
 
 
 def test_memory_goes_back_where_the_allocator_can_do_that():
