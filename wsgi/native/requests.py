@@ -105,7 +105,8 @@ def decode(body: bytes, decoder: Decoder[Body]) -> Body:
 def typed(body: bytes, decoder: Decoder[Body]) -> Body:
     """`decode`, of two equal keys the last."""
     if not body.strip(b" \t\r\n"):
-        needed = [f.name for f in msgspec.structs.fields(decoder.type) if f.required]
+        kind: Any = decoder.type  # a structure, as `Body` says
+        needed = [f.name for f in msgspec.structs.fields(kind) if f.required]
         raise InvalidRequest(f"the body is empty; it must be a JSON object with {' and '.join(needed)}")
     try:
         return decoder.decode(body)
