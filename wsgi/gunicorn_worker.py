@@ -35,7 +35,7 @@ STOP_IDLE_SEC = 2.0
 LONG_WRITE_SEC = 300.0
 #: bytes of a request that takes so much memory in passing that it is given back afterwards
 LARGE_BYTES = 1 << 16
-#: probes: a few in each turn of the main loop are answered there, since handing them to a thread takes as long
+#: probes: a few in each turn of the main loop are answered there, where they wait for no thread
 PROBES = (b"GET /health", b"GET /ready", b"GET /metrics")
 PROBES_IN_A_TURN = 4
 #: what is answered before all that waits for a thread: more probes, and what makes room

@@ -8,8 +8,10 @@ import threading
 import time
 
 import pytest
+from helpers.tiny_library import tiny_library
+from tokenizers import decoders
 
-from worker_orcd.tokenizer.library import POOL_VARIABLE
+from worker_orcd.tokenizer.library import POOL_VARIABLE, decode_with
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(120)
@@ -69,3 +71,15 @@ print(len(os.listdir("/proc/self/task")))
 """
     done = subprocess.run([sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("skip_special", [True, False])
+def test_both_calls_give_the_same_text_of_ids(skip_special, monkeypatch):
+    """Of a tokenizer.json whose decoder is more than a table of bytes, which alone has its text from the library."""
+    library = tiny_library(decoder=decoders.WordPiece(prefix="b"))
+    ids = [i % library.get_vocab_size() for i in range(5_000)]
+    monkeypatch.setenv(POOL_VARIABLE, "true")
+    alone = decode_with(library, ids, skip_special)
+    monkeypatch.setenv(POOL_VARIABLE, "false")
+    assert decode_with(library, ids, skip_special) == alone
+    assert ("<|end|>" in alone) is not skip_special and len(alone) > 4_000

@@ -1,7 +1,7 @@
 """Histogram: what `prometheus_client` has under that name, for workers that many ask at once.
 
-The library's costs 5 us for each value and, with the buckets that vLLM has, 0.1 ms of Python for each scrape; a worker
-has ten of them, and all that time its streams wait. This one counts in 0.5 us and makes its lines from ready ones.
+With the buckets that vLLM has, the lines of one of the library's take 0.15 ms of Python for each scrape, and a worker
+has ten of them. This one makes its lines from ready ones, in 8 us.
 """
 
 from __future__ import annotations
