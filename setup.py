@@ -42,10 +42,12 @@ CPP_SOURCES = {
     "_gguf": ("host/tensor_check.cpp",),
     "_upload": ("host/tensor_check.cpp",),
 }
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 #: a file compiled for an instruction set is only ever called after cpuid was asked; all else runs on any x86-64
 ISA_FLAGS = {
+    "_avx512vnni": [*AVX512, "-mavx512vnni"],
+    "_avx512": AVX512,
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 
 
@@ -55,7 +57,7 @@ def say(text: str) -> None:
 
 
 def isa_of(path: Path) -> str:
-    """ "_avx2", "_avx512" or "" (baseline)."""
+    """One of ISA_FLAGS, or "" (baseline)."""
     return next((s for s in ISA_FLAGS if path.stem.endswith(s)), "")
 
 

@@ -34,7 +34,8 @@ int32_t Engine::add_buffer(int64_t width, bool outputs) {
 }
 
 int32_t Engine::add_matrix(const uint8_t* data, int type, int64_t n_in, int64_t n_out, int64_t row_bytes) {
-    matrices_.push_back(Matrix{data, type, n_in, n_out, row_bytes});
+    const bool codes = kernels_->has_codes && n_in % 32 == 0 && n_out >= 16 && kernels_->has_codes(type);
+    matrices_.push_back(Matrix{data, type, n_in, n_out, row_bytes, codes});
     return (int32_t)matrices_.size() - 1;
 }
 
@@ -70,10 +71,6 @@ void Engine::add_layer(int32_t kv_group) {
 void Engine::finish(int32_t logits_buffer) {
     logits_buffer_ = logits_buffer;
     const size_t max_batch_tokens = (size_t)sizes_.max_batch_tokens;
-    auto allocate = [this](size_t bytes) {
-        workspace_bytes_ += (int64_t)bytes;
-        return Pages(bytes);
-    };
     for (Buffer& b : buffers_) {
         b.pages = allocate(max_batch_tokens * (size_t)b.width * sizeof(float));
         b.data = (float*)b.pages.data();
@@ -90,33 +87,13 @@ void Engine::finish(int32_t logits_buffer) {
         t.cos.resize(max_batch_tokens * t.n);
         t.sin.resize(max_batch_tokens * t.n);
     }
-    size_t pointers = max_batch_tokens, experts = 0, padding_rows = 0;
-    for (const Op& op : ops_) {
+    for (const Op& op : ops_)
         if (op.kind == OpKind::kAttention)
             thread_scratch_floats_ =
                 std::max(thread_scratch_floats_, attention_scratch_floats(op.n_head, op.n_head_kv, op.head_dim));
-        if (op.kind == OpKind::kRoute) {
-            route_logits_ = allocate(max_batch_tokens * (size_t)op.n_expert * sizeof(float));
-            experts = std::max(experts, (size_t)op.n_expert);
-        }
-        if (op.kind == OpKind::kMatMul || op.kind == OpKind::kRoute || op.kind == OpKind::kExpertMatMul) {
-            const Matrix& w = matrices_[(size_t)op.weight];
-            thread_scratch_floats_ = std::max(thread_scratch_floats_, panel_floats(panel_rows(w.n_in), w.n_in));
-            size_t rows = max_batch_tokens * (size_t)std::max(op.n_used, 1);
-            pointers = std::max(pointers, rows);
-            if (w.n_in % 16) {
-                padding_stride_ = std::max(padding_stride_, round_up_16(w.n_in));
-                padding_rows = std::max(padding_rows, rows);
-            }
-        }
-    }
-    if (padding_rows) padding_ = allocate(padding_rows * (size_t)padding_stride_ * sizeof(float));
+    reserve_products();
     thread_scratch_floats_ = round_up_16(thread_scratch_floats_ + 16);
     thread_scratch_ = allocate((size_t)n_threads() * (size_t)thread_scratch_floats_ * sizeof(float));
-    x_pointers_.resize(pointers);
-    y_pointers_.resize(pointers);
-    expert_tasks_.resize(experts);
-    expert_counts_.resize(experts + 1);
     for (int i = 0; i < n_threads(); ++i) sample_scratch_.emplace_back(sizes_.n_vocab);
     slots_state_.reserve((size_t)sizes_.max_seqs);
     SlotSampling greedy = {};  // and nothing penalized, until `set_slot` says otherwise

@@ -5,6 +5,7 @@
 // that comes from outside is checked in prepare(). _cpu.pyx lowers the plan and turns errors into exceptions.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -129,12 +130,29 @@ class Engine {
     struct RowTile {
         int32_t r0, r1;
     };
+    // One product: its lists lie in the engine's.
+    struct Task {
+        MatmulTask product;
+        bool one_token;
+        int64_t rows, least_rows, first_chunk;  // outputs in a chunk; the first among the chunks of all tasks
+    };
+    // A row that is to be multiplied.
+    struct Input {
+        const float* x;
+        bool encodable;
+    };
+    // Elements of a row-wise operation below which waking threads costs more than it saves.
+    static constexpr int64_t kSerialElements = 16384;
     struct Slot {
         SlotSampling params;
         SampledTokens sampled;
         std::vector<int32_t> edits;  // [SAMPLING_EDIT_WORDS] at most
     };
 
+    Pages allocate(size_t bytes) {
+        workspace_bytes_ += (int64_t)bytes;
+        return Pages(bytes);
+    }
     int32_t n_rows() const { return (int32_t)tokens_.size(); }
     int32_t n_out() const { return (int32_t)output_indices_.size(); }
     float* at(const View& v, int64_t row) const {
@@ -147,25 +165,46 @@ class Engine {
     bool check_rope_tables(const BatchView& batch, BatchError* error) const;
     void make_tiles();
     void fill_rope_tables() noexcept;
-    void run_op(const Op& op) noexcept;
+    void run_op(int32_t index) noexcept;
     // body(r0, r1) over ranges of rows, in parallel when there is work enough.
     template <class Body>
-    void for_rows(int64_t n, int64_t elements_per_row, const Body& body) noexcept;
-    // Products that share one call: tasks of any token counts over matrices of one shape.
-    void run_tasks(const MatmulTask* tasks, int32_t n_tasks) noexcept;
-    const float* padded(const float* x, int64_t n, int64_t index) noexcept;
+    void for_rows(int64_t n, int64_t elements_per_row, const Body& body) noexcept {
+        if (n * elements_per_row <= kSerialElements) {
+            body(0, n);
+            return;
+        }
+        int64_t rows = std::max<int64_t>(1, kSerialElements / 2 / std::max<int64_t>(1, elements_per_row));
+        pool_.run((n + rows - 1) / rows, [&](int64_t c, int) { body(c * rows, std::min(n, (c + 1) * rows)); });
+    }
 
     void embed(const Op& op) noexcept;
     void norm(const Op& op) noexcept;
-    void matmul(const Op& op) noexcept;
     void rope(const Op& op) noexcept;
     void kv_write(const Op& op) noexcept;
     void attention(const Op& op) noexcept;
     void elementwise(const Op& op) noexcept;
-    void route(const Op& op) noexcept;
-    void expert_matmul(const Op& op) noexcept;
     void expert_sum(const Op& op) noexcept;
     void gather(const Op& op) noexcept;
+
+    // products.cpp
+    void find_ops_together();
+    void reserve_products();
+    const float* padded(const float* x, int64_t n, int64_t index) noexcept;
+    uint8_t* encoded_row(int64_t place, int64_t n_in) const;
+    void encode_rows(int32_t first, int32_t n, int64_t n_in) noexcept;
+    template <class Row>
+    void look_at_inputs(const Matrix& w, int32_t n, const Row& row) noexcept;
+    void place_input(int32_t index, int32_t place, int64_t n_in) noexcept;
+    int32_t place_rows(const View& inp, int32_t n, const Matrix& w) noexcept;
+    void add_task(const Matrix& w, const float* bias, int32_t first, int32_t n, bool encoded, size_t y) noexcept;
+    int64_t cut_tasks() noexcept;
+    void run_chunk(const Task& task, int64_t chunk, int thread) noexcept;
+    void run_tasks() noexcept;
+    void run_gated(const Op& glu) noexcept;
+    // `n` products with one input from op `index`; the last may be the GLU of the two others' outputs.
+    void products(int32_t index, int32_t n) noexcept;
+    void route(const Op& op) noexcept;
+    void expert_matmul(const Op& op) noexcept;
 
     const EngineSizes sizes_;
     const Kernels* const kernels_;
@@ -194,11 +233,15 @@ class Engine {
     int64_t thread_scratch_floats_ = 0;
     Pages thread_scratch_;                       // [n_threads][thread_scratch_floats_]
     std::vector<SampleScratch> sample_scratch_;  // [n_threads]
-    std::vector<const float*> x_pointers_;       // [max_batch_tokens * n_used]
-    std::vector<float*> y_pointers_;
-    std::vector<MatmulTask> expert_tasks_;  // [n_expert]
-    std::vector<int32_t> expert_counts_;    // [n_expert + 1]
-    Pages padding_, route_logits_;
+    std::vector<Input> inputs_;                  // [max_batch_tokens * n_used], in the order of the rows
+    std::vector<const float*> x_pointers_;       // likewise, in the order of the tasks
+    std::vector<int32_t> row_order_;             // likewise: index of the input
+    std::vector<float*> y_pointers_;             // [max_batch_tokens * n_used * products that run together]
+    std::vector<Task> tasks_;
+    int32_t n_tasks_ = 0;
+    std::vector<int32_t> expert_counts_;  // [2 n_expert + 1]
+    std::vector<int32_t> ops_together_;   // [ops], how many run in one call from each
+    Pages padding_, route_logits_, encoded_;
     int64_t padding_stride_ = 0;
 };
 

@@ -10,12 +10,14 @@
 
 #define WO_INLINE inline __attribute__((always_inline))
 #define WO_DECODE WO_INLINE
+#define WO_CODES
 #define WO_ISA_NAME "avx512"
 
 namespace worker_orcd {
 namespace {
 
 #include "simd_avx512.h"
+#include "simd_codes_avx512.h"
 #include "kernels_impl.h"
 
 }  // namespace

@@ -7,9 +7,16 @@
 #include "quant.h"
 #include "ops_impl.h"
 #include "matmul_impl.h"
+#ifdef WO_CODES
+#include "codes.h"
+#include "code_matmul_impl.h"
+#else  // the products of codes that are not there
+constexpr auto has_codes = nullptr, encodable = nullptr, encode = nullptr, code_matvec = nullptr, code_panel = nullptr;
+constexpr int kEncodedTokens = 1;
+#endif
 #include "attention_impl.h"
 
 static const Kernels kTable = {
-    WO_ISA_NAME, dequantize, matvec, matmul_panel, norm,    rope, kv_write,
-    attention,   glu,        act,    add_n,        scale_n, axpy, exp_n,
+    WO_ISA_NAME, dequantize,     matvec, matmul_panel, has_codes, encodable, encode, code_matvec, code_panel,
+    kEncodedTokens, norm, rope, kv_write, attention, glu, act, add_n, scale_n, axpy, exp_n,
 };

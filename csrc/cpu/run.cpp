@@ -1,7 +1,7 @@
 // Running the ops of the plan: which rows and columns each reads, and how its work is cut into chunks for threads.
 //
-// A chunk boundary never changes a result: products are cut by outputs, everything else by rows or heads, and each
-// kernel computes each of those by a formula in which the others do not occur.
+// A chunk boundary never changes a result: everything is cut by rows or heads (the products of products.cpp by outputs),
+// and each kernel computes each of those by a formula in which the others do not occur.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,33 +10,26 @@
 
 namespace worker_orcd {
 
-// Elements of a row-wise operation below which waking threads costs more than it saves.
-static constexpr int64_t kSerialElements = 16384;
-// Bytes of weights in one chunk of a one-token product.
-static constexpr int64_t kMatvecBytes = 16 * 1024;
-
-template <class Body>
-void Engine::for_rows(int64_t n, int64_t elements_per_row, const Body& body) noexcept {
-    if (n * elements_per_row <= kSerialElements) {
-        body(0, n);
-        return;
-    }
-    int64_t rows = std::max<int64_t>(1, kSerialElements / 2 / std::max<int64_t>(1, elements_per_row));
-    pool_.run((n + rows - 1) / rows, [&](int64_t c, int) { body(c * rows, std::min(n, (c + 1) * rows)); });
-}
-
 bool Engine::run(int32_t n_ops, float* logits, const ControlFlag* control) noexcept {
     Buffer& last = buffers_[(size_t)logits_buffer_];
     last.data = logits ? logits : (float*)last.pages.data();
     pool_.heed(control);
     fill_rope_tables();
-    for (int32_t i = 0; i < n_ops && !pool_.aborted(); ++i) run_op(ops_[(size_t)i]);
+    for (int32_t i = 0; i < n_ops && !pool_.aborted();) {
+        const int32_t together = i + ops_together_[(size_t)i] <= n_ops ? ops_together_[(size_t)i] : 1;
+        if (together > 1)
+            products(i, together);
+        else
+            run_op(i);
+        i += together;
+    }
     const bool done = !pool_.aborted();
     pool_.heed(nullptr);  // sampling is short, and must not end half-way: it changes what the slots remember
     return done;
 }
 
-void Engine::run_op(const Op& op) noexcept {
+void Engine::run_op(int32_t index) noexcept {
+    const Op& op = ops_[(size_t)index];
     switch (op.kind) {
         case OpKind::kEmbed:
             embed(op);
@@ -45,7 +38,7 @@ void Engine::run_op(const Op& op) noexcept {
             norm(op);
             break;
         case OpKind::kMatMul:
-            matmul(op);
+            products(index, 1);
             break;
         case OpKind::kRope:
             rope(op);
@@ -122,50 +115,6 @@ void Engine::norm(const Op& op) noexcept {
                 kernels_->norm(at(op.inp, r) + i, vector(op.vector), vector(op.bias), op.eps, op.layer_norm, n,
                                at(op.out, r) + i);
     });
-}
-
-const float* Engine::padded(const float* x, int64_t n, int64_t index) noexcept {
-    float* p = (float*)padding_.data() + index * padding_stride_;
-    std::memcpy(p, x, (size_t)n * sizeof(float));
-    std::fill(p + n, p + round_up_16(n), 0.0f);
-    return p;
-}
-
-void Engine::run_tasks(const MatmulTask* tasks, int32_t n_tasks) noexcept {
-    const Matrix& w = tasks[0].w;
-    int64_t rows = panel_rows(w.n_in);
-    bool one_token = w.n_in % 16 == 0;
-    for (int32_t i = 0; i < n_tasks; ++i) one_token &= tasks[i].n_tokens == 1;
-    if (one_token) {
-        rows = std::max<int64_t>(4, kMatvecBytes / w.row_bytes / 4 * 4);
-        while (rows > 4 && n_tasks * (w.n_out / rows) < 4 * n_threads()) rows = rows / 8 * 4;
-    }
-    const int64_t per_task = (w.n_out + rows - 1) / rows;
-    pool_.run(n_tasks * per_task, [&](int64_t c, int thread) {
-        const MatmulTask& task = tasks[c / per_task];
-        const int64_t o0 = c % per_task * rows, o1 = std::min(o0 + rows, w.n_out);
-        if (task.n_tokens == 1 && w.n_in % 16 == 0)
-            kernels_->matvec(task, o0, o1);
-        else
-            kernels_->matmul_panel(task, o0, o1, (float*)thread_scratch_.data() + thread * thread_scratch_floats_);
-    });
-}
-
-void Engine::matmul(const Op& op) noexcept {
-    const int32_t n = buffer_rows(op.out.buffer);
-    if (n == 0) return;
-    MatmulTask task;
-    task.w = matrices_[(size_t)op.weight];
-    for (int32_t r = 0; r < n; ++r) {
-        const float* x = at(op.inp, r);
-        x_pointers_[(size_t)r] = task.w.n_in % 16 ? padded(x, task.w.n_in, r) : x;
-        y_pointers_[(size_t)r] = at(op.out, r);
-    }
-    task.bias = vector(op.bias);
-    task.x = x_pointers_.data();
-    task.y = y_pointers_.data();
-    task.n_tokens = n;
-    run_tasks(&task, 1);
 }
 
 void Engine::rope(const Op& op) noexcept {
@@ -257,72 +206,6 @@ void Engine::elementwise(const Op& op) noexcept {
 void Engine::gather(const Op& op) noexcept {
     for (int32_t j = 0; j < n_out(); ++j)
         std::memcpy(at(op.out, j), at(op.inp, output_indices_[(size_t)j]), (size_t)op.out.width * sizeof(float));
-}
-
-void Engine::route(const Op& op) noexcept {
-    const int32_t n = buffer_rows(op.out.buffer);
-    if (n == 0) return;
-    MatmulTask task;
-    task.w = matrices_[(size_t)op.weight];
-    float* logits = (float*)route_logits_.data();  // [rows][n_expert]
-    for (int32_t r = 0; r < n; ++r) {
-        const float* x = at(op.inp, r);
-        x_pointers_[(size_t)r] = task.w.n_in % 16 ? padded(x, task.w.n_in, r) : x;
-        y_pointers_[(size_t)r] = logits + (int64_t)r * op.n_expert;
-    }
-    task.bias = vector(op.bias);
-    task.x = x_pointers_.data();
-    task.y = y_pointers_.data();
-    task.n_tokens = n;
-    run_tasks(&task, 1);
-    if (pool_.aborted()) return;
-    for (int32_t r = 0; r < n; ++r) {
-        float *l = logits + (int64_t)r * op.n_expert, *ids = at(op.out, r), *gates = at(op.out2, r);
-        for (int32_t s = 0; s < op.n_used; ++s) {  // NaN never wins, so an id is always one of the experts
-            int32_t best = -1;
-            for (int32_t e = 0; e < op.n_expert; ++e) {
-                bool taken = false;
-                for (int32_t t = 0; t < s; ++t) taken |= (int32_t)ids[t] == e;
-                if (!taken && (best < 0 || l[e] > l[best])) best = e;
-            }
-            ids[s] = (float)best;
-            gates[s] = l[best] - l[(int32_t)ids[0]];
-        }
-        kernels_->exp(gates, gates, op.n_used);
-        float total = 0;
-        for (int32_t s = 0; s < op.n_used; ++s) total += gates[s];
-        for (int32_t s = 0; s < op.n_used; ++s) gates[s] /= total;
-    }
-}
-
-void Engine::expert_matmul(const Op& op) noexcept {
-    const int32_t n = buffer_rows(op.out.buffer), pairs = n * op.n_used;
-    if (n == 0) return;
-    const int64_t n_in = matrices_[(size_t)op.weight].n_in, n_out = matrices_[(size_t)op.weight].n_out;
-    auto expert_of = [&](int32_t i) { return (int32_t)at(op.inp2, i / op.n_used)[i % op.n_used]; };
-    // Counting sort of the (row, slot) pairs by expert: each expert's weights are decoded once.
-    std::fill(expert_counts_.begin(), expert_counts_.end(), 0);
-    for (int32_t i = 0; i < pairs; ++i) ++expert_counts_[(size_t)expert_of(i) + 1];
-    int32_t n_tasks = 0;
-    for (int32_t e = 0; e < op.n_expert; ++e) {
-        const int32_t first = expert_counts_[(size_t)e], count = expert_counts_[(size_t)e + 1];
-        expert_counts_[(size_t)e + 1] += first;
-        if (count == 0) continue;
-        MatmulTask& task = expert_tasks_[(size_t)n_tasks++];
-        task.w = matrices_[(size_t)(op.weight + e)];
-        task.bias = op.bias < 0 ? nullptr : vector(op.bias) + e * n_out;
-        task.x = x_pointers_.data() + first;
-        task.y = y_pointers_.data() + first;
-        task.n_tokens = count;
-    }
-    for (int32_t i = 0; i < pairs; ++i) {
-        const int32_t row = i / op.n_used, slot = i % op.n_used;
-        const size_t place = (size_t)expert_counts_[(size_t)expert_of(i)]++;
-        const float* x = at(op.inp, row) + (op.per_slot ? slot * n_in : 0);
-        x_pointers_[place] = n_in % 16 ? padded(x, n_in, (int64_t)place) : x;
-        y_pointers_[place] = at(op.out, row) + slot * n_out;
-    }
-    run_tasks(expert_tasks_.data(), n_tasks);
 }
 
 void Engine::expert_sum(const Op& op) noexcept {
