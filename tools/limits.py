@@ -23,6 +23,9 @@ GREEDY_MARGIN = 0.01
 ORACLE_NMSE = {"gpt-oss": 2e-6, "": 5e-7}
 #: NMSE of one op on the CPU: float32 sums alone
 CPU_OP_NMSE = 1e-11
+#: NMSE of a product of integer codes on the CPU: activations round to 1/32767 of the largest of 32, which is at most
+#: 32 / (12 * 32767^2) of their mean square
+CPU_CODES_NMSE = 2.5e-9
 #: NMSE of an op past the KV cache on the CPU: keys and values are float16, and a float32 error can round the other way
 CPU_OP_NMSE_PAST_CACHE = 5e-7
 #: NMSE of the logits past the change of rotary tables, on both engines

@@ -11,6 +11,9 @@ from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan as P
 
 ISAS = cpu_features()["available"]
+#: tensor types that are multiplied as integer codes, with at least 16 outputs, on every instruction set but the baseline
+CODE_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"}
+LEAST_CODE_ROWS = 16
 
 
 def sampling(temperature=0.0, seed=0, **numbers) -> SamplingParams:
