@@ -110,8 +110,8 @@ struct SixteenRows {
             Q::template codes<P>(h, b, s, i, &bytes[0], &bytes[1]);
             split_bytes<Q>(bytes[0], words);
             split_bytes<Q>(bytes[1], words + 2);
-            dots[0][i] = dot16(dot16(zero_ints(), words[0], load_everywhere(pairs)), words[1],
-                               load_everywhere(pairs + 16));
+            dots[0][i] =
+                dot16(dot16(zero_ints(), words[0], load_everywhere(pairs)), words[1], load_everywhere(pairs + 16));
             dots[1][i] = dot16(dot16(Q::kGroup == 32 ? dots[0][i] : zero_ints(), words[2], load_everywhere(pairs + 32)),
                                words[3], load_everywhere(pairs + 48));
         }
@@ -186,8 +186,8 @@ static void code_matvec(const MatmulTask& task, int64_t o0, int64_t o1) {
     with_codes(task.w.type, action);
 }
 
-// Decodes 16 rows into a panel: for each group of columns kGroup / 2 vectors (lane r: a pair of row r's codes), then the
-// scales, then the shifts (where the type has some).
+// Decodes 16 rows into a panel: for each group of columns kGroup / 2 vectors (lane r: a pair of row r's codes), then
+// the scales, then the shifts (where the type has some).
 template <class Q>
 struct PanelWriter {
     const uint8_t* b;

@@ -35,10 +35,10 @@ WO_INLINE I high_nibbles(I a) { return nibbles(words_right(a, 4)); }
 // Adds the fifth bits of columns 16 H .. 16 H + 15, which are the bits of bytes AT + 2 H and AT + 2 H + 1 of a row.
 template <int AT, int H>
 WO_INLINE I with_fifth_bits(I q, I rows) {
-    alignas(16) static const uint8_t order[16] = {
-        AT + 2 * H,     AT + 2 * H,     AT + 2 * H,     AT + 2 * H,     AT + 2 * H,     AT + 2 * H,
-        AT + 2 * H,     AT + 2 * H,     AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1,
-        AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1};
+    alignas(16) static const uint8_t order[16] = {AT + 2 * H,     AT + 2 * H,     AT + 2 * H,     AT + 2 * H,
+                                                  AT + 2 * H,     AT + 2 * H,     AT + 2 * H,     AT + 2 * H,
+                                                  AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1,
+                                                  AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1, AT + 2 * H + 1};
     alignas(16) static const uint8_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     return add_fifth_bit(q, shuffle_bytes(rows, load_everywhere(order)), load_everywhere(bit));
 }

@@ -3,8 +3,8 @@
 //
 // Every kernel computes a row (or a part of one) with the same formula whatever else is computed beside it: sums over k
 // run in 16 lanes (element k in lane k mod 16, one fused multiply-add per element in ascending order), then one fixed
-// tree over the lanes; or, for the quantized types of codes.h, over exact integer sums of 32 columns. AVX-512 (with VNNI
-// or not) and AVX2 give the same bits; the baseline multiplies everything as floats and rounds products.
+// tree over the lanes; or, for the quantized types of codes.h, over exact integer sums of 32 columns. AVX-512 (with
+// VNNI or not) and AVX2 give the same bits; the baseline multiplies everything as floats and rounds products.
 #pragma once
 
 #include <cstddef>

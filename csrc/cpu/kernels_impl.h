@@ -17,6 +17,7 @@ constexpr int kEncodedTokens = 1;
 #include "attention_impl.h"
 
 static const Kernels kTable = {
-    WO_ISA_NAME, dequantize,     matvec, matmul_panel, has_codes, encodable, encode, code_matvec, code_panel,
-    kEncodedTokens, norm, rope, kv_write, attention, glu, act, add_n, scale_n, axpy, exp_n,
+    WO_ISA_NAME, dequantize, matvec,         matmul_panel, has_codes, encodable, encode,
+    code_matvec, code_panel, kEncodedTokens, norm,         rope,      kv_write,  attention,
+    glu,         act,        add_n,          scale_n,      axpy,      exp_n,
 };

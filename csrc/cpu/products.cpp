@@ -267,9 +267,8 @@ void Engine::expert_matmul(const Op& op) noexcept {
     const int32_t n = buffer_rows(op.out.buffer), pairs = n * op.n_used;
     if (n == 0) return;
     const Matrix& w = matrices_[(size_t)op.weight];
-    look_at_inputs(w, pairs, [&](int32_t i) {
-        return at(op.inp, i / op.n_used) + (op.per_slot ? i % op.n_used * w.n_in : 0);
-    });
+    look_at_inputs(w, pairs,
+                   [&](int32_t i) { return at(op.inp, i / op.n_used) + (op.per_slot ? i % op.n_used * w.n_in : 0); });
     // Counting sort of the (row, slot) pairs by expert, its encodable inputs first: weights are decoded once.
     auto bucket_of = [&](int32_t i) {
         return 2 * (size_t)at(op.inp2, i / op.n_used)[i % op.n_used] + !inputs_[(size_t)i].encodable;

@@ -1,7 +1,7 @@
 // Running the ops of the plan: which rows and columns each reads, and how its work is cut into chunks for threads.
 //
-// A chunk boundary never changes a result: everything is cut by rows or heads (the products of products.cpp by outputs),
-// and each kernel computes each of those by a formula in which the others do not occur.
+// A chunk boundary never changes a result: everything is cut by rows or heads (the products of products.cpp by
+// outputs), and each kernel computes each of those by a formula in which the others do not occur.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -48,12 +48,8 @@ WO_INLINE I dot16(I acc, I a, I b) {
             _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi))};
 }
 
-WO_INLINE I interleave_low(I a, I b) {
-    return {_mm256_unpacklo_epi32(a.lo, b.lo), _mm256_unpacklo_epi32(a.hi, b.hi)};
-}
-WO_INLINE I interleave_high(I a, I b) {
-    return {_mm256_unpackhi_epi32(a.lo, b.lo), _mm256_unpackhi_epi32(a.hi, b.hi)};
-}
+WO_INLINE I interleave_low(I a, I b) { return {_mm256_unpacklo_epi32(a.lo, b.lo), _mm256_unpacklo_epi32(a.hi, b.hi)}; }
+WO_INLINE I interleave_high(I a, I b) { return {_mm256_unpackhi_epi32(a.lo, b.lo), _mm256_unpackhi_epi32(a.hi, b.hi)}; }
 WO_INLINE I join_low(I a, I b) { return {_mm256_unpacklo_epi64(a.lo, b.lo), _mm256_unpacklo_epi64(a.hi, b.hi)}; }
 WO_INLINE I join_high(I a, I b) { return {_mm256_unpackhi_epi64(a.lo, b.lo), _mm256_unpackhi_epi64(a.hi, b.hi)}; }
 WO_INLINE I shuffle_bytes(I a, I order) {
@@ -75,8 +71,8 @@ WO_INLINE F low_f16(I a) {
 
 WO_INLINE void store_even_odd(int16_t* p, I a) {
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    __m256i words = _mm256_packs_epi32(_mm256_permutevar8x32_epi32(a.lo, order),
-                                       _mm256_permutevar8x32_epi32(a.hi, order));
+    __m256i words =
+        _mm256_packs_epi32(_mm256_permutevar8x32_epi32(a.lo, order), _mm256_permutevar8x32_epi32(a.hi, order));
     _mm256_storeu_si256((__m256i*)p, words);
 }
 

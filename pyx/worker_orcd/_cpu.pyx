@@ -35,8 +35,8 @@ WARM_ROWS = 16
 
 
 def cpu_features():
-    """What decides the speed here: `isa` (the kernels in use: "avx512vnni", "avx512", "avx2" or "baseline"), `available` (those this
-    processor runs) and `cores` (usable by this process)."""
+    """What decides the speed here: `isa` (the kernels in use: "avx512vnni", "avx512", "avx2" or "baseline"),
+    `available` (those this processor runs) and `cores` (usable by this process)."""
     names = [n for n in _ISAS if kernels_by_name(n.encode()) is not NULL]
     cdef const Kernels* chosen = choose_kernels()
     return {"isa": chosen.name.decode() if chosen is not NULL else None, "available": names, "cores": usable_cores()}
@@ -62,7 +62,8 @@ def dequantize(type_id, buffer, n_elements, isa=None):
         type_id: ggml type id, one of `quants.TYPES`.
         buffer: the bytes, at least those of `n_elements`.
         n_elements: a multiple of the type's block size.
-        isa: "avx512vnni", "avx512", "avx2" or "baseline"; by default the one in use. All give the same bits (NaN payloads excepted).
+        isa: "avx512vnni", "avx512", "avx2" or "baseline"; by default the one in use. All give the same bits (NaN
+            payloads excepted).
 
     Returns:
         float32 array [n_elements].

@@ -74,7 +74,7 @@ def same_bits(a, b, what=""):
 
 
 def errors(y, x, w):
-    """Mean squared error of each row over the mean square of what its products come to, signs aside: a sum may cancel."""
+    """Mean squared error of each row over the mean square of what its products come to, signs aside (sums cancel)."""
     x, w = x.astype(np.float64), w.astype(np.float64)
     return ((y - x @ w.T) ** 2).mean(axis=1) / np.maximum((x**2 @ w.T**2).mean(axis=1), 1e-300)
 
@@ -145,7 +145,7 @@ def hard_rows(n_in):
         x[8, 3], x[8, 4] = np.inf, np.nan
         x[9, 32:] = 0
         x[9, :32] = np.float32(1e-45)
-        x[10, :32] = np.float32(-2.0**-101)
+        x[10, :32] = np.float32(-(2.0**-101))
         x[11, -1] = np.float32(2.0**111)
     return x
 

@@ -11,7 +11,7 @@ from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan as P
 
 ISAS = cpu_features()["available"]
-#: tensor types that are multiplied as integer codes, with at least 16 outputs, on every instruction set but the baseline
+#: tensor types that are multiplied as integer codes on every instruction set but the baseline, with so many outputs
 CODE_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"}
 LEAST_CODE_ROWS = 16
 

@@ -201,6 +201,7 @@ def _processor() -> Iterator[Finding]:
         (
             name
             for name, needs in (
+                ("AVX-512 VNNI", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}),
                 ("AVX-512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}),
                 ("AVX2", {"avx2", "fma", "f16c"}),
             )
