@@ -9,6 +9,7 @@
 #include "matmul_impl.h"
 #ifdef WO_CODES
 #include "codes.h"
+#include "encode_impl.h"
 #include "code_matmul_impl.h"
 #else  // the products of codes that are not there
 constexpr auto has_codes = nullptr, encodable = nullptr, encode = nullptr, code_matvec = nullptr, code_panel = nullptr;

@@ -14,9 +14,6 @@ WO_INLINE I load_everywhere(const void* p) {
     const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
     return {v, v};
 }
-WO_INLINE I load_ints(const void* p) {
-    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
-}
 WO_INLINE void store_ints(void* p, I a) {
     _mm256_storeu_si256((__m256i*)p, a.lo);
     _mm256_storeu_si256((__m256i*)p + 1, a.hi);

@@ -13,7 +13,6 @@ WO_INLINE I load_groups(const uint8_t* p, int64_t stride) {
 }
 // The same 16 bytes in every group.
 WO_INLINE I load_everywhere(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
-WO_INLINE I load_ints(const void* p) { return _mm512_loadu_si512(p); }
 WO_INLINE void store_ints(void* p, I a) { _mm512_storeu_si512(p, a); }
 
 WO_INLINE I zero_ints() { return _mm512_setzero_si512(); }
