@@ -55,11 +55,12 @@ DEVICE float add_split(float sum, float split_sum, Fade f) {
     return __fmaf_rn(sum, f.keep, __fmul_rn(split_sum, f.take));
 }
 
+// The sink of a head in base 2; -inf where there are none.
+DEVICE float sink_of(const float* sinks, int head) { return sinks ? __fmul_rn(sinks[head], kLog2e) : -INFINITY; }
+
 // Factor that turns sum(p v) into the output, from the maximum and the sum of exponentials (both in base 2) and the
-// head's sink logit, which enters the denominator only.
-DEVICE float softmax_factor(float top, float sum, const float* sinks, int head) {
-    if (!sinks) return __fdiv_rn(1.f, sum);
-    const float sink = __fmul_rn(sinks[head], kLog2e);
+// head's sink, which enters the denominator only.
+DEVICE float softmax_factor(float top, float sum, float sink) {
     const float most = fmaxf(top, sink);
     const float own = weight_of(top, most);
     return __fdiv_rn(own, __fmaf_rn(sum, own, weight_of(sink, most)));

@@ -29,6 +29,7 @@ struct DecodeShared {
     uint16_t own[2][kHeadDim];                        // k and v of the row's own position, as in the cache
     float tops[DECODE_STAGES][DECODE_HEADS][kWarps];  // largest score of a warp's keys
     float2 turn[kHeadDim / 2];                        // cos, sin
+    float sinks[DECODE_HEADS];                        // in base 2
     bool is_last;
 };
 
@@ -84,11 +85,10 @@ struct Decode {
         constexpr int kParts = kHeadDim / 8, kBlockParts = KV_BLOCK * kParts;
         const Blocks blocks = blocks_of(split);
         const uint32_t to = smem_address(stage(r));
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < kCopies; i++) {
             const int at = i * kThreads + threadIdx.x, key = at / kParts;
-            const bool is_lower = (i + 1) * kThreads <= kBlockParts || (i * kThreads < kBlockParts && at < kBlockParts);
-            const uint16_t* from = is_lower ? blocks.lower : blocks.upper - kBlockParts * 8;
+            const uint16_t* from = at < kBlockParts ? blocks.lower : blocks.upper - kBlockParts * 8;
             const int position = split * kSplit + key;
             if (position >= first && position < last)
                 cp_async_16(to + key * kDimPitch + at % kParts * 16, from + at * 8);
@@ -102,7 +102,7 @@ struct Decode {
         const int key = threadIdx.x % 16 * 8, position = split * kSplit + key;
         const bool is_seen = position <= last && position + 7 >= first;
         const uint16_t* from = (key < KV_BLOCK ? blocks.lower : blocks.upper) + KV_BLOCK * kHeadDim + key % KV_BLOCK;
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < kCopies; i++) {
             const int dim = i * (kThreads / 16) + threadIdx.x / 16;
             cp_async_16_zfill(to + dim * kKeyPitch + key * 2, is_seen ? from + dim * KV_BLOCK : p.kv, is_seen ? 16 : 0);
@@ -112,7 +112,7 @@ struct Decode {
     // The thread that copied the eight positions around the row's own puts this one in, and zeros behind it: there lie
     // values of other sequences, perhaps not finite, and 0 * NaN must not enter.
     DEVICE_MEMBER void mend_v(int r, int split) const {
-        const int own = last - split * kSplit;
+        const int own = last - split * kSplit;  // the row's last split is the last of its round
         if (own >= kSplit || (int)threadIdx.x % 16 != own / 8) return;
         const int keep = own % 8;
         uint32_t mask[4];
@@ -146,63 +146,61 @@ struct Decode {
             reinterpret_cast<uint4*>(queries())[i] = make_uint4(0u, 0u, 0u, 0u);
     }
 
-    // A thread has the same pair of dimensions of several heads: of q, then those of k and v.
+    // A thread has the same pair of dimensions of several heads of q; some threads also have it of k, others of v.
     DEVICE_MEMBER void load_row() const {
         constexpr int kPairs = kHalf <= 16 ? 16 : kHalf <= 32 ? 32 : 64;
-        constexpr int kPassHeads = kThreads / kPairs, kPasses = (DECODE_HEADS + 1 + kPassHeads) / kPassHeads;
+        constexpr int kPassHeads = kThreads / kPairs, kPasses = DECODE_HEADS / kPassHeads;
         const int pair = threadIdx.x % kPairs, head = threadIdx.x / kPairs;
+        const bool is_v = head == kPassHeads - 1;
+        const bool is_own = pair < kHalf && head >= kPassHeads - 2 && has_own();
+        const int n = pair < kHalf ? n_heads - head : 0;  // heads from this one on
         const RopePair at = rope_pair(pair, p.k ? p.n_rot / 2 : 0, p.rope_type);
         const float2 turn = shared.turn[pair < kHalf ? pair : 0];
         const float factor = query_factor(p.scale);
-        const bool with_own = has_own();
-        const int n = n_heads + (p.k && with_own ? 2 : 0);
         const float* q = p.q + (int64_t)row * p.q_stride + (head0 + head) * kHeadDim;
-        const float* k = p.k + (int64_t)row * p.k_stride + head_kv * kHeadDim;
-        const float* v = p.v + (int64_t)row * p.v_stride + head_kv * kHeadDim;
+        const float* own = is_v ? p.v + (int64_t)row * p.v_stride : p.k + (int64_t)row * p.k_stride;
+        own += head_kv * kHeadDim;
         uint8_t* to_q = queries() + head * kDimPitch;
-        uint16_t* cache = nullptr;  // K of the row's block
-        if (with_own) {
-            const int block = table[last / KV_BLOCK];
-            if (block >= 0) cache = p.kv + kv_offset(block, head_kv, p.n_head_kv, kHeadDim);
+        // Where k and v lie in the cache: the first element, and from one dimension to the next.
+        uint16_t* cache = nullptr;
+        if (is_own) {
+            const int block = table[last / KV_BLOCK], in_block = last % KV_BLOCK;
+            if (block >= 0)
+                cache = p.kv + kv_offset(block, head_kv, p.n_head_kv, kHeadDim) +
+                        (is_v ? KV_BLOCK * kHeadDim + in_block : in_block * kHeadDim);
         }
+        const int step = is_v ? KV_BLOCK : 1;
         pdl_wait();
 
-        float2 x[kPasses];
+        float2 x[kPasses], y = make_float2(0.f, 0.f);
 #pragma unroll
         for (int i = 0; i < kPasses; i++) {  // all loads first
-            const int h = head + i * kPassHeads;
             if (i * kPassHeads >= n) break;
-            const float* from = h < n_heads ? q + i * kPassHeads * kHeadDim : h == n_heads ? k : v;
-            if (pair < kHalf && h < n) x[i] = make_float2(from[at.first], from[at.second]);
+            const float* from = q + i * kPassHeads * kHeadDim;
+            x[i] = make_float2(from[at.first], from[at.second]);
         }
-        const int in_block = last % KV_BLOCK;
-        if (!p.k && cache && (int)threadIdx.x < kHeadDim) {
-            shared.own[0][threadIdx.x] = cache[in_block * kHeadDim + threadIdx.x];
-            shared.own[1][threadIdx.x] = cache[(kHeadDim + threadIdx.x) * KV_BLOCK + in_block];
-        }
+        uint32_t stored[2] = {};
+        if (is_own && p.k)
+            y = make_float2(own[at.first], own[at.second]);
+        else if (cache)
+            stored[0] = cache[at.first * step], stored[1] = cache[at.second * step];
 #pragma unroll
         for (int i = 0; i < kPasses; i++) {
-            const int h = head + i * kPassHeads;
             if (i * kPassHeads >= n) break;
-            if (pair >= kHalf || h >= n) continue;
             const float2 turned = at.is_rotated ? rotate(x[i].x, x[i].y, turn) : x[i];
-            if (h < n_heads) {
-                const SplitPair halves = split_query(turned.x, turned.y, factor);
-                uint16_t* to = reinterpret_cast<uint16_t*>(to_q + i * kPassHeads * kDimPitch);
-                to[at.first] = static_cast<uint16_t>(halves.hi), to[at.second] = halves.hi >> 16;
-                to += kQBytes / 2;
-                to[at.first] = static_cast<uint16_t>(halves.lo), to[at.second] = halves.lo >> 16;
-                continue;
-            }
-            const bool is_v = h > n_heads;
-            const uint16_t first_half = to_cache(is_v ? x[i].x : turned.x);
-            const uint16_t second_half = to_cache(is_v ? x[i].y : turned.y);
-            shared.own[is_v][at.first] = first_half, shared.own[is_v][at.second] = second_half;
-            if (tile > 0 || !cache) continue;
-            const int first_at = is_v ? (kHeadDim + at.first) * KV_BLOCK + in_block : in_block * kHeadDim + at.first;
-            const int step = (at.second - at.first) * (is_v ? KV_BLOCK : 1);
-            cache[first_at] = first_half, cache[first_at + step] = second_half;
+            const SplitPair halves = split_query(turned.x, turned.y, factor);
+            uint16_t* to = reinterpret_cast<uint16_t*>(to_q + i * kPassHeads * kDimPitch);
+            to[at.first] = static_cast<uint16_t>(halves.hi), to[at.second] = halves.hi >> 16;
+            to += kQBytes / 2;
+            to[at.first] = static_cast<uint16_t>(halves.lo), to[at.second] = halves.lo >> 16;
         }
+        if (!is_own) return;
+        if (p.k) {
+            if (at.is_rotated && !is_v) y = rotate(y.x, y.y, turn);
+            stored[0] = to_cache(y.x), stored[1] = to_cache(y.y);
+            if (tile == 0 && cache) cache[at.first * step] = stored[0], cache[at.second * step] = stored[1];
+        }
+        shared.own[is_v][at.first] = stored[0], shared.own[is_v][at.second] = stored[1];
     }
 
     // ---- splits index, index + n_blocks, ... (n of them, in stages 0, 1, ...)
@@ -369,12 +367,10 @@ struct Decode {
     }
 
     DEVICE_MEMBER void store_out(const Sums& x) const {
-        float factor[2] = {};
+        float factor[2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int head = lane / 4 + 8 * half;
-            if (head < n_heads) factor[half] = softmax_factor(x.top[half], x.sum[half], p.sinks, head0 + head);
-        }
+        for (int half = 0; half < 2; half++)
+            factor[half] = softmax_factor(x.top[half], x.sum[half], shared.sinks[lane / 4 + 8 * half]);
         store(x, factor, [&](int head) { return out_row(head); });
     }
 
@@ -422,7 +418,7 @@ struct Decode {
                     take_steps(acc, sum, last_top, steps + head * kMergeSplits, partial_row(head, split0) + dim, n);
             }
             if (head >= n_heads) continue;
-            const float factor = softmax_factor(last_top, sum, p.sinks, head0 + head);
+            const float factor = softmax_factor(last_top, sum, shared.sinks[head]);
             *reinterpret_cast<float4*>(out_row(head) + dim) = make_float4(
                 __fmul_rn(acc.x, factor), __fmul_rn(acc.y, factor), __fmul_rn(acc.z, factor), __fmul_rn(acc.w, factor));
         }
@@ -511,6 +507,7 @@ struct Decode {
         cp_async_commit();
         clear_queries();
         compute_turns(slot);
+        if ((int)threadIdx.x < n_heads) shared.sinks[threadIdx.x] = sink_of(p.sinks, head0 + threadIdx.x);
         __syncthreads();
         load_row();
 
@@ -527,7 +524,7 @@ struct Decode {
             cp_async_commit();
             weigh(s, parts, n);
             cp_async_wait<1>();
-            for (int r = 0; r < n; r++) mend_v(r, split_at(index, r));
+            mend_v(n - 1, split_at(index, n - 1));
             __syncthreads();  // V is complete, and the weights
             accumulate(parts, n);
 #pragma unroll

@@ -243,7 +243,7 @@ struct Prefill {
         for (int half = 0; half < 2; half++) {
             const int r = row + 8 * half;
             if (r >= tile.n_rows) continue;
-            const float factor = softmax_factor(top[half], sum[half], p.sinks, blockIdx.y);
+            const float factor = softmax_factor(top[half], sum[half], sink_of(p.sinks, blockIdx.y));
             float* out = p.out + (int64_t)(tile.row + r) * p.out_stride + blockIdx.y * kHeadDim + lane % 4 * 2;
 #pragma unroll
             for (int t = 0; t < kHeadDim / 8; t++)
