@@ -437,6 +437,32 @@ def test_decode_rows_rotate_within_attention(name, goldens_dir):
     assert [launch.fields["k"] for launch in of(plain, "attention_decode")] == [0]
 
 
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-swa-Q8_0"])
+def test_rows_that_share_their_splits_have_room_for_them(name, goldens_dir, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_SMS", "500")
+    with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        config = EngineConfig(64, 64, 4096, tuple(16 for _ in built.kv_groups))
+        space = _engine.plan_memory(built, config).workspace
+        engine = _engine.CudaEngine(file, built, config, context=context)
+        engine.block_tables[:] = np.arange(16)[:, None].repeat(4, 1).reshape(-1)
+        grids = set()
+        for n in (1, 3, 31, 32, 33, 64):
+            rows = np.arange(n, dtype=np.int32)
+            with recorded() as step:
+                engine.step(Batch(rows, rows, rows, n, rows))
+            for launch in step:
+                if launch.kernel.startswith("attention_decode_"):
+                    (x, y, z), fields = launch.grid, launch.fields
+                    row_bytes = fields["n_head"] * fields["max_splits"] * (built.head_dim + 4) * 4
+                    assert z == n and (x == 1 or z * row_bytes <= space.attention_partial.nbytes)
+                    assert x == 1 or z * y * 4 <= space.attention_counters.nbytes
+                    grids.add(x)
+        engine.close()
+    # of more rows with four KV heads each none is shared
+    assert max(grids) == fields["max_splits"] > 1 and (1 in grids) == (name == "phi3-swa-Q8_0")
+
+
 @pytest.mark.parametrize(
     ("name", "max_seqs"),
     [("llama-Q4_K_M", 64), ("gpt-oss-MXFP4", 1), ("gpt-oss-MXFP4", 64), ("phi3-swa-Q8_0", 5), ("gpt2-Q8_0", 12)],
