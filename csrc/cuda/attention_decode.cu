@@ -376,15 +376,13 @@ struct Decode {
 
     // Whether this block is the last of `n_blocks` to come here for its row and heads; leaves the counter zero.
     DEVICE_MEMBER bool is_last_block() const {
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
             uint32_t* counter = p.counters + (int64_t)row * gridDim.y + blockIdx.y;
-            shared.is_last = atomicAdd(counter, 1u) == n_blocks - 1u;
+            shared.is_last = count_block(counter) == n_blocks - 1u;
             if (shared.is_last) *counter = 0u;
         }
         __syncthreads();
-        __threadfence();
         return shared.is_last;
     }
 
@@ -409,13 +407,27 @@ struct Decode {
 #pragma unroll 1
             for (int split0 = 0; split0 < n_splits; split0 += kMergeSplits) {
                 const int n = n_splits - split0 < kMergeSplits ? n_splits - split0 : kMergeSplits;
+                const float* from = partial_row(head, split0) + dim;
+                float4 x[kMergeLoads];
+                load_parts(x, from, head < n_heads ? n : 0);
                 __syncthreads();  // nobody reads the steps any more
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     if (warp + half * kWarps < n_heads) find_steps(steps, warp + half * kWarps, split0, n, top[half]);
                 __syncthreads();
-                if (head < n_heads)
-                    take_steps(acc, sum, last_top, steps + head * kMergeSplits, partial_row(head, split0) + dim, n);
+                if (head >= n_heads) continue;
+                for (int s0 = 0; s0 < n; s0 += kMergeLoads) {
+                    if (s0 > 0) load_parts(x, from + s0 * kRowFloats, n - s0);
+#pragma unroll
+                    for (int i = 0; i < kMergeLoads; i++) {
+                        if (s0 + i >= n) break;
+                        const Step step = steps[head * kMergeSplits + s0 + i];
+                        acc = make_float4(add_split(acc.x, x[i].x, step.fade), add_split(acc.y, x[i].y, step.fade),
+                                          add_split(acc.z, x[i].z, step.fade), add_split(acc.w, x[i].w, step.fade));
+                        sum = add_split(sum, step.sum, step.fade);
+                        last_top = step.top;
+                    }
+                }
             }
             if (head >= n_heads) continue;
             const float factor = softmax_factor(last_top, sum, shared.sinks[head]);
@@ -452,24 +464,11 @@ struct Decode {
         }
     }
 
-    static DEVICE_MEMBER void take_steps(float4& acc, float& sum, float& top, const Step* steps, const float* from,
-                                         int n) {
-#pragma unroll 1
-        for (int s0 = 0; s0 < n; s0 += kMergeLoads) {
-            float4 x[kMergeLoads];
+    // Four dimensions of up to kMergeLoads splits.
+    static DEVICE_MEMBER void load_parts(float4 (&x)[kMergeLoads], const float* from, int n) {
 #pragma unroll
-            for (int i = 0; i < kMergeLoads; i++)
-                if (s0 + i < n) x[i] = __ldcg(reinterpret_cast<const float4*>(from + (s0 + i) * kRowFloats));
-#pragma unroll
-            for (int i = 0; i < kMergeLoads; i++) {
-                if (s0 + i >= n) break;
-                const Step step = steps[s0 + i];
-                acc = make_float4(add_split(acc.x, x[i].x, step.fade), add_split(acc.y, x[i].y, step.fade),
-                                  add_split(acc.z, x[i].z, step.fade), add_split(acc.w, x[i].w, step.fade));
-                sum = add_split(sum, step.sum, step.fade);
-                top = step.top;
-            }
-        }
+        for (int i = 0; i < kMergeLoads; i++)
+            if (i < n) x[i] = __ldcg(reinterpret_cast<const float4*>(from + i * kRowFloats));
     }
 
     // ---- the whole
