@@ -72,17 +72,13 @@ def decode(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_keys: int) -> d
     partial = gpu.empty((n_seqs, n_head, max_splits, head_dim + 4))
     counters = gpu.buffer(np.zeros((n_seqs, heads), np.uint32))
     # as AttentionNode has it
-    blocks, grid_x = n_seqs * heads, 1
+    blocks, grid_x, stages = n_seqs * heads, 1, 1
+    if blocks <= gpu.n_sm and rule("decode_smem_bytes", head_dim, 2) + 4096 <= gpu.max_smem:
+        stages = 2
+    smem = rule("decode_smem_bytes", head_dim, stages)
     if n_seqs <= rule("decode_partial_rows", heads):
-        grid_x = max(1, min(max_splits, -(-2 * gpu.n_sm // blocks)))
-    most = CONSTANTS["DECODE_STAGES"] if blocks <= gpu.n_sm else 1
-    stages = max(
-        n for n in range(1, most + 1) if n == 1 or rule("decode_smem_bytes", head_dim, n) < gpu.max_smem - 4096
-    )
-    kernel, smem = (
-        gpu.kernel("attention_decode", f"attention_decode_{head_dim}"),
-        rule("decode_smem_bytes", head_dim, stages),
-    )
+        grid_x = max(1, min(max_splits, gpu.n_sm * min(2, gpu.max_smem // smem) // blocks))
+    kernel = gpu.kernel("attention_decode", f"attention_decode_{head_dim}")
     k, v = (x.ptr + 4 * n * head_dim for n in (n_head, n_head + n_head_kv))
     launches = [
         params("AttentionDecodeParams", q=x, k=k, v=v, inv_freq=inv_freq, kv=cache.address(i),

@@ -73,6 +73,7 @@ class AttentionNode(Node):
         prefill: dict[str, Any],
         smem: tuple[tuple[int, ...], int],
         sm_count: int,
+        max_smem: int,
         rope: tuple[Kernel, dict[str, Any], int] | None = None,
     ) -> None: ...
 

@@ -115,7 +115,7 @@ cdef class AttentionNode(Node):
         decode: `AttentionDecodeParams`; later: stages. With k and v it rotates and fills the cache itself.
         prefill: `AttentionPrefillParams`.
         smem: `decode_smem` and `prefill_smem`.
-        sm_count: multiprocessors of the GPU.
+        sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
         rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, blocks
             of a row.
     """
@@ -125,12 +125,13 @@ cdef class AttentionNode(Node):
     cdef c.AttentionPrefillParams p
     cdef c.RopeKvParams r
     cdef tuple decode_smem
-    cdef unsigned int heads, prefill_smem, sm_count, rope_blocks
+    cdef unsigned int heads, prefill_smem, sm_count, max_smem, rope_blocks
 
     def __init__(self, str name, Kernel decode_kernel, Kernel prefill_kernel, dict decode, dict prefill, tuple smem,
-                 unsigned int sm_count, tuple rope=None):
+                 unsigned int sm_count, unsigned int max_smem, tuple rope=None):
         Node.__init__(self, name)
-        self.decode_kernel, self.prefill_kernel, self.sm_count = decode_kernel, prefill_kernel, sm_count
+        self.decode_kernel, self.prefill_kernel = decode_kernel, prefill_kernel
+        self.sm_count, self.max_smem = sm_count, max_smem
         c.fill_AttentionDecodeParams(&self.d, decode, ("stages",))
         c.fill_AttentionPrefillParams(&self.p, prefill, ())
         self.heads = attention_heads(self.d.n_head, self.d.n_head_kv)
@@ -152,14 +153,15 @@ cdef class AttentionNode(Node):
     cdef int _decode(self, LaunchList launches, unsigned int n_rows) except -1:
         """Results depend neither on the blocks that share a row nor on the stages."""
         cdef c.AttentionDecodeParams p = self.d
-        cdef unsigned int blocks = self.heads * n_rows, splits = 1
-        # enough blocks for two a multiprocessor, where the workspace has room for the splits of so many rows
-        if n_rows <= <unsigned int>c.decode_partial_rows(self.heads):
-            splits = max(1, min(<unsigned int>p.max_splits, (2 * self.sm_count + blocks - 1) // blocks))
+        cdef unsigned int blocks = self.heads * n_rows, splits = 1, smem
         # few blocks are faster each, many fit together
         p.stages = len(self.decode_smem) if blocks <= self.sm_count else 1
-        return launches.add(self.decode_kernel, splits, self.heads, n_rows, c.DECODE_THREADS,
-                            self.decode_smem[p.stages - 1], &p, sizeof(p), True)
+        smem = self.decode_smem[p.stages - 1]
+        # as many blocks as run at once, where the workspace has room for the splits of so many rows
+        if n_rows <= <unsigned int>c.decode_partial_rows(self.heads):
+            splits = self.sm_count * min(2, self.max_smem // smem) // blocks
+            splits = max(1, min(<unsigned int>p.max_splits, splits))
+        return launches.add(self.decode_kernel, splits, self.heads, n_rows, c.DECODE_THREADS, smem, &p, sizeof(p), True)
 
     cdef int _rope(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""

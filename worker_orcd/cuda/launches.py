@@ -218,8 +218,8 @@ class Launches:
             "max_splits": decode_max_splits(self.config.context_length, op.window),
         }  # fmt: skip
         prefill, smem = {**both, "tiles": w.tiles.address}, (decode_bytes, prefill_bytes)
-        n_sm = self.context.sm_count
-        return [AttentionNode(op.name, decode_kernel, prefill_kernel, decode, prefill, smem, n_sm, launch)]
+        gpu = self.context.sm_count, self.context.max_smem
+        return [AttentionNode(op.name, decode_kernel, prefill_kernel, decode, prefill, smem, *gpu, launch)]
 
     def _rope_kv_attention(self, op: RopeKvAttention) -> list[Node]:
         return self._attention(op.attention, op.rope)
