@@ -32,12 +32,12 @@ def attention_heads(int n_head, int n_head_kv):
 
 
 def decode_partial_rows(int heads):
-    """Rows whose splits the workspace has room for; `heads`: `attention_heads`. Where there are more, no row needs it."""
+    """Rows, of `attention_heads` blocks each, whose splits the workspace has room for; of more rows none needs it."""
     return c.decode_partial_rows(heads)
 
 
 def decode_smem(int head_dim, int max_smem):
-    """Dynamic shared memory of decode attention by its number of stages, as many as `max_smem` bytes allow: from 1 on."""
+    """Dynamic shared memory of decode attention by its number of stages, from 1 to what `max_smem` bytes allow."""
     sizes = [c.decode_smem_bytes(head_dim, n + 1) for n in range(c.DECODE_STAGES)]
     return tuple(size for i, size in enumerate(sizes) if i == 0 or size + DECODE_STATIC_SMEM <= max_smem)
 

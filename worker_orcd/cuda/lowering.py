@@ -88,7 +88,7 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
         elif isinstance(op, KvWrite):
             out.append(RopeKv(op.name, None, None, op))
             i += 1
-        elif isinstance(op, Attention) and out and _attends(op, before := out[-1]):
+        elif isinstance(op, Attention) and out and _feeds(before := out[-1], op):
             out[-1] = RopeKvAttention(op.name, before, op)
             i += 1
         else:
@@ -112,8 +112,8 @@ def _rotations(ops: tuple[Op, ...]) -> RopeKv | None:
     return None
 
 
-def _attends(op: Attention, before: Op) -> TypeGuard[RopeKv]:
-    """Whether attention takes what the op before it rotates and writes to the cache."""
+def _feeds(before: Op, op: Attention) -> TypeGuard[RopeKv]:
+    """Whether `before` rotates and writes to the cache what attention takes."""
     if not isinstance(before, RopeKv):
         return False
     q, kv = before.rope_q, before.kv
