@@ -37,7 +37,7 @@ DEVICE SplitPair split_query(float a, float b, float factor) {
 
 // What is taken from scores before exp2; a row that has seen masked keys only has no maximum.
 DEVICE float exponent_base(float top) { return top == -INFINITY ? 0.f : top; }
-DEVICE float weight_of(float score, float base) { return exp2f(__fsub_rn(score, base)); }
+DEVICE float weight_of(float score, float base) { return exp2_normal(__fsub_rn(score, base)); }
 
 // One step of adding splits: what is left of the sums so far, and what counts of the split's.
 struct Fade {

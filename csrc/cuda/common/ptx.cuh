@@ -96,6 +96,15 @@ DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
                  : "memory");
 }
 
+// ---- exponentials ------------------------------------------------------------------------------------------------
+
+// 2^x to 2 ulp; 0 where that is below 2^-126. Exactly 1 of 0, 0 of -inf.
+DEVICE float exp2_normal(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // ---- packed conversions and arithmetic ---------------------------------------------------------------------------
 
 // Two floats to packed halves, round to nearest even; `lo` in the low half.
