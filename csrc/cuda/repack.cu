@@ -45,7 +45,7 @@ DEVICE void repack(const RepackParams& p) {
 
 template <class Q>
 DEVICE void rows(const RowsParams& p) {
-    // The first kernel of a step: those after it may look at rows' positions and at the cache before their own wait.
+    // The first launch of a step: what comes after it may rely on the steps before being over.
     pdl_wait();
     pdl_launch_dependents();
     const int index = p.index[blockIdx.x], n_k_tiles = (p.k + Q::kTileK - 1) / Q::kTileK;
