@@ -27,7 +27,7 @@ from gpu.test_sample import Sampler  # noqa: E402
 ROTATE = 256 << 20
 #: name, n_head, n_head_kv, head_dim
 MODELS = [("qwen 0.5b", 14, 2, 64), ("llama 8b", 32, 8, 128), ("phi3 mini", 32, 32, 96), ("gpt-oss", 64, 8, 64)]
-DECODE = [(1, 128), (1, 256), (1, 2048), (1, 32768), (8, 2048), (64, 512)]  # sequences, keys of each
+DECODE = [(1, 128), (1, 256), (1, 512), (1, 2048), (1, 32768), (8, 2048), (64, 512)]  # sequences, keys of each
 PREFILL = [(1, 512), (1, 2048), (8, 256)]  # sequences, rows of each
 NORMS = [(896, 1), (896, 64), (2880, 1), (3072, 2048), (4096, 1)]
 SAMPLES = {

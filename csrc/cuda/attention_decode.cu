@@ -8,19 +8,17 @@
 // splits at once: in the scores each of its eight warps has 16 keys of every split, in the sums the 8-wide tiles of
 // head_dim are dealt to the warps, and between the two the weights pass through shared memory. So a warp has its tiles
 // of all splits of the block, and a row of few splits is added up in registers. Longer ones leave their splits in the
-// workspace, and the block that finishes last adds them.
+// workspace, and the block that finishes last adds them (attention_merge.cuh).
 //
 // The row's own k and v never come from the cache: they are read with q, after the wait for earlier kernels. All the
 // rest is on its way before that. Bytes: 4 * head_dim per key and KV head.
-#include "attention.cuh"
+#include "attention_merge.cuh"
 #include "rope.cuh"
 
 static constexpr int kThreads = DECODE_THREADS, kWarps = kThreads / 32;
 static constexpr int kSplit = ATTENTION_SPLIT;
 static constexpr int kKeyPitch = 2 * kSplit + 16;  // bytes between dimensions of V, between heads of the weights
 static constexpr int kLocalSplits = 2;             // a row of no more has one block: no way through memory
-static constexpr int kMergeSplits = 64;            // that merge_splits takes at a time
-static constexpr int kMergeLoads = 16;             // of a thread in flight there
 static_assert(kWarps * 16 == kSplit && kSplit == 2 * KV_BLOCK);
 
 // Beside the dynamic shared memory.
@@ -43,8 +41,10 @@ struct Decode {
     static constexpr int kSteps = kHeadDim / 16;
     static constexpr int kDimTiles = kHeadDim / 8, kWarpTiles = (kDimTiles + kWarps - 1) / kWarps;
     static constexpr int kCopies = kSplit * kHeadDim / 8 / kThreads;  // 16 bytes each, of K or V of a split
-    static constexpr int kRowFloats = kHeadDim + 4;  // of a partial row: head_dim sums, maximum, sum of weights, 0, 0
+    static constexpr int kRowFloats = kPartialFloats<kHeadDim>;
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128 && kThreads % 16 == 0);
+    using Merge = SplitMerge<kHeadDim>;
+    static_assert(Merge::kBytes <= kStageBytes);
 
     const AttentionDecodeParams& p;
     uint8_t* smem;  // [stages] K, V, weights; then q, upper and lower halves
@@ -386,91 +386,6 @@ struct Decode {
         return shared.is_last;
     }
 
-    // What a split does to the sums of a head, and the maximum with it.
-    struct __align__(16) Step {
-        Fade fade;
-        float sum, top;
-    };
-
-    // Adds the row's splits in order. A warp finds the steps of two heads (maxima may be taken in any order); then a
-    // thread takes them for four dimensions of a head. Reads past L1, which may hold older bytes of the lines.
-    DEVICE_MEMBER void merge_splits() const {
-        constexpr int kQuads = kHeadDim / 4;
-        Step* steps = reinterpret_cast<Step*>(smem);  // [DECODE_HEADS, kMergeSplits]
-        static_assert(DECODE_HEADS * kMergeSplits * sizeof(Step) <= kStageBytes && DECODE_HEADS == 2 * kWarps);
-#pragma unroll 1
-        for (int item0 = 0; item0 < n_heads * kQuads; item0 += kThreads) {
-            const int head = (item0 + threadIdx.x) / kQuads, dim = (item0 + threadIdx.x) % kQuads * 4;
-            float top[2] = {-INFINITY, -INFINITY};  // of the two heads of the warp
-            float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
-            float last_top = -INFINITY, sum = 0.f;
-#pragma unroll 1
-            for (int split0 = 0; split0 < n_splits; split0 += kMergeSplits) {
-                const int n = n_splits - split0 < kMergeSplits ? n_splits - split0 : kMergeSplits;
-                const float* from = partial_row(head, split0) + dim;
-                float4 x[kMergeLoads];
-                load_parts(x, from, head < n_heads ? n : 0);
-                __syncthreads();  // nobody reads the steps any more
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    if (warp + half * kWarps < n_heads) find_steps(steps, warp + half * kWarps, split0, n, top[half]);
-                __syncthreads();
-                if (head >= n_heads) continue;
-                for (int s0 = 0; s0 < n; s0 += kMergeLoads) {
-                    if (s0 > 0) load_parts(x, from + s0 * kRowFloats, n - s0);
-#pragma unroll
-                    for (int i = 0; i < kMergeLoads; i++) {
-                        if (s0 + i >= n) break;
-                        const Step step = steps[head * kMergeSplits + s0 + i];
-                        acc = make_float4(add_split(acc.x, x[i].x, step.fade), add_split(acc.y, x[i].y, step.fade),
-                                          add_split(acc.z, x[i].z, step.fade), add_split(acc.w, x[i].w, step.fade));
-                        sum = add_split(sum, step.sum, step.fade);
-                        last_top = step.top;
-                    }
-                }
-            }
-            if (head >= n_heads) continue;
-            const float factor = softmax_factor(last_top, sum, shared.sinks[head]);
-            *reinterpret_cast<float4*>(out_row(head) + dim) = make_float4(
-                __fmul_rn(acc.x, factor), __fmul_rn(acc.y, factor), __fmul_rn(acc.z, factor), __fmul_rn(acc.w, factor));
-        }
-    }
-
-    // Steps of splits split0 .. split0 + n of a head; `top` is the maximum of those before, then also of these.
-    DEVICE_MEMBER void find_steps(Step* steps, int head, int split0, int n, float& top) const {
-        constexpr int kLaneSplits = kMergeSplits / 32;
-        float2 part[kLaneSplits];  // maximum, sum
-        float most = -INFINITY;
-#pragma unroll
-        for (int i = 0; i < kLaneSplits; i++) {
-            const int at = lane * kLaneSplits + i;
-            part[i] = make_float2(-INFINITY, 0.f);
-            if (at < n) part[i] = __ldcg(reinterpret_cast<const float2*>(partial_row(head, split0 + at) + kHeadDim));
-        }
-#pragma unroll
-        for (int i = 0; i < kLaneSplits; i++) most = fmaxf(most, part[i].x);
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            const float before = __shfl_up_sync(0xffffffffu, most, offset);
-            if (lane >= offset) most = fmaxf(most, before);
-        }
-        float running = __shfl_up_sync(0xffffffffu, most, 1);  // of the lanes before this one
-        running = lane > 0 ? fmaxf(top, running) : top;
-        top = fmaxf(top, __shfl_sync(0xffffffffu, most, 31));
-#pragma unroll
-        for (int i = 0; i < kLaneSplits; i++) {
-            const Fade f = fade_of(running, part[i].x);
-            steps[head * kMergeSplits + lane * kLaneSplits + i] = {f, part[i].y, running};
-        }
-    }
-
-    // Four dimensions of up to kMergeLoads splits.
-    static DEVICE_MEMBER void load_parts(float4 (&x)[kMergeLoads], const float* from, int n) {
-#pragma unroll
-        for (int i = 0; i < kMergeLoads; i++)
-            if (i < n) x[i] = __ldcg(reinterpret_cast<const float4*>(from + i * kRowFloats));
-    }
-
     // ---- the whole
 
     DEVICE_MEMBER int round_size(int index) const {
@@ -543,7 +458,7 @@ struct Decode {
         if (n_blocks == 1)
             store_out(all);
         else if (is_last_block())
-            merge_splits();
+            Merge{partial_row(0, 0), out_row(0), shared.sinks, p.max_splits, n_heads, n_splits}.run(smem);
     }
 };
 
