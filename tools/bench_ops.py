@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-from gpu.kernel_harness import Gpu, params  # noqa: E402
+from gpu.kernel_harness import CONSTANTS, Gpu, params  # noqa: E402
 from gpu.ops_host import KV_BLOCK, rule  # noqa: E402
 from gpu.test_sample import Sampler  # noqa: E402
 
@@ -27,7 +27,7 @@ from gpu.test_sample import Sampler  # noqa: E402
 ROTATE = 256 << 20
 #: name, n_head, n_head_kv, head_dim
 MODELS = [("qwen 0.5b", 14, 2, 64), ("llama 8b", 32, 8, 128), ("phi3 mini", 32, 32, 96), ("gpt-oss", 64, 8, 64)]
-DECODE = [(1, 128), (1, 2048), (1, 32768), (8, 2048), (64, 512)]  # sequences, keys of each
+DECODE = [(1, 128), (1, 256), (1, 512), (1, 2048), (1, 32768), (8, 2048), (64, 512)]  # sequences, keys of each
 PREFILL = [(1, 512), (1, 2048), (8, 256)]  # sequences, rows of each
 NORMS = [(896, 1), (896, 64), (2880, 1), (3072, 2048), (4096, 1)]
 SAMPLES = {
@@ -59,45 +59,39 @@ class Cache:
 
 
 def decode(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_keys: int) -> dict:
-    """Attention of one row per sequence at the end of `n_keys` keys."""
+    """Rotation, cache write and attention of one row per sequence at the end of `n_keys` keys."""
     n_head, n_head_kv, head_dim = shape
-    cache, width = Cache(gpu, n_seqs, n_keys, n_head_kv, head_dim), n_head * head_dim
-    q = gpu.buffer(np.random.default_rng(1).standard_normal((n_seqs, width), np.float32))
-    out = gpu.empty((n_seqs, width))
+    cache, width = Cache(gpu, n_seqs, n_keys, n_head_kv, head_dim), (n_head + 2 * n_head_kv) * head_dim
+    x = gpu.buffer(np.random.default_rng(1).standard_normal((n_seqs, width), np.float32))
+    inv_freq = gpu.buffer((10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32))
+    out = gpu.empty((n_seqs, n_head * head_dim))
     positions = gpu.buffer(np.full(n_seqs, n_keys - 1, np.int32))
     slots = gpu.buffer(np.arange(n_seqs, dtype=np.int32))
     max_splits = rule("decode_max_splits", n_keys, 0)
     heads = n_head_kv * rule("decode_head_tiles", n_head, n_head_kv)
     partial = gpu.empty((n_seqs, n_head, max_splits, head_dim + 4))
     counters = gpu.buffer(np.zeros((n_seqs, heads), np.uint32))
-    # as many blocks as two or three a multiprocessor, at most one a split
-    grid_x = max(1, min(max_splits, -(-3 * gpu.n_sm // (n_seqs * heads))))
+    # as AttentionNode has it
+    blocks, grid_x, stages = n_seqs * heads, 1, 1
+    if blocks <= gpu.n_sm and rule("decode_smem_bytes", head_dim, 2) + 4096 <= gpu.max_smem:
+        stages = 2
+    smem = rule("decode_smem_bytes", head_dim, stages)
+    if n_seqs <= rule("decode_partial_rows", heads):
+        grid_x = max(1, min(max_splits, gpu.n_sm * min(2, gpu.max_smem // smem) // blocks))
     kernel = gpu.kernel("attention_decode", f"attention_decode_{head_dim}")
-    smem = rule("decode_smem_bytes", head_dim)
+    k, v = (x.ptr + 4 * n * head_dim for n in (n_head, n_head + n_head_kv))
     launches = [
-        params(
-            "AttentionDecodeParams",
-            q=q,
-            kv=cache.address(i),
-            block_table=cache.tables,
-            positions=positions,
-            slots=slots,
-            out=out,
-            partial=partial,
-            counters=counters,
-            q_stride=width,
-            out_stride=width,
-            n_head=n_head,
-            n_head_kv=n_head_kv,
-            max_blocks=cache.max_blocks,
-            max_splits=max_splits,
-            scale=head_dim**-0.5,
-        )
+        params("AttentionDecodeParams", q=x, k=k, v=v, inv_freq=inv_freq, kv=cache.address(i),
+               block_table=cache.tables, positions=positions, slots=slots, out=out, partial=partial, counters=counters,
+               q_stride=width, k_stride=width, v_stride=width, out_stride=n_head * head_dim, n_head=n_head,
+               n_head_kv=n_head_kv, n_rot=head_dim, rope_type=1, max_blocks=cache.max_blocks, max_splits=max_splits,
+               stages=stages, scale=head_dim**-0.5, mscale=1.0)
         for i in range(cache.n_copies)
-    ]
+    ]  # fmt: skip
     turn = itertools.cycle(launches)
+    threads = CONSTANTS["DECODE_THREADS"]
     seconds = gpu.time(
-        lambda: gpu.launch(kernel, (grid_x, heads, n_seqs), 128, next(turn), smem=smem, pdl=True),
+        lambda: gpu.launch(kernel, (grid_x, heads, n_seqs), threads, next(turn), smem=smem, pdl=True),
         n_inner=max(8, cache.n_copies), n_repeat=9,
     )  # fmt: skip
     return {"us": seconds * 1e6, "GB/s": 4 * n_seqs * n_keys * n_head_kv * head_dim / seconds / 1e9}

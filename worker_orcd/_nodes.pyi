@@ -12,6 +12,8 @@ ROPE_TYPES: dict[str, int]
 GLU_KINDS: dict[str, int]
 #: dynamic shared memory of sample_draw
 SAMPLE_DRAW_SMEM: int
+#: at least what decode attention takes beside its dynamic shared memory
+DECODE_STATIC_SMEM: int
 
 def decode_max_splits(context_length: int, window: int) -> int:
     """Splits of the workspace that decode attention needs for a sequence of up to `context_length` positions."""
@@ -19,8 +21,14 @@ def decode_max_splits(context_length: int, window: int) -> int:
 def attention_heads(n_head: int, n_head_kv: int) -> int:
     """Blocks in y of a decode attention launch."""
 
-def attention_smem(head_dim: int) -> tuple[int, int]:
-    """Dynamic shared memory of the attention kernels: (decode, prefill)."""
+def decode_partial_rows(heads: int) -> int:
+    """Rows whose splits the workspace has room for."""
+
+def decode_smem(head_dim: int, max_smem: int) -> tuple[int, ...]:
+    """Dynamic shared memory of decode attention by its number of stages, from 1 on."""
+
+def prefill_smem(head_dim: int) -> int:
+    """Dynamic shared memory of prefill attention."""
 
 def norm_threads(n: int, is_scalar: bool) -> int:
     """Threads of a block of norm_vec4 or norm_scalar for rows of `n` columns."""
@@ -54,7 +62,7 @@ class RowNode(Node):
     ) -> None: ...
 
 class AttentionNode(Node):
-    """Attention of decode rows and of prefill rows."""
+    """Attention of decode rows and of prefill rows, or with the rotation before it."""
 
     def __init__(
         self,
@@ -63,8 +71,10 @@ class AttentionNode(Node):
         prefill_kernel: Kernel,
         decode: dict[str, Any],
         prefill: dict[str, Any],
-        head_dim: int,
+        smem: tuple[tuple[int, ...], int],
         sm_count: int,
+        max_smem: int,
+        rope: tuple[Kernel, dict[str, Any], int] | None = None,
     ) -> None: ...
 
 class SampleNode(Node):

@@ -45,8 +45,9 @@ DEVICE void repack(const RepackParams& p) {
 
 template <class Q>
 DEVICE void rows(const RowsParams& p) {
-    pdl_launch_dependents();
+    // The first launch of a step: what comes after it may rely on the steps before being over.
     pdl_wait();
+    pdl_launch_dependents();
     const int index = p.index[blockIdx.x], n_k_tiles = (p.k + Q::kTileK - 1) / Q::kTileK;
     const bool exists = index >= 0 && index < p.n_table;
     const int row = exists ? index : 0, r = row % kTileRows / 8;

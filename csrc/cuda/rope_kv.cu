@@ -1,20 +1,9 @@
-// Rotary embedding of q and k in place, and k and v into the paged cache as float16.
-//
-//   angle = position * inv_freq[pair];  (a, b) -> mscale * (a cos - b sin, a sin + b cos)
-//   pairs of a head: (2p, 2p + 1) interleaved, (p, p + n_rot / 2) neox; dimensions from n_rot on stay
+// Rotary embedding of q and k in place, and k and v into the paged cache as float16; the arithmetic is in rope.cuh.
 //
 // Grid: x = row; the head pairs of a row are spread over the blocks of y and their threads. Each block first puts the
-// row's cosines and sines into shared memory. The angle is reduced in float64 to half turns (sincospif needs no
-// further reduction): exact at any position, and without the slow path and stack frame of sincosf.
+// row's cosines and sines into shared memory.
 // Bytes per row: 8 per element of q and k, 4 of v, 2 of k and v in the cache.
-#include "params/rope_kv_params.h"
-#include "common/ptx.cuh"
-
-// Finite for every finite input, so that a key that overflows cannot turn into NaN as inf - inf; NaN stays NaN.
-DEVICE uint16_t to_cache(float x) {
-    x = x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x;
-    return static_cast<uint16_t>(pack_f16(x, 0.f));
-}
+#include "rope.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant__ RopeKvParams p) {
     __shared__ float2 turn[ROPE_MAX_PAIRS];  // cos, sin
@@ -27,11 +16,7 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
     const int half_rot = p.n_rot / 2, half_head = p.head_dim / 2;
     const float* inv_freq = p.rope_tables ? p.inv_freq + p.rope_tables[slot] * half_rot : p.inv_freq;
     for (int pair = threadIdx.x; pair < half_rot; pair += blockDim.x) {
-        double half_turns = (double)position * (double)inv_freq[pair] * 0.31830988618379067154;
-        half_turns -= 2.0 * rint(0.5 * half_turns);
-        float s, c;
-        sincospif((float)half_turns, &s, &c);
-        turn[pair] = make_float2(c * p.mscale, s * p.mscale);
+        turn[pair] = rope_turn(position, inv_freq[pair], p.mscale);
     }
     __syncthreads();
 
@@ -48,10 +33,7 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
     for (int item = blockIdx.y * blockDim.x + threadIdx.x; item < n_items; item += gridDim.y * blockDim.x) {
         int head = item / half_head;
         const int pair = item % half_head;
-        const bool rotated = pair < half_rot;
-        // The pairs after the rotated ones stand for the dimensions n_rot .. head_dim - 1, two each.
-        const int first = !rotated ? 2 * pair : p.rope_type == ROPE_NEOX ? pair : 2 * pair;
-        const int second = rotated && p.rope_type == ROPE_NEOX ? pair + half_rot : first + 1;
+        const RopePair at = rope_pair(pair, half_rot, p.rope_type);
         if (head >= n_q + n_k) {
             head -= n_q + n_k;
             if (!cache) continue;
@@ -65,19 +47,16 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
         if (!is_q) head -= n_q;
         float* x = is_q ? p.q + (int64_t)row * p.q_stride : p.k + (int64_t)row * p.k_stride;
         x += head * p.head_dim;
-        float a = x[first], b = x[second];
-        if (rotated) {
-            const float2 t = turn[pair];
-            const float rotated_a = a * t.x - b * t.y;
-            b = a * t.y + b * t.x;
-            a = rotated_a;
-            x[first] = a;
-            x[second] = b;
+        float2 ab = make_float2(x[at.first], x[at.second]);
+        if (at.is_rotated) {
+            ab = rotate(ab.x, ab.y, turn[pair]);
+            x[at.first] = ab.x;
+            x[at.second] = ab.y;
         }
         if (!is_q && cache) {
             uint16_t* to = cache + (int64_t)head * head_halves + in_block * p.head_dim;
-            to[first] = to_cache(a);
-            to[second] = to_cache(b);
+            to[at.first] = to_cache(ab.x);
+            to[at.second] = to_cache(ab.y);
         }
     }
 }

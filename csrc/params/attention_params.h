@@ -1,6 +1,6 @@
-// Parameters of attention_decode.cu and attention_prefill.cu. Plain C; q and out are float32 row-major, rows `*_stride`
-// floats apart. Whatever changes from step to step is read from device memory, so that a captured launch can be
-// replayed. A row whose slot is negative is dead: it is there to fill a batch shape and gets zeros as output.
+// Parameters of attention_decode.cu and attention_prefill.cu. Plain C; q, k, v and out are float32 row-major, rows
+// `*_stride` floats apart. Whatever changes from step to step is read from device memory, so that a captured launch can
+// be replayed. A row whose slot is negative is dead: it is there to fill a batch shape and gets zeros as output.
 #ifndef WORKER_ORCD_ATTENTION_PARAMS_H
 #define WORKER_ORCD_ATTENTION_PARAMS_H
 
@@ -8,61 +8,77 @@
 
 #include "params/kv_cache.h"
 
-// Query heads of one KV head that a block serves together.
-#define DECODE_HEADS 8
+// Keys of one split: positions [128 i, 128 i + 128) of the sequence. The sums of a row are grouped by it in every
+// kernel, at any length; see attention.cuh. Two blocks of the cache.
+#define ATTENTION_SPLIT 128
 
-// attention_decode_<head_dim>: grid (x, n_head_kv * decode_head_tiles(), n_rows), block 128, dynamic shared memory
-// decode_smem_bytes(head_dim). x is free (the blocks of a row take its splits in turn, results do not depend on it):
-// as many as fill the GPU, at most max_splits.
+// Query heads of one KV head that a block serves together: the rows of one matrix product.
+#define DECODE_HEADS 16
+// Threads of a block.
+#define DECODE_THREADS 256
+// Most splits of a block that are in shared memory at once.
+#define DECODE_STAGES 2
+// Blocks of a launch up to which a row may be shared by several; more fill a GPU by themselves.
+#define DECODE_SPREAD_BLOCKS 128
+
+// attention_decode_<head_dim>: grid (x, n_head_kv * decode_head_tiles(), n_rows), block DECODE_THREADS, dynamic shared
+// memory decode_smem_bytes(head_dim, stages). x and stages are free (the blocks of a row take its splits in turn,
+// results depend on neither): x as many as fill the GPU, at most max_splits.
+//
+// With k and v the row's own position is not in the cache yet: q and k are rotated as rope_kv does, and k and v are
+// written to the cache. Without them rope_kv came before, and inv_freq, rope_tables, n_rot, rope_type and mscale are
+// not looked at. The views are only read.
+//
+// May start before the kernels it depends on have finished: it reads slots, positions, tables and earlier positions of
+// the cache at once.
 typedef struct {
-    const float* q;              // [n_rows, n_head * head_dim], rotated
-    const uint16_t* kv;          // this layer's arena, float16
+    const float* q;              // [n_rows, n_head * head_dim]
+    const float* k;              // [n_rows, n_head_kv * head_dim] or null
+    const float* v;              // [n_rows, n_head_kv * head_dim], null where k is
+    const float* inv_freq;       // [n_rot / 2], radians per position; with rope_tables one such table after another
+    const int32_t* rope_tables;  // [max_seqs], the table that a slot's sequence turns by; null: there is one
+    uint16_t* kv;                // this layer's arena, float16
     const int32_t* block_table;  // [max_seqs, max_blocks] of this layer's KV group
     const int32_t* positions;    // [n_rows]
     const int32_t* slots;        // [n_rows]
     const float* sinks;          // [n_head] or null
     float* out;                  // [n_rows, n_head * head_dim]
-    float* partial;              // workspace [n_rows, n_head, max_splits, head_dim + 4]
-    uint32_t* counters;          // workspace [n_rows, gridDim.y], zero before the first launch; left zero
-    int32_t q_stride, out_stride;
+    float* partial;              // workspace [n_rows, n_head, max_splits, head_dim + 4]; not used where x is 1
+    uint32_t* counters;          // workspace [n_rows, gridDim.y], zero before the first launch; left zero; likewise
+    int32_t q_stride, k_stride, v_stride, out_stride;
     int32_t n_head, n_head_kv;
+    int32_t n_rot;      // 0: no rotation
+    int32_t rope_type;  // ROPE_INTERLEAVED, ROPE_NEOX
     int32_t max_blocks;
     int32_t max_splits;  // of the workspace: decode_max_splits(context_length, window)
     int32_t window;      // 0: all positions
-    float scale;
+    int32_t stages;      // 1 .. DECODE_STAGES; more is faster where there are few rows
+    float scale, mscale;
 } AttentionDecodeParams;
 
-// Positions of one split for a row that attends to n_keys keys. A function of the row alone, so that its sums are
-// grouped the same way in every batch; grows with the row so that the last step (adding at most 129 splits) stays
-// short.
-static HOST_DEVICE int32_t decode_split(int32_t n_keys) {
-    if (n_keys <= 4096) return 128;
-    if (n_keys <= 16384) return 256;
-    int32_t split = 512;
-    while ((n_keys + 127) / 128 > split) split *= 2;
-    return split;
+// Most splits of a row over all positions below context_length; a window may straddle one more than its keys fill.
+static HOST_DEVICE int32_t decode_max_splits(int32_t context_length, int32_t window) {
+    const int32_t all = (context_length + ATTENTION_SPLIT - 1) / ATTENTION_SPLIT;
+    if (window <= 0 || window >= context_length) return all;
+    const int32_t seen = (window + ATTENTION_SPLIT - 2) / ATTENTION_SPLIT + 1;
+    return seen < all ? seen : all;
 }
 
-// Most splits of a row over all positions below context_length; one more than the keys fill, as a window straddles.
-static HOST_DEVICE int32_t decode_max_splits(int32_t context_length, int32_t window) {
-    const int32_t n = window > 0 && window < context_length ? window : context_length;
-    const int32_t edges[4] = {4096, 16384, 65536, n};
-    int32_t most = 0;
-    for (int32_t i = 0; i < 4; i++) {
-        const int32_t keys = edges[i] < n ? edges[i] : n;
-        const int32_t splits = (keys + decode_split(keys) - 1) / decode_split(keys) + 1;
-        if (splits > most) most = splits;
-    }
-    return most;
+// Rows that the workspace has room for, with gridDim.y blocks each: with more of them x is 1.
+static HOST_DEVICE int32_t decode_partial_rows(int32_t heads) {
+    return heads < DECODE_SPREAD_BLOCKS ? DECODE_SPREAD_BLOCKS / heads : 1;
 }
 
 static HOST_DEVICE int32_t decode_head_tiles(int32_t n_head, int32_t n_head_kv) {
     return (n_head / n_head_kv + DECODE_HEADS - 1) / DECODE_HEADS;
 }
 
-// Four warps, each with one chunk of K and one of V, 32 positions each; dimensions padded to 32.
-static HOST_DEVICE int32_t decode_smem_bytes(int32_t head_dim) {
-    return 4 * ((head_dim + 31) / 32 * 32 + head_dim) * 32 * 2;
+// For each split in memory K [128][head_dim], V [head_dim][128] and the weights [16][128]; both halves of
+// q [16][head_dim]. Rows are padded by 16 bytes against bank conflicts.
+static HOST_DEVICE int32_t decode_smem_bytes(int32_t head_dim, int32_t stages) {
+    const int32_t key_bytes = ATTENTION_SPLIT * 2 + 16, dim_bytes = head_dim * 2 + 16;
+    const int32_t stage = ATTENTION_SPLIT * dim_bytes + (head_dim + DECODE_HEADS) * key_bytes;
+    return stages * stage + 2 * DECODE_HEADS * dim_bytes;
 }
 
 #define PREFILL_ROWS 64
@@ -89,7 +105,7 @@ typedef struct {
     float scale;
 } AttentionPrefillParams;
 
-// Two stages of K [64][head_dim] and V [head_dim][64]; rows padded by 16 bytes against bank conflicts.
+// Both blocks of a split, K [64][head_dim] and V [head_dim][64]; rows padded by 16 bytes against bank conflicts.
 static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) {
     return 2 * (KV_BLOCK * (2 * head_dim + 16) + head_dim * (2 * KV_BLOCK + 16));
 }

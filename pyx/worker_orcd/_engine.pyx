@@ -24,12 +24,12 @@ from worker_orcd._ring cimport Control, TokenRing
 from worker_orcd._upload cimport Consumer
 
 from worker_orcd._driver import device_copy_gbps
-from worker_orcd._nodes import attention_heads, decode_max_splits, sample_sizes
+from worker_orcd._nodes import attention_heads, decode_max_splits, decode_partial_rows, sample_sizes
 from worker_orcd._upload import FileRange, upload
 from worker_orcd.cuda import layout
 from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.cuda.launches import Launches
-from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, lower
+from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention, lower
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
 from worker_orcd.engine.token_edits import NO_EDITS
@@ -603,6 +603,8 @@ def _last(op):
     """The plan op whose output a lowered op writes."""
     if isinstance(op, MatMulGroup | ExpertGroup):
         return op.parts[-1]
+    if isinstance(op, RopeKvAttention):
+        return op.attention
     return op.kv if isinstance(op, RopeKv) else op
 
 

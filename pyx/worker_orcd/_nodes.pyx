@@ -17,6 +17,8 @@ ROPE_TYPES = {"interleaved": c.ROPE_INTERLEAVED, "neox": c.ROPE_NEOX}
 GLU_KINDS = {"silu": c.GLU_SILU, "gelu_tanh": c.GLU_GELU_TANH, "swiglu_oai": c.GLU_SWIGLU_OAI}
 #: dynamic shared memory of sample_draw
 SAMPLE_DRAW_SMEM = c.SAMPLE_DRAW_SMEM
+#: at least what decode attention takes beside its dynamic shared memory
+DECODE_STATIC_SMEM = 4096
 
 
 def decode_max_splits(int context_length, int window):
@@ -29,9 +31,20 @@ def attention_heads(int n_head, int n_head_kv):
     return n_head_kv * c.decode_head_tiles(n_head, n_head_kv)
 
 
-def attention_smem(int head_dim):
-    """Dynamic shared memory of the attention kernels: (decode, prefill)."""
-    return c.decode_smem_bytes(head_dim), c.prefill_smem_bytes(head_dim)
+def decode_partial_rows(int heads):
+    """Rows, of `attention_heads` blocks each, whose splits the workspace has room for; of more rows none needs it."""
+    return c.decode_partial_rows(heads)
+
+
+def decode_smem(int head_dim, int max_smem):
+    """Dynamic shared memory of decode attention by its number of stages, from 1 to what `max_smem` bytes allow."""
+    sizes = [c.decode_smem_bytes(head_dim, n + 1) for n in range(c.DECODE_STAGES)]
+    return tuple(size for i, size in enumerate(sizes) if i == 0 or size + DECODE_STATIC_SMEM <= max_smem)
+
+
+def prefill_smem(int head_dim):
+    """Dynamic shared memory of prefill attention."""
+    return c.prefill_smem_bytes(head_dim)
 
 
 def norm_threads(int n, bint is_scalar):
@@ -98,39 +111,67 @@ cdef class AttentionNode(Node):
 
     Args:
         name: of the op.
-        decode_kernel, prefill_kernel: allowed `attention_smem(head_dim)`.
-        decode: `AttentionDecodeParams`.
+        decode_kernel, prefill_kernel: allowed the last of `decode_smem`, `prefill_smem`.
+        decode: `AttentionDecodeParams`; later: stages. With k and v it rotates and fills the cache itself.
         prefill: `AttentionPrefillParams`.
-        head_dim: width of a head.
-        sm_count: multiprocessors of the GPU.
+        smem: `decode_smem` and `prefill_smem`.
+        sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
+        rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, blocks
+            of a row.
     """
 
-    cdef Kernel decode_kernel, prefill_kernel
+    cdef Kernel decode_kernel, prefill_kernel, rope_kernel
     cdef c.AttentionDecodeParams d
     cdef c.AttentionPrefillParams p
-    cdef unsigned int heads, decode_smem, prefill_smem, sm_count
+    cdef c.RopeKvParams r
+    cdef tuple decode_smem
+    cdef unsigned int heads, prefill_smem, sm_count, max_smem, rope_blocks
 
-    def __init__(self, str name, Kernel decode_kernel, Kernel prefill_kernel, dict decode, dict prefill, int head_dim,
-                 unsigned int sm_count):
+    def __init__(self, str name, Kernel decode_kernel, Kernel prefill_kernel, dict decode, dict prefill, tuple smem,
+                 unsigned int sm_count, unsigned int max_smem, tuple rope=None):
         Node.__init__(self, name)
-        self.decode_kernel, self.prefill_kernel, self.sm_count = decode_kernel, prefill_kernel, sm_count
-        c.fill_AttentionDecodeParams(&self.d, decode, ())
+        self.decode_kernel, self.prefill_kernel = decode_kernel, prefill_kernel
+        self.sm_count, self.max_smem = sm_count, max_smem
+        c.fill_AttentionDecodeParams(&self.d, decode, ("stages",))
         c.fill_AttentionPrefillParams(&self.p, prefill, ())
         self.heads = attention_heads(self.d.n_head, self.d.n_head_kv)
-        self.decode_smem, self.prefill_smem = attention_smem(head_dim)
+        self.decode_smem, self.prefill_smem = smem
+        if rope is not None:
+            self.rope_kernel, fields, self.rope_blocks = rope
+            c.fill_RopeKvParams(&self.r, fields, ())
 
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
-        cdef unsigned int splits
         if shape.n_decode:
-            # enough blocks for two a multiprocessor; results do not depend on how many there are
-            splits = max(1, min(<unsigned int>self.d.max_splits,
-                                (2 * self.sm_count + self.heads * shape.n_decode - 1) // (self.heads * shape.n_decode)))
-            launches.add(self.decode_kernel, splits, self.heads, shape.n_decode, 128, self.decode_smem, &self.d,
-                         sizeof(self.d), True)
+            self._decode(launches, shape.n_decode)
+        if self.rope_kernel is not None and shape.n_rows > shape.n_decode:
+            self._rope(launches, shape.n_decode, shape.n_rows - shape.n_decode)
         if shape.n_tiles:
             launches.add(self.prefill_kernel, shape.n_tiles, self.p.n_head, 1, 128, self.prefill_smem, &self.p,
                          sizeof(self.p), True)
         return 0
+
+    cdef int _decode(self, LaunchList launches, unsigned int n_rows) except -1:
+        """Results depend neither on the blocks that share a row nor on the stages."""
+        cdef c.AttentionDecodeParams p = self.d
+        cdef unsigned int blocks = self.heads * n_rows, splits = 1, smem
+        # few blocks are faster each, many fit together
+        p.stages = len(self.decode_smem) if blocks <= self.sm_count else 1
+        smem = self.decode_smem[p.stages - 1]
+        # as many blocks as run at once, where the workspace has room for the splits of so many rows
+        if n_rows <= <unsigned int>c.decode_partial_rows(self.heads):
+            splits = self.sm_count * min(2, self.max_smem // smem) // blocks
+            splits = max(1, min(<unsigned int>p.max_splits, splits))
+        return launches.add(self.decode_kernel, splits, self.heads, n_rows, c.DECODE_THREADS, smem, &p, sizeof(p), True)
+
+    cdef int _rope(self, LaunchList launches, int row, int n) except -1:
+        """Prompt rows [row, row + n)."""
+        cdef c.RopeKvParams p = self.r
+        p.q += row * p.q_stride
+        p.k += row * p.k_stride
+        p.v += row * p.v_stride
+        p.positions += row
+        p.slots += row
+        return launches.add(self.rope_kernel, n, self.rope_blocks, 1, 256, 0, &p, sizeof(p), True)
 
 
 cdef class SampleNode(Node):

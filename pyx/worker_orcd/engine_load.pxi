@@ -18,8 +18,8 @@ def plan_memory(plan, config):
     splits = {op.window: decode_max_splits(config.context_length, op.window) for op in attention}
     heads = attention_heads(attention[0].n_head, attention[0].n_head_kv)
     sample = cuda_memory.SampleScratch(*sample_sizes(plan.n_vocab))
-    return cuda_memory.Arenas(cuda_memory.weights_arena(plan), cuda_memory.kv_arena(plan, config),
-                              cuda_memory.workspace_arena(plan, config, splits, heads, sample))
+    workspace = cuda_memory.workspace_arena(plan, config, splits, heads, decode_partial_rows(heads), sample)
+    return cuda_memory.Arenas(cuda_memory.weights_arena(plan), cuda_memory.kv_arena(plan, config), workspace)
 
 
 def check_supported(model_file, plan):

@@ -400,6 +400,69 @@ def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, ch
     assert places == {"weights", "kv", "workspace", "host"}
 
 
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-swa-Q8_0", "gpt2-Q8_0"])
+def test_decode_rows_rotate_within_attention(name, goldens_dir):
+    """And prompt rows of the same step before it; with `stop_after` all rows do."""
+    with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        engine = _engine.CudaEngine(file, built, EngineConfig(3, 64, 256, tuple(16 for _ in built.kv_groups)),
+                                    context=context)  # fmt: skip
+        engine.block_tables[:] = np.arange(4)
+        positions, slots = np.array([7, 9, 0, 1, 2, 3, 4], np.int32), np.array([0, 1, 2, 2, 2, 2, 2], np.int32)
+        mixed = Batch(np.ones(7, np.int32), positions, slots, 2, np.array([0, 1, 6], np.int32))
+        decode = Batch(np.ones(2, np.int32), positions[:2], slots[:2], 2, np.arange(2, dtype=np.int32))
+        with recorded() as both:
+            engine.step(mixed)
+        with recorded() as alone:
+            engine.step(decode)
+        with recorded() as plain:
+            engine.forward(mixed, stop_after=next(op.name for op in built.ops if op.name.endswith("attention")))
+        engine.close()
+
+    def of(launches, kernel):
+        return [launch for launch in launches if launch.kernel.startswith(kernel)]
+
+    ropes, decodes = of(both, "rope_kv"), of(both, "attention_decode")
+    assert len(ropes) == len(decodes) == len(of(both, "attention_prefill")) == built.n_layer
+    assert not of(alone, "rope_kv") and len(of(alone, "attention_decode")) == built.n_layer
+    for rope, own in zip(ropes, decodes, strict=True):
+        assert rope.grid[0] == 5 and own.grid[2] == 2
+        for field, step in (("k", "k_stride"), ("v", "v_stride"), ("positions", None), ("slots", None)):
+            words = 2 * (own.fields[step] if step else 1)
+            assert rope.fields[field] == (own.fields[field][0], own.fields[field][1] + 4 * words)
+        for field in ("inv_freq", "n_rot", "rope_type", "mscale", "kv", "block_table", "rope_tables"):
+            assert rope.fields[field] == own.fields[field]
+        assert own.fields["stages"] == 2 and (own.fields["n_rot"] == 0) == (name == "gpt2-Q8_0")
+    assert any(launch.grid[0] == 7 and launch.fields["v"] for launch in of(plain, "rope_kv"))
+    assert [launch.fields["k"] for launch in of(plain, "attention_decode")] == [0]
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-swa-Q8_0"])
+def test_rows_that_share_their_splits_have_room_for_them(name, goldens_dir, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_SMS", "500")
+    with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        config = EngineConfig(64, 64, 4096, tuple(16 for _ in built.kv_groups))
+        space = _engine.plan_memory(built, config).workspace
+        engine = _engine.CudaEngine(file, built, config, context=context)
+        engine.block_tables[:] = np.arange(16)[:, None].repeat(4, 1).reshape(-1)
+        grids = set()
+        for n in (1, 3, 31, 32, 33, 64):
+            rows = np.arange(n, dtype=np.int32)
+            with recorded() as step:
+                engine.step(Batch(rows, rows, rows, n, rows))
+            for launch in step:
+                if launch.kernel.startswith("attention_decode_"):
+                    (x, y, z), fields = launch.grid, launch.fields
+                    row_bytes = fields["n_head"] * fields["max_splits"] * (built.head_dim + 4) * 4
+                    assert z == n and (x == 1 or z * row_bytes <= space.attention_partial.nbytes)
+                    assert x == 1 or z * y * 4 <= space.attention_counters.nbytes
+                    grids.add(x)
+        engine.close()
+    # of more rows with four KV heads each none is shared
+    assert max(grids) == fields["max_splits"] > 1 and (1 in grids) == (name == "phi3-swa-Q8_0")
+
+
 @pytest.mark.parametrize(
     ("name", "max_seqs"),
     [("llama-Q4_K_M", 64), ("gpt-oss-MXFP4", 1), ("gpt-oss-MXFP4", 64), ("phi3-swa-Q8_0", 5), ("gpt2-Q8_0", 12)],

@@ -23,13 +23,14 @@ from worker_orcd._nodes import (
     RouteNode,
     RowNode,
     SampleNode,
-    attention_smem,
     decode_max_splits,
+    decode_smem,
     norm_threads,
+    prefill_smem,
     sample_chunks,
 )
 from worker_orcd.cuda import expert_layout, layout, memory
-from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv
+from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
 from worker_orcd.models.ops import (
@@ -57,6 +58,12 @@ Fields = dict[str, Any]
 MAX_BOUNDS = 4096
 #: of rope_kv where nothing is rotated
 NO_ROTATION: Fields = {"inv_freq": 0, "rope_tables": 0, "n_rot": 0, "rope_type": 0, "mscale": 1.0}
+#: of decode attention where q is rotated, and k and v are in the cache
+ALREADY_ROTATED: Fields = {**NO_ROTATION, "k": 0, "v": 0, "k_stride": 0, "v_stride": 0}
+
+
+def _rope_node(name: str, kernel: Any, fields: Fields, blocks: int) -> RowNode:
+    return RowNode(name, kernel, "RopeKvParams", fields, (0, blocks), 256)
 
 
 class Launches:
@@ -159,22 +166,23 @@ class Launches:
             "n_rot": op.n_rot, "rope_type": ROPE_TYPES[op.rope_type], "mscale": op.mscale,
         }  # fmt: skip
 
-    def _rope_kv_node(self, name: str, q: View | None, k: View, v: View | None, rest: Fields) -> list[Node]:
+    def _rope_launch(self, q: View | None, k: View, v: View | None, rest: Fields) -> tuple[Any, Fields, int]:
+        """The kernel rope_kv, its parameters and the blocks of a row."""
         fields = {
             "q": self._at(q), "k": self._at(k), "v": self._at(v),
             "q_stride": self._stride(q), "k_stride": self._stride(k), "v_stride": self._stride(v),
             "positions": self._workspace.positions.address, "slots": self._workspace.slots.address, **rest,
         }  # fmt: skip
         items = (fields["n_head"] + 2 * fields["n_head_kv"]) * fields["head_dim"] // 2
-        blocks = max(1, min(8, -(-items // 512)))
-        return [RowNode(name, self.kernel("rope_kv", "rope_kv"), "RopeKvParams", fields, (0, blocks), 256)]
+        return self.kernel("rope_kv", "rope_kv"), fields, max(1, min(8, -(-items // 512)))
 
     def _rope(self, op: Rope) -> list[Node]:
         heads = {"n_head": 0, "n_head_kv": op.n_head, "head_dim": op.head_dim}
         cache = {"kv": 0, "block_table": 0, "max_blocks": 0}
-        return self._rope_kv_node(op.name, None, op.x, None, {**self._rotation(op), **heads, **cache})
+        launch = self._rope_launch(None, op.x, None, {**self._rotation(op), **heads, **cache})
+        return [_rope_node(op.name, *launch)]
 
-    def _rope_kv(self, op: RopeKv) -> list[Node]:
+    def _rope_kv_launch(self, op: RopeKv) -> tuple[Any, Fields, int]:
         q, kv = op.rope_q, op.kv
         rotation = NO_ROTATION if q is None else self._rotation(q)
         heads = {"n_head": q.n_head if q else 0, "n_head_kv": kv.n_head_kv, "head_dim": kv.head_dim}
@@ -182,29 +190,39 @@ class Launches:
             "kv": self._kv.layers[kv.layer].address, "block_table": self._block_table(kv.layer),
             "max_blocks": self.config.max_blocks_per_seq,
         }  # fmt: skip
-        return self._rope_kv_node(op.name, q.x if q else None, kv.k, kv.v, {**rotation, **heads, **cache})
+        return self._rope_launch(q.x if q else None, kv.k, kv.v, {**rotation, **heads, **cache})
+
+    def _rope_kv(self, op: RopeKv) -> list[Node]:
+        return [_rope_node(op.name, *self._rope_kv_launch(op))]
 
     def _kv_write(self, op: KvWrite) -> list[Node]:
         return self._rope_kv(RopeKv(op.name, None, None, op))
 
-    def _attention(self, op: Attention) -> list[Node]:
-        w, (decode_smem, prefill_smem) = self._workspace, attention_smem(op.head_dim)
-        decode_kernel = self.kernel("attention_decode", f"attention_decode_{op.head_dim}", decode_smem)
-        prefill_kernel = self.kernel("attention_prefill", f"attention_prefill_{op.head_dim}", prefill_smem)
+    def _attention(self, op: Attention, rope: RopeKv | None = None) -> list[Node]:
+        """Attention; with `rope` also what it says, which decode rows do on the way."""
+        w = self._workspace
+        decode_bytes, prefill_bytes = decode_smem(op.head_dim, self.context.max_smem), prefill_smem(op.head_dim)
+        decode_kernel = self.kernel("attention_decode", f"attention_decode_{op.head_dim}", decode_bytes[-1])
+        prefill_kernel = self.kernel("attention_prefill", f"attention_prefill_{op.head_dim}", prefill_bytes)
         both = {
             "q": self._at(op.q), "kv": self._kv.layers[op.layer].address, "block_table": self._block_table(op.layer),
             "sinks": self._weight(op.sinks), "out": self._at(op.out), "q_stride": self._stride(op.q),
             "out_stride": self._stride(op.out), "n_head": op.n_head, "n_head_kv": op.n_head_kv,
             "max_blocks": self.config.max_blocks_per_seq, "window": op.window, "scale": op.scale,
         }  # fmt: skip
+        launch = None if rope is None else self._rope_kv_launch(rope)
+        own = ALREADY_ROTATED if launch is None else {name: launch[1][name] for name in ALREADY_ROTATED}
         decode = {
-            **both, "positions": w.positions.address, "slots": w.slots.address, "partial": w.attention_partial.address,
-            "counters": w.attention_counters.address,
+            **both, **own, "positions": w.positions.address, "slots": w.slots.address,
+            "partial": w.attention_partial.address, "counters": w.attention_counters.address,
             "max_splits": decode_max_splits(self.config.context_length, op.window),
         }  # fmt: skip
-        prefill = {**both, "tiles": w.tiles.address}
-        n_sm = self.context.sm_count
-        return [AttentionNode(op.name, decode_kernel, prefill_kernel, decode, prefill, op.head_dim, n_sm)]
+        prefill, smem = {**both, "tiles": w.tiles.address}, (decode_bytes, prefill_bytes)
+        gpu = self.context.sm_count, self.context.max_smem
+        return [AttentionNode(op.name, decode_kernel, prefill_kernel, decode, prefill, smem, *gpu, launch)]
+
+    def _rope_kv_attention(self, op: RopeKvAttention) -> list[Node]:
+        return self._attention(op.attention, op.rope)
 
     # ---- products
 
@@ -418,6 +436,7 @@ MAKERS: dict[type[Op], Callable[[Launches, Any], list[Node]]] = {
     MatMulGroup: Launches._matmul_group,
     Rope: Launches._rope,
     RopeKv: Launches._rope_kv,
+    RopeKvAttention: Launches._rope_kv_attention,
     KvWrite: Launches._kv_write,
     Attention: Launches._attention,
     Route: Launches._route,

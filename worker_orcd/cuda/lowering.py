@@ -1,10 +1,11 @@
 """Lowering: a plan rewritten into fewer, larger ops for the CUDA engine. What is computed stays the same.
 
-Four rewrites, each local to neighbouring ops:
+Five rewrites, each local to neighbouring ops:
 - products of one weight type that read the same input become one `MatMulGroup` (q, k and v; gate and up);
 - expert products of one weight type that read the same input become one `ExpertGroup` (gate and up);
 - a product whose result is only added to the residual stream adds it itself (`residual`);
-- rotation of q and k and the cache write become one `RopeKv`.
+- rotation of q and k and the cache write become one `RopeKv`;
+- that and the attention after it become one `RopeKvAttention`.
 With `fuse=False` every op stays alone, so that any op's output can be looked at.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from worker_orcd.models.ops import Add, ExpertMatMul, KvWrite, MatMul, Op, Rope, View
+from worker_orcd.models.ops import Add, Attention, ExpertMatMul, KvWrite, MatMul, Op, Rope, View
 from worker_orcd.models.plan import Plan
 
 
@@ -40,6 +41,14 @@ class RopeKv(Op):
     rope_q: Rope | None
     rope_k: Rope | None
     kv: KvWrite
+
+
+@dataclass(frozen=True)
+class RopeKvAttention(Op):
+    """`rope`, then `attention` of the same q and layer; q and k need not stand rotated in their views after it."""
+
+    rope: RopeKv
+    attention: Attention
 
 
 def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
@@ -79,6 +88,9 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
         elif isinstance(op, KvWrite):
             out.append(RopeKv(op.name, None, None, op))
             i += 1
+        elif isinstance(op, Attention) and out and _feeds(before := out[-1], op):
+            out[-1] = RopeKvAttention(op.name, before, op)
+            i += 1
         else:
             out.append(op)
             i += 1
@@ -98,6 +110,15 @@ def _rotations(ops: tuple[Op, ...]) -> RopeKv | None:
         case (Rope() as q, Rope() as k, KvWrite() as kv):
             return RopeKv(kv.name, q, k, kv)
     return None
+
+
+def _feeds(before: Op, op: Attention) -> TypeGuard[RopeKv]:
+    """Whether `before` rotates and writes to the cache what attention takes."""
+    if not isinstance(before, RopeKv):
+        return False
+    q, kv = before.rope_q, before.kv
+    same_q = q is None or (q.x, q.n_head) == (op.q, op.n_head)
+    return same_q and (kv.layer, kv.n_head_kv, kv.head_dim) == (op.layer, op.n_head_kv, op.head_dim)
 
 
 def _pairs(op: Op, plan: Plan, first: ExpertMatMul) -> TypeGuard[ExpertMatMul]:

@@ -238,7 +238,7 @@ def padded_batch_tokens(config: EngineConfig) -> int:
 
 
 def workspace_arena(
-    plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int, sample: SampleScratch
+    plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int, split_rows: int, sample: SampleScratch
 ) -> Workspace:
     """Activations, row tables and scratch of one step.
 
@@ -246,9 +246,11 @@ def workspace_arena(
         plan, config: the model and the engine's sizes.
         max_splits: decode attention splits by window.
         heads: blocks in y of a decode attention launch.
+        split_rows: most rows of a decode attention launch whose splits go through the workspace.
         sample: scratch of sampling.
     """
     end, rows = _End(), padded_batch_tokens(config)
+    split_rows = min(split_rows, config.max_seqs)
     attention = [op for op in plan.ops if isinstance(op, Attention)]
     partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
     inputs = [_converted(plan, op) for op in plan.ops if isinstance(op, MatMul | ExpertMatMul)]
@@ -265,8 +267,8 @@ def workspace_arena(
         rope_tables=end.add(config.max_seqs * 4),
         tiles=end.add((rows + config.max_seqs) * 16),
         block_tables=end.add(len(plan.kv_groups) * config.max_seqs * config.max_blocks_per_seq * 4),
-        attention_partial=end.add(config.max_seqs * partial * 4),
-        attention_counters=end.add(config.max_seqs * heads * 4),
+        attention_partial=end.add(split_rows * partial * 4),
+        attention_counters=end.add(split_rows * heads * 4),
         x_split=end.add(MAX_OUT * max(n * split for n, split, _ in inputs)),
         x_half=end.add(rows * max(n * half for n, _, half in inputs)),
         x_half_scale=end.add(rows * max(n for n, _, _ in inputs) * 4),

@@ -60,6 +60,16 @@ DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
 // Brings the cache line of `global` into L2.
 DEVICE void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
+// ---- blocks of one launch ----------------------------------------------------------------------------------------
+
+// Adds to a counter that blocks share and gives what it was. Between two __syncthreads: what the block wrote before is
+// seen by the block that finds its addition, and what that one wrote is seen here after it.
+DEVICE uint32_t count_block(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // ---- matrix products: d[16x8] += a[16x16] b[16x8], float32 accumulators ------------------------------------------
 // With g = lane / 4 and t = lane % 4 (low half of a register first):
 //   a[0] = A[g][2t, 2t+1]   a[1] = A[g+8][2t, 2t+1]   a[2] = A[g][2t+8, 2t+9]   a[3] = A[g+8][2t+8, 2t+9]
@@ -84,6 +94,15 @@ DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(smem)
                  : "memory");
+}
+
+// ---- exponentials ------------------------------------------------------------------------------------------------
+
+// 2^x to 2 ulp; 0 where that is below 2^-126. Exactly 1 of 0, 0 of -inf.
+DEVICE float exp2_normal(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
 }
 
 // ---- packed conversions and arithmetic ---------------------------------------------------------------------------
