@@ -53,7 +53,7 @@ DEVICE void apply_edits(const SampleParams& p, const Row& row, const Share& shar
 DEVICE uint64_t group_key(const Row& row, int first, const float (&v)[4], bool& bad) {
     float x[4], best = -INFINITY;
     int id = first;
-    read_x(x, row, first, v);
+    row.read_x(x, first, v);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         if (!(v[j] < INFINITY) || !(x[j] < INFINITY)) bad = true;
@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample_draw(const __gr
         __syncthreads();
         for_groups<2>(row, share.n, group_at, [&](int, int first, const float (&v)[4]) {
             float x[4];
-            read_x(x, row, first, v);
+            row.read_x(x, first, v);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const uint64_t weight = sampling_weight(x[j], max);
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample_draw(const __gr
         for_groups<2>(row, share.n, group_at, [&](int group, int first, const float (&v)[4]) {
             float x[4];
             uint64_t sum = 0;
-            read_x(x, row, first, v);
+            row.read_x(x, first, v);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const uint64_t weight = sampling_weight(x[j], max);

@@ -143,7 +143,7 @@ DEVICE void for_tokens(const DrawShared& s, const Row& row, float max, F f) {
         row, s.n_groups, [&](int i) { return s.groups[i]; },
         [&](int, int first, const float (&v)[4]) {
             float x[4];
-            read_x(x, row, first, v);
+            row.read_x(x, first, v);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const uint64_t weight = sampling_weight(x[j], max);
@@ -199,6 +199,7 @@ DEVICE void find_limit(DrawShared& s, const Row& row, float max, bool by_weight,
     if (threadIdx.x < n) {
         const uint64_t key = s.list.keys[threadIdx.x], own = s.list.weights[threadIdx.x];
         uint64_t before = by_weight ? weight_before : count_before, weight = weight_before;
+#pragma unroll 1
         for (uint32_t i = 0; i < n; i++) {
             if (s.list.keys[i] > key) {
                 weight += s.list.weights[i];
@@ -263,7 +264,7 @@ DEVICE void draw(DrawShared& s, const SampleParams& p, const Row& row, float max
             [&](int group, int first, const float (&v)[4]) {
                 float x[4];
                 uint64_t of_group = 0;
-                read_x(x, row, first, v);
+                row.read_x(x, first, v);
 #pragma unroll
                 for (int j = 0; j < 4; j++) of_group += kept(x[j], first + j);
                 of_group = warp_sum(of_group);
@@ -298,7 +299,7 @@ DEVICE void draw(DrawShared& s, const SampleParams& p, const Row& row, float max
     const int first = s.group * SAMPLE_GROUP + 4 * threadIdx.x;
     float v[4], x[4];
     row.load(v, first);
-    read_x(x, row, first, v);
+    row.read_x(x, first, v);
     sum = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) sum += weights[j] = kept(x[j], first + j);

@@ -23,20 +23,20 @@ struct ListShared {
 // count(key) says how many, to all threads alike, fewer than `least` at `high`. The keys differ, and least < most.
 template <typename F>
 DEVICE uint64_t narrow(uint64_t low, uint64_t high, int least, int most, F count) {
-    if (count(low) <= most) return low;
+    uint64_t key = low;
+#pragma unroll 1
     for (int i = 0;; i++) {
+        const int n = count(key);
+        if (n <= most && (n >= least || i == 0)) return key;
+        if (n > most)
+            low = key;
+        else
+            high = key;
         // Halves the distance of the x, which ends soon where the tokens lie as usual; then that of the keys, which
         // ends always.
         const float x = 0.5f * key_value(low) + 0.5f * key_value(high);
-        uint64_t key = order_key(x, -1);
+        key = order_key(x, -1);
         if (i >= 8 || !(low < key && key < high)) key = low + (high - low) / 2;
-        const int n = count(key);
-        if (n > most)
-            low = key;
-        else if (n < least)
-            high = key;
-        else
-            return key;
     }
 }
 
@@ -82,7 +82,7 @@ DEVICE void draw_listed(ListShared& s, const SampleParams& p, const Row& row, ui
             row, s.n_groups, [&](int i) { return s.groups[i]; },
             [&](int, int first, const float (&v)[4]) {
                 float x[4];
-                read_x(x, row, first, v);
+                row.read_x(x, first, v);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const uint64_t own = order_key(x[j], first + j);

@@ -63,15 +63,30 @@ struct Row {
         return seen && first < n_vocab ? seen[first / 32] >> (first % 32) & 15u : 0u;
     }
 
-    // Temperature and penalties of token `id`; the product must not be fused with the difference that follows it.
-    DEVICE_MEMBER float x(float logit, int id, bool is_seen) const {
-        float v = is_tempered ? sampling_temper(logit, slot.temperature) : logit;
-        if (is_seen && v > -INFINITY) {
-            v = v > 0.f ? sampling_penalize(v, slot.repetition_penalty) : __fmul_rn(v, slot.repetition_penalty);
-            const uint32_t count = counts ? counts[id] : 0;
-            v -= sampling_discount(slot.presence_penalty, slot.frequency_penalty, count, slot.temperature);
+    // What the penalties leave of the x of token `id`, which was sampled; the product must not be fused with the
+    // difference that follows it.
+    DEVICE_MEMBER float penalized(float x, int id) const {
+        if (!(x > -INFINITY)) return x;
+        x = x > 0.f ? sampling_penalize(x, slot.repetition_penalty) : __fmul_rn(x, slot.repetition_penalty);
+        const uint32_t count = counts ? counts[id] : 0;
+        return x - sampling_discount(slot.presence_penalty, slot.frequency_penalty, count, slot.temperature);
+    }
+
+    // The x of logits v, tokens first .. first + 3.
+    DEVICE_MEMBER void read_x(float (&x)[4], int first, const float (&v)[4]) const {
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] = v[j];
+        if (is_tempered) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[j] = sampling_temper(v[j], slot.temperature);
         }
-        return v;
+#pragma unroll 1
+        for (uint32_t rest = seen_bits(first); rest; rest &= rest - 1) {
+            const int j = __ffs(rest) - 1;
+            const float y = penalized(j < 2 ? j ? x[1] : x[0] : j == 2 ? x[2] : x[3], first + j);
+#pragma unroll
+            for (int k = 0; k < 4; k++) x[k] = k == j ? y : x[k];
+        }
     }
 };
 
@@ -90,20 +105,17 @@ DEVICE void for_groups(const Row& row, int n, GroupAt group_at, F f) {
 #pragma unroll
         for (int u = 0; u < kUnroll; u++)
             if (i + u * kWarps < n) row.load(v[u], group_at(i + u * kWarps) * SAMPLE_GROUP + 4 * lane);
+        // Code that a step runs once costs by its length: that of f is there once.
+#pragma unroll 1
+        for (int at = i; at < n && at < i + kUnroll * kWarps; at += kWarps) {
+            const int group = group_at(at);
+            f(group, group * SAMPLE_GROUP + 4 * lane, v[0]);
 #pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-            if (i + u * kWarps >= n) break;
-            const int group = group_at(i + u * kWarps);
-            f(group, group * SAMPLE_GROUP + 4 * lane, v[u]);
+            for (int u = 1; u < kUnroll; u++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) v[u - 1][j] = v[u][j];
         }
     }
-}
-
-// The x of logits v, tokens first .. first + 3.
-DEVICE void read_x(float (&x)[4], const Row& row, int first, const float (&v)[4]) {
-    const uint32_t seen = row.seen_bits(first);
-#pragma unroll
-    for (int j = 0; j < 4; j++) x[j] = row.x(v[j], first + j, seen >> j & 1);
 }
 
 DEVICE uint64_t warp_sum(uint64_t v) {
@@ -118,23 +130,19 @@ DEVICE bool is_last_block(uint32_t* arrived) {
     bool is_last = false;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        is_last = atomicAdd(arrived, 1u) == gridDim.x - 1;
-        if (is_last) {
-            *arrived = 0;
-            __threadfence();
-        }
+        is_last = atomic_add_acq_rel(arrived, 1) == gridDim.x - 1;
+        if (is_last) *arrived = 0;
     }
     return __syncthreads_or(is_last);
 }
 
 // Ends a row of the step that `step` were done before; the last row of the launches ends the step. One thread.
 DEVICE void end_row(const SampleParams& p, uint64_t step) {
-    __threadfence_system();
+    fence_system();
     if (gridDim.y > 1) {
         if (atomicAdd(p.done, 1u) != gridDim.y - 1) return;
         *p.done = 0;
-        __threadfence_system();
+        fence_system();
     }
     *p.step = step + 1;
     if (p.host_step) *reinterpret_cast<volatile uint64_t*>(p.host_step) = step + 1;
