@@ -48,20 +48,11 @@ DEVICE void apply_edits(const SampleParams& p, const Row& row, const Share& shar
     __syncthreads();
 }
 
-// The largest key of a group, of which the lane has logits v from token `first` on. bad: set where one of the lane's is
-// no number.
-DEVICE uint64_t group_key(const Row& row, int first, const float (&v)[4], bool& bad) {
-    float x[4], best = -INFINITY;
-    int id = first;
-    row.read_x(x, first, v);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if (!(v[j] < INFINITY) || !(x[j] < INFINITY)) bad = true;
-        if (x[j] > best) best = x[j], id = first + j;
-    }
-    const uint32_t own = order_key(best, id) >> 32, top = __reduce_max_sync(kAllLanes, own);
-    id = __shfl_sync(kAllLanes, id, __ffs(__ballot_sync(kAllLanes, own == top)) - 1);
-    return (uint64_t)top << 32 | (0xffffffffu - (uint32_t)id);
+// The largest x of the lanes, its lowest id: a key. `id` is the lowest of the lane's own that has x.
+DEVICE uint64_t warp_key(float x, int id) {
+    const uint32_t own = order_key(x, id) >> 32, top = __reduce_max_sync(kAllLanes, own);
+    const uint32_t lowest = __reduce_min_sync(kAllLanes, own == top ? (uint32_t)id : 0xffffffffu);
+    return (uint64_t)top << 32 | (0xffffffffu - lowest);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2) sample_max(const __grid_constant__ SampleParams p) {
@@ -85,15 +76,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample_max(const __gri
     if (row.slot.n_edits > 0) apply_edits(p, row, share);
 
     uint64_t best = 0;
-    bool bad = false;
-    for_groups<2>(
+    float lane_x = -INFINITY;  // of greedy rows
+    int lane_id = 0;
+    bool is_good = true;
+    for_groups<4>(
         row, share.n, [&](int i) { return share.first + i; },
         [&](int group, int first, const float (&v)[4]) {
-            const uint64_t key = group_key(row, first, v, bad);
-            if (key > best) best = key;
-            if (lane == 0 && !row.is_greedy()) row.group_keys[group] = key;
+            float x[4];
+            is_good &= row.read_x(x, first, v);
+#pragma unroll
+            for (int j = 0; j < 4; j++) is_good &= v[j] < INFINITY;
+            const float top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+            const int id = first + (x[0] == top ? 0 : x[1] == top ? 1 : x[2] == top ? 2 : 3);
+            if (row.is_greedy()) {
+                if (top > lane_x) lane_x = top, lane_id = id;
+            } else {
+                const uint64_t key = warp_key(top, id);
+                if (key > best) best = key;
+                if (lane == 0) row.group_keys[group] = key;
+            }
         });
-    if (__any_sync(kAllLanes, bad)) best = kBadKey;
+    if (row.is_greedy()) best = warp_key(lane_x, lane_id);
+    if (__any_sync(kAllLanes, !is_good)) best = kBadKey;
     if (lane == 0) warps[warp] = best;
     __syncthreads();
     if (warp == 0) {
@@ -171,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample_draw(const __gr
                 const uint64_t weight = sampling_weight(x[j], max);
                 if (weight >= least) sum += weight;
             }
-            sum = warp_sum(sum);
+            sum = short_warp_sum(sum);
             if (lane == 0) group_weights[group] = sum;
         });
     }

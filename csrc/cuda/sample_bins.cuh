@@ -136,26 +136,25 @@ DEVICE void list_groups(DrawShared& s, const Row& row, uint64_t least) {
     __syncthreads();
 }
 
-// Calls f(key, weight) for the tokens of the listed groups that have a weight.
+// Calls f(key, weight) for the tokens of the listed groups that have a weight and an x of at least `floor`, and perhaps
+// for further ones that have a weight.
 template <typename F>
-DEVICE void for_tokens(const DrawShared& s, const Row& row, float max, F f) {
-    for_groups<4>(
+DEVICE void for_tokens(const DrawShared& s, const Row& row, float max, float floor, F f) {
+    for_groups<3>(
         row, s.n_groups, [&](int i) { return s.groups[i]; },
         [&](int, int first, const float (&v)[4]) {
-            float x[4];
-            row.read_x(x, first, v);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const uint64_t weight = sampling_weight(x[j], max);
-                if (weight > 0) f(order_key(x[j], first + j), weight);
-            }
+            row.for_near(max, floor, first, v, [&](int id, float x) {
+                const uint64_t weight = sampling_weight(x, max);
+                if (weight > 0) f(order_key(x, id), weight);
+            });
         });
 }
 
 // The token at which the prefix that reaches `target` ends: its key, and the weight of the prefix. Ends with a barrier.
 DEVICE void find_limit(DrawShared& s, const Row& row, float max, bool by_weight, uint64_t target) {
     const int bin = find_bin(s, s.bins, by_weight, target);
-    list_groups(s, row, order_key(max - ((bin + 1) / kBinsPerUnit + 1e-3f), -1));
+    const float floor = max - ((bin + 1) / kBinsPerUnit + 1e-3f);
+    list_groups(s, row, order_key(floor, -1));
     uint64_t weight_before = s.bins.weights[bin];
     uint32_t count_before = s.bins.counts[bin], n = s.bins.counts[bin + 1] - count_before;
     // A crowded bin is divided by the leading digits of the keys, which differ from token to token in the end.
@@ -170,7 +169,7 @@ DEVICE void find_limit(DrawShared& s, const Row& row, float max, bool by_weight,
         __syncthreads();
         for (int b = threadIdx.x; b < kDigits; b += kThreads) s.digits.weights[b] = 0, s.digits.counts[b] = 0;
         __syncthreads();
-        for_tokens(s, row, max, [&](uint64_t key, uint64_t weight) {
+        for_tokens(s, row, max, floor, [&](uint64_t key, uint64_t weight) {
             if (!is_inside(key)) return;
             const int digit = kDigits - 1 - (int)(key >> next_shift & ((1 << (shift - next_shift)) - 1));
             atomicAdd(reinterpret_cast<unsigned long long*>(&s.digits.weights[digit]), (unsigned long long)weight);
@@ -189,7 +188,7 @@ DEVICE void find_limit(DrawShared& s, const Row& row, float max, bool by_weight,
     __syncthreads();
     if (threadIdx.x == 0) s.n_list = 0;
     __syncthreads();
-    for_tokens(s, row, max, [&](uint64_t key, uint64_t weight) {
+    for_tokens(s, row, max, floor, [&](uint64_t key, uint64_t weight) {
         if (!is_inside(key)) return;
         const uint32_t at = atomicAdd(&s.n_list, 1u);
         s.list.keys[at] = key;
@@ -259,15 +258,12 @@ DEVICE void draw(DrawShared& s, const SampleParams& p, const Row& row, float max
         list_groups(s, row, limit);
         for (int i = threadIdx.x; i < kMaxGroups; i += kThreads) s.group_weights[i] = 0;
         __syncthreads();
-        for_groups<4>(
+        for_groups<3>(
             row, s.n_groups, [&](int i) { return s.groups[i]; },
             [&](int group, int first, const float (&v)[4]) {
-                float x[4];
                 uint64_t of_group = 0;
-                row.read_x(x, first, v);
-#pragma unroll
-                for (int j = 0; j < 4; j++) of_group += kept(x[j], first + j);
-                of_group = warp_sum(of_group);
+                row.for_near(max, key_value(limit), first, v, [&](int id, float x) { of_group += kept(x, id); });
+                of_group = short_warp_sum(of_group);
                 if (threadIdx.x % 32 == 0) s.group_weights[group] = of_group;
             });
         __syncthreads();

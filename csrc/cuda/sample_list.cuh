@@ -81,15 +81,12 @@ DEVICE void draw_listed(ListShared& s, const SampleParams& p, const Row& row, ui
         for_groups<4>(
             row, s.n_groups, [&](int i) { return s.groups[i]; },
             [&](int, int first, const float (&v)[4]) {
-                float x[4];
-                row.read_x(x, first, v);
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const uint64_t own = order_key(x[j], first + j);
-                    if (own < key) continue;
+                row.for_near(max, key_value(key), first, v, [&](int id, float x) {
+                    const uint64_t own = order_key(x, id);
+                    if (own < key) return;
                     const int at = atomicAdd(&s.n_keys, 1);
                     if (at < kList) s.keys[at] = own;
-                }
+                });
             });
         __syncthreads();
         return s.n_keys;

@@ -72,8 +72,12 @@ struct Row {
         return x - sampling_discount(slot.presence_penalty, slot.frequency_penalty, count, slot.temperature);
     }
 
-    // The x of logits v, tokens first .. first + 3.
-    DEVICE_MEMBER void read_x(float (&x)[4], int first, const float (&v)[4]) const {
+    // The x of logit v.
+    DEVICE_MEMBER float tempered(float v) const { return is_tempered ? sampling_temper(v, slot.temperature) : v; }
+
+    // The x of logits v, tokens first .. first + 3. Whether all are numbers, if the logits are.
+    DEVICE_MEMBER bool read_x(float (&x)[4], int first, const float (&v)[4]) const {
+        bool is_good = true;
 #pragma unroll
         for (int j = 0; j < 4; j++) x[j] = v[j];
         if (is_tempered) {
@@ -86,6 +90,27 @@ struct Row {
             const float y = penalized(j < 2 ? j ? x[1] : x[0] : j == 2 ? x[2] : x[3], first + j);
 #pragma unroll
             for (int k = 0; k < 4; k++) x[k] = k == j ? y : x[k];
+            is_good &= y < INFINITY;
+        }
+        return is_good;
+    }
+
+    // Calls f(id, x) for those of tokens first .. first + 3 with x >= floor, and perhaps some further ones. A
+    // multiplication tells most tokens apart from those that need the exact division.
+    template <typename F>
+    DEVICE_MEMBER void for_near(float max, float floor, int first, const float (&v)[4], F f) const {
+        const float factor = is_tempered ? 1.f / slot.temperature : 1.f;
+        const float below = floor - (0.01f + 1e-6f * (fabsf(max) + 28.f));
+        const uint32_t seen = seen_bits(first);
+        uint32_t rest = seen;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (v[j] * factor >= below) rest |= 1u << j;
+#pragma unroll 1
+        for (; rest; rest &= rest - 1) {
+            const int j = __ffs(rest) - 1;
+            const float x = tempered(j < 2 ? j ? v[1] : v[0] : j == 2 ? v[2] : v[3]);
+            f(first + j, seen >> j & 1 ? penalized(x, first + j) : x);
         }
     }
 };
@@ -116,6 +141,12 @@ DEVICE void for_groups(const Row& row, int n, GroupAt group_at, F f) {
                 for (int j = 0; j < 4; j++) v[u - 1][j] = v[u][j];
         }
     }
+}
+
+// Of numbers below 2^54.
+DEVICE uint64_t short_warp_sum(uint64_t v) {
+    const uint32_t low = __reduce_add_sync(kAllLanes, (uint32_t)v & ((1u << 27) - 1));
+    return ((uint64_t)__reduce_add_sync(kAllLanes, (uint32_t)(v >> 27)) << 27) + low;
 }
 
 DEVICE uint64_t warp_sum(uint64_t v) {
