@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from gpu.kernel_harness import CONSTANTS, Gpu, params  # noqa: E402
 from gpu.ops_host import KV_BLOCK, rule  # noqa: E402
-from gpu.test_sample import Sampler  # noqa: E402
+from gpu.test_sample import Sampler, is_short  # noqa: E402
 
 #: bytes of KV cache to rotate through: well over the L2 of the GPUs this is for
 ROTATE = 256 << 20
@@ -151,12 +151,12 @@ def rope_kv(gpu: Gpu, shape: tuple[int, int, int], n_rows: int) -> dict:
 
 
 def sample(gpu: Gpu, slot: dict, n_rows: int, n_vocab: int) -> dict:
-    """All three launches of a draw."""
+    """The launches of a draw."""
     rng = np.random.default_rng(1)
     sampler = Sampler(gpu, n_rows, n_vocab, [slot | {"seed": s} for s in range(n_rows)])
     logits = (rng.standard_normal((n_rows, n_vocab), np.float32) * 3).astype(np.float32)
     sampler.set_logits(logits, range(n_rows), [0] * n_rows)
-    seconds = gpu.time(lambda: sampler.launch(weigh=slot.get("temperature") != 0.0))
+    seconds = gpu.time(lambda: sampler.launch(draw=not is_short(slot, n_vocab)))
     return {"us": seconds * 1e6, "GB/s": 4 * n_rows * n_vocab / seconds / 1e9}
 
 

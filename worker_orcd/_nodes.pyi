@@ -10,8 +10,6 @@ from worker_orcd.cuda.layout import Launch
 NORM_KINDS: dict[str, int]
 ROPE_TYPES: dict[str, int]
 GLU_KINDS: dict[str, int]
-#: dynamic shared memory of sample_draw
-SAMPLE_DRAW_SMEM: int
 #: at least what decode attention takes beside its dynamic shared memory
 DECODE_STATIC_SMEM: int
 
@@ -33,11 +31,11 @@ def prefill_smem(head_dim: int) -> int:
 def norm_threads(n: int, is_scalar: bool) -> int:
     """Threads of a block of norm_vec4 or norm_scalar for rows of `n` columns."""
 
-def sample_chunks(n_vocab: int) -> int:
-    """Blocks of sample_max and sample_weigh for one row."""
+def sample_groups(n_vocab: int) -> int:
+    """Groups of tokens of a row of logits."""
 
-def sample_sizes(n_vocab: int) -> tuple[int, int, int, int]:
-    """Workspace of sampling per row, in bytes: (partial, chunk_weights, bin_weights, bin_counts)."""
+def sample_sizes(n_vocab: int) -> tuple[int, int, int, int, int, int]:
+    """Workspace of sampling per row, in bytes: (best, arrived, group_keys, group_weights, bin_weights, bin_counts)."""
 
 class Node:
     """A named launch."""
@@ -80,9 +78,7 @@ class AttentionNode(Node):
 class SampleNode(Node):
     """The next token of every output row."""
 
-    def __init__(
-        self, name: str, largest: Kernel, weigh: Kernel, draw: Kernel, fields: dict[str, Any], greedy: bool
-    ) -> None: ...
+    def __init__(self, name: str, largest: Kernel, draw: Kernel, fields: dict[str, Any], sm_count: int) -> None: ...
 
 class Conversion:
     """convert_split or convert_f16 with its parameters."""

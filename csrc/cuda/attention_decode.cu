@@ -379,7 +379,7 @@ struct Decode {
         __syncthreads();
         if (threadIdx.x == 0) {
             uint32_t* counter = p.counters + (int64_t)row * gridDim.y + blockIdx.y;
-            shared.is_last = count_block(counter) == n_blocks - 1u;
+            shared.is_last = atomic_add_acq_rel(counter, 1) == n_blocks - 1u;
             if (shared.is_last) *counter = 0u;
         }
         __syncthreads();

@@ -89,7 +89,7 @@ cdef class CudaEngine:
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
     cdef object launches    # `Launches`
-    cdef list nodes, output_nodes, named_nodes, step_sampler, greedy
+    cdef list nodes, output_nodes, named_nodes, step_sampler, short
     cdef Stream stream
     cdef LaunchList pending     # of the part of a step that is being queued
     cdef PinnedMemory staging, out_ring
@@ -331,7 +331,7 @@ cdef class CudaEngine:
         state = <c.SlotSampling*>self.staging.host
         self.staged = sizeof(c.SlotSampling)
         c.fill_SlotSampling(state, {**sampling.numbers(), **edits.counts()}, ())
-        self.greedy[slot] = sampling.temperature == 0.0
+        self.short[slot] = bool(c.sample_is_short(state.temperature, state.top_k, self.n_vocab))
         regions = self.memory.workspace.sampling
         cdef uintptr_t samples = regions.samples.address, seen = regions.seen.address
         cdef uintptr_t region
@@ -418,15 +418,16 @@ cdef class CudaEngine:
         self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory.workspace))
         self.out_ring = self.context.pinned(_ring_offset(0) + RING_STEPS * MAX_BATCH * 4)
         memset(self.out_ring.host, 0, self.out_ring.nbytes)
-        self.greedy = [True] * self.config.max_seqs
+        self.short = [True] * self.config.max_seqs
         ring = {"out": self.out_ring.pointer + _ring_offset(0), "out_steps": RING_STEPS, "out_stride": MAX_BATCH,
                 "host_step": self.out_ring.pointer}
-        self.step_sampler = [self.launches.sampler(ring, feed_back=False, greedy=False)]
-        self.decode_samplers = {greedy: self.launches.sampler(ring, feed_back=True, greedy=greedy)
-                                for greedy in (True, False)}
+        self.step_sampler = [self.launches.sampler(ring, feed_back=False, short=False)]
+        self.decode_samplers = {short: self.launches.sampler(ring, feed_back=True, short=short)
+                                for short in (True, False)}
 
     def _capture(self):
-        """Record one decode step for every batch size, greedy and drawn; the row tables are the graphs' only inputs."""
+        """Record one decode step for every batch size, of short rows (`sample_is_short`) and of any; the row tables are
+        the graphs' only inputs."""
         cdef Shape shape
         sizes = [n for i, n in enumerate(DECODE_SIZES) if not i or DECODE_SIZES[i - 1] < self.config.max_seqs]
         # one row and as many as there may be: between them each product changes once from its small kernel to its
@@ -436,16 +437,16 @@ cdef class CudaEngine:
         for n in sizes:
             shape.n_rows = shape.n_decode = shape.n_out = n
             shape.n_tiles = 0
-            for greedy in (True, False):
+            for short in (True, False):
                 try:
                     self.stream.begin_capture()
                     self._enqueue(self.nodes, &shape)
                     self._enqueue(self.output_nodes, &shape)
-                    self._enqueue([self.decode_samplers[greedy]], &shape)
+                    self._enqueue([self.decode_samplers[short]], &shape)
                 except BaseException:
                     self.stream.abandon_capture()
                     raise
-                self.graphs[n, greedy] = self.stream.end_capture()
+                self.graphs[n, short] = self.stream.end_capture()
 
     def decode(self, slots, seq_ids, tokens, positions, int n_steps, stop_ids, stop_offsets, TokenRing ring,
                Control control):
@@ -474,7 +475,7 @@ cdef class CudaEngine:
         cdef int32_t[:, ::1] result = out
         cdef uint8_t[::1] stopped = np.zeros(n, np.uint8)
         cdef int done
-        cdef Graph graph = self.graphs[size, all(self.greedy[slot] for slot in slots)]
+        cdef Graph graph = self.graphs[size, all(self.short[slot] for slot in slots)]
         with nogil:
             done = self._run(graph, n, n_steps, result, ids, stops, offsets, stopped, ring, control)
         self.staged = 0

@@ -15,8 +15,6 @@ from worker_orcd._driver cimport Kernel, LaunchList
 NORM_KINDS = {"rms": c.NORM_RMS, "layer": c.NORM_LAYER}
 ROPE_TYPES = {"interleaved": c.ROPE_INTERLEAVED, "neox": c.ROPE_NEOX}
 GLU_KINDS = {"silu": c.GLU_SILU, "gelu_tanh": c.GLU_GELU_TANH, "swiglu_oai": c.GLU_SWIGLU_OAI}
-#: dynamic shared memory of sample_draw
-SAMPLE_DRAW_SMEM = c.SAMPLE_DRAW_SMEM
 #: at least what decode attention takes beside its dynamic shared memory
 DECODE_STATIC_SMEM = 4096
 
@@ -52,15 +50,15 @@ def norm_threads(int n, bint is_scalar):
     return c.norm_threads(n, is_scalar)
 
 
-def sample_chunks(int n_vocab):
-    """Blocks of sample_max and sample_weigh for one row."""
-    return c.sample_chunks(n_vocab)
+def sample_groups(int n_vocab):
+    """Groups of tokens of a row of logits."""
+    return c.sample_groups(n_vocab)
 
 
 def sample_sizes(int n_vocab):
-    """Workspace of sampling per row, in bytes: (partial, chunk_weights, bin_weights, bin_counts)."""
-    chunks = c.sample_chunks(n_vocab)
-    return chunks * sizeof(c.SamplePartial), chunks * 8, c.SAMPLE_BINS * 8, c.SAMPLE_BINS * 4
+    """Workspace of sampling per row, in bytes: (best, arrived, group_keys, group_weights, bin_weights, bin_counts)."""
+    groups = c.sample_groups(n_vocab)
+    return 8, 4, groups * 8, groups * 8, c.SAMPLE_BINS * 8, c.SAMPLE_BINS * 4
 
 
 cdef class Node:
@@ -179,28 +177,29 @@ cdef class SampleNode(Node):
 
     Args:
         name: of the launch.
-        largest, weigh, draw: the kernels sample_max, sample_weigh and sample_draw.
-        fields: `SampleParams`.
-        greedy: every row takes its largest logit, so no weights are needed.
+        largest, draw: the kernels sample_max and sample_draw.
+        fields: `SampleParams`; sample_draw is launched where its `draw_follows` says so.
+        sm_count: multiprocessors of the GPU.
     """
 
-    cdef Kernel largest, weigh, draw
+    cdef Kernel largest, draw
     cdef c.SampleParams p
-    cdef bint greedy
+    cdef unsigned int sm_count
 
-    def __init__(self, str name, Kernel largest, Kernel weigh, Kernel draw, dict fields, bint greedy):
+    def __init__(self, str name, Kernel largest, Kernel draw, dict fields, unsigned int sm_count):
         Node.__init__(self, name)
-        self.largest, self.weigh, self.draw, self.greedy = largest, weigh, draw, greedy
+        self.largest, self.draw, self.sm_count = largest, draw, sm_count
         c.fill_SampleParams(&self.p, fields, ())
 
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef unsigned int rows = shape.n_out
         if rows == 0:
             return 0
-        launches.add(self.largest, self.p.n_chunks, rows, 1, 256, 0, &self.p, sizeof(self.p), True)
-        if not self.greedy:
-            launches.add(self.weigh, self.p.n_chunks, rows, 1, 256, 0, &self.p, sizeof(self.p), True)
-        return launches.add(self.draw, rows, 1, 1, 1024, c.SAMPLE_DRAW_SMEM, &self.p, sizeof(self.p), True)
+        cdef unsigned int blocks = c.sample_blocks(self.p.n_vocab, rows, self.sm_count)
+        launches.add(self.largest, blocks, rows, 1, c.SAMPLE_THREADS, 0, &self.p, sizeof(self.p), True)
+        if self.p.draw_follows:
+            launches.add(self.draw, blocks, rows, 1, c.SAMPLE_THREADS, 0, &self.p, sizeof(self.p), True)
+        return 0
 
 
 include "nodes_products.pxi"

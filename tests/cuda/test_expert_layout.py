@@ -98,7 +98,7 @@ def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
     assert alone == [op.name for op in built.ops]
     config = EngineConfig(4, 100, 256, tuple(16 for _ in built.kv_groups))
     splits = {op.window: 4 for op in built.ops if isinstance(op, Attention)}
-    arena = memory.workspace_arena(built, config, splits, 4, 32, memory.SampleScratch(0, 0, 0, 0))
+    arena = memory.workspace_arena(built, config, splits, 4, 32, memory.SampleScratch(0, 0, 0, 0, 0, 0))
     down = next(op for op in built.ops if isinstance(op, ExpertMatMul) and op.per_slot)
     type_id = built.weights[down.weight].type_id
     assert arena.x_split.nbytes >= 64 * down.n_used * layout.x_split_bytes(type_id, down.n_in)

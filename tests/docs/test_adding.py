@@ -90,8 +90,8 @@ def test_a_serve_option_is_two_places(tree: Tree):
 @NO_GXX
 def test_a_sampling_parameter_is_four_places(tree: Tree):
     code, docs, tests = changed(tree, API, "## A sampling parameter: four places")
-    places = {"worker_orcd/engine/sampling.py", "csrc/params/sampling.h", "csrc/cpu/sample.cpp", "csrc/cuda/sample.cu"}
-    assert code == places
+    engines = {"csrc/cpu/sample.cpp", "csrc/cuda/sample_row.cuh"}
+    assert code == {"worker_orcd/engine/sampling.py", "csrc/params/sampling.h", *engines}
     assert docs == {"docs/http.md", "docs/python.md"}, "its documentation"
     assert tests == {"tests/helpers/sampling_reference.py"}
     tree.rebuild_cpu()
@@ -105,7 +105,7 @@ def test_a_sampling_parameter_is_four_places(tree: Tree):
 def test_a_sampling_parameter_gets_its_kernel(tree: Tree):
     tree.perform(API, "## A sampling parameter: four places")
     made = compile_kernels(tree, "csrc/cuda/sample.cu")
-    assert all(name in made["sample"] for name in (b"sample_max", b"sample_weigh", b"sample_draw"))
+    assert all(name in made["sample"] for name in (b"sample_max", b"sample_draw"))
 
 
 def test_a_block_that_no_longer_fits_is_an_error(tmp_path: Path):

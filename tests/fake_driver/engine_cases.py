@@ -20,6 +20,7 @@ from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_
 
 import worker_orcd
 from worker_orcd import LLM, SamplingParams, _driver, _engine
+from worker_orcd._ring import Control, TokenRing
 from worker_orcd.cuda import memory, vram
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
@@ -174,6 +175,35 @@ def test_a_slot_that_is_set_begins_anew_and_alone(tiny):
     assert slot("edits", 1)[: 4 * len(most.words)] == most.words.tobytes()
     with pytest.raises(InvalidRequest, match="edits"):
         engine.set_slot(1, params, token_edits(SamplingParams(logit_bias={n_vocab: 1.0})))
+    engine.close()
+
+
+def test_rows_with_a_small_top_k_decode_as_greedy_ones_do(tiny):
+    """Both have their graph of one launch of sampling; one row that needs two takes all of its step to the other."""
+    with recorded() as start:
+        engine = _engine.CudaEngine(*tiny)
+    captured = [launch.kernel for launch in start if launch.captured]
+    assert captured.count("sample_max") == 2 * captured.count("sample_draw") == 2 * len(engine.warm_seqs)
+    engine.block_tables[:] = 0
+
+    def new_graphs(n_rows, **sampling):
+        """Graphs that a step of `n_rows`, of which one samples so, is the first to take."""
+        before = FAKE.fake_new_graphs()
+        engine.set_slot(1, SamplingParams(seed=1, **sampling))
+        slots = np.arange(n_rows, dtype=np.int32)
+        engine.decode(slots, slots.astype(np.int64), slots, 0 * slots, 1, np.empty(0, np.int32),
+                      np.zeros(n_rows + 1, np.int32), TokenRing(), Control())  # fmt: skip
+        return before - FAKE.fake_new_graphs()
+
+    assert engine.n_vocab > 129
+    assert new_graphs(2, temperature=0.0) == 1
+    assert new_graphs(2, temperature=0.7, top_k=40, top_p=0.95, min_p=0.1) == new_graphs(2, top_k=128) == 0
+    assert new_graphs(2, top_k=129) == 1
+    assert new_graphs(2) == new_graphs(2, top_p=0.9) == 0
+    assert new_graphs(3, top_k=1) == 1
+    assert new_graphs(3, min_p=0.1) == 1
+    assert new_graphs(4, top_k=engine.n_vocab) == 1
+    assert new_graphs(4, temperature=0.0) == 1
     engine.close()
 
 

@@ -4,7 +4,7 @@
 //
 // Environment: FAKE_CUDA_DEVICES (1), FAKE_CUDA_CAPABILITY ("9.0"), FAKE_CUDA_MEMORY (bytes, 1 GiB),
 // FAKE_CUDA_SMS (multiprocessors, 132), FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_ANY_KERNEL (every
-// name is a kernel, which does nothing; sample_draw counts its steps), FAKE_CUDA_DELAY_US (longest delay of an
+// name is a kernel, which does nothing; the last of a draw counts its steps), FAKE_CUDA_DELAY_US (longest delay of an
 // operation, 50).
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -46,7 +46,7 @@ typedef struct Op {
     Event* event;
     uint64_t generation;
     const char* kernel;
-    unsigned char params[136];
+    unsigned char params[160];
     struct Op* next;
 } Op;
 typedef struct Stream {
@@ -167,12 +167,14 @@ static void run(Op* op) {
                     sticky = ILLEGAL_ADDRESS;
             } else if (!strcmp(op->kernel, "fault"))
                 sticky = ILLEGAL_ADDRESS;
-            else if (!strcmp(op->kernel, "sample_draw")) {  // csrc/params/sample_params.h; draws what is there
+            else if (!strncmp(op->kernel, "sample_", 7)) {  // csrc/params/sample_params.h; draws what is there
                 struct {
-                    const void* others[15];
+                    const void* others[17];
                     uint64_t *step, *host_step;
+                    int32_t draw_follows;
                 } p;
                 memcpy(&p, op->params, sizeof p);
+                if (p.draw_follows && strcmp(op->kernel, "sample_draw")) break;
                 ++*p.step;
                 if (p.host_step) __atomic_store_n(p.host_step, *p.step, __ATOMIC_RELEASE);
             }
@@ -476,7 +478,7 @@ Status cuLaunchKernelEx(const void* config, void* f, void** params, void** extra
     Stream* s = *(Stream**)((const char*)config + 32);  // after seven unsigned ints
     if (watcher) watcher(f, config, *(const unsigned*)((const char*)config + 48), params[0], s->capture != NULL);
     Op op = {.kind = KERNEL, .kernel = f};
-    memcpy(op.params, params[0], !strcmp(f, "copy") ? 24 : !strcmp(f, "sample_draw") ? sizeof op.params : 0);
+    memcpy(op.params, params[0], !strcmp(f, "copy") ? 24 : !strncmp(f, "sample_", 7) ? sizeof op.params : 0);
     return push(s, op);
 }
 

@@ -276,18 +276,30 @@ class Gpu:
         """Device-to-device copy on the stream."""
         check(driver.cuMemcpyDtoDAsync(dst.ptr, src.ptr, nbytes, self.stream), "cuMemcpyDtoDAsync")
 
+    def _capture(self, fn: Callable[[], None], n_inner: int) -> tuple[Any, Any]:
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        check(driver.cuStreamBeginCapture(self.stream, mode), "cuStreamBeginCapture")
+        for _ in range(n_inner):
+            fn()
+        graph = check(driver.cuStreamEndCapture(self.stream), "cuStreamEndCapture")
+        return graph, check(driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
+
+    def replay(self, fn: Callable[[], None], n_inner: int, times: int) -> None:
+        """Capture `n_inner` calls of `fn()` (launches only) into one graph and queue that `times` times; waits."""
+        graph, executable = self._capture(fn, n_inner)
+        for _ in range(times):
+            check(driver.cuGraphLaunch(executable, self.stream), "cuGraphLaunch")
+        self.sync()
+        check(driver.cuGraphExecDestroy(executable), "cuGraphExecDestroy")
+        check(driver.cuGraphDestroy(graph), "cuGraphDestroy")
+
     def time(self, fn: Callable[[], None], n_inner: int = 20, n_repeat: int = 15, n_warm: int = 3) -> float:
         """Median seconds of one `fn()` (launches only).
 
         `fn` is captured `n_inner` times into one graph, whose replays are timed with events: launch gaps of the host
         do not count, and what `fn` varies from call to call (rotating buffers) is kept.
         """
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        check(driver.cuStreamBeginCapture(self.stream, mode), "cuStreamBeginCapture")
-        for _ in range(n_inner):
-            fn()
-        graph = check(driver.cuStreamEndCapture(self.stream), "cuStreamEndCapture")
-        executable = check(driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
+        graph, executable = self._capture(fn, n_inner)
         start, stop = (check(driver.cuEventCreate(0), "cuEventCreate") for _ in range(2))
         times = []
         for i in range(n_warm + n_repeat):

@@ -6,7 +6,7 @@ import limits
 import numpy as np
 import pytest
 from gpu.kernel_harness import CONSTANTS, STRUCTS, available, params
-from gpu.ops_host import new_gpu
+from gpu.ops_host import new_gpu, rule
 from helpers.sampling_reference import edited, penalized
 
 from worker_orcd import SamplingParams
@@ -15,7 +15,7 @@ from worker_orcd.engine.token_edits import token_edits
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
 
 ONE = 1 << 40
-DRAW_SMEM, CHUNK, BINS = (CONSTANTS[f"SAMPLE_{name}"] for name in ("DRAW_SMEM", "CHUNK", "BINS"))
+THREADS, GROUP, BINS, TOP_K = (CONSTANTS[f"SAMPLE_{name}"] for name in ("THREADS", "GROUP", "BINS", "TOP_K"))
 
 GREEDY = {"temperature": 0.0}
 #: what a slot may have beside the numbers of `SlotSampling`: arguments of `edited`
@@ -41,6 +41,12 @@ def philox(seed: int, position: int) -> int:
 
 def test_philox_known_answer():
     assert philox(0, 0) == 0xE169C58D6627E8D5  # words 1 and 0 of the published vector
+
+
+def is_short(slot, n_vocab):
+    """Whether one launch draws the slot's token, as `sample_is_short`."""
+    s = OFF | slot
+    return s["temperature"] < 1e-5 or 0 < s["top_k"] <= min(TOP_K, n_vocab - 1)
 
 
 def edits_of(slot):
@@ -97,12 +103,14 @@ def reference(logits, position, slot, sampled=()):
     ids = np.sort(order)
     running = np.cumsum(w[ids])
     t = philox(s["seed"], position + 1) * int(running[-1]) >> 64
+    if (w[w > 0] == ONE).all():  # nothing was rounded
+        return int(ids[np.searchsorted(running, t, side="right")]), 1.0
     margin = min(margin, float(np.abs(running[:-1].astype(float) - t).min(initial=np.inf)) / float(running[-1]))
     return int(ids[np.searchsorted(running, t, side="right")]), margin
 
 
 class Sampler:
-    """Workspace and state of the three kernels for rows of `n_vocab`; slot i samples by slots[i]."""
+    """Workspace and state of both kernels for rows of `n_vocab`; slot i samples by slots[i]."""
 
     def __init__(self, gpu, n_rows, n_vocab, slots, out_steps=4):
         self.gpu, self.n_rows, self.n_vocab = gpu, n_rows, n_vocab
@@ -118,14 +126,15 @@ class Sampler:
             for key, value in values.items():
                 setattr(entry, key, value)
         self.seen_words = -(-n_vocab // 32)
-        self.n_chunks = -(-n_vocab // CHUNK)
+        self.n_groups, self.n_blocks = rule("sample_groups", n_vocab), rule("sample_blocks", n_vocab, n_rows, gpu.n_sm)
         self.samples = gpu.buffer(np.frombuffer(bytes(table), np.uint8))
         self.edits = gpu.buffer(words)
         self.history = gpu.buffer(np.zeros((len(slots), CONSTANTS["SAMPLING_HISTORY_WORDS"]), np.int32))
         self.seen = gpu.buffer(np.zeros((len(slots), self.seen_words), np.uint32))
         self.counts = gpu.buffer(np.zeros((len(slots), n_vocab), np.uint32))
-        self.partial = gpu.empty((n_rows, self.n_chunks, 4), np.int32)
-        self.chunk_weights = gpu.empty((n_rows, self.n_chunks), np.uint64)
+        self.group_keys = gpu.empty((n_rows, self.n_groups), np.uint64)
+        self.group_weights = gpu.empty((n_rows, self.n_groups), np.uint64)
+        self.best, self.arrived = gpu.buffer(np.zeros(n_rows, np.uint64)), gpu.buffer(np.zeros(n_rows, np.uint32))
         self.bin_weights = gpu.buffer(np.zeros((n_rows, BINS), np.uint64))
         self.bin_counts = gpu.buffer(np.zeros((n_rows, BINS), np.uint32))
         self.done = gpu.buffer(np.zeros(1, np.uint32))
@@ -143,36 +152,33 @@ class Sampler:
         self.slots = self.gpu.buffer(np.asarray(rows_slots, np.int32))
         self.positions = self.gpu.buffer(np.asarray(positions, np.int32))
 
-    def launch(self, advance=1, weigh=True, pdl=True):
+    def launch(self, advance=1, draw=True, pdl=True):
         """Queue the launches of one step."""
         p = params("SampleParams", logits=self.logits, samples=self.samples, slots=self.slots,
                    positions=self.positions, edits=self.edits, history=self.history, seen=self.seen,
-                   counts=self.counts, partial=self.partial, chunk_weights=self.chunk_weights,
-                   bin_weights=self.bin_weights, bin_counts=self.bin_counts, done=self.done,
-                   next_tokens=self.next_tokens, out=self.out, step=self.step, host_step=self.host_step,
-                   logits_stride=self.stride, n_vocab=self.n_vocab, n_chunks=self.n_chunks,
-                   seen_words=self.seen_words, out_steps=self.out_steps, out_stride=self.n_rows + 2,
-                   advance=advance)  # fmt: skip
-        gpu, grid = self.gpu, (self.n_chunks, self.n_rows)
-        gpu.launch(gpu.kernel("sample", "sample_max"), grid, 256, p, pdl=pdl)
-        if weigh:
-            gpu.launch(gpu.kernel("sample", "sample_weigh"), grid, 256, p, pdl=pdl)
-        gpu.launch(gpu.kernel("sample", "sample_draw"), self.n_rows, 1024, p, smem=DRAW_SMEM, pdl=pdl)
+                   counts=self.counts, best=self.best, arrived=self.arrived, group_keys=self.group_keys,
+                   group_weights=self.group_weights, bin_weights=self.bin_weights, bin_counts=self.bin_counts,
+                   done=self.done, next_tokens=self.next_tokens, out=self.out, step=self.step,
+                   host_step=self.host_step, draw_follows=draw, logits_stride=self.stride, n_vocab=self.n_vocab,
+                   n_groups=self.n_groups, seen_words=self.seen_words, out_steps=self.out_steps,
+                   out_stride=self.n_rows + 2, advance=advance)  # fmt: skip
+        for name in ("sample_max", "sample_draw")[: 1 + draw]:
+            self.gpu.launch(self.gpu.kernel("sample", name), (self.n_blocks, self.n_rows), THREADS, p, pdl=pdl)
 
-    def run(self, advance=1, weigh=True):
+    def check_workspace(self):
+        """What is to be left zero is, and nothing was written beside a buffer."""
+        for name in ("best", "arrived", "bin_weights", "bin_counts", "done"):
+            assert not getattr(self, name).to_numpy().any(), name
+        for name in ("group_keys", "group_weights", "logits", "samples", "edits", "history", "seen", "counts"):
+            getattr(self, name).check_guards()
+
+    def run(self, advance=1, draw=True):
         """One step. Returns the tokens of its row of `out`."""
         step = int(self.step.to_numpy()[0])
-        self.launch(advance, weigh)
+        self.launch(advance, draw)
         out = self.out.to_numpy()
-        assert (
-            not self.done.to_numpy().any()
-            and not self.bin_weights.to_numpy().any()
-            and not self.bin_counts.to_numpy().any()
-        )
+        self.check_workspace()
         assert int(self.step.to_numpy()[0]) == int(self.host_step.to_numpy()[0]) == step + 1
-        for buffer in (self.partial, self.chunk_weights, self.logits, self.samples, self.edits, self.history, self.seen,
-                       self.counts):  # fmt: skip
-            buffer.check_guards()
         return out[step % self.out_steps, : self.n_rows]
 
 
@@ -334,6 +340,130 @@ def test_a_ban_does_not_hide_what_is_no_number(gpu):
     assert sampler.run().tolist() == [-1, -1, 4, -1]
 
 
+def crowded(rng, n_rows, n_vocab):
+    """Rows that are hard to filter, each of another kind."""
+    f, rows = np.float32, np.empty((n_rows, n_vocab), np.float32)
+    ramp = np.arange(n_vocab, dtype=f)
+    kinds = [
+        lambda x: np.zeros(n_vocab, f),  # all equal
+        lambda x: np.where(x > 0, f(2), f(1)),  # two values
+        lambda x: np.where(x > 0, f(0), f(-40)),  # two values, one without weight
+        lambda x: np.where(x > 1.5, x.round(), f(-5)),  # ties wherever a top-k ends
+        lambda x: np.where(rng.random(n_vocab) < 3 / n_vocab, x, f(-np.inf)),
+        lambda x: x * f(10) ** rng.integers(-30, 30, n_vocab).astype(f),  # huge and tiny
+        lambda x: x * f(1e-39),  # no normal number
+        lambda x: -ramp * f(1e-3),  # the largest are neighbours
+        lambda x: ramp * f(1e-7) + f(7),
+        lambda x: np.where(ramp // 200 % 7 == 3, x + f(9), x),
+        lambda x: np.full(n_vocab, f(3.4e38)),
+        lambda x: x,
+    ]
+    for i in range(n_rows):
+        rows[i] = kinds[(i + rng.integers(len(kinds))) % len(kinds)](rng.standard_normal(n_vocab).astype(f) * 3)
+        if not np.isfinite(rows[i]).any():
+            rows[i, rng.integers(n_vocab)] = 1
+    return rows
+
+
+def many_slots(rng, n, n_vocab):
+    """Slots with filters at their ends and of all kinds in one batch; the first are greedy."""
+    below_one = float(np.nextafter(np.float32(1), np.float32(0)))
+    top_ks = [1, 2, 40, 40, TOP_K - 1, TOP_K, TOP_K + 1, 1000, n_vocab - 1, n_vocab, 2 * n_vocab]
+    top_ps = [1e-30, 0.05, 0.5, 0.9, 0.95, 0.95, 0.999, below_one]
+    slots = [GREEDY]
+    while len(slots) < n:
+        slot = {"temperature": float(rng.choice([1.0, 1.0, 0.7, 0.05, 1.9])), "seed": int(rng.integers(2**63))}
+        if rng.random() < 0.65:
+            slot["top_k"] = int(rng.choice(top_ks))
+        if rng.random() < 0.6:
+            slot["top_p"] = float(rng.choice(top_ps))
+        if rng.random() < 0.3:
+            slot["min_p"] = float(rng.choice([1e-9, 0.05, 0.5, 1.0]))
+        slots.append(GREEDY if rng.random() < 0.1 else slot)
+    return slots
+
+
+@pytest.mark.parametrize("n_rows", [1, 8, 64])
+@pytest.mark.parametrize("n_vocab", [300, 32064, 151936, 201088])
+def test_filters_on_rows_of_all_kinds(gpu, n_vocab, n_rows):
+    rng = np.random.default_rng(n_vocab + n_rows)
+    skipped = 0
+    for _ in range(max(1, 4 // n_rows)):
+        slots = many_slots(rng, n_rows + 1, n_vocab)[n_rows == 1 :][:n_rows]
+        sampler = Sampler(gpu, n_rows, n_vocab, slots)
+        logits = crowded(rng, n_rows, n_vocab)
+        if n_rows == 64:  # few, or the reference takes long
+            logits[8:] = logits[rng.integers(0, 8, 56)] * rng.choice([1, 0.5, 0.9], (56, 1)).astype(np.float32)
+        positions = rng.integers(0, 5000, n_rows)
+        order = rng.permutation(n_rows)
+        order[rng.random(n_rows) < 0.1 * (n_rows > 1)] = -1
+        sampler.set_logits(logits, order, positions)
+        tokens = sampler.run()
+        for row, slot in enumerate(order):
+            if slot < 0:
+                assert tokens[row] == -1, "poison of a dead row must stay"
+                continue
+            want, margin = reference(logits[row], int(positions[row]), slots[slot])
+            skipped += margin < limits.SAMPLE_MARGIN
+            assert tokens[row] == want or margin < limits.SAMPLE_MARGIN, (
+                f"row {row}, {slots[slot]}: {tokens[row]} != {want} (margin {margin:.1e})"
+            )
+    print(f"{skipped} draws within {limits.SAMPLE_MARGIN} of a limit")
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 40, TOP_K])
+def test_more_tokens_than_the_list_holds(gpu, top_k):
+    """Rows whose largest tokens are neighbours, in few groups or in all, alike or all different."""
+    rng = np.random.default_rng(top_k)
+    n_vocab = 40000
+    ramp = np.arange(n_vocab, dtype=np.float32)
+    rows = np.stack([
+        -ramp * np.float32(1e-4), ramp * np.float32(1e-4), np.where(ramp < 9000, ramp % 600, ramp % 5),
+        5 - (ramp % 128 > 100) * ramp * np.float32(1e-5), -(ramp // 128) * np.float32(1e-6), np.zeros(n_vocab),
+        np.nextafter(np.float32(1), ramp - 20000), np.sort(rng.standard_normal(n_vocab)),
+    ]).astype(np.float32)  # fmt: skip
+    slots = [{"top_k": top_k, "seed": i} for i in range(4)] + [{"top_k": top_k, "top_p": 0.7, "seed": 9}]
+    for slot in range(len(slots)):
+        sampler = Sampler(gpu, len(rows), n_vocab, slots)
+        sampler.set_logits(rows, [slot] * len(rows), range(len(rows)))
+        tokens = sampler.run(draw=False)
+        for row, token in enumerate(tokens):
+            want, margin = reference(rows[row], row, slots[slot])
+            assert token == want or margin < limits.SAMPLE_MARGIN, f"row {row}, slot {slot}"
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_steps_follow_each_other_without_a_wait(gpu, replayed):
+    """A hundred steps as launches or as a graph: each finds counters, positions and seen tokens in order."""
+    rng = np.random.default_rng(11)
+    n_vocab, steps = 6000, 100
+    slots = [
+        GREEDY, {"top_k": 40, "top_p": 0.95, "seed": 1}, {"top_p": 0.9, "seed": 2}, {"seed": 3},
+        GREEDY | {"repetition_penalty": 1.5, "bad_words": [(3,)]},
+        {"top_k": 20, "repetition_penalty": 1.2, "frequency_penalty": 0.2, "seed": 4},
+        {"top_k": 300, "min_p": 0.01, "seed": 5},
+    ]  # fmt: skip
+    logits = make_logits(rng, len(slots) + 1, n_vocab, "normal")
+    sampler = Sampler(gpu, len(slots) + 1, n_vocab, slots, out_steps=steps)
+    sampler.set_logits(logits, [*range(len(slots)), -1], [10] * (len(slots) + 1))
+    if replayed:
+        gpu.replay(sampler.launch, 4, steps // 4)
+    else:
+        for _ in range(steps):
+            sampler.launch()
+    tokens = sampler.out.to_numpy()
+    sampler.check_workspace()
+    assert int(sampler.step.to_numpy()[0]) == int(sampler.host_step.to_numpy()[0]) == steps
+    assert sampler.positions.to_numpy().tolist() == [10 + steps] * len(slots) + [10]
+    assert (tokens[:, len(slots) :] == -1).all()
+    for i, slot in enumerate(slots):
+        sampled = []
+        for step in range(steps):
+            want, margin = reference(logits[i], 10 + step, slot, sampled)
+            assert tokens[step, i] == want or margin < limits.SAMPLE_MARGIN, f"step {step}, {slot}"
+            sampled.append(int(tokens[step, i]))
+
+
 def test_row_depends_on_nothing_else(gpu):
     rng = np.random.default_rng(5)
     n_vocab, slots = 9000, [{"temperature": 0.8, "top_p": 0.9, "seed": i} for i in range(6)]
@@ -347,12 +477,22 @@ def test_row_depends_on_nothing_else(gpu):
         assert alone.run()[0] == tokens[row]
 
 
-def test_greedy_without_weighing(gpu):
+def test_short_rows_need_one_launch(gpu):
     rng = np.random.default_rng(6)
-    sampler = Sampler(gpu, 3, 10000, [GREEDY] * 3)
-    logits = make_logits(rng, 3, 10000, "ties")
-    sampler.set_logits(logits, [0, 1, 2], [0, 1, 2])
-    assert np.array_equal(sampler.run(weigh=False), logits.argmax(1))
+    slots = [GREEDY, {"top_k": 40, "top_p": 0.95, "seed": 5}, GREEDY, {"top_k": TOP_K, "seed": 6}]
+    sampler = Sampler(gpu, 4, 10000, slots)
+    logits = make_logits(rng, 4, 10000, "ties")
+    sampler.set_logits(logits, range(4), range(4))
+    want = [reference(row, i, slot)[0] for i, (row, slot) in enumerate(zip(logits, slots, strict=True))]
+    assert sampler.run(draw=False).tolist() == want
+
+
+def test_a_row_that_needs_the_second_launch_fails_without_it(gpu):
+    slots = [GREEDY, {"seed": 1}, {"top_k": TOP_K + 1}, {"top_p": 0.9}]
+    sampler = Sampler(gpu, 4, 5000, slots)
+    sampler.set_logits(make_logits(np.random.default_rng(6), 4, 5000, "normal"), range(4), range(4))
+    assert sampler.run(draw=False).tolist()[1:] == [-1] * 3
+    assert sampler.run()[1:].min() >= 0
 
 
 def test_temperature_that_overflows(gpu):

@@ -13,7 +13,6 @@ from worker_orcd._nodes import (
     GLU_KINDS,
     NORM_KINDS,
     ROPE_TYPES,
-    SAMPLE_DRAW_SMEM,
     AttentionNode,
     Bound,
     Conversion,
@@ -27,7 +26,7 @@ from worker_orcd._nodes import (
     decode_smem,
     norm_threads,
     prefill_smem,
-    sample_chunks,
+    sample_groups,
 )
 from worker_orcd.cuda import expert_layout, layout, memory
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention
@@ -404,13 +403,13 @@ class Launches:
 
     # ---- sampling
 
-    def sampler(self, ring: Fields, feed_back: bool, greedy: bool) -> SampleNode:
+    def sampler(self, ring: Fields, feed_back: bool, short: bool) -> SampleNode:
         """The draw of output rows from the plan's logits.
 
         Args:
             ring: where the tokens go: out, out_steps, out_stride and host_step of `SampleParams`.
             feed_back: the output rows are the step's rows, whose tokens and positions become those of the next step.
-            greedy: every row takes its largest logit.
+            short: every row is greedy or has a small top-k, `sample_is_short`.
         """
         w, s, n_vocab = self._workspace, self._workspace.sampling, self.plan.n_vocab
         fields = {
@@ -418,15 +417,15 @@ class Launches:
             "slots": (w.slots if feed_back else s.slots).address,
             "positions": (w.positions if feed_back else s.positions).address, "edits": s.edits.address,
             "history": s.history.address, "seen": s.seen.address, "counts": s.counts.address,
-            "partial": s.partial.address, "chunk_weights": s.chunk_weights.address,
+            "best": s.best.address, "arrived": s.arrived.address, "group_keys": s.group_keys.address,
+            "group_weights": s.group_weights.address,
             "bin_weights": s.bin_weights.address, "bin_counts": s.bin_counts.address, "done": s.done.address,
-            "next_tokens": w.tokens.address if feed_back else 0, "step": s.step.address, "logits_stride": n_vocab,
-            "n_vocab": n_vocab, "n_chunks": sample_chunks(n_vocab), "seen_words": -(-n_vocab // 32),
-            "advance": feed_back,
+            "next_tokens": w.tokens.address if feed_back else 0, "step": s.step.address, "draw_follows": not short,
+            "logits_stride": n_vocab, "n_vocab": n_vocab, "n_groups": sample_groups(n_vocab),
+            "seen_words": -(-n_vocab // 32), "advance": feed_back,
         }  # fmt: skip
-        largest, weigh = self.kernel("sample", "sample_max"), self.kernel("sample", "sample_weigh")
-        draw = self.kernel("sample", "sample_draw", SAMPLE_DRAW_SMEM)
-        return SampleNode("sample", largest, weigh, draw, fields, greedy)
+        largest, draw = self.kernel("sample", "sample_max"), self.kernel("sample", "sample_draw")
+        return SampleNode("sample", largest, draw, fields, self.context.sm_count)
 
 
 #: op -> the method that makes its launches; `lower` makes no op that is not here

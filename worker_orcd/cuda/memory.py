@@ -96,8 +96,10 @@ class Sampling:
     `slots` and `positions` are int32 [MAX_OUT], those of the output rows where a step is no decode step.
     """
 
-    partial: Region
-    chunk_weights: Region
+    best: Region
+    arrived: Region
+    group_keys: Region
+    group_weights: Region
     bin_weights: Region
     bin_counts: Region
     samples: Region
@@ -161,8 +163,10 @@ class Arenas(NamedTuple):
 class SampleScratch(NamedTuple):
     """Bytes of sampling's scratch for one output row."""
 
-    partial: int
-    chunk_weights: int
+    best: int
+    arrived: int
+    group_keys: int
+    group_weights: int
     bin_weights: int
     bin_counts: int
 
@@ -274,8 +278,10 @@ def workspace_arena(
         x_half_scale=end.add(rows * max(n for n, _, _ in inputs) * 4),
         routing=_routing(end, plan, rows),
         sampling=Sampling(
-            partial=end.add(MAX_OUT * sample.partial),
-            chunk_weights=end.add(MAX_OUT * sample.chunk_weights),
+            best=end.add(MAX_OUT * sample.best),
+            arrived=end.add(MAX_OUT * sample.arrived),
+            group_keys=end.add(MAX_OUT * sample.group_keys),
+            group_weights=end.add(MAX_OUT * sample.group_weights),
             bin_weights=end.add(MAX_OUT * sample.bin_weights),
             bin_counts=end.add(MAX_OUT * sample.bin_counts),
             samples=end.add(config.max_seqs * SLOT_SAMPLING_BYTES),

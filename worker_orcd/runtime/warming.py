@@ -28,7 +28,8 @@ from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
 _GREEDY = SamplingParams(temperature=0.0, seed=0)
-_DRAWN = SamplingParams(temperature=1.0, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.1, seed=0)
+#: no small top-k: a GPU draws by that in the launches of greedy steps
+_DRAWN = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=0)
 #: most output rows of a step
 _MAX_OUT = 64
 #: seconds between two looks at whether the load shall go on

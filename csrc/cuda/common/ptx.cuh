@@ -60,15 +60,18 @@ DEVICE void keep_loads_here() { asm volatile("" ::: "memory"); }
 // Brings the cache line of `global` into L2.
 DEVICE void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
-// ---- blocks of one launch ----------------------------------------------------------------------------------------
+// ---- what blocks tell each other and the host --------------------------------------------------------------------
 
-// Adds to a counter that blocks share and gives what it was. Between two __syncthreads: what the block wrote before is
-// seen by the block that finds its addition, and what that one wrote is seen here after it.
-DEVICE uint32_t count_block(uint32_t* counter) {
+// Adds to a counter in global memory; returns what was there. What this thread knew before (its own writes, and those
+// of its block before a barrier) is visible to whoever reads the sum in the same way.
+DEVICE uint32_t atomic_add_acq_rel(uint32_t* counter, uint32_t n) {
     uint32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(n) : "memory");
     return before;
 }
+
+// What this thread knows is visible to the host before what it writes next.
+DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // ---- matrix products: d[16x8] += a[16x16] b[16x8], float32 accumulators ------------------------------------------
 // With g = lane / 4 and t = lane % 4 (low half of a register first):
