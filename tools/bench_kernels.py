@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from gpu.kernel_harness import Gpu  # noqa: E402
-from gpu.matmul_host import Matmul, Matrix, Matvec  # noqa: E402
+from gpu.matmul_host import Decode, Matmul, Matrix  # noqa: E402
 
 from worker_orcd.cuda import layout  # noqa: E402
 from worker_orcd.gguf import quants  # noqa: E402
@@ -99,15 +99,16 @@ def main() -> None:
     for what, type_name, n_outs, k in DECODE:
         if not wanted(what, type_name):
             continue
-        sets, n_bytes = copies(gpu, type_name, n_outs, k)
+        sets, n_bytes = copies(gpu, type_name, (sum(n_outs),), k)  # side by side, they are one to a launch
         line = f"{what:16s} {type_name:5s} {n_bytes / 1e6:7.2f} MB  "
         for n_rows in rows_decode:
             x = gpu.buffer(np.random.default_rng(1).standard_normal((n_rows, k), np.float32))
-            outs = [gpu.empty((n_rows, n)) for n in n_outs]
-            launches = [Matvec(gpu, s, x, outs, n_rows) for s in sets]
+            outs = [gpu.empty((n_rows, sum(n_outs)))]
+            launches = [Decode(gpu, s, x, outs, n_rows) for s in sets]
             seconds = gpu.time(rotating(launches), n_inner=len(sets) * -(-16 // len(sets)), n_repeat=9)
             share = n_bytes / seconds / rate
-            results.append({"kernel": launches[0].launch.kernel, "what": what, "n_out": n_outs, "k": k, "rows": n_rows,
+            (_, launch, _), *_ = launches[0].launches
+            results.append({"kernel": launch.kernel, "what": what, "n_out": n_outs, "k": k, "rows": n_rows,
                             "us": seconds * 1e6, "GB/s": n_bytes / seconds / 1e9, "of_copy": share})  # fmt: skip
             line += f"{seconds * 1e6:7.1f} {100 * share:3.0f}%"
             del launches, outs

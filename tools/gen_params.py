@@ -69,6 +69,8 @@ def read(paths: Iterable[Path] | None = None) -> list[Header]:
                 visit(CSRC / included)
             constants = {name: value for header in found.values() for name, value in header.constants.items()}
             found[path] = _parse(path, text, constants)
+            if twice := sorted(set(found[path].constants) & set(constants)):
+                raise ValueError(f"{path.name}: {', '.join(twice)} is defined by another header")
 
     for path in sorted((CSRC / "params").glob("*_params.h")) if paths is None else paths:
         visit(path)

@@ -35,14 +35,10 @@ LONG_ROPE_MARGIN = 1e-2
 
 # ---- CUDA kernels, NMSE against float64 --------------------------------------------------------------------------
 
-#: exact weights, activations in two bf16 terms, float32 sums
-MATVEC_NMSE = 1e-9
-#: weights and activations each rounded to fp16 once: 4e-8 each; types with minima round those, too
-MATMUL_NMSE = 4e-7
-#: as MATVEC_NMSE, but of five outputs alone, where sums may cancel
-EXPERTS_DECODE_NMSE = 1e-8
-#: as MATMUL_NMSE, likewise
-EXPERTS_PREFILL_NMSE = 1e-6
+#: weights, their scales and activations each rounded to fp16 once: 4e-8 each
+MATMUL_NMSE = 6e-7
+#: as MATMUL_NMSE, but of five outputs alone, where sums may cancel
+EXPERTS_NMSE = 3e-6
 #: float32 logits of order 1 and one exp each
 GATES_NMSE = 1e-10
 #: q as two halves, the weights as one
@@ -52,7 +48,7 @@ POINTWISE_NMSE = 1e-12
 #: LayerNorm, whose mean cancels
 LAYER_NORM_NMSE = 1e-9
 #: an op of the CUDA engine inside a model, against the oracle
-CUDA_OP_NMSE = 2e-5
+CUDA_OP_NMSE = 5e-5
 #: a drawn token may differ only where a running sum comes this close to a limit (exp of the device and of NumPy)
 SAMPLE_MARGIN = 2e-6
 

@@ -10,6 +10,8 @@ from worker_orcd.cuda.layout import Launch
 NORM_KINDS: dict[str, int]
 ROPE_TYPES: dict[str, int]
 GLU_KINDS: dict[str, int]
+CONVERT_KINDS: dict[str | None, int]
+PRODUCT_MODES: dict[str, int]
 #: at least what decode attention takes beside its dynamic shared memory
 DECODE_STATIC_SMEM: int
 
@@ -81,14 +83,24 @@ class SampleNode(Node):
     def __init__(self, name: str, largest: Kernel, draw: Kernel, fields: dict[str, Any], sm_count: int) -> None: ...
 
 class Conversion:
-    """convert_split or convert_f16 with its parameters."""
+    """convert_rows with its parameters."""
 
-    def __init__(self, kernel: Kernel, fields: dict[str, Any], by_column: bool) -> None: ...
+    def __init__(self, kernel: Kernel, fields: dict[str, Any], n_inputs: int = 1) -> None: ...
 
 class Bound:
     """A kernel with its launch geometry."""
 
     def __init__(self, kernel: Kernel, launch: Launch) -> None: ...
+
+class GluRows:
+    """The gated activation of some rows, where no product applies it."""
+
+    def __init__(self, kernel: Kernel, fields: dict[str, Any]) -> None: ...
+
+class DecodeProduct:
+    """A launch of decode_*, for 1 to 8 rows."""
+
+    def __init__(self, fields: dict[str, Any], inline: bool, bounds: list[Bound]) -> None: ...
 
 class MatMulNode(Node):
     """Products of one input with up to four matrices of one type."""
@@ -96,13 +108,15 @@ class MatMulNode(Node):
     def __init__(
         self,
         name: str,
-        to_split: Conversion,
-        to_half: Conversion,
+        conversion: Conversion | None,
+        inline: bool,
+        decode: list[DecodeProduct],
         matvec: dict[str, Any],
+        matvecs: list[Bound],
         matmuls: list[dict[str, Any]],
-        decode: list[Bound],
         prefill: Callable[[int, int], Bound],
         outputs: bool,
+        glu: GluRows | None = None,
     ) -> None: ...
 
 class RouteNode(Node):
@@ -122,16 +136,22 @@ class RouteNode(Node):
         item_rows: Callable[[int], int],
     ) -> None: ...
 
+class ExpertProduct:
+    """A launch of expert_few_*, for 1 to 8 rows."""
+
+    def __init__(self, fields: dict[str, Any], bounds: list[Bound]) -> None: ...
+
 class ExpertProductNode(Node):
     """Products of every row and slot with one or two matrices of the expert in that slot."""
 
     def __init__(
         self,
         name: str,
-        to_split: Conversion,
-        to_half: Conversion,
+        conversion: Conversion,
+        few: list[ExpertProduct],
         matvec: dict[str, Any],
         matmul: dict[str, Any],
         decode: list[Bound],
         prefill: Callable[[int], Bound],
+        glu: GluRows | None = None,
     ) -> None: ...

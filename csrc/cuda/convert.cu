@@ -1,53 +1,103 @@
-// Activations from float32 rows to the forms the matrix kernels read, once per product.
+// Activations from float32 rows to what the matrix kernels read (common/activations.cuh), once per input:
 //
-// convert_split(ConvertParams): bf16 high and low terms (activations.cuh), for decode launches of more than one tile.
-//   Grid (any, n_pad_rows), 256 threads. Reads 4 bytes and writes 4.25 per element.
-// convert_f16(ConvertParams): fp16 in fragment order, each row times a power of two that brings its largest magnitude
-//   into [2^13, 2^14), so that no activation overflows and none within 2^27 of the largest loses precision; scale[row]
-//   undoes it. Grid n_pad_rows, 256 threads. Reads 8 bytes (the second time from cache) and writes 2 per element.
+//   CONVERT_PLAIN  h = x
+//   CONVERT_RMS    h = x * weight, factors times 1 / sqrt(mean(x^2) + eps)
+//   CONVERT_LAYER  h = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias
+//
+// convert_rows(ConvertParams): a block a row, a warp a chunk at a time. Reads 4 bytes of x (again from cache for every
+// further pass) and writes 2 per element.
 #include "common/activations.cuh"
-#include "params/convert_params.h"
-#include "quant/types.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) convert_split(const __grid_constant__ ConvertParams p) {
-    pdl_launch_dependents();
-    pdl_wait();
-    const int row = blockIdx.y, n_blocks = p.k_pad / 32, n_items = (4 * n_blocks + 31) & ~31;
-    const float* x = row < p.n_rows ? p.x + row * p.x_stride : nullptr;
-    for (int item = blockIdx.x * blockDim.x + threadIdx.x; item < n_items; item += gridDim.x * blockDim.x)
-        split_item(p.out + row * p.out_bytes, x, item, n_blocks, p.k / 32);
+static constexpr int kThreads = 256;
+static constexpr int kMaxUnits = 1 << 10;  // 131,072 columns
+
+// Calls f(piece) for the pieces of this warp's chunks.
+template <class F>
+DEVICE void for_pieces(int n_pieces, F f) {
+    for (int piece = threadIdx.x / 32; piece < n_pieces; piece += kThreads / 32) f(piece);
 }
 
-extern "C" __global__ void __launch_bounds__(256) convert_f16(const __grid_constant__ ConvertParams p) {
+// Sum over the row of what `f` makes of a piece (a sum in all lanes of each unit).
+template <class F>
+DEVICE float sum_over_row(float* units, int n, int n_pieces, F f) {
+    const int lane = threadIdx.x % 32;
+    for_pieces(n_pieces, [&](int piece) {
+        const float sum = f(piece);
+        if (lane % 16 == 0) units[2 * piece + lane / 16] = sum;
+    });
+    __syncthreads();
+    return row_sum(units, n);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) convert_rows(const __grid_constant__ ConvertParams p) {
+    __shared__ float units[2][kMaxUnits];
     pdl_launch_dependents();
     pdl_wait();
-    __shared__ int warp_largest[8];
-    const int row = blockIdx.x, n_x_blocks = p.k / 32;
+    const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool exists = row < p.n_rows;
-    const float* x = p.x + (exists ? row : 0) * p.x_stride;
-
-    int largest = 0;  // of the magnitudes' bits, which order as the magnitudes do
-    for (int i = threadIdx.x; i < p.k / 4; i += blockDim.x) {
-        const float4 v = reinterpret_cast<const float4*>(x)[i];
-        largest = max(max(largest, __float_as_int(v.x) & 0x7fffffff), __float_as_int(v.y) & 0x7fffffff);
-        largest = max(max(largest, __float_as_int(v.z) & 0x7fffffff), __float_as_int(v.w) & 0x7fffffff);
+    const float* x = p.x + (exists ? row : 0) * p.x_stride + blockIdx.y * p.input_stride;
+    uint8_t* out = p.out + static_cast<int64_t>(blockIdx.y * p.n_pad_rows + row) * p.out_bytes;
+    // of a row that does not exist there are no columns, so all are zeros
+    const int k = exists ? p.k : 0, n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
+    const int chunk = chunk_columns(p.k), n_chunks = (p.k + chunk - 1) / chunk;
+    float mean = 0.0f, root = 1.0f;
+    if (p.kind == CONVERT_LAYER) {
+        mean = sum_over_row(units[0], p.k, n_pieces, [&](int piece) {
+            float v[8];
+            load_columns(v, x, piece_column(piece, lane), k);
+            return sum_of_values(v);
+        });
+        mean = __fdiv_rn(mean, static_cast<float>(p.k));
     }
-    for (int d = 16; d > 0; d /= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, d));
-    if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
-    __syncthreads();
-    for (int i = 0; i < 8; ++i) largest = max(largest, warp_largest[i]);
-    const uint32_t scale = row_scale_bits(largest >> 23);
-    const float inverse = __uint_as_float(inverse_bits(scale));
-    if (threadIdx.x == 0) p.scale[row] = __uint_as_float(scale);
-
-    for (int item = threadIdx.x; item < p.k_pad / 8; item += blockDim.x) {
-        float v[8] = {};
-        if (exists && item / 4 < n_x_blocks) load_columns(v, x + item / 4 * 32, item % 4);
-        uint4 packed;
-        packed.x = pack_f16(v[0] * inverse, v[1] * inverse);
-        packed.y = pack_f16(v[2] * inverse, v[3] * inverse);
-        packed.z = pack_f16(v[4] * inverse, v[5] * inverse);
-        packed.w = pack_f16(v[6] * inverse, v[7] * inverse);
-        *reinterpret_cast<uint4*>(p.out + row * p.out_bytes + item * 16) = packed;
+    if (p.kind != CONVERT_PLAIN) {
+        const float square = sum_over_row(units[1], p.k, n_pieces, [&](int piece) {
+            float v[8];
+            load_columns(v, x, piece_column(piece, lane), k);
+            if (p.kind == CONVERT_LAYER) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) v[i] = piece_column(piece, lane) < k ? v[i] - mean : 0.0f;
+            }
+            return sum_of_squares(v);
+        });
+        root = norm_factor(square, __frcp_rn(static_cast<float>(p.k)), p.eps);
+    }
+    const auto values = [&](float (&v)[8], int piece) {
+        load_columns(v, x, piece_column(piece, lane), k);
+        if (p.kind == CONVERT_PLAIN) return;
+        float w[8], b[8] = {};
+        load_columns(w, p.weight, piece_column(piece, lane), k);
+        if (p.bias != nullptr) load_columns(b, p.bias, piece_column(piece, lane), k);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            v[i] = p.kind == CONVERT_RMS ? __fmul_rn(v[i], w[i])
+                                         : __fmaf_rn(__fmul_rn(__fsub_rn(v[i], mean), root), w[i], b[i]);
+    };
+    float* factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k));
+    const float norm = p.kind == CONVERT_RMS ? root : 1.0f;
+    float v[8];
+    if (chunk < kPieceColumns) {  // two chunks in a piece
+        for_pieces(n_pieces, [&](int piece) {
+            values(v, piece);
+            const int largest = largest_bits(v), upper = lane / 16;
+            const float scales[2] = {chunk_scale(upper ? 0 : largest), chunk_scale(upper ? largest : 0)};
+            const float scale = scales[upper];
+            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v, scale);
+            if (lane % 16 == 0 && 2 * piece + upper < n_chunks) factors[2 * piece + upper] = __fmul_rn(scale, norm);
+        });
+        return;
+    }
+    for (int c = warp; c < n_chunks; c += kThreads / 32) {
+        const int first = c * (chunk / kPieceColumns), last = min(n_pieces, first + chunk / kPieceColumns);
+        int largest = 0;
+        for (int piece = first; piece < last; ++piece) {
+            values(v, piece);
+            largest = max(largest, largest_bits(v));
+        }
+        const float scale = chunk_scale(largest);
+        for (int piece = first; piece < last; ++piece) {
+            if (last - first > 1) values(v, piece);
+            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v, scale);
+        }
+        if (lane == 0) factors[c] = __fmul_rn(scale, norm);
     }
 }

@@ -4,9 +4,8 @@
 // `rows` pairs of one expert, and gathers their rows of x. 128 threads, grid (matrices * blocks along n_out, most items
 // that there can be): how many items there are is known on the device only, the blocks of the others end at once.
 //
-// The loop over K is common/prefill_tile.cuh: an output is one chain of tensor core products over ascending K, so both
-// variants and any company give a pair the same bits. Numbers as in matmul.cu: weights and x in fp16, powers of two per
-// row, float32 accumulators.
+// The loop over K is common/prefill_tile.cuh; the numbers are those of all products (common/mma_tile.cuh): any company
+// gives a pair the same bits, in a decode step too.
 //
 // Bytes: an expert's weights once per item, x n_out / 128 times, mostly from L2.
 #include "common/prefill_tile.cuh"
@@ -16,6 +15,8 @@
 template <int kCopies>
 struct GatheredRows {
     const uint8_t* x;
+    const int* index;  // of the block's rows
+    uint32_t x_bytes;
     uint32_t from[kCopies];
 
     DEVICE_MEMBER const uint8_t* at(int i) const { return x + from[i]; }
@@ -23,13 +24,14 @@ struct GatheredRows {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) from[i] += 2 * kSubK;
     }
+    DEVICE_MEMBER const uint8_t* row(int r) const { return x + static_cast<int64_t>(index[r]) * x_bytes; }
 };
 
 template <class Q, int kTiles>
 DEVICE void expert_matmul(const ExpertMatmulParams& p) {
     using S = MatmulShape<Q, 4, 1, kTiles>;
     extern __shared__ __align__(128) uint8_t smem[];
-    __shared__ int pairs[S::kRows];
+    __shared__ int pairs[S::kRows], index[S::kRows];
     const int n_row_tiles = (p.n_out + kTileRows - 1) / kTileRows;
     const int n_tiles = (n_row_tiles + S::kRowTiles - 1) / S::kRowTiles;
     const PrefillTile<Q, S> block(p.n_out, p.n_k_tiles, static_cast<int>(blockIdx.x) % n_tiles);
@@ -41,27 +43,29 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
     const ExpertItem item = p.list.items[blockIdx.y];
     const uint8_t* const weights = m.w + item.expert * p.matrix_bytes;
     // Rows past the item's end are its last one again, computed and dropped.
-    if (threadIdx.x < S::kRows)
-        pairs[threadIdx.x] = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
+    if (threadIdx.x < S::kRows) {
+        const int pair = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
+        pairs[threadIdx.x] = pair, index[threadIdx.x] = pair / p.n_used + pair % p.n_used * p.x_slot_rows;
+    }
     __syncthreads();
-    const auto x_index = [&](int row) { return pairs[row] / p.n_used + pairs[row] % p.n_used * p.x_slot_rows; };
 
-    GatheredRows<S::kCopies> x{p.x};
+    GatheredRows<S::kCopies> x{p.x, index, static_cast<uint32_t>(p.x_bytes)};
 #pragma unroll
     for (int i = 0; i < S::kCopies; ++i) {
         const int row = threadIdx.x / 8 + i * S::kRowStep;
-        x.from[i] = static_cast<uint32_t>(x_index(row)) * p.x_bytes + threadIdx.x % 8 * 16;
+        x.from[i] = static_cast<uint32_t>(index[row]) * p.x_bytes + threadIdx.x % 8 * 16;
     }
-    float acc[2][kTiles][4] = {}, inverse[2][2];
-    block.multiply(acc, inverse, weights, x, smem);
+    float sum[2][kTiles][4] = {};
+    block.multiply(sum, weights, p.k, x, smem);
 
-    float bias[2][2];
+    float bias[2][2], unit[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int o = block.output(i, r);
             const bool has = m.bias != nullptr && o < p.n_out;
+            unit[i][r] = o < p.n_out ? weight_unit<Q>(weights, block.n_row_tiles * block.row_tile_bytes, o) : 0.0f;
             bias[i][r] = has ? m.bias[static_cast<int64_t>(item.expert) * p.n_out + o] : 0.0f;
         }
 #pragma unroll
@@ -70,7 +74,6 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
         for (int c = 0; c < 2; ++c) {
             const int row = block.row(tile, c);
             if (row >= item.n) continue;
-            const float x_scale = p.x_scale[x_index(row)];
             float* out =
                 m.out + pairs[row] / p.n_used * m.out_stride + static_cast<int64_t>(pairs[row] % p.n_used) * p.n_out;
 #pragma unroll
@@ -79,8 +82,7 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
                 for (int r = 0; r < 2; ++r) {
                     const int o = block.output(i, r);
                     if (o >= p.n_out) continue;
-                    const float row_scale = __uint_as_float(inverse_bits(__float_as_uint(inverse[i][r])));
-                    out[o] = acc[i][tile][2 * r + c] * x_scale * row_scale + bias[i][r];
+                    out[o] = __fmaf_rn(sum[i][tile][2 * r + c], unit[i][r], bias[i][r]);
                 }
         }
 }
@@ -91,6 +93,6 @@ DEVICE void expert_matmul(const ExpertMatmulParams& p) {
         expert_matmul<Type, rows / 8>(p);                                             \
     }
 #define DEFINE(Type, name)         \
-    DEFINE_ROWS(Type, name, 64, 3) \
+    DEFINE_ROWS(Type, name, 64, 2) \
     DEFINE_ROWS(Type, name, 16, 4)
 FOR_EACH_TYPE(DEFINE)

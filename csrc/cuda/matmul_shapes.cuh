@@ -18,6 +18,12 @@ struct MatvecShape {
     static constexpr int kSums = kRowTiles * 128;  // float32 partial sums of a warp for 8 rows of x
 };
 
+// The stage after `stage` of a warp: the next of its chunk, else the first of its next chunk.
+HOST_DEVICE int next_stage(int stage, int chunk_stages, int n_warps) {
+    ++stage;
+    return stage % chunk_stages ? stage : stage + (n_warps - 1) * chunk_stages;
+}
+
 // One prefill kernel: its block tile and stages (worker_orcd/cuda/layout.py, matmul_stages).
 template <class Q, int kWarpsM_, int kWarpsN_, int kTiles_>
 struct MatmulShape {
@@ -36,5 +42,6 @@ struct MatmulShape {
     // A packed tile of several sub-tiles arrives with the stage of its first one. That is at most kStages - 1 stages
     // early, which is less than kSubs, so the packed tile two before it is done with: two slots suffice.
     static constexpr int kSlots = slots(kStages);
+    static constexpr int kBytes = bytes(kStages);  // of stages and slots; factors follow
     static_assert(Q::kSubs == 1 || kStages <= Q::kSubs);
 };

@@ -1,20 +1,15 @@
-// Decode: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for 1 .. 64 rows r, quantized W, float32 results.
+// Decode: out[r, o] (+)= sum_k x[r, k] W[o, k] (+ bias[o]) for 9 .. 64 rows r, quantized W, float32 results.
 //
-// matvec_<type>_<tiles>(MatvecParams), tiles 1, 2, 4, 8: up to 8 * tiles rows. One launch may cover several matrices of
+// matvec_<type>_<tiles>(MatvecParams), tiles 2, 4, 8: up to 8 * tiles rows. One launch may cover several matrices of
 // one type that share the input; their row tiles of 16 outputs are numbered through.
 //
-// Any grid and number of warps: a block takes one or two row tiles (kRowTiles) at a time, in steps of the grid. K is
-// cut into stages of 128 columns (64 for unquantized types, 256 for K-quants). Stage i belongs to warp i % warps: each
-// warp streams its stages through a ring of its own in shared memory (cp.async, no block-wide barrier) and multiplies
-// on the tensor cores; the warps' sums are added in order of the warp. So the order of an output's sum depends on K,
-// the type and the number of warps, and neither on the rows of the launch nor on `tiles` nor on the grid.
+// Any grid and number of warps: a block takes one or two row tiles (kRowTiles) at a time, in steps of the grid. Chunk c
+// of K belongs to warp c % warps: each warp streams its chunks, in stages of 128 columns (64 for unquantized types, 256
+// for K-quants), through a ring of its own in shared memory (cp.async, no block-wide barrier) and multiplies on the
+// tensor cores; the chunks' sums are added in order. The numbers are those of all products (common/mma_tile.cuh).
 //
-// Numbers: codes are exact in bf16 and activations are two bf16 terms; the products of a scale block accumulate in
-// float32 and are scaled in float32, so the weights are exact. Unquantized weights become bf16 terms too, F32 and F16
-// two of them.
-//
-// Bytes: each weight once from memory. x: with 1 tile each block converts the float32 rows itself, else it reads the
-// split rows once per step, from L2. Weights are in flight before the wait for the kernel before.
+// Bytes: each weight once from memory; the converted rows once per row tile or two, from L2. Weights are in flight
+// before the wait for the kernel before.
 #include "common/activations.cuh"
 #include "common/mma_tile.cuh"
 #include "params/matmul_params.h"
@@ -26,6 +21,12 @@ DEVICE int matrix_of(const MatvecParams& p, int row_tile) {
     for (int i = 1; i < MATVEC_MAX_MATRICES; ++i)
         if (i < p.n_matrices && row_tile >= p.m[i].row_tile0) m = i;
     return m;
+}
+
+// Bytes of a matrix's packed tiles.
+template <class Q>
+DEVICE int64_t matrix_bytes(const MatvecMatrix& m, int n_k_tiles) {
+    return static_cast<int64_t>((m.n_out + kTileRows - 1) / kTileRows) * n_k_tiles * Q::kPackedTileBytes;
 }
 
 // Where a row tile's packed tiles begin.
@@ -42,7 +43,7 @@ struct Loader {
     const MatvecParams& p;
     const uint8_t* src[S::kRowTiles];
     uint32_t ring;
-    int lane, warp, n_warps, n_stages, n_tiles, tile, stage, slot = 0;
+    int lane, warp, n_warps, n_stages, chunk_stages, n_tiles, tile, stage, slot = 0;
 
     DEVICE_MEMBER void find_row_tiles() {
 #pragma unroll
@@ -65,9 +66,9 @@ struct Loader {
                         cp_async_16(to + i * S::kStageBytes + at + lane * 16, from + at + lane * 16);
             }
             slot = slot + 1 == S::kDepth ? 0 : slot + 1;
-            stage += n_warps;
+            stage = next_stage(stage, chunk_stages, n_warps);
             if (stage >= n_stages) {
-                stage = warp;
+                stage = warp * chunk_stages;
                 tile += gridDim.x;
                 find_row_tiles();
             }
@@ -76,128 +77,134 @@ struct Loader {
     }
 };
 
-// Where a lane finds its activations: B fragments of row 8 * tile + g, sums of rows 8 * tile + 2t and the next.
-template <int kTiles>
-struct Activations {
-    const uint8_t* fragments;
-    const uint8_t* sums[2];
-    int64_t tile_bytes;  // between tiles
-
-    static DEVICE_MEMBER bool exists(int) { return true; }
-    DEVICE_MEMBER uint4 high(int tile, int block) const { return at(tile, block * 128); }
-    DEVICE_MEMBER uint4 low(int tile, int block) const { return at(tile, block * 128 + 64); }
-    DEVICE_MEMBER float2 block_sums(int tile, int column, int block) const {
-        return *reinterpret_cast<const float2*>(sums[column] + tile * tile_bytes + block * 8);
-    }
-
-    DEVICE_MEMBER uint4 at(int tile, int offset) const {
-        return *reinterpret_cast<const uint4*>(fragments + tile * tile_bytes + offset);
-    }
-};
-
 template <class Q, int kTiles>
 DEVICE void matvec(const MatvecParams& p) {
     using S = MatvecShape<Q, kTiles>;
-    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] float32 partial sums, 1 tile: [n_rows][split_bytes] rows
+    // [warps][kDepth][kSlotBytes] rings, [2][warps][kSums] sums of chunks, [n_chunks][8 * kTiles] factors,
+    // [kTiles][kSums] sums so far
     extern __shared__ __align__(128) uint8_t smem[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, g = lane >> 2, t = lane & 3;
     const int n_stages = (p.n_k_tiles + S::kStageKTiles - 1) / S::kStageKTiles;
     const int n_tiles = (p.n_row_tiles + S::kRowTiles - 1) / S::kRowTiles;
-    const int n_x_blocks = p.n_k_tiles * (Q::kTileK / 32);
+    const int chunk = chunk_columns(p.k), n_chunks = (p.k + chunk - 1) / chunk;
+    const int chunk_stages = chunk / (S::kStageKTiles * Q::kTileK), n_rounds = (n_chunks + n_warps - 1) / n_warps;
     const uint8_t* ring = smem + warp * (S::kDepth * S::kSlotBytes);
     float* partial = reinterpret_cast<float*>(smem + p.ring_bytes);
+    float* factors = partial + 2 * n_warps * S::kSums;
+    float* so_far = factors + n_chunks * 8 * kTiles;
 
     pdl_launch_dependents();
-    Loader<Q, kTiles> loader{p,        {},      smem_address(ring),           lane, warp, n_warps,
-                             n_stages, n_tiles, static_cast<int>(blockIdx.x), warp};
+    Loader<Q, kTiles> loader{p,
+                             {},
+                             smem_address(ring),
+                             lane,
+                             warp,
+                             n_warps,
+                             n_stages,
+                             chunk_stages,
+                             n_tiles,
+                             static_cast<int>(blockIdx.x),
+                             warp * chunk_stages};
     loader.find_row_tiles();
 #pragma unroll
     for (int i = 0; i < S::kDepth - 1; ++i) loader.issue();
     pdl_wait();
 
-    Activations<kTiles> x;
-    if constexpr (kTiles == 1) {
-        uint8_t* rows = smem + p.ring_bytes + 2 * n_warps * S::kSums * 4;
-        const int n_items = (4 * n_x_blocks + 31) & ~31;
-        for (int row = 0; row < p.n_rows; ++row)
-            for (int item = threadIdx.x; item < n_items; item += blockDim.x)
-                split_item(rows + row * p.split_bytes, p.x + row * p.x_stride, item, n_x_blocks, p.k / 32);
-        __syncthreads();
-        // Columns of rows that do not exist are computed from row 0 and dropped: they touch no other column.
-        const auto row = [&](int r) { return rows + (r < p.n_rows ? r : 0) * p.split_bytes; };
-        x.fragments = row(g) + t * 16;
-        x.sums[0] = row(2 * t) + split_sums_offset(n_x_blocks);
-        x.sums[1] = row(2 * t + 1) + split_sums_offset(n_x_blocks);
-        x.tile_bytes = 0;
-    } else {
-        x.fragments = p.split + g * p.split_bytes + t * 16;
-        x.sums[0] = p.split + 2 * t * p.split_bytes + split_sums_offset(n_x_blocks);
-        x.sums[1] = x.sums[0] + p.split_bytes;
-        x.tile_bytes = 8 * p.split_bytes;
+    for (int i = threadIdx.x; i < 8 * kTiles * n_chunks; i += blockDim.x) {
+        const int r = min(i % (8 * kTiles), p.n_rows - 1), c = i / (8 * kTiles);
+        const uint8_t* row = p.rows + static_cast<int64_t>(r) * p.x_bytes;
+        factors[i] = reinterpret_cast<const float*>(row + converted_fragment_bytes(p.k))[c];
     }
+    // Block b of row 8 * tile + g is at x + 8 * tile * x_bytes + 64 * b. Rows past n_rows hold anything: they touch no
+    // other column and are dropped.
+    const uint8_t* const x = p.rows + g * p.x_bytes + t * 16;
 
     int slot = 0, parity = 0;
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-        Sums<S::kRowTiles, kTiles> acc = {};
-        for (int stage = warp; stage < n_stages; stage += n_warps) {
-            cp_async_wait<S::kDepth - 2>();
-            // Everyone's part of this stage has landed, everyone has left the slot that is filled next.
-            __syncwarp();
-            loader.issue();
-#pragma unroll kTiles >= 4 ? 1 : S::kStageKTiles
-            for (int u = 0; u < S::kStageKTiles; ++u) {
-                const int k_tile = stage * S::kStageKTiles + u;
-                if (k_tile >= p.n_k_tiles) break;
-                const uint8_t* packed_tile[S::kRowTiles];
+        float inverse[S::kRowTiles][2];
 #pragma unroll
-                for (int i = 0; i < S::kRowTiles; ++i)
-                    packed_tile[i] = ring + slot * S::kSlotBytes + i * S::kStageBytes + u * Q::kPackedTileBytes;
-                const int x_block0 = k_tile * (Q::kTileK / 32);
-                if constexpr (kDense<Q>) {
-#pragma unroll
-                    for (int b = 0; b < 2; ++b) {
-                        uint32_t high[S::kRowTiles][8], low[S::kRowTiles][8];
-#pragma unroll
-                        for (int i = 0; i < S::kRowTiles; ++i)
-                            dense_fragments<Q>(high[i], low[i], load_codes<Q>(packed_tile[i], 0, lane), b);
-                        add_dense<Q>(acc, high, low, x_block0 + b, x);
-                    }
-                } else {
-#pragma unroll 1
-                    for (int sub = 0; sub < Q::kSubs; ++sub) add_quantized<Q>(acc, packed_tile, sub, x_block0, x, lane);
-                }
-            }
-            slot = slot + 1 == S::kDepth ? 0 : slot + 1;
+        for (int i = 0; i < S::kRowTiles; ++i) {
+            const int row_tile = min(tile * S::kRowTiles + i, p.n_row_tiles - 1);
+            const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
+            row_inverse<Q>(inverse[i], m.w, matrix_bytes<Q>(m, p.n_k_tiles), row_tile - m.row_tile0, g);
         }
+        for (int round = 0; round < n_rounds; ++round) {  // a chunk of every warp
+            float acc[S::kRowTiles][kTiles][4] = {};
+            const int first = (round * n_warps + warp) * chunk_stages, last = min(n_stages, first + chunk_stages);
+            for (int stage = first; stage < last; ++stage) {
+                cp_async_wait<S::kDepth - 2>();
+                // Everyone's part of this stage has landed, everyone has left the slot that is filled next.
+                __syncwarp();
+                loader.issue();
+#pragma unroll kTiles >= 4 ? 1 : S::kStageKTiles
+                for (int u = 0; u < S::kStageKTiles; ++u) {
+                    const int k_tile = stage * S::kStageKTiles + u;
+                    if (k_tile >= p.n_k_tiles) break;
+#pragma unroll 1
+                    for (int sub = 0; sub < Q::kSubs; ++sub) {
+#pragma unroll
+                        for (int b = 0; b < 2; ++b) {
+                            keep_loads_here();  // of both blocks they would be too many
+                            uint32_t a[S::kRowTiles][8];
+#pragma unroll
+                            for (int i = 0; i < S::kRowTiles; ++i)
+                                f16_fragments<Q>(
+                                    a[i], ring + slot * S::kSlotBytes + i * S::kStageBytes + u * Q::kPackedTileBytes,
+                                    sub, b, lane, inverse[i]);
+                            const uint8_t* from = x + (k_tile * (Q::kTileK / 32) + 2 * sub + b) * 64;
+#pragma unroll
+                            for (int x_tile = 0; x_tile < kTiles; ++x_tile) {
+                                const uint4 v = *reinterpret_cast<const uint4*>(from + 8 * x_tile * p.x_bytes);
+#pragma unroll
+                                for (int i = 0; i < S::kRowTiles; ++i) {
+                                    mma_f16(acc[i][x_tile], a[i], v.x, v.y);
+                                    mma_f16(acc[i][x_tile], a[i] + 4, v.z, v.w);
+                                }
+                            }
+                        }
+                    }
+                }
+                slot = slot + 1 == S::kDepth ? 0 : slot + 1;
+            }
 
-        // partial[warp][row tile][output of it][row of x], two sets in turn: one barrier a round suffices.
+            // partial[warp][row tile][output of it][row of x], two sets in turn: one barrier a round suffices.
+            const int n_here_chunks = min(n_warps, n_chunks - round * n_warps);
 #pragma unroll
-        for (int x_tile = 0; x_tile < kTiles; ++x_tile) {
-            const int n_here = min(8, p.n_rows - 8 * x_tile);
-            if (n_here <= 0) break;
-            float* set = partial + parity * n_warps * S::kSums;
+            for (int x_tile = 0; x_tile < kTiles; ++x_tile) {
+                const int n_here = min(8, p.n_rows - 8 * x_tile);
+                if (n_here <= 0) break;
+                float* set = partial + parity * n_warps * S::kSums;
 #pragma unroll
-            for (int i = 0; i < S::kRowTiles; ++i) {
-                const float (&d)[4] = acc[i][x_tile];
-                float* to = set + warp * S::kSums + i * 128 + g * 8 + 2 * t;
-                *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
-                *reinterpret_cast<float2*>(to + 64) = make_float2(d[2], d[3]);
+                for (int i = 0; i < S::kRowTiles; ++i) {
+                    const float (&d)[4] = acc[i][x_tile];
+                    float* to = set + warp * S::kSums + i * 128 + g * 8 + 2 * t;
+                    *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
+                    *reinterpret_cast<float2*>(to + 64) = make_float2(d[2], d[3]);
+                }
+                __syncthreads();
+                for (int i = threadIdx.x; i < n_here * 16 * S::kRowTiles; i += blockDim.x) {
+                    const int n = i / (16 * S::kRowTiles), in_tile = i % (16 * S::kRowTiles);
+                    const int row_tile = tile * S::kRowTiles + in_tile / 16;
+                    if (row_tile >= p.n_row_tiles) continue;
+                    const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
+                    const int o = (row_tile - m.row_tile0) * 16 + in_tile % 16;
+                    if (o >= m.n_out) continue;
+                    float* kept = so_far + x_tile * S::kSums + i;
+                    float sum = round ? *kept : 0.0f;
+                    for (int w = 0; w < n_here_chunks; ++w)
+                        sum = __fmaf_rn(set[w * S::kSums + in_tile * 8 + n],
+                                        factors[(round * n_warps + w) * 8 * kTiles + 8 * x_tile + n], sum);
+                    if (round + 1 < n_rounds) {
+                        *kept = sum;
+                        continue;
+                    }
+                    const float v = __fmaf_rn(sum, weight_unit<Q>(m.w, matrix_bytes<Q>(m, p.n_k_tiles), o),
+                                              m.bias != nullptr ? m.bias[o] : 0.0f);
+                    float* to = m.out + (8 * x_tile + n) * m.out_stride + o;
+                    *to = p.mode == PRODUCT_ADD ? __fadd_rn(*to, v) : v;
+                }
+                parity ^= 1;
             }
-            __syncthreads();
-            for (int i = threadIdx.x; i < n_here * 16 * S::kRowTiles; i += blockDim.x) {
-                const int n = i / (16 * S::kRowTiles), in_tile = i % (16 * S::kRowTiles);
-                const int row_tile = tile * S::kRowTiles + in_tile / 16;
-                if (row_tile >= p.n_row_tiles) continue;
-                const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
-                const int o = (row_tile - m.row_tile0) * 16 + in_tile % 16;
-                if (o >= m.n_out) continue;
-                float sum = 0.0f;
-                for (int w = 0; w < n_warps; ++w) sum += set[w * S::kSums + in_tile * 8 + n];
-                if (m.bias != nullptr) sum += m.bias[o];
-                float* to = m.out + (8 * x_tile + n) * m.out_stride + o;
-                *to = m.add ? *to + sum : sum;
-            }
-            parity ^= 1;
         }
     }
     cp_async_wait<0>();
@@ -206,7 +213,7 @@ DEVICE void matvec(const MatvecParams& p) {
 // Blocks per multiprocessor of the 8-tile kernels: asked for 1, the compiler spends all registers on scheduling, asked
 // for none (0) it saves them. Tried one by one: the types that would spill with the one get the other.
 template <class Q>
-constexpr int kBlocks8 = MatvecShape<Q, 8>::kRowTiles == 1 && Q::kLowBits > 2 ? 1 : 0;
+constexpr int kBlocks8 = 1;
 
 #define DEFINE_TILES(Type, name, tiles, blocks)                           \
     extern "C" __global__ void __launch_bounds__(256, blocks)             \
@@ -214,7 +221,6 @@ constexpr int kBlocks8 = MatvecShape<Q, 8>::kRowTiles == 1 && Q::kLowBits > 2 ? 
         matvec<Type, tiles>(p);                                           \
     }
 #define DEFINE(Type, name)         \
-    DEFINE_TILES(Type, name, 1, 3) \
     DEFINE_TILES(Type, name, 2, 2) \
     DEFINE_TILES(Type, name, 4, 1) \
     DEFINE_TILES(Type, name, 8, kBlocks8<Type>)

@@ -7,21 +7,7 @@
 //
 // Grid: y = row, x = columns / 1024; a thread has four neighbouring columns and moves them as 16 bytes where addresses,
 // strides and width allow it (the same for the whole launch). Clamps keep NaN. Bytes: 4 per element of each operand.
-#include "params/pointwise_params.h"
-#include "common/ptx.cuh"
-
-// The tanh form of GELU (Hendrycks & Gimpel 2016).
-DEVICE float gelu_tanh(float x) { return 0.5f * x * (1.f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
-
-DEVICE float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
-
-DEVICE float glu_value(int kind, float g, float u) {
-    if (kind == GLU_SILU) return g * sigmoid(g) * u;
-    if (kind == GLU_GELU_TANH) return gelu_tanh(g) * u;
-    g = g > 7.f ? 7.f : g;
-    u = u > 7.f ? 7.f : u < -7.f ? -7.f : u;
-    return g * sigmoid(1.702f * g) * (u + 1.f);
-}
+#include "common/glu.cuh"
 
 DEVICE bool is_aligned(const void* p, int stride) {
     return ((reinterpret_cast<uint64_t>(p) | (4 * (int64_t)stride)) & 15) == 0;

@@ -193,7 +193,13 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_consta
         sum.x = fmaf(gate, v.x, sum.x), sum.y = fmaf(gate, v.y, sum.y);
         sum.z = fmaf(gate, v.z, sum.z), sum.w = fmaf(gate, v.w, sum.w);
     }
-    *reinterpret_cast<float4*>(p.out + row * p.out_stride + i) = sum;
+    float4* const out = reinterpret_cast<float4*>(p.out + row * p.out_stride + i);
+    if (p.add) {
+        const float4 before = *out;
+        sum.x = __fadd_rn(before.x, sum.x), sum.y = __fadd_rn(before.y, sum.y);
+        sum.z = __fadd_rn(before.z, sum.z), sum.w = __fadd_rn(before.w, sum.w);
+    }
+    *out = sum;
 }
 
 #define DEFINE(Type, name)                                                                                            \

@@ -1,21 +1,39 @@
-// Parameters of convert.cu. Plain C. Sizes are in elements, strides in elements of the row's type unless the name says
-// bytes.
+// Parameters of convert.cu, and the chunks of K that every product sums by. Plain C. Sizes are in elements, strides in
+// elements of the row's type unless the name says bytes.
 #ifndef WORKER_ORCD_CONVERT_PARAMS_H
 #define WORKER_ORCD_CONVERT_PARAMS_H
 
 #include <stdint.h>
 
-// convert_f16, convert_split: activations for the matrix kernels.
+#include "params/host_device.h"
+
+// What is done to a row before it is converted; the numbers of norm_params.h.
+#define CONVERT_RMS 0
+#define CONVERT_LAYER 1
+#define CONVERT_PLAIN 2
+
+// Columns of one chunk of a product over k columns: its sum is made on its own, and the chunks' sums are added in
+// order. Fine where K is short, so that one row's product has work for many warps.
+static HOST_DEVICE int32_t chunk_columns(int32_t k) {
+    if (k <= 1024 && k % 256 != 0) return 128;
+    return k <= 5120 ? 256 : k <= 7168 ? 512 : 1024;
+}
+
+// convert_rows: grid (n_pad_rows, n_inputs), block 256. A row may have several inputs, as the slots of a row of experts
+// have: input i of row r is x + r * x_stride + i * input_stride and becomes converted row i * n_pad_rows + r.
 typedef struct {
-    const float* x;  // [n_rows, x_stride], the first k columns are read; 16-byte aligned rows
-    uint8_t* out;    // [n_pad_rows, out_bytes]
-    float* scale;    // convert_f16: [n_pad_rows] powers of two; convert_split: unused
+    const float* x;       // the first k columns are read; 16-byte aligned rows
+    const float* weight;  // [k] of the norm, 16-byte aligned, or null (CONVERT_PLAIN)
+    const float* bias;    // [k], CONVERT_LAYER, or null
+    uint8_t* out;         // [n_inputs * n_pad_rows, out_bytes]
     int64_t x_stride;
-    int64_t out_bytes;  // bytes of a converted row, see x_f16_bytes and x_split_bytes in worker_orcd/cuda/layout.py
-    int32_t k;
-    int32_t k_pad;  // k rounded up to whole k tiles of the weight's type
+    int64_t input_stride;
+    int32_t out_bytes;  // of a converted row, see x_f16_bytes in worker_orcd/cuda/layout.py
+    int32_t k;          // a multiple of 32
     int32_t n_rows;
     int32_t n_pad_rows;  // rows to write; those past n_rows are zeros
+    int32_t kind;
+    float eps;
 } ConvertParams;
 
 #endif

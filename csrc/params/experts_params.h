@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "params/matmul_params.h"
 #include "params/route_params.h"
 
 // Matrices of one expert that one launch may cover.
@@ -18,42 +19,68 @@ typedef struct {
     int64_t out_stride;
 } ExpertMatrix;
 
+// expert_few_<type>_<variant>: products of every pair of 1 to 8 rows with one of its expert's matrices, or the gated
+// activation of both. Block 32 * n_warps * n_groups; the grid is free. The list has items of up to 8 pairs.
+typedef struct {
+    // The second with PRODUCT_GLU; `out` and `out_stride` in them do not count.
+    ExpertMatrix m[EXPERT_MAX_MATRICES];
+    ExpertList list;
+    float* out;           // pair (row, slot): out + row * out_stride + slot * n_out
+    const uint8_t* rows;  // converted rows, x_bytes each; pair (row, slot) reads row + slot * x_slot_rows
+    int64_t out_stride;
+    int64_t matrix_bytes;
+    int64_t scales_at;   // from w to the row scales, of types that have them
+    int32_t tile_bytes;  // of a row tile
+    int32_t x_bytes;
+    int32_t x_slot_rows;
+    int32_t n_out;
+    int32_t n_used;
+    int32_t k;
+    int32_t n_k_tiles;
+    int32_t n_chunks;
+    int32_t n_rows;
+    int32_t n_warps;
+    int32_t n_groups;
+    int32_t depth;  // as in `DecodeParams`
+    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once, a multiple of n_groups and of 2
+    int32_t ring_bytes;  // shared memory: the rings come first, then sums of chunks;
+    int32_t factors;     // where the factors begin,
+    int32_t barriers;    // and the barriers
+    int32_t mode;        // PRODUCT_STORE, PRODUCT_GLU
+    int32_t glu;         // GLU_* of pointwise_params.h
+} ExpertFewParams;
+
 // expert_matvec_<type>_<tiles>: products of every pair with its expert's matrices, few pairs.
 typedef struct {
     ExpertMatrix m[EXPERT_MAX_MATRICES];  // of one type and shape
     ExpertList list;
-    const float* x;        // 1 tile: pair (row, slot) reads x + row * x_stride + slot * x_slot_stride; 16-byte aligned
-    const uint8_t* split;  // 2 tiles: converted rows, pair (row, slot) reads row + slot * split_slot_rows
-    int64_t x_stride;
-    int64_t x_slot_stride;
-    int64_t split_bytes;  // bytes of a converted row (also in the shared memory of the 1-tile kernels)
+    const uint8_t* rows;  // converted rows, x_bytes each; pair (row, slot) reads row + slot * x_slot_rows
     int64_t matrix_bytes;
-    int32_t split_slot_rows;
+    int32_t x_bytes;
+    int32_t x_slot_rows;
     int32_t n_matrices;
     int32_t n_out;
     int32_t n_used;
     int32_t k;
     int32_t n_k_tiles;
     int32_t ring_bytes;  // shared memory of the weight rings: warps * ring bytes of a warp
-    int32_t unused;
 } ExpertMatvecParams;
 
 // expert_matmul_<type>_<rows>: the same for many pairs, in tiles of 128 outputs x `rows` pairs.
 typedef struct {
     ExpertMatrix m[EXPERT_MAX_MATRICES];  // of one type and shape
     ExpertList list;                      // items of at most `rows` pairs
-    const uint8_t* x;      // rows by convert_f16, x_bytes each; pair (row, slot) reads row + slot * x_slot_rows
-    const float* x_scale;  // of each of them
+    const uint8_t* x;  // converted rows, x_bytes each; pair (row, slot) reads row + slot * x_slot_rows
     int64_t matrix_bytes;
     int32_t x_bytes;
     int32_t x_slot_rows;
     int32_t n_out;
     int32_t n_used;
+    int32_t k;
     int32_t n_k_tiles;
-    int32_t unused;
 } ExpertMatmulParams;
 
-// expert_sum: out[r, i] = sum over slots of gates[r, slot] * x[r, slot * n + i].
+// expert_sum: out[r, i] (+)= sum over slots of gates[r, slot] * x[r, slot * n + i].
 typedef struct {
     const float* x;      // [n_rows, x_stride], n_used * n columns, n a multiple of 4; 16-byte aligned rows
     const float* gates;  // [n_rows, n_used]
@@ -62,6 +89,8 @@ typedef struct {
     int64_t out_stride;
     int32_t n;
     int32_t n_used;
+    int32_t add;  // nonzero: out += sum
+    int32_t unused;
 } ExpertSumParams;
 
 #endif

@@ -1,14 +1,25 @@
-// Parameters of matvec.cu and matmul.cu. Plain C. Sizes are in elements, strides in elements of the row's type unless
-// the name says bytes.
+// Parameters of decode.cu, matvec.cu and matmul.cu. Plain C. Sizes are in elements, strides in elements of the row's
+// type unless the name says bytes. Converted rows are those of convert_params.h.
 #ifndef WORKER_ORCD_MATMUL_PARAMS_H
 #define WORKER_ORCD_MATMUL_PARAMS_H
 
 #include <stdint.h>
 
-// Matrices that one decode launch may cover.
+#include "params/convert_params.h"
+
+// Most threads of a block of decode_*: of variants 128, 256 and 256e; of 128e and `long`, which take more registers.
+#define PRODUCT_THREADS 608
+#define PRODUCT_FEW_THREADS 512
+
+// Matrices that one matvec launch may cover.
 #define MATVEC_MAX_MATRICES 4
 
-// One matrix of a decode launch.
+// What becomes of the results.
+#define PRODUCT_STORE 0  // out = result
+#define PRODUCT_ADD 1    // out += result
+#define PRODUCT_GLU 2    // out of matrix 0 = act(result of matrix 0) * result of matrix 1
+
+// One matrix of a matvec launch.
 typedef struct {
     const uint8_t* w;   // repacked [n_out, k]
     const float* bias;  // [n_out] or null
@@ -16,39 +27,73 @@ typedef struct {
     int64_t out_stride;
     int32_t n_out;
     int32_t row_tile0;  // sum of the row tiles of the matrices before it
-    int32_t add;        // nonzero: out += result
-    int32_t unused;
 } MatvecMatrix;
+
+// decode_<type>_<variant>: out = h W^T for 1 to 8 rows h. Block 32 * n_warps * n_groups: warp w has chunks w % n_warps,
+// + n_warps, ... of the row tiles of group w / n_warps. The grid is free.
+typedef struct {
+    const uint8_t* w;   // repacked [n_out, k]
+    const float* bias;  // [n_out] or null
+} DecodeMatrix;
+
+typedef struct {
+    DecodeMatrix m[2];         // the second with PRODUCT_GLU
+    float* out;                // [n_rows, out_stride]
+    const float* x;            // [1, k], for one row: it is converted by every block; or null
+    const float* norm_weight;  // with x: [k] of the RMS norm before the product, or null
+    const uint8_t* rows;       // [n_rows, x_bytes] converted rows, without x
+    int64_t out_stride;
+    int64_t scales_at;   // from w to the row scales, of types that have them
+    int32_t tile_bytes;  // of a row tile
+    int32_t x_bytes;
+    int32_t n_out;
+    int32_t block_tiles;  // row tiles of a block (of each matrix)
+    int32_t more_tiles;   // of one more each for as many of the first blocks
+    int32_t k;
+    int32_t n_k_tiles;
+    int32_t n_chunks;
+    int32_t n_rows;
+    int32_t n_warps;
+    int32_t n_groups;
+    int32_t depth;  // slots of a warp's ring of weights
+    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once: a multiple of n_groups (128e: of
+                    // the tiles that are decoded early) and, with PRODUCT_GLU, of 2
+    int32_t ring_bytes;  // shared memory: the rings come first,
+    int32_t x_smem;      // then x, then sums of chunks;
+    int32_t factors;     // where the factors begin,
+    int32_t barriers;    // and the barriers
+    int32_t mode;        // PRODUCT_*
+    int32_t glu;         // GLU_* of pointwise_params.h
+    float eps;
+} DecodeParams;
 
 // matvec_<type>_<tiles>: out = x W^T for up to 8 * tiles rows, one or several matrices of one type and one input.
 typedef struct {
     MatvecMatrix m[MATVEC_MAX_MATRICES];
-    const float* x;        // [n_rows, x_stride], used by the 1-tile kernels; 16-byte aligned rows
-    const uint8_t* split;  // [8 * tiles, split_bytes] by convert_split, used by the others
-    int64_t x_stride;
-    int64_t split_bytes;  // bytes of a converted row (also in the shared memory of the 1-tile kernels)
+    const uint8_t* rows;  // [8 * tiles, x_bytes] converted rows
+    int32_t x_bytes;
     int32_t n_matrices;
     int32_t n_row_tiles;  // of all matrices
     int32_t k;
     int32_t n_k_tiles;
     int32_t n_rows;
     int32_t ring_bytes;  // shared memory of the weight rings: warps * ring bytes of a warp
+    int32_t mode;        // PRODUCT_STORE, PRODUCT_ADD
 } MatvecParams;
 
 // matmul_<type>, matmul_<type>_small: out = x W^T for any number of rows.
 typedef struct {
-    const uint8_t* w;      // repacked [n_out, k]
-    const uint8_t* x;      // [n_rows rounded up to a multiple of 64, x_bytes] by convert_f16
-    const float* x_scale;  // [n_rows]
-    const float* bias;     // [n_out] or null
-    float* out;            // [n_rows, out_stride]
+    const uint8_t* w;   // repacked [n_out, k]
+    const uint8_t* x;   // [n_rows rounded up to a multiple of 64, x_bytes] converted rows
+    const float* bias;  // [n_out] or null
+    float* out;         // [n_rows, out_stride]
     int64_t out_stride;
-    int32_t x_bytes;  // of a converted row
+    int32_t x_bytes;
     int32_t n_out;
+    int32_t k;
     int32_t n_k_tiles;
     int32_t n_rows;
     int32_t add;  // nonzero: out += result
-    int32_t unused;
 } MatmulParams;
 
 #endif

@@ -15,6 +15,10 @@ from worker_orcd._driver cimport Kernel, LaunchList
 NORM_KINDS = {"rms": c.NORM_RMS, "layer": c.NORM_LAYER}
 ROPE_TYPES = {"interleaved": c.ROPE_INTERLEAVED, "neox": c.ROPE_NEOX}
 GLU_KINDS = {"silu": c.GLU_SILU, "gelu_tanh": c.GLU_GELU_TANH, "swiglu_oai": c.GLU_SWIGLU_OAI}
+#: what a conversion does before: the norm, or nothing
+CONVERT_KINDS = {"rms": c.CONVERT_RMS, "layer": c.CONVERT_LAYER, None: c.CONVERT_PLAIN}
+#: what becomes of the results of a product
+PRODUCT_MODES = {"store": c.PRODUCT_STORE, "add": c.PRODUCT_ADD, "glu": c.PRODUCT_GLU}
 #: at least what decode attention takes beside its dynamic shared memory
 DECODE_STATIC_SMEM = 4096
 

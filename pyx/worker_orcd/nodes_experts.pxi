@@ -59,32 +59,59 @@ cdef class RouteNode(Node):
         return 0
 
 
+cdef class ExpertProduct:
+    """A launch of expert_few_*, for 1 to 8 rows.
+
+    Args:
+        fields: `ExpertFewParams`; later: n_rows, x_slot_rows and what a `Bound` says.
+        bounds: for each number of rows, from 1 on, the `Bound` kernel.
+    """
+
+    cdef c.ExpertFewParams p
+    cdef list bounds
+
+    def __init__(self, dict fields, list bounds):
+        c.fill_ExpertFewParams(&self.p, fields, ("n_rows", "x_slot_rows", "n_warps", "n_groups", "depth", "batch",
+                                                 "ring_bytes", "factors", "barriers"))
+        self.bounds = [None, *bounds]
+
+    cdef int enqueue(self, LaunchList launches, int n, int x_slot_rows) except -1:
+        cdef Bound bound = self.bounds[n]
+        cdef c.ExpertFewParams p = self.p
+        p.n_rows, p.x_slot_rows = n, x_slot_rows
+        p.n_warps, p.n_groups, p.depth, p.batch = bound.n_warps, bound.n_groups, bound.depth, bound.batch
+        p.ring_bytes, p.factors, p.barriers = bound.ring_bytes, bound.factors, bound.barriers
+        return bound.enqueue(launches, &p, sizeof(p))
+
+
 cdef class ExpertProductNode(Node):
     """Products of every row and slot with one or two matrices, of one type and shape, of the expert in that slot.
 
     Args:
         name: of the op.
-        to_split, to_half: the `Conversion`s of the input.
-        matvec: `ExpertMatvecParams`; later: split_slot_rows, ring_bytes.
+        conversion: of the input.
+        few: the `ExpertProduct`s for few decode rows.
+        matvec: `ExpertMatvecParams`; later: x_slot_rows, ring_bytes.
         matmul: `ExpertMatmulParams`; later: x_slot_rows.
-        decode: for each number of decode rows, from 1 on, the `Bound` kernel.
+        decode: for each larger number of decode rows the `Bound` kernel.
         prefill: `prefill(n_rows)` gives that of prefill.
+        glu: the `GluRows` of what expert_few_* does itself (PRODUCT_GLU), or None.
     """
 
     cdef c.ExpertMatvecParams v
     cdef c.ExpertMatmulParams m
-    cdef Conversion to_split, to_half
-    cdef list decode
+    cdef Conversion conversion
+    cdef GluRows glu
+    cdef list few, decode
     cdef object prefill
-    cdef int n_inputs       # that a row has: one, or one for each slot
 
-    def __init__(self, str name, Conversion to_split, Conversion to_half, dict matvec, dict matmul, list decode,
-                 prefill):
+    def __init__(self, str name, Conversion conversion, list few, dict matvec, dict matmul, list decode, prefill,
+                 GluRows glu=None):
         Node.__init__(self, name)
-        self.to_split, self.to_half, self.decode, self.prefill = to_split, to_half, [None, *decode], prefill
-        c.fill_ExpertMatvecParams(&self.v, matvec, ("split_slot_rows", "ring_bytes"))
+        self.conversion, self.few, self.glu = conversion, few, glu
+        self.decode, self.prefill = [None] * (DECODE_ROWS + 1) + decode, prefill
+        c.fill_ExpertMatvecParams(&self.v, matvec, ("x_slot_rows", "ring_bytes"))
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
-        self.n_inputs = self.v.n_used if self.v.x_slot_stride else 1
 
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         if shape.n_decode:
@@ -95,23 +122,32 @@ cdef class ExpertProductNode(Node):
 
     cdef int _decode(self, LaunchList launches, int n) except -1:
         """Rows [0, n), n <= 64."""
-        cdef Bound bound = self.decode[n]
-        cdef c.ExpertMatvecParams p = self.v
-        cdef int i
-        if bound.needs_split:
-            for i in range(self.n_inputs):
-                self.to_split.enqueue(launches, i * p.x_slot_stride, i * n, n, n)
-        p.split_slot_rows, p.ring_bytes = n if self.n_inputs > 1 else 0, bound.ring_bytes
-        return bound.enqueue(launches, &p, sizeof(p))
+        cdef int x_slot_rows = n if self.conversion.n_inputs > 1 else 0
+        cdef ExpertProduct product
+        cdef Bound bound
+        cdef c.ExpertMatvecParams p
+        self.conversion.enqueue(launches, 0, 0, n, n)
+        if n <= DECODE_ROWS:
+            for product in self.few:
+                product.enqueue(launches, n, x_slot_rows)
+            return 0
+        bound, p = self.decode[n], self.v
+        p.x_slot_rows, p.ring_bytes = x_slot_rows, bound.ring_bytes
+        bound.enqueue(launches, &p, sizeof(p))
+        if self.glu is not None:
+            self.glu.enqueue(launches, 0, n)
+        return 0
 
     cdef int _prefill(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""
         cdef Bound bound = self.prefill(n)
         cdef c.ExpertMatmulParams p = self.m
         cdef int i
-        for i in range(self.n_inputs):
-            self.to_half.enqueue(launches, row * self.v.x_stride + i * self.v.x_slot_stride, i * n, n, n)
-        p.x_slot_rows = n if self.n_inputs > 1 else 0
+        self.conversion.enqueue(launches, row, 0, n, n)
+        p.x_slot_rows = n if self.conversion.n_inputs > 1 else 0
         for i in range(self.v.n_matrices):
             p.m[i].out += row * p.m[i].out_stride
-        return bound.enqueue(launches, &p, sizeof(p))
+        bound.enqueue(launches, &p, sizeof(p))
+        if self.glu is not None:
+            self.glu.enqueue(launches, row, n)
+        return 0

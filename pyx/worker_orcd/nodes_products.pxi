@@ -1,35 +1,36 @@
-# Products with weight matrices; included by _nodes.pyx. Rows come as float32 and are converted first where a kernel
-# wants them so: to split bf16 halves for decode rows, to float16 for prefill rows.
+# Products with weight matrices; included by _nodes.pyx. Rows come as float32 and are converted to fp16 first, with the
+# norm before the product where there is one: by a launch of its own, or by the product itself for one decode row.
+
+
+cdef enum:
+    DECODE_ROWS = 8     # most rows of a decode_* launch, layout.DECODE_ROWS
 
 
 cdef class Conversion:
-    """convert_split or convert_f16 with its parameters.
+    """convert_rows with its parameters.
 
     Args:
         kernel: the `Kernel`.
         fields: `ConvertParams`; later: n_rows, n_pad_rows.
-        by_column: convert_split, whose blocks take 2048 columns of a row; convert_f16 takes whole rows.
+        n_inputs: that a row has: one, or one for each slot of a row of experts.
     """
 
     cdef Kernel kernel
     cdef c.ConvertParams p
-    cdef unsigned int columns
+    cdef int n_inputs
 
-    def __init__(self, Kernel kernel, dict fields, bint by_column):
+    def __init__(self, Kernel kernel, dict fields, int n_inputs=1):
         c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows"))
-        self.kernel, self.columns = kernel, (self.p.k_pad // 8 + 255) // 256 if by_column else 0
+        self.kernel, self.n_inputs = kernel, n_inputs
 
-    cdef int enqueue(self, LaunchList launches, int64_t x_offset, int64_t row, int n, int n_pad) except -1:
-        """Convert `n` rows from x + x_offset on into rows [row, row + n_pad) of the workspace; the rest are zeros."""
+    cdef int enqueue(self, LaunchList launches, int64_t x_row, int64_t row, int n, int n_pad) except -1:
+        """Convert `n` rows from row `x_row` of x on into converted rows [row, row + n_pad) (of each input); the rest
+        are zeros."""
         cdef c.ConvertParams p = self.p
-        p.x += x_offset
+        p.x += x_row * p.x_stride
         p.out += row * p.out_bytes
-        if p.scale != NULL:
-            p.scale += row
         p.n_rows, p.n_pad_rows = n, n_pad
-        if self.columns:
-            return launches.add(self.kernel, self.columns, n_pad, 1, 256, 0, &p, sizeof(p), True)
-        return launches.add(self.kernel, n_pad, 1, 1, 256, 0, &p, sizeof(p), True)
+        return launches.add(self.kernel, n_pad, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
 
 
 cdef class Bound:
@@ -37,85 +38,153 @@ cdef class Bound:
 
     cdef Kernel kernel
     cdef unsigned int gx, gy, block, smem
-    cdef int32_t ring_bytes
-    cdef int tile_rows
-    cdef bint needs_split
+    cdef int32_t ring_bytes, n_warps, n_groups, depth, batch, x_smem, factors, barriers, block_tiles, more_tiles
 
     def __init__(self, Kernel kernel, launch):
         self.kernel, self.block, self.smem = kernel, launch.block, launch.smem
         self.gx, self.gy, _ = launch.grid
-        self.ring_bytes, self.tile_rows, self.needs_split = launch.ring_bytes, launch.tile_rows, launch.needs_split
+        self.ring_bytes, self.n_warps, self.n_groups = launch.ring_bytes, launch.n_warps, launch.n_groups
+        self.depth, self.batch, self.x_smem = launch.depth, launch.batch, launch.x_smem
+        self.factors, self.barriers = launch.factors, launch.barriers
+        self.block_tiles, self.more_tiles = launch.block_tiles, launch.more_tiles
 
     cdef int enqueue(self, LaunchList launches, const void* params, size_t nbytes) except -1:
         return launches.add(self.kernel, self.gx, self.gy, 1, self.block, self.smem, params, nbytes, True)
 
 
+cdef class GluRows:
+    """The gated activation of some rows, where no product applies it.
+
+    Args:
+        kernel: glu.
+        fields: `PointwiseParams`.
+    """
+
+    cdef Kernel kernel
+    cdef c.PointwiseParams p
+
+    def __init__(self, Kernel kernel, dict fields):
+        c.fill_PointwiseParams(&self.p, fields, ())
+        self.kernel = kernel
+
+    cdef int enqueue(self, LaunchList launches, int64_t row, int n) except -1:
+        """Rows [row, row + n)."""
+        cdef c.PointwiseParams p = self.p
+        p.a += row * p.a_stride
+        p.b += row * p.b_stride
+        p.out += row * p.out_stride
+        return launches.add(self.kernel, (p.n + 1023) // 1024, n, 1, 256, 0, &p, sizeof(p), True)
+
+
+cdef class DecodeProduct:
+    """A launch of decode_*, for 1 to 8 rows.
+
+    Args:
+        fields: `DecodeParams`; later: n_rows and what a `Bound` says.
+        inline: a single row is converted by the product.
+        bounds: for each number of rows, from 1 on, the `Bound` kernel.
+    """
+
+    cdef c.DecodeParams p
+    cdef bint inline
+    cdef list bounds
+
+    def __init__(self, dict fields, bint inline, list bounds):
+        c.fill_DecodeParams(&self.p, fields, ("n_rows", "n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem",
+                                              "factors", "barriers", "block_tiles", "more_tiles"))
+        self.inline, self.bounds = inline, [None, *bounds]
+
+    cdef int enqueue(self, LaunchList launches, int n) except -1:
+        cdef Bound bound = self.bounds[n]
+        cdef c.DecodeParams p = self.p
+        if n > 1 or not self.inline:
+            p.x = p.norm_weight = NULL
+        p.n_rows, p.n_warps, p.n_groups, p.depth, p.batch = n, bound.n_warps, bound.n_groups, bound.depth, bound.batch
+        p.ring_bytes, p.x_smem, p.factors, p.barriers = bound.ring_bytes, bound.x_smem, bound.factors, bound.barriers
+        p.block_tiles, p.more_tiles = bound.block_tiles, bound.more_tiles
+        return bound.enqueue(launches, &p, sizeof(p))
+
+
 cdef class MatMulNode(Node):
     """Products of one input with up to four matrices of one type.
 
-    Decode rows (and all rows with `outputs`) go through the matvec family in groups of up to 64, prefill rows through
-    the matmul family: within each, a row's sums do not depend on the other rows.
+    Decode rows (and all rows with `outputs`) go through decode_* or matvec_*, prompt rows through matmul_*; a row has
+    the same bits in each.
 
     Args:
         name: of the op.
-        to_split, to_half: the `Conversion`s of the input.
+        conversion: of the input, or None where a node before has converted it for this one.
+        inline: a single decode row is converted by the product.
+        decode: the `DecodeProduct`s for few decode rows.
         matvec: `MatvecParams`; later: n_rows, ring_bytes.
+        matvecs: for each larger number of decode rows the `Bound` kernel.
         matmuls: `MatmulParams` of each matrix; later: n_rows.
-        decode: for each number of decode rows, from 1 on, the `Bound` kernel.
         prefill: `prefill(n_out, n_rows)` gives that of prefill.
         outputs: the rows are the step's output rows.
+        glu: the `GluRows` of what decode_* does itself (PRODUCT_GLU), or None.
     """
 
     cdef c.MatvecParams v
     cdef c.MatmulParams m[c.MATVEC_MAX_MATRICES]
-    cdef Conversion to_split, to_half
-    cdef list decode
+    cdef Conversion conversion
+    cdef GluRows glu
+    cdef list decode, matvecs
     cdef object prefill
-    cdef bint outputs
+    cdef bint inline, outputs
+    cdef int n_matmuls
 
-    def __init__(self, str name, Conversion to_split, Conversion to_half, dict matvec, list matmuls, list decode,
-                 prefill, bint outputs):
+    def __init__(self, str name, Conversion conversion, bint inline, list decode, dict matvec, list matvecs,
+                 list matmuls, prefill, bint outputs, GluRows glu=None):
         cdef int i
         Node.__init__(self, name)
-        self.to_split, self.to_half, self.outputs = to_split, to_half, outputs
-        self.decode, self.prefill = [None, *decode], prefill
+        self.conversion, self.inline, self.outputs, self.glu = conversion, inline, outputs, glu
+        self.decode, self.matvecs = decode, [None] * (DECODE_ROWS + 1) + matvecs
+        self.prefill, self.n_matmuls = prefill, len(matmuls)
         c.fill_MatvecParams(&self.v, matvec, ("n_rows", "ring_bytes"))
-        for i in range(self.v.n_matrices):
+        for i in range(self.n_matmuls):
             c.fill_MatmulParams(&self.m[i], matmuls[i], ("n_rows",))
 
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
-        cdef int most = len(self.decode) - 1
-        cdef int n_matvec = shape.n_out if self.outputs else shape.n_decode, row = 0
-        while row < n_matvec:
-            self._matvec(launches, row, min(most, n_matvec - row))
-            row += most
-        if not self.outputs and shape.n_rows > n_matvec:
-            self._matmul(launches, n_matvec, shape.n_rows - n_matvec)
+        cdef int n_few = shape.n_out if self.outputs else shape.n_decode
+        cdef int n_prompt = 0 if self.outputs else shape.n_rows - n_few
+        cdef int first = 1 if n_few == 1 and self.inline else 0, n_pad
+        if self.conversion is not None and n_few + n_prompt > first:
+            n_pad = n_few - first + (n_prompt + 63) // 64 * 64     # whole tiles of the prefill kernels
+            self.conversion.enqueue(launches, first, first, n_few + n_prompt - first, n_pad)
+        if n_few:
+            self._few(launches, n_few)
+        if n_prompt:
+            self._prompt(launches, n_few, n_prompt)
         return 0
 
-    cdef int _matvec(self, LaunchList launches, int row, int n) except -1:
-        """Rows [row, row + n), n <= 64."""
-        cdef Bound bound = self.decode[n]
-        cdef c.MatvecParams p = self.v
-        cdef int i
-        for i in range(p.n_matrices):
-            p.m[i].out += row * p.m[i].out_stride
-        p.x += row * p.x_stride
-        p.n_rows, p.ring_bytes = n, bound.ring_bytes
-        if bound.needs_split:
-            self.to_split.enqueue(launches, row * p.x_stride, 0, n, bound.tile_rows)
-        return bound.enqueue(launches, &p, sizeof(p))
+    cdef int _few(self, LaunchList launches, int n) except -1:
+        """Decode rows [0, n), n <= 64."""
+        cdef Bound bound
+        cdef DecodeProduct product
+        cdef c.MatvecParams v
+        if n <= DECODE_ROWS:
+            for product in self.decode:
+                product.enqueue(launches, n)
+            return 0
+        bound, v = self.matvecs[n], self.v
+        v.n_rows, v.ring_bytes = n, bound.ring_bytes
+        bound.enqueue(launches, &v, sizeof(v))
+        if self.glu is not None:
+            self.glu.enqueue(launches, 0, n)
+        return 0
 
-    cdef int _matmul(self, LaunchList launches, int row, int n) except -1:
+    cdef int _prompt(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""
         cdef c.MatmulParams p
         cdef Bound bound
         cdef int i
-        self.to_half.enqueue(launches, row * self.v.x_stride, 0, n, (n + 63) // 64 * 64)  # whole tiles of the kernels
-        for i in range(self.v.n_matrices):
+        for i in range(self.n_matmuls):
             p = self.m[i]
+            p.x += row * p.x_bytes
             p.out += row * p.out_stride
             p.n_rows = n
             bound = self.prefill(p.n_out, n)
             bound.enqueue(launches, &p, sizeof(p))
+        if self.glu is not None:
+            self.glu.enqueue(launches, row, n)
         return 0

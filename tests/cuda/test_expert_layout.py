@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
-from worker_orcd.models.ops import Attention, ExpertMatMul
+from worker_orcd.models.ops import Add, Attention, ExpertMatMul, ExpertSum, Glu, Op, View
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = sorted(quants.TYPES)
@@ -79,13 +80,38 @@ def test_most_items_can_be_reached():
 def test_decode_launches_fit_the_smallest_gpu(type_id):
     for n_out, k in [(2880, 2880), (256, 256), (5, 32), (768, 16384)]:
         k = -(-k // quants.TYPES[type_id].block_size) * quants.TYPES[type_id].block_size
-        for n_rows in (1, 4, 5, 64):
+        for n_rows in (9, 16, 17, 64):
             launch = expert_layout.decode_launch(type_id, k, n_out, 2, n_rows, 4, 32, n_sm=132)
             assert launch.smem + 64 <= layout.SMEM_SMALL and launch.block <= 256 and launch.grid[0] >= 1
-            assert launch.needs_split == launch.kernel.endswith("_2")
-            assert n_rows <= expert_layout.CONVERT_IN_BLOCK or launch.needs_split
-            room = launch.smem - launch.ring_bytes - 2 * launch.block // 32 * 512
-            assert room == (0 if launch.needs_split else n_rows * layout.x_split_bytes(type_id, k))
+            tiles = int(launch.kernel.rpartition("_")[2])
+            assert min(n_rows, expert_layout.DECODE_ROWS) <= 8 * tiles
+            # two sets of sums, factors, sums so far
+            rest = 2 * launch.block // 32 * 512 + layout.n_chunks(k) * 32 * tiles + tiles * 512
+            assert launch.smem == launch.ring_bytes + rest
+
+
+@every_type
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("max_smem", [layout.SMEM_SMALL, 227 << 10])
+def test_launches_of_few_rows_are_what_the_kernel_takes(type_id, glu, max_smem):
+    """experts_few.cu, with the sizes written out as the kernel has them."""
+    prefix, unit = f"expert_few_{layout.kernel_suffix(type_id)}_", layout.decode_unit_bytes(type_id)
+    for n_out, k in [(2880, 2880), (256, 256), (5, 32), (48, 576), (1408, 2048), (14336, 4096), (4096, 14336)]:
+        k = -(-k // quants.TYPES[type_id].block_size) * quants.TYPES[type_id].block_size
+        chunk, chunks = layout.chunk_columns(k), layout.n_chunks(k)
+        for n_rows in range(1, 9):
+            launch = expert_layout.few_launch(type_id, k, n_out, n_rows, 4, 32, n_sm=132, glu=glu, max_smem=max_smem)
+            variant, warps = launch.kernel.removeprefix(prefix), launch.n_warps * launch.n_groups
+            assert variant == "long" or (int(variant) == chunk and launch.n_warps == chunks)
+            assert launch.block == 32 * warps <= 32 * layout.DECODE_FEW_WARPS and launch.grid[0] >= 1
+            assert launch.batch % launch.n_groups == 0 and launch.batch % 2 == 0 and launch.batch >= 2
+            assert not glu or launch.n_groups == 1 or launch.n_groups % 2 == 0
+            sums = 4 * chunks * (16 if n_rows == 1 else 8 * 20)
+            assert launch.depth >= 1 and launch.ring_bytes == warps * launch.depth * unit
+            assert launch.factors == launch.ring_bytes + 2 * launch.batch * sums
+            assert launch.barriers >= launch.factors + 32 * chunks and launch.barriers % 8 == 0
+            # and eight pairs beside it
+            assert launch.barriers + 8 * warps * launch.depth <= launch.smem <= max_smem - 64
 
 
 def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
@@ -100,8 +126,31 @@ def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
     splits = {op.window: 4 for op in built.ops if isinstance(op, Attention)}
     arena = memory.workspace_arena(built, config, splits, 4, 32, memory.SampleScratch(0, 0, 0, 0, 0, 0))
     down = next(op for op in built.ops if isinstance(op, ExpertMatMul) and op.per_slot)
-    type_id = built.weights[down.weight].type_id
-    assert arena.x_split.nbytes >= 64 * down.n_used * layout.x_split_bytes(type_id, down.n_in)
-    assert arena.x_half.nbytes >= 100 * down.n_used * layout.x_f16_bytes(type_id, down.n_in)
-    assert arena.x_half_scale.nbytes >= 100 * down.n_used * 4
+    rows = 128 + layout.MATMUL_TILE_ROWS
+    assert arena.converted.nbytes >= rows * down.n_used * layout.x_f16_bytes(down.n_in)
     assert arena.routing.prefill_list.nbytes >= expert_layout.list_bytes(128 * down.n_used, down.n_expert)
+
+
+def test_the_activation_of_experts_and_their_sum_are_folded_where_nothing_else_reads(goldens_dir):
+    with ModelFile(goldens_dir / "gpt-oss-MXFP4.gguf") as file:
+        built = plan.build(file)
+    ops = lowering.lower(built)
+    assert not any(isinstance(op, Glu | ExpertSum) for op in ops)
+    groups = [op for op in ops if isinstance(op, lowering.ExpertGroup)]
+    assert [op.glu is not None for op in groups] == [True, False] * built.n_layer
+    sums = [op for op in ops if isinstance(op, lowering.ExpertSumAdd)]
+    assert len(sums) == built.n_layer and all(op.out != op.sum.out for op in sums)
+
+    def with_reader_of(kind: type[Op], view: str) -> tuple[Op, ...]:
+        """Lowered with an op that reads `view` of the first op of `kind`, behind the op after that."""
+        at = next(i for i, op in enumerate(built.ops) if isinstance(op, kind))
+        read = getattr(built.ops[at], view)
+        x = next(op.out for op in built.ops if isinstance(op, Add))
+        spy = Add("spy", View(read.buf, read.offset, x.width), x)
+        return lowering.lower(replace(built, ops=(*built.ops[: at + 2], spy, *built.ops[at + 2 :])))
+
+    for view in ("gate", "up"):
+        left = [op for op in with_reader_of(Glu, view) if isinstance(op, Glu)]
+        glu = next(op for op in built.ops if isinstance(op, Glu))
+        assert left == ([] if getattr(glu, view) == glu.out else [glu])
+    assert sum(isinstance(op, ExpertSum) for op in with_reader_of(ExpertSum, "out")) == 1

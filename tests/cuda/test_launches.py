@@ -9,9 +9,10 @@ from helpers.fake_file import FakeFile
 
 from worker_orcd._engine import plan_memory
 from worker_orcd._nodes import GLU_KINDS, NORM_KINDS, ROPE_TYPES, RowNode
-from worker_orcd.cuda import launches, lowering
+from worker_orcd.cuda import launches, layout, lowering
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
+from worker_orcd.gguf import quants
 from worker_orcd.models import ops, plan, registry
 
 NORM = {"x": 256, "weight": 512, "bias": 0, "out": 256, "x_stride": 64, "out_stride": 64, "n": 64, "kind": 0,
@@ -87,3 +88,77 @@ def test_an_op_names_its_layer(monkeypatch):
     assert len(made.nodes((write,))) == 1
     with pytest.raises(IndexError):
         made.nodes((replace(write, layer=built.n_layer),))
+
+
+# ---- matrices that decode_* takes as one -----------------------------------------------------------------------------
+
+K, STRIDE = 512, 900
+Q4_K, Q8_0 = quants.BY_NAME["Q4_K"].id, quants.BY_NAME["Q8_0"].id
+
+
+def side_by_side(type_id: int, *n_outs: int, bias: bool = False) -> list[dict[str, int]]:
+    """Matrices one after the other in memory, with biases and results that lie so too."""
+    found, w, b, out = [], 1 << 20, 1 << 30, 1 << 40
+    for n in n_outs:
+        found.append({"w": w, "bias": b if bias else 0, "out": out, "out_stride": STRIDE, "n_out": n})
+        w, b, out = w + layout.packed_bytes(type_id, n, K), b + 4 * n, out + 4 * n
+    return found
+
+
+def spans_of(type_id: int, matrices: list[dict[str, int]]) -> list[tuple[int, int]]:
+    """(address of the matrix, its outputs) of each launch; the rest is as the first of its matrices has it."""
+    spans = launches._adjacent(type_id, K, matrices)
+    by_address = {m["w"]: m for m in matrices}
+    for span in spans:
+        first = by_address[span["m"][0]["w"]]
+        assert span["m"] == [{"w": first["w"], "bias": first["bias"]}, {"w": 0, "bias": 0}]
+        assert (span["out"], span["out_stride"]) == (first["out"], first["out_stride"])
+    return [(span["m"][0]["w"], span["n_out"]) for span in spans]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("type_id", [Q4_K, Q8_0], ids=["Q4_K", "Q8_0"])
+def test_matrices_that_lie_as_one_are_one(type_id: int, bias: bool):
+    assert spans_of(type_id, side_by_side(type_id, 512, 128, 128, bias=bias)) == [(1 << 20, 768)]
+    last = side_by_side(type_id, 512, 128, 5, bias=bias)
+    assert spans_of(type_id, last) == [(1 << 20, 645)], "the last may end within a row tile"
+
+
+def test_a_matrix_in_the_middle_of_a_row_tile_is_alone():
+    matrices = side_by_side(Q8_0, 512, 120, 128)
+    assert spans_of(Q8_0, matrices) == [(1 << 20, 632), (matrices[2]["w"], 128)]
+
+
+@pytest.mark.parametrize("type_name", sorted(layout.ROW_SCALED))
+def test_matrices_with_row_scales_stay_apart(type_name: str):
+    """Between two of them lie the scales of the first."""
+    type_id = quants.BY_NAME[type_name].id
+    matrices = side_by_side(type_id, 64, 64, 64)
+    assert spans_of(type_id, matrices) == [(m["w"], 64) for m in matrices]
+
+
+@pytest.mark.parametrize("name", ["w", "bias", "out", "out_stride"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_matrices_that_lie_otherwise_stay_apart(name: str, at: int):
+    """One byte suffices; a bias that only some have, too."""
+    for bias in (False, True):
+        now = side_by_side(Q4_K, 64, 64, 64, bias=bias)[at][name]
+        for other in {now + 1, 0} - {now}:
+            matrices = side_by_side(Q4_K, 64, 64, 64, bias=bias)
+            matrices[at][name] = other
+            assert len(launches._adjacent(Q4_K, K, matrices)) == (2 if at == 2 else 3)
+    matrices = side_by_side(Q4_K, 64, 64, 64, bias=True)
+    matrices[0]["bias"] = 0
+    assert len(spans_of(Q4_K, matrices)) == 2
+
+
+def test_gate_and_up_are_two_matrices_or_the_halves_of_one():
+    gate, up = side_by_side(Q4_K, 96, 96, bias=True)
+    (two,) = launches._gated(Q4_K, K, [gate, up])
+    (whole,) = side_by_side(Q4_K, 192, bias=True)
+    assert launches._gated(Q4_K, K, [whole]) == [two]
+    assert two["n_out"] == 96 and two["m"] == [{name: m[name] for name in ("w", "bias")} for m in (gate, up)]
+    (without,) = launches._gated(Q4_K, K, side_by_side(Q4_K, 192))
+    assert [m["bias"] for m in without["m"]] == [0, 0] and without["m"][1]["w"] == up["w"]
+    apart = {**up, "w": 7 << 32}
+    assert launches._gated(Q4_K, K, [gate, apart])[0]["m"][1]["w"] == 7 << 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
     rng = np.random.default_rng([type_id, n_out, k])
     raw = random_blocks(type_id, n_out, k, rng, mxfp4_exponents=(0, 253))
     suffix = layout.kernel_suffix(type_id)
-    row_tiles, width = layout.n_row_tiles(n_out), layout.k_padded(type_id, k)
+    row_tiles, width = layout.n_row_tiles(n_out), layout.n_k_tiles(type_id, k) * layout.tile_k(type_id)
     n_bytes = row_tiles * layout.n_k_tiles(type_id, k) * layout.packed_tile_bytes(type_id)
     packed = np.full(n_bytes + 64, 0xA5, np.uint8)
     getattr(lib, f"repack_{suffix}")(pointer(raw), pointer(packed), n_out, k)
@@ -102,15 +103,166 @@ def test_padding_is_small(type_id):
             assert 1 <= ratio <= 1.02, f"{n_out} x {k}: {ratio}"
 
 
+def whole_blocks(type_id: int, k: int) -> int:
+    """`k`, up to whole blocks of the type."""
+    block = quants.TYPES[type_id].block_size
+    return -(-k // block) * block
+
+
 @pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
 def test_launches_fit_the_smallest_gpu(type_id):
-    for n_outs, k in [((896, 128, 128), 896), ((896,), 4864), ((151936,), 896), ((3072,), 8192), ((48,), 32)]:
-        k = -(-k // quants.TYPES[type_id].block_size) * quants.TYPES[type_id].block_size
+    for n_outs, k in [((896, 128, 128), 896), ((896,), 4864), ((151936,), 896), ((3072,), 8192), ((48,), 32),
+                      ((8192,), 29568)]:  # fmt: skip
+        k = whole_blocks(type_id, k)
         row_tiles = sum(map(layout.n_row_tiles, n_outs))
-        warps = layout.matvec_warps(type_id, k)
-        for n_rows in (1, 2, 8, 9, 16, 17, 32, 33, 64):
+        warps = layout.matvec_warps(k)
+        for n_rows in (9, 16, 17, 32, 33, 64):
             launch = layout.matvec_launch(type_id, k, n_outs, n_rows, n_sm=132)
-            assert launch.smem <= layout.SMEM_SMALL and launch.block == 32 * warps <= 256
-            assert 1 <= launch.grid[0] <= row_tiles
+            large = layout.matvec_launch(type_id, k, n_outs, n_rows, n_sm=132, max_smem=227 << 10)
+            assert launch.smem <= layout.SMEM_SMALL and large.smem <= 227 << 10
+            assert 32 * (warps - 2) <= launch.block <= large.block == 32 * warps <= 256
+            assert launch.ring_bytes % (launch.block // 2) == 0 and 1 <= launch.grid[0] <= row_tiles
+            assert int(launch.kernel.rpartition("_")[2]) * 8 >= n_rows
+        for n_rows in (1, 64, 65, 2048):
+            launch = layout.matmul_launch(type_id, k, n_outs[0], n_rows, 132)
+            assert launch.smem <= layout.SMEM_SMALL and launch.grid[1] * layout.MATMUL_TILE_ROWS >= n_rows
     for small in (False, True):
         assert layout.matmul_stages(type_id, small)[2] <= layout.SMEM_SMALL
+
+
+# ---- chunks of K -----------------------------------------------------------------------------------------------------
+
+
+def test_chunks_are_those_of_the_header(lib):
+    for k in range(32, 1 << 17, 32):
+        chunk = layout.chunk_columns(k)
+        assert chunk == lib.chunk_columns_of(k)
+        assert layout.n_chunks(k) == len(range(0, k, chunk))
+
+
+def test_chunks_are_whole_packed_tiles():
+    """Of every type whose rows can have that length: no packed tile, and no unit of a ring, is of two chunks."""
+    for type_id in TYPES:
+        for k in range(32, 32768, 32):
+            if k % quants.TYPES[type_id].block_size:
+                continue
+            unit = layout.decode_unit_bytes(type_id) // layout.packed_tile_bytes(type_id) * layout.tile_k(type_id)
+            assert layout.chunk_columns(k) % unit == 0
+
+
+def test_a_converted_row_has_whole_pieces_and_a_factor_for_each_chunk():
+    for k in (32, 128, 160, 256, 288, 1024, 1056, 2880, 5120, 5152, 7168, 7200, 29568):
+        fragments, n_bytes = 2 * len(range(0, k, layout.PIECE)) * layout.PIECE, layout.x_f16_bytes(k)
+        assert n_bytes % 16 == 0 and 0 <= n_bytes - fragments - 4 * layout.n_chunks(k) < 16
+
+
+@pytest.mark.parametrize(("n_stages", "chunk_stages", "n_warps"), [(12, 4, 3), (7, 1, 7), (9, 2, 2), (40, 5, 3)])
+def test_a_warp_s_stages_are_those_of_its_chunks(lib, n_stages, chunk_stages, n_warps):
+    taken = []
+    for warp in range(n_warps):
+        stage = warp * chunk_stages
+        while stage < n_stages:
+            assert stage // chunk_stages % n_warps == warp
+            taken.append(stage)
+            stage = lib.next_stage_of(stage, chunk_stages, n_warps)
+    assert sorted(taken) == list(range(n_stages))
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------
+
+KS = (32, 64, 96, 160, 256, 288, 576, 768, 896, 1024, 1056, 2048, 2880, 4096, 4864, 4896, 5120, 5152, 7168, 7200, 8192,
+      14336, 18944, 29568)  # fmt: skip
+N_OUTS = (5, 16, 17, 64, 512, 1152, 4864, 29568, 201088)
+
+
+def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads):
+    """What decode.cu asks of its launch, with the sizes written out as the kernel has them."""
+    prefix = f"decode_{layout.kernel_suffix(type_id)}_"
+    assert launch.kernel.startswith(prefix)
+    variant = launch.kernel.removeprefix(prefix)
+    name, pairs = quants.TYPES[type_id].name, 2 if glu else 1
+    variants = {"256", "256e", "long"} | (set() if layout.tile_k(type_id) == 256 else {"128", "128e"})
+    assert variant in (variants - {"128e", "256e"} if name in ("F32", "F16", "BF16") else variants)
+    chunk, chunks = layout.chunk_columns(k), layout.n_chunks(k)
+    assert variant == "long" or (int(variant.rstrip("e")) == chunk and launch.n_warps == chunks)
+    assert 1 <= launch.n_warps <= chunks
+
+    warps, few = launch.n_warps * launch.n_groups, variant in ("long", "128e")
+    assert launch.n_groups >= 1 and launch.block == 32 * warps <= most_threads[few]
+
+    # Row tiles: every one in one block, none beyond the last.
+    row_tiles, blocks = layout.n_row_tiles(n_out), launch.grid[0]
+    assert launch.grid == (blocks, 1, 1) and launch.block_tiles >= 1 and 0 <= launch.more_tiles < blocks
+    assert blocks * launch.block_tiles + launch.more_tiles == row_tiles
+    most_tiles = (launch.block_tiles + (launch.more_tiles > 0)) * pairs
+
+    early = 2 if variant == "128e" else 1
+    assert launch.batch >= 1 and launch.batch % (early * launch.n_groups) == 0 and launch.batch % pairs == 0
+    if variant == "256e":  # a warp has no tile beside the early one, and there is one batch
+        assert most_tiles <= launch.n_groups and most_tiles <= launch.batch
+
+    # Shared memory: rings, x, two sets of sums, factors, sums of squares, barriers; each where it must be.
+    unit = layout.decode_unit_bytes(type_id)
+    assert launch.depth >= 1 and unit % 16 == 0 and launch.ring_bytes == warps * launch.depth * unit
+    one_row_x = -(-k // 256) * 512 if variant == "long" else warps * 1536
+    assert launch.x_smem % 16 == 0 and launch.x_smem >= (one_row_x if n_rows == 1 else 0)
+    sums = 4 * chunks * (16 if n_rows == 1 else 8 * 20)
+    assert launch.factors == launch.ring_bytes + launch.x_smem + 2 * launch.batch * sums
+    assert launch.barriers >= launch.factors + 4 * 8 * chunks + 4 * 2 * -(-k // 256) and launch.barriers % 8 == 0
+    assert launch.barriers + 8 * warps * launch.depth <= launch.smem <= max_smem
+
+
+@pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
+def test_decode_launches_are_what_the_kernel_takes(lib, type_id):
+    most_threads = list((ctypes.c_int * 2).in_dll(lib, "decode_threads"))
+    assert most_threads == [32 * layout.DECODE_WARPS, 32 * layout.DECODE_FEW_WARPS]
+    seen = set()
+    for k in sorted({whole_blocks(type_id, k) for k in KS}):
+        for i, n_out in enumerate(N_OUTS):
+            for glu in (False, True):
+                for n_sm, max_smem in ((20, layout.SMEM_SMALL), (108, 163 << 10), (132, 227 << 10)):
+                    few = []
+                    for n_rows in range(1, 9) if i % 3 == 0 else (1, 2):
+                        launch = layout.decode_launch(type_id, k, n_out, n_rows, n_sm=n_sm, glu=glu, max_smem=max_smem)
+                        few.append(launch)
+                        if n_rows < 3:
+                            check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads)
+                        else:
+                            assert launch == few[1]
+                        seen.add(launch.kernel)
+    # every variant is taken somewhere, or its test is empty
+    dense = quants.TYPES[type_id].name in ("F32", "F16", "BF16")
+    assert len(seen) == (3 if dense or layout.tile_k(type_id) == 256 else 5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"grid": 7}, {"n_groups": 1}, {"n_groups": 3}, {"depth": 1}, {"early": 0}, {"early": 1},
+     {"grid": 1, "n_groups": 4, "early": 1}],
+    ids=str,
+)  # fmt: skip
+def test_decode_launches_that_are_chosen_otherwise_are_sound(lib, how):
+    most_threads = list((ctypes.c_int * 2).in_dll(lib, "decode_threads"))
+    for type_id in TYPES:
+        for k in sorted({whole_blocks(type_id, k) for k in (32, 576, 896, 2048, 5120, 8192)}):
+            for n_out in (16, 1152, 29568):
+                if how.get("grid", 1) > layout.n_row_tiles(n_out):
+                    continue
+                for n_rows, glu in ((1, False), (1, True), (5, False), (5, True)):
+                    launch = layout.decode_launch(type_id, k, n_out, n_rows, n_sm=132, glu=glu, **how)
+                    check_decode(launch, type_id, k, n_out, n_rows, glu, layout.SMEM_SMALL, most_threads)
+                    assert launch.grid[0] == how.get("grid", launch.grid[0])
+                    assert launch.depth <= how.get("depth", 8)
+
+
+def test_a_decode_launch_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="decode_q8_0 for 1048576 columns needs more than 101376 bytes"):
+        layout.decode_launch(8, 1 << 20, 64, 1, n_sm=132)
+
+
+def test_every_list_of_types_has_decode_kernels():
+    """decode.cu names the lists, since types differ in their variants; a list that it lacks is one without kernels."""
+    cuda = ROOT / "csrc" / "cuda"
+    types = re.search(r"#define FOR_EACH_TYPE\(X\)(.*?)\n\n", (cuda / "quant" / "types.cuh").read_text(), re.S)
+    lists = re.findall(r"(\w+_TYPES)\(X\)", types[1])
+    assert sorted(lists) == sorted(re.findall(r"^(\w+_TYPES)\(DEFINE", (cuda / "decode.cu").read_text(), re.M))

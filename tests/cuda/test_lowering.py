@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from helpers.fake_file import FakeFile
 
 from worker_orcd.cuda.lowering import MatMulGroup, RopeKv, RopeKvAttention, lower
+from worker_orcd.gguf import quants
+from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
-from worker_orcd.models.ops import Add, Attention, Rope
+from worker_orcd.models.ops import Add, Attention, Glu, MatMul, Op, Rope, View
 
 
-def test_llama_layer_becomes_eight_ops():
+def groups_of(ops: Iterable[Op]) -> list[MatMulGroup]:
+    return [op for op in ops if isinstance(op, MatMulGroup)]
+
+
+def planted(p: plan.Plan, name: str, *after: Op, replaced: Op | None = None) -> plan.Plan:
+    """The plan with `after` behind its op `name`, and `replaced` in its place."""
+    at = next(i for i, op in enumerate(p.ops) if op.name == name)
+    return replace(p, ops=(*p.ops[:at], replaced or p.ops[at], *after, *p.ops[at + 1 :]))
+
+
+def named(p: plan.Plan, name: str) -> Op:
+    return next(op for op in p.ops if op.name == name)
+
+
+def test_llama_layer_becomes_five_ops():
     p = plan.build(FakeFile())
     layer = [op for op in lower(p) if op.name.startswith("blk.1.")]
     kinds = [type(op).__name__ for op in layer]
-    assert kinds == [
-        "Norm",
-        "MatMulGroup",
-        "RopeKvAttention",
-        "MatMulGroup",
-        "Norm",
-        "MatMulGroup",
-        "Glu",
-        "MatMulGroup",
-    ]
-    assert [len(op.parts) for op in layer if isinstance(op, MatMulGroup)] == [3, 1, 2, 1]
-    assert [op.residual for op in layer if isinstance(op, MatMulGroup)] == [False, True, False, True]
-    residual = next(op for op in layer if isinstance(op, MatMulGroup) and op.residual)
+    assert kinds == ["MatMulGroup", "RopeKvAttention", "MatMulGroup", "MatMulGroup", "MatMulGroup"]
+    groups = groups_of(layer)
+    assert [len(op.parts) for op in groups] == [3, 1, 2, 1]
+    assert [op.residual for op in groups] == [False, True, False, True]
+    assert [op.norm and op.norm.name for op in groups] == ["blk.1.attn_norm", None, "blk.1.ffn_norm", None]
+    assert [op.glu is not None for op in groups] == [False, False, True, False]
+    for op in groups:
+        assert op.inp == (op.norm.inp if op.norm else op.parts[0].inp)
+    residual = next(op for op in groups if op.residual)
     assert residual.parts[0].out.buf == "x" and residual.parts[0].name == "blk.1.attn_output"
 
 
@@ -37,7 +50,9 @@ def test_no_op_is_lost():
     seen = []
     for op in lower(p):
         if isinstance(op, MatMulGroup):
+            seen += [op.norm.name] if op.norm else []
             seen += [part.name for part in op.parts] + (["+"] if op.residual else [])
+            seen += [op.glu.name] if op.glu else []
         elif isinstance(op, RopeKvAttention):
             seen += [part.name for part in (op.rope.rope_q, op.rope.rope_k, op.rope.kv, op.attention) if part]
         else:
@@ -90,8 +105,129 @@ def test_group_size_is_bounded(limit):
     assert max(len(op.parts) for op in lower(p, max_group=limit) if isinstance(op, MatMulGroup)) == limit
 
 
-def test_products_of_different_types_do_not_share_a_launch():
+def test_products_of_different_types_share_a_group():
+    """And so the conversion of their input; launches take them by type."""
     mf = FakeFile()
     mf.tensors["blk.0.attn_v.weight"].type_id = 8
-    groups = [op for op in lower(plan.build(mf)) if isinstance(op, MatMulGroup)]
-    assert [[part.name for part in g.parts] for g in groups][:2] == [["blk.0.attn_q", "blk.0.attn_k"], ["blk.0.attn_v"]]
+    group = groups_of(lower(plan.build(mf)))[0]
+    assert [part.name for part in group.parts] == ["blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v"]
+    assert group.norm is not None and group.norm.name == "blk.0.attn_norm"
+
+
+# ---- the norm before products ----------------------------------------------------------------------------------------
+
+
+def test_a_norm_read_again_stays():
+    """By an op behind the products, by one further on; not where its columns are written anew before."""
+    p = plan.build(FakeFile())
+    norm = named(p, "blk.1.attn_norm")
+    spy = Add("spy", norm.out, named(p, "blk.1.attn_residual").out)
+    for place in ("blk.1.attn_v", "blk.1.kv_write"):
+        ops = lower(planted(p, place, spy))
+        assert norm in ops and groups_of(op for op in ops if op.name == "blk.1.attn_q")[0].norm is None
+    assert named(p, "blk.1.ffn_norm").out == norm.out
+    ops = lower(planted(p, "blk.1.ffn_norm", spy))
+    assert norm not in ops and named(p, "blk.1.ffn_norm") in ops
+
+
+def test_nothing_is_stored_where_a_launch_still_reads():
+    """The blocks of a product read its input while others store: what is folded in must not be of the same columns."""
+    p = plan.build(FakeFile())
+    norm, product, add = (named(p, f"blk.1.{name}") for name in ("ffn_norm", "attn_output", "attn_residual"))
+    x, other = add.out, View(named(p, "blk.1.ffn_gate").out.buf, 0, add.out.width)
+    product, add = replace(product, inp=norm.out, out=other), replace(add, inp=other)
+    before = tuple(op for op in p.ops[: p.ops.index(norm)] if op.name not in (product.name, add.name))
+    rest = p.ops[p.ops.index(norm) :]
+    # x += W norm(x): the norm is folded in, the addition is not
+    ops = lower(replace(p, ops=(*before, norm, product, add, *rest)))
+    group = next(op for op in groups_of(ops) if op.name == product.name)
+    assert group.norm == norm and group.inp == x and not group.residual and add in ops
+    # x += W x
+    ops = lower(replace(p, ops=(*before, replace(product, inp=x), add, *rest)))
+    assert not next(op for op in groups_of(ops) if op.name == product.name).residual and add in ops
+    # x = W norm(x)
+    ops = lower(replace(p, ops=(*before, norm, replace(product, out=x), *rest)))
+    assert ops.count(norm) == 1 and next(op for op in groups_of(ops) if op.name == product.name).norm is None
+
+
+def test_a_norm_in_place_stays():
+    """Where its result is the residual stream, later ops read that."""
+    p = plan.build(FakeFile())
+    norm = named(p, "blk.1.attn_norm")
+    in_place = replace(norm, out=norm.inp)
+    changed = planted(p, norm.name, replaced=in_place)
+    products = tuple(
+        replace(op, inp=norm.inp) if isinstance(op, MatMul) and op.name.startswith("blk.1.attn_") and op.inp == norm.out
+        else op for op in changed.ops
+    )  # fmt: skip
+    ops = lower(replace(changed, ops=products))
+    assert in_place in ops
+    group = next(op for op in groups_of(ops) if op.name == "blk.1.attn_q")
+    assert group.norm is None and group.inp == norm.inp and len(group.parts) == 3
+
+
+def test_a_norm_of_groups_or_of_something_else_stays():
+    p = plan.build(FakeFile())
+    norm = named(p, "blk.1.attn_norm")
+    grouped = replace(norm, group=norm.inp.width // 2)
+    assert grouped in lower(planted(p, norm.name, replaced=grouped))
+    elsewhere = replace(norm, out=named(p, "blk.1.ffn_gate").out)
+    assert elsewhere in lower(planted(p, norm.name, replaced=elsewhere))
+
+
+# ---- the gated activation behind products ----------------------------------------------------------------------------
+
+
+def gated(ops: Iterable[Op]) -> list[str]:
+    return [op.name for op in groups_of(ops) if op.glu is not None]
+
+
+def test_a_gated_activation_of_two_products_joins_them():
+    p = plan.build(FakeFile())
+    assert gated(lower(p)) == [f"blk.{i}.ffn_gate" for i in range(p.n_layer)]
+    glu = named(p, "blk.1.ffn_glu") if any(op.name == "blk.1.ffn_glu" for op in p.ops) else next(
+        op for op in p.ops if isinstance(op, Glu) and op.name.startswith("blk.1."))  # fmt: skip
+    swapped = replace(glu, gate=glu.up, up=glu.gate)
+    assert swapped in lower(planted(p, glu.name, replaced=swapped)), "gate is not the first product"
+    x = named(p, "blk.1.attn_residual").out
+    for view in {glu.gate, glu.up} - {glu.out}:
+        spy = Add("spy", View(view.buf, view.offset, x.width), x)
+        assert glu in lower(planted(p, glu.name, spy)), "what is read again must be there"
+
+
+def test_a_gated_activation_of_two_types_stays():
+    mf = FakeFile()
+    mf.tensors["blk.0.ffn_up.weight"].type_id = 8
+    p = plan.build(mf)
+    assert gated(lower(p)) == [f"blk.{i}.ffn_gate" for i in range(1, p.n_layer)]
+
+
+@pytest.mark.parametrize(("type_name", "splits"), [("Q8_0", True), ("F16", True), ("BF16", False), ("F32", False),
+                                                   ("MXFP4", False)])  # fmt: skip
+def test_a_gated_activation_of_the_halves_of_one_product(goldens_dir, type_name, splits):
+    """Of types whose repacked matrices can be read in halves."""
+    with ModelFile(goldens_dir / "phi3-Q8_0.gguf") as file:
+        p = plan.build(file)
+    type_id = quants.BY_NAME[type_name].id
+    p = replace(p, weights={
+        name: replace(w, type_id=type_id) if "ffn_up" in name else w for name, w in p.weights.items()})  # fmt: skip
+    ops = lower(p)
+    assert len(gated(ops)) == (p.n_layer if splits else 0)
+    assert sum(isinstance(op, Glu) for op in ops) == (0 if splits else p.n_layer)
+    for op in groups_of(ops):
+        if op.glu is not None:
+            assert len(op.parts) == 1 and op.parts[0].out.width == 2 * op.glu.gate.width == 2 * op.glu.out.width
+
+
+def test_halves_that_are_no_whole_row_tiles_stay(goldens_dir):
+    with ModelFile(goldens_dir / "phi3-Q8_0.gguf") as file:
+        p = plan.build(file)
+    ops = list(p.ops)
+    at = next(i for i, op in enumerate(ops) if isinstance(op, Glu))
+    glu, product = ops[at], ops[at - 1]
+    n = glu.gate.width - 8
+    ops[at - 1] = replace(product, out=replace(product.out, width=2 * n))
+    ops[at] = replace(glu, gate=replace(glu.gate, width=n), up=View(glu.up.buf, glu.gate.offset + n, n),
+                      out=replace(glu.out, width=n))  # fmt: skip
+    lowered = lower(replace(p, ops=tuple(ops)))
+    assert ops[at] in lowered and len(gated(lowered)) == p.n_layer - 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 
 import pytest
 
 from worker_orcd._engine import plan_memory
-from worker_orcd.cuda import memory
+from worker_orcd.cuda import layout, memory
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import ops, plan
@@ -36,17 +37,54 @@ def arenas(built):
     return plan_memory(built, EngineConfig(5, 100, 300, tuple(7 for _ in built.kv_groups)))
 
 
-def test_regions_lie_one_after_the_other(arenas):
+def is_vector(weight: ops.Weight) -> bool:
+    return weight.kind in ("vector", "expert_vectors")
+
+
+def aligns(built, arena) -> Iterator[tuple[memory.Region, int]]:
+    """The regions of an arena and the alignment that each needs."""
+    weights = iter(arena.tensors) if isinstance(arena, memory.Weights) else iter(())
+    for region in regions(arena):
+        name = next(weights, None)
+        vector = name is not None and is_vector(built.weights[name])
+        yield region, memory.ALIGN if name is None else memory.VECTOR_ALIGN if vector else memory.MATRIX_ALIGN
+
+
+def test_regions_lie_one_after_the_other(built, arenas):
+    """Each aligned, none over another, no gap larger than the alignment asks for."""
     for arena in arenas:
         end = 0
-        for region in regions(arena):
-            assert region.offset == end and region.nbytes > 0
-            end += -(-region.nbytes // memory.ALIGN) * memory.ALIGN
-        assert end == arena.nbytes
+        for region, align in aligns(built, arena):
+            assert region.nbytes > 0 and region.offset % align == 0 and 0 <= region.offset - end < align
+            end = region.offset + region.nbytes
+        assert end <= arena.nbytes < end + memory.ALIGN
+
+
+def test_matrices_come_first_and_without_gaps(built, arenas):
+    """So what follows in the plan lies as one: q, k and v, gate and up, and their biases."""
+    tensors = arenas.weights.tensors
+    kinds = [is_vector(built.weights[name]) for name in tensors]
+    assert kinds == sorted(kinds) and set(kinds) == {False, True}
+    matrices = [region for name, region in tensors.items() if not is_vector(built.weights[name])]
+    for a, b in pairwise(matrices):
+        assert b.offset == a.offset + a.nbytes
+    for layer in range(built.n_layer):
+        names = [f"blk.{layer}.attn_{which}" for which in "qkv"]
+        for kind in ("weight", "bias"):
+            found = [tensors[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in tensors]
+            if "phi3" in built.arch or (kind == "bias" and "gpt-oss" not in built.arch):
+                assert not found
+                continue
+            assert len(found) == 3
+            for a, b in pairwise(found):
+                assert b.offset == a.offset + a.nbytes
 
 
 def test_regions_are_those_of_the_plan(built, arenas):
-    assert list(arenas.weights.tensors) == list(built.weights)
+    by_kind = sorted(built.weights, key=lambda name: is_vector(built.weights[name]))
+    assert list(arenas.weights.tensors) == by_kind
+    assert {name: r.nbytes for name, r in arenas.weights.tensors.items()} == {
+        name: memory.weight_bytes(w) for name, w in built.weights.items()}  # fmt: skip
     assert len(arenas.kv.layers) == built.n_layer
     assert {r.nbytes for r in arenas.kv.layers} == {7 * memory.kv_block_bytes(built)}
     for name, buffer in built.buffers.items():
@@ -65,3 +103,17 @@ def test_an_allocated_arena_has_addresses(arenas):
         assert [r.address - (1 << 40) for r in regions(placed)] == [r.offset for r in regions(arena)]
         with pytest.raises(ValueError, match="not allocated"):
             next(regions(arena)).address  # noqa: B018
+
+
+def test_converted_rows_have_room_for_the_widest_input(built, arenas):
+    """Decode rows, then prompt rows in whole tiles of the prefill kernels; with experts every slot's row of its own."""
+    widest = max(
+        (op.n_used if isinstance(op, ops.ExpertMatMul) and op.per_slot else 1)
+        * layout.x_f16_bytes(built.weights[op.weight].shape[0])
+        for op in built.ops if isinstance(op, ops.MatMul | ops.ExpertMatMul)
+    )  # fmt: skip
+    rows = 128
+    for n_decode in range(memory.MAX_OUT + 1):
+        n_prompt = rows - n_decode
+        padded = n_decode + -(-n_prompt // layout.MATMUL_TILE_ROWS) * layout.MATMUL_TILE_ROWS
+        assert arenas.workspace.converted.nbytes >= padded * widest

@@ -34,7 +34,7 @@ from worker_orcd.errors import (
     ModelLoadError,
 )
 from worker_orcd.gguf.model_file import ModelFile
-from worker_orcd.models import plan
+from worker_orcd.models import ops, plan
 
 pytestmark = pytest.mark.skipif(
     not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
@@ -42,7 +42,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-STRUCTS = gen_params.mirror(gen_params.read())
+HEADERS = gen_params.read()
+STRUCTS = gen_params.mirror(HEADERS)
+#: of `ConvertParams.kind`
+LAYER_NORM = next(header.constants["CONVERT_LAYER"] for header in HEADERS if "CONVERT_LAYER" in header.constants)
 
 
 @pytest.fixture
@@ -412,7 +415,14 @@ def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, ch
         with recorded() as prefill:
             engine.step(Batch(prompt, prompt, 0 * prompt, 0, prompt[-1:]))
         labels = {memory.pointer: memory.label for memory in context.allocations()}
+        places_of = {engine.memory.weights.tensors[name].address: name for name in built.weights}
         engine.close()
+
+    def norms_of(launches):
+        """Weights of the norms that launches apply, whichever kernel does it."""
+        found = [launch.fields.get("norm_weight") or launch.fields.get("weight") for launch in launches]
+        return {places_of[sum(address)] for address in found if address}
+
     graph = [launch for launch in start if launch.captured][-len(step) :]  # the last one: of three rows, drawn
     assert [launch.kernel for launch in graph] == [launch.kernel for launch in step]
     assert step[-1].kernel == "sample_draw" and all(launch.pdl for launch in step + prefill)
@@ -420,7 +430,9 @@ def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, ch
         assert (ours.grid, ours.block, ours.smem) == (theirs.grid, theirs.block, theirs.smem)
         differ = {field for field, value in ours.fields.items() if value != theirs.fields[field]}
         assert differ == ({"slots", "positions", "next_tokens", "advance"} if "sample" in ours.kernel else set())
-    assert {launch.kernel.split("_")[0] for launch in prefill} >= {"rows", "norm", "matmul", "rope", "attention"}
+    assert {launch.kernel.split("_")[0] for launch in prefill} >= {"rows", "convert", "matmul", "rope", "attention"}
+    for launches in (step, prefill):
+        assert norms_of(launches) == {op.weight for op in built.ops if isinstance(op, ops.Norm)}
     places = {
         labels.get(value[0], "host" if field in ("out", "host_step") else field)
         for launch in step + prefill
@@ -465,6 +477,55 @@ def test_decode_rows_rotate_within_attention(name, goldens_dir):
         assert own.fields["stages"] == 2 and (own.fields["n_rot"] == 0) == (name == "gpt2-Q8_0")
     assert any(launch.grid[0] == 7 and launch.fields["v"] for launch in of(plain, "rope_kv"))
     assert [launch.fields["k"] for launch in of(plain, "attention_decode")] == [0]
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-Q8_0", "gpt2-Q8_0"])
+@pytest.mark.parametrize(("n_decode", "n_prompt"), [(1, 0), (2, 0), (8, 0), (9, 0), (16, 0), (0, 70), (1, 5), (3, 70)])
+def test_products_take_each_row_once(name, n_decode, n_prompt, goldens_dir):
+    """Decode rows by decode_* or matvec_*, prompt rows by matmul_*, of rows that were converted once; or not at all,
+    where a single decode row is converted by its product."""
+    n = n_decode + n_prompt
+    with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        engine = _engine.CudaEngine(file, built, EngineConfig(17, 128, 256, tuple(80 for _ in built.kv_groups)),
+                                    context=context)  # fmt: skip
+        engine.block_tables[:] = np.arange(4)
+        positions = np.r_[np.full(n_decode, 7), np.arange(n_prompt)].astype(np.int32)
+        slots = np.r_[np.arange(n_decode), np.full(n_prompt, n_decode)].astype(np.int32)
+        with recorded() as step:
+            engine.step(Batch(np.ones(n, np.int32), positions, slots, n_decode, np.array([n - 1], np.int32)))
+        engine.close()
+    layers = step[: next(i for i, launch in enumerate(step) if launch.kernel.startswith("gather_rows"))]
+    inline = n_decode == 1 and name != "gpt2-Q8_0"  # products take in RMS norms only
+    conversion, rows, seen = None, None, set()
+    for launch in layers:
+        fields, kind = launch.fields, launch.kernel.split("_")[0]
+        if kind == "convert":
+            first = int(n_decode == 1 and fields["kind"] != LAYER_NORM)
+            conversion, rows = fields, (fields["out"][0], fields["out"][1] - first * fields["out_bytes"])
+            assert fields["n_rows"] == n - first and fields["n_pad_rows"] == launch.grid[0]
+            assert launch.grid[0] == n_decode - first + -(-n_prompt // 64) * 64
+        elif kind in ("decode", "matvec"):
+            seen.add(kind)
+            assert fields["n_rows"] == n_decode and (kind == "decode") == (n_decode <= 8)
+            if not (n_decode == 1 and fields.get("x")):
+                assert (fields["rows"], fields["x_bytes"]) == (rows, conversion["out_bytes"])
+                assert conversion["k"] == fields["k"] and not fields.get("norm_weight")
+        elif kind == "matmul":
+            seen.add(kind)
+            assert fields["n_rows"] == n_prompt and conversion["k"] == fields["k"]
+            assert fields["x"] == (rows[0], rows[1] + n_decode * conversion["out_bytes"])
+        elif kind == "glu":
+            of_prompts = n_prompt > 0
+            assert launch.grid[1] == (n_prompt if of_prompts else n_decode) and (of_prompts or n_decode > 8)
+    assert seen == {kind for kind, there in (("decode", 0 < n_decode < 9), ("matvec", n_decode > 8),
+                                             ("matmul", n_prompt)) if there}  # fmt: skip
+    kinds = [launch.kernel.split("_")[0] for launch in layers]
+    if inline:
+        assert all(launch.fields["x"] for launch in layers if launch.kernel.startswith("decode_"))
+        assert ("convert" in kinds) == (n_prompt > 0)
+    gated = built.n_layer * (name != "gpt2-Q8_0") * (n_prompt > 0 or n_decode > 8)
+    assert kinds.count("glu") == gated
 
 
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-swa-Q8_0"])

@@ -21,12 +21,12 @@ _WATCHER = ctypes.CFUNCTYPE(
 
 #: beginning of a kernel's name -> its parameter struct
 PARAMS = {
-    "repack_": "RepackParams", "rows_": "RowsParams", "convert_": "ConvertParams", "matvec_": "MatvecParams",
-    "matmul_": "MatmulParams", "norm_": "NormParams", "rope_kv": "RopeKvParams",
+    "repack_": "RepackParams", "rows_": "RowsParams", "convert_": "ConvertParams", "decode_": "DecodeParams",
+    "matvec_": "MatvecParams", "matmul_": "MatmulParams", "norm_": "NormParams", "rope_kv": "RopeKvParams",
     "attention_decode_": "AttentionDecodeParams", "attention_prefill_": "AttentionPrefillParams",
     "glu": "PointwiseParams", "act_": "PointwiseParams", "add": "PointwiseParams", "gather_rows": "PointwiseParams",
-    "sample_": "SampleParams", "route_": "RouteParams", "expert_matvec_": "ExpertMatvecParams",
-    "expert_matmul_": "ExpertMatmulParams", "expert_sum": "ExpertSumParams",
+    "sample_": "SampleParams", "route_": "RouteParams", "expert_few_": "ExpertFewParams",
+    "expert_matvec_": "ExpertMatvecParams", "expert_matmul_": "ExpertMatmulParams", "expert_sum": "ExpertSumParams",
 }  # fmt: skip
 
 

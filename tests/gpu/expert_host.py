@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from gpu.kernel_harness import Buffer, Gpu, params
+from gpu.kernel_harness import CONSTANTS, Buffer, Gpu, params
+from gpu.matmul_host import Converted
 
 from worker_orcd.cuda import expert_layout, layout
 
@@ -111,48 +112,55 @@ class _Products:
     def __init__(self, gpu: Gpu, experts: Sequence[Experts], x: Buffer, outs: Sequence[tuple[int, int]], n_rows: int,
                  n_used: int, per_slot: bool) -> None:  # fmt: skip
         m = experts[0]
-        self.gpu, self.m, self.n_rows, self.n_inputs, self.x = gpu, m, n_rows, n_used if per_slot else 1, x
-        self.stride = x.shape[1]
+        n_inputs = n_used if per_slot else 1
+        self.gpu, self.m = gpu, m
+        self.converted = Converted(gpu, m.k, x, n_rows, x.shape[1], n_inputs=n_inputs)
         self.common = {
             "m": [{"w": e.w, "bias": e.bias, "out": out, "out_stride": stride}
                   for e, (out, stride) in zip(experts, outs, strict=True)],
             "matrix_bytes": layout.packed_bytes(m.type_id, m.n_out, m.k), "n_out": m.n_out, "n_used": n_used,
-            "n_k_tiles": layout.n_k_tiles(m.type_id, m.k),
+            "n_k_tiles": layout.n_k_tiles(m.type_id, m.k), "k": m.k, "x_bytes": layout.x_f16_bytes(m.k),
+            "x_slot_rows": n_rows if per_slot else 0,
         }  # fmt: skip
-
-    def convert(self, kernel: str, out: Buffer, scale: Buffer | None, pdl: bool) -> None:
-        """Slot by slot, each `n_rows` rows."""
-        m, n, k_pad = self.m, self.n_rows, layout.k_padded(self.m.type_id, self.m.k)
-        for i in range(self.n_inputs):
-            p = params("ConvertParams", x=self.x.ptr + 4 * i * m.k, out=out.ptr + i * n * out.shape[1],
-                       scale=scale and scale.ptr + 4 * i * n, x_stride=self.stride, out_bytes=out.shape[1], k=m.k,
-                       k_pad=k_pad, n_rows=n, n_pad_rows=n)  # fmt: skip
-            grid = (-(-k_pad // 2048), n) if kernel == "convert_split" else (n,)
-            self.gpu.launch(self.gpu.kernel("convert", kernel), grid, 256, p, pdl=pdl)
 
 
 class Decode(_Products):
-    """Products of decode rows. `outs`: (address, stride) of each matrix's result; `grid` None: as the layout says."""
+    """Products of decode rows. `outs`: (address, stride) of each matrix's result; `grid` None: as the layout says.
 
-    def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, grid: int | None = None) -> None:
+    `glu`: GLU_* of the activation of two matrices, whose result goes to the first of `outs`; few rows only.
+    """
+
+    def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, grid: int | None = None,
+                 glu: int | None = None) -> None:  # fmt: skip
         super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot)
         m = self.m
-        launch = expert_layout.decode_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
-                                             n_sm=gpu.n_sm, max_smem=gpu.max_smem)  # fmt: skip
-        self.launch, self.grid = launch, grid or launch.grid
-        split_bytes = layout.x_split_bytes(m.type_id, m.k)
-        self.split = gpu.empty((self.n_inputs * n_rows, split_bytes), np.uint8) if launch.needs_split else None
-        self.params = params(
-            "ExpertMatvecParams", **self.common, list=pairs.fields, x=x, split=self.split, x_stride=self.stride,
-            x_slot_stride=m.k if per_slot else 0, split_bytes=split_bytes, k=m.k, n_matrices=len(experts),
-            split_slot_rows=n_rows if per_slot else 0, ring_bytes=launch.ring_bytes)  # fmt: skip
-        self.kernel = gpu.kernel("experts_decode", launch.kernel)
+        if n_rows > layout.DECODE_ROWS:
+            launch = expert_layout.decode_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
+                                                 n_sm=gpu.n_sm)  # fmt: skip
+            p = params("ExpertMatvecParams", **self.common, list=pairs.fields, rows=self.converted.rows,
+                       n_matrices=len(experts), ring_bytes=launch.ring_bytes)  # fmt: skip
+            self.launches = [(gpu.kernel("experts_decode", launch.kernel), grid or launch.grid, launch, p)]
+            return
+        launch = expert_layout.few_launch(m.type_id, m.k, m.n_out, n_rows, n_used, m.n_expert, n_sm=gpu.n_sm,
+                                          glu=glu is not None, max_smem=gpu.max_smem)  # fmt: skip
+        tile_bytes = layout.n_k_tiles(m.type_id, m.k) * layout.packed_tile_bytes(m.type_id)
+        told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "factors", "barriers")
+        matrices = self.common.pop("m")
+        self.launches = []
+        for some in [matrices] if glu is not None else [[one] for one in matrices]:
+            p = params(
+                "ExpertFewParams", **self.common, **{name: getattr(launch, name) for name in told}, m=some,
+                list=pairs.fields, rows=self.converted.rows, out=some[0]["out"], out_stride=some[0]["out_stride"],
+                tile_bytes=tile_bytes, scales_at=layout.n_row_tiles(m.n_out) * tile_bytes,
+                n_chunks=layout.n_chunks(m.k), n_rows=n_rows, glu=glu or 0,
+                mode=CONSTANTS["PRODUCT_STORE" if glu is None else "PRODUCT_GLU"])  # fmt: skip
+            self.launches.append((gpu.kernel("experts_few", launch.kernel), grid or launch.grid, launch, p))
 
     def run(self, pdl: bool = False) -> None:
-        """Queue the conversion of x (where this launch needs one) and the products."""
-        if self.split:
-            self.convert("convert_split", self.split, None, pdl)
-        self.gpu.launch(self.kernel, self.grid, self.launch.block, self.params, self.launch.smem, pdl)
+        """Queue the conversion of x and the products."""
+        self.converted.run(pdl)
+        for kernel, grid, launch, p in self.launches:
+            self.gpu.launch(kernel, grid, launch.block, p, launch.smem, pdl)
 
 
 class Prefill(_Products):
@@ -161,16 +169,12 @@ class Prefill(_Products):
     def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, item_rows: int) -> None:
         super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot)
         m = self.m
-        self.launch = expert_layout.prefill_launch(m.type_id, m.n_out, len(experts), n_rows, n_used, m.n_expert,
+        self.launch = expert_layout.prefill_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
                                                   item_rows)  # fmt: skip
-        self.half = gpu.empty((self.n_inputs * n_rows, layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
-        self.scale = gpu.empty(self.n_inputs * n_rows)
-        self.params = params(
-            "ExpertMatmulParams", **self.common, list=pairs.fields, x=self.half, x_scale=self.scale,
-            x_bytes=self.half.shape[1], x_slot_rows=n_rows if per_slot else 0)  # fmt: skip
+        self.params = params("ExpertMatmulParams", **self.common, list=pairs.fields, x=self.converted.rows)
         self.kernel = gpu.kernel("experts_prefill", self.launch.kernel)
 
     def run(self, pdl: bool = False) -> None:
         """Queue the conversion of x and the products."""
-        self.convert("convert_f16", self.half, self.scale, pdl)
+        self.converted.run(pdl)
         self.gpu.launch(self.kernel, self.launch.grid, self.launch.block, self.params, self.launch.smem, pdl)

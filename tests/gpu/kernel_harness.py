@@ -4,10 +4,10 @@ For the kernel tests and tools/bench_kernels.py only; the engine has its own dri
 context and one stream. Every driver call is checked.
 
     gpu = Gpu()
-    kernel = gpu.kernel("matvec", "matvec_q4_k_1")
+    kernel = gpu.kernel("matmul", "matmul_q4_k")
     x = gpu.buffer(np_array)                      # a copy on the device, between guard bands
     out = gpu.empty((rows, n_out), np.float32)    # poisoned with NaN
-    p = params("MatvecParams", n_rows=3, x=x, out=out)
+    p = params("MatmulParams", n_rows=3, x=x, out=out)
     gpu.launch(kernel, grid=(64,), block=(256,), params=p, smem=0, pdl=False)
     out.to_numpy()                                # waits, checks the guard bands
 """

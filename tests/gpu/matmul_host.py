@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from gpu.kernel_harness import Buffer, Gpu, params
+from gpu.kernel_harness import CONSTANTS, Buffer, Gpu, params
 
 from worker_orcd.cuda import layout
 from worker_orcd.gguf import quants
@@ -41,72 +41,122 @@ def repack(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, piece: int = 1 << 30
     return Matrix(type_id, n_out, k, w)
 
 
-def convert(gpu: Gpu, kernel: str, m: Matrix, x: Buffer, n_rows: int, stride: int, out: Buffer, scale: Buffer | None,
-            pdl: bool = False) -> None:  # fmt: skip
-    """Launch a conversion of x into `out` (all its rows)."""
-    pad_rows, out_bytes = out.shape
-    k_pad = layout.k_padded(m.type_id, m.k)
-    p = params("ConvertParams", x=x, out=out, scale=scale, x_stride=stride, out_bytes=out_bytes, k=m.k,
-               k_pad=k_pad, n_rows=n_rows, n_pad_rows=pad_rows)  # fmt: skip
-    grid = (-(-k_pad // 2048), pad_rows) if kernel == "convert_split" else (pad_rows,)
-    gpu.launch(gpu.kernel("convert", kernel), grid, 256, p, pdl=pdl)
+class Converted:
+    """`n_rows` rows of x as convert_rows leaves them, before `pad` rows of zeros; `run` queues the conversion.
+
+    `norm`: None, or (kind, weight, bias, eps) of the norm before.
+    """
+
+    def __init__(self, gpu: Gpu, k: int, x: Buffer, n_rows: int, stride: int, pad: int = 0,
+                 norm: tuple[str, Buffer, Buffer | None, float] | None = None, n_inputs: int = 1) -> None:  # fmt: skip
+        self.gpu, self.n_inputs, self.pad_rows = gpu, n_inputs, n_rows + pad
+        self.rows = gpu.empty((n_inputs * self.pad_rows, layout.x_f16_bytes(k)), np.uint8)
+        kind, weight, bias, eps = norm or ("plain", None, None, 0.0)
+        self.params = params(
+            "ConvertParams", x=x, weight=weight, bias=bias, out=self.rows, x_stride=stride, input_stride=k,
+            out_bytes=layout.x_f16_bytes(k), k=k, n_rows=n_rows, n_pad_rows=self.pad_rows,
+            kind=CONSTANTS[f"CONVERT_{kind.upper()}"], eps=eps)  # fmt: skip
+
+    def run(self, pdl: bool = False) -> None:
+        """Queue the conversion."""
+        kernel = self.gpu.kernel("convert", "convert_rows")
+        self.gpu.launch(kernel, (self.pad_rows, self.n_inputs), 256, self.params, pdl=pdl)
 
 
-class Matvec:
-    """One decode launch over matrices that share the input; `run` queues it."""
+class Decode:
+    """Launches for 1 to 64 rows over matrices that share the input; `run` queues them and, where they need one, the
+    conversion of x.
+
+    Args:
+        mode: "store", "add" or "glu".
+        glu: GLU_* of `mode` "glu".
+        norm: as of `Converted`; "rms" is applied by the launch itself where there is one row.
+        inline: one row is converted by the launch.
+        max_smem: shared memory of a block, of a GPU that has less than this one.
+        how: of `layout.decode_launch`.
+    """
 
     def __init__(
         self, gpu: Gpu, matrices: Sequence[Matrix], x: Buffer, outs: Sequence[Buffer], n_rows: int, *,
-        x_stride: int | None = None, biases: Sequence[Buffer | None] | None = None, add: bool = False,
+        x_stride: int | None = None, biases: Sequence[Buffer | None] | None = None, mode: str = "store", glu: int = 0,
+        norm: tuple[str, Buffer, Buffer | None, float] | None = None, inline: bool = True,
+        max_smem: int | None = None, **how: int,
     ) -> None:  # fmt: skip
         m = matrices[0]
-        self.gpu, self.x, self.m, self.n_rows, self.x_stride = gpu, x, m, n_rows, x_stride or m.k
-        n_outs = tuple(a.n_out for a in matrices)
-        self.launch = layout.matvec_launch(m.type_id, m.k, n_outs, n_rows, n_sm=gpu.n_sm, max_smem=gpu.max_smem)
-        self.split = None
-        if self.launch.needs_split:
-            pad = 8 * int(self.launch.kernel.rsplit("_", 1)[1])
-            self.split = gpu.empty((pad, layout.x_split_bytes(m.type_id, m.k)), np.uint8)
+        self.gpu = gpu
+        max_smem = max_smem or gpu.max_smem
+        few = n_rows <= layout.DECODE_ROWS
+        inline = inline and n_rows == 1 and (norm is None or norm[0] == "rms")
+        pad = -n_rows % 64
+        self.converted = None if inline else Converted(gpu, m.k, x, n_rows, x_stride or m.k, pad, norm)
+        both = {
+            "rows": self.converted.rows if self.converted else None, "x_bytes": layout.x_f16_bytes(m.k), "k": m.k,
+            "n_k_tiles": layout.n_k_tiles(m.type_id, m.k), "n_rows": n_rows,
+            "mode": CONSTANTS[f"PRODUCT_{mode.upper()}"],
+        }  # fmt: skip
+        biases = biases or [None] * len(matrices)
+        if few:
+            gated = mode == "glu"
+            tile_bytes = both["n_k_tiles"] * layout.packed_tile_bytes(m.type_id)
+            both |= {
+                "tile_bytes": tile_bytes, "n_chunks": layout.n_chunks(m.k), "x": x if inline else None, "glu": glu,
+                "norm_weight": norm[1] if norm and inline else None, "eps": norm[3] if norm else 0.0,
+            }  # fmt: skip
+            told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem", "factors", "barriers",
+                    "block_tiles", "more_tiles")  # fmt: skip
+            self.launches = []
+            for i, (a, out) in enumerate(zip(matrices, outs, strict=True)):
+                if gated and i:
+                    break
+                launch = layout.decode_launch(a.type_id, a.k, a.n_out, n_rows, n_sm=gpu.n_sm, max_smem=max_smem,
+                                              glu=gated, **how)  # fmt: skip
+                pair = [{"w": b.w, "bias": c} for b, c in zip(matrices, biases, strict=True)]
+                p = params(
+                    "DecodeParams", **both, **{name: getattr(launch, name) for name in told},
+                    m=pair if gated else pair[i : i + 1], out=out, out_stride=out.shape[1],
+                    n_out=a.n_out, scales_at=layout.n_row_tiles(a.n_out) * tile_bytes)  # fmt: skip
+                self.launches.append((gpu.kernel("decode", launch.kernel), launch, p))
+            return
         parts, row_tile0 = [], 0
-        for i, (a, out) in enumerate(zip(matrices, outs, strict=True)):
-            parts.append({"w": a.w, "bias": biases[i] if biases else None, "out": out, "out_stride": out.shape[1],
-                          "n_out": a.n_out, "row_tile0": row_tile0, "add": int(add)})  # fmt: skip
+        for a, out, bias in zip(matrices, outs, biases, strict=True):
+            parts.append({"w": a.w, "bias": bias, "out": out, "out_stride": out.shape[1], "n_out": a.n_out,
+                          "row_tile0": row_tile0})  # fmt: skip
             row_tile0 += layout.n_row_tiles(a.n_out)
-        self.params = params(
-            "MatvecParams", m=parts, x=x, split=self.split, x_stride=self.x_stride,
-            split_bytes=layout.x_split_bytes(m.type_id, m.k), n_matrices=len(parts), n_row_tiles=row_tile0, k=m.k,
-            n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows, ring_bytes=self.launch.ring_bytes)  # fmt: skip
-        self.kernel = gpu.kernel("matvec", self.launch.kernel)
+        launch = layout.matvec_launch(m.type_id, m.k, tuple(a.n_out for a in matrices), n_rows, n_sm=gpu.n_sm,
+                                      max_smem=max_smem)  # fmt: skip
+        p = params("MatvecParams", **both, m=parts, n_matrices=len(parts), n_row_tiles=row_tile0,
+                   ring_bytes=launch.ring_bytes)  # fmt: skip
+        self.launches = [(gpu.kernel("matvec", launch.kernel), launch, p)]
 
     def run(self, pdl: bool = False, convert_x: bool = True) -> None:
-        """Queue the conversion of x (where this launch needs one) and the product."""
-        if self.split and convert_x:
-            convert(self.gpu, "convert_split", self.m, self.x, self.n_rows, self.x_stride, self.split, None, pdl)
-        self.gpu.launch(self.kernel, self.launch.grid, self.launch.block, self.params, self.launch.smem, pdl)
+        """Queue the conversion of x (where it is needed) and the products."""
+        if self.converted and convert_x:
+            self.converted.run(pdl)
+        for kernel, launch, p in self.launches:
+            self.gpu.launch(kernel, launch.grid, launch.block, p, launch.smem, pdl)
 
 
 class Matmul:
     """One prefill launch; `run` queues it. `small` chooses the variant, else `cuda.layout` does."""
 
     def __init__(self, gpu: Gpu, m: Matrix, x: Buffer, out: Buffer, n_rows: int, *, x_stride: int | None = None,
-                 bias: Buffer | None = None, add: bool = False, small: bool | None = None) -> None:  # fmt: skip
-        self.gpu, self.m, self.x, self.n_rows, self.x_stride = gpu, m, x, n_rows, x_stride or m.k
+                 bias: Buffer | None = None, add: bool = False, small: bool | None = None,
+                 norm: tuple[str, Buffer, Buffer | None, float] | None = None) -> None:  # fmt: skip
+        self.gpu = gpu
         # 2^20 multiprocessors make every product a small one
         n_sm = gpu.n_sm if small is None else (1 << 20) * small
-        self.launch = layout.matmul_launch(m.type_id, m.n_out, n_rows, n_sm)
-        pad = -(-n_rows // layout.MATMUL_TILE_ROWS) * layout.MATMUL_TILE_ROWS
-        self.half = gpu.empty((pad, layout.x_f16_bytes(m.type_id, m.k)), np.uint8)
-        self.scale = gpu.empty(pad)
+        self.launch = layout.matmul_launch(m.type_id, m.k, m.n_out, n_rows, n_sm)
+        self.converted = Converted(gpu, m.k, x, n_rows, x_stride or m.k, -n_rows % layout.MATMUL_TILE_ROWS, norm)
         self.params = params(
-            "MatmulParams", w=m.w, x=self.half, x_scale=self.scale, bias=bias, out=out,
-            x_bytes=self.half.shape[1], out_stride=out.shape[1], n_out=m.n_out,
-            n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows, add=int(add))  # fmt: skip
+            "MatmulParams", w=m.w, x=self.converted.rows, bias=bias, out=out, x_bytes=layout.x_f16_bytes(m.k),
+            out_stride=out.shape[1], n_out=m.n_out, k=m.k, n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows,
+            add=int(add))  # fmt: skip
         self.kernel = gpu.kernel("matmul", self.launch.kernel)
 
     def run(self, pdl: bool = False, convert_x: bool = True) -> None:
         """Queue the conversion of x and the product."""
         if convert_x:
-            convert(self.gpu, "convert_f16", self.m, self.x, self.n_rows, self.x_stride, self.half, self.scale, pdl)
+            self.converted.run(pdl)
         self.gpu.launch(self.kernel, self.launch.grid, self.launch.block, self.params, self.launch.smem, pdl)
 
 

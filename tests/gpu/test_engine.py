@@ -127,6 +127,58 @@ def test_decode_rows_of_experts_agree_with_the_oracle(name, goldens_dir):
         engine.close()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_has_the_same_bits_however_it_comes(name, goldens_dir):
+    """As one prompt, in chunks, and as decode rows: alone and beside 1, 8 and 31 others, in any place among them."""
+    _, p, engine = open_engine(goldens_dir / f"{name}.gguf", max_seqs=32, context_length=192,
+                               n_blocks=(96,) * len(_groups(goldens_dir / f"{name}.gguf")))  # fmt: skip
+    rng = np.random.default_rng(7)
+    n, first = 150, 70
+    texts = rng.integers(0, p.n_vocab, (32, n)).astype(np.int32)
+    text = texts[0]
+    try:
+        want = np.empty((n, p.n_vocab), np.float32)
+        for start in range(0, n, 64):  # 64 rows of logits at a time, each time from the whole prompt
+            rows = np.arange(start, min(start + 64, n))
+            engine.forward(prompt_batch(text[:128], outputs=[]))
+            if start < 128:
+                want[rows[rows < 128]] = engine.forward(prompt_batch(text[:128], outputs=rows[rows < 128]))
+        want[128:] = engine.forward(prompt_batch(text[128:], 128))
+        for sizes in ([1, 63, 64, 22], [17, 50, 83], [100, 1, 1, 48]):
+            at = 0
+            for size in sizes:
+                got = engine.forward(prompt_batch(text[at : at + size], at, outputs=np.arange(size)[-64:]))
+                assert np.array_equal(got, want[at : at + size][-64:]), f"chunks {sizes}, at {at}"
+                at += size
+        for others, place in ((0, 0), (1, 1), (8, 3), (31, 17)):
+            slots = rng.permutation(np.arange(1, 32))[:others].astype(np.int32)
+            slots = np.insert(slots, place, 0).astype(np.int32)
+            for slot in slots:
+                engine.forward(prompt_batch(texts[slot][:first], slot=int(slot), outputs=[]))
+            for at in range(first, n if others < 2 else first + 20):
+                rows = np.arange(len(slots), dtype=np.int32)
+                batch = Batch(texts[slots, at], np.full(len(slots), at, np.int32), slots, len(slots), rows)
+                got = engine.forward(batch)
+                assert np.array_equal(got[place], want[at]), f"decode row at {at} beside {others} others"
+        # decode rows beside prompt rows of others, and a prompt that goes on behind what decode rows wrote
+        mixed = np.concatenate([text[[120]], texts[1][:40]]).astype(np.int32)
+        engine.forward(prompt_batch(text[:120], outputs=[]))
+        slots = np.r_[0, np.ones(40)].astype(np.int32)
+        positions = np.r_[120, np.arange(40)].astype(np.int32)
+        got = engine.forward(Batch(mixed, positions, slots, 1, np.array([0], np.int32)))
+        assert np.array_equal(got[0], want[120]), "decode row beside prompt rows"
+        got = engine.forward(prompt_batch(text[121:], 121))
+        assert np.array_equal(got, want[121:]), "prompt rows behind a decode row"
+    finally:
+        engine.close()
+
+
+def _groups(path):
+    """The KV groups of a model."""
+    with ModelFile(str(path)) as mf:
+        return plan.build(mf).kv_groups
+
+
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "qwen2-Q8_0", "phi3-swa-Q8_0", "gpt-oss-MXFP4", "gpt-oss-Q4_K_M"])
 def test_prefill_does_not_depend_on_the_chunking(name, goldens_dir):
     _, p, engine = open_engine(goldens_dir / f"{name}.gguf")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import limits
 import numpy as np
 import pytest
-from gpu.kernel_harness import available, params
-from gpu.matmul_host import Matmul, Matvec, repack, row_lengths
+from gpu.kernel_harness import CONSTANTS, available, params
+from gpu.matmul_host import Decode, Matmul, repack, row_lengths
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
 
@@ -98,10 +98,10 @@ def test_decode_product(gpu, type_id):
         m, w = make(gpu, type_id, n_out, k)
         x = inputs(rng, n_rows, k, pad=4)
         out = gpu.empty((n_rows, n_out + 3))
-        Matvec(gpu, [m], gpu.buffer(x), [out], n_rows, x_stride=k + 4).run()
+        Decode(gpu, [m], gpu.buffer(x), [out], n_rows, x_stride=k + 4).run()
         got = out.to_numpy()
         name = f"{quants.TYPES[type_id].name} {n_out} x {k}, {n_rows} rows"
-        nmse_by_row(got[:, :n_out], x[:, :k].astype(np.float64) @ w.T, limits.MATVEC_NMSE, name)
+        nmse_by_row(got[:, :n_out], x[:, :k].astype(np.float64) @ w.T, limits.MATMUL_NMSE, name)
         assert np.isnan(got[:, n_out:]).all(), "columns outside the view were written"
 
 
@@ -116,14 +116,13 @@ def test_a_row_does_not_depend_on_the_others(gpu, type_id, kernel):
     def product(rows):
         out = gpu.empty((len(rows), n_out))
         if kernel == "decode":
-            Matvec(gpu, [m], gpu.buffer(x[rows]), [out], len(rows)).run()
+            Decode(gpu, [m], gpu.buffer(x[rows]), [out], len(rows)).run()
         else:
             Matmul(gpu, m, gpu.buffer(x[rows]), out, len(rows)).run()
         return out.to_numpy()
 
     everything = product(np.arange(most))
-    limit = limits.MATVEC_NMSE if kernel == "decode" else limits.MATMUL_NMSE
-    nmse_by_row(everything, x.astype(np.float64) @ w.T, limit, f"{quants.TYPES[type_id].name} {most} rows")
+    nmse_by_row(everything, x.astype(np.float64) @ w.T, limits.MATMUL_NMSE, f"{quants.TYPES[type_id].name} {most} rows")
     for n in (1, 2, 7, 8, 9, 16, 17, 25, 32, 33, 63):
         rows = np.random.default_rng(n).permutation(most)[:n]
         assert np.array_equal(product(rows), everything[rows]), f"{n} rows alone differ from the same among {most}"
@@ -141,11 +140,11 @@ def test_bias_residual_and_groups(gpu, type_id):
     biases = [gpu.buffer(rng.standard_normal(n).astype(np.float32)) for n in sizes]
     start = [rng.standard_normal((n_rows, n)).astype(np.float32) for n in sizes]
     together = [gpu.buffer(s) for s in start]
-    Matvec(gpu, [m for m, _ in made], dx, together, n_rows, biases=biases, add=True).run()
+    Decode(gpu, [m for m, _ in made], dx, together, n_rows, biases=biases, mode="add").run()
     for (m, w), bias, begin, out in zip(made, biases, start, together, strict=True):
         alone, plain = gpu.buffer(begin), gpu.empty(begin.shape)
-        Matvec(gpu, [m], dx, [alone], n_rows, biases=[bias], add=True).run()
-        Matvec(gpu, [m], dx, [plain], n_rows).run()
+        Decode(gpu, [m], dx, [alone], n_rows, biases=[bias], mode="add").run()
+        Decode(gpu, [m], dx, [plain], n_rows).run()
         assert np.array_equal(out.to_numpy(), alone.to_numpy())
         assert np.array_equal(out.to_numpy(), begin + (plain.to_numpy() + bias.to_numpy()))
         prefill, plain = gpu.buffer(begin), gpu.empty(begin.shape)
@@ -153,7 +152,7 @@ def test_bias_residual_and_groups(gpu, type_id):
         Matmul(gpu, m, dx, plain, n_rows).run()
         want = x.astype(np.float64) @ w.T
         nmse_by_row(plain.to_numpy(), want, limits.MATMUL_NMSE, f"{quants.TYPES[type_id].name} {m.n_out}")
-        assert np.allclose(prefill.to_numpy(), begin + (plain.to_numpy() + bias.to_numpy()), rtol=1e-6, atol=1e-6)
+        assert np.array_equal(prefill.to_numpy(), out.to_numpy()), "decode and prompt rows differ"
 
 
 @every_type
@@ -173,6 +172,87 @@ def test_prefill_product(gpu, type_id):
         assert np.array_equal(results[0], results[1], equal_nan=True), "the two variants differ"
 
 
+def norm_of(gpu, rng, kind, k):
+    """A norm before a product, as `Converted` takes it."""
+    if kind is None:
+        return None
+    vector = lambda: gpu.buffer((1 + 0.3 * rng.standard_normal(k)).astype(np.float32))  # noqa: E731
+    return (kind, vector(), vector() if kind == "layer" else None, 1e-5)
+
+
+def normed(x, norm):
+    """What a norm makes of float32 rows, in float64."""
+    if norm is None:
+        return x.astype(np.float64)
+    kind, weight, bias, eps = norm
+    x = x.astype(np.float64)
+    if kind == "layer":
+        x = x - x.mean(1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(1, keepdims=True) + eps) * weight.to_numpy()
+    return x + bias.to_numpy() if bias else x
+
+
+#: (n_out, k): chunks of 128, 256, 512, 1024 columns, whole and broken; one chunk, more than a block has warps
+FAMILY_SHAPES = [(40, 32), (5, 96), (33, 288), (200, 896), (48, 256), (100, 1024), (130, 2880), (64, 4864), (16, 5120),
+                 (40, 5376), (24, 8192), (17, 29568)]  # fmt: skip
+
+
+@every_type
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+def test_a_row_has_the_same_bits_in_every_kernel(gpu, type_id, norm):
+    """Decode rows, one or many, and prompt rows: whichever kernel has a row, and however that is launched."""
+    rng = np.random.default_rng(type_id)
+    for n_out, k in [(n, k) for n, k in FAMILY_SHAPES if row_lengths(type_id, [k])]:
+        m, w = make(gpu, type_id, n_out, k)
+        x, before = inputs(rng, 70, k), norm_of(gpu, rng, norm, k)
+        bias = gpu.buffer(rng.standard_normal(n_out).astype(np.float32))
+        prompt = gpu.empty((70, n_out))
+        Matmul(gpu, m, gpu.buffer(x), prompt, 70, bias=bias, norm=before).run()
+        want = prompt.to_numpy()
+        exact = normed(x, before) @ w.T + bias.to_numpy()
+        name = f"{quants.TYPES[type_id].name} {n_out} x {k}"
+        nmse_by_row(want, exact, limits.MATMUL_NMSE, name)
+
+        def decode(first, n, m=m, x=x, bias=bias, before=before, n_out=n_out, **how):
+            out = gpu.empty((n, n_out))
+            Decode(gpu, [m], gpu.buffer(x[first : first + n]), [out], n, biases=[bias], norm=before, **how).run()
+            return out.to_numpy()
+
+        ways = [{}, {"inline": False}, {"early": False}, {"early": False, "grid": 1}, {"early": False, "depth": 1},
+                {"early": False, "grid": 2, "n_groups": 1}, {"max_smem": layout.SMEM_SMALL}]  # fmt: skip
+        for row in (0, 3, 69):
+            for how in ways:
+                assert np.array_equal(decode(row, 1, **how)[0], want[row]), f"{name}: row {row} {how}"
+        for first, n in ((1, 2), (5, 3), (0, 8), (7, 9), (3, 17), (0, 64), (2, 33)):
+            for how in ways if n <= 8 else (ways[0], ways[-1]):
+                assert np.array_equal(decode(first, n, **how), want[first : first + n]), f"{name}: {n} rows {how}"
+
+
+@every_type
+@pytest.mark.parametrize("kind", ["SILU", "GELU_TANH", "SWIGLU_OAI"])
+def test_gated_products(gpu, type_id, kind):
+    """act(gate) * up in the product's launch: the bits of two products and the activation by itself."""
+    rng, kind = np.random.default_rng(type_id), CONSTANTS[f"GLU_{kind}"]
+    for (n_out, k), n_rows in zip([(40, 896), (100, 768), (304, 1024), (64, 8192)], (1, 3, 8, 2), strict=True):
+        if not row_lengths(type_id, [k]):
+            continue
+        made = [make(gpu, type_id, n_out, k, seed=i)[0] for i in range(2)]
+        x, before = gpu.buffer(inputs(rng, n_rows, k) / 16), norm_of(gpu, rng, "rms", k)
+        biases = [gpu.buffer(rng.standard_normal(n_out).astype(np.float32)) for _ in range(2)]
+        alone = [gpu.empty((n_rows, n_out)) for _ in range(2)]
+        Decode(gpu, made, x, alone, n_rows, biases=biases, norm=before).run()
+        want = gpu.empty((n_rows, n_out))
+        p = params("PointwiseParams", a=alone[0], b=alone[1], out=want, a_stride=n_out, b_stride=n_out,
+                   out_stride=n_out, n=n_out, kind=kind)  # fmt: skip
+        gpu.launch(gpu.kernel("pointwise", "glu"), (1, n_rows), 256, p)
+        for how in ({}, {"early": False}, {"early": False, "grid": 1}, {"early": False, "n_groups": 1}):
+            out, untouched = gpu.empty((n_rows, n_out)), gpu.empty((n_rows, n_out))
+            outs = [out, untouched]
+            Decode(gpu, made, x, outs, n_rows, biases=biases, norm=before, mode="glu", glu=kind, **how).run()
+            assert np.array_equal(out.to_numpy(), want.to_numpy()), f"{n_out} x {k}, {n_rows} rows {how}"
+            assert np.isnan(untouched.to_numpy()).all()
+
+
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1e6, 1e15])
 @pytest.mark.parametrize("name", ["F32", "BF16", "MXFP4", "Q4_K", "Q8_0"])
 def test_no_range_is_too_wide(gpu, name, magnitude):
@@ -188,10 +268,10 @@ def test_no_range_is_too_wide(gpu, name, magnitude):
     m, w = repack(gpu, type_id, raw, k), dequantized(type_id, raw).astype(np.float64)
     x = inputs(np.random.default_rng(3), n_rows, k) * np.float32(1 / magnitude)
     dx, decode, prefill = gpu.buffer(x), gpu.empty((n_rows, n_out)), gpu.empty((n_rows, n_out))
-    Matvec(gpu, [m], dx, [decode], n_rows).run()
+    Decode(gpu, [m], dx, [decode], n_rows).run()
     Matmul(gpu, m, dx, prefill, n_rows).run()
     want = x.astype(np.float64) @ w.T
-    nmse_by_row(decode.to_numpy(), want, limits.MATVEC_NMSE, f"{name} decode at {magnitude:.0e}")
+    nmse_by_row(decode.to_numpy(), want, limits.MATMUL_NMSE, f"{name} decode at {magnitude:.0e}")
     nmse_by_row(prefill.to_numpy(), want, limits.MATMUL_NMSE, f"{name} prefill at {magnitude:.0e}")
 
 
@@ -204,7 +284,7 @@ def test_dependent_launches_wait(gpu, n_rows):
     results = []
     for pdl in (False, True, True):
         a, b = gpu.buffer(x), gpu.empty((n_rows, n))
-        steps = [Matvec(gpu, [m], a, [b], n_rows), Matvec(gpu, [m], b, [a], n_rows)] * 3
+        steps = [Decode(gpu, [m], a, [b], n_rows), Decode(gpu, [m], b, [a], n_rows)] * 3
         for step in steps:
             step.run(pdl=pdl)
         results.append(a.to_numpy())

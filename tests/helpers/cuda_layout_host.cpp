@@ -77,5 +77,9 @@ extern "C" {
     void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }
 FOR_EACH_TYPE(DEFINE)
 int x_slot_of(int k) { return x_slot(k); }
+int next_stage_of(int stage, int chunk_stages, int n_warps) { return next_stage(stage, chunk_stages, n_warps); }
+int chunk_columns_of(int k) { return chunk_columns(k); }
+extern const int decode_threads[2];
+const int decode_threads[] = {PRODUCT_THREADS, PRODUCT_FEW_THREADS};
 int column_of(int lane, int pair) { return pair_column(lane, pair); }
 }

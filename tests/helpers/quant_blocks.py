@@ -25,6 +25,8 @@ def random_blocks(
             put(offset, rng.integers(*mxfp4_exponents, shape).astype(np.uint8))
             continue
         numbers = rng.standard_normal(shape, np.float32)
+        if t.block_size == 256:  # times a scale of six bits or eight
+            numbers /= 16
         if t.number == "F16":
             put(offset, numbers.astype(np.float16))
         elif t.number == "BF16":

@@ -68,16 +68,20 @@ def test_a_variant_gives_the_very_logits_of_the_file(name, change, goldens_dir, 
         assert rows_of_lowered(plan.build(a)) == rows_of_lowered(plan.build(b))
 
 
-def rows_of_lowered(p: plan.Plan) -> set[tuple[str, str, int, int]]:
-    """Which row of which buffer each product of the lowered plan writes, from which input; kinds of other ops."""
-    rows: set[tuple[str, str, int, int]] = set()
+def rows_of_lowered(p: plan.Plan) -> set[tuple[object, ...]]:
+    """Which row of which buffer each product of the lowered plan writes, from which input, with what is folded in; the
+    kinds of other ops."""
+    rows: set[tuple[object, ...]] = set()
     for op in lowering.lower(p):
         if not isinstance(op, lowering.MatMulGroup):
-            rows.add((type(op).__name__, "", 0, 0))
+            rows.add((type(op).__name__,))
             continue
+        assert op.norm is None or op.norm.inp == op.inp
+        folded = (op.norm, op.residual, op.glu)
         for part in op.parts:
-            assert part.inp == op.inp and p.weights[part.weight].shape[1] == part.out.width
-            rows |= {(part.out.buf, part.inp.buf, op.residual, part.out.offset + i) for i in range(part.out.width)}
+            assert part.inp == (op.norm.out if op.norm else op.inp)
+            assert p.weights[part.weight].shape[1] == part.out.width
+            rows |= {(part.out.buf, part.inp.buf, *folded, part.out.offset + i) for i in range(part.out.width)}
     return rows
 
 

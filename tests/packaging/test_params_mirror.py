@@ -10,7 +10,7 @@ from pathlib import Path
 import gen_params
 import pytest
 
-from worker_orcd.cuda import memory
+from worker_orcd.cuda import layout, memory
 from worker_orcd.engine import protocol
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,9 @@ def test_headers_are_read_as_c_reads_them(header: gen_params.Header, tmp_path: P
 def test_every_header_and_every_struct_is_found():
     names = {p.name for p in (ROOT / "csrc" / "params").glob("*_params.h")}
     assert names <= {Path(header.name).name for header in HEADERS}
-    assert {"NormParams", "MatvecParams", "ExpertMatvecParams", "SlotSampling"} <= set(STRUCTS)
+    assert {"NormParams", "ConvertParams", "DecodeParams", "MatvecParams", "ExpertMatvecParams", "SlotSampling"} <= set(
+        STRUCTS
+    )
 
 
 def test_numbers_that_python_repeats():
@@ -51,6 +53,8 @@ def test_numbers_that_python_repeats():
     assert constants["KV_BLOCK"] == protocol.BLOCK_SIZE
     assert ctypes.sizeof(STRUCTS["SlotSampling"]) == memory.SLOT_SAMPLING_BYTES
     assert constants["SAMPLING_HISTORY_WORDS"] == memory.HISTORY_WORDS
+    assert constants["PRODUCT_THREADS"] == 32 * layout.DECODE_WARPS
+    assert constants["PRODUCT_FEW_THREADS"] == 32 * layout.DECODE_FEW_WARPS
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,18 @@ def test_what_is_not_understood_is_refused(text: str, tmp_path: Path):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"struct|member"):
         gen_params.read([path])
+
+
+def test_two_headers_that_define_one_constant_are_refused(tmp_path: Path):
+    """Which of the two the other language sees would depend on the order of reading."""
+    first, second = tmp_path / "a_params.h", tmp_path / "b_params.h"
+    first.write_text("#define ROWS 8\n#define COLUMNS 4\n")
+    second.write_text("#define ROWS 8\n#define DEPTH 2\n")
+    with pytest.raises(ValueError, match=r"^b_params\.h: ROWS is defined by another header$"):
+        gen_params.read([first, second])
+    second.write_text("#define DEPTH 2\n")
+    assert [header.constants for header in gen_params.read([first, second])] == [
+        {"ROWS": 8, "COLUMNS": 4}, {"DEPTH": 2}]  # fmt: skip
 
 
 def test_a_field_that_a_header_gains_is_asked_for(tmp_path: Path):

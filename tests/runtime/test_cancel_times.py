@@ -26,7 +26,9 @@ def llm(model_path):
     path = str(model_path("smollm2"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_work, "prefill_tokens", lambda n_decode, n_prefill, seconds, limit: limit)
-        with LLM(path, device="cpu", progress=False, max_seqs=2, context_length=8192, check_tensors=False) as llm:
+        with LLM(
+            path, device="cpu", n_threads=1, progress=False, max_seqs=2, context_length=8192, check_tensors=False
+        ) as llm:
             llm.generate([[1] * 300], SamplingParams(max_tokens=2))
             yield llm
 

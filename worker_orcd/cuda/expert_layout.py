@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from worker_orcd.cuda import layout
-from worker_orcd.cuda.layout import SMEM_SMALL, Launch
+from worker_orcd.cuda.layout import Launch
 
 #: parts of K that a router logit is summed from
 ROUTE_SLICES = 16
@@ -21,8 +21,6 @@ DECODE_ROWS = 16
 PREFILL_ROWS = (16, 64)
 #: matrices of one expert in one launch
 MAX_MATRICES = 2
-#: most rows for which a decode block converts x itself
-CONVERT_IN_BLOCK = 4
 
 
 def max_items(n_pairs: int, n_expert: int, item_rows: int) -> int:
@@ -50,30 +48,44 @@ def route_grid(n_rows: int, n_expert: int) -> tuple[int, int, int]:
     return layout.n_row_tiles(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
 
 
-def decode_launch(
-    type_id: int, k: int, n_out: int, n_matrices: int, n_rows: int, n_used: int, n_expert: int, *, n_sm: int,
-    max_smem: int = SMEM_SMALL,
+def few_launch(
+    type_id: int, k: int, n_out: int, n_rows: int, n_used: int, n_expert: int, *, n_sm: int, glu: bool = False,
+    max_smem: int = layout.SMEM_SMALL,
 ) -> Launch:  # fmt: skip
-    """The decode launch for `n_rows` (1 .. 64) rows and `n_matrices` matrices [n_out, k] of each expert.
+    """The launch for `n_rows` (1 .. 8) converted rows and a matrix [n_out, k] of each expert, or two (`glu`)."""
+    chunk, chunks, unit = layout.chunk_columns(k), layout.n_chunks(k), layout.decode_unit_bytes(type_id)
+    most = min(layout.DECODE_FEW_WARPS, max_smem // 2 // unit)  # rings of one slot in half of the shared memory
+    long = chunk > 256 or chunks > most
+    n_warps = -(-chunks // -(-chunks // most)) if long else chunks
+    n_groups = max(1, most // n_warps)
+    n_groups -= n_groups % 2 if n_groups > 1 else 0
+    jobs = max_items(n_rows * n_used, n_expert, n_rows) * layout.n_row_tiles(n_out)
+    grid, warps, step = min(jobs, n_sm), n_warps * n_groups, 2 * n_groups
+    sums = (layout.TILE_ROWS if n_rows == 1 else 160) * 4 * chunks
+    batch = max(step, 16384 // sums // step * step)
+    rest = 2 * batch * sums + 32 * chunks
+    room = min(layout.DECODE_RING_BYTES, max_smem - rest - 8 * warps * 8 - 64)
+    depth = max(1, min(8, room // (warps * unit)))
+    ring = warps * depth * unit
+    name = f"expert_few_{layout.kernel_suffix(type_id)}_{'long' if long else chunk}"
+    barriers = ring + rest
+    return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
+                  factors=ring + 2 * batch * sums, barriers=barriers)  # fmt: skip
 
-    Args:
-        n_sm: multiprocessors of the GPU.
-        max_smem: dynamic shared memory bytes that a block may have.
 
-    Returns:
-        `needs_split` says that the input must have been converted by convert_split; else the kernel takes float32.
-    """
-    warps = layout.matvec_warps(type_id, k)
+def decode_launch(
+    type_id: int, k: int, n_out: int, n_matrices: int, n_rows: int, n_used: int, n_expert: int, *, n_sm: int
+) -> Launch:
+    """The decode launch for `n_rows` (9 .. 64) converted rows and `n_matrices` matrices [n_out, k] of each expert."""
+    warps = layout.matvec_warps(k)
     ring = warps * layout.matvec_shape(type_id, 1).ring_bytes
-    smem, tiles = ring + 2 * warps * 512, 2
-    inside = smem + n_rows * layout.x_split_bytes(type_id, k)
-    if n_rows <= CONVERT_IN_BLOCK and inside + 4 * DECODE_ROWS <= max_smem:
-        smem, tiles = inside, 1
+    tiles = 2
+    smem = layout.matvec_smem(k, warps, ring, tiles, 1)
     # What the GPU holds at once: registers, then shared memory.
-    resident = max(1, min({1: 24, 2: 16}[tiles] // warps, 227 * 1024 // (smem + 2048)))
+    resident = max(1, min(16 // warps, 227 * 1024 // (smem + 2048)))
     work = max_items(n_rows * n_used, n_expert, DECODE_ROWS) * n_matrices * layout.n_row_tiles(n_out)
     name = f"expert_matvec_{layout.kernel_suffix(type_id)}_{tiles}"
-    return Launch(name, (min(work, n_sm * resident), 1, 1), 32 * warps, smem, ring, 8 * tiles, tiles > 1)
+    return Launch(name, (min(work, n_sm * resident), 1, 1), 32 * warps, smem, ring)
 
 
 def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:
@@ -83,18 +95,26 @@ def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:
 
 @lru_cache(maxsize=4096)  # asked for by every layer of every step with prompt rows
 def prefill_launch(
-    type_id: int, n_out: int, n_matrices: int, n_rows: int, n_used: int, n_expert: int, item_rows: int | None = None
+    type_id: int,
+    k: int,
+    n_out: int,
+    n_matrices: int,
+    n_rows: int,
+    n_used: int,
+    n_expert: int,
+    item_rows: int | None = None,
 ) -> Launch:
     """The prefill launch; `item_rows` other than `prefill_rows` says gives the same bits."""
     item_rows = item_rows or prefill_rows(n_rows, n_used, n_expert)
     tiles = n_matrices * -(-n_out // 128)
     name = f"expert_matmul_{layout.kernel_suffix(type_id)}_{item_rows}"
     items = max_items(n_rows * n_used, n_expert, item_rows)
-    return Launch(name, (tiles, items, 1), 128, prefill_smem(type_id, item_rows))
+    smem = prefill_smem(type_id, item_rows) + 4 * item_rows * layout.n_chunks(k)
+    return Launch(name, (tiles, items, 1), 128, smem)
 
 
 def prefill_smem(type_id: int, item_rows: int) -> int:
-    """Shared memory of a prefill kernel (csrc/cuda/matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
+    """Shared memory of the stages of a prefill kernel (matmul_shapes.cuh, MatmulShape<Q, 4, 1, item_rows / 8>)."""
     x, w, smem = item_rows * 128, 8 * layout.packed_tile_bytes(type_id), 0
     for stages in (4, 3, 2):
         smem = stages * x + (2 if layout.tile_k(type_id) == 256 else stages) * w

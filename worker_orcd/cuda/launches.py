@@ -10,13 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 from worker_orcd._nodes import (
+    CONVERT_KINDS,
     GLU_KINDS,
     NORM_KINDS,
+    PRODUCT_MODES,
     ROPE_TYPES,
     AttentionNode,
     Bound,
     Conversion,
+    DecodeProduct,
+    ExpertProduct,
     ExpertProductNode,
+    GluRows,
     MatMulNode,
     Node,
     RouteNode,
@@ -29,7 +34,7 @@ from worker_orcd._nodes import (
     sample_groups,
 )
 from worker_orcd.cuda import expert_layout, layout, memory
-from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention
+from worker_orcd.cuda.lowering import ExpertGroup, ExpertSumAdd, MatMulGroup, RopeKv, RopeKvAttention
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
 from worker_orcd.models.ops import (
@@ -42,12 +47,12 @@ from worker_orcd.models.ops import (
     Gather,
     Glu,
     KvWrite,
+    MatMul,
     Norm,
     Op,
     Rope,
     Route,
     View,
-    Weight,
 )
 from worker_orcd.models.plan import Plan
 
@@ -55,6 +60,8 @@ from worker_orcd.models.plan import Plan
 Fields = dict[str, Any]
 #: launches that are remembered: a step of prompts asks for the same ones in every layer
 MAX_BOUNDS = 4096
+#: in the place of the second matrix of an expert
+NO_MATRIX: Fields = {"w": 0, "bias": 0, "out": 0, "out_stride": 0}
 #: of rope_kv where nothing is rotated
 NO_ROTATION: Fields = {"inv_freq": 0, "rope_tables": 0, "n_rot": 0, "rope_type": 0, "mscale": 1.0}
 #: of decode attention where q is rotated, and k and v are in the cache
@@ -233,58 +240,90 @@ class Launches:
             bound = self._bounds[launch] = Bound(self.kernel(image, launch.kernel, launch.smem), launch)
         return bound
 
-    def _conversions(self, w: Weight, k: int, inp: View) -> tuple[Conversion, Conversion]:
-        """Of an input of products with matrices like `w`, for decode rows and for prefill rows."""
-        space = self._workspace
-        both = {"x": self._at(inp), "x_stride": self._stride(inp), "k": k, "k_pad": layout.k_padded(w.type_id, k)}
-        split = {"out": space.x_split.address, "scale": 0, "out_bytes": layout.x_split_bytes(w.type_id, k)}
-        half = {
-            "out": space.x_half.address, "scale": space.x_half_scale.address,
-            "out_bytes": layout.x_f16_bytes(w.type_id, k),
+    def _conversion(self, k: int, inp: View, norm: Norm | None = None, n_inputs: int = 1) -> Conversion:
+        """Of an input of products over `k` columns; `n_inputs` lie side by side in `inp`."""
+        fields = {
+            "x": self._at(inp), "x_stride": self._stride(inp), "input_stride": k if n_inputs > 1 else 0, "k": k,
+            "out": self._workspace.converted.address, "out_bytes": layout.x_f16_bytes(k),
+            "weight": self._weight(norm.weight if norm else None), "bias": self._weight(norm.bias if norm else None),
+            "kind": CONVERT_KINDS[norm.kind if norm else None], "eps": norm.eps if norm else 0.0,
         }  # fmt: skip
-        return (
-            Conversion(self.kernel("convert", "convert_split"), {**both, **split}, True),
-            Conversion(self.kernel("convert", "convert_f16"), {**both, **half}, False),
-        )
+        return Conversion(self.kernel("convert", "convert_rows"), fields, n_inputs)
 
     def _matmul_group(self, op: MatMulGroup) -> list[Node]:
-        first = self.plan.weights[op.parts[0].weight]
-        type_id, k = first.type_id, first.shape[0]
-        n_outs, n_k_tiles = tuple(part.out.width for part in op.parts), layout.n_k_tiles(type_id, k)
+        conversion: Conversion | None = self._conversion(op.parts[0].inp.width, op.inp, op.norm)
+        by_type: dict[int, list[MatMul]] = {}
+        for part in op.parts:
+            by_type.setdefault(self.plan.weights[part.weight].type_id, []).append(part)
+        nodes: list[Node] = []
+        for type_id, parts in by_type.items():
+            nodes.append(self._products(op, type_id, parts, conversion))
+            conversion = None  # done for those that follow
+        return nodes
+
+    def _products(self, op: MatMulGroup, type_id: int, parts: list[MatMul], conversion: Conversion | None) -> Node:
+        """The products of a group with matrices of one type."""
+        k, n_k_tiles = parts[0].inp.width, layout.n_k_tiles(type_id, parts[0].inp.width)
         matrices = [
             {
                 "w": self._weight(part.weight), "bias": self._weight(part.bias), "out": self._at(part.out),
-                "out_stride": self._stride(part.out), "n_out": part.out.width, "add": op.residual,
-            } for part in op.parts
+                "out_stride": self._stride(part.out), "n_out": part.out.width,
+            } for part in parts
         ]  # fmt: skip
-        row_tiles = [sum(map(layout.n_row_tiles, n_outs[:i])) for i in range(len(n_outs) + 1)]
-        matvec = {
-            "m": [{**m, "row_tile0": n} for m, n in zip(matrices, row_tiles[:-1], strict=True)],
-            "x": self._at(op.inp), "split": self._workspace.x_split.address, "x_stride": self._stride(op.inp),
-            "split_bytes": layout.x_split_bytes(type_id, k), "n_matrices": len(matrices),
-            "n_row_tiles": row_tiles[-1], "k": k, "n_k_tiles": n_k_tiles,
+        input_ = {"k": k, "n_k_tiles": n_k_tiles, "x_bytes": layout.x_f16_bytes(k)}
+        rows = {**input_, "rows": self._workspace.converted.address}
+        starts = [sum(layout.n_row_tiles(part.out.width) for part in parts[:i]) for i in range(len(parts) + 1)]
+        many = {
+            **rows, "m": [{**m, "row_tile0": start} for m, start in zip(matrices, starts[:-1], strict=True)],
+            "n_matrices": len(matrices), "n_row_tiles": starts[-1],
+            "mode": PRODUCT_MODES["add" if op.residual else "store"],
         }  # fmt: skip
-        prefill_input = {
-            "x": self._workspace.x_half.address, "x_scale": self._workspace.x_half_scale.address,
-            "x_bytes": layout.x_f16_bytes(type_id, k), "n_k_tiles": n_k_tiles,
+        inline = op.norm is None or op.norm.kind == "rms"
+        few = {
+            **rows, "tile_bytes": n_k_tiles * layout.packed_tile_bytes(type_id), "n_chunks": layout.n_chunks(k),
+            "mode": PRODUCT_MODES["glu" if op.glu else "add" if op.residual else "store"],
+            "glu": GLU_KINDS[op.glu.kind] if op.glu else 0, "x": self._at(op.inp) if inline else 0,
+            "norm_weight": self._weight(op.norm.weight) if op.norm and inline else 0,
+            "eps": op.norm.eps if op.norm else 0.0,
         }  # fmt: skip
+        spans = _gated(type_id, k, matrices) if op.glu else _adjacent(type_id, k, matrices)
+        if op.glu is not None:
+            spans[0].update(out=self._at(op.glu.out), out_stride=self._stride(op.glu.out))
         n_sm, max_smem = self.context.sm_count, self.context.max_smem
-        decode = [
+        decode = []
+        for span in spans:
+            n_out = span["n_out"]
+            scales_at = layout.n_row_tiles(n_out) * few["tile_bytes"]
+            bounds = [
+                self._bound("decode", layout.decode_launch(
+                    type_id, k, n_out, n, n_sm=n_sm, max_smem=max_smem, glu=op.glu is not None))
+                for n in range(1, layout.DECODE_ROWS + 1)
+            ]  # fmt: skip
+            decode.append(DecodeProduct({**few, **span, "scales_at": scales_at}, inline, bounds))
+        n_outs = tuple(part.out.width for part in parts)
+        matvecs = [
             self._bound("matvec", layout.matvec_launch(type_id, k, n_outs, n, n_sm=n_sm, max_smem=max_smem))
-            for n in range(1, memory.MAX_OUT + 1)
+            for n in range(layout.DECODE_ROWS + 1, memory.MAX_OUT + 1)
         ]
 
         def prefill(n_out: int, n_rows: int) -> Bound:
-            return self._bound("matmul", layout.matmul_launch(type_id, n_out, n_rows, n_sm))
+            return self._bound("matmul", layout.matmul_launch(type_id, k, n_out, n_rows, n_sm))
 
-        outputs = self.is_output(op.parts[0].out)
+        outputs = self.is_output(parts[0].out)
         if not outputs:  # a name that the image lacks is an error now and not in a step
             for small in (False, True):
                 name = f"matmul_{layout.kernel_suffix(type_id)}" + ("_small" if small else "")
                 self.kernel("matmul", name, layout.matmul_stages(type_id, small)[2])
-        conversions = self._conversions(first, k, op.inp)
-        matmuls = [{**m, **prefill_input} for m in matrices]
-        return [MatMulNode(op.name, *conversions, matvec, matmuls, decode, prefill, outputs)]
+        matmuls = [{**m, **input_, "x": self._workspace.converted.address, "add": op.residual} for m in matrices]
+        return MatMulNode(op.name, conversion, inline, decode, many, matvecs, matmuls, prefill, outputs,
+                          self._glu_rows(op.glu))  # fmt: skip
+
+    def _glu_rows(self, op: Glu | None) -> GluRows | None:
+        """The gated activation of rows whose products do not apply it."""
+        if op is None:
+            return None
+        fields = self._pointwise_fields(op.out, op.gate, op.up, GLU_KINDS[op.kind])
+        return GluRows(self.kernel("pointwise", "glu"), fields)
 
     # ---- experts
 
@@ -332,59 +371,78 @@ class Launches:
         w = self.plan.weights[first.weight]
         type_id, k, n_out, n_expert, n_used = w.type_id, first.n_in, first.n_out, first.n_expert, first.n_used
         decode_list, prefill_list = self._expert_lists(first)
-        both = {
+        both: Fields = {
             "m": [
                 {
                     "w": self._weight(part.weight), "bias": self._weight(part.bias), "out": self._at(part.out),
                     "out_stride": self._stride(part.out),
                 } for part in op.parts
             ],
-            "matrix_bytes": layout.packed_bytes(type_id, n_out, k), "n_out": n_out, "n_used": n_used,
-            "n_k_tiles": layout.n_k_tiles(type_id, k),
+            "matrix_bytes": layout.packed_bytes(type_id, n_out, k), "n_out": n_out, "n_used": n_used, "k": k,
+            "n_k_tiles": layout.n_k_tiles(type_id, k), "x_bytes": layout.x_f16_bytes(k),
         }  # fmt: skip
         matvec = {
-            **both, "list": decode_list, "x": self._at(first.inp), "split": self._workspace.x_split.address,
-            "x_stride": self._stride(first.inp), "x_slot_stride": k if first.per_slot else 0,
-            "split_bytes": layout.x_split_bytes(type_id, k), "n_matrices": len(op.parts), "k": k,
+            **both, "list": decode_list, "rows": self._workspace.converted.address, "n_matrices": len(op.parts),
         }  # fmt: skip
-        matmul = {
-            **both, "list": prefill_list, "x": self._workspace.x_half.address,
-            "x_scale": self._workspace.x_half_scale.address, "x_bytes": layout.x_f16_bytes(type_id, k),
-        }  # fmt: skip
-        n_sm, max_smem, n_matrices = self.context.sm_count, self.context.max_smem, len(op.parts)
+        matmul = {**both, "list": prefill_list, "x": self._workspace.converted.address}
+        n_sm, n_matrices = self.context.sm_count, len(op.parts)
+        tile_bytes = layout.n_k_tiles(type_id, k) * layout.packed_tile_bytes(type_id)
+        spans = [both["m"]] if op.glu else [[m] for m in both["m"]]
+        few = []
+        for m in spans:
+            fields = {
+                **both, "m": m + [NO_MATRIX] * (2 - len(m)), "list": decode_list,
+                "rows": self._workspace.converted.address, "out": self._at(op.glu.out) if op.glu else m[0]["out"],
+                "out_stride": self._stride(op.glu.out) if op.glu else m[0]["out_stride"], "tile_bytes": tile_bytes,
+                "scales_at": layout.n_row_tiles(n_out) * tile_bytes, "n_chunks": layout.n_chunks(k),
+                "mode": PRODUCT_MODES["glu" if op.glu else "store"], "glu": GLU_KINDS[op.glu.kind] if op.glu else 0,
+            }  # fmt: skip
+            bounds = [
+                self._bound("experts_few", expert_layout.few_launch(
+                    type_id, k, n_out, n, n_used, n_expert, n_sm=n_sm, glu=op.glu is not None,
+                    max_smem=self.context.max_smem))
+                for n in range(1, layout.DECODE_ROWS + 1)
+            ]  # fmt: skip
+            few.append(ExpertProduct(fields, bounds))
         decode = [
             self._bound("experts_decode", expert_layout.decode_launch(
-                type_id, k, n_out, n_matrices, n, n_used, n_expert, n_sm=n_sm, max_smem=max_smem))
-            for n in range(1, memory.MAX_OUT + 1)
+                type_id, k, n_out, n_matrices, n, n_used, n_expert, n_sm=n_sm))
+            for n in range(layout.DECODE_ROWS + 1, memory.MAX_OUT + 1)
         ]  # fmt: skip
 
         def prefill(n_rows: int, item_rows: int | None = None) -> Bound:
-            launch = expert_layout.prefill_launch(type_id, n_out, n_matrices, n_rows, n_used, n_expert, item_rows)
+            launch = expert_layout.prefill_launch(type_id, k, n_out, n_matrices, n_rows, n_used, n_expert, item_rows)
             return self._bound("experts_prefill", launch)
 
         for item_rows in expert_layout.PREFILL_ROWS:  # a name that the image lacks is an error now and not in a step
             prefill(1, item_rows)
-        conversions = self._conversions(w, k, first.inp)
-        return [ExpertProductNode(op.name, *conversions, matvec, matmul, decode, prefill)]
+        conversion = self._conversion(k, first.inp, n_inputs=n_used if first.per_slot else 1)
+        return [ExpertProductNode(op.name, conversion, few, matvec, matmul, decode, prefill, self._glu_rows(op.glu))]
 
-    def _expert_sum(self, op: ExpertSum) -> list[Node]:
-        n = op.out.width
+    def _expert_sum(self, op: ExpertSum, into: View | None = None) -> list[Node]:
+        n, out = op.out.width, into or op.out
         fields = {
-            "x": self._at(op.inp), "gates": self._at(op.gates), "out": self._at(op.out),
-            "x_stride": self._stride(op.inp), "out_stride": self._stride(op.out), "n": n, "n_used": op.n_used,
+            "x": self._at(op.inp), "gates": self._at(op.gates), "out": self._at(out), "x_stride": self._stride(op.inp),
+            "out_stride": self._stride(out), "n": n, "n_used": op.n_used, "add": into is not None,
         }  # fmt: skip
         return [
             RowNode(op.name, self.kernel("route", "expert_sum"), "ExpertSumParams", fields, (-(-n // 1024), 0), 256)
         ]
 
+    def _expert_sum_add(self, op: ExpertSumAdd) -> list[Node]:
+        return self._expert_sum(op.sum, op.out)
+
     # ---- pointwise
 
-    def _pointwise(self, op: Op, kernel: str, out: View, a: View, b: View | None = None, kind: int = 0, rows: int = 0,
-                   outputs: bool = False) -> list[Node]:  # fmt: skip
-        fields = {
+    def _pointwise_fields(self, out: View, a: View, b: View | None, kind: int, rows: int = 0) -> Fields:
+        return {
             "a": self._at(a), "b": self._at(b), "out": self._at(out), "rows": rows, "a_stride": self._stride(a),
             "b_stride": self._stride(b), "out_stride": self._stride(out), "n": out.width, "kind": kind,
         }  # fmt: skip
+
+    def _pointwise(self, op: Op, kernel: str, out: View, a: View, b: View | None = None, kind: int = 0, rows: int = 0,
+                   outputs: bool = False) -> list[Node]:  # fmt: skip
+        fields = self._pointwise_fields(out, a, b, kind, rows)
         grid = (-(-out.width // 1024), 0)
         return [RowNode(op.name, self.kernel("pointwise", kernel), "PointwiseParams", fields, grid, 256, outputs)]
 
@@ -428,6 +486,41 @@ class Launches:
         return SampleNode("sample", largest, draw, fields, self.context.sm_count)
 
 
+def _adjacent(type_id: int, k: int, matrices: list[Fields]) -> list[Fields]:
+    """`matrices` as decode_* takes them, those that lie as one, with their biases and results, as one."""
+    spans: list[Fields] = []
+    for m in matrices:
+        last = spans[-1] if spans else None
+        if last is not None and layout.can_split(type_id, last["n_out"]):
+            n, first = last["n_out"], last["m"][0]
+            follows = {
+                "w": first["w"] + layout.packed_bytes(type_id, n, k), "bias": first["bias"] and first["bias"] + 4 * n,
+                "out": last["out"] + 4 * n, "out_stride": last["out_stride"], "n_out": m["n_out"],
+            }  # fmt: skip
+            if m == follows:
+                last["n_out"] += m["n_out"]
+                continue
+        spans.append(_span(m))
+    return spans
+
+
+def _gated(type_id: int, k: int, matrices: list[Fields]) -> list[Fields]:
+    """Gate and up as decode_* takes them: two matrices, or the halves of one."""
+    if len(matrices) == 2:
+        return [_span(*matrices)]
+    half = matrices[0]["n_out"] // 2
+    gate = {**matrices[0], "n_out": half}
+    up = {"w": gate["w"] + layout.packed_bytes(type_id, half, k), "bias": gate["bias"] and gate["bias"] + 4 * half}
+    return [_span(gate, up)]
+
+
+def _span(matrix: Fields, other: Fields | None = None) -> Fields:
+    """Fields of `DecodeParams` for one matrix or two."""
+    other = other or {"w": 0, "bias": 0}
+    results = {name: matrix[name] for name in ("out", "out_stride", "n_out")}
+    return {**results, "m": [{name: m[name] for name in ("w", "bias")} for m in (matrix, other)]}
+
+
 #: op -> the method that makes its launches; `lower` makes no op that is not here
 MAKERS: dict[type[Op], Callable[[Launches, Any], list[Node]]] = {
     Embed: Launches._embed,
@@ -441,6 +534,7 @@ MAKERS: dict[type[Op], Callable[[Launches, Any], list[Node]]] = {
     Route: Launches._route,
     ExpertGroup: Launches._expert_group,
     ExpertSum: Launches._expert_sum,
+    ExpertSumAdd: Launches._expert_sum_add,
     Glu: Launches._glu,
     Act: Launches._act,
     Add: Launches._add,

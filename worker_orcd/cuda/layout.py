@@ -1,7 +1,7 @@
 """The CUDA kernels' view of matrices: bytes of the repacked layouts, converted activations, launch geometry.
 
-The Python mirror of csrc/cuda/quant/layout.cuh and the constants of matvec.cu and matmul.cu there, for the VRAM plan,
-the lowering and the kernel tests. Pure arithmetic.
+The Python mirror of csrc/cuda/quant/layout.cuh, params/convert_params.h and the constants of decode.cu, matvec.cu and
+matmul.cu, for the VRAM plan, the lowering and the kernel tests. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ SMEM_SMALL = 99 * 1024
 _DENSE = frozenset({"F32", "F16", "BF16"})
 #: types whose packed tiles are followed by one float32 per row: their weights may lie outside the range of fp16
 ROW_SCALED = frozenset({"F32", "BF16", "MXFP4"})
-#: rows one decode launch can take, by kernel variant (tiles of 8 rows)
-MATVEC_TILES = (1, 2, 4, 8)
+#: columns of a piece of a converted row
+PIECE = 256
+#: rows of a decode_* launch
+DECODE_ROWS = 8
+#: tiles of 8 rows that one matvec_* launch can take, by kernel variant
+MATVEC_TILES = (2, 4, 8)
+#: most warps of a block of decode_*: of variants 128, 256 and 256e, of the others
+DECODE_WARPS, DECODE_FEW_WARPS = 19, 16
+#: shared memory that the weight rings of a decode_* block are cut to, where the GPU has it
+DECODE_RING_BYTES = 96 * 1024
 
 
 def _round_up(n: int, to: int) -> int:
@@ -41,9 +49,16 @@ def n_k_tiles(type_id: int, k: int) -> int:
     return -(-k // tile_k(type_id))
 
 
-def k_padded(type_id: int, k: int) -> int:
-    """Row length in whole packed tiles; activations are zero-padded to it."""
-    return n_k_tiles(type_id, k) * tile_k(type_id)
+def chunk_columns(k: int) -> int:
+    """Columns of one chunk of a product over `k` columns (`chunk_columns` in convert_params.h)."""
+    if k <= 1024 and k % 256:
+        return 128
+    return 256 if k <= 5120 else 512 if k <= 7168 else 1024
+
+
+def n_chunks(k: int) -> int:
+    """Chunks of a row of `k` columns."""
+    return -(-k // chunk_columns(k))
 
 
 def n_row_tiles(n_out: int) -> int:
@@ -63,24 +78,123 @@ def packed_bytes(type_id: int, n_out: int, k: int) -> int:
     return row_tiles * n_k_tiles(type_id, k) * packed_tile_bytes(type_id) + scales
 
 
+def can_split(type_id: int, n_out: int) -> bool:
+    """Whether rows from `n_out` on of a repacked matrix can be read as a matrix of their own."""
+    return n_out % TILE_ROWS == 0 and quants.TYPES[type_id].name not in ROW_SCALED
+
+
 # ---- converted activations -------------------------------------------------------------------------------------------
 
 
-def x_f16_bytes(type_id: int, k: int) -> int:
-    """Bytes of a row written by convert_f16."""
-    return 2 * k_padded(type_id, k)
+def x_f16_bytes(k: int) -> int:
+    """Bytes of a row of `k` columns written by convert_rows: fp16 in whole pieces, a float32 factor for each chunk."""
+    return 2 * _round_up(k, PIECE) + _round_up(4 * n_chunks(k), 16)
 
 
-def x_split_bytes(type_id: int, k: int) -> int:
-    """Bytes of a row written by convert_split, and of a row in shared memory of the 1-tile decode kernels.
+# ---- decode ----------------------------------------------------------------------------------------------------------
 
-    Per 32 columns 128 bytes (bf16 high parts, then low parts) and 8 bytes of sums; the odd multiple of 64 keeps the
-    rows of a tile on different banks.
+
+@dataclass(frozen=True)
+class Launch:
+    """How to launch a kernel: its name, grid, threads of a block and dynamic shared memory bytes.
+
+    Of decode kernels also what they must be told: bytes of their weight rings; of decode_* further fields of
+    `DecodeParams`, under their names there.
     """
-    return _round_up(k_padded(type_id, k) // 32 * 136, 128) + 64
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    smem: int
+    ring_bytes: int = 0
+    n_warps: int = 0
+    n_groups: int = 0
+    depth: int = 0
+    batch: int = 0
+    x_smem: int = 0
+    factors: int = 0
+    barriers: int = 0
+    block_tiles: int = 0
+    more_tiles: int = 0
 
 
-# ---- decode: matvec_<type>_<tiles> -----------------------------------------------------------------------------------
+def decode_unit_bytes(type_id: int) -> int:
+    """Bytes of a slot of a ring of decode_<type>: 128 columns, of unquantized types 64, of K-quants 256."""
+    tiles = 2 if tile_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
+    return tiles * packed_tile_bytes(type_id)
+
+
+def decode_launch(
+    type_id: int, k: int, n_out: int, n_rows: int, *, n_sm: int, glu: bool = False, max_smem: int = SMEM_SMALL,
+    **how: int,
+) -> Launch:  # fmt: skip
+    """The launch for a matrix [n_out, k], or two, and an input of 1 .. 8 rows.
+
+    Args:
+        type_id, k, n_out: the matrix.
+        n_rows: rows of the input.
+        n_sm: multiprocessors of the GPU.
+        glu: there are two matrices, gate and up of PRODUCT_GLU.
+        max_smem: dynamic shared memory bytes that a block may have.
+        how: `grid`, `n_groups`, `depth` or `early` in the place of what is chosen here. Results do not depend on them.
+
+    Raises:
+        ValueError: no block of the kernel has so little shared memory.
+    """
+    chunks = n_chunks(k)
+    most = -(-chunks // -(-chunks // DECODE_FEW_WARPS))
+    # What is best, then what takes less shared memory: one group of warps, then `long` with ever fewer warps.
+    tries = [(True, n, {**how, "n_groups": 1}) for n in range(most, 0, -1)]
+    if chunk_columns(k) > 256 or chunks > DECODE_WARPS:
+        tries.insert(0, (True, most, how))
+    else:
+        tries = [(False, chunks, how), (False, chunks, {**how, "n_groups": 1}), *tries]
+    for long, n_warps, choice in tries:
+        launch = _decode_launch(type_id, k, n_out, n_rows, long, n_warps, n_sm, glu, max_smem, choice)
+        if launch.smem <= max_smem:
+            return launch
+    raise ValueError(f"decode_{kernel_suffix(type_id)} for {k} columns needs more than {max_smem} bytes a block")
+
+
+def _decode_launch(
+    type_id: int, k: int, n_out: int, n_rows: int, long: bool, n_warps: int, n_sm: int, glu: bool, max_smem: int,
+    how: dict[str, int],
+) -> Launch:  # fmt: skip
+    """`decode_launch` of a variant with so many warps to a group; it may take more shared memory than there is."""
+    chunk, chunks, parts = chunk_columns(k), n_chunks(k), 2 if glu else 1
+    jobs, unit = n_row_tiles(n_out), decode_unit_bytes(type_id)
+    total = jobs * parts
+    most = DECODE_FEW_WARPS if long else DECODE_WARPS
+    n_groups = how.get("n_groups", max(parts, 2) if n_warps <= 8 else 1)
+    n_groups = max(1, min(n_groups, most // n_warps, total))
+    # Launches of little work leave multiprocessors to those before and after, whose weights arrive meanwhile.
+    per_warp = -(-total // (n_groups * max(1, n_sm * 3 // 4)))
+    small = per_warp <= 4 and not long
+    grid = how.get("grid", min(jobs, max(1, -(-total // (n_groups * per_warp)) if small else n_sm)))
+    tiles = -(-jobs // grid) * parts
+    can_early = not long and quants.TYPES[type_id].name not in _DENSE
+    if chunk == 256:  # a warp has one row tile
+        can_early &= tiles <= n_groups and n_warps * n_groups <= DECODE_WARPS
+    else:
+        can_early &= n_warps * n_groups <= DECODE_FEW_WARPS
+    early = bool(can_early and how.get("early", small))
+    sums = (TILE_ROWS if n_rows == 1 else 160) * 4 * chunks
+    step = n_groups * (2 if (early and chunk == 128) or n_groups % parts else 1)
+    batch = min(_round_up(tiles, step), max(step, min(16384, max_smem // 14) // sums // step * step))
+    x_smem = n_warps * n_groups * 1536
+    if long:  # several rows stay where they are
+        x_smem = -(-k // PIECE) * 2 * PIECE if n_rows == 1 else 0
+    rest = x_smem + 2 * batch * sums + 32 * chunks + 8 * -(-k // PIECE)
+    warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
+    units = -(-tiles // n_groups) * -(-min(chunk, k) // columns) * -(-chunks // n_warps)
+    room = min(DECODE_RING_BYTES, max_smem - rest - 8 * warps * 8)
+    depth = max(1, min(how.get("depth", 8), units, room // (warps * unit)))
+    ring = warps * depth * unit
+    name = f"decode_{kernel_suffix(type_id)}_{'long' if long else chunk}{'e' if early else ''}"
+    factors = ring + x_smem + 2 * batch * sums
+    barriers = ring + rest
+    return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
+                  x_smem, factors, barriers, jobs // grid, jobs % grid)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +213,7 @@ class MatvecShape:
 
 
 def matvec_shape(type_id: int, tiles: int) -> MatvecShape:
-    """The constants of matvec_<type>_<tiles>."""
+    """The constants of matvec_<type>_<tiles>; with tiles 1 those of the expert kernels."""
     k_tiles = 2 if tile_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
     stage = k_tiles * packed_tile_bytes(type_id)
     two_fit = tiles == 4 or (tile_k(type_id) == 64 and quants.TYPES[type_id].name != "Q5_1")
@@ -108,77 +222,48 @@ def matvec_shape(type_id: int, tiles: int) -> MatvecShape:
     return MatvecShape(k_tiles, row_tiles, max(2, min(4, 10240 // slot)), slot)
 
 
-def matvec_warps(type_id: int, k: int) -> int:
-    """Warps of a block, which is also the number of parts that K is split into.
-
-    It fixes the order of summation, so it depends on type and K alone, never on the number of rows. The fewest warps
-    that need as few rounds as eight would.
-    """
-    stages = -(-n_k_tiles(type_id, k) // matvec_shape(type_id, 1).stage_k_tiles)
-    rounds = -(-stages // 8)
-    return -(-stages // rounds)
+def matvec_warps(k: int) -> int:
+    """Warps of a block of matvec_* and expert_matvec_*: the fewest that need as few rounds of chunks as eight would."""
+    rounds = -(-n_chunks(k) // 8)
+    return -(-n_chunks(k) // rounds)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How to launch a kernel: its name, grid, threads of a block and dynamic shared memory bytes.
-
-    Of decode kernels also the bytes of their weight rings, the rows of their tiles (1 tile for float32 input, several
-    for input by convert_split, padded to whole tiles) and whether they need that.
-    """
-
-    kernel: str
-    grid: tuple[int, int, int]
-    block: int
-    smem: int
-    ring_bytes: int = 0
-    tile_rows: int = 0
-    needs_split: bool = False
+def matvec_smem(k: int, warps: int, ring_bytes: int, tiles: int, row_tiles: int) -> int:
+    """Shared memory of a block: rings, sums of chunks, factors, sums so far."""
+    return ring_bytes + 2 * warps * row_tiles * 512 + n_chunks(k) * 32 * tiles + tiles * row_tiles * 512
 
 
 def matvec_launch(
     type_id: int, k: int, n_outs: tuple[int, ...], n_rows: int, *, n_sm: int, max_smem: int = SMEM_SMALL
 ) -> Launch:
-    """The decode launch for up to four matrices [n_out, k] of one type and one input of 1 .. 64 rows.
+    """The launch for up to four matrices [n_out, k] of one type and one converted input of up to 64 rows.
 
-    Args:
-        type_id, k, n_outs: the matrices.
-        n_rows: rows of the input.
-        n_sm: multiprocessors of the GPU.
-        max_smem: dynamic shared memory bytes that a block may have.
-
-    Returns:
-        `needs_split` says that the input must have been converted by convert_split; else the kernel takes float32.
+    A block has at most `max_smem` bytes of shared memory, and where that is little, fewer warps.
     """
-    total = sum(n_row_tiles(n) for n in n_outs)
-    warps = matvec_warps(type_id, k)
+    total = sum(map(n_row_tiles, n_outs))
     tiles = next(t for t in MATVEC_TILES if n_rows <= 8 * t)
-    while True:
-        shape = matvec_shape(type_id, tiles)
+    shape = matvec_shape(type_id, tiles)
+    for warps in range(matvec_warps(k), 0, -1):
         ring = warps * shape.ring_bytes
-        smem = ring + 2 * warps * shape.row_tiles * 512
-        if tiles == 1:
-            smem += n_rows * x_split_bytes(type_id, k)
-            if smem > max_smem:  # the rows do not fit beside the weights: read them from memory
-                tiles = 2
-                continue
-        # As many blocks as the GPU holds at once (registers, then shared memory): each stays for several tiles, so that
-        # one tile's weights arrive while the one before is being summed.
-        resident = max(1, min({1: 24, 2: 16, 4: 8, 8: 8}[tiles] // warps, 227 * 1024 // (smem + 1024)))
-        grid = min(-(-total // shape.row_tiles), n_sm * resident)
-        name = f"matvec_{kernel_suffix(type_id)}_{tiles}"
-        return Launch(name, (grid, 1, 1), 32 * warps, smem, ring, 8 * tiles, tiles > 1)
+        smem = matvec_smem(k, warps, ring, tiles, shape.row_tiles)
+        if smem <= max_smem:
+            break
+    # As many blocks as the GPU holds at once (registers, then shared memory): each stays for several tiles, so that
+    # one tile's weights arrive while the one before is being summed.
+    resident = max(1, min({2: 16, 4: 8, 8: 8}[tiles] // warps, 227 * 1024 // (smem + 1024)))
+    grid = min(-(-total // shape.row_tiles), n_sm * resident)
+    return Launch(f"matvec_{kernel_suffix(type_id)}_{tiles}", (grid, 1, 1), 32 * warps, smem, ring)
 
 
 # ---- prefill: matmul_<type> and matmul_<type>_small ------------------------------------------------------------------
 
 
-#: rows of the input in a tile of either prefill kernel; convert_f16 must have written whole tiles
+#: rows of the input in a tile of either prefill kernel; convert_rows must have written whole tiles
 MATMUL_TILE_ROWS = 64
 
 
 def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
-    """(activation stages, weight slots, shared memory bytes) of a prefill kernel (matmul_shapes.cuh, MatmulShape)."""
+    """(activation stages, weight slots, their shared memory) of a prefill kernel (matmul_shapes.cuh, MatmulShape)."""
     x, w = MATMUL_TILE_ROWS * 128, (4 if small else 8) * packed_tile_bytes(type_id)
     for stages in (4, 3, 2):
         slots = 2 if tile_k(type_id) == 256 else stages
@@ -189,8 +274,8 @@ def matmul_stages(type_id: int, small: bool) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=4096)  # asked for by every product of every step with prompt rows
-def matmul_launch(type_id: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
-    """The prefill launch for a matrix of `n_out` rows and an input of `n_rows` rows converted by convert_f16.
+def matmul_launch(type_id: int, k: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
+    """The prefill launch for a matrix [n_out, k] and an input of `n_rows` converted rows.
 
     Both variants give the same bits; the small one is for products that do not fill the GPU with large tiles.
     """
@@ -198,4 +283,4 @@ def matmul_launch(type_id: int, n_out: int, n_rows: int, n_sm: int) -> Launch:
     small = -(-n_out // 128) * row_tiles < 3 * n_sm
     grid = (-(-n_out // (64 if small else 128)), row_tiles, 1)
     name = f"matmul_{kernel_suffix(type_id)}" + ("_small" if small else "")
-    return Launch(name, grid, 128, matmul_stages(type_id, small)[2])
+    return Launch(name, grid, 128, matmul_stages(type_id, small)[2] + 4 * MATMUL_TILE_ROWS * n_chunks(k))

@@ -1,9 +1,12 @@
 """Lowering: a plan rewritten into fewer, larger ops for the CUDA engine. What is computed stays the same.
 
-Five rewrites, each local to neighbouring ops:
-- products of one weight type that read the same input become one `MatMulGroup` (q, k and v; gate and up);
-- expert products of one weight type that read the same input become one `ExpertGroup` (gate and up);
-- a product whose result is only added to the residual stream adds it itself (`residual`);
+Rewrites, each local to neighbouring ops:
+- products that read the same input become one `MatMulGroup` (q, k and v; gate and up), and take in
+  - the norm that makes their input, where nothing else reads it,
+  - the gated activation of their two results, where nothing else reads these,
+  - or, for a single one, the addition of its result to the residual stream;
+- expert products of one weight type that read the same input become one `ExpertGroup` (gate and up), with the gated
+  activation of their results; the sum over experts and its addition to the residual stream one `ExpertSumAdd`;
 - rotation of q and k and the cache write become one `RopeKv`;
 - that and the attention after it become one `RopeKvAttention`.
 With `fuse=False` every op stays alone, so that any op's output can be looked at.
@@ -14,24 +17,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from worker_orcd.models.ops import Add, Attention, ExpertMatMul, KvWrite, MatMul, Op, Rope, View
+from worker_orcd.cuda import layout
+from worker_orcd.models.ops import Add, Attention, ExpertMatMul, ExpertSum, Glu, KvWrite, MatMul, Norm, Op, Rope, View
 from worker_orcd.models.plan import Plan
 
 
 @dataclass(frozen=True)
 class MatMulGroup(Op):
-    """out_i[r] (+)= W_i inp[r] (+ bias_i) for each part; with `residual` the result is added to `out`."""
+    """out_i[r] (+)= W_i h[r] (+ bias_i) for each part, h[r] = inp[r] or norm(inp[r]).
+
+    With `residual` the result is added to `out`. With `glu` what is stored is its output: of the two parts' results or,
+    where there is one part, of the two halves of its result.
+    """
 
     parts: tuple[MatMul, ...]
     inp: View
+    norm: Norm | None = None
     residual: bool = False
+    glu: Glu | None = None
 
 
 @dataclass(frozen=True)
 class ExpertGroup(Op):
-    """The products of `parts`: of one input with the same experts, matrices of one type and shape."""
+    """The products of `parts`: of one input with the same experts, matrices of one type and shape.
+
+    With `glu` what is stored is its output, of the two parts' results.
+    """
 
     parts: tuple[ExpertMatMul, ...]
+    glu: Glu | None = None
+
+
+@dataclass(frozen=True)
+class ExpertSumAdd(Op):
+    """out += the output of `sum`."""
+
+    sum: ExpertSum
+    out: View
 
 
 @dataclass(frozen=True)
@@ -65,23 +87,21 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
     ops, i = plan.ops, 0
     while i < len(ops):
         op = ops[i]
-        if isinstance(op, MatMul):
-            group = [op]
-            i += 1
-            while len(group) < max_group and i < len(ops) and _joins(after := ops[i], plan, op):
-                group.append(after)
-                i += 1
-            added = ops[i] if len(group) == 1 and i < len(ops) else None
-            if isinstance(added, Add) and added.inp == op.out and not _read_again(ops, i + 1, op.out):
-                into = MatMul(op.name, op.weight, op.bias, op.inp, added.out)
-                out.append(MatMulGroup(op.name, (into,), op.inp, residual=True))
-                i += 1
-            else:
-                out.append(MatMulGroup(op.name, tuple(group), op.inp))
+        if (group := _products(plan, i, max_group)) is not None:
+            out.append(group[0])
+            i = group[1]
         elif isinstance(op, ExpertMatMul):
             pair = (op, other) if i + 1 < len(ops) and _pairs(other := ops[i + 1], plan, op) else (op,)
-            out.append(ExpertGroup(op.name, pair))
             i += len(pair)
+            glu = ops[i] if i < len(ops) else None
+            if isinstance(glu, Glu) and [part.out for part in pair] == [glu.gate, glu.up] and _unread(ops, i + 1, glu):
+                out.append(ExpertGroup(op.name, pair, glu))
+                i += 1
+            else:
+                out.append(ExpertGroup(op.name, pair))
+        elif isinstance(op, ExpertSum) and i + 1 < len(ops) and _adds(add := ops[i + 1], ops, i + 2, op):
+            out.append(ExpertSumAdd(op.name, op, add.out))
+            i += 2
         elif (found := _rotations(ops[i : i + 3])) is not None:
             out.append(found)
             i += 3
@@ -102,6 +122,55 @@ def _alone(op: Op) -> Op:
     if isinstance(op, MatMul):
         return MatMulGroup(op.name, (op,), op.inp)
     return ExpertGroup(op.name, (op,)) if isinstance(op, ExpertMatMul) else op
+
+
+def _products(plan: Plan, i: int, max_group: int) -> tuple[MatMulGroup, int] | None:
+    """The group that begins with op `i`, a product or the norm before one, and the index of the op after it."""
+    ops, norm = plan.ops, None
+    first = ops[i]
+    if isinstance(first, Norm) and not first.group and i + 1 < len(ops):
+        norm, i = first, i + 1
+        first = ops[i]
+    if not isinstance(first, MatMul) or (norm is not None and first.inp != norm.out):
+        return None
+    parts = [first]
+    i += 1
+    while len(parts) < max_group and i < len(ops) and isinstance(op := ops[i], MatMul) and op.inp == first.inp:
+        parts.append(op)
+        i += 1
+    inp = first.inp if norm is None else norm.inp
+    if norm is not None and (_read_again(ops, i, norm.out) or any(_shares(v, inp) for v in (norm.out, *_outs(parts)))):
+        return None
+    after = ops[i] if i < len(ops) else None
+    if isinstance(after, Glu | Add) and _shares(after.out, inp):  # some blocks would store before others have read
+        after = None
+    if isinstance(after, Glu) and _gates(plan, parts, after) and _unread(ops, i + 1, after):
+        return MatMulGroup(first.name, tuple(parts), inp, norm, glu=after), i + 1
+    if isinstance(after, Add) and len(parts) == 1 and after.inp == first.out and not _read_again(ops, i + 1, first.out):
+        into = MatMul(first.name, first.weight, first.bias, first.inp, after.out)
+        return MatMulGroup(first.name, (into,), inp, norm, residual=True), i + 1
+    return MatMulGroup(first.name, tuple(parts), inp, norm), i
+
+
+def _unread(ops: tuple[Op, ...], start: int, glu: Glu) -> bool:
+    """Whether no op from `start` on reads what goes into `glu`."""
+    return not any(_read_again(ops, start, view) for view in (glu.gate, glu.up) if view != glu.out)
+
+
+def _adds(op: Op, ops: tuple[Op, ...], start: int, before: ExpertSum) -> TypeGuard[Add]:
+    """Whether `op` adds what `before` makes to something, and no op from `start` on reads it."""
+    return isinstance(op, Add) and op.inp == before.out and not _read_again(ops, start, before.out)
+
+
+def _gates(plan: Plan, parts: list[MatMul], glu: Glu) -> bool:
+    """Whether `glu` is of the results of `parts`: of two of one weight type, or of the halves of one."""
+    views = [part.out for part in parts]
+    type_id, *others = {plan.weights[part.weight].type_id for part in parts}
+    if others or (len(parts) == 1 and not layout.can_split(type_id, glu.gate.width)):
+        return False
+    whole = View(glu.gate.buf, glu.gate.offset, glu.gate.width + glu.up.width)
+    halves = glu.up == View(whole.buf, whole.offset + glu.gate.width, glu.gate.width)
+    return views == [glu.gate, glu.up] or (views == [whole] and halves)
 
 
 def _rotations(ops: tuple[Op, ...]) -> RopeKv | None:
@@ -129,13 +198,6 @@ def _pairs(op: Op, plan: Plan, first: ExpertMatMul) -> TypeGuard[ExpertMatMul]:
     return (a.type_id, a.shape) == (b.type_id, b.shape)
 
 
-def _joins(op: Op, plan: Plan, first: MatMul) -> TypeGuard[MatMul]:
-    """Whether `op` can share a launch with `first`: same input, same weight type."""
-    if not isinstance(op, MatMul) or op.inp != first.inp:
-        return False
-    return plan.weights[op.weight].type_id == plan.weights[first.weight].type_id
-
-
 def _read_again(ops: tuple[Op, ...], start: int, view: View) -> bool:
     """Whether an op from `start` on reads columns of `view` before some op has written them anew."""
     for op in ops[start:]:
@@ -154,6 +216,15 @@ def _read_again(ops: tuple[Op, ...], start: int, view: View) -> bool:
         ):
             return False
     return False
+
+
+def _outs(parts: list[MatMul]) -> list[View]:
+    return [part.out for part in parts]
+
+
+def _shares(a: View, b: View) -> bool:
+    """Whether two views have a column in common."""
+    return a.buf == b.buf and _overlap(a, b)
 
 
 def _overlap(a: View, b: View) -> bool:

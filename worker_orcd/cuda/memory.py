@@ -1,8 +1,8 @@
 """What the CUDA engine keeps in device memory: every region with its size, before anything is allocated.
 
 Three arenas: weights (repacked matrices, float32 vectors), the KV cache, and the workspace of a step. Pure arithmetic
-over the plan and the engine's sizes. All sizes in bytes, every region 256-byte aligned. Once an arena is allocated,
-`at(address)` gives the same regions with their addresses.
+over the plan and the engine's sizes. All sizes in bytes, regions 256-byte aligned but for weights. Once an arena is
+allocated, `at(address)` gives the same regions with their addresses.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from worker_orcd.models.ops import Attention, ExpertMatMul, MatMul, Rope, Route,
 from worker_orcd.models.plan import Plan
 
 ALIGN = 256
+#: of matrices, whose packed tiles are multiples of a memory sector; of vectors, which are read 16 bytes at a time
+MATRIX_ALIGN, VECTOR_ALIGN = 32, 16
 #: most rows of one matvec launch, and of the output rows of one pass
 MAX_OUT = 64
 #: device memory beside the arenas: kernels, graphs, and what the driver takes for them
@@ -125,7 +127,7 @@ class Workspace:
         tiles: `AttentionTile` [rows + max_seqs].
         block_tables: int32 [n_kv_groups, max_seqs, max_blocks_per_seq].
         attention_partial, attention_counters: scratch of decode attention.
-        x_split, x_half, x_half_scale: activations as converted for products of decode rows, of prefill rows.
+        converted: rows as `convert_rows` leaves them for products, each as wide as the widest input.
         routing: None where no layer has experts.
         sampling: of output rows.
     """
@@ -141,9 +143,7 @@ class Workspace:
     block_tables: Region
     attention_partial: Region
     attention_counters: Region
-    x_split: Region
-    x_half: Region
-    x_half_scale: Region
+    converted: Region
     routing: Routing | None
     sampling: Sampling
 
@@ -191,16 +191,17 @@ class _End:
     def __init__(self) -> None:
         self.nbytes = 0
 
-    def add(self, nbytes: int) -> Region:
+    def add(self, nbytes: int, align: int = ALIGN) -> Region:
         """The next region."""
+        self.nbytes = _aligned(self.nbytes, align) if self.nbytes else 0
         region = Region(self.nbytes, nbytes)
-        self.nbytes += _aligned(nbytes)
+        self.nbytes += _aligned(nbytes, align)
         return region
 
 
-def _aligned(nbytes: int) -> int:
+def _aligned(nbytes: int, align: int = ALIGN) -> int:
     """What a region takes of its arena."""
-    return -(-max(nbytes, 1) // ALIGN) * ALIGN
+    return -(-max(nbytes, 1) // align) * align
 
 
 def weight_bytes(w: Weight) -> int:
@@ -212,9 +213,16 @@ def weight_bytes(w: Weight) -> int:
 
 
 def weights_arena(plan: Plan) -> Weights:
-    """All weights of the plan, then the rotary frequency tables."""
+    """All weights of the plan, then the rotary frequency tables.
+
+    Matrices come before vectors, without gaps: those of one type that follow one another in the plan, and their biases,
+    lie as one would (q, k and v).
+    """
     end = _End()
-    tensors = {w.name: end.add(weight_bytes(w)) for w in plan.weights.values()}
+    vectors = [w for w in plan.weights.values() if w.kind in ("vector", "expert_vectors")]
+    others = [w for w in plan.weights.values() if w.kind not in ("vector", "expert_vectors")]
+    tensors = {w.name: end.add(weight_bytes(w), MATRIX_ALIGN) for w in others}
+    tensors |= {w.name: end.add(weight_bytes(w), VECTOR_ALIGN) for w in vectors}
     inv_freq = tuple(end.add(4 * len(table)) for table in inv_freq_tables(plan))
     return Weights(end.nbytes, tensors, inv_freq)
 
@@ -273,9 +281,8 @@ def workspace_arena(
         block_tables=end.add(len(plan.kv_groups) * config.max_seqs * config.max_blocks_per_seq * 4),
         attention_partial=end.add(split_rows * partial * 4),
         attention_counters=end.add(split_rows * heads * 4),
-        x_split=end.add(MAX_OUT * max(n * split for n, split, _ in inputs)),
-        x_half=end.add(rows * max(n * half for n, _, half in inputs)),
-        x_half_scale=end.add(rows * max(n for n, _, _ in inputs) * 4),
+        # decode rows come before the whole tiles of the prefill kernels
+        converted=end.add((rows + layout.MATMUL_TILE_ROWS) * max(inputs)),
         routing=_routing(end, plan, rows),
         sampling=Sampling(
             best=end.add(MAX_OUT * sample.best),
@@ -310,11 +317,10 @@ def _routing(end: _End, plan: Plan, rows: int) -> Routing | None:
     )
 
 
-def _converted(plan: Plan, op: MatMul | ExpertMatMul) -> tuple[int, int, int]:
-    """Inputs that a row has in a product, and bytes of each as converted for decode and for prefill."""
-    w = plan.weights[op.weight]
+def _converted(plan: Plan, op: MatMul | ExpertMatMul) -> int:
+    """Bytes of the inputs that a row has in a product, as converted."""
     n = op.n_used if isinstance(op, ExpertMatMul) and op.per_slot else 1
-    return n, layout.x_split_bytes(w.type_id, w.shape[0]), layout.x_f16_bytes(w.type_id, w.shape[0])
+    return n * layout.x_f16_bytes(plan.weights[op.weight].shape[0])
 
 
 def staging_bytes(workspace: Workspace) -> int:

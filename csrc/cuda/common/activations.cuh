@@ -1,46 +1,94 @@
-// Activations as the decode kernels read them: float32 split into two bf16 terms, x = high + low, with a relative error
-// of 2^-17 over the whole range of float32.
+// Activations as the matrix kernels read them: fp16, every chunk of a row over a power of two of its own, with the norm
+// before the product where there is one.
 //
-// A split row holds for each 32-column block 64 bytes of high terms and 64 of low ones, in fragment order (x_slot: lane
-// t's eight columns are 16 adjacent bytes), and after all blocks two float32 sums for each block, of its halves, for
-// the minima of types that have them. convert.cu and the decode kernels use the same functions, so a row has the same
-// bits wherever it is converted.
+// A converted row has 64 bytes for each 32-column block in fragment order (x_slot: lane t's eight columns are 16
+// adjacent bytes), up to whole 256-column pieces, then one float32 factor for each chunk. The power of two brings the
+// chunk's largest magnitude into [2^13, 2^14): no activation overflows, none within 2^27 of the largest loses
+// precision. convert.cu and the decode kernels use the same functions on the same pieces, so a row has the same bits
+// wherever it is converted.
+//
+// A piece is 256 columns and a warp: lane 4g + t has eight columns of block g, v[4j + i] column 16j + 4t + i of it.
+// Sums over a row are those of its units of 128 columns, in order; a unit's is a tree over 16 lanes.
 #pragma once
 
-#include "quant/layout.cuh"
+#include "params/convert_params.h"
+#include "quant/types.cuh"
 
-// Bytes of the sums begin here in a split row of n_blocks blocks.
-DEVICE int split_sums_offset(int n_blocks) { return n_blocks * 128; }
+constexpr int kPieceColumns = 256;
+constexpr int kUnitColumns = 128;
 
-// Lane t's columns of a 32-column block: v[4j + i] is column 16j + 4t + i. `x` is the block's first column.
-DEVICE void load_columns(float (&v)[8], const float* x, int t) {
-    const float4 a = *reinterpret_cast<const float4*>(x + 4 * t);
-    const float4 b = *reinterpret_cast<const float4*>(x + 16 + 4 * t);
+// Bytes of the fragments of a converted row of k columns.
+DEVICE int converted_fragment_bytes(int k) { return (k + kPieceColumns - 1) / kPieceColumns * (2 * kPieceColumns); }
+
+// First of the lane's columns of a piece.
+DEVICE int piece_column(int piece, int lane) { return piece * kPieceColumns + 32 * (lane >> 2) + 4 * (lane & 3); }
+
+// The eight columns of x of which `column` is the first; zeros from column k on. k is a multiple of 32.
+DEVICE void load_columns(float (&v)[8], const float* x, int column, int k) {
+    float4 a = {}, b = {};
+    if (column < k) {
+        a = *reinterpret_cast<const float4*>(x + column);
+        b = *reinterpret_cast<const float4*>(x + column + 16);
+    }
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
-// Writes lane t's columns of a block, item = 4 * block + t, of a split row of n_blocks blocks. Full warps must call:
-// the four lanes of a block add up its sums. `x` is the row, or null for a row of zeros; blocks from n_x_blocks on are
-// zeros.
-DEVICE void split_item(uint8_t* row, const float* x, int item, int n_blocks, int n_x_blocks) {
-    const int block = item >> 2, t = item & 3;
-    float v[8] = {};
-    if (x != nullptr && block < n_x_blocks) load_columns(v, x + 32 * block, t);
-    uint32_t high[4], low[4];
-    float sum[2] = {0.0f, 0.0f};
+// Adds over the 16 lanes of each unit of a piece.
+DEVICE float unit_sum(float v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        high[i] = pack_bf16(v[2 * i], v[2 * i + 1]);
-        low[i] = pack_bf16(v[2 * i] - bf16_low(high[i]), v[2 * i + 1] - bf16_high(high[i]));
-        sum[i >> 1] += (bf16_low(high[i]) + bf16_low(low[i])) + (bf16_high(high[i]) + bf16_high(low[i]));
-    }
+    for (int d = 1; d < 16; d *= 2) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, d));
+    return v;
+}
+
+DEVICE float sum_of_squares(const float (&v)[8]) {
+    float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], 1);
-        sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], 2);
+    for (int i = 0; i < 8; ++i) sum = __fmaf_rn(v[i], v[i], sum);
+    return unit_sum(sum);
+}
+
+DEVICE float sum_of_values(const float (&v)[8]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = __fadd_rn(sum, v[i]);
+    return unit_sum(sum);
+}
+
+// The units' sums of a row of n columns in order.
+DEVICE float row_sum(const float* units, int n) {
+    const int n_units = (n + kUnitColumns - 1) / kUnitColumns;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < n_units; first += 8) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (first + i < n_units) sum = __fadd_rn(sum, units[first + i]);
     }
-    if (block >= n_blocks) return;
-    *reinterpret_cast<uint4*>(row + block * 128 + t * 16) = make_uint4(high[0], high[1], high[2], high[3]);
-    *reinterpret_cast<uint4*>(row + block * 128 + 64 + t * 16) = make_uint4(low[0], low[1], low[2], low[3]);
-    if (t == 0) *reinterpret_cast<float2*>(row + split_sums_offset(n_blocks) + block * 8) = make_float2(sum[0], sum[1]);
+    return sum;
+}
+
+// 1 / sqrt(mean square + eps), to 2^-22: without the slow paths of division and root, whose code a short kernel waits
+// for. `inverse_n` is 1 / n.
+DEVICE float norm_factor(float square_sum, float inverse_n, float eps) {
+    return rsqrtf(__fmaf_rn(square_sum, inverse_n, eps));
+}
+
+// The lane's largest magnitude, as bits, which order as the magnitudes do.
+DEVICE int largest_bits(const float (&v)[8]) {
+    int largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_int(v[i]) & 0x7fffffff);
+    return largest;
+}
+
+// The power of two of a chunk, from the largest bits of its lanes.
+DEVICE float chunk_scale(int largest) {
+    return __uint_as_float(row_scale_bits(static_cast<int>(__reduce_max_sync(0xffffffffu, largest)) >> 23));
+}
+
+// The lane's columns over `scale`, in fragment order.
+DEVICE uint4 pack_columns(const float (&v)[8], float scale) {
+    const float inverse = __uint_as_float(inverse_bits(__float_as_uint(scale)));
+    return make_uint4(pack_f16(v[0] * inverse, v[1] * inverse), pack_f16(v[2] * inverse, v[3] * inverse),
+                      pack_f16(v[4] * inverse, v[5] * inverse), pack_f16(v[6] * inverse, v[7] * inverse));
 }

@@ -1,18 +1,19 @@
 // The loop over K of the prefill kernels (matmul.cu, experts_prefill.cu): one block's tile of outputs x rows of x.
 //
-//   acc[o, r] = sum_k fp16(w[o, k] / row scale[o]) x[r, k],   x in fp16 (convert_f16), float32 accumulators
+//   sum[o, r] = sum over chunks c: factor[r, c] * sum_k in c fp16(w[o, k]) x16[r, k]      (see mma_tile.cuh)
 //
 // A block has S::kRowTiles row tiles of weights and S::kRows rows of x, a warp two row tiles and 8 * S::kTiles rows:
 // warp w has row tiles 2 (w % kWarpsM) and the next, and the rows of part w / kWarpsM. Packed tiles of weights and
 // 64-column slices of x come to shared memory by cp.async, S::kStages - 1 stages ahead. Both lie in fragment order
 // there: a warp makes fp16 A fragments of its codes in registers, and a B fragment for 32 columns is one 16-byte load.
-// A sum is one chain of tensor core products over ascending K, whatever S is.
 //
-// Shared memory (S::bytes):
+// Shared memory (S::kBytes, then 4 kRows bytes for each chunk):
 //   [kStages][kRows][64] fp16 x; in odd rows the two halves of the 128 bytes are exchanged (no bank conflicts)
 //   [kSlots][kRowTiles][kPackedTileBytes] weights
+//   [n_chunks][kRows] float32 factors
 #pragma once
 
+#include "common/activations.cuh"
 #include "common/mma_tile.cuh"
 #include "matmul_shapes.cuh"
 
@@ -34,23 +35,29 @@ struct PrefillTile {
         row_tile_bytes = static_cast<int64_t>(n_k_tiles) * Q::kPackedTileBytes;
     }
 
-    // acc[i][tile][2 * r + c] belongs to this output, and to this row of the block.
+    // sum[i][tile][2 * r + c] belongs to this output, and to this row of the block.
     DEVICE_MEMBER int output(int i, int r) const { return (row_tile0 + 2 * warp_m + i) * kTileRows + g + 8 * r; }
     DEVICE_MEMBER int row(int tile, int c) const { return (warp_n * S::kTiles + tile) * 8 + 2 * t + c; }
 
-    // Multiplies by rows of x; `w` is the matrix with, for types that have them, the row scales after it. Leaves the
-    // sums in acc[row tile of the warp][8 rows of x][4], and 1 / row scale of outputs g and g + 8 of either row tile (1
-    // for other types) in `inverse`. Row tiles past the end are computed from the last one, to be dropped.
+    // Multiplies by rows of k columns of x; `w` is the matrix with, for types that have them, the row scales after it.
+    // Leaves the sums, without the weights' unit, in sum[row tile of the warp][8 rows of x][4]. Row tiles past the end
+    // are computed from the last one, to be dropped.
     //
-    // `x` says where the rows are: thread i copies 16-byte chunk i % 8 of 64 columns of row i / 8 and of every
-    // kRowStep-th row after it. x.at(i) is the address of the i-th of these chunks, x.advance() goes on by 64 columns.
+    // `x` says where the rows are: thread i copies 16-byte part i % 8 of 64 columns of row i / 8 and of every
+    // kRowStep-th row after it. x.at(i) is the address of the i-th of these parts, x.advance() goes on by 64 columns,
+    // x.row(r) is converted row r of the block.
     template <class X>
-    DEVICE_MEMBER void multiply(float (&acc)[2][S::kTiles][4], float (&inverse)[2][2], const uint8_t* w, X x,
-                                uint8_t* smem) const {
+    DEVICE_MEMBER void multiply(float (&sum)[2][S::kTiles][4], const uint8_t* w, int k, X x, uint8_t* smem) const {
         constexpr int kRowTilesPerWarp = S::kRowTiles / S::kWarps;
         static_assert(S::kRowTiles % S::kWarps == 0 && S::kRows % S::kRowStep == 0);
         static_assert(S::kRowStep % 2 == 0, "the rows of a thread are all even or all odd");
         uint8_t* const w_ring = smem + S::kStages * S::kXBytes;
+        float* const factors = reinterpret_cast<float*>(smem + S::kBytes);
+        const int chunk = chunk_columns(k), n_chunks = (k + chunk - 1) / chunk;
+        for (int i = threadIdx.x; i < S::kRows * n_chunks; i += 32 * S::kWarps) {
+            const int r = i % S::kRows, c = i / S::kRows;
+            factors[i] = reinterpret_cast<const float*>(x.row(r) + converted_fragment_bytes(k))[c];
+        }
 
         // Warp w copies row tiles w, w + kWarps, ...
         const int x_row = threadIdx.x / 8, x_chunk = threadIdx.x % 8;
@@ -87,17 +94,14 @@ struct PrefillTile {
         };
         for (int i = 0; i < S::kStages - 1; ++i) issue();
 
+        float inverse[2][2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                inverse[i][r] = 1.0f;
-                if constexpr (kRowScaled<Q>) {
-                    const int row_tile = min(row_tile0 + 2 * warp_m + i, n_row_tiles - 1);
-                    const uint32_t* scales = reinterpret_cast<const uint32_t*>(w + n_row_tiles * row_tile_bytes);
-                    inverse[i][r] = __uint_as_float(inverse_bits(scales[row_tile * kTileRows + g + 8 * r]));
-                }
-            }
+            row_inverse<Q>(inverse[i], w, n_row_tiles * row_tile_bytes,
+                           min(row_tile0 + 2 * warp_m + i, n_row_tiles - 1), g);
+        float acc[2][S::kTiles][4] = {};
+        const float* chunk_factors = factors + warp_n * 8 * S::kTiles + 2 * t;
+        int left = chunk / kSubK;  // steps of this chunk
 
         const uint8_t* const x_lane = smem + (warp_n * 8 * S::kTiles + g) * 128 + (t ^ (g & 1) * 4) * 16;
         const uint8_t* const w_warp = w_ring + 2 * warp_m * Q::kPackedTileBytes;
@@ -126,6 +130,21 @@ struct PrefillTile {
                 }
             }
             x_slot_out = x_slot_out + 1 == S::kStages ? 0 : x_slot_out + 1;
+            if (--left == 0 || step + 1 == n_steps) {
+#pragma unroll
+                for (int tile = 0; tile < S::kTiles; ++tile) {
+                    const float2 f = *reinterpret_cast<const float2*>(chunk_factors + 8 * tile);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            sum[i][tile][j] = __fmaf_rn(acc[i][tile][j], j & 1 ? f.y : f.x, sum[i][tile][j]);
+                            acc[i][tile][j] = 0.0f;
+                        }
+                }
+                chunk_factors += S::kRows;
+                left = chunk / kSubK;
+            }
             if (++sub == Q::kSubs) {
                 sub = 0;
                 w_slot_out = w_slot_out + 1 == S::kSlots ? 0 : w_slot_out + 1;

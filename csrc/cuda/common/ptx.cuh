@@ -2,7 +2,6 @@
 // copies into shared memory, matrix products, packed conversions. Needs sm_80.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
 
@@ -51,6 +50,61 @@ DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- barriers in shared memory that copies arrive at --------------------------------------------------------------
+// From sm_90 on one thread starts a copy of any multiple of 16 bytes; before, the whole warp copies.
+
+// For copies by one warp each phase.
+DEVICE void copy_barrier_init(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int kArrivals = 1;
+#else
+    constexpr int kArrivals = 32;
+#endif
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "n"(kArrivals) : "memory");
+}
+
+// Makes the initialized barriers known to the copy engine.
+DEVICE void copy_barrier_fence() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Starts copying n_bytes (a multiple of 16, addresses 16-byte aligned) for the barrier's current phase. A full warp.
+DEVICE void copy_to_smem(uint32_t barrier, uint32_t smem, const void* global, uint32_t n_bytes, int lane) {
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
+            "l"(global), "r"(n_bytes), "r"(barrier)
+            : "memory");
+    }
+#else
+    for (uint32_t at = lane * 16; at < n_bytes; at += 512)
+        cp_async_16(smem + at, static_cast<const uint8_t*>(global) + at);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
+// Waits for the end of the phase of that parity.
+DEVICE void copy_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+#else
+        asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+#endif
+    } while (!done);
+}
+
 // ---- loads -------------------------------------------------------------------------------------------------------
 
 // Keeps the compiler from moving loads across this point: hoisted above a loop's first products, they take more
@@ -85,12 +139,6 @@ DEVICE void mma_f16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-DEVICE void mma_bf16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
 DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -117,15 +165,17 @@ DEVICE uint32_t pack_f16(float lo, float hi) {
     return r;
 }
 
-DEVICE uint32_t pack_bf16(float lo, float hi) {
+// (a & b) | c in one instruction, which the compiler does not find where b and c are constants.
+DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
 
-DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+// (a & b) ^ c, likewise.
+DEVICE uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t r;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
 
@@ -149,5 +199,3 @@ DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 
 DEVICE float f16_low(uint32_t pair) { return __half2float(__ushort_as_half(static_cast<uint16_t>(pair))); }
 DEVICE float f16_high(uint32_t pair) { return __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16))); }
-DEVICE float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
-DEVICE float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }

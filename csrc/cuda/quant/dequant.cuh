@@ -1,4 +1,4 @@
-// From integer codes to packed bf16 and fp16 numbers, exactly, without conversion instructions.
+// From integer codes to packed fp16 numbers, exactly, without conversion instructions; scales as packed fp16.
 //
 // A code in the low bits of a power of two's significand makes the number "power plus code"; subtracting the power and
 // the zero point together leaves the code's value. Both steps are exact: codes have at most 8 bits.
@@ -8,26 +8,53 @@
 
 #ifdef __CUDACC__
 
-// Packed codes below 128, minus kZero (0..64): 0x4300 is 128 in bf16, whose step is 1 there.
-template <int kZero>
-DEVICE uint32_t bf16_of_codes(uint32_t codes) {
-    constexpr uint32_t kBias = 0xc300u + kZero;  // -(128 + kZero)
-    return fma_bf16x2(codes | 0x43004300u, 0x3f803f80u, kBias | kBias << 16);
+constexpr uint32_t kF16Power = 0x64006400u;  // 1024 in fp16, whose step is 1 there
+
+// From packed fp16 numbers 1024 + code * 2^kShift to the codes minus kZero.
+template <int kZero, int kShift = 0>
+DEVICE uint32_t f16_less_power(uint32_t sums) {
+    if constexpr (kShift == 0) {
+        constexpr uint32_t kBias = 0x6400u + kZero;
+        return sub_f16x2(sums, kBias | kBias << 16);
+    } else {
+        static_assert(kShift == 4 && kZero < 64);
+        constexpr uint32_t kBias = 0xd400u + 16 * kZero;  // -(64 + kZero), whose step is 1/16 there
+        return fma_f16x2(sums, 0x2c002c00u, kBias | kBias << 16);
+    }
 }
 
-// Packed codes below 1024, minus kZero (0..1023): 0x6400 is 1024 in fp16, whose step is 1 there.
+// Packed codes below 1024, minus kZero.
 template <int kZero>
 DEVICE uint32_t f16_of_codes(uint32_t codes) {
-    constexpr uint32_t kBias = 0x6400u + kZero;
-    return sub_f16x2(codes | 0x64006400u, kBias | kBias << 16);
+    return f16_less_power<kZero>(codes | kF16Power);
+}
+
+// Scales of K-quants, which are rounded to fp16, are made 2^4 times larger first: the small blocks of a matrix keep
+// their precision, and weights up to 4094 fit (kWeightUnit).
+DEVICE uint32_t raise_f16x2(uint32_t scales) { return mul_f16x2(scales, 0x4c004c00u); }
+
+// Bytes i and j of `a`, as packed fp16 numbers minus kZero. Exact.
+template <int kZero>
+DEVICE uint32_t f16_of_bytes(uint32_t a, int i, int j) {
+    return f16_less_power<kZero>(and_or(__byte_perm(a, a, static_cast<uint32_t>(i | j << 8)), 0x00ff00ffu, kF16Power));
 }
 
 #endif
 
 // The low or high 16-bit half of `word`, in both halves.
 HOST_DEVICE uint32_t both_halves(uint32_t word, int high) {
+#ifdef __CUDA_ARCH__
+    // as moves of halves, which the instructions that read the result do themselves
+    uint32_t r;
+    if (high)
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(word));
+    else
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(word));
+    return r;
+#else
     const uint32_t half = high ? word >> 16 : word & 0xffffu;
     return half | half << 16;
+#endif
 }
 
 // Base of types whose codes are integers c with weight scale * (c - kZero) (+ min). The type gives code(q, pair).
@@ -42,12 +69,19 @@ struct IntegerCodes {
     }
 #ifdef __CUDACC__
     template <class C>
-    static DEVICE_MEMBER uint32_t bf16_pair(const C& q, int pair) {
-        return bf16_of_codes<kZero>(Q::code(q, pair));
-    }
-    template <class C>
     static DEVICE_MEMBER uint32_t f16_pair(const C& q, int pair) {
-        return f16_of_codes<kZero>(Q::code(q, pair));
+        // Odd pairs of four-bit codes stay where an even shift puts them: half the shifts.
+        if (Q::kLowBits == 4 && (pair & 1)) return f16_less_power<kZero, 4>(or_codes<4>(q, pair));
+        return f16_less_power<kZero>(or_codes<0>(q, pair));
+    }
+    // 1024 + code * 2^kTo.
+    template <int kTo, class C>
+    static DEVICE_MEMBER uint32_t or_codes(const C& q, int pair) {
+        const uint32_t low = Plane<Q::kLowBits>::template or_codes<kTo>(q.low, pair, kF16Power);
+        if constexpr (Q::kHighBits > 0)
+            return Plane<Q::kHighBits>::template or_codes<Q::kLowBits + kTo>(q.high, pair, low);
+        else
+            return low;
     }
 #endif
 };
@@ -58,7 +92,6 @@ struct HalfScales {
     using Scales = Words2;
     static constexpr int kScaleK = 32;
     static constexpr bool kHasMin = false;
-    static constexpr bool kHalfScale = true;
 
     // Words: [g][r], each the scales of blocks 0 and 1 of row g + 8r.
     static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
@@ -72,8 +105,8 @@ struct HalfScales {
         scale[0][0] = half_float(block ? s.x >> 16 : s.x);
         scale[0][1] = half_float(block ? s.y >> 16 : s.y);
     }
-    static HOST_DEVICE uint32_t half_scale(const Scales& s, int block, int r) {
-        return both_halves(r ? s.y : s.x, block);
+    static HOST_DEVICE void half_scales(const Scales& s, int block, uint32_t (&scale)[2][2], uint32_t (&)[2][2]) {
+        scale[0][0] = both_halves(s.x, block), scale[0][1] = both_halves(s.y, block);
     }
 };
 
@@ -83,7 +116,6 @@ struct HalfScalesMins {
     using Scales = Words4;  // {scales of row g, mins of row g, scales of row g + 8, mins of row g + 8}
     static constexpr int kScaleK = 32;
     static constexpr bool kHasMin = true;
-    static constexpr bool kHalfScale = true;
 
     // Words: [g][r][scale, min], each of blocks 0 and 1.
     static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
@@ -99,10 +131,8 @@ struct HalfScalesMins {
         min[0][0] = half_float(block ? s.y >> 16 : s.y);
         min[0][1] = half_float(block ? s.w >> 16 : s.w);
     }
-    static HOST_DEVICE uint32_t half_scale(const Scales& s, int block, int r) {
-        return both_halves(r ? s.z : s.x, block);
-    }
-    static HOST_DEVICE uint32_t half_min(const Scales& s, int block, int r) {
-        return both_halves(r ? s.w : s.y, block);
+    static HOST_DEVICE void half_scales(const Scales& s, int block, uint32_t (&scale)[2][2], uint32_t (&min)[2][2]) {
+        scale[0][0] = both_halves(s.x, block), scale[0][1] = both_halves(s.z, block);
+        min[0][0] = both_halves(s.y, block), min[0][1] = both_halves(s.w, block);
     }
 };

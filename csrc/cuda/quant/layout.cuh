@@ -103,6 +103,21 @@ struct Plane {
         }
     }
 
+#ifdef __CUDACC__
+    // The word of `pair` with its codes at bits 0 and 16 and anything beside them.
+    static DEVICE_MEMBER uint32_t shifted(const uint32_t (&words)[kBits], int pair) {
+        return words[pair / kPairs] >> (kBits * (pair % kPairs));
+    }
+    // `base` with the codes of `pair` put in at bits kTo and 16 + kTo, which are 0 there. kBits <= 16.
+    template <int kTo = 0>
+    static DEVICE_MEMBER uint32_t or_codes(const uint32_t (&words)[kBits], int pair, uint32_t base) {
+        constexpr uint32_t kMask = ((1u << kBits) - 1u) << kTo;
+        const uint32_t word = words[pair / kPairs];
+        const int from = kBits * (pair % kPairs);
+        return and_or(from >= kTo ? word >> (from - kTo) : word << (kTo - from), kMask | kMask << 16, base);
+    }
+#endif
+
     // The codes of `pair`, shifted to bits kTo and 16 + kTo; everything else 0. kBits <= 16.
     template <int kTo = 0>
     static HOST_DEVICE uint32_t codes(const uint32_t (&words)[kBits], int pair) {

@@ -8,7 +8,6 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
     using Scales = uint32_t;  // bytes: e of blocks 0 and 1 of row g, then of row g + 8
     static constexpr int kScaleK = 32;
     static constexpr bool kHasMin = false;
-    static constexpr bool kHalfScale = false;
 
     static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 1, k); }
     // Biased float32 exponent of the largest weight that a block can hold (6 = 1.5 * 2^2).
@@ -41,11 +40,6 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
 #ifdef __CUDACC__
     // The three magnitude bits land on the lowest exponent bits and the highest mantissa bit: the number, subnormals
     // included, times a power of two that one exact product takes away.
-    static DEVICE_MEMBER uint32_t bf16_pair(const Codes<4, 0>& q, int pair) {
-        const uint32_t magnitude = Plane<4>::codes<6>(q.low, pair) & 0x01c001c0u;
-        const uint32_t sign = Plane<4>::codes<12>(q.low, pair) & 0x80008000u;
-        return fma_bf16x2(magnitude | sign, 0x7e807e80u, 0x80008000u);  // 2^126
-    }
     static DEVICE_MEMBER uint32_t f16_pair(const Codes<4, 0>& q, int pair) {
         const uint32_t magnitude = Plane<4>::codes<9>(q.low, pair) & 0x0e000e00u;
         const uint32_t sign = Plane<4>::codes<12>(q.low, pair) & 0x80008000u;

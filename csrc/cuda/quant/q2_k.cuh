@@ -8,7 +8,6 @@
 struct Q2_K : PackedTile<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
     static constexpr int kScaleK = 16;
     static constexpr bool kHasMin = true;
-    static constexpr bool kHalfScale = false;
     struct Scales {
         Words4 sub[2];  // of rows g and g + 8: byte i holds scale and min of elements 16i .. 16i + 15
         Words2 super;   // (d, dmin) of rows g and g + 8
@@ -29,6 +28,24 @@ struct Q2_K : PackedTile<256, 256, 84, 2, 0>, IntegerCodes<Q2_K, 0> {
         const int g = lane >> 2;
         return {{load_words4(p + g * 16), load_words4(p + (g + 8) * 16)}, load_words2(p + 256 + g * 8)};
     }
+#ifdef __CUDACC__
+    static DEVICE_MEMBER void half_scales(const Scales& s, int block, uint32_t (&scale)[2][2], uint32_t (&min)[2][2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const Words4& v = s.sub[r];
+            const int which = block >> 1;
+            const uint32_t word = which == 0 ? v.x : which == 1 ? v.y : which == 2 ? v.z : v.w;
+            const uint32_t super = raise_f16x2((r ? s.super.y : s.super.x) ^ 0x80000000u);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const uint32_t byte = word >> (8 * (2 * (block & 1) + j));
+                const uint32_t both = f16_of_codes<0>((byte & 15u) | (byte & 0xf0u) << 12);
+                const uint32_t scaled = mul_f16x2(both, super);  // (d scale, -dmin min)
+                scale[j][r] = both_halves(scaled, 0), min[j][r] = both_halves(scaled, 1);
+            }
+        }
+    }
+#endif
     static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

@@ -8,7 +8,6 @@
 struct Q3_K : PackedTile<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
     static constexpr int kScaleK = 16;
     static constexpr bool kHasMin = false;
-    static constexpr bool kHalfScale = false;
     struct Scales {
         uint32_t low[2][2];  // [r][bytes 0-3, 4-7]
         uint32_t high[2];    // [r] bytes 8-11
@@ -34,13 +33,26 @@ struct Q3_K : PackedTile<256, 256, 110, 2, 1>, IntegerCodes<Q3_K, 4> {
         const Words2 a = load_words2(p + g * 8), b = load_words2(p + 64 + g * 8), c = load_words2(p + 128 + g * 8);
         return {{{a.x, b.x}, {a.y, b.y}}, {c.x, c.y}, load_u32(p + 192 + g * 4)};
     }
-    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
-        // Scales 4i .. 4i + 3 sit in four bytes of one word; a 32-column block has two of them.
-        const int i = block >> 1;
+    // Scales 4i .. 4i + 3 of row g + 8r, over 32, in four bytes; a 32-column block has two of them.
+    static HOST_DEVICE uint32_t six_bits(const Scales& s, int i, int r) {
+        const uint32_t low = ((i & 1 ? s.low[r][1] : s.low[r][0]) >> (4 * (i >> 1))) & 0x0f0f0f0fu;
+        return low | ((s.high[r] >> (2 * i)) & 0x03030303u) << 4;
+    }
+#ifdef __CUDACC__
+    static DEVICE_MEMBER void half_scales(const Scales& s, int block, uint32_t (&scale)[2][2], uint32_t (&)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const uint32_t low = ((i & 1 ? s.low[r][1] : s.low[r][0]) >> (4 * (i >> 1))) & 0x0f0f0f0fu;
-            const uint32_t bytes = low | ((s.high[r] >> (2 * i)) & 0x03030303u) << 4;
+            const int i = 2 * (block & 1);
+            const uint32_t both = f16_of_bytes<32>(six_bits(s, block >> 1, r), i, i + 1);
+            const uint32_t scaled = mul_f16x2(both, both_halves(raise_f16x2(s.super), r));
+            scale[0][r] = both_halves(scaled, 0), scale[1][r] = both_halves(scaled, 1);
+        }
+    }
+#endif
+    static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint32_t bytes = six_bits(s, block >> 1, r);
             const float d = half_float(r ? s.super >> 16 : s.super);
 #pragma unroll
             for (int j = 0; j < 2; ++j) scale[j][r] = d * (byte_float(bytes, 2 * (block & 1) + j) - 32.0f);

@@ -16,7 +16,6 @@ template <class Q>
 struct KScales {
     static constexpr int kScaleK = 32;
     static constexpr bool kHasMin = true;
-    static constexpr bool kHalfScale = false;
     struct Scales {
         Words4 row[2];  // {(d, dmin), scale bytes 0-3, 4-7, 8-11} of rows g and g + 8
     };
@@ -29,18 +28,31 @@ struct KScales {
         const uint8_t* p = packed_tile + Q::kScaleOffset + (lane >> 2) * 16;
         return {{load_words4(p), load_words4(p + 128)}};
     }
+    // The bytes with scale and min of blocks 0-3 or 4-7 of a row.
+    static HOST_DEVICE Words2 six_bits(const Words4& v, int block) {
+        if (block < 4) return {v.y & 0x3f3f3f3fu, v.z & 0x3f3f3f3fu};
+        return {(v.w & 0x0f0f0f0fu) | ((v.y >> 2) & 0x30303030u),
+                ((v.w >> 4) & 0x0f0f0f0fu) | ((v.z >> 2) & 0x30303030u)};
+    }
+#ifdef __CUDACC__
+    static DEVICE_MEMBER void half_scales(const Scales& s, int block, uint32_t (&scale)[2][2], uint32_t (&min)[2][2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const Words2 b = six_bits(s.row[r], block);
+            const uint32_t i = block & 3;
+            const uint32_t both =
+                f16_less_power<0>(and_or(__byte_perm(b.x, b.y, i | (4 + i) << 8), 0x00ff00ffu, kF16Power));
+            const uint32_t v = mul_f16x2(both, raise_f16x2(s.row[r].x ^ 0x80000000u));  // (d scale, -dmin min)
+            scale[0][r] = both_halves(v, 0), min[0][r] = both_halves(v, 1);
+        }
+    }
+#endif
     static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&min)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const Words4& v = s.row[r];
-            uint32_t scale_bytes, min_bytes;
-            if (block < 4) {
-                scale_bytes = v.y & 0x3f3f3f3fu;
-                min_bytes = v.z & 0x3f3f3f3fu;
-            } else {
-                scale_bytes = (v.w & 0x0f0f0f0fu) | ((v.y >> 2) & 0x30303030u);
-                min_bytes = ((v.w >> 4) & 0x0f0f0f0fu) | ((v.z >> 2) & 0x30303030u);
-            }
+            const Words2 b = six_bits(v, block);
+            const uint32_t scale_bytes = b.x, min_bytes = b.y;
             scale[0][r] = half_float(v.x) * byte_float(scale_bytes, block & 3);
             min[0][r] = -(half_float(v.x >> 16) * byte_float(min_bytes, block & 3));
         }

@@ -8,7 +8,6 @@
 struct Q6_K : PackedTile<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
     static constexpr int kScaleK = 16;
     static constexpr bool kHasMin = false;
-    static constexpr bool kHalfScale = false;
     struct Scales {
         Words4 sub[2];   // of rows g and g + 8: int8 scale of elements 16i .. 16i + 15 in byte i
         uint32_t super;  // d of row g (low half) and row g + 8
@@ -33,6 +32,19 @@ struct Q6_K : PackedTile<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
         const int g = lane >> 2;
         return {{load_words4(p + g * 16), load_words4(p + (g + 8) * 16)}, load_u32(p + 256 + g * 4)};
     }
+#ifdef __CUDACC__
+    static DEVICE_MEMBER void half_scales(const Scales& s, int block, uint32_t (&scale)[2][2], uint32_t (&)[2][2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const Words4& v = s.sub[r];
+            const int which = block >> 1, i = 2 * (block & 1);
+            const uint32_t word = which == 0 ? v.x : which == 1 ? v.y : which == 2 ? v.z : v.w;
+            const uint32_t both = f16_of_bytes<128>(word ^ 0x80808080u, i, i + 1);
+            const uint32_t scaled = mul_f16x2(both, both_halves(raise_f16x2(s.super), r));
+            scale[0][r] = both_halves(scaled, 0), scale[1][r] = both_halves(scaled, 1);
+        }
+    }
+#endif
     static HOST_DEVICE void scales(const Scales& s, int block, float (&scale)[2][2], float (&)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

@@ -12,14 +12,9 @@ struct Q8_0 : PackedTile<64, 32, 34, 8, 0>, HalfScales<Q8_0> {
         high = static_cast<float>(static_cast<int8_t>(c >> 16));
     }
 #ifdef __CUDACC__
-    // The low seven bits over 128, less 128 or (sign bit set: the step above) 256. Exact.
-    static DEVICE_MEMBER uint32_t bf16_pair(const Codes<8, 0>& q, int pair) {
-        const uint32_t c = Plane<8>::codes(q.low, pair);
-        const uint32_t low7 = (c & 0x007f007fu) | 0x43004300u, sign = (c & 0x00800080u) | 0x43004300u;
-        return fma_bf16x2(sign, 0xbf80bf80u, low7);
-    }
     static DEVICE_MEMBER uint32_t f16_pair(const Codes<8, 0>& q, int pair) {
-        return f16_of_codes<128>(Plane<8>::codes(q.low, pair) ^ 0x00800080u);
+        // 1024 + code + 128: the exclusive or moves the sign bit
+        return f16_less_power<128>(and_xor(Plane<8>::shifted(q.low, pair), 0x00ff00ffu, kF16Power | 0x00800080u));
     }
 #endif
 };

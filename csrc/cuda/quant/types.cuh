@@ -12,8 +12,10 @@
 //   scales(s, block, scale[j][r], min[j][r])
 //                             of 32-column block `block` of the k tile; j: half of the block (only 0 where kScaleK is
 //                             32), r: row g + 8r
-//   bf16_pair, f16_pair       the unscaled pair, packed, exact
-//   half_scale, half_min      with kHalfScale: the scale (and minimum) as packed fp16, exact
+//   f16_pair                  the unscaled pair, packed fp16, exact
+//   half_scales(s, block, scale[j][r], min[j][r])
+//                             as `scales`, each rounded to fp16 and in both halves of a register (not of row-scaled
+//                             types)
 #pragma once
 
 #include <type_traits>
@@ -44,9 +46,13 @@ template <class Q>
 constexpr bool kDense = std::is_same_v<Q, F32> || std::is_same_v<Q, F16> || std::is_same_v<Q, BF16>;
 
 // Types whose weights may lie outside the range of fp16. After a matrix's packed tiles comes one float32 per row (of
-// whole row tiles), a power of two: prompts multiply fp16(w / row scale) and scale the result back.
+// whole row tiles), a power of two: products are made of fp16(w / row scale) and the sum is scaled back.
 template <class Q>
 constexpr bool kRowScaled = std::is_same_v<Q, F32> || std::is_same_v<Q, BF16> || std::is_same_v<Q, MXFP4>;
+
+// What an fp16 weight that comes of `half_scales` is a multiple of: the powers of two in raise_f16x2.
+template <class Q>
+constexpr float kWeightUnit = Q::kTileK == 256 ? 0.0625f : 1.0f;
 
 // Exponent of the row scale from the largest biased float32 exponent in the row: the scaled row's largest magnitude is
 // in [2^13, 2^14), 2^27 above the smallest normal fp16.

@@ -1,0 +1,52 @@
+// What the kernels of 1 to 8 decode rows share (decode.cu, experts_few.cu): the sizes of a variant, and the weights of
+// a unit, which is what one slot of a warp's ring holds.
+#pragma once
+
+#include "common/mma_tile.cuh"
+#include "params/matmul_params.h"
+
+// kBlocks: 32-column blocks of a chunk, 0 for `long`. kEarlyTiles: row tiles of a warp that are decoded early.
+template <class Q, int kBlocks_, int kEarlyTiles_>
+struct DecodeShape {
+    static constexpr int kBlocks = kBlocks_;
+    static constexpr int kEarlyTiles = kEarlyTiles_;
+    static constexpr bool kEarly = kEarlyTiles > 0;
+    // A warp has no row tiles beside those decoded early, whose registers leave no room for x.
+    static constexpr bool kEarlyOnly = kEarly && kBlocks == 8;
+    static constexpr bool kKeepX = kBlocks > 0 && !kEarlyOnly;
+    static constexpr int kUnitTiles = Q::kTileK == 64 && !kDense<Q> ? 2 : 1;
+    static constexpr int kTileBlocks = Q::kTileK / 32;
+    static constexpr int kUnitBlocks = kUnitTiles * kTileBlocks;
+    static constexpr int kUnitBytes = kUnitTiles * Q::kPackedTileBytes;
+    static constexpr int kChunkUnits = kBlocks ? kBlocks / kUnitBlocks : 1;  // of a chunk in registers
+    static constexpr int kPartialRow = 20;  // floats from a row's sums to the next: no bank conflicts
+};
+
+// Calls f(32-column block of the unit, A fragments) for the blocks of a unit in shared memory, of which n packed tiles
+// exist.
+template <class Q, class S, class F>
+DEVICE void unit_fragments(const uint8_t* unit, int n, const float (&inverse)[2], int lane, F f) {
+#pragma unroll
+    for (int i = 0; i < S::kUnitTiles; ++i) {
+        if (S::kUnitTiles > 1 && i >= n) break;
+        const uint8_t* const packed_tile = unit + i * Q::kPackedTileBytes;
+        const auto scales = tile_scales<Q>(packed_tile, lane);
+#pragma unroll
+        for (int sub = 0; sub < Q::kSubs; ++sub) {
+            if (sub > 0) keep_loads_here();  // codes of all sub-tiles would take too many registers
+            const auto codes = load_codes<Q>(packed_tile, sub, lane);
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                uint32_t a[8];
+                f16_fragments<Q>(a, codes, scales, 2 * sub + b, inverse);
+                f(i * S::kTileBlocks + 2 * sub + b, a);
+            }
+        }
+    }
+}
+
+// Most threads of a variant: by the registers that it takes.
+constexpr int most_threads(int blocks, int early) {
+    if (blocks == 0 || (blocks == 4 && early)) return PRODUCT_FEW_THREADS;
+    return PRODUCT_THREADS;
+}

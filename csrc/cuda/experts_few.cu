@@ -1,0 +1,203 @@
+// Decode: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of 1 to 8 rows, e = ids[r, s];
+// or of two matrices act(first) * second.
+//
+// expert_few_<type>_<variant>(ExpertFewParams); variants as in decode.cu. An item is an expert and its pairs, at most
+// one of each row. The row tiles of all items are numbered through and shared out evenly, so that every block streams
+// about as many bytes, whatever the experts: how many items there are is known on the device only. A block goes through
+// its row tiles item by item, with the item's rows of x in registers, while its warps' rings run on across items.
+//
+// The numbers are those of all products (common/mma_tile.cuh): a pair's result has the same bits alone and in any
+// company.
+//
+// Bytes: the chosen experts' weights once from memory; the converted rows once per block and item, from L2.
+#include "common/activations.cuh"
+#include "common/decode_unit.cuh"
+#include "common/glu.cuh"
+#include "params/experts_params.h"
+
+template <class Q, class S>
+DEVICE void expert_few(const ExpertFewParams& p) {
+    // rings, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, barriers
+    extern __shared__ __align__(128) uint8_t smem[];
+    __shared__ int item_pairs[8];
+    pdl_launch_dependents();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
+    int chunk0 = warp, group = 0;
+    while (chunk0 >= p.n_warps) chunk0 -= p.n_warps, ++group;
+    const int chunk = S::kBlocks ? 32 * S::kBlocks : chunk_columns(p.k), n_chunks = p.n_chunks;
+    const int chunk_tiles = chunk / Q::kTileK, n_row_tiles = (p.n_out + kTileRows - 1) / kTileRows;
+    const int pairs = p.mode == PRODUCT_GLU;  // row tiles of two matrices in turn
+    const uint32_t barriers = smem_address(smem) + p.barriers + 8 * warp * p.depth;
+    const uint8_t* const ring = smem + warp * p.depth * S::kUnitBytes;
+    float* const factors = reinterpret_cast<float*>(smem + p.factors);
+    if (lane == 0) {
+        for (int i = 0; i < p.depth; ++i) copy_barrier_init(barriers + 8 * i);
+        copy_barrier_fence();
+    }
+    __syncwarp();
+    pdl_wait();
+
+    // A job is a row tile of an item; a tile is that of one matrix.
+    const int total = *p.list.n_items * n_row_tiles;
+    const int first_job = static_cast<int>(static_cast<int64_t>(blockIdx.x) * total / gridDim.x);
+    const int n_tiles = (static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * total / gridDim.x) - first_job)
+                        << pairs;
+    if (n_tiles == 0) return;
+
+    // The units of this warp in the order in which it multiplies them, from the next to be copied on.
+    int in_tile = group, in_chunk = chunk0, in_unit = chunk0 * chunk_tiles, in_expert = -1, in_item = -1;
+    const uint8_t* src = nullptr;
+    const auto find = [&] {
+        if (in_tile >= n_tiles) return;
+        const int job = first_job + (in_tile >> pairs), item = job / n_row_tiles;
+        if (item != in_item) in_item = item, in_expert = p.list.items[item].expert;
+        src = p.m[in_tile & pairs].w + in_expert * p.matrix_bytes +
+              static_cast<int64_t>(job - item * n_row_tiles) * p.tile_bytes;
+    };
+    find();
+    const auto issue = [&](int slot) {  // starts the copy of the next unit into `slot`; nothing after the last
+        if (in_tile >= n_tiles) return;
+        const int n = S::kUnitTiles == 1 ? 1 : min(S::kUnitTiles, p.n_k_tiles - in_unit);
+        copy_to_smem(barriers + 8 * slot, smem_address(ring) + slot * S::kUnitBytes,
+                     src + in_unit * Q::kPackedTileBytes, n * Q::kPackedTileBytes, lane);
+        in_unit += S::kUnitTiles;
+        if (in_unit < min(p.n_k_tiles, (in_chunk + 1) * chunk_tiles)) return;
+        if (S::kBlocks == 0) in_chunk += p.n_warps;
+        if (S::kBlocks > 0 || in_chunk >= n_chunks) {
+            in_chunk = chunk0, in_tile += p.n_groups;
+            find();
+        }
+        in_unit = in_chunk * chunk_tiles;
+    };
+#pragma unroll 1
+    for (int i = 0; i < p.depth; ++i) issue(i);
+
+    int slot = 0, parity = 0;
+    const auto take_unit = [&](const float (&inverse)[2], int n, auto f) {
+        copy_wait(barriers + 8 * slot, parity);
+        unit_fragments<Q, S>(ring + slot * S::kUnitBytes, n, inverse, lane, f);
+        __syncwarp();
+        issue(slot);
+        if (++slot == p.depth) slot = 0, parity ^= 1;
+    };
+    const bool one_row = p.n_rows == 1;
+    const int item_shift = one_row ? 4 : 7;
+    const int chunk_floats = one_row ? kTileRows : 8 * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
+    // Where the sums of this batch are: two sets take turns, so that one barrier a batch suffices.
+    int set_at = p.ring_bytes, tile = group;
+    const auto set = [&] { return reinterpret_cast<float*>(smem + set_at); };
+
+#pragma unroll 1
+    for (int begin = 0; begin < n_tiles;) {  // the tiles of one item
+        const int item_index = (first_job + (begin >> pairs)) / n_row_tiles;
+        const int end = min(n_tiles, ((item_index + 1) * n_row_tiles - first_job) << pairs);
+        const ExpertItem item = p.list.items[item_index];
+        __syncthreads();  // nobody needs what the item before left
+        if (threadIdx.x < 8)
+            item_pairs[threadIdx.x] = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
+        __syncthreads();
+        // Columns of rows that do not exist are those of the last one and dropped: they touch no other column.
+        const auto converted = [&](int r) {
+            const int pair = item_pairs[r];
+            return p.rows + static_cast<int64_t>(pair / p.n_used + pair % p.n_used * p.x_slot_rows) * p.x_bytes;
+        };
+        for (int i = threadIdx.x; i < 8 * n_chunks; i += blockDim.x)
+            factors[i] =
+                __ldcg(reinterpret_cast<const float*>(converted(i & 7) + converted_fragment_bytes(p.k)) + (i >> 3));
+        const uint8_t* const x_at = converted(g) + t * 16 + chunk0 * S::kBlocks * 64;
+        uint4 x[S::kBlocks ? S::kBlocks : 1];
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b) x[b] = *reinterpret_cast<const uint4*>(x_at + b * 64);
+        const int at0 = first_job + (begin >> pairs) - item_index * n_row_tiles;  // row tile of tile `begin`
+
+#pragma unroll 1
+        for (int tile0 = begin; tile0 < end; tile0 += p.batch) {
+            const int n_here = min(p.batch, end - tile0);
+#pragma unroll 1
+            for (; tile < tile0 + n_here; tile += p.n_groups) {
+                float inverse[2] = {1.0f, 1.0f};
+                if constexpr (kRowScaled<Q>)
+                    row_inverse<Q>(inverse, p.m[tile & pairs].w + item.expert * p.matrix_bytes, p.scales_at,
+                                   at0 + (tile >> pairs) - (begin >> pairs), g);
+#pragma unroll 1
+                for (int c = chunk0; c < n_chunks; c += p.n_warps) {
+                    float acc[4] = {};
+                    const auto multiply = [&](const uint32_t (&a)[8], const uint4& v) {
+                        mma_f16(acc, a, v.x, v.y);
+                        mma_f16(acc, a + 4, v.z, v.w);
+                    };
+                    const int k_tile0 = c * chunk_tiles, k_tile_end = min(p.n_k_tiles, k_tile0 + chunk_tiles);
+                    if constexpr (S::kBlocks > 0) {
+#pragma unroll
+                        for (int u = 0; u < S::kChunkUnits; ++u) {
+                            const int n = k_tile_end - k_tile0 - u * S::kUnitTiles;
+                            if (n <= 0) break;
+                            take_unit(inverse, n,
+                                      [&](int b, const uint32_t (&a)[8]) { multiply(a, x[u * S::kUnitBlocks + b]); });
+                        }
+                    } else {
+#pragma unroll 1
+                        for (int k_tile = k_tile0; k_tile < k_tile_end; k_tile += S::kUnitTiles)
+                            take_unit(inverse, p.n_k_tiles - k_tile, [&](int b, const uint32_t (&a)[8]) {
+                                multiply(a, *reinterpret_cast<const uint4*>(x_at + (k_tile * S::kTileBlocks + b) * 64));
+                            });
+                    }
+                    float* to = set() + (tile - tile0) * tile_floats + c * chunk_floats;
+                    if (one_row) {
+                        if (t == 0) to[g] = acc[0], to[g + 8] = acc[2];
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) to[(2 * t + (i & 1)) * S::kPartialRow + g + 8 * (i >> 1)] = acc[i];
+                    }
+                }
+            }
+            __syncthreads();
+
+#pragma unroll 1
+            for (int i = threadIdx.x; (i >> item_shift << pairs) < n_here; i += blockDim.x) {
+                const int row = one_row ? 0 : i >> 4 & 7;
+                const int o = (at0 + ((tile0 - begin) >> pairs) + (i >> item_shift)) * kTileRows + (i & 15);
+                if (row >= item.n || o >= p.n_out) continue;
+                const float* from = set() + (i >> item_shift << pairs) * tile_floats + row * S::kPartialRow + (i & 15);
+                float v[2];
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    if (m > pairs) break;
+                    float sum = 0.0f;
+#pragma unroll 4
+                    for (int c = 0; c < n_chunks; ++c)
+                        sum = __fmaf_rn(from[m * tile_floats + c * chunk_floats], factors[8 * c + row], sum);
+                    const float* bias = p.m[m].bias;
+                    v[m] = __fmaf_rn(sum, weight_unit<Q>(p.m[m].w + item.expert * p.matrix_bytes, p.scales_at, o),
+                                     bias != nullptr ? bias[static_cast<int64_t>(item.expert) * p.n_out + o] : 0.0f);
+                }
+                const int pair = item_pairs[row];
+                p.out[pair / p.n_used * p.out_stride + static_cast<int64_t>(pair % p.n_used) * p.n_out + o] =
+                    pairs ? glu_value(p.glu, v[0], v[1]) : v[0];
+            }
+            set_at = set_at == p.ring_bytes ? set_at + 4 * p.batch * tile_floats : p.ring_bytes;
+        }
+        begin = end;
+    }
+}
+
+#define DEFINE_VARIANT(Type, name, blocks, suffix)                                \
+    extern "C" __global__ void __launch_bounds__(PRODUCT_FEW_THREADS, 1)          \
+        expert_few_##name##_##suffix(const __grid_constant__ ExpertFewParams p) { \
+        expert_few<Type, DecodeShape<Type, blocks, 0>>(p);                        \
+    }
+#define DEFINE_SMALL(Type, name)       \
+    DEFINE_VARIANT(Type, name, 4, 128) \
+    DEFINE_K(Type, name)
+#define DEFINE_K(Type, name)           \
+    DEFINE_VARIANT(Type, name, 8, 256) \
+    DEFINE_VARIANT(Type, name, 0, long)
+DENSE_TYPES(DEFINE_SMALL)
+Q4_0_TYPES(DEFINE_SMALL)
+Q5_0_TYPES(DEFINE_SMALL)
+Q8_0_TYPES(DEFINE_SMALL)
+MXFP4_TYPES(DEFINE_SMALL)
+Q2_K_TYPES(DEFINE_K)
+Q3_K_TYPES(DEFINE_K)
+Q4_K_TYPES(DEFINE_K)
+Q6_K_TYPES(DEFINE_K)
