@@ -1,5 +1,5 @@
-// Parameters of experts_decode.cu, experts_prefill.cu and expert_sum in route.cu. Plain C. Sizes are in elements,
-// strides in elements of the row's type unless the name says bytes. A pair is as in route_params.h.
+// Parameters of experts_few.cu, experts_decode.cu, experts_prefill.cu and expert_sum in route.cu. Plain C. Sizes are in
+// elements, strides in elements of the row's type unless the name says bytes. A pair is as in route_params.h.
 #ifndef WORKER_ORCD_EXPERTS_PARAMS_H
 #define WORKER_ORCD_EXPERTS_PARAMS_H
 
@@ -50,7 +50,7 @@ typedef struct {
     int32_t glu;         // GLU_* of pointwise_params.h
 } ExpertFewParams;
 
-// expert_matvec_<type>_<tiles>: products of every pair with its expert's matrices, few pairs.
+// expert_matvec_<type>_<tiles>: products of every pair of 9 to 64 rows with its expert's matrices.
 typedef struct {
     ExpertMatrix m[EXPERT_MAX_MATRICES];  // of one type and shape
     ExpertList list;

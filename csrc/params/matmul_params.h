@@ -29,13 +29,14 @@ typedef struct {
     int32_t row_tile0;  // sum of the row tiles of the matrices before it
 } MatvecMatrix;
 
-// decode_<type>_<variant>: out = h W^T for 1 to 8 rows h. Block 32 * n_warps * n_groups: warp w has chunks w % n_warps,
-// + n_warps, ... of the row tiles of group w / n_warps. The grid is free.
+// One matrix of a decode launch.
 typedef struct {
     const uint8_t* w;   // repacked [n_out, k]
     const float* bias;  // [n_out] or null
 } DecodeMatrix;
 
+// decode_<type>_<variant>: out = h W^T for 1 to 8 rows h. Block 32 * n_warps * n_groups: warp w has chunks w % n_warps,
+// + n_warps, ... of the row tiles of group w / n_warps. The grid is free.
 typedef struct {
     DecodeMatrix m[2];         // the second with PRODUCT_GLU
     float* out;                // [n_rows, out_stride]
