@@ -1,12 +1,14 @@
-"""When the server was told to end, and the end of a process at a time that was set, whatever hangs then."""
+"""When the server was told to end, and the end of a process: once, at a time that was set, whatever hangs then."""
 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class StopTime:
@@ -69,3 +71,24 @@ class ExitTimer:
             while self._at is None or self._at > time.monotonic():
                 self._changed.wait(None if self._at is None else self._at - time.monotonic())
         self._leave()
+
+
+class ProcessEnd:
+    """Ends the process, once: a thread that wants the same meanwhile waits for the one that came first. Neither what is
+    done before, nor what others have hung into `os._exit`, is made for two threads at a time.
+
+    Args:
+        before: done first, whatever comes of it.
+    """
+
+    def __init__(self, before: Callable[[], object]) -> None:
+        self._before = before
+        self._lock = threading.Lock()
+
+    def __call__(self, code: int) -> NoReturn:
+        """End the process with this exit code."""
+        self._lock.acquire()  # and never given back
+        try:
+            self._before()
+        finally:
+            os._exit(code)

@@ -35,7 +35,7 @@ from worker_orcd.wsgi.app import create_app, first_request
 from worker_orcd.wsgi.arbiter import WorkerArbiter
 from worker_orcd.wsgi.descriptors import connections_within, raise_limit, streams_within
 from worker_orcd.wsgi.event_writer import EventWriter
-from worker_orcd.wsgi.exits import ExitTimer, StopTime
+from worker_orcd.wsgi.exits import ExitTimer, ProcessEnd, StopTime
 from worker_orcd.wsgi.gunicorn_worker import StreamWorker
 from worker_orcd.wsgi.service import EXIT_FAILED, Loader, Service, load_llm
 from worker_orcd.wsgi.systemd import Notifier
@@ -138,6 +138,7 @@ class _Application(BaseApplication):
         self._stopped = threading.Event()
         self.notifier = Notifier.from_environment()
         self._exit = ExitTimer(self._leave)
+        self._end = ProcessEnd(lambda: log_writer.flush(LOG_FLUSH_SEC))
         self.stop_time = StopTime()
         self.stop_limit_sec = config.grace_sec + EXIT_SLACK_SEC + LOG_FLUSH_SEC + LAST_LOOK_SEC
         super().__init__()
@@ -196,8 +197,7 @@ class _Application(BaseApplication):
         except SystemExit as end:
             code = end.code
         signals.ignore()
-        self._log_writer.flush(LOG_FLUSH_SEC)
-        os._exit(code if isinstance(code, int) else EXIT_FAILED)
+        self._end(code if isinstance(code, int) else EXIT_FAILED)
 
     def _worker_started(self, worker: StreamWorker) -> None:
         """In the worker process, before its first request."""
@@ -265,11 +265,9 @@ class _Application(BaseApplication):
         self._leave()
 
     def _leave(self) -> None:
-        """End the worker process. Who reads the log gets a moment to take its last lines."""
-        try:
-            self._log_writer.flush(LOG_FLUSH_SEC)
-        finally:
-            os._exit(EXIT_FAILED if self._service is None else self._service.exit_code)
+        """End the worker process. Who reads the log gets a moment to take its last lines. In the main thread when its
+        loop has ended, or in the timer's, or in both."""
+        self._end(EXIT_FAILED if self._service is None else self._service.exit_code)
 
     def worker_failed(self, message: str) -> None:
         """In the master: say what ended the worker, which could not say it itself."""

@@ -42,7 +42,7 @@ def test_a_worker_that_is_told_alone_takes_the_server_with_it_in_order(start):
     assert stream.next()[0] == "started"
     os.kill(worker_pid(worker), signal.SIGTERM)
     assert stream.all()[-1][1]["code"] == "NOT_READY"
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(10) == 0, "".join(worker.raw_log)
 
 
 def test_signals_for_more_workers_or_another_master_change_nothing(start):

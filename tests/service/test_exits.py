@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from worker_orcd.wsgi.exits import ExitTimer, StopTime
+from worker_orcd.wsgi.exits import ExitTimer, ProcessEnd, StopTime
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -69,3 +69,34 @@ def test_a_child_tells_its_parent_when_it_was_told_and_the_first_time_counts():
     first = told.seconds_ago()
     told.note()
     assert 0.1 <= first <= told.seconds_ago() < 5
+
+
+def test_a_process_ends_once_whoever_ends_it(monkeypatch):
+    """Both the main thread and the timer may want to; what is done at the end is not made for two."""
+    flushes, exits, hang, began = [], [], threading.Event(), threading.Event()
+
+    def exit_slowly(code):
+        exits.append(code)
+        began.set()
+        hang.wait(10)
+
+    monkeypatch.setattr(os, "_exit", exit_slowly)
+    end = ProcessEnd(lambda: flushes.append(threading.current_thread().name))
+    for code in (0, 1, 1):
+        threading.Thread(target=end, args=(code,), name=f"ends with {code}", daemon=True).start()
+        assert began.wait(5)
+    time.sleep(0.1)
+    assert exits == [0] and flushes == ["ends with 0"]
+    hang.set()
+
+
+def test_a_process_ends_although_its_last_act_fails(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def fail():
+        raise OSError("nobody reads")
+
+    with pytest.raises(OSError, match="nobody"):
+        ProcessEnd(fail)(70)
+    assert codes == [70]
