@@ -4,7 +4,8 @@
 //
 // Environment: FAKE_CUDA_DEVICES (1), FAKE_CUDA_CAPABILITY ("9.0"), FAKE_CUDA_MEMORY (bytes, 1 GiB),
 // FAKE_CUDA_SMS (multiprocessors, 132), FAKE_CUDA_NO_IMAGE (a library load finds no code), FAKE_CUDA_ANY_KERNEL (every
-// name is a kernel, which does nothing; the last of a draw counts its steps), FAKE_CUDA_DELAY_US (longest delay of an
+// name is a kernel, which does nothing; the last of a draw counts its steps), FAKE_CUDA_KERNELS (a folder of kernels
+// for the CPU, see tests/kernels_on_cpu: the kernels are these, and run), FAKE_CUDA_DELAY_US (longest delay of an
 // operation, 50).
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -14,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "kernels.h"
 
 typedef int Status;
 enum {
@@ -28,7 +31,8 @@ enum {
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
-    ILLEGAL_ADDRESS = 700
+    ILLEGAL_ADDRESS = 700,
+    LAUNCH_FAILED = 719
 };
 
 typedef struct Event {
@@ -37,6 +41,7 @@ typedef struct Event {
     uint64_t recorded, done;
 } Event;
 typedef enum { COPY, SET, MARK, FOLLOW, KERNEL } Kind;
+enum { MOST_PARAMS = 1024, SAMPLE_PARAMS = 160 };
 typedef struct Op {
     Kind kind;
     void* to;
@@ -45,8 +50,10 @@ typedef struct Op {
     int value;
     Event* event;
     uint64_t generation;
-    const char* kernel;
-    unsigned char params[160];
+    const Function* kernel;
+    unsigned size[7];  // grid, block, dynamic shared memory
+    int pdl;
+    _Alignas(16) unsigned char params[MOST_PARAMS];
     struct Op* next;
 } Op;
 typedef struct Stream {
@@ -55,6 +62,7 @@ typedef struct Stream {
     pthread_cond_t changed;
     Op *head, *tail;
     int busy, stop;
+    int blocking;  // the default stream waits for it
     struct Graph* capture;
 } Stream;
 typedef struct Graph {
@@ -154,7 +162,9 @@ static void run(Op* op) {
             pthread_mutex_unlock(&op->event->lock);
             break;
         case KERNEL:
-            if (!strcmp(op->kernel, "copy")) {  // struct { const void *from; void *to; size_t n; }
+            if (op->kernel->kernel) {
+                if (!run_kernel(op->kernel, op->size, op->pdl, op->params)) sticky = LAUNCH_FAILED;
+            } else if (!strcmp(op->kernel->name, "copy")) {  // struct { const void *from; void *to; size_t n; }
                 struct {
                     const void* from;
                     void* to;
@@ -165,16 +175,16 @@ static void run(Op* op) {
                     memcpy(p.to, p.from, p.n);
                 else
                     sticky = ILLEGAL_ADDRESS;
-            } else if (!strcmp(op->kernel, "fault"))
+            } else if (!strcmp(op->kernel->name, "fault"))
                 sticky = ILLEGAL_ADDRESS;
-            else if (!strncmp(op->kernel, "sample_", 7)) {  // csrc/params/sample_params.h; draws what is there
+            else if (!strncmp(op->kernel->name, "sample_", 7)) {  // csrc/params/sample_params.h; draws what is there
                 struct {
                     const void* others[17];
                     uint64_t *step, *host_step;
                     int32_t draw_follows;
                 } p;
                 memcpy(&p, op->params, sizeof p);
-                if (p.draw_follows && strcmp(op->kernel, "sample_draw")) break;
+                if (p.draw_follows && strcmp(op->kernel->name, "sample_draw")) break;
                 ++*p.step;
                 if (p.host_step) __atomic_store_n(p.host_step, *p.step, __ATOMIC_RELEASE);
             }
@@ -225,6 +235,19 @@ static Status push(Stream* s, Op op) {
     return OK;
 }
 
+// Waits for the streams that calls of the default stream wait for; with kernels that run, for `all` of them.
+static void wait_for_streams(int all) {
+    pthread_mutex_lock(&streams_lock);
+    for (int i = 0; i < MOST_STREAMS; ++i) {
+        Stream* s = streams[i];
+        if (!s || !(s->blocking || (all && has_kernels()))) continue;
+        pthread_mutex_lock(&s->lock);
+        while (s->head || s->busy) pthread_cond_wait(&s->changed, &s->lock);
+        pthread_mutex_unlock(&s->lock);
+    }
+    pthread_mutex_unlock(&streams_lock);
+}
+
 // ---- the driver's functions
 
 Status cuInit(unsigned f) {
@@ -251,6 +274,11 @@ Status cuDeviceGetName(char* out, int n, int d) {
 }
 Status cuDeviceTotalMem(size_t* n, int d) {
     *n = capacity();
+    return OK;
+}
+Status cuDeviceTotalMem_v2(size_t* n, int d) { return cuDeviceTotalMem(n, d); }
+Status cuDeviceGetPCIBusId(char* out, int n, int d) {
+    snprintf(out, n, "0000:%02x:00.0", d);
     return OK;
 }
 Status cuDeviceGetAttribute(int* v, int which, int d) {
@@ -296,6 +324,7 @@ Status cuGetErrorName(Status s, const char** out) {
                  {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
                  {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
                  {999, "CUDA_ERROR_UNKNOWN"},
+                 {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
                  {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
                  {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}};
     for (size_t i = 0; i < sizeof names / sizeof *names; ++i)
@@ -312,7 +341,10 @@ Status cuMemAlloc(uint64_t* p, size_t n) {
     return sticky ? sticky : allocate((void**)p, n, 0);
 }
 Status cuMemAllocManaged(uint64_t* p, size_t n, unsigned f) { return cuMemAlloc(p, n); }
-Status cuMemFree(uint64_t p) { return release((void*)p); }
+Status cuMemFree(uint64_t p) {
+    wait_for_streams(1);
+    return release((void*)p);
+}
 Status cuMemHostAlloc(void** p, size_t n, unsigned f) { return sticky ? sticky : allocate(p, n, 1); }
 Status cuMemFreeHost(void* p) { return release(p); }
 Status cuMemHostGetDevicePointer(uint64_t* p, void* h, unsigned f) {
@@ -320,18 +352,21 @@ Status cuMemHostGetDevicePointer(uint64_t* p, void* h, unsigned f) {
     return OK;
 }
 Status cuMemcpyHtoD(uint64_t to, const void* from, size_t n) {
+    wait_for_streams(0);
     if (sticky) return sticky;
     if (!inside((void*)to, n, 0)) return sticky = ILLEGAL_ADDRESS;
     memcpy((void*)to, from, n);
     return OK;
 }
 Status cuMemcpyDtoH(void* to, uint64_t from, size_t n) {
+    wait_for_streams(0);
     if (sticky) return sticky;
     if (!inside((void*)from, n, 0)) return sticky = ILLEGAL_ADDRESS;
     memcpy(to, (void*)from, n);
     return OK;
 }
 Status cuMemsetD8(uint64_t p, unsigned char v, size_t n) {
+    wait_for_streams(0);
     if (!inside((void*)p, n, 0)) return sticky = ILLEGAL_ADDRESS;
     memset((void*)p, v, n);
     return sticky;
@@ -360,6 +395,7 @@ Status cuPointerGetAttribute(void* out, int which, uint64_t p) { return INVALID;
 Status cuStreamCreate(Stream** out, unsigned f) {
     if (sticky) return sticky;
     Stream* s = calloc(1, sizeof *s);
+    s->blocking = !(f & 1);
     pthread_mutex_init(&s->lock, NULL), pthread_cond_init(&s->changed, NULL);
     pthread_create(&s->thread, NULL, serve, s);
     __sync_fetch_and_add(&live_streams, 1);
@@ -455,30 +491,58 @@ Status cuLibraryUnload(void* l) {
     __sync_fetch_and_sub(&live_libraries, 1);
     return OK;
 }
-Status cuLibraryGetKernel(void** out, void* l, const char* name) {
+static Status get_kernel(void** out, const char* name) {
+    if (has_kernels()) {
+        Function* f = find_kernel(name);
+        *out = f;
+        return !f ? NOT_FOUND : f->kernel->param_bytes > MOST_PARAMS ? INVALID : OK;
+    }
     if (strcmp(name, "copy") && strcmp(name, "fault") && !getenv("FAKE_CUDA_ANY_KERNEL")) return NOT_FOUND;
-    *out = strdup(name);
+    Function* f = calloc(1, sizeof *f);
+    f->name = strdup(name);
+    *out = f;
     return OK;
 }
+Status cuLibraryGetKernel(void** out, void* l, const char* name) { return get_kernel(out, name); }
 Status cuKernelGetFunction(void** out, void* k) {
     *out = k;
     return OK;
 }
-Status cuFuncSetAttribute(void* f, int which, int v) { return v <= 232448 ? OK : INVALID; }
-Status cuFuncGetParamInfo(void* f, size_t i, size_t* offset, size_t* size) {
-    if (strcmp(f, "copy")) return INVALID;
-    *offset = 0, *size = 24;
+Status cuModuleLoadData(void** out, const void* code) { return cuLibraryLoadData(out, code, 0, 0, 0, 0, 0, 0); }
+Status cuModuleUnload(void* m) { return cuLibraryUnload(m); }
+Status cuModuleGetFunction(void** out, void* m, const char* name) { return get_kernel(out, name); }
+Status cuFuncSetAttribute(Function* f, int which, int v) {
+    if (v > 232448) return INVALID;
+    if (which == 8) f->most_dynamic = v;
+    return OK;
+}
+Status cuFuncGetParamInfo(const Function* f, size_t i, size_t* offset, size_t* size) {
+    if (i > 0 || (!f->kernel && strcmp(f->name, "copy"))) return INVALID;
+    *offset = 0, *size = f->kernel ? f->kernel->param_bytes : 24;
     return OK;
 }
 Status cuFuncGetAttribute(int* v, int which, void* f) {
     *v = 32;
     return OK;
 }
-Status cuLaunchKernelEx(const void* config, void* f, void** params, void** extra) {
+Status cuLaunchKernelEx(const void* config, const Function* f, void** params, void** extra) {
     Stream* s = *(Stream**)((const char*)config + 32);  // after seven unsigned ints
-    if (watcher) watcher(f, config, *(const unsigned*)((const char*)config + 48), params[0], s->capture != NULL);
+    const char* attributes = *(const char**)((const char*)config + 40);
+    const unsigned n_attributes = *(const unsigned*)((const char*)config + 48);
+    if (watcher) watcher(f->name, config, n_attributes, params[0], s->capture != NULL);
     Op op = {.kind = KERNEL, .kernel = f};
-    memcpy(op.params, params[0], !strcmp(f, "copy") ? 24 : !strncmp(f, "sample_", 7) ? sizeof op.params : 0);
+    memcpy(op.size, config, sizeof op.size);
+    if (f->kernel && !is_possible(f, op.size)) return INVALID;
+    for (unsigned i = 0; i < n_attributes; ++i) {  // 72 bytes each: which, then the value at byte 8
+        int which, value;
+        memcpy(&which, attributes + 72 * i, 4), memcpy(&value, attributes + 72 * i + 8, 4);
+        op.pdl |= which == 6 && value;
+    }
+    memcpy(op.params, params[0],
+           f->kernel                         ? f->kernel->param_bytes
+           : !strcmp(f->name, "copy")        ? 24
+           : !strncmp(f->name, "sample_", 7) ? SAMPLE_PARAMS
+                                             : 0);
     return push(s, op);
 }
 

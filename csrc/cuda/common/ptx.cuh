@@ -197,5 +197,18 @@ DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     return r;
 }
 
+// The low or high half of a word in both halves, as moves of halves, which the instructions that read the result do
+// themselves.
+DEVICE uint32_t both_low(uint32_t word) {
+    uint32_t r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(word));
+    return r;
+}
+DEVICE uint32_t both_high(uint32_t word) {
+    uint32_t r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(word));
+    return r;
+}
+
 DEVICE float f16_low(uint32_t pair) { return __half2float(__ushort_as_half(static_cast<uint16_t>(pair))); }
 DEVICE float f16_high(uint32_t pair) { return __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16))); }

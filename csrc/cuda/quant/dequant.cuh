@@ -44,13 +44,7 @@ DEVICE uint32_t f16_of_bytes(uint32_t a, int i, int j) {
 // The low or high 16-bit half of `word`, in both halves.
 HOST_DEVICE uint32_t both_halves(uint32_t word, int high) {
 #ifdef __CUDA_ARCH__
-    // as moves of halves, which the instructions that read the result do themselves
-    uint32_t r;
-    if (high)
-        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(word));
-    else
-        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(word));
-    return r;
+    return high ? both_high(word) : both_low(word);
 #else
     const uint32_t half = high ? word >> 16 : word & 0xffffu;
     return half | half << 16;
