@@ -42,10 +42,7 @@ DEVICE void f16_fragments(uint32_t (&a)[8], const C& codes, const S& scales, int
     } else {
         uint32_t scale[2][2], min[2][2];
         if constexpr (kRowScaled<Q>) {
-            float wide[2][2], none[2][2];
-            Q::scales(scales, block, wide, none);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) scale[0][r] = pack_f16(wide[0][r] * inverse[r], wide[0][r] * inverse[r]);
+            Q::half_scales(scales, block, inverse, scale);
         } else {
             Q::half_scales(scales, block, scale, min);
         }

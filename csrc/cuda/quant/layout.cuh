@@ -163,7 +163,7 @@ HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
     if (offset < Q::kHighOffset) {
         constexpr uint32_t kMask = Q::kLowBits == 32 ? ~0u : (1u << (Q::kLowBits % 32)) - 1u;
         const auto low = [&](int row, int k) -> uint32_t { return code(row, k) & kMask; };
-        return Plane<Q::kLowBits>::gather(Plane<Q::kLowBits>::place(offset), low);
+        return Q::arrange(Plane<Q::kLowBits>::gather(Plane<Q::kLowBits>::place(offset), low));
     }
     if constexpr (Q::kHighBits > 0) {
         if (offset < Q::kScaleOffset) {
@@ -187,6 +187,9 @@ struct PackedTile {
     static constexpr int kScaleOffset = kHighOffset + kSubs * kHighBits * 128;
     static constexpr int kPackedTileBytes = kTileRows * (kTileK / kBlockK) * kBlockBytes;
     static_assert(kPackedTileBytes % 32 == 0, "packed tiles must keep the alignment of memory sectors");
+
+    // What a word of the low plane becomes.
+    static HOST_DEVICE uint32_t arrange(uint32_t codes) { return codes; }
 };
 
 // A lane's codes of one sub-tile.

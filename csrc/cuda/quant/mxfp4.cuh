@@ -1,5 +1,9 @@
 // MXFP4: blocks of 32 in 17 bytes: E8M0 scale byte e (2^(e - 127); 255 is refused on load), 16 bytes of E2M1 codes,
 // nibbles as in Q4_0. A code is sign, two exponent bits, one mantissa bit: 0 .5 1 1.5 2 3 4 6 and their negatives.
+//
+// In a half word of packed codes lie four signs in bits 15, 12, 14, 13 and four magnitudes from bits 9, 6, 3, 0 on, so
+// that a shift brings sign and magnitude of a code to where an fp16 number has its sign and the three bits around its
+// exponent's end: of two of the codes both at once.
 #pragma once
 
 #include "q4_0.cuh"
@@ -10,8 +14,21 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
     static constexpr bool kHasMin = false;
 
     static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) { return nibble_halves(block + 1, k); }
-    // Biased float32 exponent of the largest weight that a block can hold (6 = 1.5 * 2^2).
-    static HOST_DEVICE int raw_exponent(const uint8_t* block) { return block[0] + 2; }
+    // Biased float32 exponent of the largest weight that a block can hold (6 = 1.5 * 2^2), 2^10 larger: the scales of
+    // `half_scales` then fit into fp16.
+    static HOST_DEVICE int raw_exponent(const uint8_t* block) { return block[0] + 12; }
+
+    // First bit of the magnitude and bit of the sign of code i of a half word.
+    static HOST_DEVICE int magnitude_at(int i) { return 9 - 3 * i; }
+    static HOST_DEVICE int sign_at(int i) { return i == 0 ? 15 : i == 1 ? 12 : 16 - i; }
+    static HOST_DEVICE uint32_t arrange(uint32_t nibbles) {
+        uint32_t word = 0;
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t codes = nibbles >> (4 * i);
+            word |= (codes & 0x00070007u) << magnitude_at(i) | (codes >> 3 & 0x00010001u) << sign_at(i);
+        }
+        return word;
+    }
 
     // Words: [g].
     static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
@@ -29,7 +46,9 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
         }
     }
     static HOST_DEVICE void values(const Codes<4, 0>& q, int pair, float& low, float& high) {
-        const uint32_t c = Plane<4>::codes(q.low, pair);
+        const uint32_t word = q.low[pair / 4];
+        const int i = pair % 4;
+        const uint32_t c = (word >> magnitude_at(i) & 0x00070007u) | (word >> sign_at(i) & 0x00010001u) << 3;
         low = e2m1(c & 15), high = e2m1(c >> 16);
     }
     static HOST_DEVICE float e2m1(uint32_t code) {
@@ -38,12 +57,25 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
         return code > 8 ? -magnitude : magnitude;  // ggml's negative zero is zero
     }
 #ifdef __CUDACC__
-    // The three magnitude bits land on the lowest exponent bits and the highest mantissa bit: the number, subnormals
-    // included, times a power of two that one exact product takes away.
+    // The three magnitude bits are the lowest exponent bits and the highest mantissa bit: the number, subnormals
+    // included, over 2^14.
     static DEVICE_MEMBER uint32_t f16_pair(const Codes<4, 0>& q, int pair) {
-        const uint32_t magnitude = Plane<4>::codes<9>(q.low, pair) & 0x0e000e00u;
-        const uint32_t sign = Plane<4>::codes<12>(q.low, pair) & 0x80008000u;
-        return mul_f16x2(magnitude | sign, 0x74007400u);  // 2^14
+        const uint32_t word = q.low[pair / 4];
+        const int i = pair % 4;
+        if (i < 2) return (word << (3 * i)) & 0x8e008e00u;
+        return and_or(word << (3 * i), 0x0e000e00u, (word << (i - 1)) & 0x80008000u);
+    }
+    // 2^14 times the scale over the row scale: powers of two all, whose exponents are added. Of a block 2^30 below the
+    // row's largest it is 0.
+    static DEVICE_MEMBER void half_scales(const Scales& s, int block, const float (&inverse)[2],
+                                          uint32_t (&scale)[2][2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            constexpr int kBiases = 127 + 127 - 15 - 14;
+            const int e = static_cast<int>((s >> (16 * r + 8 * block)) & 0xff);
+            const int exponent = e + static_cast<int>(__float_as_uint(inverse[r]) >> 23) - kBiases;
+            scale[0][r] = static_cast<uint32_t>(max(exponent, 0)) * 0x04000400u;
+        }
     }
 #endif
 };

@@ -2,7 +2,7 @@
 //
 // A type gives (static members):
 //   PackedTile<...>           sizes of its packed tile
-//   raw_code, scale_word      from GGUF blocks to the packed tile
+//   raw_code, scale_word, arrange  from GGUF blocks to the packed tile
 //   values(codes, pair)       the two numbers of a pair, before scales, in float32, exact
 // a row-scaled type (kRowScaled) also:
 //   raw_exponent(block)       a biased float32 exponent, at least that of the block's largest magnitude
@@ -14,8 +14,9 @@
 //                             32), r: row g + 8r
 //   f16_pair                  the unscaled pair, packed fp16, exact
 //   half_scales(s, block, scale[j][r], min[j][r])
-//                             as `scales`, each rounded to fp16 and in both halves of a register (not of row-scaled
-//                             types)
+//                             as `scales`, each rounded to fp16 and in both halves of a register, times kWeightUnit's
+//                             inverse; of a row-scaled type half_scales(s, block, inverse[r], scale[j][r]), over the
+//                             row scale, times what f16_pair is too small by
 #pragma once
 
 #include <type_traits>
