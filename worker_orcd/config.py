@@ -180,7 +180,7 @@ class ServeConfig:
     prefix_cache: bool = field(
         default=True,
         metadata=_flag(
-            "Compute what prompts begin with in common only once, as far as the KV cache holds it. Default: do.",
+            "Compute what a prompt begins with only once, as far as the KV cache still holds it. Default: do.",
             kind=bool,
         ),
     )

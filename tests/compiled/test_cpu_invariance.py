@@ -1,4 +1,5 @@
-"""A row's bits never depend on the rows beside it, on how the prompt was cut, on threads, or (AVX) on the processor."""
+"""A row's bits never depend on the rows beside it, on whether its token was drawn or is one of a prompt, on how the
+prompt was cut, on threads, or (AVX) on the processor."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ from helpers.cpu_engines import ISAS, make_engine, open_engine, prefill, rows, s
 from helpers.synthetic_plan import N_VOCAB, every_op
 
 from worker_orcd._ring import Control, TokenRing
+from worker_orcd.engine.protocol import Batch
 from worker_orcd.engine.token_edits import token_edits
 
 #: tokens of bad words, and those that end a sequence
 BAD_WORDS = [(i, j) for i in range(20) for j in range(1, N_VOCAB, 2)]
 STOP_IDS = (3, 4)
 MODELS = ["llama-Q4_K_M", "qwen2-Q4_0", "gpt-oss-MXFP4_MOE"]
+ALL_MODELS = ["llama-Q4_0", "llama-Q4_K_M", "llama-F16", "qwen2-Q8_0", "qwen2-Q4_K_M", "qwen2-Q4_0", "phi3-Q8_0",
+              "phi3-Q4_K_M", "phi3-swa-Q8_0", "gpt2-Q8_0", "gpt2-Q4_K_M", "gpt2-F16", "gpt-oss-MXFP4",
+              "gpt-oss-MXFP4_MOE", "gpt-oss-Q4_K_M", "arch/qwen3-F16", "arch/mistral-F16", "arch/llama-linear-F16",
+              "arch/llama-rope3-F16", "arch/qwen2-yarn-F16", "arch/phi3-su-long-F16"]  # fmt: skip
 
 
 def bits(a: np.ndarray) -> np.ndarray:
@@ -45,6 +51,42 @@ def test_synthetic():
 @pytest.mark.parametrize("name", MODELS)
 def test_golden_models(name, goldens_dir):
     check(lambda **kw: open_engine(goldens_dir / f"{name}.gguf", **kw), 512)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_a_text_has_the_same_bits_however_it_comes(name, isa, goldens_dir, monkeypatch):
+    """As one prompt, in chunks, as decode rows alone and beside 1, 8 and 31 others, and as a prompt behind tokens that
+    the decode loop has drawn. The prefix cache relies on it."""
+    monkeypatch.setenv("WORKER_ORCD_CPU_ISA", isa)
+    engine = open_engine(goldens_dir / f"{name}.gguf", max_seqs=32)
+    assert engine.isa == isa
+    rng = np.random.default_rng(7)
+    n, first = 150, 70
+    texts = rng.integers(0, engine.n_vocab, (32, n)).astype(np.int32)
+    text = texts[0]
+    want = bits(engine.forward(rows((0, 0, text))))
+    for chunk in (17, 64, 100):
+        np.testing.assert_array_equal(bits(prefill(engine, 0, text, chunk)), want, f"chunks of {chunk}")
+    for others, place in ((0, 0), (1, 1), (8, 3), (31, 17)):
+        slots = np.insert(rng.permutation(np.arange(1, 32))[:others], place, 0).astype(np.int32)
+        for slot in slots.tolist():
+            engine.forward(rows((slot, 0, texts[slot][:first]), out="none"))
+        for at in range(first, first + 10 if others else n):
+            row = np.arange(len(slots), dtype=np.int32)
+            batch = Batch(texts[slots, at], np.full(len(slots), at, np.int32), slots, len(slots), row)
+            got = bits(engine.forward(batch)[place])
+            np.testing.assert_array_equal(got, want[at], f"decode row at {at} beside {others} others")
+    set_slot(engine, 0, {"temperature": 2.0, "seed": 4, "repetition_penalty": 2.0, "frequency_penalty": 2.0})
+    slot, seq, start = np.array([0], np.int32), np.array([9], np.int64), np.array([first], np.int32)
+    ids = engine.step(rows((0, 0, text[:first]), out="last"))[0]
+    drawn = engine.decode(slot, seq, ids, start, 60, [], np.zeros(2, np.int32), TokenRing(), Control())
+    whole = np.concatenate([text[:first], ids, drawn[:, 0], text[:10]])
+    behind = bits(engine.forward(rows((0, first + 60, whole[first + 60 :]))))
+    want = bits(engine.forward(rows((1, 0, whole))))[first + 60 :]
+    np.testing.assert_array_equal(behind, want, "behind drawn tokens")
+    assert len(set(drawn[:, 0].tolist())) > 5, "the model says too little"
+    engine.close()
 
 
 @pytest.mark.skipif("avx512" not in ISAS, reason="needs a processor with AVX-512")

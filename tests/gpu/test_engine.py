@@ -129,7 +129,8 @@ def test_decode_rows_of_experts_agree_with_the_oracle(name, goldens_dir):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_text_has_the_same_bits_however_it_comes(name, goldens_dir):
-    """As one prompt, in chunks, and as decode rows: alone and beside 1, 8 and 31 others, in any place among them."""
+    """As one prompt, in chunks, as decode rows alone and beside 1, 8 and 31 others, in any place among them, and as a
+    prompt behind tokens that the decode loop has drawn. The prefix cache relies on it."""
     _, p, engine = open_engine(goldens_dir / f"{name}.gguf", max_seqs=32, context_length=192,
                                n_blocks=(96,) * len(_groups(goldens_dir / f"{name}.gguf")))  # fmt: skip
     rng = np.random.default_rng(7)
@@ -169,6 +170,14 @@ def test_a_text_has_the_same_bits_however_it_comes(name, goldens_dir):
         assert np.array_equal(got[0], want[120]), "decode row beside prompt rows"
         got = engine.forward(prompt_batch(text[121:], 121))
         assert np.array_equal(got, want[121:]), "prompt rows behind a decode row"
+        engine.set_slot(0, dataclasses.replace(FILTERED, temperature=2.0, frequency_penalty=2.0))
+        ids = engine.step(prompt_batch(text[:first], outputs=[first - 1]))[0]
+        drawn = run_decode(engine, [0], ids, [first], 60)[:, 0]
+        whole = np.concatenate([text[:first], ids, drawn, text[:10]])
+        got = engine.forward(prompt_batch(whole[first + 60 :], first + 60))
+        engine.forward(prompt_batch(whole[:128], outputs=[]))
+        want = engine.forward(prompt_batch(whole[128:], 128))
+        assert np.array_equal(got, want[first + 60 - 128 :]), "prompt rows behind drawn tokens"
     finally:
         engine.close()
 

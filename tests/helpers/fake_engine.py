@@ -2,8 +2,7 @@
 
 Every row is "written" to the block its table names, and every row "reads" all positions its groups let it see: a block
 table that is wrong in any way is an assertion. The drawn token depends on the tokens read, the seed and the position
-only, and on which of them a prompt row wrote and which a decode row, so that a sequence must get the same ids alone and
-in a crowd, and with what a decode row wrote in the place of prompt rows it gets others.
+only, so that a sequence must get the same ids alone and in a crowd, with a cold cache and with a warm one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ STOP_ID = 0
 
 class FakeEngine:
     """Implements `Engine`. `step_seconds` is the time of one step, plus `row_seconds` for each row; an abort ends it
-    early where `abortable`."""
+    early where `abortable`. A decode run goes `steps_past_end` steps past the end of a sequence."""
 
     def __init__(
         self,
@@ -34,16 +33,17 @@ class FakeEngine:
         row_seconds: float = 0.0,
         never_stop: bool = False,
         abortable: bool = True,
+        steps_past_end: int = 0,
     ) -> None:
         self.n_vocab = n_vocab
         self.config = config
         self.groups = groups
         self.step_seconds, self.row_seconds = step_seconds, row_seconds
-        self.never_stop, self.abortable = never_stop, abortable
+        self.never_stop, self.abortable, self.steps_past_end = never_stop, abortable, steps_past_end
         self.block_tables = np.full((len(groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
-        # (token, position, rope table, whether a decode row wrote it)
-        self.kv = [np.full((n, BLOCK_SIZE, 4), -1, np.int64) for n in config.n_blocks]
+        # (token, position, rope table)
+        self.kv = [np.full((n, BLOCK_SIZE, 3), -1, np.int64) for n in config.n_blocks]
         self.history: dict[int, list[int]] = {}
         self.begins = [True] * config.max_seqs  # of each slot, whether its sequence has computed nothing yet
         #: prompts by slot; where a test tells them, what was taken from others is compared with them
@@ -89,6 +89,7 @@ class FakeEngine:
         tokens, positions = tokens.copy(), positions.copy()
         n = len(slots)
         check_stop_offsets(stop_offsets, n, len(stop_ids))
+        stopped: set[int] = set()
         while len(rows) < n_steps and not (rows and control.interrupted):
             try:
                 self._begin("decode", n)
@@ -99,10 +100,13 @@ class FakeEngine:
             positions = positions + 1
             rows.append(tokens)
             control.step_done()
-            for seq_id, token in zip(seq_ids.tolist(), tokens.tolist(), strict=True):
+            for j, (seq_id, token) in enumerate(zip(seq_ids.tolist(), tokens.tolist(), strict=True)):
+                if j in stopped:
+                    continue
                 ring.put(seq_id, token)
-            if any(tokens[j] in stop_ids[stop_offsets[j] : stop_offsets[j + 1]] for j in range(n)):
-                break
+                if token in stop_ids[stop_offsets[j] : stop_offsets[j + 1]]:
+                    n_steps = n_steps if stopped else min(n_steps, len(rows) + self.steps_past_end)
+                    stopped.add(j)
         return np.array(rows, np.int32).reshape(len(rows), n)
 
     def close(self) -> None:
@@ -133,7 +137,7 @@ class FakeEngine:
         self.n_prompt_rows += n - batch.n_decode
         seen: list[int] = []  # slots, to check that rows are grouped
         rows = zip(batch.tokens.tolist(), batch.positions.tolist(), batch.slots.tolist(), strict=True)
-        for row, (token, pos, slot) in enumerate(rows):
+        for token, pos, slot in rows:
             assert 0 <= token < self.n_vocab and pos < self.config.context_length
             if not seen or seen[-1] != slot:
                 assert slot not in seen
@@ -145,7 +149,7 @@ class FakeEngine:
             for g, kv in enumerate(self.kv):
                 block = self.block_tables[g, slot, pos // BLOCK_SIZE]
                 assert block >= 0, f"group {g} slot {slot}: no block for position {pos}"
-                kv[block, pos % BLOCK_SIZE] = token, pos, self.rope_tables[slot], row < batch.n_decode
+                kv[block, pos % BLOCK_SIZE] = token, pos, self.rope_tables[slot]
         digests = []
         for pos, slot in zip(batch.positions.tolist(), batch.slots.tolist(), strict=True):
             digest = 0

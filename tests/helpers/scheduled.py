@@ -15,6 +15,8 @@ from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
 
 FULL = KvGroup(0, (0,))
+BOTH = (FULL, KvGroup(48, (1,)))
+SLIDING = (KvGroup(48, (0,)),)
 
 
 def sampling(seed: int = 1) -> SamplingParams:
@@ -158,7 +160,7 @@ def check_writes(scheduler: Scheduler, work) -> None:
 
 
 def check_cache(scheduler: Scheduler, engine: FakeEngine) -> None:
-    """The tree, the pools and the sequences agree, and a cached block holds the prompt rows that the tree says."""
+    """The tree, the pools and the sequences agree, and a cached block holds the tokens that the tree says."""
     cache = scheduler._blocks._cache
     if cache is None:
         return
@@ -185,7 +187,7 @@ def check_cache(scheduler: Scheduler, engine: FakeEngine) -> None:
         for kv, block in zip(engine.kv, node.blocks, strict=True):
             if block >= 0:
                 rows = kv[block, : len(tokens)]
-                assert rows[:, 0].tolist() == tokens.tolist() and not rows[:, 3].any(), "no prompt rows of these tokens"
+                assert rows[:, 0].tolist() == tokens.tolist(), "other tokens than the tree says"
                 assert rows[:, 1].tolist() == list(range(first, first + len(tokens)))
                 assert (rows[:, 2] == cache_table(at)).all()
     for seq in scheduler.running:
@@ -193,7 +195,7 @@ def check_cache(scheduler: Scheduler, engine: FakeEngine) -> None:
             at, n = seq.cursor, 0
             while at.parent is not None:
                 first = (seq.n_chained - n - 1) * BLOCK_SIZE
-                assert at.tokens == seq.prompt[first : first + BLOCK_SIZE].tobytes()
+                assert at.tokens == seq.written(first, first + BLOCK_SIZE).tobytes()
                 at, n = at.parent, n + 1
             assert n == seq.n_chained <= seq.n_past // BLOCK_SIZE and cache_table(at) == seq.rope_table
 
@@ -219,3 +221,43 @@ def drain(scheduler, engine, limit=10_000):
             check_empty(scheduler)
             return ended
     raise AssertionError("does not end")
+
+
+def words(seed: int, n: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 50, n).tolist()
+
+
+def of(seq_id: int, *parts: list[int], max_tokens: int = 4, **kw) -> SequenceState:
+    prompt = np.array([token for part in parts for token in part], np.int32)
+    drawn = sampling(kw.pop("seed", 1))
+    return SequenceState(seq_id, prompt, max_tokens, drawn if max_tokens else None, **kw)
+
+
+def finish(scheduler, engine, *seqs: SequenceState) -> list[list[int]]:
+    """The ids of sequences that are added together and run to their end."""
+    ids: dict[int, list[int]] = {s.seq_id: [] for s in seqs}
+    for seq in seqs:
+        scheduler.add(seq)
+    while any(s.ended is None for s in seqs):
+        assert run(scheduler, engine, ids)[0] is not None
+    return list(ids.values())
+
+
+def alone(seq: SequenceState, groups=(FULL,), rope_limits=(), never_stop=True) -> list[int]:
+    """The ids of a sequence like `seq` with no cache and nobody beside it."""
+    scheduler, engine = make(
+        groups=groups,
+        n_blocks=(64,) * len(groups),
+        context=1024,
+        rope_limits=rope_limits,
+        prefix_cache=False,
+        never_stop=never_stop,
+    )
+    twin = SequenceState(seq.seq_id, seq.prompt, seq.max_tokens, seq.sampling, seq.stops)
+    return finish(scheduler, engine, twin)[0]
+
+
+def n_computed(engine) -> int:
+    """Prompt rows since the last question."""
+    n, engine.n_prompt_rows = engine.n_prompt_rows, 0
+    return n

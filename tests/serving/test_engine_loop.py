@@ -407,6 +407,28 @@ def test_a_job_tells_what_the_prefix_cache_spared_it():
         assert (stats.query_tokens, stats.hit_tokens, stats.n_used_blocks) == (300, 149, 0)
 
 
+def test_an_answer_that_a_stop_string_has_cut_is_found_in_the_next_turn():
+    """The engine was some tokens further when the string was seen. The next turn goes on with those, or with others."""
+    prompt = [1 + i % 40 for i in range(100)]
+    with Rig(never_stop=True) as cold:
+        whole = cold.submit(prompt=prompt, max_tokens=150).completion()
+    shown = next(n for n in range(40, 150) if whole.text.index(whole.text[n - 3 : n]) == n - 3)
+    for others in ([], [7, 7, 7]):
+        with Rig(never_stop=True, step_seconds=0.001) as rig:
+            done = rig.submit(prompt=prompt, max_tokens=150, stop=(whole.text[shown - 3 : shown],)).completion()
+            assert done.token_ids == whole.token_ids[:shown] and done.cached_tokens == 0
+            rig.settle()
+            turn = [*prompt, *done.token_ids, *others, *whole.token_ids[shown:], 5]
+            again = rig.submit(prompt=turn, max_tokens=20).completion()
+            n_least = len(prompt) + shown - 1
+            assert n_least - 7 <= again.cached_tokens <= (n_least + 1 if others else len(turn) - 2)
+            rig.settle()
+            stats = rig.scheduler.cache_stats()
+            assert (stats.query_tokens, stats.hit_tokens) == (len(prompt) + len(turn), again.cached_tokens)
+        with Rig(never_stop=True) as cold:
+            assert again.token_ids == cold.submit(prompt=turn, max_tokens=20).completion().token_ids
+
+
 def test_an_engine_call_that_fails_empties_the_prefix_cache():
     prompt = [1 + i % 40 for i in range(150)]
     with Rig(never_stop=True) as rig:

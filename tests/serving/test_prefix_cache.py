@@ -140,19 +140,50 @@ def test_the_child_that_begins_alike():
     assert tree.cache.alike(root, tokens[:63])[1] == 20
 
 
+def test_a_block_to_which_more_was_written_is_of_the_longer_node():
+    """Of each group the one that has it; a node that is left without any is gone, and so the block is kept once."""
+    tree, tokens = Tree((FULL, WINDOW)), prompt(1)
+    root, (a, b) = tree.cache.root(0), (pool.allocate() for pool in tree.pools)
+    short = tree.cache.put(root, tokens[:20], [a, b])
+    tree.cache.release(short)
+    longer = tree.cache.put(root, tokens[:40], [a, -1])
+    assert (short.blocks, longer.blocks) == ([-1, b], [a, -1]) and tree.cache.alike(root, tokens[:63]) is None
+    whole = tree.cache.put(root, tokens, [a, b])
+    assert whole.blocks == [a, b] and longer.blocks == [-1, -1] and [p.n_kept for p in tree.pools] == [1, 1]
+    assert tree.cache.alike(root, tokens[:63]) == (whole, 63) and tree.found(tokens) == [whole]
+    for node in (longer, whole):
+        tree.cache.release(node)
+    assert list(tree.cache._nodes.values()) == [whole] and root.n_refs == 1
+    for group, block in ((0, a), (1, b)):
+        tree.pools[group].free(block)
+        tree.evict(group, block)
+    assert not tree.cache._nodes and not tree.cache._alike and root.n_refs == 0
+
+
+def test_a_block_is_left_with_the_shorter_node_where_the_longer_has_another():
+    tree, tokens = Tree(), prompt(1)
+    root, a, b = tree.cache.root(0), tree.pools[0].allocate(), tree.pools[0].allocate()
+    whole, short = tree.cache.put(root, tokens, [a]), tree.cache.put(root, tokens[:20], [b])
+    assert tree.cache.put(root, tokens, [b]) is whole and (whole.blocks, short.blocks) == ([a], [b])
+    tree.cache.clear()
+    assert tree.pools[0].n_kept == 0
+
+
 def test_what_a_sequence_used_is_taken_out_with_all_that_leads_there():
     tree, tokens = Tree((FULL, WINDOW)), prompt(4)
     nodes = tree.put(tokens)
     side = tree.put(np.append(tokens[: 2 * BLOCK_SIZE], prompt(1, 9)))[-1]
     owned = nodes[3].blocks[0]
     tree.pools[0].share(owned)
-    tree.cache.forget_path([{3: owned}, {}])
+    tree.cache.forget_path(tree.cache.root(0), [{3: owned}, {}])
     assert tree.found(tokens) == [] and tree.pools[0].n_kept == 1 == tree.pools[1].n_kept
     assert max(side.blocks) >= 0, "what branched off is unreachable until its start is there again"
     tree.pools[0].free(owned)
     assert tree.pools[0].n_free == 64
     again = tree.put(tokens)
     assert tree.found(tokens) == again and tree.found(np.append(tokens[: 2 * BLOCK_SIZE], prompt(1, 9)))[-1] is side
+    tree.cache.forget_path(side, [{}, {}])
+    assert tree.found(tokens) == [] and max(side.blocks) < 0, "what it has passed, and owns no more"
 
 
 def test_an_emptied_cache_is_as_new():

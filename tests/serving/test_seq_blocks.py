@@ -1,6 +1,7 @@
 """Prefixes that sequences share: what is computed, who waits, what is set aside, and that nothing changes an id.
 
-The fake engine draws other tokens where the KV of a prompt is not what prompt rows of its own tokens wrote.
+The fake engine draws other tokens where the KV of a prompt is not what its own tokens wrote. What was generated and
+comes back is in `test_cached_answers.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.fake_engine import STOP_ID
-from helpers.scheduled import FULL, admit, check_cache, check_empty, check_ownership, drain, make, run, sampling
+from helpers.scheduled import (
+    BOTH,
+    FULL,
+    SLIDING,
+    admit,
+    alone,
+    check_cache,
+    check_empty,
+    check_ownership,
+    drain,
+    finish,
+    make,
+    n_computed,
+    of,
+    run,
+    words,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,50 +35,6 @@ from worker_orcd.models.plan import KvGroup
 from worker_orcd.serving.prefix_cache import MIN_PART
 from worker_orcd.serving.seq_blocks import WORTH_WAITING
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
-
-BOTH = (FULL, KvGroup(48, (1,)))
-SLIDING = (KvGroup(48, (0,)),)
-
-
-def words(seed: int, n: int) -> list[int]:
-    return np.random.default_rng(seed).integers(1, 50, n).tolist()
-
-
-def of(seq_id: int, *parts: list[int], max_tokens: int = 4, **kw) -> SequenceState:
-    prompt = np.array([token for part in parts for token in part], np.int32)
-    drawn = sampling(kw.pop("seed", 1))
-    return SequenceState(seq_id, prompt, max_tokens, drawn if max_tokens else None, **kw)
-
-
-def finish(scheduler, engine, *seqs: SequenceState) -> list[list[int]]:
-    """The ids of sequences that are added together and run to their end."""
-    ids: dict[int, list[int]] = {s.seq_id: [] for s in seqs}
-    for seq in seqs:
-        scheduler.add(seq)
-    while any(s.ended is None for s in seqs):
-        assert run(scheduler, engine, ids)[0] is not None
-    return list(ids.values())
-
-
-def alone(seq: SequenceState, groups=(FULL,), rope_limits=(), never_stop=True) -> list[int]:
-    """The ids of a sequence like `seq` with no cache and nobody beside it."""
-    scheduler, engine = make(
-        groups=groups,
-        n_blocks=(64,) * len(groups),
-        context=1024,
-        rope_limits=rope_limits,
-        prefix_cache=False,
-        never_stop=never_stop,
-    )
-    twin = SequenceState(seq.seq_id, seq.prompt, seq.max_tokens, seq.sampling, seq.stops)
-    return finish(scheduler, engine, twin)[0]
-
-
-def n_computed(engine) -> int:
-    """Prompt rows since the last question."""
-    n, engine.n_prompt_rows = engine.n_prompt_rows, 0
-    return n
-
 
 # -- hits
 
@@ -105,21 +78,6 @@ def test_the_longest_start_is_copied():
     seq = of(9, common)
     assert finish(scheduler, engine, seq) == [alone(seq)]
     assert seq.n_cached == 50 and engine.n_copied == 2 * 1 + 1
-
-
-@pytest.mark.parametrize("groups", [(FULL,), BOTH, SLIDING])
-def test_what_was_answered_is_computed_as_prompt_when_it_comes_back(groups):
-    """A chat: each turn finds the prompt of the one before and computes the answer anew, as prompt rows."""
-    scheduler, engine = make(groups=groups, n_blocks=(40,) * len(groups), context=1024, never_stop=True)
-    history: list[int] = words(1, 90)
-    n_known = 0
-    for turn in range(4):
-        seq = of(turn, history, max_tokens=70)
-        answer = finish(scheduler, engine, seq)[0]
-        assert answer == alone(seq, groups)
-        assert seq.n_cached == n_known and n_computed(engine) == len(history) - n_known
-        n_known = len(history) if len(history) % BLOCK_SIZE >= MIN_PART else len(history) // BLOCK_SIZE * BLOCK_SIZE
-        history = [*history, *answer, *words(turn, 7)]
 
 
 def test_a_teacher_forced_sequence_takes_nothing_and_leaves_its_blocks():
@@ -219,7 +177,7 @@ def test_a_recomputed_sequence_finds_and_leaves_blocks_of_its_new_table():
     assert n_computed(engine) == 2 + 1, "the end of the prompt, and the last token of what is recomputed"
     turn = of(3, words(1, 130), ids)
     assert finish(scheduler, engine, turn)[0] == alone(turn, rope_limits=(150,))
-    assert turn.n_cached == 151
+    assert turn.n_cached == 189, "all but the last token of the answer"
 
 
 # -- prompts that arrive together
@@ -405,7 +363,7 @@ def test_an_answer_without_a_distribution_takes_its_prompt_out_of_the_cache():
     assert finish(scheduler, engine, seq) == [alone(seq)] and seq.n_cached == 0
 
 
-def test_a_cancelled_prompt_leaves_its_whole_blocks_only():
+def test_a_cancelled_prompt_leaves_what_was_computed_of_it():
     scheduler, engine = make(max_batch_tokens=50, never_stop=True)
     seq = of(1, words(1, 300))
     scheduler.add(seq)
@@ -414,7 +372,7 @@ def test_a_cancelled_prompt_leaves_its_whole_blocks_only():
     assert seq.n_past == 150 and scheduler.drop(1)
     check_cache(scheduler, engine)
     twin = of(2, words(1, 300))
-    assert finish(scheduler, engine, twin) == [alone(twin)] and twin.n_cached == 128
+    assert finish(scheduler, engine, twin) == [alone(twin)] and twin.n_cached == 150
 
 
 def test_a_step_that_failed_leaves_nothing():
@@ -543,7 +501,13 @@ ACTIONS = st.lists(
         st.tuples(st.just("rows"), st.integers(1, 300)),
         st.tuples(st.just("fail"), st.booleans()),
         st.tuples(st.just("abandon"), st.integers(1, 2)),
-        st.tuples(st.just("answer"), st.integers(0, 30), st.integers(1, 20)),
+        st.tuples(
+            st.just("answer"),
+            st.integers(0, 30),
+            st.just(0) | st.integers(0, 60),
+            st.integers(1, 20),
+            st.integers(1, 90),
+        ),
     ),
     max_size=30,
 )
@@ -554,15 +518,16 @@ GROUPS = st.sampled_from(
 
 @settings(max_examples=80, deadline=None)
 @given(GROUPS, st.integers(1, 5), st.integers(5, 300), st.integers(3, 14), st.sampled_from([(), (), (100,), (64, 150)]),
-       st.booleans(), ACTIONS)  # fmt: skip
+       st.booleans(), st.integers(0, 2), ACTIONS)  # fmt: skip
 def test_whatever_happens_each_gets_what_it_would_get_alone(
-    groups, max_seqs, max_batch_tokens, n_blocks, rope_limits, parts, actions
+    groups, max_seqs, max_batch_tokens, n_blocks, rope_limits, parts, steps_past_end, actions
 ):
     """Prompts with common starts, answers that come back, cancels, failures, small pools: the helpers of `run` check
     owners, what is set aside, what is written and what is cached between any two pieces of work."""
     scheduler, engine = make(
         max_seqs, max_batch_tokens, 320, (n_blocks,) * len(groups), groups, rope_limits=rope_limits, parts=parts
     )
+    engine.steps_past_end = steps_past_end
     seqs: list[SequenceState] = []
     prompts: dict[int, np.ndarray] = {}
     ids: dict[int, list[int]] = {}
@@ -589,10 +554,15 @@ def test_whatever_happens_each_gets_what_it_would_get_alone(
             check_cache(scheduler, engine)
         elif what == "rows":
             scheduler.max_prefill_tokens = args[0]
-        elif what == "answer" and seqs:  # the next turn of a chat
+        elif what == "answer" and seqs:  # the next turn of a chat, with some of the end of the answer or all of it
             seq = seqs[args[0] % len(seqs)]
             if seq.sampling is not None:
-                add([*prompts[seq.seq_id].tolist(), *ids[seq.seq_id], *words(args[1], args[1])], 9, True)
+                answer = ids[seq.seq_id]
+                add(
+                    [*prompts[seq.seq_id].tolist(), *answer[: max(len(answer) - args[1], 0)], *words(args[2], args[2])],
+                    args[3],
+                    True,
+                )
         elif what == "abandon":  # a step that is given up, and whose rows may be written or not
             for _ in range(args[0]):
                 admit(scheduler, engine)

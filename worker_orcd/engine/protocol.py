@@ -75,7 +75,12 @@ def check_stop_offsets(offsets: np.ndarray, n: int, n_stop: int) -> None:
 
 
 class Engine(Protocol):
-    """A loaded model on one device. Not thread-safe: one thread calls it; `control.interrupt()` may come from any."""
+    """A loaded model on one device. Not thread-safe: one thread calls it; `control.interrupt()` may come from any.
+
+    What a row leaves in the KV cache, and its logits, are the same bits whatever call it is part of, as the token of a
+    prompt, of a chunk of one or of a running sequence, and whatever rows are beside it. So the KV of a text can be used
+    again without asking how it was computed.
+    """
 
     n_vocab: int
     config: EngineConfig

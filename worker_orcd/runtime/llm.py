@@ -70,8 +70,8 @@ class LLM:
         tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary; None: that, and
             where the file has none a tokenizer.json beside it (`info.tokenizer_source` says which).
         check_tensors: refuse NaN and infinity in norms, biases and block scales.
-        prefix_cache: compute what prompts begin with in common only once, as far as the KV cache holds it. What
-            comes out is the same.
+        prefix_cache: compute what a prompt begins with only once, as far as the KV cache still holds it from earlier
+            prompts and answers. What comes out is the same.
         progress: show the load. True: a progress bar where stderr is a terminal; or a callable (bytes done, bytes in
             all), which may raise to end the load. It is called from threads of the load.
         expect_sha256: hexadecimal digest that the file must have (of a split model: of its parts one after another).

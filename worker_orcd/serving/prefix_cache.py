@@ -1,12 +1,13 @@
-"""The prefix cache: which KV blocks hold the beginning of which prompt.
+"""The prefix cache: which KV blocks hold the beginning of which text, prompts and what was generated behind them.
 
-A tree. Its roots are the plan's rotary frequency tables, a node is `BLOCK_SIZE` tokens of a prompt after those of its
-parent, and names the block of each KV group that holds them. The end of a prompt that fills no block is a node of fewer
+A tree. Its roots are the plan's rotary frequency tables, a node is `BLOCK_SIZE` tokens of a text after those of its
+parent, and names the block of each KV group that holds them. The end of a text that fills no block is a node of fewer
 tokens, a leaf; its block is not shared but copied.
 
 A node is found by its parent and its tokens themselves, not by a digest of them: two prefixes are never mistaken for
-each other. What is in the tree was computed from prompt rows; who puts it there sees to that. The block pools decide
-how long a block stays (`BlockPool.keep`), and say so when one is used for something else.
+each other. The tokens of a node are those whose KV was written, whether their text was shown or not. Which rows wrote
+it does not count: an engine leaves the same bits for a token of a prompt and for one that it has drawn. The block pools
+decide how long a block stays (`BlockPool.keep`), and say so when one is used for something else.
 
 This is bookkeeping only, of block numbers. One thread uses it.
 """
@@ -141,7 +142,8 @@ class PrefixCache:
     def put(self, parent: Node, tokens: np.ndarray, blocks: Sequence[int]) -> Node:
         """The node of `tokens` after `parent`, with `blocks` (owned; -1: none) where it had none. It is held.
 
-        A group of which it has another block already keeps that one: it holds the same.
+        A group of which it has another block already keeps that one: it holds the same. A block of a leaf, to which
+        more tokens were written since, is this node's then: what the leaf said of it, this one says too.
         """
         key = tokens.tobytes()
         node = self._nodes.get((parent.number, key))
@@ -151,20 +153,27 @@ class PrefixCache:
             if len(tokens) >= MIN_PART:
                 self._alike.setdefault((parent.number, key[: 4 * MIN_PART]), {})[node] = None
         for i, block in enumerate(blocks):
-            if node.blocks[i] < 0 <= block and not self._pools[i].is_kept(block):
-                self._pools[i].keep(block)
+            if node.blocks[i] < 0 <= block:
+                leaf = self._holders[i].get(block)
                 node.blocks[i], self._holders[i][block] = block, node
+                if leaf is None:
+                    self._pools[i].keep(block)
+                else:
+                    leaf.blocks[i] = -1
+                    self._tidy(leaf)
         return self.hold(node)
 
-    def forget_path(self, owned: Sequence[dict[int, int]]) -> None:
-        """Take out what a sequence with these blocks may have put in, and all that leads there."""
-        path: dict[Node, None] = {}
+    def forget_path(self, cursor: Node, owned: Sequence[dict[int, int]]) -> None:
+        """Take out what a sequence with these blocks, which has come as far as `cursor`, may have put in, and all that
+        leads there."""
+        ends: list[Node | None] = [cursor]
         for holders, blocks in zip(self._holders, owned, strict=True):
-            for block in blocks.values():
-                node = holders.get(block)
-                while node is not None and node not in path:
-                    path[node] = None
-                    node = node.parent
+            ends += map(holders.get, blocks.values())
+        path: dict[Node, None] = {}
+        for node in ends:
+            while node is not None and node not in path:
+                path[node] = None
+                node = node.parent
         for node in path:
             self._take_blocks(node)
         for node in path:

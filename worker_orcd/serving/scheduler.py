@@ -217,16 +217,13 @@ class Scheduler:
         for seq, token in zip(work.outputs, sampled, strict=True):
             seq.n_out += 1
             seq.last_token = int(token)
-            if self._recompute_at(seq) is not None:
-                seq.drawn.append(seq.last_token)
-        self._leave_prefixes(seq for seq, _ in work.chunks[work.batch.n_decode :])
-        return self._end_finished(seq for seq, _ in work.chunks)
+            seq.drawn.append(seq.last_token)
+        return self._end_finished(work.seqs)
 
     def done_logits(self, work: LogitsWork) -> list[SequenceState]:
         """Take the end of a teacher-forced chunk. Returns the sequence if that was its last one."""
         self._handed_out = []
         work.seq.n_past += len(work.batch.tokens)
-        self._leave_prefixes([work.seq])
         return self._end_finished([work.seq])
 
     def done_decode(self, work: DecodeWork, sampled: np.ndarray) -> list[SequenceState]:
@@ -243,13 +240,11 @@ class Scheduler:
             if seq.stop_token_ids:
                 ends[:, j] |= np.isin(sampled[:, j], seq.stop_token_ids)
         n_done = np.where(ends.any(axis=0), ends.argmax(axis=0) + 1, len(sampled))
-        last = sampled[n_done - 1, np.arange(len(work.seqs))]
-        for j, (seq, n, token) in enumerate(zip(work.seqs, n_done.tolist(), last.tolist(), strict=True)):
+        for seq, n, tokens in zip(work.seqs, n_done.tolist(), sampled.T.tolist(), strict=True):
             seq.n_past += n
             seq.n_out += n
-            seq.last_token = token
-            if self._recompute_at(seq) is not None:
-                seq.drawn += sampled[:n, j].tolist()
+            seq.last_token = tokens[n - 1]
+            seq.drawn += tokens[:n]
         return self._end_finished(work.seqs)
 
     # -- inside
@@ -259,20 +254,14 @@ class Scheduler:
         self._blocks.begin(seq)
         self._running[seq.seq_id] = seq
 
-    def _leave_prefixes(self, seqs: Iterable[SequenceState]) -> None:
-        """What prompt rows have computed is there for others; what decode rows compute never is."""
-        for seq in seqs:
-            if not _failed(seq):
-                self._blocks.leave(seq)
-                self._admission.look_again()
-
     def _end_finished(self, seqs: Iterable[SequenceState]) -> list[SequenceState]:
-        """End those that have their last token; of the others free the blocks they need no more."""
+        """End those that have their last token; of the others free the blocks they need no more. What was computed is
+        there for other sequences from now on."""
         ended = []
         for seq in seqs:
+            self._leave(seq)
             if _failed(seq):
                 reason = "failed"
-                self._blocks.distrust(seq)
             elif seq.n_out and seq.last_token in self.stop_ids_of(seq):
                 reason = "stop"
             elif not seq.prefilling and seq.n_out == seq.max_tokens:
@@ -283,6 +272,12 @@ class Scheduler:
             self._free(seq, reason)
             ended.append(seq)
         return ended
+
+    def _leave(self, seq: SequenceState) -> None:
+        if _failed(seq):
+            self._blocks.distrust(seq)
+        elif self._blocks.leave(seq):
+            self._admission.look_again()
 
     def _free(self, seq: SequenceState, reason: str) -> None:
         del self._running[seq.seq_id]

@@ -1,8 +1,8 @@
 """SequenceBlocks: which sequence owns which KV blocks, and what it takes from the prefix cache and leaves there.
 
-A sequence owns the blocks of its table. Those that hold the beginning of its prompt may belong to others too: nobody
-writes them any more, for a sequence writes behind what it has. How many blocks a sequence may come to own is set aside
-before (`admission`), so an allocation never fails.
+A sequence owns the blocks of its table. Those that are full may belong to others too: nobody writes them any more, for
+a sequence writes behind what it has. How many blocks a sequence may come to own is set aside before (`admission`), so
+an allocation never fails.
 """
 
 from __future__ import annotations
@@ -207,24 +207,24 @@ class SequenceBlocks:
         others.append(tokens)
         return False
 
-    def leave(self, seq: SequenceState) -> None:
-        """Put the blocks in the cache that were computed since the last call, all of them by prompt rows."""
+    def leave(self, seq: SequenceState) -> bool:
+        """Put in the cache the blocks that were filled since the last call, and the end of a prompt that has just been
+        computed. Returns whether there was a full one."""
         if self._cache is None or seq.cursor is None:
-            return
-        while seq.n_chained < seq.n_past // BLOCK_SIZE:
+            return False
+        first, end = seq.n_chained, seq.n_past // BLOCK_SIZE
+        for _ in range(first, end):
             self._leave_block(seq, self._cache)
-        if seq.n_past >= seq.n_prompt:
-            rest = seq.prompt[seq.n_chained * BLOCK_SIZE :]
-            if len(rest) >= self._least:
-                blocks = [owned.get(seq.n_chained, -1) for owned in seq.blocks]
-                self._cache.release(self._cache.put(seq.cursor, rest, blocks))
-            self._cache.release(seq.cursor)
-            seq.cursor = None
+        if seq.n_past == seq.n_prompt:
+            self._leave_rest(seq, self._cache)
+        return first < end
 
     def distrust(self, seq: SequenceState) -> None:
-        """Take out of the cache all that a sequence has used and put in."""
-        if self._cache is not None:
-            self._cache.forget_path(seq.blocks)
+        """Take out of the cache all that a sequence has used and put in; it leaves nothing there any more."""
+        if self._cache is not None and seq.cursor is not None:
+            self._cache.forget_path(seq.cursor, seq.blocks)
+            self._cache.release(seq.cursor)
+            seq.cursor = None
 
     def clear_cache(self, running: Iterable[SequenceState]) -> None:
         """Forget all prefixes. Sequences that run keep their blocks, and neither take nor leave any more."""
@@ -269,7 +269,7 @@ class SequenceBlocks:
         number = seq.n_chained
         first = number * BLOCK_SIZE
         blocks = [owned.get(number, -1) for owned in seq.blocks]
-        node = cache.put(seq.cursor, seq.prompt[first : first + BLOCK_SIZE], blocks)
+        node = cache.put(seq.cursor, seq.written(first, first + BLOCK_SIZE), blocks)
         for i, (mine, kept) in enumerate(zip(blocks, node.blocks, strict=True)):
             if 0 <= mine != kept >= 0:  # another has computed the same: one copy will do
                 pool = self.pools[i]
@@ -281,9 +281,18 @@ class SequenceBlocks:
         cache.release(seq.cursor)
         seq.cursor, seq.n_chained = node, number + 1
 
+    def _leave_rest(self, seq: SequenceState, cache: PrefixCache) -> None:
+        """Put in the cache what a sequence has of a block that is not full; it may go on writing behind that."""
+        assert seq.cursor is not None, "asked before"
+        rest = seq.written(seq.n_chained * BLOCK_SIZE, seq.n_past)
+        if len(rest) >= self._least:
+            cache.release(cache.put(seq.cursor, rest, [owned.get(seq.n_chained, -1) for owned in seq.blocks]))
+
     def _give_up(self, seq: SequenceState) -> list[int]:
-        """Free all blocks, the last first: the start of a prompt stays in the cache for longer than its end. Returns of
+        """Free all blocks, the last first: the start of a text stays in the cache for longer than its end. Returns of
         each group how many of them others own too."""
+        if self._cache is not None and seq.cursor is not None:
+            self._leave_rest(seq, self._cache)
         self.tables[:, seq.slot, :] = -1
         n_shared = []
         for pool, owned in zip(self.pools, seq.blocks, strict=True):

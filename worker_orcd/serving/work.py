@@ -35,9 +35,9 @@ class SequenceState:
         n_cached: tokens of its prompt that were found in the prefix cache and not computed; final with its first token.
         n_out: tokens generated; `last_token` is the newest, not yet in the cache.
         rope_table: index of the rotary frequency table it turns by.
-        cursor: where in the prefix cache the first `n_chained` blocks of its prompt end, which it has; None: it takes
-            nothing from there and puts nothing there any more.
-        drawn: the tokens generated since its prompt was computed, kept while all of them may be recomputed.
+        cursor: where in the prefix cache the first `n_chained` blocks of it end, which it has; None: it takes nothing
+            from there and puts nothing there any more.
+        drawn: the tokens generated since its prompt was computed; all but the newest are in the KV cache.
         n_passed: sequences that were queued after it and admitted before it.
         ended: None while it lives, then "stop", "length", "dropped", or "failed" where the engine drew no token.
     """
@@ -79,6 +79,14 @@ class SequenceState:
     def prefilling(self) -> bool:
         """Whether prompt tokens are still to be computed."""
         return self.n_past < self.n_prompt
+
+    def written(self, first: int, end: int) -> np.ndarray:
+        """The tokens at positions first .. end-1 of the KV cache, int32 [end - first], end <= `n_past`: of the prompt,
+        and those drawn behind it."""
+        if end <= self.n_prompt:
+            return self.prompt[first:end]
+        drawn = self.drawn[max(first - self.n_prompt, 0) : end - self.n_prompt]
+        return np.concatenate([self.prompt[first:], np.array(drawn, np.int32)])
 
 
 @dataclass

@@ -7,6 +7,7 @@ import pytest
 from service.openai.asking import CHAT, HELLO, joined, ok, refused, streamed
 from worker_orcd import SamplingParams
 from worker_orcd.errors import InvalidRequest
+from worker_orcd.serving.prefix_cache import MIN_PART
 from worker_orcd.wsgi.openai.messages import template_messages
 
 SHORT = {"max_tokens": 8, "seed": 11}
@@ -36,6 +37,27 @@ def test_an_answer_has_openais_shape_and_the_runtimes_text(smollm2):
     assert whole["usage"]["prompt_tokens"] == expected.tokens_in and whole["usage"]["completion_tokens"] == 8
     assert ok(smollm2, CHAT, messages=HELLO, max_completion_tokens=3, max_tokens=7)["usage"]["completion_tokens"] == 3
     assert refused(smollm2, CHAT, messages=HELLO, max_completion_tokens=3, max_tokens=9999)["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize("end", [{"max_tokens": 150}, {"max_tokens": 150, "stop": ["."]}], ids=str)
+def test_the_usage_of_a_second_turn_counts_the_answer_among_the_cached_tokens(smollm2, end):
+    """As far as the text of the chat becomes the tokens that the model has read and drawn."""
+    llm = smollm2.service.llm()
+    chat = [{"role": "user", "content": f"Tell me a story about a ship. {len(end)}"}]
+    first = ok(smollm2, CHAT, messages=chat, temperature=0, return_token_ids=True, **end)
+    read = ok(smollm2, "/tokenize", messages=chat)["tokens"] + first["choices"][0]["token_ids"]
+    chat += [first["choices"][0]["message"], {"role": "user", "content": "And then?"}]
+    asked = ok(smollm2, "/tokenize", messages=chat)["tokens"]
+    common = next((i for i, (a, b) in enumerate(zip(read, asked, strict=False)) if a != b), len(read))
+    assert common > first["usage"]["prompt_tokens"] + 10
+    before = llm.stats()
+    usage = ok(smollm2, CHAT, messages=chat, temperature=0, max_tokens=5)["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    print(f"{len(asked)} tokens, {common} of them read before, {cached} cached")
+    assert common - MIN_PART <= cached <= common + 1, "but for a few at the start of a block, and the last drawn"
+    after = llm.stats()
+    assert usage["prompt_tokens"] == len(asked) == after.prefix_queries - before.prefix_queries
+    assert cached == after.prefix_hits - before.prefix_hits
 
 
 @pytest.mark.parametrize("extra", [{}, {"logprobs": True, "top_logprobs": 2}, {"return_token_ids": True}], ids=str)
