@@ -134,6 +134,8 @@ class RouteNode(Node):
         partial_floats: int,
         grid: Callable[[int], tuple[int, int, int]],
         item_rows: Callable[[int], int],
+        conversion: Conversion | None = None,
+        few: tuple[Kernel, int, int, int] | None = None,
     ) -> None: ...
 
 class ExpertProduct:
@@ -147,11 +149,13 @@ class ExpertProductNode(Node):
     def __init__(
         self,
         name: str,
-        conversion: Conversion,
+        conversion: Conversion | None,
         few: list[ExpertProduct],
         matvec: dict[str, Any],
         matmul: dict[str, Any],
         decode: list[Bound],
         prefill: Callable[[int], Bound],
         glu: GluRows | None = None,
+        total: RowNode | None = None,
     ) -> None: ...
+    def precede(self, after: ExpertProductNode) -> None: ...

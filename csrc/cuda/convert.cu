@@ -6,98 +6,11 @@
 //
 // convert_rows(ConvertParams): a block a row, a warp a chunk at a time. Reads 4 bytes of x (again from cache for every
 // further pass) and writes 2 per element.
-#include "common/activations.cuh"
+#include "common/convert_row.cuh"
 
-static constexpr int kThreads = 256;
-static constexpr int kMaxUnits = 1 << 10;  // 131,072 columns
-
-// Calls f(piece) for the pieces of this warp's chunks.
-template <class F>
-DEVICE void for_pieces(int n_pieces, F f) {
-    for (int piece = threadIdx.x / 32; piece < n_pieces; piece += kThreads / 32) f(piece);
-}
-
-// Sum over the row of what `f` makes of a piece (a sum in all lanes of each unit).
-template <class F>
-DEVICE float sum_over_row(float* units, int n, int n_pieces, F f) {
-    const int lane = threadIdx.x % 32;
-    for_pieces(n_pieces, [&](int piece) {
-        const float sum = f(piece);
-        if (lane % 16 == 0) units[2 * piece + lane / 16] = sum;
-    });
-    __syncthreads();
-    return row_sum(units, n);
-}
-
-extern "C" __global__ void __launch_bounds__(kThreads) convert_rows(const __grid_constant__ ConvertParams p) {
+extern "C" __global__ void __launch_bounds__(kConvertThreads) convert_rows(const __grid_constant__ ConvertParams p) {
     __shared__ float units[2][kMaxUnits];
     pdl_launch_dependents();
     pdl_wait();
-    const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const bool exists = row < p.n_rows;
-    const float* x = p.x + (exists ? row : 0) * p.x_stride + blockIdx.y * p.input_stride;
-    uint8_t* out = p.out + static_cast<int64_t>(blockIdx.y * p.n_pad_rows + row) * p.out_bytes;
-    // of a row that does not exist there are no columns, so all are zeros
-    const int k = exists ? p.k : 0, n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
-    const int chunk = chunk_columns(p.k), n_chunks = (p.k + chunk - 1) / chunk;
-    float mean = 0.0f, root = 1.0f;
-    if (p.kind == CONVERT_LAYER) {
-        mean = sum_over_row(units[0], p.k, n_pieces, [&](int piece) {
-            float v[8];
-            load_columns(v, x, piece_column(piece, lane), k);
-            return sum_of_values(v);
-        });
-        mean = __fdiv_rn(mean, static_cast<float>(p.k));
-    }
-    if (p.kind != CONVERT_PLAIN) {
-        const float square = sum_over_row(units[1], p.k, n_pieces, [&](int piece) {
-            float v[8];
-            load_columns(v, x, piece_column(piece, lane), k);
-            if (p.kind == CONVERT_LAYER) {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) v[i] = piece_column(piece, lane) < k ? v[i] - mean : 0.0f;
-            }
-            return sum_of_squares(v);
-        });
-        root = norm_factor(square, __frcp_rn(static_cast<float>(p.k)), p.eps);
-    }
-    const auto values = [&](float (&v)[8], int piece) {
-        load_columns(v, x, piece_column(piece, lane), k);
-        if (p.kind == CONVERT_PLAIN) return;
-        float w[8], b[8] = {};
-        load_columns(w, p.weight, piece_column(piece, lane), k);
-        if (p.bias != nullptr) load_columns(b, p.bias, piece_column(piece, lane), k);
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            v[i] = p.kind == CONVERT_RMS ? __fmul_rn(v[i], w[i])
-                                         : __fmaf_rn(__fmul_rn(__fsub_rn(v[i], mean), root), w[i], b[i]);
-    };
-    float* factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k));
-    const float norm = p.kind == CONVERT_RMS ? root : 1.0f;
-    float v[8];
-    if (chunk < kPieceColumns) {  // two chunks in a piece
-        for_pieces(n_pieces, [&](int piece) {
-            values(v, piece);
-            const int largest = largest_bits(v), upper = lane / 16;
-            const float scales[2] = {chunk_scale(upper ? 0 : largest), chunk_scale(upper ? largest : 0)};
-            const float scale = scales[upper];
-            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v, scale);
-            if (lane % 16 == 0 && 2 * piece + upper < n_chunks) factors[2 * piece + upper] = __fmul_rn(scale, norm);
-        });
-        return;
-    }
-    for (int c = warp; c < n_chunks; c += kThreads / 32) {
-        const int first = c * (chunk / kPieceColumns), last = min(n_pieces, first + chunk / kPieceColumns);
-        int largest = 0;
-        for (int piece = first; piece < last; ++piece) {
-            values(v, piece);
-            largest = max(largest, largest_bits(v));
-        }
-        const float scale = chunk_scale(largest);
-        for (int piece = first; piece < last; ++piece) {
-            if (last - first > 1) values(v, piece);
-            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v, scale);
-        }
-        if (lane == 0) factors[c] = __fmul_rn(scale, norm);
-    }
+    convert_row(p, blockIdx.x, blockIdx.y, units);
 }

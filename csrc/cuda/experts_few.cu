@@ -1,10 +1,15 @@
 // Decode: out[r, s, o] = sum_k x[r(, s), k] W[e, o, k] (+ bias[e, o]) for every slot s of 1 to 8 rows, e = ids[r, s];
-// or of two matrices act(first) * second.
+// or of two matrices act(first) * second. With PRODUCT_MIX also the sum of a row's slots, each times its gate, added to
+// the residual stream: by the block whose results for a row tile come last, in order of the slots.
 //
 // expert_few_<type>_<variant>(ExpertFewParams); variants as in decode.cu. An item is an expert and its pairs, at most
 // one of each row. The row tiles of all items are numbered through and shared out evenly, so that every block streams
 // about as many bytes, whatever the experts: how many items there are is known on the device only. A block goes through
-// its row tiles item by item, with the item's rows of x in registers, while its warps' rings run on across items.
+// its row tiles item by item, while its warps' rings run on across items. Variants 128 and 256 have the item's rows of
+// x in shared memory, and convert rows of float32 on the way there; a warp may have several chunks.
+//
+// Of two launches in a row the first lets the second begin only once the list is there, so that the second's rings fill
+// while the first still multiplies.
 //
 // The numbers are those of all products (common/mma_tile.cuh): a pair's result has the same bits alone and in any
 // company.
@@ -15,12 +20,39 @@
 #include "common/glu.cuh"
 #include "params/experts_params.h"
 
+// The block has stored the results of `n_pairs` pairs for n row tiles from `first` on: it adds up the rows' slots of
+// those for which nothing is missing any more.
+DEVICE void mix(const ExpertFewParams& p, int first, int n, int n_pairs, bool (&is_last)[EXPERT_FEW_BATCH]) {
+    const uint32_t all = p.n_rows * p.n_used;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        is_last[i] = atomic_add_acq_rel(p.arrived + first + i, n_pairs) + n_pairs == all;
+        if (is_last[i]) p.arrived[first + i] = 0;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n * p.n_rows * kTileRows; i += blockDim.x) {
+        const int tile = i / kTileRows % n, row = i / kTileRows / n, o = (first + tile) * kTileRows + i % kTileRows;
+        if (!is_last[tile] || o >= p.n_out) continue;
+        const float* const results = p.out + row * p.out_stride + o;
+        float* const to = p.sum + row * p.sum_stride + o;
+        const float before = __ldcg(to);
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int slot = 0; slot < p.n_used; ++slot)
+            sum =
+                __fmaf_rn(p.gates[row * p.n_used + slot], __ldcg(results + static_cast<int64_t>(slot) * p.n_out), sum);
+        *to = __fadd_rn(before, sum);
+    }
+}
+
 template <class Q, class S>
 DEVICE void expert_few(const ExpertFewParams& p) {
-    // rings, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, barriers
+    // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, barriers
     extern __shared__ __align__(128) uint8_t smem[];
     __shared__ int item_pairs[8];
-    pdl_launch_dependents();
+    __shared__ bool is_last[EXPERT_FEW_BATCH];
+    if (!p.holds_next) pdl_launch_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
     int chunk0 = warp, group = 0;
     while (chunk0 >= p.n_warps) chunk0 -= p.n_warps, ++group;
@@ -30,19 +62,25 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     const uint32_t barriers = smem_address(smem) + p.barriers + 8 * warp * p.depth;
     const uint8_t* const ring = smem + warp * p.depth * S::kUnitBytes;
     float* const factors = reinterpret_cast<float*>(smem + p.factors);
+    uint8_t* const x_smem = smem + p.ring_bytes;  // rows of an item, of 128 and 256
+    const int x_row = converted_fragment_bytes(p.k) + 64, n_block_warps = p.n_warps * p.n_groups;  // no bank conflicts
     if (lane == 0) {
         for (int i = 0; i < p.depth; ++i) copy_barrier_init(barriers + 8 * i);
         copy_barrier_fence();
     }
     __syncwarp();
-    pdl_wait();
+    if (!p.has_list) pdl_wait();
+    if (p.holds_next) pdl_launch_dependents();
 
     // A job is a row tile of an item; a tile is that of one matrix.
     const int total = *p.list.n_items * n_row_tiles;
     const int first_job = static_cast<int>(static_cast<int64_t>(blockIdx.x) * total / gridDim.x);
     const int n_tiles = (static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * total / gridDim.x) - first_job)
                         << pairs;
-    if (n_tiles == 0) return;
+    if (n_tiles == 0) {
+        if (p.has_list) pdl_wait();
+        return;
+    }
 
     // The units of this warp in the order in which it multiplies them, from the next to be copied on.
     int in_tile = group, in_chunk = chunk0, in_unit = chunk0 * chunk_tiles, in_expert = -1, in_item = -1;
@@ -71,6 +109,7 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     };
 #pragma unroll 1
     for (int i = 0; i < p.depth; ++i) issue(i);
+    if (p.has_list) pdl_wait();
 
     int slot = 0, parity = 0;
     const auto take_unit = [&](const float (&inverse)[2], int n, auto f) {
@@ -84,7 +123,7 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     const int item_shift = one_row ? 4 : 7;
     const int chunk_floats = one_row ? kTileRows : 8 * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
     // Where the sums of this batch are: two sets take turns, so that one barrier a batch suffices.
-    int set_at = p.ring_bytes, tile = group;
+    int set_at = p.ring_bytes + p.x_smem, tile = group;
     const auto set = [&] { return reinterpret_cast<float*>(smem + set_at); };
 
 #pragma unroll 1
@@ -96,18 +135,48 @@ DEVICE void expert_few(const ExpertFewParams& p) {
         if (threadIdx.x < 8)
             item_pairs[threadIdx.x] = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
         __syncthreads();
-        // Columns of rows that do not exist are those of the last one and dropped: they touch no other column.
         const auto converted = [&](int r) {
             const int pair = item_pairs[r];
             return p.rows + static_cast<int64_t>(pair / p.n_used + pair % p.n_used * p.x_slot_rows) * p.x_bytes;
         };
-        for (int i = threadIdx.x; i < 8 * n_chunks; i += blockDim.x)
-            factors[i] =
-                __ldcg(reinterpret_cast<const float*>(converted(i & 7) + converted_fragment_bytes(p.k)) + (i >> 3));
-        const uint8_t* const x_at = converted(g) + t * 16 + chunk0 * S::kBlocks * 64;
-        uint4 x[S::kBlocks ? S::kBlocks : 1];
-#pragma unroll
-        for (int b = 0; b < S::kBlocks; ++b) x[b] = *reinterpret_cast<const uint4*>(x_at + b * 64);
+        // Columns of rows that do not exist are those of the last one and dropped: they touch no other column.
+        const int last = min(g, item.n - 1);
+        if (S::kBlocks > 0 && p.x != nullptr) {
+            const int column_end = S::kBlocks == 4 && lane >= 16 ? 0 : p.k;
+#pragma unroll 1
+            for (int i = warp; i < item.n * n_chunks; i += n_block_warps) {
+                float v[8];
+                const int r = i / n_chunks, c = i - r * n_chunks, pair = item_pairs[r];
+                load_columns(v, p.x + pair / p.n_used * p.x_stride + pair % p.n_used * p.x_slot_stride,
+                             c * chunk + 32 * g + 4 * t, column_end);
+                const float scale = chunk_scale(largest_bits(v));
+                if (lane < 4 * S::kBlocks)
+                    *reinterpret_cast<uint4*>(x_smem + r * x_row + c * S::kBlocks * 64 + lane * 16) =
+                        pack_columns(v, scale);
+                if (lane == 0) factors[8 * c + r] = scale;
+            }
+        } else {
+            if constexpr (S::kBlocks > 0) {
+                const int n = converted_fragment_bytes(p.k) / 16;
+                for (int i = threadIdx.x; i < item.n * n; i += blockDim.x)
+                    cp_async_16(smem_address(x_smem + i / n * x_row + i % n * 16), converted(i / n) + i % n * 16);
+                cp_async_commit();
+            }
+            for (int i = threadIdx.x; i < 8 * n_chunks; i += blockDim.x)
+                factors[i] = __ldcg(
+                    reinterpret_cast<const float*>(converted(min(i & 7, item.n - 1)) + converted_fragment_bytes(p.k)) +
+                    (i >> 3));
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        const uint8_t* const long_x = S::kBlocks ? nullptr : converted(last) + t * 16;
+        // The lane's part of 32-column block `block` of the row.
+        const auto x_of = [&](int block) {
+            if constexpr (S::kBlocks > 0)
+                return *reinterpret_cast<const uint4*>(x_smem + last * x_row + t * 16 + block * 64);
+            else
+                return *reinterpret_cast<const uint4*>(long_x + block * 64);
+        };
         const int at0 = first_job + (begin >> pairs) - item_index * n_row_tiles;  // row tile of tile `begin`
 
 #pragma unroll 1
@@ -132,14 +201,15 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                         for (int u = 0; u < S::kChunkUnits; ++u) {
                             const int n = k_tile_end - k_tile0 - u * S::kUnitTiles;
                             if (n <= 0) break;
-                            take_unit(inverse, n,
-                                      [&](int b, const uint32_t (&a)[8]) { multiply(a, x[u * S::kUnitBlocks + b]); });
+                            take_unit(inverse, n, [&](int b, const uint32_t (&a)[8]) {
+                                multiply(a, x_of(c * S::kBlocks + u * S::kUnitBlocks + b));
+                            });
                         }
                     } else {
 #pragma unroll 1
                         for (int k_tile = k_tile0; k_tile < k_tile_end; k_tile += S::kUnitTiles)
                             take_unit(inverse, p.n_k_tiles - k_tile, [&](int b, const uint32_t (&a)[8]) {
-                                multiply(a, *reinterpret_cast<const uint4*>(x_at + (k_tile * S::kTileBlocks + b) * 64));
+                                multiply(a, x_of(k_tile * S::kTileBlocks + b));
                             });
                     }
                     float* to = set() + (tile - tile0) * tile_floats + c * chunk_floats;
@@ -175,16 +245,18 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                 p.out[pair / p.n_used * p.out_stride + static_cast<int64_t>(pair % p.n_used) * p.n_out + o] =
                     pairs ? glu_value(p.glu, v[0], v[1]) : v[0];
             }
-            set_at = set_at == p.ring_bytes ? set_at + 4 * p.batch * tile_floats : p.ring_bytes;
+            const int sets = p.ring_bytes + p.x_smem;
+            set_at = set_at == sets ? set_at + 4 * p.batch * tile_floats : sets;
+            if (p.mode == PRODUCT_MIX) mix(p, at0 + tile0 - begin, n_here, item.n, is_last);
         }
         begin = end;
     }
 }
 
-#define DEFINE_VARIANT(Type, name, blocks, suffix)                                \
-    extern "C" __global__ void __launch_bounds__(PRODUCT_FEW_THREADS, 1)          \
-        expert_few_##name##_##suffix(const __grid_constant__ ExpertFewParams p) { \
-        expert_few<Type, DecodeShape<Type, blocks, 0>>(p);                        \
+#define DEFINE_VARIANT(Type, name, blocks, suffix)                                   \
+    extern "C" __global__ void __launch_bounds__(EXPERT_FEW_THREADS, blocks ? 2 : 1) \
+        expert_few_##name##_##suffix(const __grid_constant__ ExpertFewParams p) {    \
+        expert_few<Type, DecodeShape<Type, blocks, 0>>(p);                           \
     }
 #define DEFINE_SMALL(Type, name)       \
     DEFINE_VARIANT(Type, name, 4, 128) \

@@ -6,11 +6,16 @@
 // route_choose(RouteParams): logit = its parts in order + bias; the n_used largest (ties: the lower id); softmax over
 //   those. A warp a row; grid any, 1024 threads. With item_rows a single block, which also makes the list.
 // route_list(RouteParams): the list alone, for more rows. One block of 1024 threads.
+// route_few_<type>(RouteFewParams): all of that in one launch, with the conversion of the rows for the experts'
+//   products. A warp has its part of the router in shared memory before it waits; the block that ends last chooses.
 // expert_sum(ExpertSumParams): grid (n / 1024, rows), 256 threads.
+//
+// Where a norm comes before, x times its weight is multiplied, and 1 / root comes to the sum.
 //
 // A row's logits are the same bits in a decode step and in any chunk of a prompt, so its experts do not depend on how
 // it came. Weights are exact, products float32. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per 16
 // experts.
+#include "common/convert_row.cuh"
 #include "common/order.cuh"
 #include "params/experts_params.h"
 #include "quant/types.cuh"
@@ -30,13 +35,22 @@ DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
         float w[8][2];
 #pragma unroll
         for (int i = 0; i < 8; ++i) exact_weights<Q>(w[i][0], w[i][1], codes, packed_tile, sub, 8 * b + i, lane);
+        const int column = column0 + 4 * (lane & 3);
+        float4 norm[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            if (p.norm_weight != nullptr) norm[j] = *reinterpret_cast<const float4*>(p.norm_weight + column + 16 * j);
 #pragma unroll
         for (int n = 0; n < ROUTE_ROWS; ++n) {
             if (row0 + n >= p.n_rows) break;
-            const float* x = p.x + (row0 + n) * p.x_stride + column0 + 4 * (lane & 3);
+            const float* x = p.x + (row0 + n) * p.x_stride + column;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const float4 v = *reinterpret_cast<const float4*>(x + 16 * j);
+                float4 v = *reinterpret_cast<const float4*>(x + 16 * j);
+                if (p.norm_weight != nullptr) {
+                    v.x = __fmul_rn(v.x, norm[j].x), v.y = __fmul_rn(v.y, norm[j].y);
+                    v.z = __fmul_rn(v.z, norm[j].z), v.w = __fmul_rn(v.w, norm[j].w);
+                }
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     float& s = sum[n][r];
@@ -48,28 +62,15 @@ DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
     }
 }
 
-template <class Q>
-DEVICE void route_logits(const RouteParams& p) {
-    const int lane = threadIdx.x % 32, warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const int row_tile = warp / ROUTE_SLICES, slice = warp % ROUTE_SLICES, row0 = blockIdx.y * ROUTE_ROWS;
-    const int n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
-    const uint8_t* packed_tiles = p.w + static_cast<int64_t>(row_tile) * p.n_k_tiles * Q::kPackedTileBytes;
-    const bool exists = row_tile * kTileRows < p.n_expert;
-
-    pdl_launch_dependents();
-    // No kernel writes the router's weights: they come to L2 while the kernel before ends.
-    if (exists)
-        for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
-            for (int at = lane * 128; at < Q::kPackedTileBytes; at += 32 * 128)
-                prefetch_l2(packed_tiles + k_tile * Q::kPackedTileBytes + at);
-    pdl_wait();
-    if (!exists) return;
-
+// A row tile's sums over part `slice` of K for rows [row0, row0 + ROUTE_ROWS); tile(i, k_tile) is where the i-th packed
+// tile of the part is. A warp.
+template <class Q, class F>
+DEVICE void slice_sums(const RouteParams& p, int row_tile, int slice, int row0, F tile) {
+    const int lane = threadIdx.x % 32, n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
     float sum[ROUTE_ROWS][2] = {};
-    for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
+    for (int i = 0, k_tile = slice; k_tile < p.n_k_tiles; ++i, k_tile += ROUTE_SLICES)
 #pragma unroll 1
-        for (int sub = 0; sub < Q::kSubs; ++sub)
-            add_sub_tile<Q>(sum, p, packed_tiles + k_tile * Q::kPackedTileBytes, k_tile, sub, row0, lane);
+        for (int sub = 0; sub < Q::kSubs; ++sub) add_sub_tile<Q>(sum, p, tile(i, k_tile), k_tile, sub, row0, lane);
 #pragma unroll
     for (int n = 0; n < ROUTE_ROWS; ++n) {
         if (row0 + n >= p.n_rows) break;
@@ -85,11 +86,31 @@ DEVICE void route_logits(const RouteParams& p) {
     }
 }
 
+template <class Q>
+DEVICE void route_logits(const RouteParams& p) {
+    const int lane = threadIdx.x % 32, warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    const int row_tile = warp / ROUTE_SLICES, slice = warp % ROUTE_SLICES;
+    const uint8_t* packed_tiles = p.w + static_cast<int64_t>(row_tile) * p.n_k_tiles * Q::kPackedTileBytes;
+    const bool exists = row_tile * kTileRows < p.n_expert;
+
+    pdl_launch_dependents();
+    // No kernel writes the router's weights: they come to L2 while the kernel before ends.
+    if (exists)
+        for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
+            for (int at = lane * 128; at < Q::kPackedTileBytes; at += 32 * 128)
+                prefetch_l2(packed_tiles + k_tile * Q::kPackedTileBytes + at);
+    pdl_wait();
+    if (!exists) return;
+    slice_sums<Q>(p, row_tile, slice, blockIdx.y * ROUTE_ROWS,
+                  [&](int, int k_tile) { return packed_tiles + k_tile * Q::kPackedTileBytes; });
+}
+
 // One row by one warp. NaN has a place in the order, so that every choice is an expert.
 DEVICE void choose(const RouteParams& p, int row, int lane) {
     constexpr int kPerLane = EXPERTS_MAX / 32;
     const int n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
     const float* partial = p.partial + static_cast<int64_t>(row) * ROUTE_SLICES * n_pad;
+    const float root = p.roots != nullptr ? p.roots[row] : 1.0f;
     uint64_t keys[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -101,7 +122,8 @@ DEVICE void choose(const RouteParams& p, int row, int lane) {
         for (int s = 0; s < ROUTE_SLICES; ++s) parts[s] = partial[s * n_pad + e];
 #pragma unroll
         for (int s = 0; s < ROUTE_SLICES; ++s) logit += parts[s];
-        keys[i] = order_key(p.bias != nullptr ? logit + p.bias[e] : logit, e);
+        logit = __fmul_rn(logit, root);
+        keys[i] = order_key(p.bias != nullptr ? __fadd_rn(logit, p.bias[e]) : logit, e);
     }
     float mine = 0.0f, largest = 0.0f, total = 0.0f;
     for (int slot = 0; slot < p.n_used; ++slot) {
@@ -180,6 +202,46 @@ extern "C" __global__ void __launch_bounds__(1024) route_list(const __grid_const
     make_list(p);
 }
 
+template <class Q>
+DEVICE void route_few(const RouteFewParams& p) {
+    extern __shared__ __align__(128) uint8_t smem[];  // [warps] parts of the router
+    __shared__ float units[2][kMaxUnits];
+    __shared__ int is_last;
+    const RouteParams& route = p.route;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    pdl_launch_dependents();
+    if (static_cast<int>(blockIdx.x) < p.n_logit_blocks) {
+        const int job = blockIdx.x * (kConvertThreads / 32) + warp;
+        const int row_tile = job / ROUTE_SLICES, slice = job % ROUTE_SLICES;
+        uint8_t* const mine = smem + warp * p.slice_bytes;
+        const bool exists = row_tile * kTileRows < route.n_expert;
+        if (exists) {
+            const uint8_t* from = route.w + static_cast<int64_t>(row_tile) * route.n_k_tiles * Q::kPackedTileBytes;
+            for (int i = 0, k_tile = slice; k_tile < route.n_k_tiles; ++i, k_tile += ROUTE_SLICES)
+                for (int at = lane * 16; at < Q::kPackedTileBytes; at += 512)
+                    cp_async_16(smem_address(mine + i * Q::kPackedTileBytes + at),
+                                from + k_tile * Q::kPackedTileBytes + at);
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncwarp();
+        pdl_wait();
+        if (exists)
+            slice_sums<Q>(route, row_tile, slice, 0, [&](int i, int) { return mine + i * Q::kPackedTileBytes; });
+    } else {
+        pdl_wait();
+        convert_row(p.convert, blockIdx.x - p.n_logit_blocks, 0, units);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomic_add_acq_rel(p.arrived, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!is_last) return;
+    for (int row = warp; row < route.n_rows; row += kConvertThreads / 32) choose(route, row, lane);
+    if (threadIdx.x == 0) *p.arrived = 0;
+    __syncthreads();
+    make_list(route);
+}
+
 extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_constant__ ExpertSumParams p) {
     pdl_launch_dependents();
     pdl_wait();
@@ -205,5 +267,8 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_consta
 #define DEFINE(Type, name)                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 1) route_logits_##name(const __grid_constant__ RouteParams p) { \
         route_logits<Type>(p);                                                                                        \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 1) route_few_##name(const __grid_constant__ RouteFewParams p) { \
+        route_few<Type>(p);                                                                                           \
     }
 FOR_EACH_TYPE(DEFINE)

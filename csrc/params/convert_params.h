@@ -26,6 +26,7 @@ typedef struct {
     const float* weight;  // [k] of the norm, 16-byte aligned, or null (CONVERT_PLAIN)
     const float* bias;    // [k], CONVERT_LAYER, or null
     uint8_t* out;         // [n_inputs * n_pad_rows, out_bytes]
+    float* roots;         // [n_rows] 1 / root of the norms, or null
     int64_t x_stride;
     int64_t input_stride;
     int32_t out_bytes;  // of a converted row, see x_f16_bytes in worker_orcd/cuda/layout.py

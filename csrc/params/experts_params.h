@@ -10,6 +10,10 @@
 
 // Matrices of one expert that one launch may cover.
 #define EXPERT_MAX_MATRICES 2
+// Most threads of a block of expert_few_*; of variants 128 and 256 two blocks fit a multiprocessor's registers.
+#define EXPERT_FEW_THREADS 384
+// Most row tiles whose sums a block of expert_few_* adds up at once.
+#define EXPERT_FEW_BATCH 256
 
 // One matrix of every expert.
 typedef struct {
@@ -21,13 +25,22 @@ typedef struct {
 
 // expert_few_<type>_<variant>: products of every pair of 1 to 8 rows with one of its expert's matrices, or the gated
 // activation of both. Block 32 * n_warps * n_groups; the grid is free. The list has items of up to 8 pairs.
+// PRODUCT_MIX: sum[r] += sum over slots of gates[r, slot] * out of pair (r, slot), in order of the slots.
 typedef struct {
     // The second with PRODUCT_GLU; `out` and `out_stride` in them do not count.
     ExpertMatrix m[EXPERT_MAX_MATRICES];
     ExpertList list;
-    float* out;           // pair (row, slot): out + row * out_stride + slot * n_out
-    const uint8_t* rows;  // converted rows, x_bytes each; pair (row, slot) reads row + slot * x_slot_rows
+    float* out;      // pair (row, slot): out + row * out_stride + slot * n_out
+    const float* x;  // float32 rows, converted here, of pair (row, slot) x + row * x_stride + slot * x_slot_stride,
+                     // or null
+    const uint8_t* rows;  // without x converted rows, x_bytes each; pair (row, slot) reads row + slot * x_slot_rows
+    const float* gates;   // [n_rows, n_used], PRODUCT_MIX
+    float* sum;           // [n_rows, sum_stride], PRODUCT_MIX
+    uint32_t* arrived;    // [row tiles] 0 between launches, PRODUCT_MIX
     int64_t out_stride;
+    int64_t x_stride;
+    int64_t x_slot_stride;  // 0: the slots of a row have one input
+    int64_t sum_stride;
     int64_t matrix_bytes;
     int64_t scales_at;   // from w to the row scales, of types that have them
     int32_t tile_bytes;  // of a row tile
@@ -42,12 +55,16 @@ typedef struct {
     int32_t n_warps;
     int32_t n_groups;
     int32_t depth;  // as in `DecodeParams`
-    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once, a multiple of n_groups and of 2
-    int32_t ring_bytes;  // shared memory: the rings come first, then sums of chunks;
+    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once, a multiple of n_groups and of 2, at
+                    // most EXPERT_FEW_BATCH
+    int32_t ring_bytes;  // shared memory: the rings come first,
+    int32_t x_smem;      // then x, of 128 and 256, n_rows * (bytes of a row's fragments + 64), then sums of chunks;
     int32_t factors;     // where the factors begin,
     int32_t barriers;    // and the barriers
-    int32_t mode;        // PRODUCT_STORE, PRODUCT_GLU
+    int32_t mode;        // PRODUCT_STORE, PRODUCT_GLU, PRODUCT_MIX
     int32_t glu;         // GLU_* of pointwise_params.h
+    int32_t holds_next;  // the launch that follows begins when the list is there,
+    int32_t has_list;    // and is this one: it need not wait for the list
 } ExpertFewParams;
 
 // expert_matvec_<type>_<tiles>: products of every pair of 9 to 64 rows with its expert's matrices.

@@ -18,6 +18,7 @@
 #define PRODUCT_STORE 0  // out = result
 #define PRODUCT_ADD 1    // out += result
 #define PRODUCT_GLU 2    // out of matrix 0 = act(result of matrix 0) * result of matrix 1
+#define PRODUCT_MIX 3    // of experts: out = result, then sum += what the gates make of a row's results
 
 // One matrix of a matvec launch.
 typedef struct {

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "params/convert_params.h"
+
 // Most experts of a layer, and most of them that a row uses.
 #define EXPERTS_MAX 256
 #define EXPERTS_USED_MAX 32
@@ -34,12 +36,14 @@ typedef struct {
 
 // route_logits_<type>, route_choose, route_list.
 typedef struct {
-    const float* x;     // [n_rows, x_stride]; 16-byte aligned rows
-    const uint8_t* w;   // repacked [n_expert, k]
-    const float* bias;  // [n_expert] or null
-    float* partial;     // [n_rows, ROUTE_SLICES, n_expert rounded up to 16]
-    float* ids;         // [n_rows, n_used] whole numbers
-    float* gates;       // [n_rows, n_used]
+    const float* x;            // [n_rows, x_stride]; 16-byte aligned rows
+    const float* norm_weight;  // [k] of the RMS norm before, 16-byte aligned, or null
+    const float* roots;        // [n_rows] 1 / root of that norm, or null
+    const uint8_t* w;          // repacked [n_expert, k]
+    const float* bias;         // [n_expert] or null
+    float* partial;            // [n_rows, ROUTE_SLICES, n_expert rounded up to 16]
+    float* ids;                // [n_rows, n_used] whole numbers
+    float* gates;              // [n_rows, n_used]
     int64_t x_stride;
     int32_t k;
     int32_t n_k_tiles;
@@ -49,5 +53,15 @@ typedef struct {
     int32_t item_rows;  // most pairs of an item; route_choose with 0 makes no list
     ExpertList list;
 } RouteParams;
+
+// route_few_<type>: all of that for 1 to 8 rows, and their conversion. Grid n_logit_blocks + n_rows, block 256, dynamic
+// shared memory 8 * slice_bytes.
+typedef struct {
+    RouteParams route;      // `roots` are those that the conversion leaves
+    ConvertParams convert;  // of the same rows
+    uint32_t* arrived;      // 0 between launches
+    int32_t n_logit_blocks;
+    int32_t slice_bytes;  // of the packed tiles of a part of K of a row tile, at most
+} RouteFewParams;
 
 #endif

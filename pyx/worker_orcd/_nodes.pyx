@@ -6,7 +6,8 @@ is made; `enqueue` only sets what depends on the number of rows, which is what e
 makes the nodes from lowered ops and enqueues them in order into a list of launches, for a stream or a graph.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from worker_orcd cimport _params as c
 from worker_orcd._driver cimport Kernel, LaunchList
@@ -18,7 +19,7 @@ GLU_KINDS = {"silu": c.GLU_SILU, "gelu_tanh": c.GLU_GELU_TANH, "swiglu_oai": c.G
 #: what a conversion does before: the norm, or nothing
 CONVERT_KINDS = {"rms": c.CONVERT_RMS, "layer": c.CONVERT_LAYER, None: c.CONVERT_PLAIN}
 #: what becomes of the results of a product
-PRODUCT_MODES = {"store": c.PRODUCT_STORE, "add": c.PRODUCT_ADD, "glu": c.PRODUCT_GLU}
+PRODUCT_MODES = {"store": c.PRODUCT_STORE, "add": c.PRODUCT_ADD, "glu": c.PRODUCT_GLU, "mix": c.PRODUCT_MIX}
 #: at least what decode attention takes beside its dynamic shared memory
 DECODE_STATIC_SMEM = 4096
 

@@ -19,17 +19,27 @@ cdef class RouteNode(Node):
         partial_floats: scratch of a row's logits.
         grid: `grid(n_rows)` of `logits`.
         item_rows: `item_rows(n_rows)`, most pairs of a prefill item.
+        conversion: of the rows for the experts' products, with the norm that comes before both; or None.
+        few: all of that in one launch, for few decode rows: kernel, blocks of logits, shared memory and counter; or
+            None.
     """
 
     cdef c.RouteParams p
     cdef c.ExpertList decode_list, prefill_list
-    cdef Kernel logits, choose, make_list
+    cdef Kernel logits, choose, make_list, few
+    cdef Conversion conversion
     cdef int64_t partial_floats
     cdef object grid, item_rows
+    cdef unsigned int logit_blocks, few_smem
+    cdef uint64_t arrived
 
     def __init__(self, str name, Kernel logits, Kernel choose, Kernel make_list, dict fields, dict decode_list,
-                 dict prefill_list, int64_t partial_floats, grid, item_rows):
+                 dict prefill_list, int64_t partial_floats, grid, item_rows, Conversion conversion=None,
+                 tuple few=None):
         Node.__init__(self, name)
+        self.conversion = conversion
+        if few is not None:
+            self.few, self.logit_blocks, self.few_smem, self.arrived = few
         self.logits, self.choose, self.make_list = logits, choose, make_list
         c.fill_RouteParams(&self.p, {**fields, "list": NO_LIST}, ("n_rows", "item_rows"))
         c.fill_ExpertList(&self.decode_list, decode_list, ())
@@ -42,6 +52,10 @@ cdef class RouteNode(Node):
         cdef unsigned int gx, gy
         if shape.n_rows == 0:
             return 0
+        if self.few is not None and n_prefill == 0 and row <= DECODE_ROWS:
+            return self._few(launches, row)
+        if self.conversion is not None:
+            self.conversion.enqueue(launches, 0, 0, shape.n_rows, shape.n_rows)
         p.n_rows = shape.n_rows
         gx, gy, _ = self.grid(p.n_rows)
         launches.add(self.logits, gx, gy, 1, 256, 0, &p, sizeof(p), True)
@@ -52,18 +66,31 @@ cdef class RouteNode(Node):
             p.partial += row * self.partial_floats
             p.ids += row * p.n_used
             p.gates += row * p.n_used
+            if p.roots != NULL:
+                p.roots += row
             p.n_rows, p.item_rows, p.list = n_prefill, 0, self.prefill_list
             launches.add(self.choose, (n_prefill + 31) // 32, 1, 1, 1024, 0, &p, sizeof(p), True)
             p.item_rows = self.item_rows(n_prefill)
             launches.add(self.make_list, 1, 1, 1, 1024, 0, &p, sizeof(p), True)
         return 0
 
+    cdef int _few(self, LaunchList launches, int n) except -1:
+        """Decode rows [0, n), n <= 8."""
+        cdef c.RouteFewParams p
+        memset(&p, 0, sizeof(p))
+        p.route, p.convert = self.p, self.conversion.p
+        p.route.n_rows, p.route.item_rows, p.route.list = n, c.EXPERT_DECODE_ROWS, self.decode_list
+        p.convert.n_rows = p.convert.n_pad_rows = n
+        p.arrived, p.n_logit_blocks = <uint32_t*>self.arrived, self.logit_blocks
+        p.slice_bytes = self.few_smem // 8
+        return launches.add(self.few, self.logit_blocks + n, 1, 1, 256, self.few_smem, &p, sizeof(p), True)
+
 
 cdef class ExpertProduct:
     """A launch of expert_few_*, for 1 to 8 rows.
 
     Args:
-        fields: `ExpertFewParams`; later: n_rows, x_slot_rows and what a `Bound` says.
+        fields: `ExpertFewParams`; later: n_rows, x_slot_rows, holds_next, has_list and what a `Bound` says.
         bounds: for each number of rows, from 1 on, the `Bound` kernel.
     """
 
@@ -72,15 +99,26 @@ cdef class ExpertProduct:
 
     def __init__(self, dict fields, list bounds):
         c.fill_ExpertFewParams(&self.p, fields, ("n_rows", "x_slot_rows", "n_warps", "n_groups", "depth", "batch",
-                                                 "ring_bytes", "factors", "barriers"))
+                                                 "ring_bytes", "x_smem", "factors", "barriers", "holds_next",
+                                                 "has_list"))
         self.bounds = [None, *bounds]
 
-    cdef int enqueue(self, LaunchList launches, int n, int x_slot_rows) except -1:
+    cdef bint converts(self, int n) except -1:
+        """Whether the launch for `n` rows takes float32 rows."""
+        return self.p.x != NULL and (<Bound>self.bounds[n]).x_smem > 0
+
+    cdef int enqueue(self, LaunchList launches, int n, int x_slot_rows, bint mixes, bint holds_next,
+                     bint has_list) except -1:
+        """With `mixes` PRODUCT_MIX is what it says, else PRODUCT_STORE."""
         cdef Bound bound = self.bounds[n]
         cdef c.ExpertFewParams p = self.p
-        p.n_rows, p.x_slot_rows = n, x_slot_rows
+        if not self.converts(n):
+            p.x = NULL
+        if p.mode == c.PRODUCT_MIX and not mixes:
+            p.mode = c.PRODUCT_STORE
+        p.n_rows, p.x_slot_rows, p.holds_next, p.has_list = n, x_slot_rows, holds_next, has_list
         p.n_warps, p.n_groups, p.depth, p.batch = bound.n_warps, bound.n_groups, bound.depth, bound.batch
-        p.ring_bytes, p.factors, p.barriers = bound.ring_bytes, bound.factors, bound.barriers
+        p.ring_bytes, p.x_smem, p.factors, p.barriers = bound.ring_bytes, bound.x_smem, bound.factors, bound.barriers
         return bound.enqueue(launches, &p, sizeof(p))
 
 
@@ -89,47 +127,67 @@ cdef class ExpertProductNode(Node):
 
     Args:
         name: of the op.
-        conversion: of the input.
+        conversion: of the input; or None, it is that of the `RouteNode` before.
         few: the `ExpertProduct`s for few decode rows.
         matvec: `ExpertMatvecParams`; later: x_slot_rows, ring_bytes.
         matmul: `ExpertMatmulParams`; later: x_slot_rows.
         decode: for each larger number of decode rows the `Bound` kernel.
         prefill: `prefill(n_rows)` gives that of prefill.
         glu: the `GluRows` of what expert_few_* does itself (PRODUCT_GLU), or None.
+        total: the `RowNode` of the sum that expert_few_* makes itself (PRODUCT_MIX), or None.
     """
 
     cdef c.ExpertMatvecParams v
     cdef c.ExpertMatmulParams m
     cdef Conversion conversion
     cdef GluRows glu
+    cdef RowNode total
     cdef list few, decode
     cdef object prefill
+    cdef ExpertProductNode after
+    cdef bint follows
 
     def __init__(self, str name, Conversion conversion, list few, dict matvec, dict matmul, list decode, prefill,
-                 GluRows glu=None):
+                 GluRows glu=None, RowNode total=None):
         Node.__init__(self, name)
-        self.conversion, self.few, self.glu = conversion, few, glu
+        self.conversion, self.few, self.glu, self.total = conversion, few, glu, total
         self.decode, self.prefill = [None] * (DECODE_ROWS + 1) + decode, prefill
         c.fill_ExpertMatvecParams(&self.v, matvec, ("x_slot_rows", "ring_bytes"))
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
 
+    def precede(self, ExpertProductNode after):
+        """The launches of `after`, whose rows have the same experts, come next."""
+        if len(self.few) == 1:
+            self.after, after.follows = after, True
+
+    cdef bint converts(self, int n) except -1:
+        """Whether the products of `n` decode rows need no other launch before them."""
+        return n <= DECODE_ROWS and (<ExpertProduct>self.few[0]).converts(n)
+
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
+        cdef bint few_alone = shape.n_rows == shape.n_decode and shape.n_decode <= DECODE_ROWS
         if shape.n_decode:
-            self._decode(launches, shape.n_decode)
+            self._decode(launches, shape.n_decode, few_alone)
         if shape.n_rows > shape.n_decode:
             self._prefill(launches, shape.n_decode, shape.n_rows - shape.n_decode)
+        if self.total is not None and not few_alone:
+            self.total.enqueue(launches, shape)
         return 0
 
-    cdef int _decode(self, LaunchList launches, int n) except -1:
-        """Rows [0, n), n <= 64."""
-        cdef int x_slot_rows = n if self.conversion.n_inputs > 1 else 0
+    cdef int _decode(self, LaunchList launches, int n, bint few_alone) except -1:
+        """Decode rows [0, n), n <= 64; with `few_alone` they are all of the step."""
+        cdef bint several = self.conversion is not None and self.conversion.n_inputs > 1
+        cdef int x_slot_rows = n if several else 0
         cdef ExpertProduct product
         cdef Bound bound
         cdef c.ExpertMatvecParams p
-        self.conversion.enqueue(launches, 0, 0, n, n)
+        if self.conversion is not None and not self.converts(n):
+            self.conversion.enqueue(launches, 0, 0, n, n)
         if n <= DECODE_ROWS:
+            holds_next = few_alone and self.after is not None and self.after.converts(n)
+            has_list = few_alone and self.follows and self.converts(n)
             for product in self.few:
-                product.enqueue(launches, n, x_slot_rows)
+                product.enqueue(launches, n, x_slot_rows, few_alone, holds_next, has_list)
             return 0
         bound, p = self.decode[n], self.v
         p.x_slot_rows, p.ring_bytes = x_slot_rows, bound.ring_bytes
@@ -143,8 +201,11 @@ cdef class ExpertProductNode(Node):
         cdef Bound bound = self.prefill(n)
         cdef c.ExpertMatmulParams p = self.m
         cdef int i
-        self.conversion.enqueue(launches, row, 0, n, n)
-        p.x_slot_rows = n if self.conversion.n_inputs > 1 else 0
+        if self.conversion is None:
+            p.x += row * p.x_bytes
+        else:
+            self.conversion.enqueue(launches, row, 0, n, n)
+            p.x_slot_rows = n if self.conversion.n_inputs > 1 else 0
         for i in range(self.v.n_matrices):
             p.m[i].out += row * p.m[i].out_stride
         bound.enqueue(launches, &p, sizeof(p))

@@ -85,6 +85,7 @@ class Route:
     def __init__(self, gpu: Gpu, router: Experts, x: Buffer, n_rows: int, n_used: int, item_rows: int) -> None:
         n_expert = router.n_out
         self.gpu, self.n_rows, self.n_expert, self.item_rows = gpu, n_rows, n_expert, item_rows
+        self.x, self.type_id = x, router.type_id
         self.ids, self.gates = gpu.empty((n_rows, n_used)), gpu.empty((n_rows, n_used))
         self.partial = gpu.empty(expert_layout.route_partial_bytes(n_rows, n_expert) // 4)
         self.list = List(gpu, n_rows * n_used, n_expert)
@@ -93,6 +94,25 @@ class Route:
             "RouteParams", x=x, w=router.w, bias=router.bias, partial=self.partial, ids=self.ids,
             gates=self.gates, x_stride=x.shape[1], k=router.k, n_k_tiles=layout.n_k_tiles(router.type_id, router.k),
             n_expert=n_expert, n_used=n_used, n_rows=n_rows, item_rows=0, list=self.list.fields)  # fmt: skip
+
+    def norm(self, weight: Buffer, eps: float) -> None:
+        """With the RMS norm of x before; its rows are `converted` then."""
+        p, gpu = self.params, self.gpu
+        self.roots, self.arrived = gpu.empty(self.n_rows), gpu.buffer(np.zeros(1, np.uint32))
+        self.converted = Converted(gpu, p.k, self.x, self.n_rows, p.x_stride, norm=("rms", weight, None, eps))
+        self.converted.params.roots = self.roots.ptr
+        p.norm_weight, p.roots = weight.ptr, self.roots.ptr
+
+    def run_few(self, pdl: bool = False) -> None:
+        """All in one launch, of few rows."""
+        p, gpu = self.params, self.gpu
+        smem = expert_layout.route_few_smem(self.type_id, p.k)
+        blocks = layout.n_row_tiles(self.n_expert) * expert_layout.ROUTE_SLICES // 8
+        p.item_rows = self.item_rows
+        few = params("RouteFewParams", arrived=self.arrived, n_logit_blocks=blocks, slice_bytes=smem // 8)
+        few.route, few.convert = p, self.converted.params
+        kernel = gpu.kernel("route", f"route_few_{layout.kernel_suffix(self.type_id)}")
+        gpu.launch(kernel, blocks + self.n_rows, 256, few, smem, pdl)
 
     def run(self, one_block: bool, pdl: bool = False) -> None:
         """With `one_block` as for decode rows, else as for prefill rows."""
@@ -127,13 +147,17 @@ class _Products:
 class Decode(_Products):
     """Products of decode rows. `outs`: (address, stride) of each matrix's result; `grid` None: as the layout says.
 
-    `glu`: GLU_* of the activation of two matrices, whose result goes to the first of `outs`; few rows only.
+    Of few rows only: `glu`, GLU_* of the activation of two matrices, whose result goes to the first of `outs`;
+    `floats`, the kernel takes x as it is; `mix`, (gates, sum, counters) of the sum of the slots; `follows`, the kernel
+    that comes before lets this one begin when the list is there, as `leads` does.
     """
 
     def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, grid: int | None = None,
-                 glu: int | None = None) -> None:  # fmt: skip
+                 glu: int | None = None, floats: bool = False, mix: tuple[Buffer, Buffer, Buffer] | None = None,
+                 leads: bool = False, follows: bool = False) -> None:  # fmt: skip
         super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot)
         m = self.m
+        self.converts = False
         if n_rows > layout.DECODE_ROWS:
             launch = expert_layout.decode_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
                                                  n_sm=gpu.n_sm)  # fmt: skip
@@ -144,7 +168,16 @@ class Decode(_Products):
         launch = expert_layout.few_launch(m.type_id, m.k, m.n_out, n_rows, n_used, m.n_expert, n_sm=gpu.n_sm,
                                           glu=glu is not None, max_smem=gpu.max_smem)  # fmt: skip
         tile_bytes = layout.n_k_tiles(m.type_id, m.k) * layout.packed_tile_bytes(m.type_id)
-        told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "factors", "barriers")
+        told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem", "factors", "barriers")
+        self.converts = floats and launch.x_smem > 0
+        gates, total, arrived = mix or (None, None, None)
+        extra = {
+            "x": x if self.converts else None, "x_stride": x.shape[1],
+            "x_slot_stride": m.k if per_slot else 0, "gates": gates, "sum": total,
+            "sum_stride": total.shape[1] if total else 0, "arrived": arrived, "holds_next": leads,
+            "has_list": follows and self.converts,
+        }  # fmt: skip
+        mode = "PRODUCT_MIX" if mix else "PRODUCT_STORE" if glu is None else "PRODUCT_GLU"
         matrices = self.common.pop("m")
         self.launches = []
         for some in [matrices] if glu is not None else [[one] for one in matrices]:
@@ -152,13 +185,13 @@ class Decode(_Products):
                 "ExpertFewParams", **self.common, **{name: getattr(launch, name) for name in told}, m=some,
                 list=pairs.fields, rows=self.converted.rows, out=some[0]["out"], out_stride=some[0]["out_stride"],
                 tile_bytes=tile_bytes, scales_at=layout.n_row_tiles(m.n_out) * tile_bytes,
-                n_chunks=layout.n_chunks(m.k), n_rows=n_rows, glu=glu or 0,
-                mode=CONSTANTS["PRODUCT_STORE" if glu is None else "PRODUCT_GLU"])  # fmt: skip
+                n_chunks=layout.n_chunks(m.k), n_rows=n_rows, glu=glu or 0, mode=CONSTANTS[mode], **extra)  # fmt: skip
             self.launches.append((gpu.kernel("experts_few", launch.kernel), grid or launch.grid, launch, p))
 
     def run(self, pdl: bool = False) -> None:
-        """Queue the conversion of x and the products."""
-        self.converted.run(pdl)
+        """Queue the conversion of x, unless the kernel does it, and the products."""
+        if not self.converts:
+            self.converted.run(pdl)
         for kernel, grid, launch, p in self.launches:
             self.gpu.launch(kernel, grid, launch.block, p, launch.smem, pdl)
 

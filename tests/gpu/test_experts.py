@@ -275,6 +275,86 @@ def test_a_row_does_not_depend_on_the_others(gpu, type_id, kind):
     assert np.array_equal(run(np.arange(most)), everything), "two runs differ"
 
 
+@pytest.mark.parametrize("name", ["F32", "BF16", "Q8_0", "MXFP4", "Q4_K"])
+@pytest.mark.parametrize(("n_expert", "n_used", "k"), [(8, 4, 256), (32, 4, 2816), (130, 8, 768), (256, 32, 256)])
+def test_one_launch_routes_few_rows_as_many_do(gpu, name, n_expert, n_used, k):
+    """Norm, router, choice, list and conversion: the same bits, and those that the formula gives."""
+    type_id, rng = quants.BY_NAME[name].id, np.random.default_rng(n_expert)
+    router, w, bias = make(gpu, type_id, 1, n_expert, k)
+    weight, eps = rng.uniform(0.5, 2.0, k).astype(np.float32), 1e-5
+    x = inputs(rng, 8, k)
+    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + eps) * weight
+    logits = normed @ w[0].T + bias
+    for n_rows in (1, 2, 5, 8):
+        results = []
+        for few in (False, True, True):
+            route = Route(gpu, router, gpu.buffer(x[:n_rows]), n_rows, n_used, 16)
+            route.norm(gpu.buffer(weight), eps)
+            if few:
+                route.run_few()
+                assert route.arrived.to_numpy() == 0, "the counter is not ready for the next launch"
+                route.run_few()
+            else:
+                route.converted.run()
+                route.run(one_block=True)
+            items, pairs = route.list.get()
+            results.append([route.ids.to_numpy(), route.gates.to_numpy(), items, pairs, route.converted.rows.to_numpy(),
+                            route.roots.to_numpy()])  # fmt: skip
+        for one, other in zip(results[0], results[1], strict=True):
+            assert np.array_equal(one, other), f"{n_rows} rows"
+        for one, other in zip(results[1], results[2], strict=True):
+            assert np.array_equal(one, other), f"{n_rows} rows again"
+        ids, gates = results[0][0].astype(int), results[0][1]
+        chosen = np.take_along_axis(logits[:n_rows], ids, 1)
+        best = -np.sort(-logits[:n_rows], axis=1)[:, :n_used]
+        assert np.abs(chosen - best).max() < 1e-4 * np.abs(logits).max()
+        e = np.exp(chosen - chosen.max(1, keepdims=True))
+        check_nmse(gates, e / e.sum(1, keepdims=True), 1e-6, f"{n_rows} rows")
+
+
+@every_type
+@pytest.mark.parametrize("per_slot", [False, True])
+def test_products_of_floats_are_those_of_converted_rows(gpu, type_id, per_slot):
+    rng = np.random.default_rng(type_id)
+    for (n_out, k), n_rows in shapes_of(type_id, (1, 3, 8)):
+        experts, _, _ = make(gpu, type_id, N_EXPERT, n_out, k)
+        ids, width = loads(rng, n_rows)["free"], N_USED * n_out
+        x = gpu.buffer(inputs(rng, n_rows, k * (N_USED if per_slot else 1)))
+        pairs = List(gpu, ids.size, N_EXPERT).set(ids, N_EXPERT, expert_layout.DECODE_ROWS)
+        results = []
+        for floats in (False, True):
+            out = gpu.empty((n_rows, width))
+            run = Decode(gpu, [experts], x, [(out.ptr, width)], n_rows, N_USED, per_slot, pairs, floats=floats)
+            assert run.converts == floats
+            run.run()
+            results.append(out.to_numpy())
+        assert np.array_equal(*results), f"{n_out} x {k}, {n_rows} rows"
+
+
+@every_type
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
+def test_slots_are_summed_as_by_a_launch_of_its_own(gpu, type_id, n_rows):
+    """Whatever blocks there are, and whichever of them comes last."""
+    rng, n_out, k = np.random.default_rng(type_id), 100, 512
+    experts, _, _ = make(gpu, type_id, N_EXPERT, n_out, k)
+    ids, width = loads(rng, n_rows)["one"], N_USED * n_out
+    x, gates = gpu.buffer(inputs(rng, n_rows, N_USED * k)), gpu.buffer(rng.random((n_rows, N_USED)).astype(np.float32))
+    stream = rng.standard_normal((n_rows, n_out + 4)).astype(np.float32)
+    pairs = List(gpu, ids.size, N_EXPERT).set(ids, N_EXPERT, expert_layout.DECODE_ROWS)
+    out, want = gpu.empty((n_rows, width)), gpu.buffer(stream)
+    args = (gpu, [experts], x, [(out.ptr, width)], n_rows, N_USED, True, pairs)
+    Decode(*args).run()
+    p = params("ExpertSumParams", x=out, gates=gates, out=want, x_stride=width, out_stride=n_out + 4, n=n_out,
+               n_used=N_USED, add=1)  # fmt: skip
+    gpu.launch(gpu.kernel("route", "expert_sum"), (1, n_rows), 256, p)
+    counters = gpu.buffer(np.zeros(-(-n_out // 16), np.uint32))
+    for grid in (None, 1, 2, 5, 64):
+        got = gpu.buffer(stream)
+        Decode(*args, grid=grid, floats=True, mix=(gates, got, counters)).run()
+        assert np.array_equal(got.to_numpy(), want.to_numpy()), f"grid {grid}"
+        assert not counters.to_numpy().any(), "the counters are not ready for the next launch"
+
+
 @pytest.mark.parametrize("n_rows", [2, 40])
 def test_decode_results_do_not_depend_on_the_grid(gpu, n_rows):
     """Fewer blocks than items, one block, one for each row tile: the same bits."""
@@ -331,6 +411,35 @@ def test_sum_is_in_slot_order(gpu):
         want = (gates.astype(np.float64)[:, :, None] * x.reshape(n_rows, n_used, n)).sum(1)
         check_nmse(got[:, :n], want, 1e-12, f"{n_rows} rows, {n_used} of {n}")
         assert np.isnan(got[:, n:]).all()
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
+def test_a_launch_that_has_its_list_waits_for_its_rows(gpu, n_rows):
+    """Three launches a layer, each beginning before the one before has ended, against one after the other."""
+    type_id, n, n_expert, n_used = quants.BY_NAME["MXFP4"].id, 512, 8, 4
+    router, _, _ = make(gpu, quants.BY_NAME["F32"].id, 1, n_expert, n)
+    gate, up, down = (make(gpu, type_id, n_expert, n, n, seed=i)[0] for i in range(3))
+    x = np.random.default_rng(5).standard_normal((n_rows, n)).astype(np.float32)
+    norm, results = gpu.buffer(np.full(n, 0.7, np.float32)), []
+    for pdl in (False, True, True):
+        dx, hidden, out = gpu.buffer(x), gpu.empty((n_rows, n_used * n)), gpu.empty((n_rows, n_used * n))
+        counters = gpu.buffer(np.zeros(n // 16, np.uint32))
+        route = Route(gpu, router, dx, n_rows, n_used, 16)
+        route.norm(norm, 1e-5)
+        a = Decode(gpu, [gate, up], dx, [(hidden.ptr, n_used * n)] * 2, n_rows, n_used, False, route.list,
+                   glu=CONSTANTS["GLU_SILU"], leads=True)  # fmt: skip
+        a.converted, a.converts = route.converted, True  # by the routing
+        for *_, p in a.launches:
+            p.rows = route.converted.rows.ptr
+        b = Decode(gpu, [down], hidden, [(out.ptr, n_used * n)], n_rows, n_used, True, route.list, floats=True,
+                   mix=(route.gates, dx, counters), follows=True)  # fmt: skip
+        for _ in range(3):
+            route.run_few(pdl)
+            a.run(pdl)
+            b.run(pdl)
+        results.append(dx.to_numpy())
+    assert np.isfinite(results[0]).all() and not np.array_equal(results[0], x)
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 20])

@@ -21,6 +21,13 @@ DECODE_ROWS = 16
 PREFILL_ROWS = (16, 64)
 #: matrices of one expert in one launch
 MAX_MATRICES = 2
+#: most threads of a block of expert_few_*, most row tiles that it adds up at once, what its shared memory has beside
+#: what the launch asks for
+FEW_THREADS, FEW_BATCH, FEW_STATIC_SMEM = 384, 256, 512
+#: what the weight rings of an expert_few_* block are cut to: two such blocks fit a multiprocessor
+FEW_RING_BYTES = 64 * 1024
+#: shared memory of route_few beside its weights
+ROUTE_FEW_STATIC_SMEM = 12 * 1024
 
 
 def max_items(n_pairs: int, n_expert: int, item_rows: int) -> int:
@@ -48,29 +55,50 @@ def route_grid(n_rows: int, n_expert: int) -> tuple[int, int, int]:
     return layout.n_row_tiles(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
 
 
+def route_few_smem(type_id: int, k: int) -> int:
+    """Shared memory of route_few: the part of K that each of its 8 warps has of a row tile."""
+    return 8 * -(-layout.n_k_tiles(type_id, k) // ROUTE_SLICES) * layout.packed_tile_bytes(type_id)
+
+
 def few_launch(
     type_id: int, k: int, n_out: int, n_rows: int, n_used: int, n_expert: int, *, n_sm: int, glu: bool = False,
     max_smem: int = layout.SMEM_SMALL,
 ) -> Launch:  # fmt: skip
-    """The launch for `n_rows` (1 .. 8) converted rows and a matrix [n_out, k] of each expert, or two (`glu`)."""
-    chunk, chunks, unit = layout.chunk_columns(k), layout.n_chunks(k), layout.decode_unit_bytes(type_id)
-    most = min(layout.DECODE_FEW_WARPS, max_smem // 2 // unit)  # rings of one slot in half of the shared memory
-    long = chunk > 256 or chunks > most
-    n_warps = -(-chunks // -(-chunks // most)) if long else chunks
+    """The launch for `n_rows` (1 .. 8) rows and a matrix [n_out, k] of each expert, or two (`glu`).
+
+    `x_smem` of the launch is 0 where the kernel takes converted rows only.
+    """
+    long = layout.chunk_columns(k) > 256
+    x_smem = 0 if long else n_rows * (2 * layout.PIECE * -(-k // layout.PIECE) + 64)
+    launch = _few_launch(type_id, k, n_out, n_rows, n_used, n_expert, x_smem, n_sm, glu, max_smem)
+    if launch.smem > max_smem - FEW_STATIC_SMEM:
+        launch = _few_launch(type_id, k, n_out, n_rows, n_used, n_expert, 0, n_sm, glu, max_smem)
+    return launch
+
+
+def _few_launch(
+    type_id: int, k: int, n_out: int, n_rows: int, n_used: int, n_expert: int, x_smem: int, n_sm: int, glu: bool,
+    max_smem: int,
+) -> Launch:  # fmt: skip
+    """`few_launch` of the variant that has x in so much shared memory, 0: `long`; it may take more than there is."""
+    chunks, unit, parts = layout.n_chunks(k), layout.decode_unit_bytes(type_id), 2 if glu else 1
+    most = max(1, min(FEW_THREADS // 32, (max_smem - x_smem) // 2 // unit))  # rings of one slot in half of what is left
+    n_warps = -(-chunks // -(-chunks // most))
     n_groups = max(1, most // n_warps)
     n_groups -= n_groups % 2 if n_groups > 1 else 0
     jobs = max_items(n_rows * n_used, n_expert, n_rows) * layout.n_row_tiles(n_out)
     grid, warps, step = min(jobs, n_sm), n_warps * n_groups, 2 * n_groups
     sums = (layout.TILE_ROWS if n_rows == 1 else 160) * 4 * chunks
-    batch = max(step, 16384 // sums // step * step)
-    rest = 2 * batch * sums + 32 * chunks
-    room = min(layout.DECODE_RING_BYTES, max_smem - rest - 8 * warps * 8 - 64)
+    tiles = -(-jobs // grid) * parts
+    batch = max(step, min(-(-tiles // step) * step, min(FEW_BATCH, 16384 // sums) // step * step))
+    rest = x_smem + 2 * batch * sums + 32 * chunks
+    room = min(FEW_RING_BYTES, max_smem - FEW_STATIC_SMEM - rest - 8 * warps * 8)
     depth = max(1, min(8, room // (warps * unit)))
     ring = warps * depth * unit
-    name = f"expert_few_{layout.kernel_suffix(type_id)}_{'long' if long else chunk}"
+    name = f"expert_few_{layout.kernel_suffix(type_id)}_{layout.chunk_columns(k) if x_smem else 'long'}"
     barriers = ring + rest
     return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
-                  factors=ring + 2 * batch * sums, barriers=barriers)  # fmt: skip
+                  x_smem, ring + x_smem + 2 * batch * sums, barriers)  # fmt: skip
 
 
 def decode_launch(

@@ -7,6 +7,7 @@ is allocated, under the names of csrc/params. The CUDA engine enqueues what is m
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from worker_orcd._nodes import (
@@ -34,7 +35,7 @@ from worker_orcd._nodes import (
     sample_groups,
 )
 from worker_orcd.cuda import expert_layout, layout, memory
-from worker_orcd.cuda.lowering import ExpertGroup, ExpertSumAdd, MatMulGroup, RopeKv, RopeKvAttention
+from worker_orcd.cuda.lowering import ExpertGroup, ExpertSumAdd, MatMulGroup, NormRoute, RopeKv, RopeKvAttention
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
 from worker_orcd.models.ops import (
@@ -100,7 +101,11 @@ class Launches:
 
     def nodes(self, ops: tuple[Op, ...]) -> list[tuple[str, list[Node]]]:
         """One or two launches per op, in order, as [(op name, [nodes])]."""
-        return [(op.name, self._nodes_of(op)) for op in ops]
+        made = [(op.name, self._nodes_of(op)) for op in ops]
+        for (_, (*_, first)), (_, (second, *_)) in pairwise(made):
+            if isinstance(first, ExpertProductNode) and isinstance(second, ExpertProductNode):
+                first.precede(second)
+        return made
 
     def _nodes_of(self, op: Op) -> list[Node]:
         make = MAKERS.get(type(op))
@@ -240,13 +245,13 @@ class Launches:
             bound = self._bounds[launch] = Bound(self.kernel(image, launch.kernel, launch.smem), launch)
         return bound
 
-    def _conversion(self, k: int, inp: View, norm: Norm | None = None, n_inputs: int = 1) -> Conversion:
+    def _conversion(self, k: int, inp: View, norm: Norm | None = None, n_inputs: int = 1, roots: int = 0) -> Conversion:
         """Of an input of products over `k` columns; `n_inputs` lie side by side in `inp`."""
         fields = {
             "x": self._at(inp), "x_stride": self._stride(inp), "input_stride": k if n_inputs > 1 else 0, "k": k,
             "out": self._workspace.converted.address, "out_bytes": layout.x_f16_bytes(k),
             "weight": self._weight(norm.weight if norm else None), "bias": self._weight(norm.bias if norm else None),
-            "kind": CONVERT_KINDS[norm.kind if norm else None], "eps": norm.eps if norm else 0.0,
+            "kind": CONVERT_KINDS[norm.kind if norm else None], "eps": norm.eps if norm else 0.0, "roots": roots,
         }  # fmt: skip
         return Conversion(self.kernel("convert", "convert_rows"), fields, n_inputs)
 
@@ -341,18 +346,33 @@ class Launches:
         names = ("n_items", "items", "pairs")
         return dict(zip(names, decode, strict=True)), dict(zip(names, prefill, strict=True))
 
-    def _route(self, op: Route) -> list[Node]:
+    def _norm_route(self, op: NormRoute) -> list[Node]:
+        return self._route(op.route, op)
+
+    def _route(self, op: Route, group: NormRoute | None = None) -> list[Node]:
+        """The router; with `group` also what it says, in one launch where there are few decode rows and none else."""
         w, space = self.plan.weights[op.weight], self._workspace.routing
         assert space is not None
-        logits = self.kernel("route", f"route_logits_{layout.kernel_suffix(w.type_id)}")
+        suffix, k = layout.kernel_suffix(w.type_id), w.shape[0]
+        logits = self.kernel("route", f"route_logits_{suffix}")
         choose, make_list = self.kernel("route", "route_choose"), self.kernel("route", "route_list")
         decode_list, prefill_list = self._expert_lists(op)
+        inp = group.inp if group else op.inp
         fields = {
-            "x": self._at(op.inp), "w": self._weight(op.weight), "bias": self._weight(op.bias),
+            "x": self._at(inp), "w": self._weight(op.weight), "bias": self._weight(op.bias),
+            "norm_weight": self._weight(group.norm.weight) if group else 0,
+            "roots": space.roots.address if group else 0,
             "partial": space.partial.address, "ids": self._at(op.ids), "gates": self._at(op.gates),
-            "x_stride": self._stride(op.inp), "k": w.shape[0], "n_k_tiles": layout.n_k_tiles(w.type_id, w.shape[0]),
+            "x_stride": self._stride(inp), "k": k, "n_k_tiles": layout.n_k_tiles(w.type_id, k),
             "n_expert": op.n_expert, "n_used": op.n_used,
         }  # fmt: skip
+        conversion = few = None
+        if group is not None:
+            conversion = self._conversion(k, inp, group.norm, roots=space.roots.address)
+            smem = expert_layout.route_few_smem(w.type_id, k)
+            if smem + expert_layout.ROUTE_FEW_STATIC_SMEM <= self.context.max_smem:
+                blocks = layout.n_row_tiles(op.n_expert) * expert_layout.ROUTE_SLICES // 8
+                few = (self.kernel("route", f"route_few_{suffix}", smem), blocks, smem, space.arrived.address)
         partial_floats = expert_layout.route_partial_bytes(1, op.n_expert) // 4
 
         def grid(n_rows: int) -> tuple[int, int, int]:
@@ -363,11 +383,12 @@ class Launches:
 
         return [
             RouteNode(op.name, logits, choose, make_list, fields, decode_list, prefill_list, partial_floats, grid,
-                      item_rows)
+                      item_rows, conversion, few)
         ]  # fmt: skip
 
     def _expert_group(self, op: ExpertGroup) -> list[Node]:
-        first = op.parts[0]
+        first, space = op.parts[0], self._workspace.routing
+        assert space is not None
         w = self.plan.weights[first.weight]
         type_id, k, n_out, n_expert, n_used = w.type_id, first.n_in, first.n_out, first.n_expert, first.n_used
         decode_list, prefill_list = self._expert_lists(first)
@@ -395,7 +416,13 @@ class Launches:
                 "rows": self._workspace.converted.address, "out": self._at(op.glu.out) if op.glu else m[0]["out"],
                 "out_stride": self._stride(op.glu.out) if op.glu else m[0]["out_stride"], "tile_bytes": tile_bytes,
                 "scales_at": layout.n_row_tiles(n_out) * tile_bytes, "n_chunks": layout.n_chunks(k),
-                "mode": PRODUCT_MODES["glu" if op.glu else "store"], "glu": GLU_KINDS[op.glu.kind] if op.glu else 0,
+                "mode": PRODUCT_MODES["glu" if op.glu else "mix" if op.sum else "store"],
+                "glu": GLU_KINDS[op.glu.kind] if op.glu else 0, "x": 0 if op.is_converted else self._at(first.inp),
+                "x_stride": self._stride(first.inp), "x_slot_stride": k if first.per_slot else 0,
+                "gates": self._at(op.sum.sum.gates) if op.sum else 0,
+                "sum": self._at(op.sum.out if op.sum else None),
+                "sum_stride": self._stride(op.sum.out if op.sum else None),
+                "arrived": space.mixed.address,
             }  # fmt: skip
             bounds = [
                 self._bound("experts_few", expert_layout.few_launch(
@@ -416,8 +443,12 @@ class Launches:
 
         for item_rows in expert_layout.PREFILL_ROWS:  # a name that the image lacks is an error now and not in a step
             prefill(1, item_rows)
-        conversion = self._conversion(k, first.inp, n_inputs=n_used if first.per_slot else 1)
-        return [ExpertProductNode(op.name, conversion, few, matvec, matmul, decode, prefill, self._glu_rows(op.glu))]
+        conversion = None
+        if not op.is_converted:
+            conversion = self._conversion(k, first.inp, n_inputs=n_used if first.per_slot else 1)
+        (total,) = self._expert_sum_add(op.sum) if op.sum else (None,)
+        glu = self._glu_rows(op.glu)
+        return [ExpertProductNode(op.name, conversion, few, matvec, matmul, decode, prefill, glu, total)]
 
     def _expert_sum(self, op: ExpertSum, into: View | None = None) -> list[Node]:
         n, out = op.out.width, into or op.out
@@ -532,6 +563,7 @@ MAKERS: dict[type[Op], Callable[[Launches, Any], list[Node]]] = {
     KvWrite: Launches._kv_write,
     Attention: Launches._attention,
     Route: Launches._route,
+    NormRoute: Launches._norm_route,
     ExpertGroup: Launches._expert_group,
     ExpertSum: Launches._expert_sum,
     ExpertSumAdd: Launches._expert_sum_add,

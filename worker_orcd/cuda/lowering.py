@@ -5,8 +5,9 @@ Rewrites, each local to neighbouring ops:
   - the norm that makes their input, where nothing else reads it,
   - the gated activation of their two results, where nothing else reads these,
   - or, for a single one, the addition of its result to the residual stream;
+- the norm before a router and its experts becomes part of the router, `NormRoute`, where nothing else reads it;
 - expert products of one weight type that read the same input become one `ExpertGroup` (gate and up), with the gated
-  activation of their results; the sum over experts and its addition to the residual stream one `ExpertSumAdd`;
+  activation of their results, or (down) with the sum over experts that is added to the residual stream;
 - rotation of q and k and the cache write become one `RopeKv`;
 - that and the attention after it become one `RopeKvAttention`.
 With `fuse=False` every op stays alone, so that any op's output can be looked at.
@@ -18,7 +19,20 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from worker_orcd.cuda import layout
-from worker_orcd.models.ops import Add, Attention, ExpertMatMul, ExpertSum, Glu, KvWrite, MatMul, Norm, Op, Rope, View
+from worker_orcd.models.ops import (
+    Add,
+    Attention,
+    ExpertMatMul,
+    ExpertSum,
+    Glu,
+    KvWrite,
+    MatMul,
+    Norm,
+    Op,
+    Rope,
+    Route,
+    View,
+)
 from worker_orcd.models.plan import Plan
 
 
@@ -38,14 +52,12 @@ class MatMulGroup(Op):
 
 
 @dataclass(frozen=True)
-class ExpertGroup(Op):
-    """The products of `parts`: of one input with the same experts, matrices of one type and shape.
+class NormRoute(Op):
+    """`route` of norm(inp[r]), and the conversion of norm(inp[r]) for the `ExpertGroup`s that read the same."""
 
-    With `glu` what is stored is its output, of the two parts' results.
-    """
-
-    parts: tuple[ExpertMatMul, ...]
-    glu: Glu | None = None
+    route: Route
+    norm: Norm
+    inp: View
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,20 @@ class ExpertSumAdd(Op):
 
     sum: ExpertSum
     out: View
+
+
+@dataclass(frozen=True)
+class ExpertGroup(Op):
+    """The products of `parts`: of one input with the same experts, matrices of one type and shape.
+
+    With `glu` what is stored is its output, of the two parts' results. With `sum` that of one part's results is added
+    to a residual stream. `is_converted`: the rows are those that a `NormRoute` before has converted.
+    """
+
+    parts: tuple[ExpertMatMul, ...]
+    glu: Glu | None = None
+    sum: ExpertSumAdd | None = None
+    is_converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,20 +111,19 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
         return tuple(_alone(op) for op in plan.ops)
     out: list[Op] = []
     ops, i = plan.ops, 0
+    normed: View | None = None  # of the last `NormRoute`
     while i < len(ops):
         op = ops[i]
-        if (group := _products(plan, i, max_group)) is not None:
-            out.append(group[0])
-            i = group[1]
+        if (products := _products(plan, i, max_group)) is not None:
+            out.append(products[0])
+            i = products[1]
+        elif isinstance(op, Norm) and (route := _route_after(ops, i, op)) is not None:
+            out.append(NormRoute(route.name, route, op, op.inp))
+            normed = op.out
+            i += 2
         elif isinstance(op, ExpertMatMul):
-            pair = (op, other) if i + 1 < len(ops) and _pairs(other := ops[i + 1], plan, op) else (op,)
-            i += len(pair)
-            glu = ops[i] if i < len(ops) else None
-            if isinstance(glu, Glu) and [part.out for part in pair] == [glu.gate, glu.up] and _unread(ops, i + 1, glu):
-                out.append(ExpertGroup(op.name, pair, glu))
-                i += 1
-            else:
-                out.append(ExpertGroup(op.name, pair))
+            group, i = _experts(plan, i, normed)
+            out.append(group)
         elif isinstance(op, ExpertSum) and i + 1 < len(ops) and _adds(add := ops[i + 1], ops, i + 2, op):
             out.append(ExpertSumAdd(op.name, op, add.out))
             i += 2
@@ -122,6 +147,44 @@ def _alone(op: Op) -> Op:
     if isinstance(op, MatMul):
         return MatMulGroup(op.name, (op,), op.inp)
     return ExpertGroup(op.name, (op,)) if isinstance(op, ExpertMatMul) else op
+
+
+def _route_after(ops: tuple[Op, ...], i: int, norm: Norm) -> Route | None:
+    """The router after the norm `i`, where nothing but it and products of experts reads the norm."""
+    route = ops[i + 1] if i + 1 < len(ops) else None
+    if norm.kind != "rms" or norm.group or not isinstance(route, Route) or route.inp != norm.out:
+        return None
+    after = i + 2
+    while after < len(ops) and isinstance(op := ops[after], ExpertMatMul) and not op.per_slot and op.inp == norm.out:
+        if _shares(op.out, norm.out) or _shares(op.out, norm.inp):
+            return None
+        after += 1
+    return None if _read_again(ops, after, norm.out) or _shares(norm.out, norm.inp) else route
+
+
+def _experts(plan: Plan, i: int, normed: View | None) -> tuple[ExpertGroup, int]:
+    """The group that begins with op `i`, a product of experts, and the index of the op after it."""
+    ops = plan.ops
+    op = ops[i]
+    assert isinstance(op, ExpertMatMul)
+    parts = (op, other) if i + 1 < len(ops) and _pairs(other := ops[i + 1], plan, op) else (op,)
+    i += len(parts)
+    is_converted = not op.per_slot and op.inp == normed
+    after = ops[i] if i < len(ops) else None
+    if isinstance(after, Glu) and [part.out for part in parts] == [after.gate, after.up] and _unread(ops, i + 1, after):
+        return ExpertGroup(op.name, parts, after, is_converted=is_converted), i + 1
+    if (
+        len(parts) == 1
+        and isinstance(after, ExpertSum)
+        and after.inp == op.out
+        and i + 1 < len(ops)
+        and _adds(add := ops[i + 1], ops, i + 2, after)
+        and not _read_again(ops, i + 2, op.out)
+        and not _shares(add.out, op.inp)
+    ):
+        total = ExpertSumAdd(after.name, after, add.out)
+        return ExpertGroup(op.name, parts, sum=total, is_converted=is_converted), i + 2
+    return ExpertGroup(op.name, parts, is_converted=is_converted), i
 
 
 def _products(plan: Plan, i: int, max_group: int) -> tuple[MatMulGroup, int] | None:

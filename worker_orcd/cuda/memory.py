@@ -84,9 +84,13 @@ class KvCache:
 
 @dataclass(frozen=True)
 class Routing:
-    """Scratch of layers of experts: router logits, and which pairs each expert has (`expert_layout.list_parts`)."""
+    """Scratch of layers of experts: router logits, 1 / root of the norms before, which pairs each expert has
+    (`expert_layout.list_parts`), and what blocks count: those of a router, and the results of each row tile."""
 
     partial: Region
+    roots: Region
+    arrived: Region
+    mixed: Region
     decode_list: Region
     prefill_list: Region
 
@@ -312,6 +316,9 @@ def _routing(end: _End, plan: Plan, rows: int) -> Routing | None:
     n_expert, n_used = (max(sizes) for sizes in zip(*routes, strict=True))
     return Routing(
         partial=end.add(expert_layout.route_partial_bytes(rows, n_expert)),
+        roots=end.add(4 * rows),
+        arrived=end.add(4),
+        mixed=end.add(4 * max(layout.n_row_tiles(op.n_out) for op in plan.ops if isinstance(op, ExpertMatMul))),
         decode_list=end.add(expert_layout.list_bytes(MAX_OUT * n_used, n_expert)),
         prefill_list=end.add(expert_layout.list_bytes(rows * n_used, n_expert)),
     )
