@@ -1,6 +1,6 @@
 """Types of pyx/worker_orcd/_engine.pyx: the CUDA engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,7 @@ from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.engine.token_edits import TokenEdits
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models.ops import Op
 from worker_orcd.models.plan import Plan
 
 #: type id of vectors that need no widening
@@ -40,6 +41,10 @@ class CudaEngine:
     n_vocab: int
     warm_rows: tuple[int, ...]
     warm_seqs: tuple[int, ...]
+    #: "fused" or "plain", as the environment asked for when the engine was made
+    lowering: str
+    #: the lowered ops of a step, in order
+    ops: tuple[Op, ...]
     def __init__(
         self,
         model_file: ModelFile,
@@ -84,6 +89,9 @@ class CudaEngine:
         self, batch: Batch, stop_after: str | None = None, control: Control | None = None
     ) -> NDArray[np.float32]:
         """Run one step without sampling: logits [n_out, n_vocab], or the buffer that op `stop_after` writes."""
+
+    def forward_ops(self, batch: Batch, ops: Sequence[Op]) -> NDArray[np.float32]:
+        """Run lowered ops in order, of either lowering or of both in turns: the whole buffer that the last writes."""
 
     def copy_block(self, group: int, source: int, target: int) -> None:
         """See `engine.Engine.copy_block`."""
