@@ -72,7 +72,8 @@ cdef class CudaEngine:
         device: index of the GPU.
         progress: called with (bytes done, bytes in all) while weights are loaded, first when that is under way; or
             None.
-        check: refuse NaN and infinity in values and block scales, as `ModelFile.check_tensors`.
+        check: refuse NaN and infinity in values and block scales, as `ModelFile.check_tensors`, and weights of K-quants
+            that are too large to be multiplied in fp16.
         context: a `Context` to use instead of opening one (tests); not closed by the engine.
         on_plan: called with (`VramPlan`, free bytes) before anything is allocated, also where it does not fit.
 

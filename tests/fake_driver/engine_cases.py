@@ -34,6 +34,7 @@ from worker_orcd.errors import (
     InvalidRequest,
     ModelLoadError,
 )
+from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import ops, plan
 
@@ -139,6 +140,43 @@ def test_infinity_is_refused_while_it_is_loaded(tensor, goldens_dir, tmp_path):
     assert leftovers() == NOTHING
     LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1, check_tensors=False).close()
     assert leftovers() == NOTHING
+
+
+@pytest.mark.parametrize("tensor", ["blk.1.attn_q.weight", "blk.1.ffn_down.weight"])
+def test_weights_that_a_gpu_cannot_multiply_are_refused(tensor, goldens_dir, tmp_path):
+    """Where tensors are checked; and where they are only looked up, or the CPU multiplies them, nothing is refused."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes((goldens_dir / "llama-Q4_K_M.gguf").read_bytes())
+    with ModelFile(path) as file:
+        info = file.tensors[tensor]
+        kind = quants.TYPES[info.type_id]
+    assert kind.block_size == 256
+    place = info.offset + 3 * kind.type_size
+    with open(path, "r+b") as raw:
+        raw.seek(place + kind.number_at[0])
+        raw.write(np.float16(5000).tobytes())
+    options = {"progress": False, "context_length": 64, "max_seqs": 1}
+    with pytest.raises(ModelLoadError, match=f"tensor '{tensor}' has a block of weights above 4,094") as e:
+        LLM(path, device="cuda:0", **options)
+    assert (e.value.fields["offset"], e.value.fields["tensor"]) == (place, tensor) and "--device cpu" in e.value.message
+    assert leftovers() == NOTHING
+    LLM(path, device="cuda:0", check_tensors=False, **options).close()
+    LLM(path, device="cpu", **options).close()
+
+
+def test_an_embedding_that_is_only_looked_up_may_be_large(goldens_dir, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes((goldens_dir / "phi3-Q4_K_M.gguf").read_bytes())
+    with ModelFile(path) as file:
+        built = plan.build(file)
+        info = file.tensors["token_embd.weight"]
+    kind = quants.TYPES[info.type_id]
+    assert kind.block_size == 256 and not any(getattr(op, "weight", "") == info.name for op in built.ops
+                                              if isinstance(op, ops.MatMul))  # fmt: skip
+    with open(path, "r+b") as raw:
+        raw.seek(info.offset + kind.number_at[0])
+        raw.write(np.float16(5000).tobytes())
+    LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1).close()
 
 
 def test_a_slot_that_is_set_begins_anew_and_alone(tiny):
