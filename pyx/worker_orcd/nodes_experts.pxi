@@ -104,12 +104,14 @@ cdef class ExpertProductNode(Node):
     cdef GluRows glu
     cdef list few, decode
     cdef object prefill
+    cdef int few_rows       # most rows of a launch of `few`
 
     def __init__(self, str name, Conversion conversion, list few, dict matvec, dict matmul, list decode, prefill,
                  GluRows glu=None):
         Node.__init__(self, name)
         self.conversion, self.few, self.glu = conversion, few, glu
-        self.decode, self.prefill = [None] * (DECODE_ROWS + 1) + decode, prefill
+        self.few_rows = len((<ExpertProduct>few[0]).bounds) - 1
+        self.decode, self.prefill = [None] * (self.few_rows + 1) + decode, prefill
         c.fill_ExpertMatvecParams(&self.v, matvec, ("x_slot_rows", "ring_bytes"))
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
 
@@ -127,7 +129,7 @@ cdef class ExpertProductNode(Node):
         cdef Bound bound
         cdef c.ExpertMatvecParams p
         self.conversion.enqueue(launches, 0, 0, n, n)
-        if n <= DECODE_ROWS:
+        if n <= self.few_rows:
             for product in self.few:
                 product.enqueue(launches, n, x_slot_rows)
             return 0
