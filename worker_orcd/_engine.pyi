@@ -1,13 +1,14 @@
 """Types of pyx/worker_orcd/_engine.pyx: the CUDA engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from worker_orcd._driver import Context
+from worker_orcd._driver import Context, Graph
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd._upload import UploadStats
+from worker_orcd.cuda.launches import StepLaunch
 from worker_orcd.cuda.memory import Arenas
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
@@ -110,6 +111,9 @@ class CudaEngine:
     ) -> NDArray[np.int32]:
         """Run up to `n_steps` steps of all `slots` together: the sampled tokens [steps_done, n]."""
 
+    def decode_parts(self, slots: ArrayLike, tokens: ArrayLike, positions: ArrayLike, n_steps: int) -> DecodeParts:
+        """A decode step of these rows in parts, for who measures."""
+
     def check_residency(self) -> list[str]:
         """What the driver says of every allocation that is not plain device memory."""
 
@@ -118,3 +122,19 @@ class CudaEngine:
 
     def close(self) -> None:
         """Free everything; the engine is dead afterwards. Idempotent."""
+
+class DecodeParts:
+    """The launches of a decode step of greedy rows, and graphs of some of them, for who measures."""
+
+    def __init__(
+        self, engine: CudaEngine, slots: ArrayLike, tokens: ArrayLike, positions: ArrayLike, n_steps: int
+    ) -> None: ...
+    @property
+    def launches(self) -> list[StepLaunch]:
+        """All of them, in order."""
+
+    def graph(self, chosen: Iterable[int]) -> Graph:
+        """Those of the indices `chosen`, recorded in that order and launched as in the step."""
+
+    def reset(self) -> None:
+        """The rows are again those of the first step."""

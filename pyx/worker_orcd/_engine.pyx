@@ -29,7 +29,7 @@ from worker_orcd._upload import FileRange, upload
 from worker_orcd.cuda import layout
 from worker_orcd.cuda import lowering as lowerings
 from worker_orcd.cuda import memory as cuda_memory
-from worker_orcd.cuda.launches import Launches
+from worker_orcd.cuda.launches import Launches, StepLaunch
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention, lower
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
@@ -98,6 +98,7 @@ cdef class CudaEngine:
     cdef DeviceMemory weights, kv, workspace
     cdef object launches    # `Launches`
     cdef list nodes, output_nodes, step_sampler, short
+    cdef list node_ops      # the lowered op of each of `nodes`, then of `output_nodes`
     cdef dict op_nodes      # lowered op -> its nodes, of ops that `forward_ops` was asked for
     cdef Stream stream
     cdef LaunchList pending     # of the part of a step that is being queued
@@ -430,9 +431,13 @@ cdef class CudaEngine:
 
     def _build(self):
         """Everything a step needs: launches, sampling, the staging area and the token ring."""
-        self.nodes, self.output_nodes = [], []
+        self.nodes, self.output_nodes, self.node_ops = [], [], []
+        output_ops = []
         for (_, nodes), op in zip(self.launches.nodes(self.ops), self.ops, strict=True):
-            (self.output_nodes if self.launches.is_output(plan_ops.output_of(_last(op))) else self.nodes).extend(nodes)
+            is_output = self.launches.is_output(plan_ops.output_of(_last(op)))
+            (self.output_nodes if is_output else self.nodes).extend(nodes)
+            (output_ops if is_output else self.node_ops).extend([op] * len(nodes))
+        self.node_ops += output_ops
         self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory.workspace))
         self.out_ring = self.context.pinned(_ring_offset(0) + RING_STEPS * MAX_BATCH * 4)
         memset(self.out_ring.host, 0, self.out_ring.nbytes)
@@ -556,6 +561,10 @@ cdef class CudaEngine:
             if control.is_set():
                 ending = True
 
+    def decode_parts(self, slots, tokens, positions, int n_steps):
+        """A decode step of these rows as a `DecodeParts`, for who measures; arguments and errors are its own."""
+        return DecodeParts(self, slots, tokens, positions, n_steps)
+
     # ---- the rest of the protocol
 
     def _enter(self):
@@ -611,6 +620,9 @@ cdef class CudaEngine:
             self.stream.close()
         if self.own_context:
             self.context.close()
+
+
+include "engine_parts.pxi"
 
 
 def _ring_offset(step):
