@@ -10,6 +10,7 @@ from worker_orcd._ring import Control, TokenRing
 from worker_orcd._upload import UploadStats
 from worker_orcd.cuda.launches import StepLaunch
 from worker_orcd.cuda.memory import Arenas
+from worker_orcd.cuda.slow_paths import SlowPath
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.engine.sampling import SamplingParams
@@ -46,6 +47,8 @@ class CudaEngine:
     lowering: str
     #: the lowered ops of a step, in order
     ops: tuple[Op, ...]
+    #: which matrices this GPU multiplies by a slower path
+    slow_paths: tuple[SlowPath, ...]
     def __init__(
         self,
         model_file: ModelFile,

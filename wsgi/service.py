@@ -282,6 +282,8 @@ class Service:
             warm_up_seconds=llm.warm_up_seconds,
             **{k: info.get(k) for k in _LOADED},
         )
+        for path in info.get("slow_paths") or ():
+            events.emit("slow_path", message=path)
         if info.get("tokenizer_source") == "beside":
             reason = "the model file holds no vocabulary; the tokenizer.json beside it is used"
             events.emit("tokenizer_beside", "warning", path=info["tokenizer_path"], message=reason)

@@ -31,6 +31,7 @@ from worker_orcd.cuda import lowering as lowerings
 from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.cuda.launches import Launches, StepLaunch
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention, lower
+from worker_orcd.cuda.slow_paths import slow_paths
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
 from worker_orcd.engine.token_edits import NO_EDITS
@@ -80,6 +81,7 @@ cdef class CudaEngine:
     Attributes:
         lowering: "fused" or "plain", `lowering.asked_for` when the engine was made.
         ops: the lowered ops of a step, in order.
+        slow_paths: the `SlowPath`s of the plan on this GPU.
 
     Raises:
         InvalidRequest: sizes out of range, an unknown WORKER_ORCD_LOWERING.
@@ -92,7 +94,7 @@ cdef class CudaEngine:
     """
 
     cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan, warm_rows, warm_seqs
-    cdef readonly object lowering, ops
+    cdef readonly object lowering, ops, slow_paths
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
@@ -124,6 +126,7 @@ cdef class CudaEngine:
         self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
         try:
+            self.slow_paths = slow_paths(plan, self.context.max_smem, self.lowering == "fused")
             self._allocate(model_file, on_plan)
             self._load(model_file, check, chunk_bytes, progress)
             self._build()

@@ -46,6 +46,16 @@ def test_inspect_tells_how_a_gpu_would_run_it(call, golden, monkeypatch):
     assert told()[0] == {"error": "WORKER_ORCD_LOWERING is fused or plain, not 'fast'"}
 
 
+def test_inspect_names_what_is_slow_on_any_gpu(call, goldens_dir):
+    path = goldens_dir / "llama-F16.gguf"
+    facts = json.loads(call("inspect", path, "--json")[1])
+    (slow,) = facts["gpu"]["slow"]
+    assert slow["types"] == ["F16"] and slow["tensors"]["blk.*.ffn_down.weight"] == 2
+    line = next(line for line in call("inspect", path)[1].splitlines() if line.startswith("  slow "))
+    assert "F16 blk.*.attn_q.weight (2)" in line and line.endswith(slow["reason"])
+    assert json.loads(call("inspect", goldens_dir / "llama-Q4_0.gguf", "--json")[1])["gpu"]["slow"] == []
+
+
 def test_inspect_escapes_what_a_file_says():
     from worker_orcd.diagnose import inspect
 

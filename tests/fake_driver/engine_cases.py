@@ -179,6 +179,13 @@ def test_an_embedding_that_is_only_looked_up_may_be_large(goldens_dir, tmp_path)
     LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1).close()
 
 
+def test_an_engine_tells_what_is_slow_on_its_gpu(goldens_dir):
+    with LLM(goldens_dir / "llama-F16.gguf", device="cuda:0", progress=False, max_seqs=1) as llm:
+        assert len(llm.info.slow_paths) == 1 and llm.info.slow_paths[0].startswith("F16 blk.*.attn_q.weight (2), ")
+    with LLM(goldens_dir / "llama-Q4_0.gguf", device="cuda:0", progress=False, max_seqs=1) as llm:
+        assert llm.info.slow_paths == ()
+
+
 def test_a_slot_that_is_set_begins_anew_and_alone(tiny):
     """What is sent and cleared of one slot, and nothing of its neighbours; who asks for little sends little."""
     engine = _engine.CudaEngine(*tiny)

@@ -15,6 +15,7 @@ from typing import Any
 
 from worker_orcd.config import ServeConfig
 from worker_orcd.cuda import lowering
+from worker_orcd.cuda.slow_paths import SlowPath, slow_paths
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import WorkerError, excerpt
@@ -187,9 +188,11 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
 
 
 def _gpu(p: plan.Plan) -> dict[str, Any]:
-    """How the CUDA engine would run the plan: by which lowering, in how many ops."""
+    """How the CUDA engine would run the plan: by which lowering, in how many ops, and what would be slow on any GPU."""
     chosen = lowering.asked_for()
-    return {"lowering": chosen, "ops": len(lowering.lower(p, fuse=chosen == "fused"))}
+    fuse = chosen == "fused"
+    slow = [{"reason": s.reason, "types": s.types, "tensors": dict(s.tensors)} for s in slow_paths(p, fuse=fuse)]
+    return {"lowering": chosen, "ops": len(lowering.lower(p, fuse)), "slow": slow}
 
 
 def _vram_plan(p: plan.Plan) -> dict[str, int]:
@@ -243,8 +246,14 @@ def as_text(facts: dict[str, Any]) -> str:
         vram = memory["vram_plan"]
         title = "on a GPU" if "error" in vram else f"on a GPU, {VRAM_SEQS} sequences, KV cache of one full context"
         _section(out, title, vram if "error" in vram else {k: f"{n:>16,d}" for k, n in vram.items()})
-    _section(out, "kernels of a GPU", facts["gpu"])
+    _section(out, "kernels of a GPU", {key: value for key, value in facts["gpu"].items() if key != "slow"})
+    out += [f"  slow      {_safe(_slow(path), 4 * _MAX_TEXT)}" for path in facts["gpu"].get("slow", ())]
     return "\n".join(out)
+
+
+def _slow(path: Mapping[str, Any]) -> str:
+    """A slow path as `SlowPath` writes it."""
+    return str(SlowPath(path["reason"], tuple(path["types"]), tuple(path["tensors"].items())))
 
 
 def _section(out: list[str], title: str, values: Mapping[str, Any]) -> None:
