@@ -23,6 +23,8 @@ from gpu.kernel_harness import CONSTANTS, Gpu, params  # noqa: E402
 from gpu.ops_host import KV_BLOCK, rule  # noqa: E402
 from gpu.test_sample import Sampler, is_short  # noqa: E402
 
+from worker_orcd._nodes import attention_heads, decode_grid, decode_max_splits, decode_smem  # noqa: E402
+
 #: bytes of KV cache to rotate through: well over the L2 of the GPUs this is for
 ROTATE = 256 << 20
 #: name, n_head, n_head_kv, head_dim
@@ -67,17 +69,11 @@ def decode(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_keys: int) -> d
     out = gpu.empty((n_seqs, n_head * head_dim))
     positions = gpu.buffer(np.full(n_seqs, n_keys - 1, np.int32))
     slots = gpu.buffer(np.arange(n_seqs, dtype=np.int32))
-    max_splits = rule("decode_max_splits", n_keys, 0)
-    heads = n_head_kv * rule("decode_head_tiles", n_head, n_head_kv)
+    max_splits, heads = decode_max_splits(n_keys, 0), attention_heads(n_head, n_head_kv)
     partial = gpu.empty((n_seqs, n_head, max_splits, head_dim + 4))
     counters = gpu.buffer(np.zeros((n_seqs, heads), np.uint32))
-    # as AttentionNode has it
-    blocks, grid_x, stages = n_seqs * heads, 1, 1
-    if blocks <= gpu.n_sm and rule("decode_smem_bytes", head_dim, 2) + 4096 <= gpu.max_smem:
-        stages = 2
-    smem = rule("decode_smem_bytes", head_dim, stages)
-    if n_seqs <= rule("decode_partial_rows", heads):
-        grid_x = max(1, min(max_splits, gpu.n_sm * min(2, gpu.max_smem // smem) // blocks))
+    sizes = decode_smem(head_dim, gpu.max_smem)
+    grid_x, stages, smem = decode_grid(n_seqs, heads, max_splits, sizes, gpu.n_sm, gpu.max_smem)
     kernel = gpu.kernel("attention_decode", f"attention_decode_{head_dim}")
     k, v = (x.ptr + 4 * n * head_dim for n in (n_head, n_head + n_head_kv))
     launches = [

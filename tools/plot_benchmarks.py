@@ -36,6 +36,7 @@ class Measure:
 MEASURES = {
     "decode_tps": Measure("Decode, all sequences together", "tokens/s", "batch"),
     "prefill_tps": Measure("Prefill of one prompt", "tokens/s", "prompt"),
+    "phase_us": Measure("Launches of a decode step by what they are for", "us", "batch"),
     "load_gbps": Measure("Load of the weights", "GB/s"),
     "first_token_s": Measure("From the start of the process to the first token", "s"),
     "logits_nmse": Measure("Normalized mean squared error of the logits", "1"),
@@ -61,6 +62,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: Count | None = None
     distinct: bool | None = None
     prompt: Count | None = None
+    phase: Text | None = None
     cpu: Text | None = None
     note: Text | None = None
 
@@ -79,7 +81,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What it is comparable with inside its panel, whichever program ran."""
         size = MEASURES[self.measure].size
         alike = ", all alike" if self.distinct is False else ""
-        return f"{size} {getattr(self, size)}{alike}" if size else self.model
+        phase = f", {self.phase}" if self.phase else ""
+        return f"{size} {getattr(self, size)}{alike}{phase}" if size else self.model
 
 
 class BadRow(Exception):
@@ -102,7 +105,7 @@ def read(path: Path) -> list[tuple[int, Row]]:
         if fault := fault_of(row):
             raise BadRow(f"{path}:{number}: {fault}")
         key = (row.date, row.program, row.commit, row.machine, row.model)
-        key += (row.measure, row.batch, row.prompt, row.distinct)
+        key += (row.measure, row.batch, row.prompt, row.distinct, row.phase)
         if key in seen:
             raise BadRow(f"{path}:{number}: the same figure as in line {seen[key]}: only `value` could differ")
         seen[key] = number
@@ -121,6 +124,8 @@ def fault_of(row: Row) -> str | None:
         given = getattr(row, field) is not None
         if given != (field == measure.size):
             return f"`{field}` {'does not belong to' if given else 'is missing from'} {row.measure}"
+    if (row.phase is not None) != (row.measure == "phase_us"):
+        return f"`phase` {'does not belong to' if row.phase is not None else 'is missing from'} {row.measure}"
     if (row.distinct is not None) != ((row.batch or 1) > 1):
         return "`distinct` belongs to rows with a batch above 1, and to no other"
     if (row.gpu is None) == (row.cpu is None):
@@ -176,7 +181,8 @@ def draw_panel(where, rows: list[tuple[int, Row]]) -> None:
         lines.setdefault((series.index(row.series), programs.index(row.program)), []).append((number, row))
     for (of_series, of_program), points in sorted(lines.items()):
         # programs are told apart by colour; where there are many series and hardly a program, series are
-        color = f"C{of_program if MEASURES[rows[0][1].measure].size else of_series}"
+        by_program = MEASURES[rows[0][1].measure].size and rows[0][1].phase is None
+        color = f"C{of_program if by_program else of_series}"
         marker = MARKERS[of_series % len(MARKERS)]
         label = f"{programs[of_program]}, {series[of_series]}"
         x = [runs.index((r.date, r.program, r.commit)) for _, r in points]

@@ -177,6 +177,10 @@ class Stream:
     def abandon_capture(self) -> None:
         """Stop recording and forget what was recorded. Never raises."""
 
+    @property
+    def pointer(self) -> int:
+        """The driver's handle, for another library; 0 once closed."""
+
     def close(self) -> None:
         """Let go of the stream; what is queued still runs. Idempotent."""
 

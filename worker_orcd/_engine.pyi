@@ -1,19 +1,22 @@
 """Types of pyx/worker_orcd/_engine.pyx: the CUDA engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from worker_orcd._driver import Context
+from worker_orcd._driver import Context, Graph
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd._upload import UploadStats
+from worker_orcd.cuda.launches import StepLaunch
 from worker_orcd.cuda.memory import Arenas
+from worker_orcd.cuda.slow_paths import SlowPath
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.engine.sampling import SamplingParams
 from worker_orcd.engine.token_edits import TokenEdits
 from worker_orcd.gguf.model_file import ModelFile
+from worker_orcd.models.ops import Op
 from worker_orcd.models.plan import Plan
 
 #: type id of vectors that need no widening
@@ -40,6 +43,12 @@ class CudaEngine:
     n_vocab: int
     warm_rows: tuple[int, ...]
     warm_seqs: tuple[int, ...]
+    #: "fused" or "plain", as the environment asked for when the engine was made
+    lowering: str
+    #: the lowered ops of a step, in order
+    ops: tuple[Op, ...]
+    #: which matrices this GPU multiplies by a slower path
+    slow_paths: tuple[SlowPath, ...]
     def __init__(
         self,
         model_file: ModelFile,
@@ -85,6 +94,9 @@ class CudaEngine:
     ) -> NDArray[np.float32]:
         """Run one step without sampling: logits [n_out, n_vocab], or the buffer that op `stop_after` writes."""
 
+    def forward_ops(self, batch: Batch, ops: Sequence[Op]) -> NDArray[np.float32]:
+        """Run lowered ops in order, of either lowering or of both in turns: the whole buffer that the last writes."""
+
     def copy_block(self, group: int, source: int, target: int) -> None:
         """See `engine.Engine.copy_block`."""
 
@@ -102,6 +114,9 @@ class CudaEngine:
     ) -> NDArray[np.int32]:
         """Run up to `n_steps` steps of all `slots` together: the sampled tokens [steps_done, n]."""
 
+    def decode_parts(self, slots: ArrayLike, tokens: ArrayLike, positions: ArrayLike, n_steps: int) -> DecodeParts:
+        """A decode step of these rows in parts, for who measures."""
+
     def check_residency(self) -> list[str]:
         """What the driver says of every allocation that is not plain device memory."""
 
@@ -110,3 +125,19 @@ class CudaEngine:
 
     def close(self) -> None:
         """Free everything; the engine is dead afterwards. Idempotent."""
+
+class DecodeParts:
+    """The launches of a decode step of greedy rows, and graphs of some of them, for who measures."""
+
+    def __init__(
+        self, engine: CudaEngine, slots: ArrayLike, tokens: ArrayLike, positions: ArrayLike, n_steps: int
+    ) -> None: ...
+    @property
+    def launches(self) -> list[StepLaunch]:
+        """All of them, in order."""
+
+    def graph(self, chosen: Iterable[int]) -> Graph:
+        """Those of the indices `chosen`, recorded in that order and launched as in the step."""
+
+    def reset(self) -> None:
+        """The rows are again those of the first step."""

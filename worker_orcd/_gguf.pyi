@@ -112,6 +112,8 @@ class GgufFile:
     def __exit__(self, *exc: object) -> None: ...
 
 def check_ranges(
-    ranges: Iterable[tuple[int, tuple[int, str, tuple[int, ...]], int, int]], n_threads: int
+    ranges: Iterable[tuple[int, tuple[int, str, tuple[int, ...]] | tuple[int, str, tuple[int, ...], str], int, int]],
+    n_threads: int,
 ) -> tuple[int, int, str] | None:
-    """The first NaN or infinity in (descriptor, type id, offset, nbytes) runs: (index of the run, offset, what)."""
+    """The first number that no weight may be in (descriptor, rule, offset, nbytes) runs: (index of the run, offset,
+    what)."""

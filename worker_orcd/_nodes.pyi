@@ -27,6 +27,11 @@ def decode_partial_rows(heads: int) -> int:
 def decode_smem(head_dim: int, max_smem: int) -> tuple[int, ...]:
     """Dynamic shared memory of decode attention by its number of stages, from 1 on."""
 
+def decode_grid(
+    n_rows: int, heads: int, max_splits: int, smem: tuple[int, ...], sm_count: int, max_smem: int
+) -> tuple[int, int, int]:
+    """The decode attention launch of `n_rows` rows: (blocks that share a row, stages, dynamic shared memory bytes)."""
+
 def prefill_smem(head_dim: int) -> int:
     """Dynamic shared memory of prefill attention."""
 
@@ -135,7 +140,7 @@ class RouteNode(Node):
         grid: Callable[[int], tuple[int, int, int]],
         item_rows: Callable[[int], int],
         conversion: Conversion | None = None,
-        few: tuple[Kernel, int, int, int] | None = None,
+        few: tuple[Kernel, int, int, int, int] | None = None,
     ) -> None: ...
 
 class ExpertProduct:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_DEAD = 0, 1, 70
 #: seconds that open streams get to send their terminal event once their jobs have ended
 FLUSH_SEC = 0.5
+#: facts of `ModelInfo` that the log tells of a load
+_LOADED = ("quant_kind", "device", "lowering", "context_length", "kv_bytes", "vram_bytes")
 #: facts of `ModelInfo` that say how many jobs run together
 _CAPACITY = ("max_seqs", "kv_positions", "default_seqs", "full_context_seqs")
 _PROGRESS_STEPS = (25, 50, 75, 100)
@@ -278,8 +280,10 @@ class Service:
             seconds=seconds,
             gb_per_s=n_bytes / 1e9 / max(seconds, 1e-9),
             warm_up_seconds=llm.warm_up_seconds,
-            **{k: info.get(k) for k in ("quant_kind", "device", "context_length", "kv_bytes", "vram_bytes")},
+            **{k: info.get(k) for k in _LOADED},
         )
+        for path in info.get("slow_paths") or ():
+            events.emit("slow_path", message=path)
         if info.get("tokenizer_source") == "beside":
             reason = "the model file holds no vocabulary; the tokenizer.json beside it is used"
             events.emit("tokenizer_beside", "warning", path=info["tokenizer_path"], message=reason)

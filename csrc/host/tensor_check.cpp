@@ -80,6 +80,21 @@ size_t first_bad_number(const Rule& r, const uint8_t* data, size_t n) {
     return n;
 }
 
+// Offset of the first block of data[0, n) whose weights a GPU cannot take; n: there is none.
+size_t first_large(const Rule& r, const uint8_t* data, size_t n) {
+    const KNumbers numbers = k_numbers(r.weights);
+    const size_t bytes = r.block_bytes;
+    for (size_t group = 0; group < n; group += 64 * bytes) {
+        const size_t end = std::min(n, group + 64 * bytes);
+        bool safe = true;
+        for (size_t i = group; i < end; i += bytes) safe &= is_safe(numbers, data + i);
+        if (safe) continue;
+        for (size_t i = group; i < end; i += bytes)
+            if (!k_weights_fit(r.weights, numbers, data + i)) return i;
+    }
+    return n;
+}
+
 constexpr size_t kChunkBytes = 256 * 1024;
 
 // A run of whole blocks of one range, at most kChunkBytes.
@@ -131,6 +146,13 @@ struct Work {
 
 Kind scan(const Rule& rule, const uint8_t* data, size_t nbytes, size_t* at) noexcept {
     *at = first_bad_number(rule, data, nbytes);
+    if (rule.weights != kNoKQuant) {
+        const size_t whole = *at / rule.block_bytes * rule.block_bytes, large = first_large(rule, data, whole);
+        if (large < whole) {
+            *at = large;
+            return kLarge;
+        }
+    }
     if (*at == nbytes) return kFine;
     if (rule.number == kE8M0) return kExponent;
     return rule.block_bytes == kNumberBytes[rule.number] ? kValue : kScale;

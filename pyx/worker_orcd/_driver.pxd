@@ -75,10 +75,13 @@ cdef struct LaunchRecord:
 cdef class LaunchList:
     cdef vector[LaunchRecord] records
     cdef vector[uint64_t] params
+    cdef list kernels       # the `Kernel` of each
     cdef int add(self, Kernel kernel, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int block,
                  unsigned int smem, const void* params, size_t nbytes, bint pdl) except -1
     cdef void clear(self) noexcept
     cdef int queue(self, cu.CUstream stream) except -1 nogil
+    cdef int queue_one(self, size_t i, cu.CUstream stream) except -1 nogil
+    cdef tuple describe(self, size_t i)
 
 
 cdef class DeviceMemory:

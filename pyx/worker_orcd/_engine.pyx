@@ -27,9 +27,11 @@ from worker_orcd._driver import device_copy_gbps
 from worker_orcd._nodes import attention_heads, decode_max_splits, decode_partial_rows, sample_sizes
 from worker_orcd._upload import FileRange, upload
 from worker_orcd.cuda import layout
+from worker_orcd.cuda import lowering as lowerings
 from worker_orcd.cuda import memory as cuda_memory
-from worker_orcd.cuda.launches import Launches
+from worker_orcd.cuda.launches import Launches, StepLaunch
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention, lower
+from worker_orcd.cuda.slow_paths import slow_paths
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
 from worker_orcd.engine.token_edits import NO_EDITS
@@ -71,11 +73,18 @@ cdef class CudaEngine:
         device: index of the GPU.
         progress: called with (bytes done, bytes in all) while weights are loaded, first when that is under way; or
             None.
-        check: refuse NaN and infinity in values and block scales, as `ModelFile.check_tensors`.
+        check: refuse NaN and infinity in values and block scales, as `ModelFile.check_tensors`, and weights of K-quants
+            that are too large to be multiplied in fp16.
         context: a `Context` to use instead of opening one (tests); not closed by the engine.
         on_plan: called with (`VramPlan`, free bytes) before anything is allocated, also where it does not fit.
 
+    Attributes:
+        lowering: "fused" or "plain", `lowering.asked_for` when the engine was made.
+        ops: the lowered ops of a step, in order.
+        slow_paths: the `SlowPath`s of the plan on this GPU.
+
     Raises:
+        InvalidRequest: sizes out of range, an unknown WORKER_ORCD_LOWERING.
         InsufficientVram: weights, KV cache and workspace need more than is free, or the driver gives less than it said;
             carries both numbers.
         InsufficientMemory: the system gives no page-locked memory.
@@ -85,11 +94,14 @@ cdef class CudaEngine:
     """
 
     cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan, warm_rows, warm_seqs
+    cdef readonly object lowering, ops, slow_paths
     cdef readonly Context context
     cdef readonly int n_vocab
     cdef DeviceMemory weights, kv, workspace
     cdef object launches    # `Launches`
-    cdef list nodes, output_nodes, named_nodes, step_sampler, short
+    cdef list nodes, output_nodes, step_sampler, short
+    cdef list node_ops      # the lowered op of each of `nodes`, then of `output_nodes`
+    cdef dict op_nodes      # lowered op -> its nodes, of ops that `forward_ops` was asked for
     cdef Stream stream
     cdef LaunchList pending     # of the part of a step that is being queued
     cdef PinnedMemory staging, out_ring
@@ -103,15 +115,18 @@ cdef class CudaEngine:
                  Context context=None, on_plan=None, bint check=False):
         if not 1 <= config.max_seqs <= MAX_BATCH:
             raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
+        self.lowering = lowerings.asked_for()
         self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
-        self.graphs, self.pending = {}, LaunchList()
+        self.graphs, self.op_nodes, self.pending = {}, {}, LaunchList()
         check_supported(model_file, plan)
+        self.ops = lower(plan, fuse=self.lowering == "fused")
         self.memory = plan_memory(plan, config)
         self.own_context = context is None
         self.context = Context(device) if context is None else context
         self.block_tables = np.full((len(plan.kv_groups), config.max_seqs, config.max_blocks_per_seq), -1, np.int32)
         self.rope_tables = np.zeros(config.max_seqs, np.int32)
         try:
+            self.slow_paths = slow_paths(plan, self.context.max_smem, self.lowering == "fused")
             self._allocate(model_file, on_plan)
             self._load(model_file, check, chunk_bytes, progress)
             self._build()
@@ -369,12 +384,15 @@ cdef class CudaEngine:
     def forward(self, batch, stop_after=None, control=None):
         """See `engine.Engine.forward`. With `stop_after` the plan runs op by op, nothing fused."""
         cdef Shape shape
+        if stop_after is not None:
+            names = [op.name for op in self.plan.ops]
+            if stop_after not in names:
+                raise InvalidRequest(f"the plan has no op {stop_after!r}", field="stop_after")
+            return self.forward_ops(batch, lower(self.plan, fuse=False)[:names.index(stop_after) + 1])
         self._enter()
         tokens, positions, slots, output_indices = self._check_batch(batch)
         shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, 0
         shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
-        if stop_after is not None:
-            return self._forward_until(stop_after, len(tokens), batch.n_decode, shape.n_tiles, output_indices)
         self._enqueue(self.nodes, &shape)
         self._finish()
         logits = np.empty((len(output_indices), self.n_vocab), np.float32)
@@ -387,34 +405,42 @@ cdef class CudaEngine:
             logits[start:start + len(part)] = self._logits(len(part))
         return logits
 
-    def _forward_until(self, stop_after, int n_rows, int n_decode, int n_tiles, output_indices):
+    def forward_ops(self, batch, ops):
+        """Run lowered ops of the plan in order, of either lowering or of both in turns; nothing is sampled.
+
+        Args:
+            batch: as of `forward`; of more than 64 output rows the first 64 count.
+            ops: as `lower` makes them, from the first of a step on.
+
+        Returns:
+            float32 [rows or output rows, width], the whole buffer that the last of them writes.
+        """
         cdef Shape shape
-        if self.named_nodes is None:
-            self.named_nodes = self.launches.nodes(lower(self.plan, fuse=False))
-        names = [op.name for op in self.plan.ops]
-        if stop_after not in names:
-            raise InvalidRequest(f"the plan has no op {stop_after!r}", field="stop_after")
-        if len(output_indices) > MAX_BATCH:
-            output_indices = output_indices[:MAX_BATCH]
-        shape.n_rows, shape.n_decode, shape.n_tiles, shape.n_out = n_rows, n_decode, n_tiles, len(output_indices)
-        for name, nodes in self.named_nodes:
-            self._enqueue(nodes, &shape)
-            if name == stop_after:
-                break
+        self._enter()
+        tokens, positions, slots, output_indices = self._check_batch(batch)
+        output_indices = output_indices[:MAX_BATCH]
+        shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(output_indices)
+        shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
+        for op in ops:
+            if op not in self.op_nodes:
+                (_, self.op_nodes[op]), = self.launches.nodes((op,))
+            self._enqueue(self.op_nodes[op], &shape)
         self._finish()
-        view = plan_ops.output_of(self.plan.ops[names.index(stop_after)])
-        buffer = self.plan.buffers[view.buf]
-        return self._read(view.buf, np.empty((n_rows if buffer.rows == "tokens" else len(output_indices), buffer.width),
-                                             np.float32))
+        view = plan_ops.output_of(_last(ops[-1]))
+        n_rows = shape.n_out if self.launches.is_output(view) else shape.n_rows
+        return self._read(view.buf, np.empty((n_rows, self.plan.buffers[view.buf].width), np.float32))
 
     # ---- the decode loop
 
     def _build(self):
         """Everything a step needs: launches, sampling, the staging area and the token ring."""
-        ops = lower(self.plan)
-        self.nodes, self.output_nodes = [], []
-        for (_, nodes), op in zip(self.launches.nodes(ops), ops, strict=True):
-            (self.output_nodes if self.launches.is_output(plan_ops.output_of(_last(op))) else self.nodes).extend(nodes)
+        self.nodes, self.output_nodes, self.node_ops = [], [], []
+        output_ops = []
+        for (_, nodes), op in zip(self.launches.nodes(self.ops), self.ops, strict=True):
+            is_output = self.launches.is_output(plan_ops.output_of(_last(op)))
+            (self.output_nodes if is_output else self.nodes).extend(nodes)
+            (output_ops if is_output else self.node_ops).extend([op] * len(nodes))
+        self.node_ops += output_ops
         self.staging = self.context.pinned(cuda_memory.staging_bytes(self.memory.workspace))
         self.out_ring = self.context.pinned(_ring_offset(0) + RING_STEPS * MAX_BATCH * 4)
         memset(self.out_ring.host, 0, self.out_ring.nbytes)
@@ -538,6 +564,10 @@ cdef class CudaEngine:
             if control.is_set():
                 ending = True
 
+    def decode_parts(self, slots, tokens, positions, int n_steps):
+        """A decode step of these rows as a `DecodeParts`, for who measures; arguments and errors are its own."""
+        return DecodeParts(self, slots, tokens, positions, n_steps)
+
     # ---- the rest of the protocol
 
     def _enter(self):
@@ -583,8 +613,8 @@ cdef class CudaEngine:
             pass        # the context is lost; freeing is all that is left
         for graph in self.graphs.values():
             graph.close()
-        self.graphs, self.launches = {}, None
-        self.nodes = self.output_nodes = self.named_nodes = self.step_sampler = None
+        self.graphs, self.op_nodes, self.launches = {}, {}, None
+        self.nodes = self.output_nodes = self.step_sampler = None
         self.decode_samplers = {}
         for memory in (self.weights, self.kv, self.workspace, self.staging, self.out_ring):
             if memory is not None:
@@ -595,6 +625,9 @@ cdef class CudaEngine:
             self.context.close()
 
 
+include "engine_parts.pxi"
+
+
 def _ring_offset(step):
     """Byte offset of a step's row in the pinned token ring; its first 256 bytes hold the step number."""
     return 256 + step % RING_STEPS * (MAX_BATCH * 4)
@@ -603,7 +636,7 @@ def _ring_offset(step):
 def _last(op):
     """The plan op whose output a lowered op writes."""
     if isinstance(op, MatMulGroup | ExpertGroup):
-        return op.parts[-1]
+        return op.glu or op.parts[-1]
     if isinstance(op, RopeKvAttention):
         return op.attention
     return op.kv if isinstance(op, RopeKv) else op

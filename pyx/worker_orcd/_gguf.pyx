@@ -93,10 +93,13 @@ _TYPE_NAMES = {
 }  # fmt: skip
 #: how a number may be written, see `check_ranges`
 _NUMBERS = {"F32": CHECK_F32, "F16": CHECK_F16, "BF16": CHECK_BF16, "E8M0": CHECK_E8M0}
+#: types whose weights may be too large for a GPU
+_K_QUANTS = {"Q2_K": CHECK_Q2_K, "Q3_K": CHECK_Q3_K, "Q4_K": CHECK_Q4_K, "Q5_K": CHECK_Q5_K, "Q6_K": CHECK_Q6_K}
 #: what `check_ranges` says of a fault, by its kind
 CHECK_REASONS = {
     1: "holds NaN or infinity", 2: "holds NaN or infinity in a block scale", 3: "holds the E8M0 scale 255 (NaN)",
     4: "is cut: the file ends inside it", 6: "is no run of whole blocks",
+    7: "has a block of weights above 4,094, which a GPU cannot multiply; the CPU engine takes it (--device cpu)",
 }  # fmt: skip
 
 
@@ -508,11 +511,13 @@ cdef dict _tensor_infos(vector[Tensor]& tensors):
 cdef Rule rule_of(tuple description):
     """The C form of a rule, see `check_ranges`."""
     cdef Rule rule
-    block_bytes, number, offsets = description
-    if number not in _NUMBERS or not 1 <= len(offsets) <= 2 or max(offsets) >= block_bytes:
+    block_bytes, number, offsets, *weights = description
+    if number not in _NUMBERS or not 1 <= len(offsets) <= 2 or max(offsets) >= block_bytes or not (
+            weights == [] or (len(weights) == 1 and weights[0] in _K_QUANTS)):
         raise ValueError(f"no rule to check numbers by: {description}")
     rule.block_bytes, rule.n_at = block_bytes, len(offsets)
     rule.number = <Number><int>_NUMBERS[number]
+    rule.weights = <KQuant><int>(_K_QUANTS[weights[0]] if weights else CHECK_NO_K_QUANT)
     for i, offset in enumerate(offsets):
         rule.at[i] = offset
     return rule
@@ -523,7 +528,8 @@ def check_ranges(ranges, int n_threads) -> tuple[int, int, str] | None:
 
     Args:
         ranges: (file descriptor, rule, offset, nbytes) each, whole blocks; read with pread. A rule is (bytes of a
-            block, format of its numbers, offsets of those in the block): `QuantType.check_rule`.
+            block, format of its numbers, offsets of those in the block): `QuantType.check_rule`; or
+            `QuantType.gpu_check_rule`, which has the type's name for K-quants: then their weights must fit a GPU too.
         n_threads: threads to use at most.
 
     Returns:

@@ -45,6 +45,23 @@ def decode_smem(int head_dim, int max_smem):
     return tuple(size for i, size in enumerate(sizes) if i == 0 or size + DECODE_STATIC_SMEM <= max_smem)
 
 
+def decode_grid(int n_rows, int heads, int max_splits, tuple smem, int sm_count, int max_smem):
+    """The decode attention launch of `n_rows` rows: (blocks that share a row, stages, dynamic shared memory bytes).
+    Results depend on none of them.
+
+    Args:
+        heads, max_splits, smem: `attention_heads`, `decode_max_splits` and `decode_smem`.
+        sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
+    """
+    blocks, splits = heads * n_rows, 1
+    # few blocks are faster each, many fit together
+    stages = len(smem) if blocks <= sm_count else 1
+    # as many blocks as run at once, where the workspace has room for the splits of so many rows
+    if n_rows <= c.decode_partial_rows(heads):
+        splits = max(1, min(max_splits, sm_count * min(2, max_smem // smem[stages - 1]) // blocks))
+    return splits, stages, smem[stages - 1]
+
+
 def prefill_smem(int head_dim):
     """Dynamic shared memory of prefill attention."""
     return c.prefill_smem_bytes(head_dim)
@@ -154,16 +171,10 @@ cdef class AttentionNode(Node):
         return 0
 
     cdef int _decode(self, LaunchList launches, unsigned int n_rows) except -1:
-        """Results depend neither on the blocks that share a row nor on the stages."""
         cdef c.AttentionDecodeParams p = self.d
-        cdef unsigned int blocks = self.heads * n_rows, splits = 1, smem
-        # few blocks are faster each, many fit together
-        p.stages = len(self.decode_smem) if blocks <= self.sm_count else 1
-        smem = self.decode_smem[p.stages - 1]
-        # as many blocks as run at once, where the workspace has room for the splits of so many rows
-        if n_rows <= <unsigned int>c.decode_partial_rows(self.heads):
-            splits = self.sm_count * min(2, self.max_smem // smem) // blocks
-            splits = max(1, min(<unsigned int>p.max_splits, splits))
+        cdef unsigned int splits, smem
+        splits, p.stages, smem = decode_grid(n_rows, self.heads, p.max_splits, self.decode_smem, self.sm_count,
+                                             self.max_smem)
         return launches.add(self.decode_kernel, splits, self.heads, n_rows, c.DECODE_THREADS, smem, &p, sizeof(p), True)
 
     cdef int _rope(self, LaunchList launches, int row, int n) except -1:

@@ -85,7 +85,8 @@ class FileRange:
         offset, nbytes: where in it.
         to: the device address it belongs at, or None: it passes through staging and `consume`.
         tag: what `consume` is told, for example (tensor, first row, rows).
-        rule: how the bytes, whole blocks, are checked for NaN and infinity (`QuantType.check_rule`); None: any bytes.
+        rule: how the bytes, whole blocks, are checked for NaN and infinity (`QuantType.check_rule`), and for weights
+            that are too large (`gpu_check_rule`); None: any bytes.
         name: what the error calls them.
     """
 

@@ -90,6 +90,11 @@ cdef class Stream:
             if graph != NULL:
                 cu.cuGraphDestroy(graph)
 
+    @property
+    def pointer(self):
+        """The driver's handle, for another library; 0 once closed."""
+        return <uintptr_t>self.handle
+
     def close(self):
         """Let go of the stream; what is queued still runs. Idempotent; never raises."""
         if self.handle != NULL and self.context.usable():
@@ -293,6 +298,9 @@ cdef class LaunchList:
     """Launches in order: put together with the Python lock, queued without it, for the driver takes microseconds for
     each and a step has hundreds."""
 
+    def __cinit__(self):
+        self.kernels = []
+
     cdef int add(self, Kernel kernel, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int block,
                  unsigned int smem, const void* params, size_t nbytes, bint pdl) except -1:
         """As `launch_nogil`; it takes a copy of the `nbytes` bytes of `params`."""
@@ -303,21 +311,34 @@ cdef class LaunchList:
         self.params.resize(record.first_word + (nbytes + 7) // 8)
         memcpy(self.params.data() + record.first_word, params, nbytes)
         self.records.push_back(record)
+        self.kernels.append(kernel)
         return 0
 
     cdef void clear(self) noexcept:
         """Forget them."""
         self.records.clear()
         self.params.clear()
+        self.kernels.clear()
 
     cdef int queue(self, cu.CUstream stream) except -1 nogil:
         """Queue all of them."""
         cdef size_t i
-        cdef LaunchRecord* r
         for i in range(self.records.size()):
-            r = &self.records[i]
-            launch_nogil(r.kernel, stream, r.gx, r.gy, r.gz, r.block, r.smem, self.params.data() + r.first_word, r.pdl)
+            self.queue_one(i, stream)
         return 0
+
+    cdef int queue_one(self, size_t i, cu.CUstream stream) except -1 nogil:
+        """Queue launch `i`."""
+        cdef LaunchRecord* r = &self.records[i]
+        return launch_nogil(r.kernel, stream, r.gx, r.gy, r.gz, r.block, r.smem, self.params.data() + r.first_word,
+                            r.pdl)
+
+    cdef tuple describe(self, size_t i):
+        """Launch `i` as (name of the kernel, grid, threads of a block, dynamic shared memory, words of parameters)."""
+        cdef LaunchRecord* r = &self.records[i]
+        cdef size_t j, end = self.params.size() if i + 1 == self.records.size() else self.records[i + 1].first_word
+        words = tuple([self.params[j] for j in range(r.first_word, end)])
+        return self.kernels[i].name, (r.gx, r.gy, r.gz), r.block, r.smem, words
 
 
 cdef class Graph:

@@ -81,10 +81,13 @@ cdef class _Repack(Consumer):
 def _pieces(model_file, plan, weights, DeviceMemory memory, bint check):
     """What is to be loaded into the arena `weights`, `memory`; what the host converts is small and written at once."""
     pieces, tables = [], cuda_memory.inv_freq_tables(plan)
+    multiplied = {op.weight for op in plan.ops if isinstance(op, plan_ops.MatMul | plan_ops.ExpertMatMul)}
     for w in plan.weights.values():
         region = weights.tensors[w.name]
         if w.kind not in ("vector", "expert_vectors"):
-            pieces += _matrix_pieces(model_file, w, check)
+            type_ = quants.TYPES[w.type_id]
+            rule = type_.gpu_check_rule if w.name in multiplied else type_.check_rule
+            pieces += _matrix_pieces(model_file, w, rule if check else None)
         elif w.type_id == F32:
             info = model_file.tensors[w.name]
             pieces.append(FileRange(model_file.part_of(w.name), info.offset, info.nbytes, region.address, None,
@@ -98,8 +101,9 @@ def _pieces(model_file, plan, weights, DeviceMemory memory, bint check):
     return pieces
 
 
-def _matrix_pieces(model_file, w, bint check):
-    """The rows of a matrix (of each expert's) in pieces of whole row tiles that fit a quarter of the staging area."""
+def _matrix_pieces(model_file, w, rule):
+    """The rows of a matrix (of each expert's) in pieces of whole row tiles that fit a quarter of the staging area, each
+    checked by `rule`."""
     info, part = model_file.tensors[w.name], model_file.part_of(w.name)
     n_out, experts = w.shape[1], w.shape[2] if w.kind == "experts" else 1
     row_bytes = info.nbytes // (n_out * experts)
@@ -110,8 +114,7 @@ def _matrix_pieces(model_file, w, bint check):
         for row in range(0, n_out, most):
             n = min(most, n_out - row)
             yield FileRange(part, info.offset + (expert * n_out + row) * row_bytes, n * row_bytes, None,
-                            (w, row_bytes, expert, row, n), quants.TYPES[w.type_id].check_rule if check else None,
-                            w.name)
+                            (w, row_bytes, expert, row, n), rule, w.name)
 
 
 def _widen(raw, int type_id):

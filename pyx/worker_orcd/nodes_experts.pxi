@@ -20,8 +20,8 @@ cdef class RouteNode(Node):
         grid: `grid(n_rows)` of `logits`.
         item_rows: `item_rows(n_rows)`, most pairs of a prefill item.
         conversion: of the rows for the experts' products, with the norm that comes before both; or None.
-        few: all of that in one launch, for few decode rows: kernel, blocks of logits, shared memory and counter; or
-            None.
+        few: all of that in one launch, for few decode rows: kernel, most rows, blocks of logits, shared memory and
+            counter; or None.
     """
 
     cdef c.RouteParams p
@@ -31,6 +31,7 @@ cdef class RouteNode(Node):
     cdef int64_t partial_floats
     cdef object grid, item_rows
     cdef unsigned int logit_blocks, few_smem
+    cdef int few_rows
     cdef uint64_t arrived
 
     def __init__(self, str name, Kernel logits, Kernel choose, Kernel make_list, dict fields, dict decode_list,
@@ -39,7 +40,7 @@ cdef class RouteNode(Node):
         Node.__init__(self, name)
         self.conversion = conversion
         if few is not None:
-            self.few, self.logit_blocks, self.few_smem, self.arrived = few
+            self.few, self.few_rows, self.logit_blocks, self.few_smem, self.arrived = few
         self.logits, self.choose, self.make_list = logits, choose, make_list
         c.fill_RouteParams(&self.p, {**fields, "list": NO_LIST}, ("n_rows", "item_rows"))
         c.fill_ExpertList(&self.decode_list, decode_list, ())
@@ -52,7 +53,7 @@ cdef class RouteNode(Node):
         cdef unsigned int gx, gy
         if shape.n_rows == 0:
             return 0
-        if self.few is not None and n_prefill == 0 and row <= DECODE_ROWS:
+        if self.few is not None and n_prefill == 0 and row <= self.few_rows:
             return self._few(launches, row)
         if self.conversion is not None:
             self.conversion.enqueue(launches, 0, 0, shape.n_rows, shape.n_rows)
@@ -146,12 +147,14 @@ cdef class ExpertProductNode(Node):
     cdef object prefill
     cdef ExpertProductNode after
     cdef bint follows
+    cdef int few_rows       # most rows of a launch of `few`
 
     def __init__(self, str name, Conversion conversion, list few, dict matvec, dict matmul, list decode, prefill,
                  GluRows glu=None, RowNode total=None):
         Node.__init__(self, name)
         self.conversion, self.few, self.glu, self.total = conversion, few, glu, total
-        self.decode, self.prefill = [None] * (DECODE_ROWS + 1) + decode, prefill
+        self.few_rows = len((<ExpertProduct>few[0]).bounds) - 1
+        self.decode, self.prefill = [None] * (self.few_rows + 1) + decode, prefill
         c.fill_ExpertMatvecParams(&self.v, matvec, ("x_slot_rows", "ring_bytes"))
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
 
@@ -162,10 +165,10 @@ cdef class ExpertProductNode(Node):
 
     cdef bint converts(self, int n) except -1:
         """Whether the products of `n` decode rows need no other launch before them."""
-        return n <= DECODE_ROWS and (<ExpertProduct>self.few[0]).converts(n)
+        return n <= self.few_rows and (<ExpertProduct>self.few[0]).converts(n)
 
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
-        cdef bint few_alone = shape.n_rows == shape.n_decode and shape.n_decode <= DECODE_ROWS
+        cdef bint few_alone = shape.n_rows == shape.n_decode and shape.n_decode <= self.few_rows
         if shape.n_decode:
             self._decode(launches, shape.n_decode, few_alone)
         if shape.n_rows > shape.n_decode:
@@ -183,7 +186,7 @@ cdef class ExpertProductNode(Node):
         cdef c.ExpertMatvecParams p
         if self.conversion is not None and not self.converts(n):
             self.conversion.enqueue(launches, 0, 0, n, n)
-        if n <= DECODE_ROWS:
+        if n <= self.few_rows:
             holds_next = few_alone and self.after is not None and self.after.converts(n)
             has_list = few_alone and self.follows and self.converts(n)
             for product in self.few:

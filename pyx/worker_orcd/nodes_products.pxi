@@ -2,10 +2,6 @@
 # norm before the product where there is one: by a launch of its own, or by the product itself for one decode row.
 
 
-cdef enum:
-    DECODE_ROWS = 8     # most rows of a decode_* launch, layout.DECODE_ROWS
-
-
 cdef class Conversion:
     """convert_rows with its parameters.
 
@@ -131,14 +127,15 @@ cdef class MatMulNode(Node):
     cdef list decode, matvecs
     cdef object prefill
     cdef bint inline, outputs
-    cdef int n_matmuls
+    cdef int n_matmuls, few_rows    # most rows of a launch of `decode`
 
     def __init__(self, str name, Conversion conversion, bint inline, list decode, dict matvec, list matvecs,
                  list matmuls, prefill, bint outputs, GluRows glu=None):
         cdef int i
         Node.__init__(self, name)
         self.conversion, self.inline, self.outputs, self.glu = conversion, inline, outputs, glu
-        self.decode, self.matvecs = decode, [None] * (DECODE_ROWS + 1) + matvecs
+        self.decode, self.few_rows = decode, len((<DecodeProduct>decode[0]).bounds) - 1
+        self.matvecs = [None] * (self.few_rows + 1) + matvecs
         self.prefill, self.n_matmuls = prefill, len(matmuls)
         c.fill_MatvecParams(&self.v, matvec, ("n_rows", "ring_bytes"))
         for i in range(self.n_matmuls):
@@ -162,7 +159,7 @@ cdef class MatMulNode(Node):
         cdef Bound bound
         cdef DecodeProduct product
         cdef c.MatvecParams v
-        if n <= DECODE_ROWS:
+        if n <= self.few_rows:
             for product in self.decode:
                 product.enqueue(launches, n)
             return 0

@@ -39,6 +39,12 @@ def test_bench_measures_what_was_asked(call, golden):
     assert "256" in one_error_line(call(*args, "-p", "257"), "INVALID_REQUEST")
 
 
+def test_kernels_are_those_of_a_gpu(call, golden):
+    args = ["bench", "--model", golden, "--device", "cpu", "--kernels"]
+    assert "measures launches of a GPU, and the device is the CPU" in one_error_line(call(*args), "INVALID_REQUEST")
+    assert "--kernels measures a decode step" in one_error_line(call(*args, "-n", "0"), "INVALID_REQUEST")
+
+
 def test_a_window_that_masks_nothing_of_what_is_measured(call, goldens_dir, tmp_path):
     """As for `LLM`: a file that asks for a window its architecture has not is right up to that many positions."""
     forge = take_apart(goldens_dir / "llama-Q4_0.gguf").put("llama.attention.sliding_window", U32, 64)

@@ -30,6 +30,32 @@ def test_inspect_of_a_vocabulary_goes_as_far_as_it_goes(call, goldens_dir):
     assert "no tensors" in call("inspect", goldens_dir / "tokenizers" / "phi-3.gguf")[1]
 
 
+def test_inspect_tells_how_a_gpu_would_run_it(call, golden, monkeypatch):
+    def told():
+        code, out, err = call("inspect", golden, "--json")
+        assert code == 0 and err == ""
+        facts = json.loads(out)
+        return facts["gpu"], facts["plan"]["ops"]
+
+    fused, n_ops = told()
+    assert fused["lowering"] == "fused" and 0 < fused["ops"] < n_ops
+    monkeypatch.setenv("WORKER_ORCD_LOWERING", "plain")
+    assert told()[0] | {"lowering": "plain", "ops": n_ops} == told()[0]
+    assert "\nkernels of a GPU:\n  lowering  plain\n" in call("inspect", golden)[1]
+    monkeypatch.setenv("WORKER_ORCD_LOWERING", "fast")
+    assert told()[0] == {"error": "WORKER_ORCD_LOWERING is fused or plain, not 'fast'"}
+
+
+def test_inspect_names_what_is_slow_on_any_gpu(call, goldens_dir):
+    path = goldens_dir / "llama-F16.gguf"
+    facts = json.loads(call("inspect", path, "--json")[1])
+    (slow,) = facts["gpu"]["slow"]
+    assert slow["types"] == ["F16"] and slow["tensors"]["blk.*.ffn_down.weight"] == 2
+    line = next(line for line in call("inspect", path)[1].splitlines() if line.startswith("  slow "))
+    assert "F16 blk.*.attn_q.weight (2)" in line and line.endswith(slow["reason"])
+    assert json.loads(call("inspect", goldens_dir / "llama-Q4_0.gguf", "--json")[1])["gpu"]["slow"] == []
+
+
 def test_inspect_escapes_what_a_file_says():
     from worker_orcd.diagnose import inspect
 
@@ -48,6 +74,7 @@ def test_inspect_escapes_what_a_file_says():
         "hparams": {"error": "x"},
         "plan": {"error": "x"},
         "memory": {"error": "\x1b"},
+        "gpu": {"error": "\x1b"},
     }
     text = inspect.as_text(facts)
     assert all(line.isprintable() for line in text.split("\n"))

@@ -56,7 +56,8 @@ def test_driver_layer_and_uploader_on_the_stand_in(fake_driver: Path):
     assert " passed" in done.stdout
 
 
-def test_engine_starts_and_ends_on_the_stand_in(fake_driver: Path):
+@pytest.mark.parametrize("cases", ["engine_cases.py", "bench_cases.py"])
+def test_engine_starts_and_ends_on_the_stand_in(fake_driver: Path, cases: str):
     done = run(
         fake_driver,
         "-m",
@@ -65,7 +66,7 @@ def test_engine_starts_and_ends_on_the_stand_in(fake_driver: Path):
         "-s",
         "-p",
         "no:cacheprovider",
-        str(TESTS / "fake_driver" / "engine_cases.py"),
+        str(TESTS / "fake_driver" / cases),
         FAKE_CUDA_ANY_KERNEL="1",
     )
     print(done.stdout[-6000:])

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from helpers.fake_file import FakeFile
 
-from worker_orcd.cuda.lowering import MatMulGroup, RopeKv, RopeKvAttention, lower
+from worker_orcd.cuda.lowering import MatMulGroup, RopeKv, RopeKvAttention, asked_for, lower, spans
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
@@ -59,6 +60,36 @@ def test_no_op_is_lost():
             seen.append(op.name)
     wanted = ["+" if isinstance(op, Add) else op.name for op in p.ops]
     assert seen == wanted
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "gpt2-Q8_0", "gpt-oss-MXFP4", "phi3-Q4_K_M"])
+def test_a_lowered_op_knows_what_it_stands_for(name, goldens_dir):
+    with ModelFile(str(goldens_dir / f"{name}.gguf")) as mf:
+        p = plan.build(mf)
+    assert spans(p, lower(p, fuse=False)) == [(op,) for op in p.ops]
+    ops = lower(p)
+    found = spans(p, ops)
+    assert len(ops) == len(found) < len(p.ops) and sum(found, ()) == p.ops
+    for op, parts in zip(ops, found, strict=True):
+        names = [part.name for part in parts]
+        if isinstance(op, MatMulGroup):
+            assert isinstance(parts[-1], Add if op.residual else Glu if op.glu else MatMul)
+            assert (op.norm is None or parts[0] == op.norm) and {part.name for part in op.parts} <= set(names)
+        else:
+            assert op.name in names
+
+
+def test_the_environment_picks_a_lowering(monkeypatch):
+    monkeypatch.delenv("WORKER_ORCD_LOWERING", raising=False)
+    assert asked_for() == "fused"
+    for value, meant in (("", "fused"), ("fused", "fused"), ("plain", "plain")):
+        monkeypatch.setenv("WORKER_ORCD_LOWERING", value)
+        assert asked_for() == meant
+    for value in ("Plain", "none", "1", " plain"):
+        monkeypatch.setenv("WORKER_ORCD_LOWERING", value)
+        with pytest.raises(InvalidRequest, match="WORKER_ORCD_LOWERING is fused or plain, not") as e:
+            asked_for()
+        assert e.value.fields["field"] == "WORKER_ORCD_LOWERING"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import worker_orcd
 from worker_orcd import LLM, SamplingParams, _driver, _engine
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.cuda import memory, vram
+from worker_orcd.cuda.lowering import lower
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.engine.token_edits import MAX_WORDS, token_edits
@@ -33,6 +34,7 @@ from worker_orcd.errors import (
     InvalidRequest,
     ModelLoadError,
 )
+from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import ops, plan
 
@@ -138,6 +140,50 @@ def test_infinity_is_refused_while_it_is_loaded(tensor, goldens_dir, tmp_path):
     assert leftovers() == NOTHING
     LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1, check_tensors=False).close()
     assert leftovers() == NOTHING
+
+
+@pytest.mark.parametrize("tensor", ["blk.1.attn_q.weight", "blk.1.ffn_down.weight"])
+def test_weights_that_a_gpu_cannot_multiply_are_refused(tensor, goldens_dir, tmp_path):
+    """Where tensors are checked; and where they are only looked up, or the CPU multiplies them, nothing is refused."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes((goldens_dir / "llama-Q4_K_M.gguf").read_bytes())
+    with ModelFile(path) as file:
+        info = file.tensors[tensor]
+        kind = quants.TYPES[info.type_id]
+    assert kind.block_size == 256
+    place = info.offset + 3 * kind.type_size
+    with open(path, "r+b") as raw:
+        raw.seek(place + kind.number_at[0])
+        raw.write(np.float16(5000).tobytes())
+    options = {"progress": False, "context_length": 64, "max_seqs": 1}
+    with pytest.raises(ModelLoadError, match=f"tensor '{tensor}' has a block of weights above 4,094") as e:
+        LLM(path, device="cuda:0", **options)
+    assert (e.value.fields["offset"], e.value.fields["tensor"]) == (place, tensor) and "--device cpu" in e.value.message
+    assert leftovers() == NOTHING
+    LLM(path, device="cuda:0", check_tensors=False, **options).close()
+    LLM(path, device="cpu", **options).close()
+
+
+def test_an_embedding_that_is_only_looked_up_may_be_large(goldens_dir, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes((goldens_dir / "phi3-Q4_K_M.gguf").read_bytes())
+    with ModelFile(path) as file:
+        built = plan.build(file)
+        info = file.tensors["token_embd.weight"]
+    kind = quants.TYPES[info.type_id]
+    assert kind.block_size == 256 and not any(getattr(op, "weight", "") == info.name for op in built.ops
+                                              if isinstance(op, ops.MatMul))  # fmt: skip
+    with open(path, "r+b") as raw:
+        raw.seek(info.offset + kind.number_at[0])
+        raw.write(np.float16(5000).tobytes())
+    LLM(path, device="cuda:0", progress=False, context_length=64, max_seqs=1).close()
+
+
+def test_an_engine_tells_what_is_slow_on_its_gpu(goldens_dir):
+    with LLM(goldens_dir / "llama-F16.gguf", device="cuda:0", progress=False, max_seqs=1) as llm:
+        assert len(llm.info.slow_paths) == 1 and llm.info.slow_paths[0].startswith("F16 blk.*.attn_q.weight (2), ")
+    with LLM(goldens_dir / "llama-Q4_0.gguf", device="cuda:0", progress=False, max_seqs=1) as llm:
+        assert llm.info.slow_paths == ()
 
 
 def test_a_slot_that_is_set_begins_anew_and_alone(tiny):
@@ -477,6 +523,83 @@ def test_decode_rows_rotate_within_attention(name, goldens_dir):
         assert own.fields["stages"] == 2 and (own.fields["n_rot"] == 0) == (name == "gpt2-Q8_0")
     assert any(launch.grid[0] == 7 and launch.fields["v"] for launch in of(plain, "rope_kv"))
     assert [launch.fields["k"] for launch in of(plain, "attention_decode")] == [0]
+
+
+#: op of a plan -> beginnings of the names of its launches in a decode step of one row, nothing folded
+ALONE = {
+    ops.Embed: ("rows_",), ops.Norm: ("norm_",), ops.MatMul: ("decode_",), ops.Rope: ("rope_kv",),
+    ops.KvWrite: ("rope_kv",), ops.Attention: ("attention_decode_",), ops.Glu: ("glu",), ops.Act: ("act_",),
+    ops.Add: ("add",), ops.Gather: ("gather_rows",), ops.Route: ("route_logits_", "route_choose"),
+    ops.ExpertMatMul: ("convert_rows", "expert_few_"), ops.ExpertSum: ("expert_sum",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-swa-Q8_0", "gpt2-Q8_0", "gpt-oss-MXFP4"])
+def test_plain_lowering_launches_every_op_by_itself(name, goldens_dir, monkeypatch):
+    """What the environment says later is no concern of an engine that is there."""
+    path = goldens_dir / f"{name}.gguf"
+    monkeypatch.setenv("WORKER_ORCD_LOWERING", "plain")
+    with ModelFile(path) as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        config = EngineConfig(1, 64, 256, tuple(16 for _ in built.kv_groups))
+        with recorded() as start:
+            engine = _engine.CudaEngine(file, built, config, context=context)
+        monkeypatch.setenv("WORKER_ORCD_LOWERING", "fused")
+        fused = _engine.CudaEngine(file, built, config, context=context)
+        assert (engine.lowering, fused.lowering) == ("plain", "fused")
+        assert [op.name for op in engine.ops] == [op.name for op in built.ops] and len(fused.ops) < len(engine.ops)
+        one, steps = np.zeros(1, np.int32), []
+        for each in (engine, fused):
+            each.block_tables[:] = 0
+            with recorded() as step:
+                each.step(Batch(one, one, one, 1, one))
+            steps.append(step)
+            each.close()
+    wanted = []
+    for op in built.ops:
+        wanted += ALONE[type(op)] * (2 if isinstance(op, ops.Embed) and op.positions else 1)
+    wanted += ["sample_max", "sample_draw"]
+    step = steps[0]
+    assert [kernel for kernel, launch in zip(wanted, step, strict=True) if not launch.kernel.startswith(kernel)] == []
+    for launch in step:
+        if launch.kernel.startswith(("decode_", "expert_few_")):
+            assert launch.fields["mode"] == 0 and not launch.fields.get("norm_weight")
+        assert launch.fields.get("n_matrices", 1) == 1
+    captured = [launch.kernel for launch in start if launch.captured]
+    assert captured[-len(step) :] == [launch.kernel for launch in step]
+    assert len(steps[1]) < len(step)
+    with LLM(path, device="cuda:0", progress=False, max_seqs=1) as llm:
+        assert llm.info.lowering == "fused"
+    monkeypatch.setenv("WORKER_ORCD_LOWERING", "plain")
+    with LLM(path, device="cuda:0", progress=False, max_seqs=1, warm_up=True) as llm:
+        assert llm.info.lowering == "plain"
+
+
+def test_an_unknown_lowering_takes_nothing(tiny, monkeypatch):
+    monkeypatch.setenv("WORKER_ORCD_LOWERING", "fast")
+    with pytest.raises(InvalidRequest, match="WORKER_ORCD_LOWERING is fused or plain, not 'fast'"):
+        _engine.CudaEngine(*tiny)
+    assert leftovers() == NOTHING
+
+
+def test_ops_of_both_lowerings_run_in_turns(tiny):
+    """Those that are asked for and no others; what the last writes is read."""
+    engine = _engine.CudaEngine(*tiny)
+    engine.block_tables[:] = 0
+    fused, plain = engine.ops, lower(engine.plan, fuse=False)
+    rows = np.arange(5, dtype=np.int32)
+    batch = Batch(rows, rows, 0 * rows, 0, rows[3:])
+    with recorded() as both:
+        got = engine.forward_ops(batch, [*fused[:3], *plain[12:14]])
+    with recorded() as first:
+        engine.forward_ops(batch, fused[:3])
+    assert [launch.kernel for launch in both[: len(first)]] == [launch.kernel for launch in first]
+    buffer = engine.plan.buffers[ops.output_of(engine.plan.ops[13]).buf]
+    assert len(both) > len(first) and got.shape == (5, buffer.width)
+    assert engine.forward_ops(batch, fused).shape == engine.forward(batch).shape == (2, engine.n_vocab)
+    with pytest.raises(InvalidRequest, match="has no op 'blk"):
+        engine.forward(batch, stop_after="blk.9.attn_q")
+    engine.close()
 
 
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-Q8_0", "gpt2-Q8_0"])

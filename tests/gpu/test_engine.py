@@ -18,6 +18,7 @@ from helpers import long_rope
 from oracle.numpy_engine import NumpyEngine
 
 from worker_orcd import LLM, SamplingParams
+from worker_orcd.cuda import lowering
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
 from worker_orcd.engine.token_edits import NO_EDITS, token_edits
 from worker_orcd.gguf.model_file import ModelFile
@@ -86,6 +87,61 @@ def test_every_op_agrees_with_the_oracle(name, goldens_dir):
             error = nmse(got[:, columns], want[:, columns])
             worst = max(worst, (error, op.name))
             assert error <= limits.CUDA_OP_NMSE, f"{op.name}: NMSE {error:.3g}, limit {limits.CUDA_OP_NMSE}"
+    finally:
+        engine.close()
+    print(f"{name}: worst op {worst[1]} NMSE {worst[0]:.3g}, limit {limits.CUDA_OP_NMSE}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_lowerings_agree_after_each_op(name, goldens_dir, monkeypatch):
+    """Prompt rows, one decode row and several: what a launch for several ops leaves is what these leave, one at a time.
+
+    Up to there both run the same launches. The bits are the same but where a norm is folded into products: there its
+    factor is applied to their sums, and elsewhere to each value before it is rounded to fp16.
+    """
+    path = goldens_dir / f"{name}.gguf"
+    _, p, engine = open_engine(path)
+    text = np.random.default_rng(CLEAR_CHOICE.get(name, 0)).integers(0, p.n_vocab, 70).astype(np.int32)
+    slots = np.arange(3, dtype=np.int32)
+    prompt, alone = prompt_batch(text, outputs=[3, 69]), Batch(text[:1], slots[:1] + 69, slots[:1], 1, slots[:1])
+    several = Batch(text[:3], np.full(3, 69, np.int32), slots, 3, slots)
+    fused, plain, at, worst, exact = lowering.lower(p), lowering.lower(p, fuse=False), 0, (0.0, ""), 0
+    try:
+        for slot in slots:
+            engine.forward(prompt_batch(text[:69], slot=int(slot), outputs=[]))
+        for i, span in enumerate(lowering.spans(p, fused)):
+            op = fused[i]
+            whole = isinstance(op, lowering.MatMulGroup) and op.glu is None and not op.residual
+            views = [ops.output_of(part) for part in (op.parts if whole else span[-1:])]
+            columns = np.r_[*(slice(v.offset, v.offset + v.width) for v in views if v.buf == views[-1].buf)]
+            for batch in (prompt, alone, several):
+                got = engine.forward_ops(batch, fused[: i + 1])[:, columns]
+                want = engine.forward_ops(batch, fused[:i] + plain[at : at + len(span)])[:, columns]
+                what = f"{op.name}, {len(batch.tokens)} rows"
+                if getattr(op, "norm", None) is None:
+                    assert np.array_equal(got, want), what
+                    exact += len(span) > 1
+                error = nmse(got, want)
+                worst = max(worst, (error, what))
+                assert error <= limits.CUDA_OP_NMSE, f"{what}: NMSE {error:.3g}, limit {limits.CUDA_OP_NMSE}"
+            at += len(span)
+        logits = [engine.forward(batch) for batch in (prompt, several)]
+    finally:
+        engine.close()
+    assert exact > 0
+    monkeypatch.setenv("WORKER_ORCD_LOWERING", "plain")
+    _, p, engine = open_engine(path)
+    try:
+        for slot in slots:
+            engine.forward(prompt_batch(text[:69], slot=int(slot), outputs=[]))
+        for batch, want in zip((prompt, several), logits, strict=True):
+            got = engine.forward(batch)
+            assert nmse(got, want) <= limits.CUDA_OP_NMSE
+            assert np.array_equal(got, engine.forward(batch, stop_after=p.ops[-1].name))
+        for slot in slots:
+            engine.set_slot(int(slot), GREEDY)
+        drawn = run_decode(engine, slots, several.tokens, several.positions, 1)[0]
+        assert np.array_equal(drawn, got.argmax(1))
     finally:
         engine.close()
     print(f"{name}: worst op {worst[1]} NMSE {worst[0]:.3g}, limit {limits.CUDA_OP_NMSE}")

@@ -383,6 +383,19 @@ def test_the_log_says_that_a_tokenizer_beside_the_model_is_used(source):
     assert told == ([("warning", "/models/tokenizer.json")] if source == "beside" else [])
 
 
+@pytest.mark.parametrize("slow", [(), ("F16 a (2): so", "Q4_0 b: so too")])
+def test_the_log_says_what_is_slow_and_how_the_plan_is_lowered(slow):
+    def load(config, progress, on_fatal, on_plan):
+        llm = FakeLLM(config, on_fatal)
+        llm.info.lowering, llm.info.slow_paths = "plain", slow
+        return llm
+
+    app = App(load).ready()
+    app.service.stop(0)
+    assert [(e["level"], e["message"]) for e in app.log if e["event"] == "slow_path"] == [("info", s) for s in slow]
+    assert [e["lowering"] for e in app.log if e["event"] == "model_load_complete"] == ["plain"]
+
+
 def test_the_log_tells_the_life_of_a_job_and_never_its_text(app):
     events_of(app.execute(prompt="say sesame", stop=["open sesame"]))
     names = [e["event"] for e in app.log]

@@ -29,6 +29,7 @@ PREFILL = {k: v for k, v in DECODE.items() if k not in ("batch", "distinct")} | 
     "measure": "prefill_tps",
     "prompt": 512,
 }
+PHASE = DECODE | {"measure": "phase_us", "unit": "us", "phase": "attn_norm attn_q attn_k attn_v"}
 #: (what is changed in a good row, what the error must say besides the line)
 FAULTS = [
     ({"date": "yesterday"}, r"`\$\.date`"),
@@ -50,6 +51,10 @@ FAULTS = [
     ({"batch": 1}, "`distinct`"),
     ({"gpu": None}, "`gpu` or `cpu`"),
     ({"cpu": "AMD EPYC"}, "`gpu` or `cpu`"),
+    ({"phase": "attn_q"}, "`phase` does not belong to decode_tps"),
+    ({"measure": "phase_us", "unit": "us"}, "`phase` is missing from phase_us"),
+    (PHASE | {"phase": ""}, r"`\$\.phase`"),
+    (PHASE | {"batch": None}, "`batch` is missing from phase_us"),
     *(({field: ...}, f"`{field}`") for field in DECODE if field not in ("batch", "distinct")),
 ]
 
@@ -100,6 +105,20 @@ def test_rows_keep_their_line_and_values(tmp_path):
         ("prefill_tps", 7310, "NVIDIA H100 80GB HBM3", "prompt 512"),
         ("prefill_tps", 7310, "AMD EPYC", "prompt 512"),
     ]
+
+
+def test_phases_of_one_step_are_drawn_apart(tmp_path):
+    rows = [PHASE, PHASE | {"phase": "ffn_down", "value": 3}, PHASE | {"batch": 1, "distinct": None}]
+    read = plot_benchmarks.read(write(tmp_path / "h.jsonl", *rows))
+    assert [row.series for _, row in read] == [
+        "batch 8, attn_norm attn_q attn_k attn_v",
+        "batch 8, ffn_down",
+        "batch 1, attn_norm attn_q attn_k attn_v",
+    ]
+    (file,) = plot_benchmarks.draw(read, tmp_path / "out")
+    assert file.stem == "phase_us" and set(re.findall(r'id="row-(\d+)"', file.read_text())) == {"1", "2", "3"}
+    with pytest.raises(plot_benchmarks.BadRow, match=":2: the same figure as in line 1"):
+        plot_benchmarks.read(write(tmp_path / "h.jsonl", PHASE, PHASE | {"value": 9}))
 
 
 def test_check_judges_the_recorded_history():

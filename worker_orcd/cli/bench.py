@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @option(
     "--streams", type=click.IntRange(1, 1024), default=64, metavar="N", help="Streams of --http that are open together."
 )
+@option("--kernels", is_flag=True, help="Time each kind of launch of a decode step too, beside a copy and cuBLAS.")
 @device_option
 @threads_option
 @vram_options
@@ -64,6 +65,7 @@ def bench(
     repeat: int,
     http: bool,
     streams: int,
+    kernels: bool,
     device: str,
     verbose: bool,
     as_json: bool,
@@ -79,11 +81,13 @@ def bench(
 
     if http and not n_gen:
         raise InvalidRequest("--http measures the tokens of streams, and --n-gen is 0", field="n_gen")
+    if kernels and not n_gen:
+        raise InvalidRequest("--kernels measures a decode step, and --n-gen is 0", field="n_gen")
     bar = None
     if is_terminal(sys.stderr):
         from tqdm import tqdm
 
-        n_tests = len(n_prompt) + (len(batch) if n_gen else 0)
+        n_tests = len(n_prompt) + (len(batch) if n_gen else 0) + len({1, *batch}) * kernels
         bar = tqdm(total=2 + n_tests + 5 * http, leave=False, bar_format="{desc}: {n}/{total}")
 
     def progress(text: str) -> None:
@@ -95,7 +99,7 @@ def bench(
         report = measuring.run(
             model,
             device,
-            measuring.Measurements(n_prompt, n_gen, batch, repeat),
+            measuring.Measurements(n_prompt, n_gen, batch, repeat, kernels),
             progress=progress,
             on_plan=plan_printer(verbose),
             **given,
@@ -131,7 +135,13 @@ def as_text(report: Report) -> str:
         distinct = f"{100 * r.distinct:7.0f} %" if r.distinct is not None else ""
         speeds = f"{r.tokens_per_s:10.1f} {r.slowest:10.1f} {r.fastest:10.1f}"
         out.append(f"{name:18s} {speeds} {rate} {percent} {distinct}".rstrip())
-    return "\n".join(out if report.http is None else [*out, "", *_http_lines(report.http)])
+    if report.http is not None:
+        out += ["", *_http_lines(report.http)]
+    if report.kernels is not None:
+        from worker_orcd.diagnose import bench_kernels
+
+        out += ["", bench_kernels.as_text(report.kernels)]
+    return "\n".join(out)
 
 
 def _http_lines(http: Overhead) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from worker_orcd._nodes import (
     CONVERT_KINDS,
@@ -67,6 +67,18 @@ NO_MATRIX: Fields = {"w": 0, "bias": 0, "out": 0, "out_stride": 0}
 NO_ROTATION: Fields = {"inv_freq": 0, "rope_tables": 0, "n_rot": 0, "rope_type": 0, "mscale": 1.0}
 #: of decode attention where q is rotated, and k and v are in the cache
 ALREADY_ROTATED: Fields = {**NO_ROTATION, "k": 0, "v": 0, "k_stride": 0, "v_stride": 0}
+
+
+class StepLaunch(NamedTuple):
+    """A launch of a step as it is queued: the lowered op that it is part of (None: sampling), the kernel's name,
+    blocks, threads of a block, dynamic shared memory bytes, and the parameters as 64-bit words."""
+
+    op: Op | None
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    smem: int
+    params: tuple[int, ...]
 
 
 def _rope_node(name: str, kernel: Any, fields: Fields, blocks: int) -> RowNode:
@@ -372,7 +384,8 @@ class Launches:
             smem = expert_layout.route_few_smem(w.type_id, k)
             if smem + expert_layout.ROUTE_FEW_STATIC_SMEM <= self.context.max_smem:
                 blocks = layout.n_row_tiles(op.n_expert) * expert_layout.ROUTE_SLICES // 8
-                few = (self.kernel("route", f"route_few_{suffix}", smem), blocks, smem, space.arrived.address)
+                kernel = self.kernel("route", f"route_few_{suffix}", smem)
+                few = (kernel, layout.DECODE_ROWS, blocks, smem, space.arrived.address)
         partial_floats = expert_layout.route_partial_bytes(1, op.n_expert) // 4
 
         def grid(n_rows: int) -> tuple[int, int, int]:

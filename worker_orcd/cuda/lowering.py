@@ -10,15 +10,19 @@ Rewrites, each local to neighbouring ops:
   activation of their results, or (down) with the sum over experts that is added to the residual stream;
 - rotation of q and k and the cache write become one `RopeKv`;
 - that and the attention after it become one `RopeKvAttention`.
-With `fuse=False` every op stays alone, so that any op's output can be looked at.
+With `fuse=False` every op stays alone, so that any op's output can be looked at; `WORKER_ORCD_LOWERING=plain` runs an
+engine so.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TypeGuard
 
 from worker_orcd.cuda import layout
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.models.ops import (
     Add,
     Attention,
@@ -34,6 +38,9 @@ from worker_orcd.models.ops import (
     View,
 )
 from worker_orcd.models.plan import Plan
+
+#: the environment variable that picks a lowering, and its values, the default first
+VARIABLE, LOWERINGS = "WORKER_ORCD_LOWERING", ("fused", "plain")
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,38 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
             out.append(op)
             i += 1
     return tuple(out)
+
+
+def asked_for() -> str:
+    """The lowering that the environment asks for: "fused", or "plain" for one op at a time.
+
+    Raises:
+        InvalidRequest: it asks for something else; names the variable and its values.
+    """
+    value = os.environ.get(VARIABLE) or LOWERINGS[0]
+    if value not in LOWERINGS:
+        raise InvalidRequest(f"{VARIABLE} is {' or '.join(LOWERINGS)}, not {value!r}", field=VARIABLE)
+    return value
+
+
+def spans(plan: Plan, ops: tuple[Op, ...]) -> list[tuple[Op, ...]]:
+    """The ops of the plan that each of `ops`, a lowering of it, stands for."""
+    ends = accumulate((_n_ops(op) for op in ops), initial=0)
+    return [plan.ops[first:last] for first, last in pairwise(ends)]
+
+
+def _n_ops(op: Op) -> int:
+    """Ops of the plan in a lowered one."""
+    match op:
+        case MatMulGroup():
+            return len(op.parts) + (op.norm is not None) + op.residual + (op.glu is not None)
+        case ExpertGroup():
+            return len(op.parts) + (op.glu is not None) + 2 * (op.sum is not None)
+        case RopeKv():
+            return 1 + (op.rope_q is not None) + (op.rope_k is not None)
+        case RopeKvAttention():
+            return _n_ops(op.rope) + 1
+    return 2 if isinstance(op, ExpertSumAdd | NormRoute) else 1
 
 
 def _alone(op: Op) -> Op:

@@ -15,14 +15,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from worker_orcd._ring import Control, TokenRing
 from worker_orcd.config import GPU_MEMORY_UTILIZATION
 from worker_orcd.cuda.vram import Allowance, VramPlan
+from worker_orcd.diagnose import bench_kernels
 from worker_orcd.diagnose.bandwidth import bytes_per_step, measure_bandwidth
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, Engine, EngineConfig
@@ -74,7 +75,7 @@ class Report:
     """All of a run. Rates in GB/s (10^9). `load_s` is everything up to a ready engine, `load_gb_per_s` the rate of the
     copies to the GPU alone; None on the CPU. `rows` says how the sequences of a batch relate: "distinct", each has its
     own tokens. Reports of versions before that lack the field: there all sequences had the same. `http` is what HTTP
-    costs, where that was asked for."""
+    costs and `kernels` what the launches of a decode step take, where that was asked for."""
 
     model: str
     arch: str
@@ -89,6 +90,7 @@ class Report:
     rows: str = "distinct"
     results: list[Measured] = field(default_factory=list)
     http: Overhead | None = None
+    kernels: bench_kernels.KernelReport | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -245,6 +247,15 @@ class Bench:
                     break
         return seconds, np.concatenate(fed)[:n_tokens]
 
+    def decode_parts(self, batch: int, position: int, n_steps: int) -> Any:
+        """The decode step of `batch` sequences at `position`, which goes on for `n_steps`, as the `DecodeParts` of a
+        GPU's engine."""
+        slots = np.arange(batch, dtype=np.int32)
+        for slot in slots:
+            self.engine.set_slot(int(slot), _GREEDY)
+        engine: Any = self.engine
+        return engine.decode_parts(slots, self._first_ids[:batch], np.full(batch, position, np.int32), n_steps)
+
 
 def distinct_share(fed: np.ndarray) -> float:
     """Different tokens of a step over the sequences in it, mean over the steps of `fed`, int32 [n_steps, batch]."""
@@ -260,12 +271,14 @@ class Measurements:
         n_decode: tokens to decode; 0 for none.
         batches: numbers of sequences to decode together.
         repeat: how often each test is timed, after one untimed run.
+        kernels: measure the launches of a decode step too, on a GPU.
     """
 
     prompts: Sequence[int]
     n_decode: int
     batches: Sequence[int]
     repeat: int
+    kernels: bool = False
 
 
 def run(
@@ -296,6 +309,8 @@ def run(
             raise InvalidRequest(f"{name} of {n} tokens in {batch} sequences measures nothing", field="n_prompt")
     if not runs:
         raise InvalidRequest("there is nothing to measure", field="n_gen")
+    if asked.kernels:
+        bench_kernels.check_device(devices.resolve(device))
     progress("load")
     with Bench(
         model,
@@ -330,6 +345,10 @@ def run(
                 report.results.append(_prefill(bench, n, asked.repeat))
             else:
                 report.results.append(_decode(bench, n, batch, asked.repeat, bandwidth))
+        if asked.kernels:
+            assert bandwidth is not None, "a GPU's engine measures it"
+            kernels = bench_kernels.measure(bench, asked.batches, asked.n_decode, bandwidth, progress)
+            report = replace(report, kernels=kernels)
     return report
 
 

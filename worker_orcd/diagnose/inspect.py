@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from worker_orcd.config import ServeConfig
+from worker_orcd.cuda import lowering
+from worker_orcd.cuda.slow_paths import SlowPath, slow_paths
 from worker_orcd.engine import kv_blocks
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import WorkerError, excerpt
@@ -144,12 +146,13 @@ def _report_plan(mf: ModelFile) -> dict[str, Any]:
         the_plan = plan.build(mf)
     except WorkerError as error:
         reason = {"error": error.message}
-        return {"hparams": reason, "plan": reason, "memory": reason} | told
+        return {"hparams": reason, "plan": reason, "memory": reason, "gpu": reason} | told
     told["plan"] = _plan(the_plan)
     if mf.unsupported_types:
         names = ", ".join(map(quants.type_name, mf.unsupported_types))
-        return told | {"memory": {"error": f"tensors of types that are not supported: {names}"}}
-    return told | {"memory": _memory(mf, the_plan)}
+        reason = {"error": f"tensors of types that are not supported: {names}"}
+        return told | {"memory": reason, "gpu": reason}
+    return told | {"memory": _memory(mf, the_plan), "gpu": _report(lambda: _gpu(the_plan))}
 
 
 def _hparams(hp: hparams.HParams) -> dict[str, Any]:
@@ -182,6 +185,14 @@ def _memory(mf: ModelFile, p: plan.Plan) -> dict[str, Any]:
         "activation_bytes_per_row": sum(4 * b.width for b in p.buffers.values()),
         "vram_plan": _report(lambda: _vram_plan(p)),
     }
+
+
+def _gpu(p: plan.Plan) -> dict[str, Any]:
+    """How the CUDA engine would run the plan: by which lowering, in how many ops, and what would be slow on any GPU."""
+    chosen = lowering.asked_for()
+    fuse = chosen == "fused"
+    slow = [{"reason": s.reason, "types": s.types, "tensors": dict(s.tensors)} for s in slow_paths(p, fuse=fuse)]
+    return {"lowering": chosen, "ops": len(lowering.lower(p, fuse)), "slow": slow}
 
 
 def _vram_plan(p: plan.Plan) -> dict[str, int]:
@@ -235,7 +246,14 @@ def as_text(facts: dict[str, Any]) -> str:
         vram = memory["vram_plan"]
         title = "on a GPU" if "error" in vram else f"on a GPU, {VRAM_SEQS} sequences, KV cache of one full context"
         _section(out, title, vram if "error" in vram else {k: f"{n:>16,d}" for k, n in vram.items()})
+    _section(out, "kernels of a GPU", {key: value for key, value in facts["gpu"].items() if key != "slow"})
+    out += [f"  slow      {_safe(_slow(path), 4 * _MAX_TEXT)}" for path in facts["gpu"].get("slow", ())]
     return "\n".join(out)
+
+
+def _slow(path: Mapping[str, Any]) -> str:
+    """A slow path as `SlowPath` writes it."""
+    return str(SlowPath(path["reason"], tuple(path["types"]), tuple(path["tensors"].items())))
 
 
 def _section(out: list[str], title: str, values: Mapping[str, Any]) -> None:

@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+#: types whose weights a GPU makes 2^4 times as large before it rounds them to float16 (csrc/host/k_weights.h)
+_RAISED = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"})
+
 
 @dataclass(frozen=True)
 class QuantType:
@@ -35,6 +38,11 @@ class QuantType:
     def check_rule(self) -> tuple[int, str, tuple[int, ...]]:
         """What the checks of model files need to know."""
         return self.type_size, self.number, self.number_at
+
+    @property
+    def gpu_check_rule(self) -> tuple[int, str, tuple[int, ...]] | tuple[int, str, tuple[int, ...], str]:
+        """The rule for a matrix that a GPU multiplies: weights of K-quants may not be above 4,094, either."""
+        return (*self.check_rule, self.name) if self.name in _RAISED else self.check_rule
 
     def row_bytes(self, n_elements: int) -> int:
         """Bytes of a row of `n_elements` (a multiple of `block_size`)."""

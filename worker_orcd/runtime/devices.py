@@ -151,7 +151,8 @@ def open_engine(
 
 
 def engine_facts(engine: Any) -> dict[str, Any]:
-    """What an engine adds to `ModelInfo`: device memory, compute capability, driver version. Nothing on the CPU."""
+    """What an engine adds to `ModelInfo`: device memory, compute capability, driver version, lowering and slow paths.
+    Nothing on the CPU."""
     context = getattr(engine, "context", None)
     if context is None:
         return {}
@@ -160,6 +161,8 @@ def engine_facts(engine: Any) -> dict[str, Any]:
         "vram_bytes": engine.vram_plan.resident,
         "sm": f"sm_{major}{minor}",
         "cuda_runtime_version": ".".join(map(str, _module("_driver").driver_version())),
+        "lowering": engine.lowering,
+        "slow_paths": tuple(map(str, engine.slow_paths)),
     }
 
 

@@ -44,6 +44,8 @@ class ModelInfo:
         vram_bytes: device memory in use, 0 on the CPU.
         sm: compute capability as in "sm_90", None on the CPU.
         cuda_runtime_version: of the driver in use, None on the CPU.
+        lowering: how a GPU runs the plan: "fused", or "plain" where WORKER_ORCD_LOWERING says so; None on the CPU.
+        slow_paths: which matrices this GPU multiplies by a slower path and why, a line each.
         sha256: digest of the file's bytes (of all parts, one after another), None until it is known.
         tokenizer_sha256: digest of the tokenizer (`Tokenizer.sha256`), None for a model without one.
         chat_template_sha256: digest of the chat template's text, None where there is none.
@@ -74,6 +76,8 @@ class ModelInfo:
     vram_bytes: int = 0
     sm: str | None = None
     cuda_runtime_version: str | None = None
+    lowering: str | None = None
+    slow_paths: tuple[str, ...] = ()
     tokenizer_path: str | None = None
     tokenizer_source: str | None = None
     sha256: str | None = None

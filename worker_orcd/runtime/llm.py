@@ -69,7 +69,8 @@ class LLM:
         n_threads: threads of the CPU engine; 0: one for each core that the process may use.
         tokenizer: a tokenizer.json (or another GGUF file) in the place of the file's own vocabulary; None: that, and
             where the file has none a tokenizer.json beside it (`info.tokenizer_source` says which).
-        check_tensors: refuse NaN and infinity in norms, biases and block scales.
+        check_tensors: refuse NaN and infinity in norms, biases and block scales, and on a GPU weights of K-quants above
+            4,094.
         prefix_cache: compute what a prompt begins with only once, as far as the KV cache still holds it from earlier
             prompts and answers. What comes out is the same.
         progress: show the load. True: a progress bar where stderr is a terminal; or a callable (bytes done, bytes in
