@@ -30,7 +30,7 @@ from worker_orcd.cuda import layout
 from worker_orcd.cuda import lowering as lowerings
 from worker_orcd.cuda import memory as cuda_memory
 from worker_orcd.cuda.launches import Launches, StepLaunch
-from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, RopeKv, RopeKvAttention, lower
+from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, NormRoute, RopeKv, RopeKvAttention, lower
 from worker_orcd.cuda.slow_paths import slow_paths
 from worker_orcd.cuda.vram import VramPlan
 from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
@@ -635,8 +635,12 @@ def _ring_offset(step):
 
 def _last(op):
     """The plan op whose output a lowered op writes."""
+    if isinstance(op, ExpertGroup) and op.sum is not None:
+        return op.sum
     if isinstance(op, MatMulGroup | ExpertGroup):
         return op.glu or op.parts[-1]
+    if isinstance(op, NormRoute):
+        return op.route
     if isinstance(op, RopeKvAttention):
         return op.attention
     return op.kv if isinstance(op, RopeKv) else op
