@@ -35,7 +35,8 @@ _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+')
 _NAME = re.compile(r"\s*(\w+)\(const\s+__grid_constant__\s+(\w+)\s+(\w+)\)\s*\{")
 
 _TABLE = """
-alignas(1024) __attribute__((section(".bss.dynamic"))) uint8_t on_cpu_dynamic[on_cpu::kMaxDynamic + on_cpu::kGuardBytes];
+alignas(1024) __attribute__((section(".bss.dynamic")))
+uint8_t on_cpu_dynamic[on_cpu::kMaxDynamic + on_cpu::kGuardBytes];
 // What lies in .bss of the file, in a section of its own after build.py has renamed it.
 __attribute__((used)) static char on_cpu_fixed[16];
 extern "C" uint8_t __start_shared_memory[], __stop_shared_memory[];
@@ -90,8 +91,8 @@ def _closing(text: str, at: int) -> tuple[int, int]:
 def _view() -> Path:
     """A copy of csrc made of links, in which common/ptx.cuh is the one of this folder."""
     view = OUT / "csrc"
-    wanted = {p.relative_to(ROOT / "csrc"): p for folder in ("cuda", "params") for p in (ROOT / "csrc" / folder).rglob("*")
-              if p.is_file()}  # fmt: skip
+    csrc = ROOT / "csrc"
+    wanted = {p.relative_to(csrc): p for p in [*csrc.glob("cuda/**/*"), *csrc.glob("params/*")] if p.is_file()}
     wanted[Path("cuda/common/ptx.cuh")] = HERE / "ptx.cuh"
     for link in [p for p in view.rglob("*") if p.is_symlink()] if view.exists() else []:
         if wanted.get(link.relative_to(view)) != Path(os.readlink(link)):

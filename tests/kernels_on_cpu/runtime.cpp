@@ -393,11 +393,13 @@ bool arrive(uint32_t mask, Collective kind) {
     return false;
 }
 
+#ifndef __F16C__
 float half_value(uint16_t bits) {
     _Float16 h;
     memcpy(&h, &bits, 2);
     return static_cast<float>(h);
 }
+#endif
 
 // ---- shared memory
 
@@ -504,13 +506,14 @@ void mma_f16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
     const __m256 floats = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
     _mm256_store_pd(own_a, _mm256_cvtps_pd(_mm256_castps256_ps128(floats)));
     _mm256_store_pd(own_a + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1)));
+    alignas(32) double own_b[4];
+    _mm256_store_pd(own_b, _mm256_cvtps_pd(_mm_cvtph_ps(_mm_set_epi32(0, 0, b1, b0))));
 #else
+    double own_b[4];
     for (int i = 0; i < 8; ++i) own_a[i] = half_value(static_cast<uint16_t>(a[i / 2] >> (16 * (i % 2))));
+    for (int i = 0; i < 4; ++i) own_b[i] = half_value(static_cast<uint16_t>((i < 2 ? b0 : b1) >> (16 * (i % 2))));
 #endif
-    w.b[2 * t][g] = half_value(static_cast<uint16_t>(b0)),
-            w.b[2 * t + 1][g] = half_value(static_cast<uint16_t>(b0 >> 16));
-    w.b[2 * t + 8][g] = half_value(static_cast<uint16_t>(b1));
-    w.b[2 * t + 9][g] = half_value(static_cast<uint16_t>(b1 >> 16));
+    w.b[2 * t][g] = own_b[0], w.b[2 * t + 1][g] = own_b[1], w.b[2 * t + 8][g] = own_b[2], w.b[2 * t + 9][g] = own_b[3];
     if (arrive(kFullWarp, Collective::MMA)) {
         for (int m = 0; m < 16; ++m) {
             double sum[8] = {};
