@@ -163,7 +163,8 @@ static void run(Op* op) {
             break;
         case KERNEL:
             if (op->kernel->kernel) {
-                if (!run_kernel(op->kernel, op->size, op->pdl, op->params)) sticky = LAUNCH_FAILED;
+                Status status = run_kernel(op->kernel, op->size, op->pdl, op->params);
+                if (status) sticky = status;
             } else if (!strcmp(op->kernel->name, "copy")) {  // struct { const void *from; void *to; size_t n; }
                 struct {
                     const void* from;

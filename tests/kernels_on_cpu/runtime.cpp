@@ -29,6 +29,7 @@ constexpr int kPoison = 0xFF;                         // four of them are a NaN,
 constexpr int kGuard = 0xFD;
 constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11ull, kBarrierMark = 0xba221e2000000000ull;
 constexpr uint32_t kNoGroup = ~0u;
+constexpr int kIllegalAddress = 700, kLaunchFailed = 719;  // CUresult
 
 // ---- from one fiber to another
 
@@ -141,7 +142,7 @@ int n_at_barrier, barrier_any, barrier_result;
 bool barrier_is_or;
 std::vector<CopyBarrier> copy_barriers;
 std::vector<uint16_t> barrier_at;  // by address / 8: one more than the index in copy_barriers
-bool failed;
+int failed;                        // the status, or 0
 std::string message;
 thread_local bool is_running;
 
@@ -206,9 +207,8 @@ std::string block_text() {
     return text_of("kernel %s, block (%u, %u, %u)", launch->kernel->name, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-void set_error(const std::string& text) {
-    if (!failed) message = text;
-    failed = true;
+void set_error(const std::string& text, int status = kLaunchFailed) {
+    if (!failed) message = text, failed = status;
 }
 
 const char* name_of(Collective kind) {
@@ -220,7 +220,7 @@ const char* name_of(Collective kind) {
 std::string wait_text(const Fiber& f) {
     if (f.waits_for == Wait::BARRIER) return "a barrier of the block";
     if (f.waits_for == Wait::COPY)
-        return text_of("a copy at the barrier at byte %u of shared memory, which nobody has started", f.wait_address);
+        return text_of("the barrier at byte %u of shared memory, whose copy nobody has started", f.wait_address);
     const Gather& g = f.warp->gathers[__builtin_ctz(f.wait_mask)];
     return text_of("%s (lanes %08x), which lanes %08x have not reached", name_of(f.wait_kind), f.wait_mask,
                    f.wait_mask & ~g.arrived);
@@ -228,20 +228,26 @@ std::string wait_text(const Fiber& f) {
 
 // Every thread that is left waits.
 std::string deadlock_text() {
-    std::string text = block_text() + ": nobody can go on;";
-    std::vector<std::pair<std::string, std::vector<int>>> groups;
+    struct Group {
+        int warp, n, first;  // warp: -1 for what the block waits at
+        std::string what;
+    };
+    std::vector<Group> groups;
     for (int i = 0; i < n_threads; ++i) {
         if (fibers[i].has_ended) continue;
-        std::string what = wait_text(fibers[i]);
-        if (fibers[i].waits_for != Wait::BARRIER) what = text_of("warp %d at ", i / 32) + what;
-        if (fibers[i].waits_for == Wait::BARRIER) what = "at " + what;
-        auto at = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == what; });
-        if (at == groups.end()) at = groups.insert(at, {what, {}});
-        at->second.push_back(i);
+        const int warp = fibers[i].waits_for == Wait::BARRIER ? -1 : i / 32;
+        const std::string what = wait_text(fibers[i]);
+        auto at = std::find_if(groups.begin(), groups.end(),
+                               [&](const Group& g) { return g.warp == warp && g.what == what; });
+        if (at == groups.end()) at = groups.insert(at, {warp, 0, i, what});
+        ++at->n;
     }
-    for (size_t i = 0; i < groups.size() && i < 4; ++i)
-        text += text_of("%s %zu threads (the first is %d) wait %s", i ? ";" : "", groups[i].second.size(),
-                        groups[i].second[0], groups[i].first.c_str());
+    std::string text = block_text() + ": nobody can go on";
+    for (size_t i = 0; i < groups.size() && i < 4; ++i) {
+        const Group& g = groups[i];
+        text += text_of("; %d threads", g.n) + (g.warp < 0 ? "" : text_of(" of warp %d", g.warp)) +
+                text_of(" (the first is %d) wait at %s", g.first, g.what.c_str());
+    }
     if (groups.size() > 4) text += text_of("; and %zu more groups", groups.size() - 4);
     if (n_alive < n_threads) text += text_of("; %d threads have ended", n_threads - n_alive);
     return text;
@@ -296,7 +302,7 @@ void thread_main() {
 
 struct sigaction before[3];
 const int kSignals[3] = {SIGSEGV, SIGBUS, SIGFPE};
-int fault_signal;
+int fault_signal;  // of this launch, or 0
 void* fault_address;
 
 void fault_landing() {
@@ -468,7 +474,8 @@ void fail(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
     const uint3& t = current->index;
-    set_error(block_text() + text_of(", thread (%u, %u, %u): ", t.x, t.y, t.z) + text_of(format, arguments));
+    set_error(block_text() + text_of(", thread (%u, %u, %u): ", t.x, t.y, t.z) + text_of(format, arguments),
+              fault_signal && fault_signal != SIGFPE ? kIllegalAddress : kLaunchFailed);
     va_end(arguments);
     is_running = was_running;
     leave();
@@ -631,7 +638,7 @@ int on_cpu_run(const OnCpuLaunch* l, char* error, size_t error_bytes) {
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) {
             snprintf(error, error_bytes, "no memory for stacks");
-            return 0;
+            return kLaunchFailed;
         }
         stacks = static_cast<uint8_t*>(p);
         barrier_at.resize(kMaxDynamic / 8);
@@ -639,7 +646,7 @@ int on_cpu_run(const OnCpuLaunch* l, char* error, size_t error_bytes) {
         seed = order ? strtoull(order, nullptr, 10) : 0;
     }
     launch = l;
-    failed = false, message.clear();
+    failed = fault_signal = 0, message.clear();
     blockDim = {l->block[0], l->block[1], l->block[2]}, gridDim = {l->grid[0], l->grid[1], l->grid[2]};
     n_threads = static_cast<int>(l->block[0] * l->block[1] * l->block[2]), n_warps = (n_threads + 31) / 32;
     random_state = (seed + 1) * 0x9E3779B97F4A7C15ull ^ ++n_launches * 0xD1B54A32D192ED03ull;
@@ -666,5 +673,5 @@ int on_cpu_run(const OnCpuLaunch* l, char* error, size_t error_bytes) {
     is_running = false;
     for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &before[i], nullptr);
     if (failed) snprintf(error, error_bytes, "%s", message.c_str());
-    return !failed;
+    return failed;
 }
