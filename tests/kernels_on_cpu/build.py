@@ -200,7 +200,7 @@ def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(OUT), os.environ.get("LD_LIBRARY_PATH")]))
     return {
         "LD_LIBRARY_PATH": path, "FAKE_CUDA_KERNELS": str(OUT), "FAKE_CUDA_DELAY_US": "0", "FAKE_CUDA_SMS": "4",
-        "FAKE_CUDA_MEMORY": str(4 << 30), "WORKER_ORCD_FAULTS": "1",
+        "FAKE_CUDA_MEMORY": str(4 << 30), "WORKER_ORCD_FAULTS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
 
 

@@ -162,13 +162,8 @@ int nth_lane(uint32_t lanes, int n) {
     return __builtin_ctz(lanes);
 }
 
-// Who runs next: the next lane of the warp, else the next warp; null where all wait.
-Fiber* next_fiber() {
-    const Warp& same = *own()->warp;
-    if (!seed && same.runnable) {
-        const uint32_t above = same.runnable & 0xfffffffeu << own()->lane;
-        return &fibers[same.first + __builtin_ctz(above ? above : same.runnable)];
-    }
+// Who runs next in the usual order: the next lane of the warp, else somebody of the next warp; null where all wait.
+Fiber* any_fiber() {
     int warp = static_cast<int>(own()->warp - warps), lane = own()->lane + 1;
     if (seed && n_warps > 1 && random_below(4) == 0) warp = static_cast<int>(random_below(n_warps));
     for (int i = 0; i < n_warps; ++i, lane = 0) {
@@ -260,19 +255,31 @@ std::string deadlock_text() {
     abort();
 }
 
-void run_others() {
-    Fiber* self = own();
-    Fiber* next = next_fiber();
+__attribute__((noinline)) Fiber* fiber_of_another_warp() {
+    Fiber* next = any_fiber();
     if (next == nullptr) {
         set_error(deadlock_text());
         leave();
+    }
+    return next;
+}
+
+inline void run_others() {
+    Fiber* self = own();
+    Fiber* next;
+    const Warp& warp = *self->warp;
+    if (!seed && warp.runnable) {
+        const uint32_t above = warp.runnable & 0xfffffffeu << self->lane;
+        next = &fibers[warp.first + __builtin_ctz(above ? above : warp.runnable)];
+    } else {
+        next = fiber_of_another_warp();
     }
     current = next;
     switch_places(self->place, next->place);
 }
 
 // Waits until somebody makes this thread runnable.
-void wait(Wait why) {
+inline void wait(Wait why) {
     own()->waits_for = why;
     own()->warp->runnable &= ~(1u << own()->lane);
     run_others();
@@ -382,18 +389,22 @@ void run_block() {
 
 // ---- collectives
 
+[[noreturn]] __attribute__((noinline)) void fail_arrival(uint32_t mask, Collective kind, const Gather& g) {
+    const Fiber& f = *own();
+    if (!(mask >> f.lane & 1)) fail("%s with lanes %08x is not for lane %d", name_of(kind), mask, f.lane);
+    const uint32_t ended = mask & ~f.warp->alive;
+    if (ended) fail("%s with lanes %08x: lanes %08x have ended", name_of(kind), mask, ended);
+    fail("%s with lanes %08x, while other lanes of its warp are at %s with lanes %08x", name_of(kind), mask,
+         name_of(g.kind), g.mask);
+}
+
 // Whether the calling lane is the last of the mask; `kind` and mask must be those of the others.
-bool arrive(uint32_t mask, Collective kind) {
+inline bool arrive(uint32_t mask, Collective kind) {
     Fiber& f = *own();
     Warp& w = *f.warp;
-    if (!(mask >> f.lane & 1)) fail("%s with lanes %08x is not for lane %d", name_of(kind), mask, f.lane);
-    if (mask & ~w.alive) fail("%s with lanes %08x: lanes %08x have ended", name_of(kind), mask, mask & ~w.alive);
-    Gather& g = w.gathers[__builtin_ctz(mask)];
-    if (!g.arrived)
-        g.mask = mask, g.kind = kind;
-    else if (g.mask != mask || g.kind != kind)
-        fail("%s with lanes %08x, while other lanes of its warp are at %s with lanes %08x", name_of(kind), mask,
-             name_of(g.kind), g.mask);
+    Gather& g = w.gathers[__builtin_ctz(mask | 1u << 31)];  // of any mask
+    if (!g.arrived) g.mask = mask, g.kind = kind;
+    if (!(mask >> f.lane & 1) || (mask & ~w.alive) || g.mask != mask || g.kind != kind) fail_arrival(mask, kind, g);
     g.arrived |= 1u << f.lane;
     if (g.arrived == mask) {
         g.arrived = 0;
