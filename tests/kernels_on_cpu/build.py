@@ -8,6 +8,7 @@ the one of this folder, shared memory becomes variables of the library, and a ta
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -178,6 +179,14 @@ def build(names: list[str] | None = None) -> Path:
     """
     if shutil.which("g++") is None:
         raise RuntimeError("g++ is not installed")
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "lock").open("w") as lock:  # one build at a time; closing it lets the next one begin
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(names)
+    return OUT
+
+
+def _build(names: list[str] | None) -> None:
     view = _view()
     _runtime()
     _driver()
@@ -192,7 +201,6 @@ def build(names: list[str] | None = None) -> Path:
     for source, was_made in zip(sources, made, strict=True):
         if was_made:
             print(f"built {source.relative_to(ROOT)} for the CPU", file=sys.stderr)
-    return OUT
 
 
 def environment() -> dict[str, str]:
