@@ -96,7 +96,6 @@ BAD_KERNEL(write_past_the_end) {
 BAD_KERNEL(copy_past_the_end) {
     pdl_wait();
     cp_async_16(smem_address(smem + (p.is_right ? 0 : 96)), p.in);
-    cp_async_wait<0>();
     cp_async_commit();
     cp_async_wait<0>();
     p.out[i] = p.in[63 - i];
