@@ -76,14 +76,14 @@ static int is_possible(const Function* f, const unsigned* size) {
            size[6] <= (unsigned)f->most_dynamic;
 }
 
-// Runs a launch; 0 where it failed, which stderr says.
+// Runs a launch; its status. stderr says what went wrong.
 static int run_kernel(const Function* f, const unsigned* size, int pdl, const void* params) {
     OnCpuLaunch launch = {f->library, f->kernel, {size[0], size[1], size[2]}, {size[3], size[4], size[5]}, size[6],
                           pdl,        params};
     char error[2048];
     pthread_mutex_lock(&cpu);
-    int is_good = run_on_cpu(&launch, error, sizeof error);
+    int status = run_on_cpu(&launch, error, sizeof error);
     pthread_mutex_unlock(&cpu);
-    if (!is_good) fprintf(stderr, "%s\n", error);
-    return is_good;
+    if (status) fprintf(stderr, "%s\n", error);
+    return status;
 }

@@ -73,7 +73,7 @@ typedef struct Graph {
 typedef struct Block {
     char* at;
     size_t n;
-    int host;
+    int host, managed;
     struct Block* next;
 } Block;
 
@@ -112,7 +112,7 @@ static Status allocate(void** out, size_t n, int host) {
     Status status = OOM;
     if (host || used + n <= capacity()) {
         Block* b = malloc(sizeof *b);
-        b->at = aligned_alloc(256, (n + 255) / 256 * 256), b->n = n, b->host = host, b->next = blocks;
+        b->at = aligned_alloc(256, (n + 255) / 256 * 256), b->n = n, b->host = host, b->managed = 0, b->next = blocks;
         memset(b->at, 0xEE, n);
         blocks = b, *out = b->at, status = OK;
         if (!host) used += n;
@@ -163,7 +163,8 @@ static void run(Op* op) {
             break;
         case KERNEL:
             if (op->kernel->kernel) {
-                if (!run_kernel(op->kernel, op->size, op->pdl, op->params)) sticky = LAUNCH_FAILED;
+                Status status = run_kernel(op->kernel, op->size, op->pdl, op->params);
+                if (status) sticky = status;
             } else if (!strcmp(op->kernel->name, "copy")) {  // struct { const void *from; void *to; size_t n; }
                 struct {
                     const void* from;
@@ -340,7 +341,14 @@ Status cuMemAlloc(uint64_t* p, size_t n) {
     if (!current) return INVALID_CONTEXT;
     return sticky ? sticky : allocate((void**)p, n, 0);
 }
-Status cuMemAllocManaged(uint64_t* p, size_t n, unsigned f) { return cuMemAlloc(p, n); }
+Status cuMemAllocManaged(uint64_t* p, size_t n, unsigned f) {
+    Status status = cuMemAlloc(p, n);
+    pthread_mutex_lock(&heap);
+    for (Block* b = blocks; b && !status; b = b->next)
+        if (b->at == (char*)*p) b->managed = 1;
+    pthread_mutex_unlock(&heap);
+    return status;
+}
 Status cuMemFree(uint64_t p) {
     wait_for_streams(1);
     return release((void*)p);
@@ -387,7 +395,11 @@ Status cuMemsetD8Async(uint64_t to, unsigned char v, size_t n, Stream* s) {
 }
 Status cuPointerGetAttributes(unsigned n, const int* which, void** out, uint64_t p) {
     if (!inside((void*)p, 1, 0)) return INVALID;
-    *(unsigned*)out[0] = 2, *(int*)out[1] = 0;
+    *(unsigned*)out[0] = 2, *(int*)out[1] = 0;  // device memory
+    pthread_mutex_lock(&heap);
+    for (Block* b = blocks; b; b = b->next)
+        if ((char*)p >= b->at && (char*)p < b->at + b->n) *(int*)out[1] = b->managed;
+    pthread_mutex_unlock(&heap);
     return OK;
 }
 Status cuPointerGetAttribute(void* out, int which, uint64_t p) { return INVALID; }

@@ -8,6 +8,7 @@ the one of this folder, shared memory becomes variables of the library, and a ta
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -35,7 +36,8 @@ _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+')
 _NAME = re.compile(r"\s*(\w+)\(const\s+__grid_constant__\s+(\w+)\s+(\w+)\)\s*\{")
 
 _TABLE = """
-alignas(1024) __attribute__((section(".bss.dynamic"))) uint8_t on_cpu_dynamic[on_cpu::kMaxDynamic + on_cpu::kGuardBytes];
+alignas(1024) __attribute__((section(".bss.dynamic")))
+uint8_t on_cpu_dynamic[on_cpu::kMaxDynamic + on_cpu::kGuardBytes];
 // What lies in .bss of the file, in a section of its own after build.py has renamed it.
 __attribute__((used)) static char on_cpu_fixed[16];
 extern "C" uint8_t __start_shared_memory[], __stop_shared_memory[];
@@ -90,8 +92,8 @@ def _closing(text: str, at: int) -> tuple[int, int]:
 def _view() -> Path:
     """A copy of csrc made of links, in which common/ptx.cuh is the one of this folder."""
     view = OUT / "csrc"
-    wanted = {p.relative_to(ROOT / "csrc"): p for folder in ("cuda", "params") for p in (ROOT / "csrc" / folder).rglob("*")
-              if p.is_file()}  # fmt: skip
+    csrc = ROOT / "csrc"
+    wanted = {p.relative_to(csrc): p for p in [*csrc.glob("cuda/**/*"), *csrc.glob("params/*")] if p.is_file()}
     wanted[Path("cuda/common/ptx.cuh")] = HERE / "ptx.cuh"
     for link in [p for p in view.rglob("*") if p.is_symlink()] if view.exists() else []:
         if wanted.get(link.relative_to(view)) != Path(os.readlink(link)):
@@ -177,6 +179,14 @@ def build(names: list[str] | None = None) -> Path:
     """
     if shutil.which("g++") is None:
         raise RuntimeError("g++ is not installed")
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "lock").open("w") as lock:  # one build at a time; closing it lets the next one begin
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(names)
+    return OUT
+
+
+def _build(names: list[str] | None) -> None:
     view = _view()
     _runtime()
     _driver()
@@ -191,7 +201,6 @@ def build(names: list[str] | None = None) -> Path:
     for source, was_made in zip(sources, made, strict=True):
         if was_made:
             print(f"built {source.relative_to(ROOT)} for the CPU", file=sys.stderr)
-    return OUT
 
 
 def environment() -> dict[str, str]:
@@ -199,7 +208,7 @@ def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(OUT), os.environ.get("LD_LIBRARY_PATH")]))
     return {
         "LD_LIBRARY_PATH": path, "FAKE_CUDA_KERNELS": str(OUT), "FAKE_CUDA_DELAY_US": "0", "FAKE_CUDA_SMS": "4",
-        "FAKE_CUDA_MEMORY": str(4 << 30), "WORKER_ORCD_FAULTS": "1",
+        "FAKE_CUDA_MEMORY": str(4 << 30), "WORKER_ORCD_FAULTS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
 
 

@@ -6,6 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include <type_traits>
 
 #include "runtime.h"
@@ -121,10 +125,15 @@ struct __half {
     uint16_t bits;
 };
 namespace on_cpu {
+#ifdef __F16C__
+static inline float half_value(uint32_t low_bits) { return _cvtsh_ss(static_cast<uint16_t>(low_bits)); }
+static inline uint32_t half_bits(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+#else
 static inline float half_value(uint32_t low_bits) {
     return static_cast<float>(bits<_Float16>(static_cast<uint16_t>(low_bits)));
 }
 static inline uint32_t half_bits(float v) { return bits<uint16_t>(static_cast<_Float16>(v)); }
+#endif
 // a * b + c of float16 values, rounded once. The sum is exact in double wherever it lies near the middle between two
 // float16 numbers; it goes to float32 by rounding to odd, which leaves the second rounding right.
 static inline uint32_t half_fma(float a, float b, float c) {

@@ -30,7 +30,8 @@ typedef struct {
     const void* params;
 } OnCpuLaunch;
 
-// Runs a launch to its end and returns 1, or 0 with what went wrong in `error`. One launch at a time.
+// Runs a launch to its end and returns 0, or the CUresult of what went wrong and its text in `error`. One launch at a
+// time.
 int on_cpu_run(const OnCpuLaunch* launch, char* error, size_t error_bytes);
 
 #ifdef __cplusplus

@@ -29,6 +29,7 @@ constexpr int kPoison = 0xFF;                         // four of them are a NaN,
 constexpr int kGuard = 0xFD;
 constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11ull, kBarrierMark = 0xba221e2000000000ull;
 constexpr uint32_t kNoGroup = ~0u;
+constexpr int kIllegalAddress = 700, kLaunchFailed = 719;  // CUresult
 
 // ---- from one fiber to another
 
@@ -87,7 +88,7 @@ struct Copy {
 
 enum class Wait : uint8_t { COLLECTIVE, BARRIER, COPY };
 
-struct Fiber : Thread {
+struct alignas(128) Fiber : Thread {
     Place place;
     Wait waits_for;
     bool has_ended, has_waited;        // pdl_wait
@@ -141,7 +142,7 @@ int n_at_barrier, barrier_any, barrier_result;
 bool barrier_is_or;
 std::vector<CopyBarrier> copy_barriers;
 std::vector<uint16_t> barrier_at;  // by address / 8: one more than the index in copy_barriers
-bool failed;
+int failed;                        // the status, or 0
 std::string message;
 thread_local bool is_running;
 
@@ -161,8 +162,8 @@ int nth_lane(uint32_t lanes, int n) {
     return __builtin_ctz(lanes);
 }
 
-// Who runs next: the next lane of the warp, else the next warp; null where all wait.
-Fiber* next_fiber() {
+// Who runs next in the usual order: the next lane of the warp, else somebody of the next warp; null where all wait.
+Fiber* any_fiber() {
     int warp = static_cast<int>(own()->warp - warps), lane = own()->lane + 1;
     if (seed && n_warps > 1 && random_below(4) == 0) warp = static_cast<int>(random_below(n_warps));
     for (int i = 0; i < n_warps; ++i, lane = 0) {
@@ -201,9 +202,8 @@ std::string block_text() {
     return text_of("kernel %s, block (%u, %u, %u)", launch->kernel->name, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-void set_error(const std::string& text) {
-    if (!failed) message = text;
-    failed = true;
+void set_error(const std::string& text, int status = kLaunchFailed) {
+    if (!failed) message = text, failed = status;
 }
 
 const char* name_of(Collective kind) {
@@ -215,7 +215,7 @@ const char* name_of(Collective kind) {
 std::string wait_text(const Fiber& f) {
     if (f.waits_for == Wait::BARRIER) return "a barrier of the block";
     if (f.waits_for == Wait::COPY)
-        return text_of("a copy at the barrier at byte %u of shared memory, which nobody has started", f.wait_address);
+        return text_of("the barrier at byte %u of shared memory, whose copy nobody has started", f.wait_address);
     const Gather& g = f.warp->gathers[__builtin_ctz(f.wait_mask)];
     return text_of("%s (lanes %08x), which lanes %08x have not reached", name_of(f.wait_kind), f.wait_mask,
                    f.wait_mask & ~g.arrived);
@@ -223,20 +223,26 @@ std::string wait_text(const Fiber& f) {
 
 // Every thread that is left waits.
 std::string deadlock_text() {
-    std::string text = block_text() + ": nobody can go on;";
-    std::vector<std::pair<std::string, std::vector<int>>> groups;
+    struct Group {
+        int warp, n, first;  // warp: -1 for what the block waits at
+        std::string what;
+    };
+    std::vector<Group> groups;
     for (int i = 0; i < n_threads; ++i) {
         if (fibers[i].has_ended) continue;
-        std::string what = wait_text(fibers[i]);
-        if (fibers[i].waits_for != Wait::BARRIER) what = text_of("warp %d at ", i / 32) + what;
-        if (fibers[i].waits_for == Wait::BARRIER) what = "at " + what;
-        auto at = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == what; });
-        if (at == groups.end()) at = groups.insert(at, {what, {}});
-        at->second.push_back(i);
+        const int warp = fibers[i].waits_for == Wait::BARRIER ? -1 : i / 32;
+        const std::string what = wait_text(fibers[i]);
+        auto at = std::find_if(groups.begin(), groups.end(),
+                               [&](const Group& g) { return g.warp == warp && g.what == what; });
+        if (at == groups.end()) at = groups.insert(at, {warp, 0, i, what});
+        ++at->n;
     }
-    for (size_t i = 0; i < groups.size() && i < 4; ++i)
-        text += text_of("%s %zu threads (the first is %d) wait %s", i ? ";" : "", groups[i].second.size(),
-                        groups[i].second[0], groups[i].first.c_str());
+    std::string text = block_text() + ": nobody can go on";
+    for (size_t i = 0; i < groups.size() && i < 4; ++i) {
+        const Group& g = groups[i];
+        text += text_of("; %d threads", g.n) + (g.warp < 0 ? "" : text_of(" of warp %d", g.warp)) +
+                text_of(" (the first is %d) wait at %s", g.first, g.what.c_str());
+    }
     if (groups.size() > 4) text += text_of("; and %zu more groups", groups.size() - 4);
     if (n_alive < n_threads) text += text_of("; %d threads have ended", n_threads - n_alive);
     return text;
@@ -249,19 +255,31 @@ std::string deadlock_text() {
     abort();
 }
 
-void run_others() {
-    Fiber* self = own();
-    Fiber* next = next_fiber();
+__attribute__((noinline)) Fiber* fiber_of_another_warp() {
+    Fiber* next = any_fiber();
     if (next == nullptr) {
         set_error(deadlock_text());
         leave();
+    }
+    return next;
+}
+
+inline void run_others() {
+    Fiber* self = own();
+    Fiber* next;
+    const Warp& warp = *self->warp;
+    if (!seed && warp.runnable) {
+        const uint32_t above = warp.runnable & 0xfffffffeu << self->lane;
+        next = &fibers[warp.first + __builtin_ctz(above ? above : warp.runnable)];
+    } else {
+        next = fiber_of_another_warp();
     }
     current = next;
     switch_places(self->place, next->place);
 }
 
 // Waits until somebody makes this thread runnable.
-void wait(Wait why) {
+inline void wait(Wait why) {
     own()->waits_for = why;
     own()->warp->runnable &= ~(1u << own()->lane);
     run_others();
@@ -291,7 +309,7 @@ void thread_main() {
 
 struct sigaction before[3];
 const int kSignals[3] = {SIGSEGV, SIGBUS, SIGFPE};
-int fault_signal;
+int fault_signal;  // of this launch, or 0
 void* fault_address;
 
 void fault_landing() {
@@ -371,18 +389,22 @@ void run_block() {
 
 // ---- collectives
 
+[[noreturn]] __attribute__((noinline)) void fail_arrival(uint32_t mask, Collective kind, const Gather& g) {
+    const Fiber& f = *own();
+    if (!(mask >> f.lane & 1)) fail("%s with lanes %08x is not for lane %d", name_of(kind), mask, f.lane);
+    const uint32_t ended = mask & ~f.warp->alive;
+    if (ended) fail("%s with lanes %08x: lanes %08x have ended", name_of(kind), mask, ended);
+    fail("%s with lanes %08x, while other lanes of its warp are at %s with lanes %08x", name_of(kind), mask,
+         name_of(g.kind), g.mask);
+}
+
 // Whether the calling lane is the last of the mask; `kind` and mask must be those of the others.
-bool arrive(uint32_t mask, Collective kind) {
+inline bool arrive(uint32_t mask, Collective kind) {
     Fiber& f = *own();
     Warp& w = *f.warp;
-    if (!(mask >> f.lane & 1)) fail("%s with lanes %08x is not for lane %d", name_of(kind), mask, f.lane);
-    if (mask & ~w.alive) fail("%s with lanes %08x: lanes %08x have ended", name_of(kind), mask, mask & ~w.alive);
-    Gather& g = w.gathers[__builtin_ctz(mask)];
-    if (!g.arrived)
-        g.mask = mask, g.kind = kind;
-    else if (g.mask != mask || g.kind != kind)
-        fail("%s with lanes %08x, while other lanes of its warp are at %s with lanes %08x", name_of(kind), mask,
-             name_of(g.kind), g.mask);
+    Gather& g = w.gathers[__builtin_ctz(mask | 1u << 31)];  // of any mask
+    if (!g.arrived) g.mask = mask, g.kind = kind;
+    if (!(mask >> f.lane & 1) || (mask & ~w.alive) || g.mask != mask || g.kind != kind) fail_arrival(mask, kind, g);
     g.arrived |= 1u << f.lane;
     if (g.arrived == mask) {
         g.arrived = 0;
@@ -393,11 +415,13 @@ bool arrive(uint32_t mask, Collective kind) {
     return false;
 }
 
+#ifndef __F16C__
 float half_value(uint16_t bits) {
     _Float16 h;
     memcpy(&h, &bits, 2);
     return static_cast<float>(h);
 }
+#endif
 
 // ---- shared memory
 
@@ -433,6 +457,26 @@ CopyBarrier& barrier_of(uint32_t address) {
 
 }  // namespace
 
+// product = A B: four rows at a time, whose eight sums of half a row stay in registers.
+typedef double Quad __attribute__((vector_size(32)));
+static void multiply(Warp& w) {
+    const Quad* b = reinterpret_cast<const Quad*>(w.b);
+    for (int first = 0; first < 8; first += 4) {
+        for (int upper = 0; upper < 2; ++upper) {
+            Quad sum[4][2] = {};
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; ++k) {
+#pragma GCC unroll 4
+                for (int m = 0; m < 4; ++m) {
+                    const double a = w.a[4 * (first + m) + k % 8 / 2][k / 8 * 4 + upper * 2 + k % 2];
+                    sum[m][0] += a * b[2 * k], sum[m][1] += a * b[2 * k + 1];
+                }
+            }
+            memcpy(w.product[first + 8 * upper], sum, sizeof sum);
+        }
+    }
+}
+
 // ---- for kernels
 
 void fail(const char* format, ...) {
@@ -441,7 +485,8 @@ void fail(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
     const uint3& t = current->index;
-    set_error(block_text() + text_of(", thread (%u, %u, %u): ", t.x, t.y, t.z) + text_of(format, arguments));
+    set_error(block_text() + text_of(", thread (%u, %u, %u): ", t.x, t.y, t.z) + text_of(format, arguments),
+              fault_signal && fault_signal != SIGFPE ? kIllegalAddress : kLaunchFailed);
     va_end(arguments);
     is_running = was_running;
     leave();
@@ -504,23 +549,16 @@ void mma_f16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
     const __m256 floats = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
     _mm256_store_pd(own_a, _mm256_cvtps_pd(_mm256_castps256_ps128(floats)));
     _mm256_store_pd(own_a + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1)));
+    alignas(32) double own_b[4];
+    _mm256_store_pd(own_b, _mm256_cvtps_pd(_mm_cvtph_ps(_mm_set_epi32(0, 0, b1, b0))));
 #else
+    double own_b[4];
     for (int i = 0; i < 8; ++i) own_a[i] = half_value(static_cast<uint16_t>(a[i / 2] >> (16 * (i % 2))));
+    for (int i = 0; i < 4; ++i) own_b[i] = half_value(static_cast<uint16_t>((i < 2 ? b0 : b1) >> (16 * (i % 2))));
 #endif
-    w.b[2 * t][g] = half_value(static_cast<uint16_t>(b0)),
-            w.b[2 * t + 1][g] = half_value(static_cast<uint16_t>(b0 >> 16));
-    w.b[2 * t + 8][g] = half_value(static_cast<uint16_t>(b1));
-    w.b[2 * t + 9][g] = half_value(static_cast<uint16_t>(b1 >> 16));
+    w.b[2 * t][g] = own_b[0], w.b[2 * t + 1][g] = own_b[1], w.b[2 * t + 8][g] = own_b[2], w.b[2 * t + 9][g] = own_b[3];
     if (arrive(kFullWarp, Collective::MMA)) {
-        for (int m = 0; m < 16; ++m) {
-            double sum[8] = {};
-            const double (*lanes)[8] = &w.a[4 * (m % 8)];
-            for (int k = 0; k < 16; ++k) {
-                const double x = lanes[k % 8 / 2][k / 8 * 4 + m / 8 * 2 + k % 2];
-                for (int n = 0; n < 8; ++n) sum[n] += x * w.b[k][n];
-            }
-            memcpy(w.product[m], sum, sizeof sum);
-        }
+        multiply(w);
     } else {
         wait(Wait::COLLECTIVE);
     }
@@ -611,7 +649,7 @@ int on_cpu_run(const OnCpuLaunch* l, char* error, size_t error_bytes) {
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) {
             snprintf(error, error_bytes, "no memory for stacks");
-            return 0;
+            return kLaunchFailed;
         }
         stacks = static_cast<uint8_t*>(p);
         barrier_at.resize(kMaxDynamic / 8);
@@ -619,7 +657,7 @@ int on_cpu_run(const OnCpuLaunch* l, char* error, size_t error_bytes) {
         seed = order ? strtoull(order, nullptr, 10) : 0;
     }
     launch = l;
-    failed = false, message.clear();
+    failed = fault_signal = 0, message.clear();
     blockDim = {l->block[0], l->block[1], l->block[2]}, gridDim = {l->grid[0], l->grid[1], l->grid[2]};
     n_threads = static_cast<int>(l->block[0] * l->block[1] * l->block[2]), n_warps = (n_threads + 31) / 32;
     random_state = (seed + 1) * 0x9E3779B97F4A7C15ull ^ ++n_launches * 0xD1B54A32D192ED03ull;
@@ -646,5 +684,5 @@ int on_cpu_run(const OnCpuLaunch* l, char* error, size_t error_bytes) {
     is_running = false;
     for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &before[i], nullptr);
     if (failed) snprintf(error, error_bytes, "%s", message.c_str());
-    return !failed;
+    return failed;
 }

@@ -1,0 +1,161 @@
+// Small kernels with one mistake each, which the runtime must report; with p.is_right they do the same without it.
+// For bad_kernel_cases.py only: no GPU ever runs them. One block of 64 threads, kSmemBytes of dynamic shared memory.
+//
+// Right, out[i] = in[63 - i] for all of them.
+#include "common/ptx.cuh"
+
+struct BadParams {
+    const float* in;  // [64], 16-byte aligned
+    float* out;       // [64]
+    int32_t is_right;
+};
+
+static constexpr int kFloats = 64, kBarrierAt = 4 * kFloats;
+
+#define BAD_KERNEL(name)                                                                               \
+    DEVICE void name##_body(const BadParams& p, float* smem, int i);                                   \
+    extern "C" __global__ void __launch_bounds__(64) bad_##name(const __grid_constant__ BadParams p) { \
+        extern __shared__ __align__(16) float smem[];                                                  \
+        name##_body(p, smem, threadIdx.x);                                                             \
+    }                                                                                                  \
+    DEVICE void name##_body(const BadParams& p, float* smem, int i)
+
+BAD_KERNEL(no_barrier) {
+    pdl_wait();
+    smem[i] = p.in[i];
+    if (p.is_right) __syncthreads();
+    p.out[i] = smem[63 - i];
+}
+
+// Threads look at those before them: in the usual order these have run.
+BAD_KERNEL(no_barrier_in_order) {
+    pdl_wait();
+    smem[i] = p.in[63 - i];
+    if (p.is_right) __syncthreads();
+    const float before = smem[i > 0 ? i - 1 : 0];
+    p.out[i] = i > 0 && before != p.in[64 - i] ? -1.0f : smem[i];
+}
+
+BAD_KERNEL(no_wait_for_copies) {
+    pdl_wait();
+    if (i < 16) cp_async_16(smem_address(smem + 4 * i), p.in + 4 * i);
+    cp_async_commit();
+    if (p.is_right) cp_async_wait<0>();
+    __syncthreads();
+    p.out[i] = smem[63 - i];
+    cp_async_wait<0>();
+}
+
+BAD_KERNEL(copies_left_at_end) {
+    pdl_wait();
+    if (i < 16) cp_async_16(smem_address(smem + 4 * i), p.in + 4 * i);
+    cp_async_commit();
+    if (p.is_right) cp_async_wait<0>();
+    p.out[i] = p.in[63 - i];
+}
+
+BAD_KERNEL(lane_ends_before_shuffle) {
+    pdl_wait();
+    const float v = p.in[63 - i];
+    if (!p.is_right && i == 5) return;
+    p.out[i] = __shfl_xor_sync(0xffffffffu, __shfl_xor_sync(0xffffffffu, v, 1), 1);
+}
+
+BAD_KERNEL(lane_stays_away) {
+    pdl_wait();
+    p.out[i] = p.in[63 - i];
+    if (p.is_right || i != 37) __syncwarp();
+    __syncthreads();
+}
+
+BAD_KERNEL(two_collectives) {
+    pdl_wait();
+    const float v = p.in[63 - i];
+    if (p.is_right || i % 2 == 0)
+        p.out[i] = __shfl_sync(0xffffffffu, v, i % 32);
+    else
+        p.out[i] = __any_sync(0xffffffffu, v > 0.0f);
+}
+
+BAD_KERNEL(warp_stays_away) {
+    pdl_wait();
+    p.out[i] = p.in[63 - i];
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) copy_barrier_init(barrier);
+    __syncthreads();
+    if (i < 32 && !p.is_right) copy_wait(barrier, 0);  // for a copy that nobody starts
+    __syncthreads();
+}
+
+BAD_KERNEL(write_past_the_end) {
+    pdl_wait();
+    smem[p.is_right ? i : i + 32 + 64] = p.in[i];
+    p.out[i] = p.in[63 - i];
+}
+
+BAD_KERNEL(copy_past_the_end) {
+    pdl_wait();
+    cp_async_16(smem_address(smem + (p.is_right ? 0 : 96)), p.in);
+    cp_async_commit();
+    cp_async_wait<0>();
+    p.out[i] = p.in[63 - i];
+}
+
+BAD_KERNEL(never_written) { p.out[i] = p.is_right ? (pdl_wait(), p.in[63 - i]) : (pdl_wait(), smem[i]); }
+
+BAD_KERNEL(no_pdl_wait) {
+    if (p.is_right || i != 40) pdl_wait();
+    p.out[i] = p.in[63 - i];
+}
+
+// The first warp copies twice with one barrier; p.is_right waits between.
+BAD_KERNEL(copy_before_the_phase_ends) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) copy_barrier_init(barrier);
+    __syncthreads();
+    if (i < 32) {
+        copy_to_smem(barrier, smem_address(smem), p.in, 4 * kFloats, i);
+        if (p.is_right) copy_wait(barrier, 0);
+        __syncwarp();
+        copy_to_smem(barrier, smem_address(smem), p.in, 4 * kFloats, i);
+        copy_wait(barrier, 1);
+    }
+    __syncthreads();
+    p.out[i] = smem[63 - i];
+}
+
+BAD_KERNEL(wrong_parity) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) copy_barrier_init(barrier);
+    __syncthreads();
+    if (i < 32) copy_to_smem(barrier, smem_address(smem), p.in, 4 * kFloats, i);
+    copy_wait(barrier, p.is_right ? 0 : 1);
+    p.out[i] = smem[63 - i];
+    copy_wait(barrier, 0);
+}
+
+BAD_KERNEL(part_of_a_warp_copies) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) copy_barrier_init(barrier);
+    __syncthreads();
+    if (i < (p.is_right ? 32 : 16)) copy_to_smem(barrier, smem_address(smem), p.in, 4 * kFloats, i);
+    copy_wait(barrier, 0);
+    p.out[i] = smem[63 - i];
+}
+
+BAD_KERNEL(null_pointer) {
+    pdl_wait();
+    const float* from = p.is_right || i != 9 ? p.in : nullptr;
+    p.out[i] = from[63 - i];
+}
+
+BAD_KERNEL(misaligned_copy) {
+    pdl_wait();
+    cp_async_16(smem_address(smem), p.in + (p.is_right ? 0 : 1));
+    cp_async_commit();
+    cp_async_wait<0>();
+    p.out[i] = p.in[63 - i];
+}
