@@ -2,9 +2,9 @@
 // such products act(first) * second.
 //
 // decode_<type>_<variant>(DecodeParams). Variants 128, 256: K is cut into chunks of as many columns (chunk_columns), at
-// most one for each warp; `long`: any number of chunks. A warp keeps its chunk of x in registers (128, 256) or
-// reads it from shared memory (one row) or L1. With an `e` weights are decoded before the wait for the kernel before:
-// those of the first two row tiles of every warp (128e; of some types the first), or of the only one (256e).
+// most one for each warp; `long`: any number of chunks. A warp has its chunk of x in registers (128) or reads it from
+// shared memory (256, and one row of `long`) or L1. With an `e` weights are decoded before the wait for the kernel
+// before: those of the first two row tiles of every warp (128e; of some types the first), or of the only one (256e).
 //
 // One row of float32 x is converted here, with the RMS norm before it, by each warp for its own chunk; several rows
 // come converted (convert.cu). The bits are the same (common/activations.cuh), as they are in all products
@@ -28,6 +28,7 @@ constexpr int kWarpX = 512 + 1024;  // shared memory of a warp's converted chunk
 
 template <class Q, class S>
 DEVICE void decode(const DecodeParams& p) {
+    constexpr bool kRowsInSmem = S::kBlocks == 8;
     // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, [2 * n_pieces] sums of squares, barriers
     extern __shared__ __align__(128) uint8_t smem[];
     pdl_launch_dependents();
@@ -170,8 +171,12 @@ DEVICE void decode(const DecodeParams& p) {
     pdl_wait();
 
     uint4 x[S::kKeepX ? S::kBlocks : 1];
-    const uint8_t* x_at = nullptr;  // else block b of the chunk (`long`: of the row) is at x_at + 64 b
-    if (p.x != nullptr) {
+    // Where the lane's part of block b of the chunk is (`long`: of the row), 64 b further on: in shared memory, or in
+    // global memory without `converts`.
+    const bool converts = p.x != nullptr;
+    int x_in_smem = p.ring_bytes + t * 16;
+    const uint8_t* x_at = nullptr;
+    if (converts) {
         float v[8];
         if constexpr (S::kBlocks > 0) {
             load_columns(v, p.x, column, column_end);
@@ -189,7 +194,7 @@ DEVICE void decode(const DecodeParams& p) {
             *reinterpret_cast<uint4*>(converted + lane * 16) = pack_columns(v, scale);
             if (group == 0 && lane == 0) factors[8 * chunk0] = scale;
             __syncwarp();
-            x_at = converted + t * 16;
+            x_in_smem += warp * kWarpX;
         } else {
             const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
             if (p.mode == PRODUCT_ADD && has_first) first_before = __ldcg(p.out + first_output);
@@ -218,20 +223,38 @@ DEVICE void decode(const DecodeParams& p) {
                 if (lane == 0) factors[8 * c] = scale;
             }
             __syncthreads();
-            x_at = converted + t * 16;
         }
     } else {
         // Columns of rows that do not exist are those of the last one and dropped: they touch no other column.
-        x_at = p.rows + static_cast<int64_t>(min(g, p.n_rows - 1)) * p.x_bytes + t * 16 + chunk0 * S::kBlocks * 64;
+        const int row = min(g, p.n_rows - 1);
+        if constexpr (kRowsInSmem) {
+            const int n_bytes = converted_fragment_bytes(p.k), x_row = n_bytes + 64;  // no bank conflicts
+            const uint32_t to = smem_address(smem) + p.ring_bytes;
+            for (int r = 0; r < p.n_rows; ++r)
+                for (int at = threadIdx.x * 16; at < n_bytes; at += blockDim.x * 16)
+                    cp_async_16(to + r * x_row + at, p.rows + static_cast<int64_t>(r) * p.x_bytes + at);
+            cp_async_commit();
+            x_in_smem += row * x_row + chunk0 * S::kBlocks * 64;
+        } else {
+            x_at = p.rows + static_cast<int64_t>(row) * p.x_bytes + t * 16 + chunk0 * S::kBlocks * 64;
+        }
         if (p.mode == PRODUCT_ADD && has_first)
             first_before = __ldcg(p.out + row_of(threadIdx.x) * p.out_stride + first_output);
         for (int i = threadIdx.x; i < 8 * n_chunks; i += blockDim.x) {
             const uint8_t* of = p.rows + static_cast<int64_t>(min(i & 7, p.n_rows - 1)) * p.x_bytes;
             factors[i] = __ldcg(reinterpret_cast<const float*>(of + converted_fragment_bytes(p.k)) + (i >> 3));
         }
+        if constexpr (kRowsInSmem) {
+            cp_async_wait<0>();
+            __syncthreads();
+        }
     }
+    const auto x_of = [&](int block) {
+        if (kRowsInSmem || converts) return *reinterpret_cast<const uint4*>(smem + x_in_smem + block * 64);
+        return *reinterpret_cast<const uint4*>(x_at + block * 64);
+    };
 #pragma unroll
-    for (int b = 0; b < (S::kKeepX ? S::kBlocks : 0); ++b) x[b] = *reinterpret_cast<const uint4*>(x_at + b * 64);
+    for (int b = 0; b < (S::kKeepX ? S::kBlocks : 0); ++b) x[b] = x_of(b);
 
     const int chunk_floats = one_row ? kTileRows : 8 * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
     // Where the sums of this batch are: two sets take turns, so that one barrier a batch suffices.
@@ -250,7 +273,6 @@ DEVICE void decode(const DecodeParams& p) {
         mma_f16(acc, a, v.x, v.y);
         mma_f16(acc, a + 4, v.z, v.w);
     };
-    const auto x_of = [&](int block) { return *reinterpret_cast<const uint4*>(x_at + block * 64); };
 
 #pragma unroll 1
     for (int tile0 = 0; tile0 < n_tiles; tile0 += p.batch) {
@@ -288,8 +310,10 @@ DEVICE void decode(const DecodeParams& p) {
                     for (int u = 0; u < S::kChunkUnits; ++u) {
                         const int n = own_tiles - u * S::kUnitTiles;
                         if (n <= 0) break;
-                        take_unit(inverse, n,
-                                  [&](int b, const uint32_t (&a)[8]) { multiply(acc, a, x[u * S::kUnitBlocks + b]); });
+                        take_unit(inverse, n, [&](int b, const uint32_t (&a)[8]) {
+                            const int block = u * S::kUnitBlocks + b;
+                            multiply(acc, a, S::kKeepX ? x[S::kKeepX ? block : 0] : x_of(block));
+                        });
                     }
                     store_sums(acc, tile - tile0, chunk0);
                 } else {
@@ -356,23 +380,24 @@ DEVICE void decode(const DecodeParams& p) {
 template <class Q>
 constexpr int kEarlyTiles = Q::kHasMin || Q::kLowBits == 8 || kRowScaled<Q> ? 1 : 2;
 
-#define DEFINE_VARIANT(Type, name, blocks, early, suffix)                        \
-    extern "C" __global__ void __launch_bounds__(most_threads(blocks, early), 1) \
-        decode_##name##_##suffix(const __grid_constant__ DecodeParams p) {       \
-        decode<Type, DecodeShape<Type, blocks, early>>(p);                       \
+// 256: two blocks of 12 warps fit a multiprocessor's registers, so that a launch begins while the one before ends.
+#define DEFINE_VARIANT(Type, name, blocks, early, suffix, bounds)                                        \
+    extern "C" __global__ void bounds decode_##name##_##suffix(const __grid_constant__ DecodeParams p) { \
+        decode<Type, DecodeShape<Type, blocks, early>>(p);                                               \
     }
-#define DEFINE_SMALL(Type, name)          \
-    DEFINE_VARIANT(Type, name, 4, 0, 128) \
-    DEFINE_VARIANT(Type, name, 8, 0, 256) \
-    DEFINE_VARIANT(Type, name, 0, 0, long)
-#define DEFINE_SMALL_EARLY(Type, name)                     \
-    DEFINE_SMALL(Type, name)                               \
-    DEFINE_VARIANT(Type, name, 4, kEarlyTiles<Type>, 128e) \
-    DEFINE_VARIANT(Type, name, 8, 1, 256e)
-#define DEFINE_K(Type, name)               \
-    DEFINE_VARIANT(Type, name, 8, 0, 256)  \
-    DEFINE_VARIANT(Type, name, 0, 0, long) \
-    DEFINE_VARIANT(Type, name, 8, 1, 256e)
+#define MOST_THREADS(blocks, early) __launch_bounds__(most_threads(blocks, early), 1)
+#define DEFINE_SMALL(Type, name)                              \
+    DEFINE_VARIANT(Type, name, 4, 0, 128, MOST_THREADS(4, 0)) \
+    DEFINE_VARIANT(Type, name, 8, 0, 256, __maxnreg__(80))    \
+    DEFINE_VARIANT(Type, name, 0, 0, long, MOST_THREADS(0, 0))
+#define DEFINE_SMALL_EARLY(Type, name)                                                         \
+    DEFINE_SMALL(Type, name)                                                                   \
+    DEFINE_VARIANT(Type, name, 4, kEarlyTiles<Type>, 128e, MOST_THREADS(4, kEarlyTiles<Type>)) \
+    DEFINE_VARIANT(Type, name, 8, 1, 256e, MOST_THREADS(8, 1))
+#define DEFINE_K(Type, name)                                   \
+    DEFINE_VARIANT(Type, name, 8, 0, 256, __maxnreg__(80))     \
+    DEFINE_VARIANT(Type, name, 0, 0, long, MOST_THREADS(0, 0)) \
+    DEFINE_VARIANT(Type, name, 8, 1, 256e, MOST_THREADS(8, 1))
 DENSE_TYPES(DEFINE_SMALL)
 Q4_0_TYPES(DEFINE_SMALL_EARLY)
 Q5_0_TYPES(DEFINE_SMALL_EARLY)

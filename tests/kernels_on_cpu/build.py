@@ -54,7 +54,7 @@ def host_text(text: str) -> str:
 
     Raises:
         ValueError: a kernel does not have the one form: ``extern "C" __global__ void [__launch_bounds__(...)]
-            name(const __grid_constant__ Params p)``.
+            name(const __grid_constant__ Params p)``, or with ``__maxnreg__(...)`` in that place.
     """
     text = _DYNAMIC.sub(r"\1* const \2 = reinterpret_cast<\1*>(on_cpu_dynamic);", text)
     text = text.replace("__shared__", "static")
@@ -65,6 +65,8 @@ def host_text(text: str) -> str:
             begin = end + len("__launch_bounds__(")
             end, comma = _closing(text, begin)
             bound = text[begin : comma or end - 1]
+        elif text.startswith("__maxnreg__(", end):
+            end, _ = _closing(text, end + len("__maxnreg__("))
         kernel = _NAME.match(text, end)
         if kernel is None:
             raise ValueError(f"a kernel of an unknown form: {text[start.start() : end + 100]!r}")

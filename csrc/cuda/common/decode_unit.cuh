@@ -11,9 +11,10 @@ struct DecodeShape {
     static constexpr int kBlocks = kBlocks_;
     static constexpr int kEarlyTiles = kEarlyTiles_;
     static constexpr bool kEarly = kEarlyTiles > 0;
-    // A warp has no row tiles beside those decoded early, whose registers leave no room for x.
+    // A warp has no row tiles beside those decoded early.
     static constexpr bool kEarlyOnly = kEarly && kBlocks == 8;
-    static constexpr bool kKeepX = kBlocks > 0 && !kEarlyOnly;
+    // x is in registers: of more blocks than these it would take room that the launches around need.
+    static constexpr bool kKeepX = kBlocks == 4;
     static constexpr int kUnitTiles = Q::kTileK == 64 && !kDense<Q> ? 2 : 1;
     static constexpr int kTileBlocks = Q::kTileK / 32;
     static constexpr int kUnitBlocks = kUnitTiles * kTileBlocks;
