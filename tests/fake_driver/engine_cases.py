@@ -466,7 +466,8 @@ def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, ch
 
     def norms_of(launches):
         """Weights of the norms that launches apply, whichever kernel does it."""
-        found = [launch.fields.get("norm_weight") or launch.fields.get("weight") for launch in launches]
+        names = ("norm_weight", "weight", "convert.weight")
+        found = [next(filter(None, map(launch.fields.get, names)), None) for launch in launches]
         return {places_of[sum(address)] for address in found if address}
 
     graph = [launch for launch in start if launch.captured][-len(step) :]  # the last one: of three rows, drawn
@@ -530,7 +531,7 @@ ALONE = {
     ops.Embed: ("rows_",), ops.Norm: ("norm_",), ops.MatMul: ("decode_",), ops.Rope: ("rope_kv",),
     ops.KvWrite: ("rope_kv",), ops.Attention: ("attention_decode_",), ops.Glu: ("glu",), ops.Act: ("act_",),
     ops.Add: ("add",), ops.Gather: ("gather_rows",), ops.Route: ("route_logits_", "route_choose"),
-    ops.ExpertMatMul: ("convert_rows", "expert_few_"), ops.ExpertSum: ("expert_sum",),
+    ops.ExpertMatMul: ("expert_few_",), ops.ExpertSum: ("expert_sum",),
 }  # fmt: skip
 
 
@@ -573,6 +574,45 @@ def test_plain_lowering_launches_every_op_by_itself(name, goldens_dir, monkeypat
     monkeypatch.setenv("WORKER_ORCD_LOWERING", "plain")
     with LLM(path, device="cuda:0", progress=False, max_seqs=1, warm_up=True) as llm:
         assert llm.info.lowering == "plain"
+
+
+def test_a_layer_of_experts_is_three_launches_of_few_rows(goldens_dir):
+    """And with prompt rows beside them or many decode rows those that all of them can share."""
+    with ModelFile(goldens_dir / "gpt-oss-MXFP4.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        config = EngineConfig(12, 64, 256, tuple(16 for _ in built.kv_groups))
+        engine = _engine.CudaEngine(file, built, config, context=context)
+        engine.block_tables[:] = 0
+
+        def step(n_decode, n_prompt):
+            n = n_decode + n_prompt
+            slots = np.minimum(np.arange(n), n_decode).astype(np.int32)
+            positions = np.where(np.arange(n) < n_decode, 5, np.arange(n) - n_decode).astype(np.int32)
+            tokens, outputs = np.zeros(n, np.int32), np.arange(n_decode, dtype=np.int32)
+            with recorded() as launches:
+                engine.step(Batch(tokens, positions, slots, n_decode, outputs))
+            return [one for one in launches if one.kernel.startswith(("route_", "expert_"))]
+
+        for n in (1, 2, 8):
+            launches = step(n, 0)
+            assert len(launches) == 3 * built.n_layer
+            for route, up, down in zip(launches[::3], launches[1::3], launches[2::3], strict=True):
+                assert route.kernel == "route_few_f32" and route.grid[0] == route.fields["n_logit_blocks"] + n
+                assert route.fields["route.list.items"] == up.fields["list.items"] == down.fields["list.items"]
+                assert (up.fields["mode"], down.fields["mode"]) == (2, 3)
+                assert up.fields["rows"] == route.fields["convert.out"] and not up.fields["x"]
+                assert down.fields["x"] == up.fields["out"] and down.fields["x_slot_stride"] == down.fields["k"]
+                assert (up.fields["holds_next"], up.fields["has_list"]) == (1, 0)
+                assert (down.fields["holds_next"], down.fields["has_list"]) == (0, 1)
+        for n_decode, n_prompt in ((2, 7), (9, 0), (0, 7)):
+            launches = step(n_decode, n_prompt)
+            kernels = [one.kernel for one in launches]
+            assert not any(kernel.startswith("route_few_") for kernel in kernels)
+            assert kernels.count("expert_sum") == built.n_layer
+            few = [one.fields for one in launches if one.kernel.startswith("expert_few_")]
+            assert len(few) == (2 * built.n_layer if n_decode == 2 else 0)
+            assert not any(one["holds_next"] or one["has_list"] or one["mode"] == 3 for one in few)
+        engine.close()
 
 
 def test_an_unknown_lowering_takes_nothing(tiny, monkeypatch):

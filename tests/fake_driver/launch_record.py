@@ -25,8 +25,9 @@ PARAMS = {
     "matvec_": "MatvecParams", "matmul_": "MatmulParams", "norm_": "NormParams", "rope_kv": "RopeKvParams",
     "attention_decode_": "AttentionDecodeParams", "attention_prefill_": "AttentionPrefillParams",
     "glu": "PointwiseParams", "act_": "PointwiseParams", "add": "PointwiseParams", "gather_rows": "PointwiseParams",
-    "sample_": "SampleParams", "route_": "RouteParams", "expert_few_": "ExpertFewParams",
-    "expert_matvec_": "ExpertMatvecParams", "expert_matmul_": "ExpertMatmulParams", "expert_sum": "ExpertSumParams",
+    "sample_": "SampleParams", "route_few_": "RouteFewParams", "route_": "RouteParams",
+    "expert_few_": "ExpertFewParams", "expert_matvec_": "ExpertMatvecParams",
+    "expert_matmul_": "ExpertMatmulParams", "expert_sum": "ExpertSumParams",
 }  # fmt: skip
 
 
