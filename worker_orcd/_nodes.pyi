@@ -107,6 +107,13 @@ class DecodeProduct:
 
     def __init__(self, fields: dict[str, Any], inline: bool, bounds: list[Bound]) -> None: ...
 
+class DecodePair:
+    """Two products of one input in one launch."""
+
+    def __init__(
+        self, first: DecodeProduct, second: DecodeProduct, bounds: list[tuple[Bound, Bound, Bound] | None]
+    ) -> None: ...
+
 class MatMulNode(Node):
     """Products of one input with up to four matrices of one type."""
 
@@ -123,6 +130,7 @@ class MatMulNode(Node):
         outputs: bool,
         glu: GluRows | None = None,
     ) -> None: ...
+    def join(self, after: MatMulNode, pair: DecodePair) -> None: ...
 
 class RouteNode(Node):
     """The experts of every row, and the lists of the decode rows and of the prefill rows."""

@@ -6,6 +6,9 @@
 // shared memory (256, and one row of `long`) or L1. With an `e` weights are decoded before the wait for the kernel
 // before: those of the first two row tiles of every warp (128e; of some types the first), or of the only one (256e).
 //
+// decode_<type>_<type>_<variant>(DecodePairParams): products of one input with matrices of two types, as of q and k
+// with v: the first blocks are those of one launch, the rest those of another.
+//
 // One row of float32 x is converted here, with the RMS norm before it, by each warp for its own chunk; several rows
 // come converted (convert.cu). The bits are the same (common/activations.cuh), as they are in all products
 // (common/mma_tile.cuh).
@@ -26,8 +29,9 @@
 
 constexpr int kWarpX = 512 + 1024;  // shared memory of a warp's converted chunk and its norm weights
 
+// Block `block` of those that a matrix has.
 template <class Q, class S>
-DEVICE void decode(const DecodeParams& p) {
+DEVICE void decode(const DecodeParams& p, int block) {
     constexpr bool kRowsInSmem = S::kBlocks == 8;
     // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, [2 * n_pieces] sums of squares, barriers
     extern __shared__ __align__(128) uint8_t smem[];
@@ -38,8 +42,8 @@ DEVICE void decode(const DecodeParams& p) {
     const int chunk = S::kBlocks ? 32 * S::kBlocks : chunk_columns(p.k), n_chunks = p.n_chunks;
     const int chunk_tiles = chunk / Q::kTileK;
     const int pairs = p.mode == PRODUCT_GLU;  // tiles of two matrices in turn
-    const int first_tile = blockIdx.x * p.block_tiles + min(static_cast<int>(blockIdx.x), p.more_tiles);
-    const int n_tiles = (p.block_tiles + (static_cast<int>(blockIdx.x) < p.more_tiles)) << pairs;
+    const int first_tile = block * p.block_tiles + min(block, p.more_tiles);
+    const int n_tiles = (p.block_tiles + (block < p.more_tiles)) << pairs;
     const uint32_t barriers = smem_address(smem) + p.barriers + 8 * warp * p.depth;
     const uint8_t* const ring = smem + warp * p.depth * S::kUnitBytes;
 
@@ -383,7 +387,7 @@ constexpr int kEarlyTiles = Q::kHasMin || Q::kLowBits == 8 || kRowScaled<Q> ? 1 
 // 256: two blocks of 12 warps fit a multiprocessor's registers, so that a launch begins while the one before ends.
 #define DEFINE_VARIANT(Type, name, blocks, early, suffix, bounds)                                        \
     extern "C" __global__ void bounds decode_##name##_##suffix(const __grid_constant__ DecodeParams p) { \
-        decode<Type, DecodeShape<Type, blocks, early>>(p);                                               \
+        decode<Type, DecodeShape<Type, blocks, early>>(p, blockIdx.x);                                   \
     }
 #define MOST_THREADS(blocks, early) __launch_bounds__(most_threads(blocks, early), 1)
 #define DEFINE_SMALL(Type, name)                              \
@@ -407,3 +411,22 @@ Q2_K_TYPES(DEFINE_K)
 Q3_K_TYPES(DEFINE_K)
 Q4_K_TYPES(DEFINE_K)
 Q6_K_TYPES(DEFINE_K)
+
+// Pairs of types that files mix in q, k and v, the second where more bits are given to v.
+template <class A, class SA, class B, class SB>
+DEVICE void decode_pair(const DecodePairParams& p) {
+    const int block = blockIdx.x;
+    if (block < p.n_first_blocks)
+        decode<A, SA>(p.p[0], block);
+    else
+        decode<B, SB>(p.p[1], block - p.n_first_blocks);
+}
+#define DEFINE_PAIR(A, a, B, b, blocks, early_a, early_b, suffix)                               \
+    extern "C" __global__ void MOST_THREADS(blocks, early_a)                                    \
+        decode_##a##_##b##_##suffix(const __grid_constant__ DecodePairParams p) {               \
+        decode_pair<A, DecodeShape<A, blocks, early_a>, B, DecodeShape<B, blocks, early_b>>(p); \
+    }
+DEFINE_PAIR(Q5_0, q5_0, Q8_0, q8_0, 4, 1, 1, 128e)
+DEFINE_PAIR(Q5_0, q5_0, Q8_0, q8_0, 8, 1, 1, 256e)
+DEFINE_PAIR(Q4_K, q4_k, Q6_K, q6_k, 8, 1, 1, 256e)
+DEFINE_PAIR(Q4_K, q4_k, Q6_K, q6_k, 8, 0, 0, 256)

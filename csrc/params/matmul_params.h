@@ -69,6 +69,13 @@ typedef struct {
     float eps;
 } DecodeParams;
 
+// decode_<type>_<type>_<variant>: two launches with blocks of one size as one.
+typedef struct {
+    DecodeParams p[2];
+    int32_t n_first_blocks;  // of p[0]
+    int32_t unused;
+} DecodePairParams;
+
 // matvec_<type>_<tiles>: out = x W^T for up to 8 * tiles rows, one or several matrices of one type and one input.
 typedef struct {
     MatvecMatrix m[MATVEC_MAX_MATRICES];

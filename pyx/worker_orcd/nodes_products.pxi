@@ -90,15 +90,47 @@ cdef class DecodeProduct:
                                               "factors", "barriers", "block_tiles", "more_tiles"))
         self.inline, self.bounds = inline, [None, *bounds]
 
-    cdef int enqueue(self, LaunchList launches, int n) except -1:
-        cdef Bound bound = self.bounds[n]
-        cdef c.DecodeParams p = self.p
+    cdef int fill(self, c.DecodeParams* p, Bound bound, int n) except -1:
+        """The parameters of a launch for `n` rows."""
+        p[0] = self.p
         if n > 1 or not self.inline:
             p.x = p.norm_weight = NULL
         p.n_rows, p.n_warps, p.n_groups, p.depth, p.batch = n, bound.n_warps, bound.n_groups, bound.depth, bound.batch
         p.ring_bytes, p.x_smem, p.factors, p.barriers = bound.ring_bytes, bound.x_smem, bound.factors, bound.barriers
         p.block_tiles, p.more_tiles = bound.block_tiles, bound.more_tiles
+        return 0
+
+    cdef int enqueue(self, LaunchList launches, int n) except -1:
+        cdef Bound bound = self.bounds[n]
+        cdef c.DecodeParams p
+        self.fill(&p, bound, n)
         return bound.enqueue(launches, &p, sizeof(p))
+
+
+cdef class DecodePair:
+    """Two `DecodeProduct`s of one input in one launch.
+
+    Args:
+        first, second: these.
+        bounds: for each number of rows, from 1 on, the `Bound`s of the launch and of the two that it has the blocks of;
+            or None, where each has a launch of its own.
+    """
+
+    cdef DecodeProduct first, second
+    cdef list bounds
+
+    def __init__(self, DecodeProduct first, DecodeProduct second, list bounds):
+        self.first, self.second, self.bounds = first, second, [None, *bounds]
+
+    cdef int enqueue(self, LaunchList launches, int n) except -1:
+        cdef Bound both, first, second
+        cdef c.DecodePairParams p
+        memset(&p, 0, sizeof(p))
+        both, first, second = self.bounds[n]
+        self.first.fill(&p.p[0], first, n)
+        self.second.fill(&p.p[1], second, n)
+        p.n_first_blocks = first.gx
+        return both.enqueue(launches, &p, sizeof(p))
 
 
 cdef class MatMulNode(Node):
@@ -124,9 +156,10 @@ cdef class MatMulNode(Node):
     cdef c.MatmulParams m[c.MATVEC_MAX_MATRICES]
     cdef Conversion conversion
     cdef GluRows glu
+    cdef DecodePair pair
     cdef list decode, matvecs
     cdef object prefill
-    cdef bint inline, outputs
+    cdef bint inline, outputs, leads
     cdef int n_matmuls, few_rows    # most rows of a launch of `decode`
 
     def __init__(self, str name, Conversion conversion, bint inline, list decode, dict matvec, list matvecs,
@@ -154,12 +187,18 @@ cdef class MatMulNode(Node):
             self._prompt(launches, n_few, n_prompt)
         return 0
 
+    def join(self, MatMulNode after, DecodePair pair):
+        """Few decode rows of this node and of the next one, whose products are those of `pair`, share a launch."""
+        self.pair, self.leads, after.pair = pair, True, pair
+
     cdef int _few(self, LaunchList launches, int n) except -1:
         """Decode rows [0, n), n <= 64."""
         cdef Bound bound
         cdef DecodeProduct product
         cdef c.MatvecParams v
         if n <= self.few_rows:
+            if self.pair is not None and self.pair.bounds[n] is not None:
+                return self.pair.enqueue(launches, n) if self.leads else 0
             for product in self.decode:
                 product.enqueue(launches, n)
             return 0

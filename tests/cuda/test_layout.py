@@ -253,6 +253,31 @@ def test_decode_launches_that_are_chosen_otherwise_are_sound(lib, how):
                     assert launch.depth <= how.get("depth", 8)
 
 
+@pytest.mark.parametrize("pair", list(layout.DECODE_PAIRS), ids="-".join)
+def test_launches_of_two_types_are_what_the_kernel_takes(lib, pair):
+    most_threads, seen = list((ctypes.c_int * 2).in_dll(lib, "decode_threads")), set()
+    types = tuple(quants.BY_NAME[name].id for name in pair)
+    suffixes = [name.lower() for name in pair]
+    for k in sorted({whole_blocks(t, k) for k in KS for t in types}):
+        for n_outs in ((1024, 128), (4096, 1024), (48, 16), (9216, 5)):
+            for n_rows in (1, 2, 8):
+                for n_sm, max_smem in ((20, layout.SMEM_SMALL), (132, 227 << 10)):
+                    found = layout.pair_launch(types, k, n_outs, n_rows, n_sm=n_sm, max_smem=max_smem)
+                    if found is None:
+                        continue
+                    both, *parts = found
+                    assert both.grid == (sum(one.grid[0] for one in parts), 1, 1) and both.grid[0] <= n_sm
+                    assert both.smem == max(one.smem for one in parts) <= max_smem
+                    for type_id, n_out, one in zip(types, n_outs, parts, strict=True):
+                        assert one.block == both.block
+                        check_decode(one, type_id, k, n_out, n_rows, False, max_smem, most_threads)
+                    variant = both.kernel.removeprefix("decode_" + "_".join(suffixes) + "_")
+                    assert [one.kernel for one in parts] == [f"decode_{name}_{variant}" for name in suffixes]
+                    seen.add(variant)
+    assert seen == set(layout.DECODE_PAIRS[pair])
+    assert layout.pair_launch(types[::-1], 896, (1024, 128), 1, n_sm=132) is None
+
+
 def test_a_decode_launch_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="decode_q8_0 for 1048576 columns needs more than 101376 bytes"):
         layout.decode_launch(8, 1 << 20, 64, 1, n_sm=132)

@@ -181,7 +181,7 @@ def test_products_stand_beside_cublas(goldens_dir, monkeypatch):
                 matrices = [weights[name].shape for name in names if name in weights and len(weights[name].shape) == 2]
                 if matrices:  # the output matrix may be the embedding's
                     shapes.add((step.batch, sum(shape[1] for shape in matrices), matrices[0][0]))
-    assert len(shapes) > 6 and shapes <= set(fake.shapes)
+    assert len(shapes) >= 6 and shapes <= set(fake.shapes)
     assert "cuBLAS us" in bench_kernels.as_text(report) and "cuBLAS 13.1.2" in bench_kernels.as_text(report)
     assert leftovers() == NOTHING
 

@@ -105,6 +105,40 @@ def test_decode_product(gpu, type_id):
         assert np.isnan(got[:, n_out:]).all(), "columns outside the view were written"
 
 
+@pytest.mark.parametrize("pair", list(layout.DECODE_PAIRS), ids="-".join)
+def test_two_types_in_one_launch(gpu, pair):
+    """q and k with v of more bits: the bits that each has alone, whichever variant and however many rows."""
+    types, rng, seen = [quants.BY_NAME[name].id for name in pair], np.random.default_rng(0), set()
+    weight = ("rms", gpu.buffer(rng.uniform(0.5, 2.0, 5120).astype(np.float32)), None, 1e-5)
+    for n_outs, k in [((1024, 128), 896), ((272, 33), 1280), ((4096, 512), 1536), ((48, 16), 256), ((300, 40), 3072)]:
+        if any(k % quants.TYPES[t].block_size for t in types):
+            continue
+        made = [make(gpu, t, n, k)[0] for t, n in zip(types, n_outs, strict=True)]
+        for n_rows in (1, 2, 8):
+            sizes = {"n_sm": 132, "max_smem": gpu.max_smem}  # of whatever GPU: grids are free
+            launches = layout.pair_launch(tuple(types), k, n_outs, n_rows, **sizes)
+            if launches is None:
+                continue
+            seen.add(launches[0].kernel)
+            x = gpu.buffer(inputs(rng, n_rows, k))
+            wants, gots = ([gpu.empty((n_rows, n)) for n in n_outs] for _ in range(2))
+            alone = [Decode(gpu, [m], x, [out], n_rows, norm=weight) for m, out in zip(made, wants, strict=True)]
+            for one in alone:
+                one.run()
+            both = params("DecodePairParams", n_first_blocks=launches[1].grid[0])
+            for i, (one, launch, out) in enumerate(zip(alone, launches[1:], gots, strict=True)):
+                both.p[i] = one.launches[0][2]
+                for name, value in vars(launch).items():
+                    if name not in ("kernel", "grid", "block", "smem"):
+                        setattr(both.p[i], name, value)
+                both.p[i].out = out.ptr
+            kernel = gpu.kernel("decode", launches[0].kernel)
+            gpu.launch(kernel, launches[0].grid, launches[0].block, both, launches[0].smem)
+            for got, want in zip(gots, wants, strict=True):
+                assert np.array_equal(got.to_numpy(), want.to_numpy()), f"{n_outs} x {k}, {n_rows} rows"
+    assert seen == {f"decode_{'_'.join(name.lower() for name in pair)}_{v}" for v in layout.DECODE_PAIRS[pair]}
+
+
 @every_type
 @pytest.mark.parametrize("kernel", ["decode", "prompt"])
 def test_a_row_does_not_depend_on_the_others(gpu, type_id, kernel):

@@ -19,6 +19,7 @@ from worker_orcd._nodes import (
     AttentionNode,
     Bound,
     Conversion,
+    DecodePair,
     DecodeProduct,
     ExpertProduct,
     ExpertProductNode,
@@ -273,13 +274,33 @@ class Launches:
         for part in op.parts:
             by_type.setdefault(self.plan.weights[part.weight].type_id, []).append(part)
         nodes: list[Node] = []
+        decode: list[list[DecodeProduct]] = []
         for type_id, parts in by_type.items():
-            nodes.append(self._products(op, type_id, parts, conversion))
+            node, few = self._products(op, type_id, parts, conversion)
+            nodes.append(node)
+            decode.append(few)
             conversion = None  # done for those that follow
+        if [len(few) for few in decode] == [1, 1] and op.glu is None:
+            self._join(op, by_type, nodes, decode)
         return nodes
 
-    def _products(self, op: MatMulGroup, type_id: int, parts: list[MatMul], conversion: Conversion | None) -> Node:
-        """The products of a group with matrices of one type."""
+    def _join(
+        self, op: MatMulGroup, by_type: dict[int, list[MatMul]], nodes: list[Any], decode: list[list[DecodeProduct]]
+    ) -> None:
+        """Let the two nodes of a group, each with one launch of few rows, share that where there is a kernel for it."""
+        n_outs = tuple(sum(part.out.width for part in parts) for parts in by_type.values())
+        gpu = {"n_sm": self.context.sm_count, "max_smem": self.context.max_smem}
+        bounds: list[Any] = []
+        for n in range(1, layout.DECODE_ROWS + 1):
+            launches = layout.pair_launch(tuple(by_type), op.parts[0].inp.width, n_outs, n, **gpu)  # type: ignore[arg-type]
+            bounds.append(launches and tuple(self._bound("decode", launch) for launch in launches))
+        if any(bounds):
+            nodes[0].join(nodes[1], DecodePair(decode[0][0], decode[1][0], bounds))
+
+    def _products(
+        self, op: MatMulGroup, type_id: int, parts: list[MatMul], conversion: Conversion | None
+    ) -> tuple[Node, list[DecodeProduct]]:
+        """The products of a group with matrices of one type, and those of few decode rows among them."""
         k, n_k_tiles = parts[0].inp.width, layout.n_k_tiles(type_id, parts[0].inp.width)
         matrices = [
             {
@@ -332,8 +353,9 @@ class Launches:
                 name = f"matmul_{layout.kernel_suffix(type_id)}" + ("_small" if small else "")
                 self.kernel("matmul", name, layout.matmul_stages(type_id, small)[2])
         matmuls = [{**m, **input_, "x": self._workspace.converted.address, "add": op.residual} for m in matrices]
-        return MatMulNode(op.name, conversion, inline, decode, many, matvecs, matmuls, prefill, outputs,
+        node = MatMulNode(op.name, conversion, inline, decode, many, matvecs, matmuls, prefill, outputs,
                           self._glu_rows(op.glu))  # fmt: skip
+        return node, decode
 
     def _glu_rows(self, op: Glu | None) -> GluRows | None:
         """The gated activation of rows whose products do not apply it."""
@@ -459,22 +481,23 @@ class Launches:
         conversion = None
         if not op.is_converted:
             conversion = self._conversion(k, first.inp, n_inputs=n_used if first.per_slot else 1)
-        (total,) = self._expert_sum_add(op.sum) if op.sum else (None,)
+        total = self._expert_sum_node(op.sum.sum, op.sum.out) if op.sum else None
         glu = self._glu_rows(op.glu)
         return [ExpertProductNode(op.name, conversion, few, matvec, matmul, decode, prefill, glu, total)]
 
-    def _expert_sum(self, op: ExpertSum, into: View | None = None) -> list[Node]:
+    def _expert_sum(self, op: ExpertSum) -> list[Node]:
+        return [self._expert_sum_node(op)]
+
+    def _expert_sum_node(self, op: ExpertSum, into: View | None = None) -> RowNode:
         n, out = op.out.width, into or op.out
         fields = {
             "x": self._at(op.inp), "gates": self._at(op.gates), "out": self._at(out), "x_stride": self._stride(op.inp),
             "out_stride": self._stride(out), "n": n, "n_used": op.n_used, "add": into is not None,
         }  # fmt: skip
-        return [
-            RowNode(op.name, self.kernel("route", "expert_sum"), "ExpertSumParams", fields, (-(-n // 1024), 0), 256)
-        ]
+        return RowNode(op.name, self.kernel("route", "expert_sum"), "ExpertSumParams", fields, (-(-n // 1024), 0), 256)
 
     def _expert_sum_add(self, op: ExpertSumAdd) -> list[Node]:
-        return self._expert_sum(op.sum, op.out)
+        return [self._expert_sum_node(op.sum, op.out)]
 
     # ---- pointwise
 

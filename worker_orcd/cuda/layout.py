@@ -202,6 +202,44 @@ def _decode_launch(
                   x_smem, factors, barriers, jobs // grid, jobs % grid)  # fmt: skip
 
 
+#: variants of decode_<type>_<type>_<variant>, by the names of the types
+DECODE_PAIRS = {("Q5_0", "Q8_0"): ("128e", "256e"), ("Q4_K", "Q6_K"): ("256e", "256")}
+
+
+def pair_launch(
+    type_ids: tuple[int, int], k: int, n_outs: tuple[int, int], n_rows: int, *, n_sm: int, max_smem: int = SMEM_SMALL
+) -> tuple[Launch, Launch, Launch] | None:
+    """One launch for two matrices [n_out, k] of two types and one input of 1 .. 8 rows, if there is a kernel for it.
+
+    Returns:
+        the launch, and the two of which it has the blocks: those of the first, then those of the second.
+    """
+    variants = DECODE_PAIRS.get((quants.TYPES[type_ids[0]].name, quants.TYPES[type_ids[1]].name), ())
+    names = [kernel_suffix(type_id) for type_id in type_ids]
+    work = [n_row_tiles(n) * packed_tile_bytes(t) / tile_k(t) for t, n in zip(type_ids, n_outs, strict=True)]
+    for variant in variants:
+        early = int(variant.endswith("e"))
+
+        first, second = (
+            decode_launch(t, k, n, n_rows, n_sm=n_sm, max_smem=max_smem, early=early)
+            for t, n in zip(type_ids, n_outs, strict=True)
+        )
+        if first.grid[0] + second.grid[0] > n_sm:  # by what they have to read
+            blocks = min(n_sm - 1, max(1, round(n_sm * work[0] / sum(work))))
+            grids = (min(blocks, n_row_tiles(n_outs[0])), min(n_sm - blocks, n_row_tiles(n_outs[1])))
+            first, second = (
+                decode_launch(t, k, n, n_rows, n_sm=n_sm, max_smem=max_smem, early=early, grid=grid)
+                for t, n, grid in zip(type_ids, n_outs, grids, strict=True)
+            )
+        if first.block != second.block:
+            continue
+        if [one.kernel for one in (first, second)] == [f"decode_{name}_{variant}" for name in names]:
+            name = f"decode_{names[0]}_{names[1]}_{variant}"
+            grid = (first.grid[0] + second.grid[0], 1, 1)
+            return Launch(name, grid, first.block, max(first.smem, second.smem)), first, second
+    return None
+
+
 @dataclass(frozen=True)
 class MatvecShape:
     """Compile-time constants of one decode kernel (csrc/cuda/matmul_shapes.cuh, MatvecShape)."""

@@ -91,9 +91,23 @@ def _reasons(plan: Plan, max_smem: int, fuse: bool) -> Iterator[tuple[str, str]]
         if isinstance(op, MatMul) and not _decodes_early(w.type_id):
             yield w.name, "no kernel of the type decodes weights before the launch in front has ended"
     for group in lower(plan, fuse):
-        if isinstance(group, MatMulGroup) and len({_type(plan, part.weight) for part in group.parts}) > 1:
+        if isinstance(group, MatMulGroup) and not _share_a_launch(plan, group, max_smem):
             for part in group.parts:
-                yield part.weight, "products of one input have several types, and a launch for each"
+                yield part.weight, "products of one input have several types, which no kernel takes together"
+
+
+def _share_a_launch(plan: Plan, group: MatMulGroup, max_smem: int) -> bool:
+    """Whether the types of a group's products do not cost launches."""
+    n_outs: Counter[int] = Counter()
+    for part in group.parts:
+        n_outs[plan.weights[part.weight].type_id] += part.out.width
+    match tuple(n_outs.items()):
+        case ((_, _),):
+            return True
+        case ((first, n_first), (second, n_second)):
+            k, sizes = group.parts[0].inp.width, (n_first, n_second)
+            return layout.pair_launch((first, second), k, sizes, 1, n_sm=_N_SM, max_smem=max_smem) is not None
+    return False
 
 
 def _launch(plan: Plan, op: MatMul | ExpertMatMul, max_smem: int) -> layout.Launch:
