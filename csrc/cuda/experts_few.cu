@@ -123,8 +123,8 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     };
     const bool one_row = p.n_rows == 1;
     const int item_shift = one_row ? 4 : 7;
-    const int chunk_floats = one_row ? kTileRows : 8 * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
     // Where the sums of this batch are: two sets take turns, so that one barrier a batch suffices.
+    const int set_bytes = 4 * p.batch * n_chunks * (one_row ? kTileRows : 8 * S::kPartialRow);
     int set_at = p.ring_bytes + p.x_smem, tile = group;
     const auto set = [&] { return reinterpret_cast<float*>(smem + set_at); };
 
@@ -180,10 +180,13 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                 return *reinterpret_cast<const uint4*>(long_x + block * 64);
         };
         const int at0 = first_job + (begin >> pairs) - item_index * n_row_tiles;  // row tile of tile `begin`
+        // Of few pairs there is room for the sums of more row tiles.
+        const int chunk_floats = one_row ? kTileRows : item.n * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
+        const int batch = one_row ? p.batch : 8 / item.n * p.batch;
 
 #pragma unroll 1
-        for (int tile0 = begin; tile0 < end; tile0 += p.batch) {
-            const int n_here = min(p.batch, end - tile0);
+        for (int tile0 = begin; tile0 < end; tile0 += batch) {
+            const int n_here = min(batch, end - tile0);
 #pragma unroll 1
             for (; tile < tile0 + n_here; tile += p.n_groups) {
                 float inverse[2] = {1.0f, 1.0f};
@@ -219,7 +222,9 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                         if (t == 0) to[g] = acc[0], to[g + 8] = acc[2];
                     } else {
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) to[(2 * t + (i & 1)) * S::kPartialRow + g + 8 * (i >> 1)] = acc[i];
+                        for (int i = 0; i < 4; ++i)
+                            if (2 * t + (i & 1) < item.n)
+                                to[(2 * t + (i & 1)) * S::kPartialRow + g + 8 * (i >> 1)] = acc[i];
                     }
                 }
             }
@@ -248,7 +253,7 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                     pairs ? glu_value(p.glu, v[0], v[1]) : v[0];
             }
             const int sets = p.ring_bytes + p.x_smem;
-            set_at = set_at == sets ? set_at + 4 * p.batch * tile_floats : sets;
+            set_at = set_at == sets ? sets + set_bytes : sets;
             if (p.mode == PRODUCT_MIX) mix(p, at0 + tile0 - begin, n_here, item.n, is_last);
         }
         begin = end;

@@ -55,8 +55,8 @@ typedef struct {
     int32_t n_warps;
     int32_t n_groups;
     int32_t depth;  // as in `DecodeParams`
-    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once, a multiple of n_groups and of 2, at
-                    // most EXPERT_FEW_BATCH
+    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once, a multiple of n_groups and of 2: of
+                    // items with 8 pairs, 8 / n times as many of those with n; at most EXPERT_FEW_BATCH in one
     int32_t ring_bytes;  // shared memory: the rings come first,
     int32_t x_smem;      // then x, of 128 and 256, n_rows * (bytes of a row's fragments + 64), then sums of chunks;
     int32_t factors;     // where the factors begin,

@@ -24,7 +24,7 @@ MAX_MATRICES = 2
 #: most threads of a block of expert_few_*, most row tiles that it adds up at once, what its shared memory has beside
 #: what the launch asks for
 FEW_THREADS, FEW_BATCH, FEW_STATIC_SMEM = 384, 256, 512
-#: what the weight rings of an expert_few_* block are cut to: two such blocks fit a multiprocessor
+#: what the weight rings of an expert_few_* block are cut to, but two slots each: two such blocks fit a multiprocessor
 FEW_RING_BYTES = 64 * 1024
 #: shared memory of route_few beside its weights
 ROUTE_FEW_STATIC_SMEM = 12 * 1024
@@ -90,9 +90,11 @@ def _few_launch(
     grid, warps, step = min(jobs, n_sm), n_warps * n_groups, 2 * n_groups
     sums = (layout.TILE_ROWS if n_rows == 1 else 160) * 4 * chunks
     tiles = -(-jobs // grid) * parts
-    batch = max(step, min(-(-tiles // step) * step, min(FEW_BATCH, 16384 // sums) // step * step))
+    most_batch = min(FEW_BATCH // (1 if n_rows == 1 else 8), 16384 // sums) // step * step
+    batch = max(step, min(-(-tiles // step) * step, most_batch))
     rest = x_smem + 2 * batch * sums + 32 * chunks
-    room = min(FEW_RING_BYTES, max_smem - FEW_STATIC_SMEM - rest - 8 * warps * 8)
+    most_ring = max(FEW_RING_BYTES, 2 * warps * unit)
+    room = min(most_ring, max_smem - FEW_STATIC_SMEM - rest - 8 * warps * 8)
     depth = max(1, min(8, room // (warps * unit)))
     ring = warps * depth * unit
     name = f"expert_few_{layout.kernel_suffix(type_id)}_{layout.chunk_columns(k) if x_smem else 'long'}"

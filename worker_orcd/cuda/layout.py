@@ -26,8 +26,8 @@ DECODE_ROWS = 8
 MATVEC_TILES = (2, 4, 8)
 #: most warps of a block of decode_*: of variants 128, 256 and 256e, of the others
 DECODE_WARPS, DECODE_FEW_WARPS = 19, 16
-#: shared memory that the weight rings of a decode_* block are cut to, where the GPU has it: of one row of variant 256,
-#: so that two such blocks fit a multiprocessor, and of all else
+#: shared memory that the weight rings of a decode_* block are cut to (but two slots each), where the GPU has it: of one
+#: row of variant 256, so that two such blocks fit a multiprocessor, and of all else
 DECODE_TWO_RING_BYTES, DECODE_RING_BYTES = 60 * 1024, 96 * 1024
 
 
@@ -181,7 +181,8 @@ def _decode_launch(
     early = bool(can_early and how.get("early", small))
     sums = (TILE_ROWS if n_rows == 1 else 160) * 4 * chunks
     step = n_groups * (2 if (early and chunk == 128) or n_groups % parts else 1)
-    batch = min(_round_up(tiles, step), max(step, min(16384, max_smem // 14) // sums // step * step))
+    most_sums = 32768 if n_rows > 1 and max_smem > 2 * SMEM_SMALL else min(16384, max_smem // 14)
+    batch = min(_round_up(tiles, step), max(step, most_sums // sums // step * step))
     one_row, row = n_warps * n_groups * 1536, -(-k // PIECE) * 2 * PIECE  # x that is converted here, that was before
     x_smem = one_row
     if long:  # several rows stay where they are
@@ -192,7 +193,8 @@ def _decode_launch(
     warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
     units = -(-tiles // n_groups) * -(-min(chunk, k) // columns) * -(-chunks // n_warps)
     two_fit = chunk == 256 and not long and not early and n_rows == 1
-    room = min(DECODE_TWO_RING_BYTES if two_fit else DECODE_RING_BYTES, max_smem - rest - 8 * warps * 8)
+    most_ring = max(DECODE_TWO_RING_BYTES if two_fit else DECODE_RING_BYTES, 2 * warps * unit)
+    room = min(most_ring, max_smem - rest - 8 * warps * 8)
     depth = max(1, min(how.get("depth", 8), units, room // (warps * unit)))
     ring = warps * depth * unit
     name = f"decode_{kernel_suffix(type_id)}_{'long' if long else chunk}{'e' if early else ''}"
