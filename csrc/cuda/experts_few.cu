@@ -72,8 +72,9 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     if (!p.has_list) pdl_wait();
     if (p.holds_next) pdl_launch_dependents();
 
-    // A job is a row tile of an item; a tile is that of one matrix.
-    const int total = *p.list.n_items * n_row_tiles;
+    // A job is a row tile of an item; a tile is that of one matrix. The list is read past L1, which may hold lines of
+    // the list before: without the wait nothing has dropped them.
+    const int total = __ldcg(p.list.n_items) * n_row_tiles;
     const int first_job = static_cast<int>(static_cast<int64_t>(blockIdx.x) * total / gridDim.x);
     const int n_tiles = (static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * total / gridDim.x) - first_job)
                         << pairs;
@@ -85,12 +86,12 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     // The units of this warp in the order in which it multiplies them, from the next to be copied on.
     int in_tile = group, in_chunk = chunk0, in_unit = chunk0 * chunk_tiles;
     int in_item = first_job / n_row_tiles, in_end = (in_item + 1) * n_row_tiles;  // and the first job behind it
-    int in_expert = p.list.items[in_item].expert;
+    int in_expert = __ldcg(&p.list.items[in_item].expert);
     const uint8_t* src = nullptr;
     const auto find = [&] {
         if (in_tile >= n_tiles) return;
         const int job = first_job + (in_tile >> pairs);
-        while (job >= in_end) in_expert = p.list.items[++in_item].expert, in_end += n_row_tiles;
+        while (job >= in_end) in_expert = __ldcg(&p.list.items[++in_item].expert), in_end += n_row_tiles;
         src = p.m[in_tile & pairs].w + in_expert * p.matrix_bytes +
               static_cast<int64_t>(job - in_end + n_row_tiles) * p.tile_bytes;
     };
@@ -102,8 +103,8 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                      src + in_unit * Q::kPackedTileBytes, n * Q::kPackedTileBytes, lane);
         in_unit += S::kUnitTiles;
         if (in_unit < min(p.n_k_tiles, (in_chunk + 1) * chunk_tiles)) return;
-        if (S::kBlocks == 0) in_chunk += p.n_warps;
-        if (S::kBlocks > 0 || in_chunk >= n_chunks) {
+        in_chunk += p.n_warps;
+        if (in_chunk >= n_chunks) {
             in_chunk = chunk0, in_tile += p.n_groups;
             find();
         }

@@ -54,7 +54,11 @@ cdef class DecodeParts:
             self.launches += [StepLaunch(op, *self.step.describe(i)) for i in range(first, self.step.records.size())]
 
     def graph(self, chosen):
-        """The launches of the indices `chosen`, recorded in that order and launched as in the step; see `Graph`."""
+        """The launches of the indices `chosen`, recorded in that order and launched as in the step; see `Graph`.
+
+        Launches of one kind, or all: another selection may part a launch from one that it does not wait for because
+        one between them has (`holds_next` of experts).
+        """
         cdef size_t i
         cdef CudaEngine engine = self.engine
         engine._require_open()

@@ -16,7 +16,7 @@ from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.gguf import quants
 from worker_orcd.gguf.model_file import ModelFile
 from worker_orcd.models import plan
-from worker_orcd.models.ops import Add, Attention, ExpertMatMul, ExpertSum, Glu, Op, View
+from worker_orcd.models.ops import Add, Attention, ExpertMatMul, ExpertSum, Glu, Op, Route, View
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = sorted(quants.TYPES)
@@ -102,7 +102,7 @@ def test_launches_of_few_rows_are_what_the_kernel_takes(type_id, glu, max_smem):
         for n_rows in range(1, 9):
             launch = expert_layout.few_launch(type_id, k, n_out, n_rows, 4, 32, n_sm=132, glu=glu, max_smem=max_smem)
             variant, warps = launch.kernel.removeprefix(prefix), launch.n_warps * launch.n_groups
-            assert variant == "long" or int(variant) == chunk
+            assert (variant == "long" or int(variant) == chunk) and 1 <= launch.n_warps <= chunks
             assert launch.block == 32 * warps <= expert_layout.FEW_THREADS and launch.grid[0] >= 1
             assert launch.batch % launch.n_groups == 0 and launch.batch % 2 == 0
             assert 2 <= launch.batch * (1 if n_rows == 1 else 8) <= expert_layout.FEW_BATCH
@@ -117,6 +117,15 @@ def test_launches_of_few_rows_are_what_the_kernel_takes(type_id, glu, max_smem):
             assert launch.barriers >= launch.factors + 32 * chunks and launch.barriers % 8 == 0
             # and pairs and flags beside it
             assert launch.barriers + 8 * warps * launch.depth <= launch.smem <= max_smem - 32 - expert_layout.FEW_BATCH
+
+
+def test_a_launch_of_few_rows_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="expert_few_q8_0 for 1048576 columns needs more than 101376 bytes"):
+        expert_layout.few_launch(quants.BY_NAME["Q8_0"].id, 1 << 20, 64, 1, 4, 32, n_sm=132)
+    name = {quants.TYPES[t].name: t for t in TYPES}
+    for type_id, k in ((name["F32"], 28672), (name["Q6_K"], 32768), (name["Q8_0"], 32768)):
+        launch = expert_layout.few_launch(type_id, k, 64, 8, 4, 32, n_sm=132)
+        assert launch.smem <= layout.SMEM_SMALL - expert_layout.FEW_STATIC_SMEM
 
 
 def test_gate_and_up_share_a_launch_and_down_has_room(goldens_dir):
@@ -158,6 +167,13 @@ def test_the_activation_of_experts_and_their_sum_are_folded_where_nothing_else_r
         x = next(op.out for op in built.ops if isinstance(op, Add))
         spy = Add("spy", View(read.buf, read.offset, x.width), x)
         return lowering.lower(replace(built, ops=(*built.ops[: at + 2], spy, *built.ops[at + 2 :])))
+
+    # a router whose norm something else reads: its experts convert their own rows
+    at = [i for i, op in enumerate(built.ops) if isinstance(op, Route)][1]
+    spy = Add("spy", built.ops[at].inp, next(op.out for op in built.ops if isinstance(op, Add)))
+    ops = lowering.lower(replace(built, ops=(*built.ops[: at + 4], spy, *built.ops[at + 4 :])))
+    groups = [op for op in ops if isinstance(op, lowering.ExpertGroup)]
+    assert [op.is_converted for op in groups] == [True, False, False, False] + [True, False] * (built.n_layer - 2)
 
     for view in ("gate", "up"):
         left = [op for op in with_reader_of(Glu, view) if isinstance(op, Glu)]

@@ -14,7 +14,7 @@ from gpu.kernel_harness import CONSTANTS, available, params
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
 
-from worker_orcd.cuda import expert_layout
+from worker_orcd.cuda import expert_layout, layout
 from worker_orcd.gguf import quants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available(), reason="no CUDA device")]
@@ -353,6 +353,26 @@ def test_slots_are_summed_as_by_a_launch_of_its_own(gpu, type_id, n_rows):
         Decode(*args, grid=grid, floats=True, mix=(gates, got, counters)).run()
         assert np.array_equal(got.to_numpy(), want.to_numpy()), f"grid {grid}"
         assert not counters.to_numpy().any(), "the counters are not ready for the next launch"
+
+
+@pytest.mark.parametrize("name", ["F16", "Q8_0", "Q4_K", "Q6_K", "MXFP4"])
+@pytest.mark.parametrize("max_smem", [227 << 10, 99 << 10])
+def test_rows_with_more_chunks_than_a_block_has_warps(gpu, monkeypatch, name, max_smem):
+    """And blocks with less shared memory: the bits of prompt rows."""
+    type_id, n_out, rng, fewer = quants.BY_NAME[name].id, 40, np.random.default_rng(2), False
+    monkeypatch.setattr(gpu, "max_smem", min(max_smem, gpu.max_smem))
+    for k in (2880, 3584, 4096, 5120):
+        if k % quants.TYPES[type_id].block_size:
+            continue
+        experts, _, _ = make(gpu, type_id, N_EXPERT, n_out, k)
+        for n_rows in (1, 8):
+            sizes = {"n_sm": gpu.n_sm, "max_smem": gpu.max_smem}
+            launch = expert_layout.few_launch(type_id, k, n_out, n_rows, N_USED, N_EXPERT, **sizes)
+            fewer |= launch.n_warps < layout.n_chunks(k)
+            x, ids = inputs(rng, n_rows, k), loads(rng, n_rows)["free"]
+            got, want = (products(gpu, kind, [experts], x, ids, False) for kind in ("decode", 16))
+            assert np.array_equal(got, want), f"{k} columns, {n_rows} rows"
+    assert fewer
 
 
 @pytest.mark.parametrize("n_rows", [2, 40])

@@ -67,22 +67,29 @@ def few_launch(
     """The launch for `n_rows` (1 .. 8) rows and a matrix [n_out, k] of each expert, or two (`glu`).
 
     `x_smem` of the launch is 0 where the kernel takes converted rows only.
+
+    Raises:
+        ValueError: no block of the kernel has so little shared memory.
     """
-    long = layout.chunk_columns(k) > 256
-    x_smem = 0 if long else n_rows * (2 * layout.PIECE * -(-k // layout.PIECE) + 64)
-    launch = _few_launch(type_id, k, n_out, n_rows, n_used, n_expert, x_smem, n_sm, glu, max_smem)
-    if launch.smem > max_smem - FEW_STATIC_SMEM:
-        launch = _few_launch(type_id, k, n_out, n_rows, n_used, n_expert, 0, n_sm, glu, max_smem)
-    return launch
+    most = FEW_THREADS // 32
+    x_smem = n_rows * (2 * layout.PIECE * -(-k // layout.PIECE) + 64)
+    # What is best, then what takes less shared memory: converted rows, then ever fewer warps.
+    tries = [] if layout.chunk_columns(k) > 256 else [(most, x_smem)]
+    for warps, x in [*tries, *((warps, 0) for warps in range(most, 0, -1))]:
+        launch = _few_launch(type_id, k, n_out, n_rows, n_used, n_expert, warps, x, n_sm, glu, max_smem)
+        if launch.smem <= max_smem - FEW_STATIC_SMEM:
+            return launch
+    name = f"expert_few_{layout.kernel_suffix(type_id)}"
+    raise ValueError(f"{name} for {k} columns needs more than {max_smem} bytes a block")
 
 
 def _few_launch(
-    type_id: int, k: int, n_out: int, n_rows: int, n_used: int, n_expert: int, x_smem: int, n_sm: int, glu: bool,
-    max_smem: int,
+    type_id: int, k: int, n_out: int, n_rows: int, n_used: int, n_expert: int, most_warps: int, x_smem: int, n_sm: int,
+    glu: bool, max_smem: int,
 ) -> Launch:  # fmt: skip
-    """`few_launch` of the variant that has x in so much shared memory, 0: `long`; it may take more than there is."""
+    """`few_launch` with x in so much shared memory, 0: of the variant `long`; it may take more than there is."""
     chunks, unit, parts = layout.n_chunks(k), layout.decode_unit_bytes(type_id), 2 if glu else 1
-    most = max(1, min(FEW_THREADS // 32, (max_smem - x_smem) // 2 // unit))  # rings of one slot in half of what is left
+    most = max(1, min(most_warps, (max_smem - x_smem) // 2 // unit))  # rings of one slot in half of what is left
     n_warps = -(-chunks // -(-chunks // most))
     n_groups = max(1, most // n_warps)
     n_groups -= n_groups % 2 if n_groups > 1 else 0

@@ -121,6 +121,8 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
     normed: View | None = None  # of the last `NormRoute`
     while i < len(ops):
         op = ops[i]
+        if isinstance(op, Norm | Route):  # what products of experts read after it is its own
+            normed = None
         if (products := _products(plan, i, max_group)) is not None:
             out.append(products[0])
             i = products[1]
