@@ -85,13 +85,13 @@ DEVICE void expert_few(const ExpertFewParams& p) {
 
     // The units of this warp in the order in which it multiplies them, from the next to be copied on.
     int in_tile = group, in_chunk = chunk0, in_unit = chunk0 * chunk_tiles;
-    int in_item = first_job / n_row_tiles, in_end = (in_item + 1) * n_row_tiles;  // and the first job behind it
-    int in_expert = __ldcg(&p.list.items[in_item].expert);
+    int in_end = first_job / n_row_tiles * n_row_tiles,
+        in_expert = 0;  // of the item: the first job behind it, its expert
     const uint8_t* src = nullptr;
     const auto find = [&] {
         if (in_tile >= n_tiles) return;
         const int job = first_job + (in_tile >> pairs);
-        while (job >= in_end) in_expert = __ldcg(&p.list.items[++in_item].expert), in_end += n_row_tiles;
+        while (job >= in_end) in_expert = __ldcg(&p.list.items[in_end / n_row_tiles].expert), in_end += n_row_tiles;
         src = p.m[in_tile & pairs].w + in_expert * p.matrix_bytes +
               static_cast<int64_t>(job - in_end + n_row_tiles) * p.tile_bytes;
     };
