@@ -157,8 +157,14 @@ def test_the_activation_of_experts_and_their_sum_are_folded_where_nothing_else_r
     assert len(sums) == built.n_layer and all(op.out != op.sum.out for op in sums)
     routes = [op for op in ops if isinstance(op, lowering.NormRoute)]
     assert len(routes) == built.n_layer and all(op.inp == op.norm.inp != op.route.inp for op in routes)
-    assert [len(span) for span in lowering.spans(built, ops)] == [lowering._n_ops(op) for op in ops]
-    assert sum(lowering.spans(built, ops), ()) == built.ops
+    spans = lowering.spans(built, ops)
+    assert sum(spans, ()) == built.ops
+    for op, span in zip(ops, spans, strict=True):
+        if isinstance(op, lowering.NormRoute):
+            assert span == (op.norm, op.route)
+        elif isinstance(op, lowering.ExpertGroup):
+            assert span[: len(op.parts)] == op.parts
+            assert span[len(op.parts) :][:1] == ((op.glu,) if op.glu else (op.sum.sum,))
 
     def with_reader_of(kind: type[Op], view: str) -> tuple[Op, ...]:
         """Lowered with an op that reads `view` of the first op of `kind`, behind the op after that."""
