@@ -148,7 +148,7 @@ class RouteNode(Node):
         grid: Callable[[int], tuple[int, int, int]],
         item_rows: Callable[[int], int],
         conversion: Conversion | None = None,
-        few: tuple[Kernel, int, int, int, int] | None = None,
+        few: tuple[Kernel, list[int], int, int] | None = None,
     ) -> None: ...
 
 class ExpertProduct:

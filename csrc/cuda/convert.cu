@@ -11,6 +11,5 @@
 extern "C" __global__ void __launch_bounds__(kConvertThreads) convert_rows(const __grid_constant__ ConvertParams p) {
     __shared__ float units[2][kMaxUnits];
     pdl_launch_dependents();
-    pdl_wait();
     convert_row(p, blockIdx.x, blockIdx.y, units);
 }

@@ -82,6 +82,17 @@ DEVICE void decode(const DecodeParams& p, int block) {
         else
             src += src_step;
     };
+    // Columns of x that this lane converts: of its warp's chunk, one piece or half of one.
+    const auto first_column = [&] { return chunk0 * chunk + 32 * g + 4 * t; };
+    const int column_end = S::kBlocks == 4 && lane >= 16 ? 0 : p.k;
+    uint8_t* const converted = smem + p.ring_bytes + (S::kBlocks ? warp * kWarpX : 0);
+    // The norm's weights come before the matrix's, behind which they would wait.
+    if (S::kBlocks > 0 && p.norm_weight != nullptr && first_column() < column_end) {
+        const uint32_t to = smem_address(converted + 512) + 32 * lane;
+        cp_async_16(to, p.norm_weight + first_column());
+        cp_async_16(to + 16, p.norm_weight + first_column() + 16);
+    }
+    cp_async_commit();
     if (lane == 0) {
         for (int i = 0; i < p.depth; ++i) copy_barrier_init(barriers + 8 * i);
         copy_barrier_fence();
@@ -140,19 +151,9 @@ DEVICE void decode(const DecodeParams& p, int block) {
                 for (int j = 0; j < 8; ++j) asm volatile("" : "+r"(early[e][i][j]));
     }
 
-    // Columns of x that this lane converts: of its warp's chunk, one piece or half of one.
-    const int column = chunk0 * chunk + 32 * g + 4 * t;
-    const int column_end = S::kBlocks == 4 && lane >= 16 ? 0 : p.k;
     const bool has_norm = p.norm_weight != nullptr, one_row = p.n_rows == 1;
-    uint8_t* const converted = smem + p.ring_bytes + (S::kBlocks ? warp * kWarpX : 0);
     float* const factors = reinterpret_cast<float*>(smem + p.factors);
     float* const squares = factors + 8 * n_chunks;
-    const float* const norm_weight = reinterpret_cast<const float*>(converted + 512) + 8 * lane;
-    if (S::kBlocks > 0 && has_norm && column < column_end) {
-        cp_async_16(smem_address(norm_weight), p.norm_weight + column);
-        cp_async_16(smem_address(norm_weight + 4), p.norm_weight + column + 16);
-    }
-    cp_async_commit();
     const float inverse_k = __frcp_rn(static_cast<float>(p.k));
 
     // Result `item` of a batch: output item % 16 of row tile item / 16, or with several rows of row item / 16 % 8 of
@@ -183,6 +184,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
     if (converts) {
         float v[8];
         if constexpr (S::kBlocks > 0) {
+            const int column = first_column();
             load_columns(v, p.x, column, column_end);
             if (p.mode == PRODUCT_ADD && has_first) first_before = __ldcg(p.out + first_output);
             if (has_norm) {
@@ -190,6 +192,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
                 if (group == 0 && lane % 16 == 0 && lane < 4 * S::kBlocks)
                     squares[chunk0 * (S::kBlocks / 4) + lane / 16] = square;
                 if (column < column_end) {
+                    const float* const norm_weight = reinterpret_cast<const float*>(converted + 512) + 8 * lane;
 #pragma unroll
                     for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], norm_weight[i]);
                 }
@@ -200,30 +203,46 @@ DEVICE void decode(const DecodeParams& p, int block) {
             __syncwarp();
             x_in_smem += warp * kWarpX;
         } else {
-            const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
+            // Every warp has some of the pieces, two at a time. The sums' place has their largest magnitudes first.
+            const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns, chunk_pieces = chunk / kPieceColumns;
+            const int n_block_warps = p.n_warps * p.n_groups;
+            int* const largest = reinterpret_cast<int*>(smem + p.ring_bytes + p.x_smem);
             if (p.mode == PRODUCT_ADD && has_first) first_before = __ldcg(p.out + first_output);
-            for (int c = warp; c < n_chunks; c += p.n_warps * p.n_groups) {
-                const int first = c * (chunk / kPieceColumns), last = min(n_pieces, first + chunk / kPieceColumns);
-                int largest = 0;
-                const auto values = [&](int piece) {
-                    float w[8];
-                    load_columns(v, p.x, piece_column(piece, lane), p.k);
-                    if (!has_norm) return;
-                    const float square = sum_of_squares(v);
-                    if (lane % 16 == 0) squares[2 * piece + lane / 16] = square;
-                    load_columns(w, p.norm_weight, piece_column(piece, lane), p.k);
+            const auto normed = [&](float (&of)[8], int piece) {
+                float w[8];
+                load_columns(w, p.norm_weight, piece_column(piece, lane), p.k);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], w[i]);
-                };
-                for (int piece = first; piece < last; ++piece) {
-                    values(piece);
-                    largest = max(largest, largest_bits(v));
+                for (int i = 0; i < 8; ++i) of[i] = __fmul_rn(of[i], w[i]);
+            };
+#pragma unroll 1
+            for (int piece = warp; piece < n_pieces; piece += 2 * n_block_warps) {
+                float two[2][8];
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    load_columns(two[i], p.x, piece_column(piece + i * n_block_warps, lane), p.k);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int at = piece + i * n_block_warps;
+                    if (at >= n_pieces) break;
+                    if (has_norm) {
+                        const float square = sum_of_squares(two[i]);
+                        if (lane % 16 == 0) squares[2 * at + lane / 16] = square;
+                        normed(two[i], at);
+                    }
+                    const int bits = __reduce_max_sync(0xffffffffu, largest_bits(two[i]));
+                    if (lane == 0) largest[at] = bits;
                 }
-                const float scale = chunk_scale(largest);
-                for (int piece = first; piece < last; ++piece) {
-                    values(piece);
-                    *reinterpret_cast<uint4*>(converted + (piece * 32 + lane) * 16) = pack_columns(v, scale);
-                }
+            }
+            __syncthreads();
+#pragma unroll 1
+            for (int piece = warp; piece < n_pieces; piece += n_block_warps) {
+                load_columns(v, p.x, piece_column(piece, lane), p.k);
+                if (has_norm) normed(v, piece);
+                const int c = piece / chunk_pieces, end = min(n_pieces, (c + 1) * chunk_pieces);
+                int bits = 0;
+                for (int i = c * chunk_pieces; i < end; ++i) bits = max(bits, largest[i]);
+                const float scale = chunk_scale(bits);
+                *reinterpret_cast<uint4*>(converted + (piece * 32 + lane) * 16) = pack_columns(v, scale);
                 if (lane == 0) factors[8 * c] = scale;
             }
             __syncthreads();
@@ -384,24 +403,23 @@ DEVICE void decode(const DecodeParams& p, int block) {
 template <class Q>
 constexpr int kEarlyTiles = Q::kHasMin || Q::kLowBits == 8 || kRowScaled<Q> ? 1 : 2;
 
-// 256: two blocks of 12 warps fit a multiprocessor's registers, so that a launch begins while the one before ends.
-#define DEFINE_VARIANT(Type, name, blocks, early, suffix, bounds)                                        \
-    extern "C" __global__ void bounds decode_##name##_##suffix(const __grid_constant__ DecodeParams p) { \
-        decode<Type, DecodeShape<Type, blocks, early>>(p, blockIdx.x);                                   \
+#define DEFINE_VARIANT(Type, name, blocks, early, suffix)                        \
+    extern "C" __global__ void __launch_bounds__(most_threads(blocks, early), 1) \
+        decode_##name##_##suffix(const __grid_constant__ DecodeParams p) {       \
+        decode<Type, DecodeShape<Type, blocks, early>>(p, blockIdx.x);           \
     }
-#define MOST_THREADS(blocks, early) __launch_bounds__(most_threads(blocks, early), 1)
-#define DEFINE_SMALL(Type, name)                              \
-    DEFINE_VARIANT(Type, name, 4, 0, 128, MOST_THREADS(4, 0)) \
-    DEFINE_VARIANT(Type, name, 8, 0, 256, __maxnreg__(80))    \
-    DEFINE_VARIANT(Type, name, 0, 0, long, MOST_THREADS(0, 0))
-#define DEFINE_SMALL_EARLY(Type, name)                                                         \
-    DEFINE_SMALL(Type, name)                                                                   \
-    DEFINE_VARIANT(Type, name, 4, kEarlyTiles<Type>, 128e, MOST_THREADS(4, kEarlyTiles<Type>)) \
-    DEFINE_VARIANT(Type, name, 8, 1, 256e, MOST_THREADS(8, 1))
-#define DEFINE_K(Type, name)                                   \
-    DEFINE_VARIANT(Type, name, 8, 0, 256, __maxnreg__(80))     \
-    DEFINE_VARIANT(Type, name, 0, 0, long, MOST_THREADS(0, 0)) \
-    DEFINE_VARIANT(Type, name, 8, 1, 256e, MOST_THREADS(8, 1))
+#define DEFINE_SMALL(Type, name)          \
+    DEFINE_VARIANT(Type, name, 4, 0, 128) \
+    DEFINE_VARIANT(Type, name, 8, 0, 256) \
+    DEFINE_VARIANT(Type, name, 0, 0, long)
+#define DEFINE_SMALL_EARLY(Type, name)                     \
+    DEFINE_SMALL(Type, name)                               \
+    DEFINE_VARIANT(Type, name, 4, kEarlyTiles<Type>, 128e) \
+    DEFINE_VARIANT(Type, name, 8, 1, 256e)
+#define DEFINE_K(Type, name)               \
+    DEFINE_VARIANT(Type, name, 8, 0, 256)  \
+    DEFINE_VARIANT(Type, name, 0, 0, long) \
+    DEFINE_VARIANT(Type, name, 8, 1, 256e)
 DENSE_TYPES(DEFINE_SMALL)
 Q4_0_TYPES(DEFINE_SMALL_EARLY)
 Q5_0_TYPES(DEFINE_SMALL_EARLY)
@@ -422,7 +440,7 @@ DEVICE void decode_pair(const DecodePairParams& p) {
         decode<B, SB>(p.p[1], block - p.n_first_blocks);
 }
 #define DEFINE_PAIR(A, a, B, b, blocks, early_a, early_b, suffix)                               \
-    extern "C" __global__ void MOST_THREADS(blocks, early_a)                                    \
+    extern "C" __global__ void __launch_bounds__(most_threads(blocks, early_a), 1)              \
         decode_##a##_##b##_##suffix(const __grid_constant__ DecodePairParams p) {               \
         decode_pair<A, DecodeShape<A, blocks, early_a>, B, DecodeShape<B, blocks, early_b>>(p); \
     }

@@ -46,6 +46,26 @@ DEVICE void mix(const ExpertFewParams& p, int first, int n, int n_pairs, bool (&
     }
 }
 
+// The same for one row, by the 16 lanes `lanes` of a warp that have stored the results of a row tile.
+DEVICE void mix_one(const ExpertFewParams& p, int row_tile, uint32_t lanes) {
+    const int lane = threadIdx.x % 16, o = row_tile * kTileRows + lane;
+    __syncwarp(lanes);
+    int is_last = 0;
+    if (lane == 0) {
+        is_last = atomic_add_acq_rel(p.arrived + row_tile, 1) + 1 == static_cast<uint32_t>(p.n_used);
+        if (is_last) p.arrived[row_tile] = 0;
+    }
+    is_last = __shfl_sync(lanes, is_last, threadIdx.x & 16);
+    __syncwarp(lanes);
+    if (!is_last || o >= p.n_out) return;
+    const float before = __ldcg(p.sum + o);
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int slot = 0; slot < p.n_used; ++slot)
+        sum = __fmaf_rn(p.gates[slot], __ldcg(p.out + static_cast<int64_t>(slot) * p.n_out + o), sum);
+    p.sum[o] = __fadd_rn(before, sum);
+}
+
 template <class Q, class S>
 DEVICE void expert_few(const ExpertFewParams& p) {
     // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, barriers
@@ -73,8 +93,9 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     if (p.holds_next) pdl_launch_dependents();
 
     // A job is a row tile of an item; a tile is that of one matrix. The list is read past L1, which may hold lines of
-    // the list before: without the wait nothing has dropped them.
-    const int total = __ldcg(p.list.n_items) * n_row_tiles;
+    // the list before: without the wait nothing has dropped them. The experts of one row are as many as it uses.
+    const bool one_row = p.n_rows == 1, mixes_one = one_row && p.mode == PRODUCT_MIX;
+    const int total = (one_row ? p.n_used : __ldcg(p.list.n_items)) * n_row_tiles;
     const int first_job = static_cast<int>(static_cast<int64_t>(blockIdx.x) * total / gridDim.x);
     const int n_tiles = (static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * total / gridDim.x) - first_job)
                         << pairs;
@@ -83,19 +104,69 @@ DEVICE void expert_few(const ExpertFewParams& p) {
         return;
     }
 
+    // What is read of the list, of row scales and biases is on its way before the weights, behind which it would wait.
+    int item_index = first_job / n_row_tiles, tile = group;
+    int begin = 0, end = min(n_tiles, ((item_index + 1) * n_row_tiles - first_job) << pairs);  // the item's tiles
+    int at0 = first_job - item_index * n_row_tiles;                                            // row tile of `begin`
+    ExpertItem item;
+    int pair;                // that lane r has of row r of the item
+    uint32_t scale_bits[2];  // of rows g and g + 8 of `tile`
+    float first_bias[2], first_unit[2];
+    const int item_shift = one_row ? 4 : 7;
+    const auto row_of = [&](int i) { return one_row ? 0 : i >> 4 & 7; };
+    const auto output_of = [&](int i, int tile0) {
+        return (at0 + ((tile0 - begin) >> pairs) + (i >> item_shift)) * kTileRows + (i & 15);
+    };
+    const auto load_scale_bits = [&](int of_tile) {
+        if constexpr (kRowScaled<Q>) {
+            const int in = min(of_tile, end - 1);
+            const auto* scales =
+                reinterpret_cast<const uint32_t*>(p.m[in & pairs].w + item.expert * p.matrix_bytes + p.scales_at) +
+                (at0 + ((in - begin) >> pairs)) * kTileRows + g;
+            scale_bits[0] = scales[0], scale_bits[1] = scales[8];
+        }
+    };
+    const auto load_result = [&](float (&bias)[2], float (&unit)[2], int o) {  // what output o needs beside its sums
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            if (m > pairs) break;
+            unit[m] = weight_unit<Q>(p.m[m].w + item.expert * p.matrix_bytes, p.scales_at, o);
+            bias[m] = p.m[m].bias != nullptr ? p.m[m].bias[static_cast<int64_t>(item.expert) * p.n_out + o] : 0.0f;
+        }
+    };
+    const auto load_item = [&] {
+        const int4 v = __ldcg(reinterpret_cast<const int4*>(p.list.items + item_index));
+        item = {v.x, v.y, v.z, 0};
+        pair = __ldcg(p.list.pairs + (one_row ? item_index : item.first + min(lane, item.n - 1)));
+        load_scale_bits(tile);
+        load_result(first_bias, first_unit, min(output_of(threadIdx.x, begin), p.n_out - 1));
+    };
+    load_item();
+
     // The units of this warp in the order in which it multiplies them, from the next to be copied on.
     int in_tile = group, in_chunk = chunk0, in_unit = chunk0 * chunk_tiles;
-    int in_end = first_job / n_row_tiles * n_row_tiles,
-        in_expert = 0;  // of the item: the first job behind it, its expert
+    // Of the item that the next unit is of: its place in the list, the first tile behind it.
+    int in_item = item_index, in_end = ((item_index + 1) * n_row_tiles - first_job) << pairs;
     const uint8_t* src = nullptr;
-    const auto find = [&] {
-        if (in_tile >= n_tiles) return;
-        const int job = first_job + (in_tile >> pairs);
-        while (job >= in_end) in_expert = __ldcg(&p.list.items[in_end / n_row_tiles].expert), in_end += n_row_tiles;
-        src = p.m[in_tile & pairs].w + in_expert * p.matrix_bytes +
-              static_cast<int64_t>(job - in_end + n_row_tiles) * p.tile_bytes;
+    const auto source = [&](int expert) {
+        const int row_tile = first_job + (in_tile >> pairs) - in_item * n_row_tiles;
+        src = p.m[in_tile & pairs].w + expert * p.matrix_bytes + static_cast<int64_t>(row_tile) * p.tile_bytes;
     };
-    find();
+    // From a row tile to the warp's next one of the same item, where that is of the same matrix.
+    const int src_step = pairs & p.n_groups ? 0 : p.tile_bytes * (p.n_groups >> pairs);
+    const auto find = [&] {
+        if (in_tile < in_end && src_step != 0) {
+            src += src_step;
+            return;
+        }
+        if (in_tile >= n_tiles) return;
+        while (in_tile >= in_end) ++in_item, in_end += n_row_tiles << pairs;
+        source(__ldcg(&p.list.items[in_item].expert));
+    };
+    if (in_tile < in_end)
+        source(item.expert);
+    else
+        find();
     const auto issue = [&](int slot) {  // starts the copy of the next unit into `slot`; nothing after the last
         if (in_tile >= n_tiles) return;
         const int n = S::kUnitTiles == 1 ? 1 : min(S::kUnitTiles, p.n_k_tiles - in_unit);
@@ -122,35 +193,31 @@ DEVICE void expert_few(const ExpertFewParams& p) {
         issue(slot);
         if (++slot == p.depth) slot = 0, parity ^= 1;
     };
-    const bool one_row = p.n_rows == 1;
-    const int item_shift = one_row ? 4 : 7;
     // Where the sums of this batch are: two sets take turns, so that one barrier a batch suffices.
     const int set_bytes = 4 * p.batch * n_chunks * (one_row ? kTileRows : 8 * S::kPartialRow);
-    int set_at = p.ring_bytes + p.x_smem, tile = group;
+    int set_at = p.ring_bytes + p.x_smem;
     const auto set = [&] { return reinterpret_cast<float*>(smem + set_at); };
 
 #pragma unroll 1
-    for (int begin = 0; begin < n_tiles;) {  // the tiles of one item
-        const int item_index = (first_job + (begin >> pairs)) / n_row_tiles;
-        const int end = min(n_tiles, ((item_index + 1) * n_row_tiles - first_job) << pairs);
-        const ExpertItem item = p.list.items[item_index];
-        __syncthreads();  // nobody needs what the item before left
-        if (threadIdx.x < 8)
-            item_pairs[threadIdx.x] = p.list.pairs[item.first + min(static_cast<int>(threadIdx.x), item.n - 1)];
-        __syncthreads();
+    for (;;) {  // items
+        if (threadIdx.x < 8) item_pairs[threadIdx.x] = pair;
+        const bool converts = S::kBlocks > 0 && p.x != nullptr;
+        const bool one_input = one_row && p.x_slot_rows == 0;
+        if (!converts && !one_input) __syncthreads();
         const auto converted = [&](int r) {
-            const int pair = item_pairs[r];
-            return p.rows + static_cast<int64_t>(pair / p.n_used + pair % p.n_used * p.x_slot_rows) * p.x_bytes;
+            if (one_input) return p.rows;
+            const int of = item_pairs[r];
+            return p.rows + static_cast<int64_t>(of / p.n_used + of % p.n_used * p.x_slot_rows) * p.x_bytes;
         };
         // Columns of rows that do not exist are those of the last one and dropped: they touch no other column.
         const int last = min(g, item.n - 1);
-        if (S::kBlocks > 0 && p.x != nullptr) {
+        if (converts) {
             const int column_end = S::kBlocks == 4 && lane >= 16 ? 0 : p.k;
 #pragma unroll 1
             for (int i = warp; i < item.n * n_chunks; i += n_block_warps) {
                 float v[8];
-                const int r = i / n_chunks, c = i - r * n_chunks, pair = item_pairs[r];
-                load_columns(v, p.x + pair / p.n_used * p.x_stride + pair % p.n_used * p.x_slot_stride,
+                const int r = i / n_chunks, c = i - r * n_chunks, of = __shfl_sync(0xffffffffu, pair, r);
+                load_columns(v, p.x + of / p.n_used * p.x_stride + of % p.n_used * p.x_slot_stride,
                              c * chunk + 32 * g + 4 * t, column_end);
                 const float scale = chunk_scale(largest_bits(v));
                 if (lane < 4 * S::kBlocks)
@@ -180,7 +247,6 @@ DEVICE void expert_few(const ExpertFewParams& p) {
             else
                 return *reinterpret_cast<const uint4*>(long_x + block * 64);
         };
-        const int at0 = first_job + (begin >> pairs) - item_index * n_row_tiles;  // row tile of tile `begin`
         // Of few pairs there is room for the sums of more row tiles.
         const int chunk_floats = one_row ? kTileRows : item.n * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
         const int batch = one_row ? p.batch : 8 / item.n * p.batch;
@@ -190,10 +256,9 @@ DEVICE void expert_few(const ExpertFewParams& p) {
             const int n_here = min(batch, end - tile0);
 #pragma unroll 1
             for (; tile < tile0 + n_here; tile += p.n_groups) {
-                float inverse[2] = {1.0f, 1.0f};
-                if constexpr (kRowScaled<Q>)
-                    row_inverse<Q>(inverse, p.m[tile & pairs].w + item.expert * p.matrix_bytes, p.scales_at,
-                                   at0 + (tile >> pairs) - (begin >> pairs), g);
+                const float inverse[2] = {__uint_as_float(inverse_bits(scale_bits[0])),
+                                          __uint_as_float(inverse_bits(scale_bits[1]))};
+                load_scale_bits(tile + p.n_groups);
 #pragma unroll 1
                 for (int c = chunk0; c < n_chunks; c += p.n_warps) {
                     float acc[4] = {};
@@ -233,11 +298,11 @@ DEVICE void expert_few(const ExpertFewParams& p) {
 
 #pragma unroll 1
             for (int i = threadIdx.x; (i >> item_shift << pairs) < n_here; i += blockDim.x) {
-                const int row = one_row ? 0 : i >> 4 & 7;
-                const int o = (at0 + ((tile0 - begin) >> pairs) + (i >> item_shift)) * kTileRows + (i & 15);
-                if (row >= item.n || o >= p.n_out) continue;
+                const int row = row_of(i), o = output_of(i, tile0);
+                if (row >= item.n || (o >= p.n_out && !mixes_one)) continue;
                 const float* from = set() + (i >> item_shift << pairs) * tile_floats + row * S::kPartialRow + (i & 15);
-                float v[2];
+                float v[2], bias[2] = {first_bias[0], first_bias[1]}, unit[2] = {first_unit[0], first_unit[1]};
+                if (tile0 != begin || i != static_cast<int>(threadIdx.x)) load_result(bias, unit, min(o, p.n_out - 1));
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     if (m > pairs) break;
@@ -245,26 +310,30 @@ DEVICE void expert_few(const ExpertFewParams& p) {
 #pragma unroll 4
                     for (int c = 0; c < n_chunks; ++c)
                         sum = __fmaf_rn(from[m * tile_floats + c * chunk_floats], factors[8 * c + row], sum);
-                    const float* bias = p.m[m].bias;
-                    v[m] = __fmaf_rn(sum, weight_unit<Q>(p.m[m].w + item.expert * p.matrix_bytes, p.scales_at, o),
-                                     bias != nullptr ? bias[static_cast<int64_t>(item.expert) * p.n_out + o] : 0.0f);
+                    v[m] = __fmaf_rn(sum, unit[m], bias[m]);
                 }
-                const int pair = item_pairs[row];
-                p.out[pair / p.n_used * p.out_stride + static_cast<int64_t>(pair % p.n_used) * p.n_out + o] =
-                    pairs ? glu_value(p.glu, v[0], v[1]) : v[0];
+                const int of = item_pairs[row];
+                if (o < p.n_out)
+                    p.out[of / p.n_used * p.out_stride + static_cast<int64_t>(of % p.n_used) * p.n_out + o] =
+                        pairs ? glu_value(p.glu, v[0], v[1]) : v[0];
+                if (mixes_one) mix_one(p, at0 + tile0 - begin + (i >> 4), 0xffffu << (lane & 16));
             }
             const int sets = p.ring_bytes + p.x_smem;
             set_at = set_at == sets ? sets + set_bytes : sets;
-            if (p.mode == PRODUCT_MIX) mix(p, at0 + tile0 - begin, n_here, item.n, is_last);
+            if (p.mode == PRODUCT_MIX && !mixes_one) mix(p, at0 + tile0 - begin, n_here, item.n, is_last);
         }
-        begin = end;
+        if (end == n_tiles) break;
+        begin = end, ++item_index, at0 = 0;
+        end = min(n_tiles, begin + (n_row_tiles << pairs));
+        load_item();
+        __syncthreads();  // nobody needs what this item leaves
     }
 }
 
-#define DEFINE_VARIANT(Type, name, blocks, suffix)                                   \
-    extern "C" __global__ void __launch_bounds__(EXPERT_FEW_THREADS, blocks ? 2 : 1) \
-        expert_few_##name##_##suffix(const __grid_constant__ ExpertFewParams p) {    \
-        expert_few<Type, DecodeShape<Type, blocks, 0>>(p);                           \
+#define DEFINE_VARIANT(Type, name, blocks, suffix)                                                     \
+    extern "C" __global__ void __launch_bounds__(blocks ? EXPERT_FEW_THREADS : EXPERT_LONG_THREADS, 1) \
+        expert_few_##name##_##suffix(const __grid_constant__ ExpertFewParams p) {                      \
+        expert_few<Type, DecodeShape<Type, blocks, 0>>(p);                                             \
     }
 #define DEFINE_SMALL(Type, name)       \
     DEFINE_VARIANT(Type, name, 4, 128) \

@@ -23,9 +23,9 @@
 constexpr uint32_t kAll = 0xffffffffu;
 
 // The 16 weights of rows g and g + 8 (pair & 1) that a lane holds of one sub-tile, times the rows' x.
-template <class Q>
-DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, const uint8_t* packed_tile, int k_tile,
-                         int sub, int row0, int lane) {
+template <class Q, int kRows>
+DEVICE void add_sub_tile(float (&sum)[kRows][2], const RouteParams& p, const uint8_t* packed_tile, int k_tile, int sub,
+                         int row0, int lane) {
     const auto codes = load_codes<Q>(packed_tile, sub, lane);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -41,7 +41,7 @@ DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
         for (int j = 0; j < 2; ++j)
             if (p.norm_weight != nullptr) norm[j] = *reinterpret_cast<const float4*>(p.norm_weight + column + 16 * j);
 #pragma unroll
-        for (int n = 0; n < ROUTE_ROWS; ++n) {
+        for (int n = 0; n < kRows; ++n) {
             if (row0 + n >= p.n_rows) break;
             const float* x = p.x + (row0 + n) * p.x_stride + column;
 #pragma unroll
@@ -62,17 +62,18 @@ DEVICE void add_sub_tile(float (&sum)[ROUTE_ROWS][2], const RouteParams& p, cons
     }
 }
 
-// A row tile's sums over part `slice` of K for rows [row0, row0 + ROUTE_ROWS); tile(i, k_tile) is where the i-th packed
-// tile of the part is. A warp.
-template <class Q, class F>
+// A row tile's sums over part `slice` of K for rows [row0, row0 + kRows); tile(i, k_tile) is where the i-th packed tile
+// of the part is. A warp.
+template <class Q, int kRows, class F>
 DEVICE void slice_sums(const RouteParams& p, int row_tile, int slice, int row0, F tile) {
     const int lane = threadIdx.x % 32, n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
-    float sum[ROUTE_ROWS][2] = {};
+    float sum[kRows][2] = {};
     for (int i = 0, k_tile = slice; k_tile < p.n_k_tiles; ++i, k_tile += ROUTE_SLICES)
 #pragma unroll 1
-        for (int sub = 0; sub < Q::kSubs; ++sub) add_sub_tile<Q>(sum, p, tile(i, k_tile), k_tile, sub, row0, lane);
+        for (int sub = 0; sub < Q::kSubs; ++sub)
+            add_sub_tile<Q, kRows>(sum, p, tile(i, k_tile), k_tile, sub, row0, lane);
 #pragma unroll
-    for (int n = 0; n < ROUTE_ROWS; ++n) {
+    for (int n = 0; n < kRows; ++n) {
         if (row0 + n >= p.n_rows) break;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -101,12 +102,13 @@ DEVICE void route_logits(const RouteParams& p) {
                 prefetch_l2(packed_tiles + k_tile * Q::kPackedTileBytes + at);
     pdl_wait();
     if (!exists) return;
-    slice_sums<Q>(p, row_tile, slice, blockIdx.y * ROUTE_ROWS,
-                  [&](int, int k_tile) { return packed_tiles + k_tile * Q::kPackedTileBytes; });
+    slice_sums<Q, ROUTE_ROWS>(p, row_tile, slice, blockIdx.y * ROUTE_ROWS,
+                              [&](int, int k_tile) { return packed_tiles + k_tile * Q::kPackedTileBytes; });
 }
 
-// One row by one warp. NaN has a place in the order, so that every choice is an expert.
-DEVICE void choose(const RouteParams& p, int row, int lane) {
+// One row by one warp; returns the expert of slot `lane`. NaN has a place in the order, so that every choice is an
+// expert.
+DEVICE int choose(const RouteParams& p, int row, int lane) {
     constexpr int kPerLane = EXPERTS_MAX / 32;
     const int n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
     const float* partial = p.partial + static_cast<int64_t>(row) * ROUTE_SLICES * n_pad;
@@ -126,6 +128,7 @@ DEVICE void choose(const RouteParams& p, int row, int lane) {
         keys[i] = order_key(p.bias != nullptr ? __fadd_rn(logit, p.bias[e]) : logit, e);
     }
     float mine = 0.0f, largest = 0.0f, total = 0.0f;
+    int expert = EXPERTS_MAX;
     for (int slot = 0; slot < p.n_used; ++slot) {
         uint64_t best = 0;
 #pragma unroll
@@ -142,10 +145,24 @@ DEVICE void choose(const RouteParams& p, int row, int lane) {
         if (slot == 0) largest = logit;
         const float weight = expf(logit - largest);
         total += weight;
-        if (slot == lane) mine = weight;
-        if (lane == 0) p.ids[row * p.n_used + slot] = static_cast<float>(0xffffffffu - static_cast<uint32_t>(best));
+        if (slot == lane) mine = weight, expert = static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
     }
-    if (lane < p.n_used) p.gates[row * p.n_used + lane] = mine / total;
+    if (lane < p.n_used) {
+        p.ids[row * p.n_used + lane] = static_cast<float>(expert);
+        p.gates[row * p.n_used + lane] = mine / total;
+    }
+    return expert;
+}
+
+// The list of one row, whose slots have the experts that their lanes give. A warp.
+DEVICE void make_list_of_one(const RouteParams& p, int expert, int lane) {
+    int rank = 0;
+    for (int slot = 0; slot < p.n_used; ++slot) rank += __shfl_sync(kAll, expert, slot) < expert;
+    if (lane < p.n_used) {
+        p.list.items[rank] = {expert, rank, 1, 0};
+        p.list.pairs[rank] = lane;
+    }
+    if (lane == 0) *p.list.n_items = p.n_used;
 }
 
 // A stable counting sort of the pairs by expert, and its cut into items. The whole block.
@@ -211,7 +228,9 @@ DEVICE void route_few(const RouteFewParams& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     pdl_launch_dependents();
     if (static_cast<int>(blockIdx.x) < p.n_logit_blocks) {
-        const int job = blockIdx.x * (kConvertThreads / 32) + warp;
+        const int n_row_blocks = p.n_logit_blocks / ((route.n_rows + ROUTE_FEW_ROWS - 1) / ROUTE_FEW_ROWS);
+        const int row0 = blockIdx.x / n_row_blocks * ROUTE_FEW_ROWS;
+        const int job = blockIdx.x % n_row_blocks * (kConvertThreads / 32) + warp;
         const int row_tile = job / ROUTE_SLICES, slice = job % ROUTE_SLICES;
         uint8_t* const mine = smem + warp * p.slice_bytes;
         const bool exists = row_tile * kTileRows < route.n_expert;
@@ -227,17 +246,21 @@ DEVICE void route_few(const RouteFewParams& p) {
         __syncwarp();
         pdl_wait();
         if (exists)
-            slice_sums<Q>(route, row_tile, slice, 0, [&](int i, int) { return mine + i * Q::kPackedTileBytes; });
+            slice_sums<Q, ROUTE_FEW_ROWS>(route, row_tile, slice, row0,
+                                          [&](int i, int) { return mine + i * Q::kPackedTileBytes; });
     } else {
-        pdl_wait();
         convert_row(p.convert, blockIdx.x - p.n_logit_blocks, 0, units);
     }
     __syncthreads();
     if (threadIdx.x == 0) is_last = atomic_add_acq_rel(p.arrived, 1) == gridDim.x - 1;
     __syncthreads();
     if (!is_last) return;
-    for (int row = warp; row < route.n_rows; row += kConvertThreads / 32) choose(route, row, lane);
     if (threadIdx.x == 0) *p.arrived = 0;
+    if (route.n_rows == 1) {
+        if (warp == 0) make_list_of_one(route, choose(route, 0, lane), lane);
+        return;
+    }
+    for (int row = warp; row < route.n_rows; row += kConvertThreads / 32) choose(route, row, lane);
     __syncthreads();
     make_list(route);
 }

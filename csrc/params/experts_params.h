@@ -10,8 +10,9 @@
 
 // Matrices of one expert that one launch may cover.
 #define EXPERT_MAX_MATRICES 2
-// Most threads of a block of expert_few_*; of variants 128 and 256 two blocks fit a multiprocessor's registers.
-#define EXPERT_FEW_THREADS 384
+// Most threads of a block of expert_few_*: of variants 128 and 256, of `long`.
+#define EXPERT_FEW_THREADS 768
+#define EXPERT_LONG_THREADS 384
 // Most row tiles whose sums a block of expert_few_* adds up at once.
 #define EXPERT_FEW_BATCH 256
 

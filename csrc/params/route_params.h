@@ -16,6 +16,8 @@
 #define ROUTE_SLICES 16
 // Rows of x that one warp of route_logits takes together.
 #define ROUTE_ROWS 8
+// Rows of one warp of route_few.
+#define ROUTE_FEW_ROWS 2
 // Most pairs of one expert that a decode block takes together.
 #define EXPERT_DECODE_ROWS 16
 
@@ -55,7 +57,7 @@ typedef struct {
 } RouteParams;
 
 // route_few_<type>: all of that for 1 to 8 rows, and their conversion. Grid n_logit_blocks + n_rows, block 256, dynamic
-// shared memory 8 * slice_bytes.
+// shared memory 8 * slice_bytes. Each ROUTE_FEW_ROWS rows have as many blocks of logits.
 typedef struct {
     RouteParams route;      // `roots` are those that the conversion leaves
     ConvertParams convert;  // of the same rows

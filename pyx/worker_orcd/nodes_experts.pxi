@@ -20,8 +20,8 @@ cdef class RouteNode(Node):
         grid: `grid(n_rows)` of `logits`.
         item_rows: `item_rows(n_rows)`, most pairs of a prefill item.
         conversion: of the rows for the experts' products, with the norm that comes before both; or None.
-        few: all of that in one launch, for few decode rows: kernel, most rows, blocks of logits, shared memory and
-            counter; or None.
+        few: all of that in one launch, for few decode rows: kernel, blocks of logits for each number of rows from 1 on,
+            shared memory and counter; or None.
     """
 
     cdef c.RouteParams p
@@ -30,8 +30,8 @@ cdef class RouteNode(Node):
     cdef Conversion conversion
     cdef int64_t partial_floats
     cdef object grid, item_rows
-    cdef unsigned int logit_blocks, few_smem
-    cdef int few_rows
+    cdef unsigned int few_smem
+    cdef list logit_blocks
     cdef uint64_t arrived
 
     def __init__(self, str name, Kernel logits, Kernel choose, Kernel make_list, dict fields, dict decode_list,
@@ -40,7 +40,7 @@ cdef class RouteNode(Node):
         Node.__init__(self, name)
         self.conversion = conversion
         if few is not None:
-            self.few, self.few_rows, self.logit_blocks, self.few_smem, self.arrived = few
+            self.few, self.logit_blocks, self.few_smem, self.arrived = few
         self.logits, self.choose, self.make_list = logits, choose, make_list
         c.fill_RouteParams(&self.p, {**fields, "list": NO_LIST}, ("n_rows", "item_rows"))
         c.fill_ExpertList(&self.decode_list, decode_list, ())
@@ -53,7 +53,7 @@ cdef class RouteNode(Node):
         cdef unsigned int gx, gy
         if shape.n_rows == 0:
             return 0
-        if self.few is not None and n_prefill == 0 and row <= self.few_rows:
+        if self.few is not None and n_prefill == 0 and row <= len(self.logit_blocks):
             return self._few(launches, row)
         if self.conversion is not None:
             self.conversion.enqueue(launches, 0, 0, shape.n_rows, shape.n_rows)
@@ -78,13 +78,14 @@ cdef class RouteNode(Node):
     cdef int _few(self, LaunchList launches, int n) except -1:
         """Decode rows [0, n), n <= 8."""
         cdef c.RouteFewParams p
+        cdef unsigned int logit_blocks = self.logit_blocks[n - 1]
         memset(&p, 0, sizeof(p))
         p.route, p.convert = self.p, self.conversion.p
         p.route.n_rows, p.route.item_rows, p.route.list = n, c.EXPERT_DECODE_ROWS, self.decode_list
         p.convert.n_rows = p.convert.n_pad_rows = n
-        p.arrived, p.n_logit_blocks = <uint32_t*>self.arrived, self.logit_blocks
+        p.arrived, p.n_logit_blocks = <uint32_t*>self.arrived, logit_blocks
         p.slice_bytes = self.few_smem // 8
-        return launches.add(self.few, self.logit_blocks + n, 1, 1, 256, self.few_smem, &p, sizeof(p), True)
+        return launches.add(self.few, logit_blocks + n, 1, 1, 256, self.few_smem, &p, sizeof(p), True)
 
 
 cdef class ExpertProduct:

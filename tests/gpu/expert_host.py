@@ -107,7 +107,7 @@ class Route:
         """All in one launch, of few rows."""
         p, gpu = self.params, self.gpu
         smem = expert_layout.route_few_smem(self.type_id, p.k)
-        blocks = layout.n_row_tiles(self.n_expert) * expert_layout.ROUTE_SLICES // 8
+        blocks = expert_layout.route_few_blocks(self.n_rows, self.n_expert)
         p.item_rows = self.item_rows
         few = params("RouteFewParams", arrived=self.arrived, n_logit_blocks=blocks, slice_bytes=smem // 8)
         few.route, few.convert = p, self.converted.params

@@ -361,6 +361,7 @@ def test_rows_with_more_chunks_than_a_block_has_warps(gpu, monkeypatch, name, ma
     """And blocks with less shared memory: the bits of prompt rows."""
     type_id, n_out, rng, fewer = quants.BY_NAME[name].id, 40, np.random.default_rng(2), False
     monkeypatch.setattr(gpu, "max_smem", min(max_smem, gpu.max_smem))
+    monkeypatch.setattr(expert_layout, "FEW_THREADS", 384)
     for k in (2880, 3584, 4096, 5120):
         if k % quants.TYPES[type_id].block_size:
             continue

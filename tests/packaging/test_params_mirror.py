@@ -10,7 +10,7 @@ from pathlib import Path
 import gen_params
 import pytest
 
-from worker_orcd.cuda import layout, memory
+from worker_orcd.cuda import expert_layout, layout, memory
 from worker_orcd.engine import protocol
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,9 @@ def test_numbers_that_python_repeats():
     assert constants["SAMPLING_HISTORY_WORDS"] == memory.HISTORY_WORDS
     assert constants["PRODUCT_THREADS"] == 32 * layout.DECODE_WARPS
     assert constants["PRODUCT_FEW_THREADS"] == 32 * layout.DECODE_FEW_WARPS
+    assert constants["EXPERT_FEW_THREADS"] == expert_layout.FEW_THREADS
+    assert constants["EXPERT_LONG_THREADS"] == expert_layout.FEW_LONG_THREADS
+    assert constants["EXPERT_FEW_BATCH"] == expert_layout.FEW_BATCH
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,20 @@ from worker_orcd.cuda.layout import Launch
 
 #: parts of K that a router logit is summed from
 ROUTE_SLICES = 16
-#: rows of one warp of route_logits
-ROUTE_ROWS = 8
+#: rows of one warp of route_logits, of route_few
+ROUTE_ROWS, ROUTE_FEW_ROWS = 8, 2
 #: pairs of a decode item
 DECODE_ROWS = 16
 #: pairs of a prefill item, by kernel variant
 PREFILL_ROWS = (16, 64)
 #: matrices of one expert in one launch
 MAX_MATRICES = 2
-#: most threads of a block of expert_few_*, most row tiles that it adds up at once, what its shared memory has beside
-#: what the launch asks for
-FEW_THREADS, FEW_BATCH, FEW_STATIC_SMEM = 384, 256, 512
-#: what the weight rings of an expert_few_* block are cut to, but two slots each: two such blocks fit a multiprocessor
-FEW_RING_BYTES = 64 * 1024
+#: most threads of a block of expert_few_*: of variants 128 and 256, of `long`
+FEW_THREADS, FEW_LONG_THREADS = 768, 384
+#: most row tiles that it adds up at once, what its shared memory has beside what the launch asks for
+FEW_BATCH, FEW_STATIC_SMEM = 256, 512
+#: what the weight rings of an expert_few_* block are cut to, but two slots each
+FEW_RING_BYTES = 110 * 1024
 #: shared memory of route_few beside its weights
 ROUTE_FEW_STATIC_SMEM = 12 * 1024
 
@@ -55,6 +56,11 @@ def route_grid(n_rows: int, n_expert: int) -> tuple[int, int, int]:
     return layout.n_row_tiles(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
 
 
+def route_few_blocks(n_rows: int, n_expert: int) -> int:
+    """Blocks of route_few that make logits."""
+    return layout.n_row_tiles(n_expert) * ROUTE_SLICES // 8 * -(-n_rows // ROUTE_FEW_ROWS)
+
+
 def route_few_smem(type_id: int, k: int) -> int:
     """Shared memory of route_few: the part of K that each of its 8 warps has of a row tile."""
     return 8 * -(-layout.n_k_tiles(type_id, k) // ROUTE_SLICES) * layout.packed_tile_bytes(type_id)
@@ -71,14 +77,15 @@ def few_launch(
     Raises:
         ValueError: no block of the kernel has so little shared memory.
     """
-    most = FEW_THREADS // 32
-    x_smem = n_rows * (2 * layout.PIECE * -(-k // layout.PIECE) + 64)
-    # What is best, then what takes less shared memory: converted rows, then ever fewer warps.
-    tries = [] if layout.chunk_columns(k) > 256 else [(most, x_smem)]
-    for warps, x in [*tries, *((warps, 0) for warps in range(most, 0, -1))]:
-        launch = _few_launch(type_id, k, n_out, n_rows, n_used, n_expert, warps, x, n_sm, glu, max_smem)
-        if launch.smem <= max_smem - FEW_STATIC_SMEM:
-            return launch
+    most, x_smem = FEW_THREADS // 32, n_rows * (2 * layout.PIECE * -(-k // layout.PIECE) + 64)
+    # What is best, then what takes less shared memory: fewer warps, converted rows, ever fewer warps, one slot a ring.
+    tries = [] if layout.chunk_columns(k) > 256 else [(most, x_smem), (most // 2, x_smem)]
+    tries += [(warps, 0) for warps in range(FEW_LONG_THREADS // 32, 0, -1)]
+    for least_depth in (2, 1):
+        for warps, x in tries:
+            launch = _few_launch(type_id, k, n_out, n_rows, n_used, n_expert, warps, x, n_sm, glu, max_smem)
+            if launch.smem <= max_smem - FEW_STATIC_SMEM and launch.depth >= least_depth:
+                return launch
     name = f"expert_few_{layout.kernel_suffix(type_id)}"
     raise ValueError(f"{name} for {k} columns needs more than {max_smem} bytes a block")
 
@@ -88,10 +95,11 @@ def _few_launch(
     glu: bool, max_smem: int,
 ) -> Launch:  # fmt: skip
     """`few_launch` with x in so much shared memory, 0: of the variant `long`; it may take more than there is."""
-    chunks, unit, parts = layout.n_chunks(k), layout.decode_unit_bytes(type_id), 2 if glu else 1
+    variant = str(layout.chunk_columns(k)) if x_smem else "long"
+    chunks, unit, parts = layout.n_chunks(k), layout.decode_unit_bytes(type_id, variant), 2 if glu else 1
     most = max(1, min(most_warps, (max_smem - x_smem) // 2 // unit))  # rings of one slot in half of what is left
     n_warps = -(-chunks // -(-chunks // most))
-    n_groups = max(1, most // n_warps)
+    n_groups = max(1, min(most // n_warps, FEW_BATCH // 16))
     n_groups -= n_groups % 2 if n_groups > 1 else 0
     jobs = max_items(n_rows * n_used, n_expert, n_rows) * layout.n_row_tiles(n_out)
     grid, warps, step = min(jobs, n_sm), n_warps * n_groups, 2 * n_groups
@@ -104,7 +112,7 @@ def _few_launch(
     room = min(most_ring, max_smem - FEW_STATIC_SMEM - rest - 8 * warps * 8)
     depth = max(1, min(8, room // (warps * unit)))
     ring = warps * depth * unit
-    name = f"expert_few_{layout.kernel_suffix(type_id)}_{layout.chunk_columns(k) if x_smem else 'long'}"
+    name = f"expert_few_{layout.kernel_suffix(type_id)}_{variant}"
     barriers = ring + rest
     return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
                   x_smem, ring + x_smem + 2 * batch * sums, barriers)  # fmt: skip

@@ -405,9 +405,9 @@ class Launches:
             conversion = self._conversion(k, inp, group.norm, roots=space.roots.address)
             smem = expert_layout.route_few_smem(w.type_id, k)
             if smem + expert_layout.ROUTE_FEW_STATIC_SMEM <= self.context.max_smem:
-                blocks = layout.n_row_tiles(op.n_expert) * expert_layout.ROUTE_SLICES // 8
                 kernel = self.kernel("route", f"route_few_{suffix}", smem)
-                few = (kernel, layout.DECODE_ROWS, blocks, smem, space.arrived.address)
+                blocks = [expert_layout.route_few_blocks(n, op.n_expert) for n in range(1, layout.DECODE_ROWS + 1)]
+                few = (kernel, blocks, smem, space.arrived.address)
         partial_floats = expert_layout.route_partial_bytes(1, op.n_expert) // 4
 
         def grid(n_rows: int) -> tuple[int, int, int]:

@@ -24,11 +24,11 @@ PIECE = 256
 DECODE_ROWS = 8
 #: tiles of 8 rows that one matvec_* launch can take, by kernel variant
 MATVEC_TILES = (2, 4, 8)
-#: most warps of a block of decode_*: of variants 128, 256 and 256e, of the others
+#: most warps of a block of decode_*: of variants 128, 256 and 256e, of 128e and `long`
 DECODE_WARPS, DECODE_FEW_WARPS = 19, 16
-#: shared memory that the weight rings of a decode_* block are cut to (but two slots each), where the GPU has it: of one
-#: row of variant 256, so that two such blocks fit a multiprocessor, and of all else
-DECODE_TWO_RING_BYTES, DECODE_RING_BYTES = 60 * 1024, 96 * 1024
+#: shared memory that the weight rings of a decode_* block are cut to (but two slots each): more weights on the way keep
+#: x waiting. Where they are decoded early, all of them are on the way long before x is there.
+DECODE_RING_BYTES, DECODE_EARLY_RING_BYTES = 60 * 1024, 96 * 1024
 
 
 def _round_up(n: int, to: int) -> int:
@@ -119,10 +119,13 @@ class Launch:
     more_tiles: int = 0
 
 
-def decode_unit_bytes(type_id: int) -> int:
-    """Bytes of a slot of a ring of decode_<type>: 128 columns, of unquantized types 64, of K-quants 256."""
-    tiles = 2 if tile_k(type_id) == 64 and quants.TYPES[type_id].name not in _DENSE else 1
-    return tiles * packed_tile_bytes(type_id)
+def decode_unit_bytes(type_id: int, variant: str) -> int:
+    """Bytes of a slot of a ring of decode_<type>_<variant> (`unit_columns` in decode_unit.cuh): 64 columns of
+    unquantized types, 256 of K-quants and in variants 256 and 256e of codes up to 5 bits, else 128."""
+    columns = tile_k(type_id)
+    if columns == 64 and (name := quants.TYPES[type_id].name) not in _DENSE:
+        columns = 256 if variant.startswith("256") and name != "Q8_0" else 128
+    return columns // tile_k(type_id) * packed_tile_bytes(type_id)
 
 
 def decode_launch(
@@ -144,12 +147,11 @@ def decode_launch(
     """
     chunks = n_chunks(k)
     most = -(-chunks // -(-chunks // DECODE_FEW_WARPS))
-    # What is best, then what takes less shared memory: one group of warps, then `long` with ever fewer warps.
-    tries = [(True, n, {**how, "n_groups": 1}) for n in range(most, 0, -1)]
-    if chunk_columns(k) > 256 or chunks > DECODE_WARPS:
-        tries.insert(0, (True, most, how))
-    else:
-        tries = [(False, chunks, how), (False, chunks, {**how, "n_groups": 1}), *tries]
+    # What is best, then what takes less shared memory: one group of warps, then `long` with ever fewer warps, then
+    # rings of one slot.
+    long, one = chunk_columns(k) > 256 or chunks > DECODE_WARPS, {**how, "n_groups": 1}
+    tries = [(True, n, choice) for choice in (one, {**one, "depth": 1}) for n in range(most, 0, -1)]
+    tries = [(long, most if long else chunks, choice) for choice in (how, one)] + tries
     for long, n_warps, choice in tries:
         launch = _decode_launch(type_id, k, n_out, n_rows, long, n_warps, n_sm, glu, max_smem, choice)
         if launch.smem <= max_smem:
@@ -163,41 +165,51 @@ def _decode_launch(
 ) -> Launch:  # fmt: skip
     """`decode_launch` of a variant with so many warps to a group; it may take more shared memory than there is."""
     chunk, chunks, parts = chunk_columns(k), n_chunks(k), 2 if glu else 1
-    jobs, unit = n_row_tiles(n_out), decode_unit_bytes(type_id)
+    jobs = n_row_tiles(n_out)
     total = jobs * parts
-    most = DECODE_FEW_WARPS if long else DECODE_WARPS
-    n_groups = how.get("n_groups", max(parts, 2) if n_warps <= 8 else 1)
-    n_groups = max(1, min(n_groups, most // n_warps, total))
-    # Launches of little work leave multiprocessors to those before and after, whose weights arrive meanwhile.
-    per_warp = -(-total // (n_groups * max(1, n_sm * 3 // 4)))
-    small = per_warp <= 4 and not long
-    grid = how.get("grid", min(jobs, max(1, -(-total // (n_groups * per_warp)) if small else n_sm)))
-    tiles = -(-jobs // grid) * parts
-    can_early = not long and quants.TYPES[type_id].name not in _DENSE
-    if chunk == 256:  # a warp has one row tile
-        can_early &= tiles <= n_groups and n_warps * n_groups <= DECODE_WARPS
-    else:
-        can_early &= n_warps * n_groups <= DECODE_FEW_WARPS
+    early_warps = DECODE_WARPS if chunk == 256 else DECODE_FEW_WARPS
+    can_early = not long and n_warps <= early_warps and quants.TYPES[type_id].name not in _DENSE
+
+    def share(most_warps: int) -> tuple[int, bool, int]:
+        """With blocks of so many warps: groups of them, whether there is little work for each, blocks."""
+        most = max(1, most_warps // n_warps)
+        groups = min(how.get("n_groups", max(parts, 2) if n_warps <= 8 else 1), most, total)
+        # Launches of little work leave multiprocessors to those before and after, whose weights arrive meanwhile.
+        per_warp = -(-total // (groups * max(1, n_sm * 7 // 8)))
+        small = per_warp <= 4 and not long
+        grid = min(jobs, max(1, -(-total // (groups * per_warp)) if small else n_sm))
+        return groups, small, how.get("grid", grid)
+
+    n_groups, small, grid = share(early_warps)
     early = bool(can_early and how.get("early", small))
+    if chunk == 256:  # a warp has one row tile
+        early &= -(-jobs // grid) * parts <= n_groups
+    if not early:
+        n_groups, _, grid = share(DECODE_FEW_WARPS if long else DECODE_WARPS)
+    tiles = -(-jobs // grid) * parts
+    variant = "long" if long else f"{chunk}{'e' if early else ''}"
+    unit = decode_unit_bytes(type_id, variant)
     sums = (TILE_ROWS if n_rows == 1 else 160) * 4 * chunks
     step = n_groups * (2 if (early and chunk == 128) or n_groups % parts else 1)
     most_sums = 32768 if n_rows > 1 and max_smem > 2 * SMEM_SMALL else min(16384, max_smem // 14)
-    batch = min(_round_up(tiles, step), max(step, most_sums // sums // step * step))
     one_row, row = n_warps * n_groups * 1536, -(-k // PIECE) * 2 * PIECE  # x that is converted here, that was before
     x_smem = one_row
     if long:  # several rows stay where they are
         x_smem = row if n_rows == 1 else 0
     elif chunk == 256:
         x_smem = max(one_row if n_rows == 1 else 0, n_rows * (row + 64))
-    rest = x_smem + 2 * batch * sums + 32 * chunks + 8 * -(-k // PIECE)
     warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
+    rest = x_smem + 32 * chunks + 8 * -(-k // PIECE)
+    most_sums = min(most_sums, (max_smem - rest - 2 * warps * (unit + 8)) // 2)  # two slots come first
+    batch = min(_round_up(tiles, step), max(step, most_sums // sums // step * step))
+    rest += 2 * batch * sums
     units = -(-tiles // n_groups) * -(-min(chunk, k) // columns) * -(-chunks // n_warps)
-    two_fit = chunk == 256 and not long and not early and n_rows == 1
-    most_ring = max(DECODE_TWO_RING_BYTES if two_fit else DECODE_RING_BYTES, 2 * warps * unit)
+    most_ring = max(DECODE_EARLY_RING_BYTES if early else DECODE_RING_BYTES, 2 * warps * unit)
     room = min(most_ring, max_smem - rest - 8 * warps * 8)
-    depth = max(1, min(how.get("depth", 8), units, room // (warps * unit)))
+    most_depth = min(how.get("depth", 8), units)
+    depth = max(min(2, most_depth), min(most_depth, room // (warps * unit)))
     ring = warps * depth * unit
-    name = f"decode_{kernel_suffix(type_id)}_{'long' if long else chunk}{'e' if early else ''}"
+    name = f"decode_{kernel_suffix(type_id)}_{variant}"
     factors = ring + x_smem + 2 * batch * sums
     barriers = ring + rest
     return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,

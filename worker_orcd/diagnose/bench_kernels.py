@@ -3,8 +3,8 @@
 Launches of a step that run one kernel over one grid, for ops of one name in different layers, are a kind. A graph holds
 all launches of a kind, in the order of the step and with its dependencies, each with its own layer's weights. It is
 replayed with the L2 cache emptied before each time, as it is of weights when a step of a model larger than the cache
-comes to them. A kind that reads few bytes and has few launches is recorded several times over, so that the start of a
-graph does not count.
+comes to them. A kind of few launches is recorded several times over, so that the start of a graph does not count, where
+each reads so little, or so much, that the cache does not help the next.
 
 The whole step is timed as the engine runs it, one replay behind the other. What it takes less than the sum of its kinds
 it gains by their overlap, and what it takes more is lost between them.
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 REPLAYS, STEPS = 21, 64
 #: bytes that are copied to empty the L2 cache: well over that of the GPUs this is for
 EVICT_BYTES = 128 << 20
-#: launches that a graph of a kind has at least, where it reads at most so many bytes of weights a launch
+#: launches that a graph of a kind has at least, where it reads at most so many bytes of weights a launch; and where it
+#: reads more than a cache holds
 FEW_LAUNCHES, FEW_BYTES = 16, 64 << 10
+LARGE_LAUNCHES, LARGE_BYTES = 4, 64 << 20
 #: most matrices of one shape that cuBLAS gets, and most bytes of them, but for one matrix that is larger
 CUBLAS_MATRICES, CUBLAS_BYTES = 32, 512 << 20
 
@@ -260,8 +262,8 @@ def _step(engine: Any, plan: Plan, parts: Any, timer: _Timer, yardstick: _Yardst
         for which, members in _kinds(plan, engine.ops, launches, engine.memory.weights.tensors, batch).items():
             begin()
             n_bytes = which.weight_bytes + (kv_bytes := _kv_bytes(plan, which.window, batch, position))
-            few = len(members) < FEW_LAUNCHES and n_bytes <= FEW_BYTES
-            again = -(-FEW_LAUNCHES // len(members)) if few else 1
+            least = FEW_LAUNCHES if n_bytes <= FEW_BYTES else LARGE_LAUNCHES if n_bytes >= LARGE_BYTES else 1
+            again = max(1, -(-least // len(members)))
             with closing(parts.graph(members * again)) as graph:
                 us = timer.cold_us(graph, parts.reset) / (again * len(members))
             rate = 1e-3 * n_bytes / us if n_bytes else None

@@ -5,6 +5,7 @@
 
 constexpr int kConvertThreads = 256;
 constexpr int kMaxUnits = 1 << 10;  // 131,072 columns
+constexpr int kHeldPieces = 3;      // of a row that a warp holds at once: all where chunks are no longer than a piece
 
 // Calls f(piece) for the pieces of this warp's chunks.
 template <class F>
@@ -24,7 +25,52 @@ DEVICE float sum_over_row(float* units, int n, int n_pieces, F f) {
     return row_sum(units, n);
 }
 
-// Input `input` of row `row`. `units` is scratch; a block converts once.
+// A row of chunks that are no longer than a piece, held at once: one way through memory, and the norm's weights before
+// the wait. Other arguments as of `convert_row`.
+DEVICE void convert_held_row(const ConvertParams& p, const float* x, uint8_t* out, int k, int chunk, int row,
+                             float (&units)[2][kMaxUnits]) {
+    const int lane = threadIdx.x % 32, upper = lane / 16, half_lane = lane % 16;
+    const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns, n_chunks = (p.k + chunk - 1) / chunk;
+    const bool has_norm = p.kind == CONVERT_RMS, halves = chunk < kPieceColumns;
+    const auto piece_of = [&](int i) { return static_cast<int>(threadIdx.x) / 32 + i * (kConvertThreads / 32); };
+    float v[kHeldPieces][8], w[kHeldPieces][8];
+#pragma unroll
+    for (int i = 0; i < kHeldPieces; ++i)
+        if (has_norm) load_columns(w[i], p.weight, piece_column(piece_of(i), lane), k);
+    pdl_wait();
+#pragma unroll
+    for (int i = 0; i < kHeldPieces; ++i) load_columns(v[i], x, piece_column(piece_of(i), lane), k);
+    float* const scales = units[0];
+#pragma unroll
+    for (int i = 0; i < kHeldPieces; ++i) {
+        const int piece = piece_of(i);
+        if (piece >= n_pieces) break;
+        if (has_norm) {
+            const float square = sum_of_squares(v[i]);
+            if (half_lane == 0) units[1][2 * piece + upper] = square;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[i][j] = __fmul_rn(v[i][j], w[i][j]);
+        }
+        const int largest = largest_bits(v[i]);
+        float scale = chunk_scale(halves && upper ? 0 : largest);
+        if (halves) {
+            const float second = chunk_scale(upper ? largest : 0);
+            if (upper) scale = second;
+        }
+        *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v[i], scale);
+        if (halves ? half_lane == 0 : lane == 0) scales[halves ? 2 * piece + upper : piece] = scale;
+    }
+    __syncthreads();
+    float root = 1.0f;
+    if (has_norm) {
+        root = norm_factor(row_sum(units[1], p.k), __frcp_rn(static_cast<float>(p.k)), p.eps);
+        if (p.roots != nullptr && k > 0 && threadIdx.x == 0) p.roots[row] = root;
+    }
+    float* const factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k));
+    for (int c = threadIdx.x; c < n_chunks; c += kConvertThreads) factors[c] = __fmul_rn(scales[c], root);
+}
+
+// Input `input` of row `row`. `units` is scratch; a block converts once, after the wait, which is here.
 DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&units)[2][kMaxUnits]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool exists = row < p.n_rows;
@@ -33,6 +79,11 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
     // of a row that does not exist there are no columns, so all are zeros
     const int k = exists ? p.k : 0, n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
     const int chunk = chunk_columns(p.k), n_chunks = (p.k + chunk - 1) / chunk;
+    if (p.kind != CONVERT_LAYER && chunk <= kPieceColumns && n_pieces <= kHeldPieces * (kConvertThreads / 32)) {
+        convert_held_row(p, x, out, k, chunk, row, units);
+        return;
+    }
+    pdl_wait();
     float mean = 0.0f, root = 1.0f;
     if (p.kind == CONVERT_LAYER) {
         mean = sum_over_row(units[0], p.k, n_pieces, [&](int piece) {

@@ -5,6 +5,13 @@
 #include "common/mma_tile.cuh"
 #include "params/matmul_params.h"
 
+// Columns of a unit: of short codes a whole chunk of 256, about as many bytes as 128 columns of others have.
+template <class Q>
+constexpr int unit_columns(int blocks) {
+    if (kDense<Q> || Q::kTileK == 256) return Q::kTileK;
+    return blocks == 8 && Q::kLowBits + Q::kHighBits <= 5 ? 256 : 128;
+}
+
 // kBlocks: 32-column blocks of a chunk, 0 for `long`. kEarlyTiles: row tiles of a warp that are decoded early.
 template <class Q, int kBlocks_, int kEarlyTiles_>
 struct DecodeShape {
@@ -13,9 +20,8 @@ struct DecodeShape {
     static constexpr bool kEarly = kEarlyTiles > 0;
     // A warp has no row tiles beside those decoded early.
     static constexpr bool kEarlyOnly = kEarly && kBlocks == 8;
-    // x is in registers: of more blocks than these it would take room that the launches around need.
-    static constexpr bool kKeepX = kBlocks == 4;
-    static constexpr int kUnitTiles = Q::kTileK == 64 && !kDense<Q> ? 2 : 1;
+    static constexpr bool kKeepX = kBlocks > 0 && !kEarlyOnly;  // x is in registers
+    static constexpr int kUnitTiles = unit_columns<Q>(kBlocks) / Q::kTileK;
     static constexpr int kTileBlocks = Q::kTileK / 32;
     static constexpr int kUnitBlocks = kUnitTiles * kTileBlocks;
     static constexpr int kUnitBytes = kUnitTiles * Q::kPackedTileBytes;
@@ -48,6 +54,5 @@ DEVICE void unit_fragments(const uint8_t* unit, int n, const float (&inverse)[2]
 
 // Most threads of a variant: by the registers that it takes.
 constexpr int most_threads(int blocks, int early) {
-    if (blocks == 0 || (blocks == 4 && early)) return PRODUCT_FEW_THREADS;
-    return PRODUCT_THREADS;
+    return blocks == 0 || (blocks == 4 && early) ? PRODUCT_FEW_THREADS : PRODUCT_THREADS;
 }
