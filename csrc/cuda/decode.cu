@@ -2,9 +2,10 @@
 // such products act(first) * second.
 //
 // decode_<type>_<variant>(DecodeParams). Variants 128, 256: K is cut into chunks of as many columns (chunk_columns), at
-// most one for each warp; `long`: any number of chunks. A warp has its chunk of x in registers (128) or reads it from
-// shared memory (256, and one row of `long`) or L1. With an `e` weights are decoded before the wait for the kernel
-// before: those of the first two row tiles of every warp (128e; of some types the first), or of the only one (256e).
+// most one for each warp; `long`: any number of chunks. A warp has its chunk of x in registers (128, 256) or reads it
+// from shared memory (256e, and one row of `long`) or L1. With an `e` weights are decoded before the wait for the
+// kernel before: those of the first two row tiles of every warp (128e; of some types the first), or of the only one
+// (256e).
 //
 // decode_<type>_<type>_<variant>(DecodePairParams): products of one input with matrices of two types, as of q and k
 // with v: the first blocks are those of one launch, the rest those of another.
@@ -86,13 +87,16 @@ DEVICE void decode(const DecodeParams& p, int block) {
     const auto first_column = [&] { return chunk0 * chunk + 32 * g + 4 * t; };
     const int column_end = S::kBlocks == 4 && lane >= 16 ? 0 : p.k;
     uint8_t* const converted = smem + p.ring_bytes + (S::kBlocks ? warp * kWarpX : 0);
-    // The norm's weights come before the matrix's, behind which they would wait.
-    if (S::kBlocks > 0 && p.norm_weight != nullptr && first_column() < column_end) {
-        const uint32_t to = smem_address(converted + 512) + 32 * lane;
-        cp_async_16(to, p.norm_weight + first_column());
-        cp_async_16(to + 16, p.norm_weight + first_column() + 16);
-    }
-    cp_async_commit();
+    const auto load_norm_weights = [&] {
+        if (S::kBlocks > 0 && p.norm_weight != nullptr && first_column() < column_end) {
+            const uint32_t to = smem_address(converted + 512) + 32 * lane;
+            cp_async_16(to, p.norm_weight + first_column());
+            cp_async_16(to + 16, p.norm_weight + first_column() + 16);
+        }
+        cp_async_commit();
+    };
+    // Before the matrix's, behind which they would wait; where those are decoded early, there is time behind them.
+    if constexpr (!S::kEarly) load_norm_weights();
     if (lane == 0) {
         for (int i = 0; i < p.depth; ++i) copy_barrier_init(barriers + 8 * i);
         copy_barrier_fence();
@@ -151,6 +155,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
                 for (int j = 0; j < 8; ++j) asm volatile("" : "+r"(early[e][i][j]));
     }
 
+    if constexpr (S::kEarly) load_norm_weights();
     const bool has_norm = p.norm_weight != nullptr, one_row = p.n_rows == 1;
     float* const factors = reinterpret_cast<float*>(smem + p.factors);
     float* const squares = factors + 8 * n_chunks;
@@ -203,46 +208,30 @@ DEVICE void decode(const DecodeParams& p, int block) {
             __syncwarp();
             x_in_smem += warp * kWarpX;
         } else {
-            // Every warp has some of the pieces, two at a time. The sums' place has their largest magnitudes first.
-            const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns, chunk_pieces = chunk / kPieceColumns;
-            const int n_block_warps = p.n_warps * p.n_groups;
-            int* const largest = reinterpret_cast<int*>(smem + p.ring_bytes + p.x_smem);
+            const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
             if (p.mode == PRODUCT_ADD && has_first) first_before = __ldcg(p.out + first_output);
-            const auto normed = [&](float (&of)[8], int piece) {
-                float w[8];
-                load_columns(w, p.norm_weight, piece_column(piece, lane), p.k);
+            for (int c = warp; c < n_chunks; c += p.n_warps * p.n_groups) {
+                const int first = c * (chunk / kPieceColumns), last = min(n_pieces, first + chunk / kPieceColumns);
+                int largest = 0;
+                const auto values = [&](int piece) {
+                    float w[8];
+                    load_columns(v, p.x, piece_column(piece, lane), p.k);
+                    if (!has_norm) return;
+                    const float square = sum_of_squares(v);
+                    if (lane % 16 == 0) squares[2 * piece + lane / 16] = square;
+                    load_columns(w, p.norm_weight, piece_column(piece, lane), p.k);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) of[i] = __fmul_rn(of[i], w[i]);
-            };
-#pragma unroll 1
-            for (int piece = warp; piece < n_pieces; piece += 2 * n_block_warps) {
-                float two[2][8];
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    load_columns(two[i], p.x, piece_column(piece + i * n_block_warps, lane), p.k);
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int at = piece + i * n_block_warps;
-                    if (at >= n_pieces) break;
-                    if (has_norm) {
-                        const float square = sum_of_squares(two[i]);
-                        if (lane % 16 == 0) squares[2 * at + lane / 16] = square;
-                        normed(two[i], at);
-                    }
-                    const int bits = __reduce_max_sync(0xffffffffu, largest_bits(two[i]));
-                    if (lane == 0) largest[at] = bits;
+                    for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], w[i]);
+                };
+                for (int piece = first; piece < last; ++piece) {
+                    values(piece);
+                    largest = max(largest, largest_bits(v));
                 }
-            }
-            __syncthreads();
-#pragma unroll 1
-            for (int piece = warp; piece < n_pieces; piece += n_block_warps) {
-                load_columns(v, p.x, piece_column(piece, lane), p.k);
-                if (has_norm) normed(v, piece);
-                const int c = piece / chunk_pieces, end = min(n_pieces, (c + 1) * chunk_pieces);
-                int bits = 0;
-                for (int i = c * chunk_pieces; i < end; ++i) bits = max(bits, largest[i]);
-                const float scale = chunk_scale(bits);
-                *reinterpret_cast<uint4*>(converted + (piece * 32 + lane) * 16) = pack_columns(v, scale);
+                const float scale = chunk_scale(largest);
+                for (int piece = first; piece < last; ++piece) {
+                    values(piece);
+                    *reinterpret_cast<uint4*>(converted + (piece * 32 + lane) * 16) = pack_columns(v, scale);
+                }
                 if (lane == 0) factors[8 * c] = scale;
             }
             __syncthreads();

@@ -175,7 +175,7 @@ def _decode_launch(
         most = max(1, most_warps // n_warps)
         groups = min(how.get("n_groups", max(parts, 2) if n_warps <= 8 else 1), most, total)
         # Launches of little work leave multiprocessors to those before and after, whose weights arrive meanwhile.
-        per_warp = -(-total // (groups * max(1, n_sm * 7 // 8)))
+        per_warp = -(-total // (groups * max(1, n_sm * 3 // 4)))
         small = per_warp <= 4 and not long
         grid = min(jobs, max(1, -(-total // (groups * per_warp)) if small else n_sm))
         return groups, small, how.get("grid", grid)
