@@ -8,8 +8,8 @@
 // its row tiles item by item, while its warps' rings run on across items. Variants 128 and 256 have the item's rows of
 // x in shared memory, and convert rows of float32 on the way there; a warp may have several chunks.
 //
-// Of two launches in a row the first lets the second begin only once the list is there, so that the second's rings fill
-// while the first still multiplies.
+// Of two launches in a row the first lets the second begin only once the list is there: a block of the second then
+// comes where one of the first ends, and fills its rings while others still multiply.
 //
 // The numbers are those of all products (common/mma_tile.cuh): a pair's result has the same bits alone and in any
 // company.
