@@ -108,7 +108,7 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     int item_index = first_job / n_row_tiles, tile = group;
     int begin = 0, end = min(n_tiles, ((item_index + 1) * n_row_tiles - first_job) << pairs);  // the item's tiles
     int at0 = first_job - item_index * n_row_tiles;                                            // row tile of `begin`
-    ExpertItem item;
+    ExpertItem item = {};
     int pair;                // that lane r has of row r of the item
     uint32_t scale_bits[2];  // of rows g and g + 8 of `tile`
     float first_bias[2], first_unit[2];

@@ -56,7 +56,7 @@ def test_driver_layer_and_uploader_on_the_stand_in(fake_driver: Path):
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("cases", ["engine_cases.py", "bench_cases.py"])
+@pytest.mark.parametrize("cases", ["engine_cases.py", "launch_cases.py", "bench_cases.py"])
 def test_engine_starts_and_ends_on_the_stand_in(fake_driver: Path, cases: str):
     done = run(
         fake_driver,

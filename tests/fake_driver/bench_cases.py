@@ -95,6 +95,19 @@ def bytes_read(plan, regions, batch):
     return total
 
 
+def test_kinds_of_one_launch_are_recorded_several_times_over(goldens_dir, monkeypatch, no_cublas):
+    """Where they read so little, or so much, that the cache does not help: the start of a graph must not count."""
+    monkeypatch.setattr(bench_kernels, "LARGE_BYTES", 100_000)
+    seen = set()
+    with Bench(str(goldens_dir / "qwen2-Q4_K_M.gguf"), "cuda:0", 48, 1) as bench:
+        for kind in bench_kernels.measure(bench, (1,), 48, 1000.0).steps[0].kinds:
+            n_bytes = kind.weight_bytes + kind.kv_bytes
+            least = 16 if n_bytes <= 65536 else 4 if n_bytes >= 100_000 else 1
+            assert math.isclose(kind.us, 1000 / (kind.launches * max(1, -(-least // kind.launches))))
+            seen.add(least)
+    assert {16, 4} <= seen
+
+
 @pytest.mark.parametrize("how", lowering.LOWERINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_kinds_are_the_launches_of_a_step(name, how, goldens_dir, monkeypatch, no_cublas):

@@ -99,7 +99,7 @@ def _few_launch(
     chunks, unit, parts = layout.n_chunks(k), layout.decode_unit_bytes(type_id, variant), 2 if glu else 1
     most = max(1, min(most_warps, (max_smem - x_smem) // 2 // unit))  # rings of one slot in half of what is left
     n_warps = -(-chunks // -(-chunks // most))
-    n_groups = max(1, min(most // n_warps, FEW_BATCH // 16))
+    n_groups = max(1, min(most // n_warps, FEW_BATCH // 16))  # `step` row tiles, eight times as many of single pairs
     n_groups -= n_groups % 2 if n_groups > 1 else 0
     jobs = max_items(n_rows * n_used, n_expert, n_rows) * layout.n_row_tiles(n_out)
     grid, warps, step = min(jobs, n_sm), n_warps * n_groups, 2 * n_groups
