@@ -77,6 +77,16 @@ static inline unsigned long long __umul64hi(unsigned long long a, unsigned long 
 static inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
 }
+// Of each half, signed: the largest of a + b, c and 0.
+static inline unsigned __viaddmax_s16x2_relu(unsigned a, unsigned b, unsigned c) {
+    unsigned result = 0;
+    for (int at = 0; at < 32; at += 16) {
+        const auto half = [&](unsigned word) { return static_cast<int16_t>(word >> at); };
+        const int largest = std::max<int>(std::max<int>(static_cast<int16_t>(half(a) + half(b)), half(c)), 0);
+        result |= static_cast<unsigned>(largest) << at;
+    }
+    return result;
+}
 static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
     unsigned out = 0;

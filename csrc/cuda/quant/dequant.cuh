@@ -16,10 +16,14 @@ DEVICE uint32_t f16_less_power(uint32_t sums) {
     if constexpr (kShift == 0) {
         constexpr uint32_t kBias = 0x6400u + kZero;
         return sub_f16x2(sums, kBias | kBias << 16);
-    } else {
-        static_assert(kShift == 4 && kZero < 64);
+    } else if constexpr (kShift == 4) {
+        static_assert(kZero < 64);
         constexpr uint32_t kBias = 0xd400u + 16 * kZero;  // -(64 + kZero), whose step is 1/16 there
         return fma_f16x2(sums, 0x2c002c00u, kBias | kBias << 16);
+    } else {
+        static_assert(kShift == 5 && kZero < 32);
+        constexpr uint32_t kBias = 0xd000u + 32 * kZero;  // -(32 + kZero), whose step is 1/32 there
+        return fma_f16x2(sums, 0x28002800u, kBias | kBias << 16);
     }
 }
 
@@ -36,7 +40,7 @@ DEVICE uint32_t raise_f16x2(uint32_t scales) { return mul_f16x2(scales, 0x4c004c
 // Bytes i and j of `a`, as packed fp16 numbers minus kZero. Exact.
 template <int kZero>
 DEVICE uint32_t f16_of_bytes(uint32_t a, int i, int j) {
-    return f16_less_power<kZero>(and_or(__byte_perm(a, a, static_cast<uint32_t>(i | j << 8)), 0x00ff00ffu, kF16Power));
+    return f16_less_power<kZero>(__byte_perm(a, kF16Power, static_cast<uint32_t>(i | j << 8 | 0x5050)));
 }
 
 #endif
@@ -64,6 +68,12 @@ struct IntegerCodes {
 #ifdef __CUDACC__
     template <class C>
     static DEVICE_MEMBER uint32_t f16_pair(const C& q, int pair) {
+        if constexpr (Q::kFiveBits) {
+            if (pair == FiveBits::kLastPair) return f16_of_codes<kZero>(FiveBits::codes(q.low, q.high, pair));
+            const uint32_t word = FiveBits::word(q.low, q.high, pair / 3);
+            if (pair % 3 == 1) return f16_less_power<kZero, 5>(and_or(word, 0x03e003e0u, kF16Power));
+            return f16_less_power<kZero>(and_or(pair % 3 ? word >> 10 : word, 0x001f001fu, kF16Power));
+        }
         // Odd pairs of four-bit codes stay where an even shift puts them: half the shifts.
         if (Q::kLowBits == 4 && (pair & 1)) return f16_less_power<kZero, 4>(or_codes<4>(q, pair));
         return f16_less_power<kZero>(or_codes<0>(q, pair));

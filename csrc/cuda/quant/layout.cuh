@@ -7,7 +7,8 @@
 // (zero bits, so zero weights) exists only below the last row and, where K is an odd number of 32-column blocks, right
 // of the last column.
 //
-// Inside a packed tile: the code planes, then the scales. A plane of kBits holds one kBits-wide part of every code,
+// Inside a packed tile: the code planes, then the scales. A plane of kBits holds one kBits-wide part of every code (two
+// planes of five-bit codes share them otherwise, see `FiveBits`),
 // ordered so that lane l = 4g + t of a warp loads exactly what it needs for A fragments of mma.m16n8k16 in loads of up
 // to 16 bytes, coalesced, with the codes at shifts from which one `and` (and one `or` of a magic exponent) makes a
 // packed pair. Per sub-tile of 64 columns, a lane owns 16 pairs: pair P = 8b + i of 32-column block b, i = 4j + 2h + r,
@@ -152,6 +153,35 @@ HOST_DEVICE uint32_t pad_u8(const uint8_t* block, int offset) { return block ? b
 HOST_DEVICE uint32_t pad_u16(const uint8_t* block, int offset) { return block ? raw_u16(block + offset) : 0u; }
 HOST_DEVICE uint32_t pad_u32(const uint8_t* block, int offset) { return block ? raw_u32(block + offset) : 0u; }
 
+// Five-bit codes: a lane's five words of a sub-tile, four of the low plane and one of the high, have three pairs each
+// in bits 0, 5 and 10 of their halves, and in bit 15 one bit of the last pair.
+struct FiveBits {
+    static constexpr int kWords = 5, kLastPair = 15;
+
+    // Word `word` of `lane`, gathered from code(row, column of the k tile): row 0..15.
+    template <class Code>
+    static HOST_DEVICE uint32_t gather(int sub, int lane, int word, Code code) {
+        const auto both = [&](int pair) {
+            const int row = pair_row(lane, pair), k = sub * kSubK + pair_column(lane, pair);
+            return code(row, k) | code(row, k + 1) << 16;
+        };
+        uint32_t bits = (both(kLastPair) >> word & 0x00010001u) << 15;
+        for (int i = 0; i < 3; ++i) bits |= both(3 * word + i) << (5 * i);
+        return bits;
+    }
+    static HOST_DEVICE uint32_t word(const uint32_t (&low)[4], const uint32_t (&high)[1], int index) {
+        return index < 4 ? low[index] : high[0];
+    }
+    // The codes of `pair` at bits 0 and 16; everything else 0.
+    static HOST_DEVICE uint32_t codes(const uint32_t (&low)[4], const uint32_t (&high)[1], int pair) {
+        if (pair < kLastPair) return word(low, high, pair / 3) >> (5 * (pair % 3)) & 0x001f001fu;
+        uint32_t codes = 0;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) codes |= word(low, high, i) >> (15 - i) & 0x00010001u << i;
+        return codes;
+    }
+};
+
 // Word `index` of the packed tile of type Q that the first k tile of `raw` becomes.
 template <class Q>
 HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
@@ -160,6 +190,16 @@ HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
         const uint8_t* block = raw.block(row, k / Q::kBlockK);
         return block ? Q::raw_code(block, k % Q::kBlockK) : 0u;
     };
+    if constexpr (Q::kFiveBits) {
+        if (offset < Q::kScaleOffset) {
+            if (offset < Q::kHighOffset) {
+                const auto at = Plane<4>::place(offset);
+                return FiveBits::gather(at.sub, at.lane, at.word, code);
+            }
+            const auto at = Plane<1>::place(offset - Q::kHighOffset);
+            return FiveBits::gather(at.sub, at.lane, 4, code);
+        }
+    }
     if (offset < Q::kHighOffset) {
         constexpr uint32_t kMask = Q::kLowBits == 32 ? ~0u : (1u << (Q::kLowBits % 32)) - 1u;
         const auto low = [&](int row, int k) -> uint32_t { return code(row, k) & kMask; };
@@ -183,6 +223,7 @@ struct PackedTile {
     static constexpr int kBlockBytes = kBlockBytes_;
     static constexpr int kLowBits = kLowBits_;
     static constexpr int kHighBits = kHighBits_;
+    static constexpr bool kFiveBits = kLowBits == 4 && kHighBits == 1;
     static constexpr int kHighOffset = kSubs * kLowBits * 128;
     static constexpr int kScaleOffset = kHighOffset + kSubs * kHighBits * 128;
     static constexpr int kPackedTileBytes = kTileRows * (kTileK / kBlockK) * kBlockBytes;

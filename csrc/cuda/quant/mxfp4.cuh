@@ -69,13 +69,11 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
     // row's largest it is 0.
     static DEVICE_MEMBER void half_scales(const Scales& s, int block, const float (&inverse)[2],
                                           uint32_t (&scale)[2][2]) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            constexpr int kBiases = 127 + 127 - 15 - 14;
-            const int e = static_cast<int>((s >> (16 * r + 8 * block)) & 0xff);
-            const int exponent = e + static_cast<int>(__float_as_uint(inverse[r]) >> 23) - kBiases;
-            scale[0][r] = static_cast<uint32_t>(max(exponent, 0)) * 0x04000400u;
-        }
+        constexpr uint32_t kBiases = 127 + 127 - 15 - 14;
+        const uint32_t rows = ((__float_as_uint(inverse[0]) >> 23) - kBiases & 0xffffu) |
+                              ((__float_as_uint(inverse[1]) >> 23) - kBiases) << 16;
+        const uint32_t exponents = __viaddmax_s16x2_relu(s >> (8 * block) & 0x00ff00ffu, rows, 0) << 10;
+        scale[0][0] = both_halves(exponents, 0), scale[0][1] = both_halves(exponents, 1);
     }
 #endif
 };

@@ -38,12 +38,13 @@ struct KScales {
     static DEVICE_MEMBER void half_scales(const Scales& s, int block, uint32_t (&scale)[2][2], uint32_t (&min)[2][2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            // Of two neighbouring blocks at once.
             const Words2 b = six_bits(s.row[r], block);
-            const uint32_t i = block & 3;
-            const uint32_t both =
-                f16_less_power<0>(and_or(__byte_perm(b.x, b.y, i | (4 + i) << 8), 0x00ff00ffu, kF16Power));
-            const uint32_t v = mul_f16x2(both, raise_f16x2(s.row[r].x ^ 0x80000000u));  // (d scale, -dmin min)
-            scale[0][r] = both_halves(v, 0), min[0][r] = both_halves(v, 1);
+            const uint32_t super = raise_f16x2(s.row[r].x ^ 0x80000000u);  // (d, -dmin)
+            const int i = block & 2;
+            const uint32_t scales = mul_f16x2(f16_of_bytes<0>(b.x, i, i + 1), both_halves(super, 0));
+            const uint32_t mins = mul_f16x2(f16_of_bytes<0>(b.y, i, i + 1), both_halves(super, 1));
+            scale[0][r] = both_halves(scales, block & 1), min[0][r] = both_halves(mins, block & 1);
         }
     }
 #endif
@@ -68,9 +69,7 @@ struct Q5_K : PackedTile<256, 256, 176, 4, 1>, KScales<Q5_K>, IntegerCodes<Q5_K,
     static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
         return nibble_chunks(block + 48, k) | ((block[16 + k % 32] >> (k / 32)) & 1u) << 4;
     }
-    static HOST_DEVICE uint32_t code(const Codes<4, 1>& q, int pair) {
-        return Plane<4>::codes(q.low, pair) | Plane<1>::codes<4>(q.high, pair);
-    }
+    static HOST_DEVICE uint32_t code(const Codes<4, 1>& q, int pair) { return FiveBits::codes(q.low, q.high, pair); }
 };
 
 #define Q4_K_TYPES(X) \

@@ -5,9 +5,7 @@
 
 #include "q4_0.cuh"
 
-HOST_DEVICE uint32_t code5(const Codes<4, 1>& q, int pair) {
-    return Plane<4>::codes(q.low, pair) | Plane<1>::codes<4>(q.high, pair);
-}
+HOST_DEVICE uint32_t code5(const Codes<4, 1>& q, int pair) { return FiveBits::codes(q.low, q.high, pair); }
 
 struct Q5_0 : PackedTile<64, 32, 22, 4, 1>, HalfScales<Q5_0>, IntegerCodes<Q5_0, 16> {
     static HOST_DEVICE uint32_t raw_code(const uint8_t* block, int k) {
