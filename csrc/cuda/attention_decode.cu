@@ -81,9 +81,8 @@ struct Decode {
     DEVICE_MEMBER Blocks blocks_of(int split) const { return {block_at(2 * split), block_at(2 * split + 1)}; }
 
     // Earlier positions of the split; what lies at others in shared memory is masked.
-    DEVICE_MEMBER void copy_k(int r, int split) const {
+    DEVICE_MEMBER void copy_k(int r, int split, const Blocks& blocks) const {
         constexpr int kParts = kHeadDim / 8, kBlockParts = KV_BLOCK * kParts;
-        const Blocks blocks = blocks_of(split);
         const uint32_t to = smem_address(stage(r));
 #pragma unroll 1
         for (int i = 0; i < kCopies; i++) {
@@ -96,8 +95,7 @@ struct Decode {
     }
 
     // All of the split, zeros where eight positions are not attended to.
-    DEVICE_MEMBER void copy_v(int r, int split) const {
-        const Blocks blocks = blocks_of(split);
+    DEVICE_MEMBER void copy_v(int r, int split, const Blocks& blocks) const {
         const uint32_t to = smem_address(stage(r) + kKBytes);
         const int key = threadIdx.x % 16 * 8, position = split * kSplit + key;
         const bool is_seen = position <= last && position + 7 >= first;
@@ -388,6 +386,14 @@ struct Decode {
 
     // ---- the whole
 
+    // f(r) for the first n stages; r is known at compile time.
+    template <class F>
+    static DEVICE_MEMBER void for_stages(int n, F f) {
+#pragma unroll
+        for (int r = 0; r < DECODE_STAGES; r++)
+            if (r < n) f(r);
+    }
+
     DEVICE_MEMBER int round_size(int index) const {
         const int left = (n_splits - index + n_blocks - 1) / n_blocks;
         return left < p.stages ? left : p.stages;
@@ -415,9 +421,13 @@ struct Decode {
             return;
         }
         int index = blockIdx.x, n = round_size(index);
-        for (int r = 0; r < n; r++) copy_k(r, split_at(index, r));
+        Blocks blocks[DECODE_STAGES];  // of all stages at once: one way to memory
+#pragma unroll
+        for (int r = 0; r < DECODE_STAGES; r++)
+            if (r < n) blocks[r] = blocks_of(split_at(index, r));
+        for_stages(n, [&](int r) { copy_k(r, split_at(index, r), blocks[r]); });
         cp_async_commit();
-        for (int r = 0; r < n; r++) copy_v(r, split_at(index, r));
+        for_stages(n, [&](int r) { copy_v(r, split_at(index, r), blocks[r]); });
         cp_async_commit();
         clear_queries();
         compute_turns(slot);
@@ -434,7 +444,10 @@ struct Decode {
             __syncthreads();  // K is complete, and q
             score(s, index, n);
             __syncthreads();  // the maxima are there, and nobody reads K any more
-            for (int r = 0; r < n_next; r++) copy_k(r, split_at(next, r));
+            for_stages(n_next, [&](int r) {
+                blocks[r] = blocks_of(split_at(next, r));
+                copy_k(r, split_at(next, r), blocks[r]);
+            });
             cp_async_commit();
             weigh(s, parts, n);
             cp_async_wait<1>();
@@ -451,7 +464,7 @@ struct Decode {
             }
             if (n_next == 0) break;
             __syncthreads();  // nobody reads V and the weights any more
-            for (int r = 0; r < n_next; r++) copy_v(r, split_at(next, r));
+            for_stages(n_next, [&](int r) { copy_v(r, split_at(next, r), blocks[r]); });
             cp_async_commit();
             index = next, n = n_next;
         }

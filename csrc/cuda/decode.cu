@@ -4,8 +4,8 @@
 // decode_<type>_<variant>(DecodeParams). Variants 128, 256: K is cut into chunks of as many columns (chunk_columns), at
 // most one for each warp; `long`: any number of chunks. A warp has its chunk of x in registers (128, 256) or reads it
 // from shared memory (256e, and one row of `long`) or L1. With an `e` weights are decoded before the wait for the
-// kernel before: those of the first two row tiles of every warp (128e; of some types the first), or of the only one
-// (256e).
+// kernel before: those of a warp's first n_late row tiles into shared memory, of the next two (128e; of some types, and
+// in 256e, the next) into registers. 256e has no others.
 //
 // decode_<type>_<type>_<variant>(DecodePairParams): products of one input with matrices of two types, as of q and k
 // with v: the first blocks are those of one launch, the rest those of another.
@@ -19,8 +19,9 @@
 // multiplies on the tensor cores; a unit is what one slot holds. Sums of chunks meet in shared memory, once for every
 // `batch` row tiles, and are added in order of the chunk.
 //
-// The code runs about once a launch, and what is on the way from the wait to the last store costs its instructions'
-// latency from memory, not their execution: it is kept short, and everything that can be known before is.
+// Of a small launch what counts is how many instructions follow one another between the wait and the last store: a
+// multiprocessor has a few warps then, and each instruction takes some five cycles. So they are few, everything that
+// can be known before is, and shared memory is addressed by numbers that need no finding out.
 //
 // Bytes: each weight once from memory; x (4 k bytes, or 2 k a row) once per block from L2.
 #include "common/activations.cuh"
@@ -28,13 +29,57 @@
 #include "common/decode_unit.cuh"
 #include "params/matmul_params.h"
 
+constexpr int kChunkPieces = 4;     // that a chunk has at most
 constexpr int kWarpX = 512 + 1024;  // shared memory of a warp's converted chunk and its norm weights
+
+// `sum_of_chunks` of one row whose chunks are followed by sums of -0 and factors of 0 up to a multiple of four: those
+// change nothing, and no chunk is asked whether it exists.
+template <int kMost>
+DEVICE float sum_of_padded_chunks(uint32_t parts, uint32_t factors, float root, int n) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int c0 = 0; c0 < n; c0 += kMost, parts += 4 * kMost * kTileRows, factors += 4 * kMost) {
+        float part[kMost];
+        float4 factor[kMost / 4];
+#pragma unroll
+        for (int i = 0; i < kMost / 4; ++i) {
+            if (c0 + 4 * i >= n) continue;
+            factor[i] = load_shared_float4(factors + 16 * i);
+#pragma unroll
+            for (int c = 4 * i; c < 4 * i + 4; ++c) part[c] = load_shared(parts + 4 * c * kTileRows);
+        }
+#pragma unroll
+        for (int i = 0; i < kMost / 4; ++i) {
+            if (c0 + 4 * i >= n) continue;
+            sum = __fmaf_rn(part[4 * i], __fmul_rn(factor[i].x, root), sum);
+            sum = __fmaf_rn(part[4 * i + 1], __fmul_rn(factor[i].y, root), sum);
+            sum = __fmaf_rn(part[4 * i + 2], __fmul_rn(factor[i].z, root), sum);
+            sum = __fmaf_rn(part[4 * i + 3], __fmul_rn(factor[i].w, root), sum);
+        }
+    }
+    return sum;
+}
+
+// `row_sum` of units in shared memory, which zeros follow up to a multiple of eight; kShort: there are no more.
+template <bool kShort>
+DEVICE float row_sum(uint32_t units, int n) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < n; first += 8 * kUnitColumns, units += 32) {
+        const float4 a = load_shared_float4(units), b = load_shared_float4(units + 16);
+        const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum = __fadd_rn(sum, v[i]);
+        if (kShort) break;
+    }
+    return sum;
+}
 
 // Block `block` of those that a matrix has.
 template <class Q, class S>
 DEVICE void decode(const DecodeParams& p, int block) {
     constexpr bool kRowsInSmem = S::kBlocks == 8;
-    // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, [2 * n_pieces] sums of squares, barriers
+    // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, sums of squares, late fragments, barriers
     extern __shared__ __align__(128) uint8_t smem[];
     pdl_launch_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
@@ -45,7 +90,8 @@ DEVICE void decode(const DecodeParams& p, int block) {
     const int pairs = p.mode == PRODUCT_GLU;  // tiles of two matrices in turn
     const int first_tile = block * p.block_tiles + min(block, p.more_tiles);
     const int n_tiles = (p.block_tiles + (block < p.more_tiles)) << pairs;
-    const uint32_t barriers = smem_address(smem) + p.barriers + 8 * warp * p.depth;
+    const uint32_t smem_at = smem_address(smem);
+    const uint32_t barriers = smem_at + p.barriers + 8 * warp * p.depth;
     const uint8_t* const ring = smem + warp * p.depth * S::kUnitBytes;
 
     // The units of this warp in the order in which it multiplies them, from the next to be copied on, which is in the
@@ -62,7 +108,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
         const int n = S::kUnitTiles == 1
                           ? 1
                           : min(S::kUnitTiles, p.n_k_tiles - in_unit - (S::kBlocks ? chunk0 * chunk_tiles : 0));
-        copy_to_smem(barriers + 8 * slot, smem_address(ring) + slot * S::kUnitBytes,
+        copy_to_smem(barriers + 8 * slot, smem_at + (warp * p.depth + slot) * S::kUnitBytes,
                      src + in_unit * Q::kPackedTileBytes, n * Q::kPackedTileBytes, lane);
         if constexpr (S::kBlocks == 0) {
             in_unit += S::kUnitTiles;
@@ -86,18 +132,21 @@ DEVICE void decode(const DecodeParams& p, int block) {
     // Columns of x that this lane converts: of its warp's chunk, one piece or half of one.
     const auto first_column = [&] { return chunk0 * chunk + 32 * g + 4 * t; };
     const int column_end = S::kBlocks == 4 && lane >= 16 ? 0 : p.k;
-    uint8_t* const converted = smem + p.ring_bytes + (S::kBlocks ? warp * kWarpX : 0);
+    const uint32_t x_smem_at = smem_at + p.ring_bytes + (S::kBlocks ? warp * kWarpX : 0);
+    const uint32_t own_at = x_smem_at + 16 * lane;  // where they go; behind them the norm's weights for them
     const auto load_norm_weights = [&] {
-        if (S::kBlocks > 0 && p.norm_weight != nullptr && first_column() < column_end) {
-            const uint32_t to = smem_address(converted + 512) + 32 * lane;
-            cp_async_16(to, p.norm_weight + first_column());
-            cp_async_16(to + 16, p.norm_weight + first_column() + 16);
+        if (S::kBlocks > 0 && p.norm_weight != nullptr) {  // zeros where there are no columns
+            const int column = first_column(), n_bytes = column < column_end ? 16 : 0;
+            const float* const from = p.norm_weight + (n_bytes ? column : 0);
+            cp_async_16_zfill(own_at + 512, from, n_bytes);
+            cp_async_16_zfill(own_at + 1024, from + 16, n_bytes);
         }
         cp_async_commit();
     };
     // Before the matrix's, behind which they would wait; where those are decoded early, there is time behind them.
     if constexpr (!S::kEarly) load_norm_weights();
     if (lane == 0) {
+#pragma unroll 1
         for (int i = 0; i < p.depth; ++i) copy_barrier_init(barriers + 8 * i);
         copy_barrier_fence();
     }
@@ -111,10 +160,8 @@ DEVICE void decode(const DecodeParams& p, int block) {
     const auto take_unit = [&](const float (&inverse)[2], int n, auto f) {
         copy_wait(barriers + 8 * slot, parity);
         unit_fragments<Q, S>(ring + slot * S::kUnitBytes, n, inverse, lane, f);
-        if constexpr (!S::kEarlyOnly) {
-            __syncwarp();
-            issue(slot);
-        }
+        __syncwarp();
+        issue(slot);
         if (++slot == p.depth) slot = 0, parity ^= 1;
     };
     const auto load_inverse = [&](float (&inverse)[2], int tile) {
@@ -124,11 +171,38 @@ DEVICE void decode(const DecodeParams& p, int block) {
     };
     const int own_tiles = S::kBlocks ? p.n_k_tiles - chunk0 * chunk_tiles : 0;  // of the chunk that exist, or more
 
+    // Of the weights that are decoded before the wait those of the first row tiles go to shared memory, [row tile]
+    // [block][half][lane] of 16 bytes.
+    const uint32_t late_at = smem_at + p.late + warp * p.n_late * S::kBlocks * 1024 + 16 * lane;
+    if constexpr (S::kEarly) {
+#pragma unroll 1
+        for (int e = 0; e < p.n_late; ++e) {
+            const int tile = group + e * p.n_groups;
+            if (tile >= n_tiles) break;
+            const uint32_t to = late_at + e * S::kBlocks * 1024;
+            float inverse[2];
+            load_inverse(inverse, tile);
+#pragma unroll
+            for (int u = 0; u < S::kChunkUnits; ++u) {
+                const int n = own_tiles - u * S::kUnitTiles;
+                for (int b = max(0, n) * S::kTileBlocks; b < S::kUnitBlocks; ++b)  // the chunk ends here
+                    for (int j = 0; j < 2; ++j) store_shared(to + (2 * (u * S::kUnitBlocks + b) + j) * 512, uint4{});
+                if (n > 0)
+                    take_unit(inverse, n, [&](int b, const uint32_t (&a)[8]) {
+#pragma unroll
+                        for (int j = 0; j < 2; ++j)
+                            store_shared(to + (2 * (u * S::kUnitBlocks + b) + j) * 512,
+                                         make_uint4(a[4 * j], a[4 * j + 1], a[4 * j + 2], a[4 * j + 3]));
+                    });
+            }
+        }
+    }
+
     [[maybe_unused]] uint32_t early[S::kEarly ? S::kEarlyTiles : 1][S::kEarly ? S::kBlocks : 1][8];
     if constexpr (S::kEarly) {
 #pragma unroll
         for (int e = 0; e < S::kEarlyTiles; ++e) {
-            const int tile = group + e * p.n_groups;
+            const int tile = group + (p.n_late + e) * p.n_groups;
             float inverse[2];
             load_inverse(inverse, tile);
 #pragma unroll
@@ -156,83 +230,104 @@ DEVICE void decode(const DecodeParams& p, int block) {
     }
 
     if constexpr (S::kEarly) load_norm_weights();
-    const bool has_norm = p.norm_weight != nullptr, one_row = p.n_rows == 1;
-    float* const factors = reinterpret_cast<float*>(smem + p.factors);
-    float* const squares = factors + 8 * n_chunks;
-    const float inverse_k = __frcp_rn(static_cast<float>(p.k));
+    const bool has_norm = p.norm_weight != nullptr, one_row = p.n_rows == 1, converts = p.x != nullptr;
+    const uint32_t factors_at = smem_at + p.factors, squares_at = factors_at + 32 * n_chunks;
 
-    // Result `item` of a batch: output item % 16 of row tile item / 16, or with several rows of row item / 16 % 8 of
-    // row tile item / 128; a row tile is that of both matrices where there are two.
-    const int item_shift = one_row ? 4 : 7;
+    // Sums of a batch in shared memory, [row tile][chunk][output], with several rows [row tile][chunk][8][kPartialRow]:
+    // two sets of them take turns, so that one barrier a batch suffices.
+    const int chunk_bytes = 4 * (one_row ? kTileRows : 8 * S::kPartialRow);
+    const int n_padded = one_row ? (n_chunks + 3) & ~3 : n_chunks, tile_bytes = n_padded * chunk_bytes;
+    const uint32_t sets_at = smem_at + p.ring_bytes + p.x_smem;
+    int set = 0;  // where this batch's begins, from there
+    const uint32_t lane_sums = sets_at + (S::kBlocks ? chunk0 * chunk_bytes : 0) +
+                               4 * (one_row ? g : 2 * t * S::kPartialRow + g);  // the lane's of row tile 0 of set 0
+    if (one_row) {  // what stands for chunks and for units of columns that do not exist
+        const int n_pads = n_padded - n_chunks;
+        for (int i = threadIdx.x; i < 2 * p.batch * n_pads * kTileRows; i += blockDim.x) {
+            const int chunk_of = i / kTileRows, tile_of = chunk_of / n_pads;
+            store_shared(sets_at + tile_of * tile_bytes + (n_chunks + chunk_of - tile_of * n_pads) * chunk_bytes +
+                             4 * (i % kTileRows),
+                         -0.0f);
+        }
+        const int n_units = S::kBlocks ? n_chunks * (S::kBlocks / 4) : 2 * ((p.k + kPieceColumns - 1) / kPieceColumns);
+        if (threadIdx.x < n_pads) store_shared(factors_at + 4 * (n_chunks + threadIdx.x), 0.0f);
+        if (threadIdx.x < (-n_units & 7)) store_shared(squares_at + 4 * (n_units + threadIdx.x), 0.0f);
+    }
+    // Result `item` of a batch: of one row output item % 16 of tile item / 16, those of the second matrix 16 lanes
+    // above those of the first; of several rows output item % 16 of row item / 16 % 8 of row tile item / 128, of both
+    // matrices.
     const auto row_of = [&](int item) { return one_row ? 0 : item >> 4 & 7; };
+    const auto tile_of = [&](int item) { return one_row ? item >> 4 : item >> 7 << pairs; };
     const auto output_of = [&](int item, int tile0) {
-        return (first_tile + (tile0 >> pairs) + (item >> item_shift)) * kTileRows + (item & 15);
+        return (first_tile + ((tile0 + tile_of(item)) >> pairs)) * kTileRows + (item & 15);
+    };
+    const auto bias_of = [&](int matrix, int output) {
+        return p.m[matrix].bias != nullptr ? p.m[matrix].bias[output] : 0.0f;
     };
     // What a thread's first result needs beside the sums.
     const int first_output = output_of(threadIdx.x, 0);
     float first_bias[2] = {0.0f, 0.0f}, first_before = 0.0f;
-    const bool has_first =
-        (threadIdx.x >> item_shift << pairs) < n_tiles && row_of(threadIdx.x) < p.n_rows && first_output < p.n_out;
+    const bool has_first = tile_of(threadIdx.x) < n_tiles && row_of(threadIdx.x) < p.n_rows && first_output < p.n_out;
     if (has_first) {
-        if (p.m[0].bias != nullptr) first_bias[0] = p.m[0].bias[first_output];
-        if (p.m[1].bias != nullptr) first_bias[1] = p.m[1].bias[first_output];
+        first_bias[0] = bias_of(one_row ? tile_of(threadIdx.x) & pairs : 0, first_output);
+        if (pairs && !one_row) first_bias[1] = bias_of(1, first_output);
     }
+    const float* const before_at =
+        p.mode == PRODUCT_ADD && has_first ? p.out + row_of(threadIdx.x) * p.out_stride + first_output : nullptr;
+    const float* const x_from = first_column() < column_end ? p.x + first_column() : nullptr;
     cp_async_wait<0>();
     pdl_wait();
 
     uint4 x[S::kKeepX ? S::kBlocks : 1];
     // Where the lane's part of block b of the chunk is (`long`: of the row), 64 b further on: in shared memory, or in
     // global memory without `converts`.
-    const bool converts = p.x != nullptr;
-    int x_in_smem = p.ring_bytes + t * 16;
+    uint32_t fragments_at = S::kBlocks ? own_at - 16 * (lane - t) : x_smem_at + 16 * t;
     const uint8_t* x_at = nullptr;
+    float square = 0.0f;  // of the columns that this lane converted
     if (converts) {
-        float v[8];
         if constexpr (S::kBlocks > 0) {
-            const int column = first_column();
-            load_columns(v, p.x, column, column_end);
-            if (p.mode == PRODUCT_ADD && has_first) first_before = __ldcg(p.out + first_output);
+            float v[8];
+            load_columns_at_once(v, x_from);
+            if (before_at != nullptr) first_before = __ldcg(before_at);
             if (has_norm) {
-                const float square = sum_of_squares(v);
-                if (group == 0 && lane % 16 == 0 && lane < 4 * S::kBlocks)
-                    squares[chunk0 * (S::kBlocks / 4) + lane / 16] = square;
-                if (column < column_end) {
-                    const float* const norm_weight = reinterpret_cast<const float*>(converted + 512) + 8 * lane;
+                const float4 a = load_shared_float4(own_at + 512), b = load_shared_float4(own_at + 1024);
+                const float weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+                square = lane_squares(v);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], norm_weight[i]);
-                }
+                for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], weights[i]);
             }
             const float scale = chunk_scale(largest_bits(v));
-            *reinterpret_cast<uint4*>(converted + lane * 16) = pack_columns(v, scale);
-            if (group == 0 && lane == 0) factors[8 * chunk0] = scale;
+            store_shared(own_at, pack_columns(v, scale));
+            if (group == 0 && lane == 0) store_shared(factors_at + 4 * chunk0, scale);
             __syncwarp();
-            x_in_smem += warp * kWarpX;
         } else {
             const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
-            if (p.mode == PRODUCT_ADD && has_first) first_before = __ldcg(p.out + first_output);
+            if (before_at != nullptr) first_before = __ldcg(before_at);
             for (int c = warp; c < n_chunks; c += p.n_warps * p.n_groups) {
-                const int first = c * (chunk / kPieceColumns), last = min(n_pieces, first + chunk / kPieceColumns);
+                const int first = c * (chunk / kPieceColumns), n = min(chunk / kPieceColumns, n_pieces - first);
+                float held[kChunkPieces][8];
                 int largest = 0;
-                const auto values = [&](int piece) {
-                    float w[8];
-                    load_columns(v, p.x, piece_column(piece, lane), p.k);
-                    if (!has_norm) return;
-                    const float square = sum_of_squares(v);
-                    if (lane % 16 == 0) squares[2 * piece + lane / 16] = square;
-                    load_columns(w, p.norm_weight, piece_column(piece, lane), p.k);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], w[i]);
-                };
-                for (int piece = first; piece < last; ++piece) {
-                    values(piece);
-                    largest = max(largest, largest_bits(v));
+                for (int i = 0; i < kChunkPieces; ++i)
+                    if (i < n) load_columns(held[i], p.x, piece_column(first + i, lane), p.k);
+#pragma unroll
+                for (int i = 0; i < kChunkPieces; ++i) {
+                    if (i >= n) break;
+                    if (has_norm) {
+                        float w[8];
+                        const float sum = sum_of_squares(held[i]);
+                        if (lane % 16 == 0) store_shared(squares_at + 4 * (2 * (first + i) + lane / 16), sum);
+                        load_columns(w, p.norm_weight, piece_column(first + i, lane), p.k);
+#pragma unroll
+                        for (int j = 0; j < 8; ++j) held[i][j] = __fmul_rn(held[i][j], w[j]);
+                    }
+                    largest = max(largest, largest_bits(held[i]));
                 }
                 const float scale = chunk_scale(largest);
-                for (int piece = first; piece < last; ++piece) {
-                    values(piece);
-                    *reinterpret_cast<uint4*>(converted + (piece * 32 + lane) * 16) = pack_columns(v, scale);
-                }
-                if (lane == 0) factors[8 * c] = scale;
+#pragma unroll
+                for (int i = 0; i < kChunkPieces; ++i)
+                    if (i < n) store_shared(own_at + 512 * (first + i), pack_columns(held[i], scale));
+                if (lane == 0) store_shared(factors_at + 4 * c, scale);
             }
             __syncthreads();
         }
@@ -241,20 +336,20 @@ DEVICE void decode(const DecodeParams& p, int block) {
         const int row = min(g, p.n_rows - 1);
         if constexpr (kRowsInSmem) {
             const int n_bytes = converted_fragment_bytes(p.k), x_row = n_bytes + 64;  // no bank conflicts
-            const uint32_t to = smem_address(smem) + p.ring_bytes;
+            const uint32_t to = smem_at + p.ring_bytes;
             for (int r = 0; r < p.n_rows; ++r)
                 for (int at = threadIdx.x * 16; at < n_bytes; at += blockDim.x * 16)
                     cp_async_16(to + r * x_row + at, p.rows + static_cast<int64_t>(r) * p.x_bytes + at);
             cp_async_commit();
-            x_in_smem += row * x_row + chunk0 * S::kBlocks * 64;
+            fragments_at = to + 16 * t + row * x_row + chunk0 * S::kBlocks * 64;
         } else {
             x_at = p.rows + static_cast<int64_t>(row) * p.x_bytes + t * 16 + chunk0 * S::kBlocks * 64;
         }
-        if (p.mode == PRODUCT_ADD && has_first)
-            first_before = __ldcg(p.out + row_of(threadIdx.x) * p.out_stride + first_output);
-        for (int i = threadIdx.x; i < 8 * n_chunks; i += blockDim.x) {
-            const uint8_t* of = p.rows + static_cast<int64_t>(min(i & 7, p.n_rows - 1)) * p.x_bytes;
-            factors[i] = __ldcg(reinterpret_cast<const float*>(of + converted_fragment_bytes(p.k)) + (i >> 3));
+        if (before_at != nullptr) first_before = __ldcg(before_at);
+        for (int i = threadIdx.x; i < (one_row ? 1 : 8) * n_chunks; i += blockDim.x) {
+            const int of_row = one_row ? 0 : min(i & 7, p.n_rows - 1), c = one_row ? i : i >> 3;
+            const uint8_t* of = p.rows + static_cast<int64_t>(of_row) * p.x_bytes + converted_fragment_bytes(p.k);
+            store_shared(factors_at + 4 * i, __ldcg(reinterpret_cast<const float*>(of) + c));
         }
         if constexpr (kRowsInSmem) {
             cp_async_wait<0>();
@@ -262,53 +357,113 @@ DEVICE void decode(const DecodeParams& p, int block) {
         }
     }
     const auto x_of = [&](int block) {
-        if (kRowsInSmem || converts) return *reinterpret_cast<const uint4*>(smem + x_in_smem + block * 64);
+        if (kRowsInSmem || converts) return load_shared_uint4(fragments_at + block * 64);
         return *reinterpret_cast<const uint4*>(x_at + block * 64);
     };
 #pragma unroll
     for (int b = 0; b < (S::kKeepX ? S::kBlocks : 0); ++b) x[b] = x_of(b);
 
-    const int chunk_floats = one_row ? kTileRows : 8 * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
-    // Where the sums of this batch are: two sets take turns, so that one barrier a batch suffices.
-    int set_at = p.ring_bytes + p.x_smem;
-    const auto set = [&] { return reinterpret_cast<float*>(smem + set_at); };
     const auto store_sums = [&](const float (&acc)[4], int tile, int c) {
-        float* to = set() + tile * tile_floats + c * chunk_floats;
+        const uint32_t to = lane_sums + set + tile * tile_bytes + (S::kBlocks ? 0 : c * chunk_bytes);
         if (one_row) {
-            if (t == 0) to[g] = acc[0], to[g + 8] = acc[2];
+            if (t == 0) store_shared(to, acc[0]), store_shared(to + 32, acc[2]);
             return;
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[(2 * t + (i & 1)) * S::kPartialRow + g + 8 * (i >> 1)] = acc[i];
+        for (int i = 0; i < 4; ++i) store_shared(to + 4 * ((i & 1) * S::kPartialRow + 8 * (i >> 1)), acc[i]);
+    };
+    // Results of a batch of row tiles from its sums.
+    constexpr int kMost = S::kEarlyOnly ? 20 : S::kBlocks == 8 ? 4 : 8;  // chunks whose sums are read at once
+    const auto finish_one_row = [&](int tile0, int n_here) {
+        float root = 1.0f;
+        if (has_norm && converts) root = norm_factor(row_sum<S::kBlocks == 4>(squares_at, p.k), p.inverse_k, p.eps);
+#pragma unroll 1
+        for (int item = threadIdx.x; item < 16 * n_here; item += blockDim.x) {
+            const int tile = item >> 4, matrix = tile & pairs, o = output_of(item, tile0);
+            const bool is_first = tile0 == 0 && item == static_cast<int>(threadIdx.x);
+            bool exists = o < p.n_out;
+            const float sum = sum_of_padded_chunks<kMost>(sets_at + set + tile * tile_bytes + 4 * (item & 15),
+                                                          factors_at, root, n_chunks);
+            const float bias = is_first ? first_bias[0] : exists ? bias_of(matrix, o) : 0.0f;
+            float v = __fmaf_rn(sum, weight_unit<Q>(p.m[matrix].w, p.scales_at, o), bias);
+            if (pairs) {
+                v = glu_value(p.glu, v, __shfl_down_sync(0xffffffffu, v, 16));
+                exists &= matrix == 0;
+            }
+            if (!exists) continue;
+            if (p.mode == PRODUCT_ADD) v = __fadd_rn(is_first ? first_before : __ldcg(p.out + o), v);
+            p.out[o] = v;
+        }
+    };
+    const auto finish_rows = [&](int tile0, int n_here) {
+#pragma unroll 1
+        for (int item = threadIdx.x; tile_of(item) < n_here; item += blockDim.x) {
+            const int row = row_of(item), o = output_of(item, tile0);
+            if (row >= p.n_rows || o >= p.n_out) continue;
+            const bool is_first = tile0 == 0 && item == static_cast<int>(threadIdx.x);
+            uint32_t sums = sets_at + set + tile_of(item) * tile_bytes + 4 * (row * S::kPartialRow + (item & 15));
+            float v = 0.0f, gate = 0.0f;
+#pragma unroll 1
+            for (int i = 0; i <= pairs; ++i, sums += tile_bytes) {
+                const float sum =
+                    sum_of_chunks<kMost, 8 * S::kPartialRow, 8>(sums, factors_at + 4 * row, 1.0f, n_chunks);
+                const float bias = is_first ? (i == 0 ? first_bias[0] : first_bias[1]) : bias_of(i, o);
+                gate = v, v = __fmaf_rn(sum, weight_unit<Q>(p.m[i].w, p.scales_at, o), bias);
+            }
+            float* const to = p.out + row * p.out_stride + o;
+            if (pairs)
+                v = glu_value(p.glu, gate, v);
+            else if (p.mode == PRODUCT_ADD)
+                v = __fadd_rn(is_first ? first_before : __ldcg(to), v);
+            *to = v;
+        }
     };
     const auto multiply = [&](float (&acc)[4], const uint32_t (&a)[8], const uint4& v) {
         mma_f16(acc, a, v.x, v.y);
         mma_f16(acc, a + 4, v.z, v.w);
     };
 
+    if constexpr (S::kEarly) {  // they are of the first batch
+#pragma unroll
+        for (int e = 0; e < S::kEarlyTiles; ++e) {
+            const int tile = group + (p.n_late + e) * p.n_groups;
+            if (tile >= n_tiles) break;
+            float acc[4] = {};
+#pragma unroll
+            for (int b = 0; b < S::kBlocks; ++b) {
+                if constexpr (S::kKeepX) {
+                    multiply(acc, early[e][b], x[b]);
+                } else {
+                    if (b % 2 == 0) keep_loads_here();  // x of all blocks would take too many registers
+                    multiply(acc, early[e][b], x_of(b));
+                }
+            }
+            store_sums(acc, tile, chunk0);
+        }
+#pragma unroll 1
+        for (int e = 0; e < p.n_late; ++e) {
+            const int tile = group + e * p.n_groups;
+            if (tile >= n_tiles) break;
+            float acc[4] = {};
+#pragma unroll
+            for (int b = 0; b < S::kBlocks; ++b) {
+                uint32_t a[8];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const uint4 v = load_shared_uint4(late_at + ((e * S::kBlocks + b) * 2 + j) * 512);
+                    a[4 * j] = v.x, a[4 * j + 1] = v.y, a[4 * j + 2] = v.z, a[4 * j + 3] = v.w;
+                }
+                multiply(acc, a, S::kKeepX ? x[S::kKeepX ? b : 0] : x_of(b));
+            }
+            store_sums(acc, tile, chunk0);
+        }
+    }
+
 #pragma unroll 1
     for (int tile0 = 0; tile0 < n_tiles; tile0 += p.batch) {
         const int n_here = S::kEarlyOnly ? n_tiles : min(p.batch, n_tiles - tile0);
         int tile = tile0 + group;
-        if constexpr (S::kEarly) {
-            if (tile0 == 0) {
-#pragma unroll
-                for (int e = 0; e < S::kEarlyTiles; ++e, tile += p.n_groups) {
-                    if (tile >= n_here) break;
-                    float acc[4] = {};
-#pragma unroll
-                    for (int b = 0; b < S::kBlocks; ++b) {
-                        if constexpr (S::kKeepX) {
-                            multiply(acc, early[e][b], x[b]);
-                        } else {
-                            if (b % 2 == 0) keep_loads_here();  // x of all blocks would take too many registers
-                            multiply(acc, early[e][b], x_of(b));
-                        }
-                    }
-                    store_sums(acc, tile, chunk0);
-                }
-            }
-        }
+        if (S::kEarly && tile0 == 0) tile += (S::kEarlyTiles + p.n_late) * p.n_groups;
         if constexpr (!S::kEarlyOnly) {
             float inverse[2];
             load_inverse(inverse, tile);
@@ -344,47 +499,19 @@ DEVICE void decode(const DecodeParams& p, int block) {
                 inverse[0] = next_inverse[0], inverse[1] = next_inverse[1];
             }
         }
+        if (S::kBlocks > 0 && has_norm && converts && tile0 == 0) {  // while the products are on their way
+            const float sum = unit_sum(square);
+            if (group == 0 && lane % 16 == 0 && lane < 4 * S::kBlocks)
+                store_shared(squares_at + 4 * (chunk0 * (S::kBlocks / 4) + lane / 16), sum);
+        }
         __syncthreads();
 
-        float root = 1.0f;
-        if (has_norm && p.x != nullptr) root = norm_factor(row_sum(squares, p.k), inverse_k, p.eps);
-#pragma unroll 1
-        for (int item = threadIdx.x; (item >> item_shift << pairs) < n_here; item += blockDim.x) {
-            const int row = row_of(item), o = output_of(item, tile0);
-            if (row >= p.n_rows || o >= p.n_out) continue;
-            const float* from =
-                set() + (item >> item_shift << pairs) * tile_floats + row * S::kPartialRow + (item & 15);
-            const bool is_first = tile0 == 0 && item == static_cast<int>(threadIdx.x);
-            float v[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                if (i > pairs) break;
-                float sum = 0.0f;
-                constexpr int kGroup = S::kBlocks == 8 ? 5 : 4;  // whose loads are on their way at once
-#pragma unroll 1
-                for (int c0 = 0; c0 < n_chunks; c0 += kGroup) {
-                    float part[kGroup], factor[kGroup];
-#pragma unroll
-                    for (int c = 0; c < kGroup; ++c) {
-                        const int at = min(c0 + c, n_chunks - 1);
-                        part[c] = from[i * tile_floats + at * chunk_floats], factor[c] = factors[8 * at + row];
-                    }
-#pragma unroll
-                    for (int c = 0; c < kGroup; ++c)
-                        sum = c0 + c < n_chunks ? __fmaf_rn(part[c], __fmul_rn(factor[c], root), sum) : sum;
-                }
-                float bias = first_bias[i];
-                if (!is_first) bias = p.m[i].bias != nullptr ? p.m[i].bias[o] : 0.0f;
-                v[i] = __fmaf_rn(sum, weight_unit<Q>(p.m[i].w, p.scales_at, o), bias);
-            }
-            float* const to = p.out + row * p.out_stride + o;
-            if (pairs)
-                *to = glu_value(p.glu, v[0], v[1]);
-            else
-                *to = p.mode == PRODUCT_ADD ? __fadd_rn(is_first ? first_before : __ldcg(to), v[0]) : v[0];
-        }
+        if (one_row)
+            finish_one_row(tile0, n_here);
+        else
+            finish_rows(tile0, n_here);
         if (S::kEarlyOnly) break;  // there is one batch
-        set_at = set_at == p.ring_bytes + p.x_smem ? set_at + 4 * p.batch * tile_floats : p.ring_bytes + p.x_smem;
+        set = set == 0 ? p.batch * tile_bytes : 0;
     }
 }
 

@@ -79,33 +79,47 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     const int chunk = S::kBlocks ? 32 * S::kBlocks : chunk_columns(p.k), n_chunks = p.n_chunks;
     const int chunk_tiles = chunk / Q::kTileK, n_row_tiles = (p.n_out + kTileRows - 1) / kTileRows;
     const int pairs = p.mode == PRODUCT_GLU;  // row tiles of two matrices in turn
-    const uint32_t barriers = smem_address(smem) + p.barriers + 8 * warp * p.depth;
+    const uint32_t smem_at = smem_address(smem), barriers = smem_at + p.barriers + 8 * warp * p.depth;
     const uint8_t* const ring = smem + warp * p.depth * S::kUnitBytes;
-    float* const factors = reinterpret_cast<float*>(smem + p.factors);
-    uint8_t* const x_smem = smem + p.ring_bytes;  // rows of an item, of 128 and 256
+    const uint32_t factors_at = smem_at + p.factors;
+    const uint32_t x_smem_at = smem_at + p.ring_bytes;  // rows of an item, of 128 and 256
     const int x_row = converted_fragment_bytes(p.k) + 64, n_block_warps = p.n_warps * p.n_groups;  // no bank conflicts
     if (lane == 0) {
+#pragma unroll 1
         for (int i = 0; i < p.depth; ++i) copy_barrier_init(barriers + 8 * i);
         copy_barrier_fence();
     }
     __syncwarp();
+    // A job is a row tile of an item; a tile is that of one matrix. The experts of one row are as many as it uses.
+    const bool one_row = p.n_rows == 1, mixes_one = one_row && p.mode == PRODUCT_MIX;
+    int first_job = 0, n_tiles = 0, item_index = 0;
+    const auto share_jobs = [&](int n_items) {
+        const int total = n_items * n_row_tiles;
+        first_job = static_cast<int>(static_cast<int64_t>(blockIdx.x) * total / gridDim.x);
+        n_tiles = (static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * total / gridDim.x) - first_job) << pairs;
+        item_index = first_job / n_row_tiles;
+    };
+    if (one_row) share_jobs(p.n_used);
     if (!p.has_list) pdl_wait();
     if (p.holds_next) pdl_launch_dependents();
 
-    // A job is a row tile of an item; a tile is that of one matrix. The list is read past L1, which may hold lines of
-    // the list before: without the wait nothing has dropped them. The experts of one row are as many as it uses.
-    const bool one_row = p.n_rows == 1, mixes_one = one_row && p.mode == PRODUCT_MIX;
-    const int total = (one_row ? p.n_used : __ldcg(p.list.n_items)) * n_row_tiles;
-    const int first_job = static_cast<int>(static_cast<int64_t>(blockIdx.x) * total / gridDim.x);
-    const int n_tiles = (static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * total / gridDim.x) - first_job)
-                        << pairs;
+    // One converted row for all pairs is on its way before anything else.
+    const bool converts = S::kBlocks > 0 && p.x != nullptr, one_input = one_row && p.x_slot_rows == 0 && !converts;
+    if (S::kBlocks > 0 && one_input && !p.has_list) {
+        for (int i = threadIdx.x; i < converted_fragment_bytes(p.k) / 16; i += blockDim.x)
+            cp_async_16(x_smem_at + 16 * i, p.rows + 16 * i);
+        cp_async_commit();
+    }
+    // The list is read past L1, which may hold lines of the list before: without the wait nothing has dropped them.
+    if (!one_row) share_jobs(__ldcg(p.list.n_items));
     if (n_tiles == 0) {
+        cp_async_wait<0>();
         if (p.has_list) pdl_wait();
         return;
     }
 
     // What is read of the list, of row scales and biases is on its way before the weights, behind which it would wait.
-    int item_index = first_job / n_row_tiles, tile = group;
+    int tile = group;
     int begin = 0, end = min(n_tiles, ((item_index + 1) * n_row_tiles - first_job) << pairs);  // the item's tiles
     int at0 = first_job - item_index * n_row_tiles;                                            // row tile of `begin`
     ExpertItem item = {};
@@ -170,7 +184,7 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     const auto issue = [&](int slot) {  // starts the copy of the next unit into `slot`; nothing after the last
         if (in_tile >= n_tiles) return;
         const int n = S::kUnitTiles == 1 ? 1 : min(S::kUnitTiles, p.n_k_tiles - in_unit);
-        copy_to_smem(barriers + 8 * slot, smem_address(ring) + slot * S::kUnitBytes,
+        copy_to_smem(barriers + 8 * slot, smem_at + (warp * p.depth + slot) * S::kUnitBytes,
                      src + in_unit * Q::kPackedTileBytes, n * Q::kPackedTileBytes, lane);
         in_unit += S::kUnitTiles;
         if (in_unit < min(p.n_k_tiles, (in_chunk + 1) * chunk_tiles)) return;
@@ -195,14 +209,12 @@ DEVICE void expert_few(const ExpertFewParams& p) {
     };
     // Where the sums of this batch are: two sets take turns, so that one barrier a batch suffices.
     const int set_bytes = 4 * p.batch * n_chunks * (one_row ? kTileRows : 8 * S::kPartialRow);
-    int set_at = p.ring_bytes + p.x_smem;
-    const auto set = [&] { return reinterpret_cast<float*>(smem + set_at); };
+    const uint32_t sets_at = smem_at + p.ring_bytes + p.x_smem;
+    int set = 0;  // from there
 
 #pragma unroll 1
     for (;;) {  // items
         if (threadIdx.x < 8) item_pairs[threadIdx.x] = pair;
-        const bool converts = S::kBlocks > 0 && p.x != nullptr;
-        const bool one_input = one_row && p.x_slot_rows == 0;
         if (!converts && !one_input) __syncthreads();
         const auto converted = [&](int r) {
             if (one_input) return p.rows;
@@ -221,21 +233,21 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                              c * chunk + 32 * g + 4 * t, column_end);
                 const float scale = chunk_scale(largest_bits(v));
                 if (lane < 4 * S::kBlocks)
-                    *reinterpret_cast<uint4*>(x_smem + r * x_row + c * S::kBlocks * 64 + lane * 16) =
-                        pack_columns(v, scale);
-                if (lane == 0) factors[8 * c + r] = scale;
+                    store_shared(x_smem_at + r * x_row + c * S::kBlocks * 64 + lane * 16, pack_columns(v, scale));
+                if (lane == 0) store_shared(factors_at + 4 * (one_row ? c : 8 * c + r), scale);
             }
         } else {
-            if constexpr (S::kBlocks > 0) {
+            if (S::kBlocks > 0 && (!one_input || p.has_list)) {
                 const int n = converted_fragment_bytes(p.k) / 16;
                 for (int i = threadIdx.x; i < item.n * n; i += blockDim.x)
-                    cp_async_16(smem_address(x_smem + i / n * x_row + i % n * 16), converted(i / n) + i % n * 16);
+                    cp_async_16(x_smem_at + i / n * x_row + i % n * 16, converted(i / n) + i % n * 16);
                 cp_async_commit();
             }
-            for (int i = threadIdx.x; i < 8 * n_chunks; i += blockDim.x)
-                factors[i] = __ldcg(
-                    reinterpret_cast<const float*>(converted(min(i & 7, item.n - 1)) + converted_fragment_bytes(p.k)) +
-                    (i >> 3));
+            for (int i = threadIdx.x; i < (one_row ? 1 : 8) * n_chunks; i += blockDim.x) {
+                const int row = one_row ? 0 : i & 7, c = one_row ? i : i >> 3;
+                const uint8_t* const of = converted(min(row, item.n - 1)) + converted_fragment_bytes(p.k);
+                store_shared(factors_at + 4 * i, __ldcg(reinterpret_cast<const float*>(of) + c));
+            }
             cp_async_wait<0>();
         }
         __syncthreads();
@@ -243,12 +255,13 @@ DEVICE void expert_few(const ExpertFewParams& p) {
         // The lane's part of 32-column block `block` of the row.
         const auto x_of = [&](int block) {
             if constexpr (S::kBlocks > 0)
-                return *reinterpret_cast<const uint4*>(x_smem + last * x_row + t * 16 + block * 64);
+                return load_shared_uint4(x_smem_at + last * x_row + t * 16 + block * 64);
             else
                 return *reinterpret_cast<const uint4*>(long_x + block * 64);
         };
         // Of few pairs there is room for the sums of more row tiles.
-        const int chunk_floats = one_row ? kTileRows : item.n * S::kPartialRow, tile_floats = n_chunks * chunk_floats;
+        const int chunk_bytes = 4 * (one_row ? kTileRows : item.n * S::kPartialRow),
+                  tile_bytes = n_chunks * chunk_bytes;
         const int batch = one_row ? p.batch : 8 / item.n * p.batch;
 
 #pragma unroll 1
@@ -283,14 +296,14 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                                 multiply(a, x_of(k_tile * S::kTileBlocks + b));
                             });
                     }
-                    float* to = set() + (tile - tile0) * tile_floats + c * chunk_floats;
+                    const uint32_t to = sets_at + set + (tile - tile0) * tile_bytes + c * chunk_bytes + 4 * g;
                     if (one_row) {
-                        if (t == 0) to[g] = acc[0], to[g + 8] = acc[2];
+                        if (t == 0) store_shared(to, acc[0]), store_shared(to + 32, acc[2]);
                     } else {
 #pragma unroll
                         for (int i = 0; i < 4; ++i)
                             if (2 * t + (i & 1) < item.n)
-                                to[(2 * t + (i & 1)) * S::kPartialRow + g + 8 * (i >> 1)] = acc[i];
+                                store_shared(to + 4 * ((2 * t + (i & 1)) * S::kPartialRow + 8 * (i >> 1)), acc[i]);
                     }
                 }
             }
@@ -300,16 +313,22 @@ DEVICE void expert_few(const ExpertFewParams& p) {
             for (int i = threadIdx.x; (i >> item_shift << pairs) < n_here; i += blockDim.x) {
                 const int row = row_of(i), o = output_of(i, tile0);
                 if (row >= item.n || (o >= p.n_out && !mixes_one)) continue;
-                const float* from = set() + (i >> item_shift << pairs) * tile_floats + row * S::kPartialRow + (i & 15);
+                uint32_t from = sets_at + set + (i >> item_shift << pairs) * tile_bytes;
+                from += 4 * (row * S::kPartialRow + (i & 15));
                 float v[2], bias[2] = {first_bias[0], first_bias[1]}, unit[2] = {first_unit[0], first_unit[1]};
                 if (tile0 != begin || i != static_cast<int>(threadIdx.x)) load_result(bias, unit, min(o, p.n_out - 1));
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     if (m > pairs) break;
                     float sum = 0.0f;
+                    if (one_row) {
+                        sum = sum_of_chunks<4, kTileRows, 1>(from + m * tile_bytes, factors_at, 1.0f, n_chunks);
+                    } else {
 #pragma unroll 4
-                    for (int c = 0; c < n_chunks; ++c)
-                        sum = __fmaf_rn(from[m * tile_floats + c * chunk_floats], factors[8 * c + row], sum);
+                        for (int c = 0; c < n_chunks; ++c)
+                            sum = __fmaf_rn(load_shared(from + m * tile_bytes + c * chunk_bytes),
+                                            load_shared(factors_at + 4 * (8 * c + row)), sum);
+                    }
                     v[m] = __fmaf_rn(sum, unit[m], bias[m]);
                 }
                 const int of = item_pairs[row];
@@ -318,8 +337,7 @@ DEVICE void expert_few(const ExpertFewParams& p) {
                         pairs ? glu_value(p.glu, v[0], v[1]) : v[0];
                 if (mixes_one) mix_one(p, at0 + tile0 - begin + (i >> 4), 0xffffu << (lane & 16));
             }
-            const int sets = p.ring_bytes + p.x_smem;
-            set_at = set_at == sets ? sets + set_bytes : sets;
+            set = set == 0 ? set_bytes : 0;
             if (p.mode == PRODUCT_MIX && !mixes_one) mix(p, at0 + tile0 - begin, n_here, item.n, is_last);
         }
         if (end == n_tiles) break;

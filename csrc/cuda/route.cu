@@ -106,10 +106,18 @@ DEVICE void route_logits(const RouteParams& p) {
                               [&](int, int k_tile) { return packed_tiles + k_tile * Q::kPackedTileBytes; });
 }
 
-// One row by one warp; returns the expert of slot `lane`. NaN has a place in the order, so that every choice is an
-// expert.
+// The largest key of the warp.
+DEVICE uint64_t warp_largest(uint64_t key) {
+    const uint32_t high = static_cast<uint32_t>(key >> 32);
+    const uint32_t most = __reduce_max_sync(kAll, high);
+    const uint32_t low = __reduce_max_sync(kAll, high == most ? static_cast<uint32_t>(key) : 0u);
+    return static_cast<uint64_t>(most) << 32 | low;
+}
+
+// One row by one warp, whose lanes have kPerLane experts each; returns the expert of slot `lane`. NaN has a place in
+// the order, so that every choice is an expert.
+template <int kPerLane>
 DEVICE int choose(const RouteParams& p, int row, int lane) {
-    constexpr int kPerLane = EXPERTS_MAX / 32;
     const int n_pad = (p.n_expert + kTileRows - 1) / kTileRows * kTileRows;
     const float* partial = p.partial + static_cast<int64_t>(row) * ROUTE_SLICES * n_pad;
     const float root = p.roots != nullptr ? p.roots[row] : 1.0f;
@@ -127,31 +135,29 @@ DEVICE int choose(const RouteParams& p, int row, int lane) {
         logit = __fmul_rn(logit, root);
         keys[i] = order_key(p.bias != nullptr ? __fadd_rn(logit, p.bias[e]) : logit, e);
     }
-    float mine = 0.0f, largest = 0.0f, total = 0.0f;
+    float logit = 0.0f, total = 0.0f;
     int expert = EXPERTS_MAX;
     for (int slot = 0; slot < p.n_used; ++slot) {
         uint64_t best = 0;
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) best = keys[i] > best ? keys[i] : best;
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) {
-            const uint64_t other = __shfl_xor_sync(kAll, best, d);
-            best = other > best ? other : best;
-        }
+        best = warp_largest(best);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i)
             if (keys[i] == best) keys[i] = 0;
-        const float logit = key_value(best);
-        if (slot == 0) largest = logit;
-        const float weight = expf(logit - largest);
-        total += weight;
-        if (slot == lane) mine = weight, expert = static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
+        if (slot == lane) logit = key_value(best), expert = static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
     }
+    const float mine = expf(logit - __shfl_sync(kAll, logit, 0));
+    for (int slot = 0; slot < p.n_used; ++slot) total += __shfl_sync(kAll, mine, slot);
     if (lane < p.n_used) {
         p.ids[row * p.n_used + lane] = static_cast<float>(expert);
         p.gates[row * p.n_used + lane] = mine / total;
     }
     return expert;
+}
+
+DEVICE int choose(const RouteParams& p, int row, int lane) {
+    return p.n_expert <= 32 ? choose<1>(p, row, lane) : choose<EXPERTS_MAX / 32>(p, row, lane);
 }
 
 // The list of one row, whose slots have the experts that their lanes give. A warp.

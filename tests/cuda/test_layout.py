@@ -197,10 +197,12 @@ def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads)
     assert blocks * launch.block_tiles + launch.more_tiles == row_tiles
     most_tiles = (launch.block_tiles + (launch.more_tiles > 0)) * pairs
 
-    early = 2 if variant == "128e" else 1
+    # Those that are decoded before the wait are of the first batch, as many as there are.
+    early = launch.n_late + (layout.early_tiles(type_id) if variant == "128e" else 1)
     assert launch.batch >= 1 and launch.batch % (early * launch.n_groups) == 0 and launch.batch % pairs == 0
-    if variant == "256e":  # a warp has no tile beside the early one, and there is one batch
-        assert most_tiles <= launch.n_groups and most_tiles <= launch.batch
+    assert launch.n_late >= 0 and (variant.endswith("e") or launch.n_late == 0)
+    if variant == "256e":  # a warp has no others, and there is one batch
+        assert most_tiles <= early * launch.n_groups and most_tiles <= launch.batch
 
     # Shared memory: rings, x, two sets of sums, factors, sums of squares, barriers; each where it must be.
     unit = layout.decode_unit_bytes(type_id, variant)
@@ -210,9 +212,11 @@ def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads)
     if variant in ("256", "256e"):  # rows that were converted before
         x = max(x, n_rows * (row + 64))
     assert launch.x_smem % 16 == 0 and launch.x_smem >= x
-    sums = 4 * chunks * (16 if n_rows == 1 else 8 * 20)
+    sums = 4 * 16 * -(-chunks // 4) * 4 if n_rows == 1 else 4 * chunks * 8 * 20
     assert launch.factors == launch.ring_bytes + launch.x_smem + 2 * launch.batch * sums
-    assert launch.barriers >= launch.factors + 4 * 8 * chunks + 4 * 2 * -(-k // 256) and launch.barriers % 8 == 0
+    squares, late = 4 * 8 * -(-k // 1024), warps * launch.n_late * chunk * 16 * 2
+    assert launch.factors % 16 == launch.late % 16 == launch.barriers % 8 == 0
+    assert launch.late >= launch.factors + 4 * 8 * chunks + squares and launch.barriers >= launch.late + late
     assert launch.barriers + 8 * warps * launch.depth <= launch.smem <= max_smem
 
 

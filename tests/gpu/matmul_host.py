@@ -101,9 +101,10 @@ class Decode:
             both |= {
                 "tile_bytes": tile_bytes, "n_chunks": layout.n_chunks(m.k), "x": x if inline else None, "glu": glu,
                 "norm_weight": norm[1] if norm and inline else None, "eps": norm[3] if norm else 0.0,
+                "inverse_k": layout.inverse(m.k),
             }  # fmt: skip
-            told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem", "factors", "barriers",
-                    "block_tiles", "more_tiles")  # fmt: skip
+            told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem", "factors", "n_late", "late",
+                    "barriers", "block_tiles", "more_tiles")  # fmt: skip
             self.launches = []
             for i, (a, out) in enumerate(zip(matrices, outs, strict=True)):
                 if gated and i:

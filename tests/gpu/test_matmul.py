@@ -110,7 +110,8 @@ def test_two_types_in_one_launch(gpu, pair):
     """q and k with v of more bits: the bits that each has alone, whichever variant and however many rows."""
     types, rng, seen = [quants.BY_NAME[name].id for name in pair], np.random.default_rng(0), set()
     weight = ("rms", gpu.buffer(rng.uniform(0.5, 2.0, 5120).astype(np.float32)), None, 1e-5)
-    for n_outs, k in [((1024, 128), 896), ((272, 33), 1280), ((4096, 512), 1536), ((48, 16), 256), ((300, 40), 3072)]:
+    for n_outs, k in [((1024, 128), 896), ((272, 33), 1280), ((4096, 512), 1536), ((48, 16), 256), ((300, 40), 3072),
+                      ((8192, 512), 1536)]:  # fmt: skip
         if any(k % quants.TYPES[t].block_size for t in types):
             continue
         made = [make(gpu, t, n, k)[0] for t, n in zip(types, n_outs, strict=True)]
@@ -253,7 +254,9 @@ def test_a_row_has_the_same_bits_in_every_kernel(gpu, type_id, norm):
             return out.to_numpy()
 
         ways = [{}, {"inline": False}, {"early": False}, {"early": False, "grid": 1}, {"early": False, "depth": 1},
-                {"early": False, "grid": 2, "n_groups": 1}, {"max_smem": layout.SMEM_SMALL}]  # fmt: skip
+                {"early": False, "grid": 2, "n_groups": 1}, {"early": True, "grid": 2},
+                {"early": True, "grid": 1, "n_groups": 1, "n_late": 2, "depth": 1},
+                {"max_smem": layout.SMEM_SMALL}]  # fmt: skip
         for row in (0, 3, 69):
             for how in ways:
                 assert np.array_equal(decode(row, 1, **how)[0], want[row]), f"{name}: row {row} {how}"
@@ -279,7 +282,8 @@ def test_gated_products(gpu, type_id, kind):
         p = params("PointwiseParams", a=alone[0], b=alone[1], out=want, a_stride=n_out, b_stride=n_out,
                    out_stride=n_out, n=n_out, kind=kind)  # fmt: skip
         gpu.launch(gpu.kernel("pointwise", "glu"), (1, n_rows), 256, p)
-        for how in ({}, {"early": False}, {"early": False, "grid": 1}, {"early": False, "n_groups": 1}):
+        for how in ({}, {"early": False}, {"early": False, "grid": 1}, {"early": False, "n_groups": 1},
+                    {"early": True, "grid": 2}, {"early": True, "grid": 3, "n_groups": 1, "n_late": 1}):  # fmt: skip
             out, untouched = gpu.empty((n_rows, n_out)), gpu.empty((n_rows, n_out))
             outs = [out, untouched]
             Decode(gpu, made, x, outs, n_rows, biases=biases, norm=before, mode="glu", glu=kind, **how).run()

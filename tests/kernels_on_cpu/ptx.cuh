@@ -26,6 +26,22 @@ DEVICE void cp_async_wait() {
     on_cpu::cp_async_wait(kPending);
 }
 
+// ---- shared memory by address
+
+template <class T>
+T load_shared_as(uint32_t at) {
+    T v;
+    memcpy(&v, on_cpu_dynamic + static_cast<int32_t>(at), sizeof v);
+    return v;
+}
+DEVICE float load_shared(uint32_t at) { return load_shared_as<float>(at); }
+DEVICE float4 load_shared_float4(uint32_t at) { return load_shared_as<float4>(at); }
+DEVICE uint4 load_shared_uint4(uint32_t at) { return load_shared_as<uint4>(at); }
+template <class T>
+DEVICE void store_shared(uint32_t at, T v) {
+    memcpy(on_cpu_dynamic + static_cast<int32_t>(at), &v, sizeof v);
+}
+
 // ---- barriers in shared memory that copies arrive at
 
 DEVICE void copy_barrier_init(uint32_t barrier) { on_cpu::copy_barrier_init(barrier); }
@@ -37,6 +53,10 @@ DEVICE void copy_wait(uint32_t barrier, uint32_t parity) { on_cpu::copy_wait(bar
 
 // ---- loads
 
+DEVICE void load_twice(float4& a, float4& b, const float* global) {
+    memcpy(&a, global, sizeof a);
+    memcpy(&b, global + 16, sizeof b);
+}
 DEVICE void keep_loads_here() {}
 DEVICE void prefetch_l2(const void*) {}
 

@@ -322,7 +322,7 @@ class Launches:
             "mode": PRODUCT_MODES["glu" if op.glu else "add" if op.residual else "store"],
             "glu": GLU_KINDS[op.glu.kind] if op.glu else 0, "x": self._at(op.inp) if inline else 0,
             "norm_weight": self._weight(op.norm.weight) if op.norm and inline else 0,
-            "eps": op.norm.eps if op.norm else 0.0,
+            "eps": op.norm.eps if op.norm else 0.0, "inverse_k": layout.inverse(k),
         }  # fmt: skip
         spans = _gated(type_id, k, matrices) if op.glu else _adjacent(type_id, k, matrices)
         if op.glu is not None:

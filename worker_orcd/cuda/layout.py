@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from worker_orcd.gguf import quants
 
 #: rows of a row tile, the k tile of the layout along n_out
@@ -29,6 +31,8 @@ DECODE_WARPS, DECODE_FEW_WARPS = 19, 16
 #: shared memory that the weight rings of a decode_* block are cut to (but two slots each): more weights on the way keep
 #: x waiting. Where they are decoded early, all of them are on the way long before x is there.
 DECODE_RING_BYTES, DECODE_EARLY_RING_BYTES = 60 * 1024, 96 * 1024
+#: most row tiles of a warp that decode_*_128e, decode_*_256e decode into shared memory, beside those in registers
+MOST_LATE, MOST_LATE_256 = 3, 1
 
 
 def _round_up(n: int, to: int) -> int:
@@ -92,6 +96,11 @@ def x_f16_bytes(k: int) -> int:
     return 2 * _round_up(k, PIECE) + _round_up(4 * n_chunks(k), 16)
 
 
+def inverse(k: int) -> float:
+    """1 / `k` in float32, as the kernels that convert rows divide."""
+    return float(np.float32(1.0) / np.float32(k))
+
+
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +126,13 @@ class Launch:
     barriers: int = 0
     block_tiles: int = 0
     more_tiles: int = 0
+    n_late: int = 0
+    late: int = 0
+
+
+def early_tiles(type_id: int) -> int:
+    """Row tiles of a warp that decode_<type>_128e has in registers before its input is there (`kEarlyTiles`)."""
+    return 2 if quants.TYPES[type_id].name in ("Q4_0", "Q5_0") else 1
 
 
 def decode_unit_bytes(type_id: int, variant: str) -> int:
@@ -140,18 +156,19 @@ def decode_launch(
         n_sm: multiprocessors of the GPU.
         glu: there are two matrices, gate and up of PRODUCT_GLU.
         max_smem: dynamic shared memory bytes that a block may have.
-        how: `grid`, `n_groups`, `depth` or `early` in the place of what is chosen here. Results do not depend on them.
+        how: `grid`, `n_groups`, `depth`, `early` or `n_late` in the place of what is chosen here. Results do not depend
+            on them.
 
     Raises:
         ValueError: no block of the kernel has so little shared memory.
     """
     chunks = n_chunks(k)
     most = -(-chunks // -(-chunks // DECODE_FEW_WARPS))
-    # What is best, then what takes less shared memory: one group of warps, then `long` with ever fewer warps, then
-    # rings of one slot.
-    long, one = chunk_columns(k) > 256 or chunks > DECODE_WARPS, {**how, "n_groups": 1}
+    # What is best, then what takes less shared memory: no weights decoded into it, one group of warps, then `long` with
+    # ever fewer warps, then rings of one slot.
+    long, one = chunk_columns(k) > 256 or chunks > DECODE_WARPS, {"n_late": 0, **how, "n_groups": 1}
     tries = [(True, n, choice) for choice in (one, {**one, "depth": 1}) for n in range(most, 0, -1)]
-    tries = [(long, most if long else chunks, choice) for choice in (how, one)] + tries
+    tries = [(long, most if long else chunks, choice) for choice in (how, {"n_late": 0, **how}, one)] + tries
     for long, n_warps, choice in tries:
         launch = _decode_launch(type_id, k, n_out, n_rows, long, n_warps, n_sm, glu, max_smem, choice)
         if launch.smem <= max_smem:
@@ -182,24 +199,32 @@ def _decode_launch(
 
     n_groups, small, grid = share(early_warps)
     early = bool(can_early and how.get("early", small))
-    if chunk == 256:  # a warp has one row tile
-        early &= -(-jobs // grid) * parts <= n_groups
+    ready = early_tiles(type_id) if chunk == 128 else 1
+    warp_tiles = -(-(-(-jobs // grid) * parts) // n_groups)
+    n_late = min(how.get("n_late", MOST_LATE if chunk == 128 else MOST_LATE_256), max(0, warp_tiles - ready))
+    if chunk == 256:  # no other row tiles
+        early &= warp_tiles <= 1 + n_late
     if not early:
         n_groups, _, grid = share(DECODE_FEW_WARPS if long else DECODE_WARPS)
+        n_late = 0
     tiles = -(-jobs // grid) * parts
     variant = "long" if long else f"{chunk}{'e' if early else ''}"
     unit = decode_unit_bytes(type_id, variant)
-    sums = (TILE_ROWS if n_rows == 1 else 160) * 4 * chunks
-    step = n_groups * (2 if (early and chunk == 128) or n_groups % parts else 1)
+    sums = TILE_ROWS * 4 * _round_up(chunks, 4) if n_rows == 1 else 160 * 4 * chunks
+    step = n_groups * (ready + n_late if early else 2 if n_groups % parts else 1)
+    if step % parts:
+        step *= parts
     most_sums = 32768 if n_rows > 1 and max_smem > 2 * SMEM_SMALL else min(16384, max_smem // 14)
     one_row, row = n_warps * n_groups * 1536, -(-k // PIECE) * 2 * PIECE  # x that is converted here, that was before
-    x_smem = one_row
-    if long:  # several rows stay where they are
+    x_smem = one_row if n_rows == 1 else 0  # several rows stay where they are
+    if long:
         x_smem = row if n_rows == 1 else 0
     elif chunk == 256:
-        x_smem = max(one_row if n_rows == 1 else 0, n_rows * (row + 64))
+        x_smem = max(x_smem, n_rows * (row + 64))
     warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
-    rest = x_smem + 32 * chunks + 8 * -(-k // PIECE)
+    rest = x_smem + 32 * chunks + 32 * -(-k // (4 * PIECE))  # sums of squares are read by eights
+    late_bytes = n_late * chunk * 32 * warps
+    rest += late_bytes
     most_sums = min(most_sums, (max_smem - rest - 2 * warps * (unit + 8)) // 2)  # two slots come first
     batch = min(_round_up(tiles, step), max(step, most_sums // sums // step * step))
     rest += 2 * batch * sums
@@ -211,9 +236,10 @@ def _decode_launch(
     ring = warps * depth * unit
     name = f"decode_{kernel_suffix(type_id)}_{variant}"
     factors = ring + x_smem + 2 * batch * sums
+    late = ring + rest - late_bytes
     barriers = ring + rest
     return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
-                  x_smem, factors, barriers, jobs // grid, jobs % grid)  # fmt: skip
+                  x_smem, factors, barriers, jobs // grid, jobs % grid, n_late, late)  # fmt: skip
 
 
 #: variants of decode_<type>_<type>_<variant>, by the names of the types

@@ -33,6 +33,13 @@ DEVICE void load_columns(float (&v)[8], const float* x, int column, int k) {
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
+// The same of columns that begin at `x`; zeros where that is null.
+DEVICE void load_columns_at_once(float (&v)[8], const float* x) {
+    float4 a = {}, b = {};
+    if (x != nullptr) load_twice(a, b, x);
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
 // Adds over the 16 lanes of each unit of a piece.
 DEVICE float unit_sum(float v) {
 #pragma unroll
@@ -40,12 +47,15 @@ DEVICE float unit_sum(float v) {
     return v;
 }
 
-DEVICE float sum_of_squares(const float (&v)[8]) {
+// Of a lane alone.
+DEVICE float lane_squares(const float (&v)[8]) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = __fmaf_rn(v[i], v[i], sum);
-    return unit_sum(sum);
+    return sum;
 }
+
+DEVICE float sum_of_squares(const float (&v)[8]) { return unit_sum(lane_squares(v)); }
 
 DEVICE float sum_of_values(const float (&v)[8]) {
     float sum = 0.0f;

@@ -52,6 +52,30 @@ DEVICE void unit_fragments(const uint8_t* unit, int n, const float (&inverse)[2]
     }
 }
 
+// A result from the sums of its n chunks, kPart floats apart, and their factors, kFactor apart, each times `root`; of
+// kMost chunks the loads are under way at once. Both lie in shared memory, the factors of one row 16-byte aligned.
+template <int kMost, int kPart, int kFactor>
+DEVICE float sum_of_chunks(uint32_t parts, uint32_t factors, float root, int n) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int c0 = 0; c0 < n; c0 += kMost, parts += 4 * kMost * kPart, factors += 4 * kMost * kFactor) {
+        float part[kMost], factor[kMost];
+#pragma unroll
+        for (int c = 0; c < kMost; ++c) {
+            if (c0 + c < n) part[c] = load_shared(parts + 4 * c * kPart);
+            if (kFactor > 1 && c0 + c < n) factor[c] = load_shared(factors + 4 * c * kFactor);
+            if (kFactor == 1 && c % 4 == 0 && c0 + c < n) {
+                const float4 four = load_shared_float4(factors + 4 * c);
+                factor[c] = four.x, factor[c + 1] = four.y, factor[c + 2] = four.z, factor[c + 3] = four.w;
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < kMost; ++c)
+            if (c0 + c < n) sum = __fmaf_rn(part[c], __fmul_rn(factor[c], root), sum);
+    }
+    return sum;
+}
+
 // Most threads of a variant: by the registers that it takes.
 constexpr int most_threads(int blocks, int early) {
     return blocks == 0 || (blocks == 4 && early) ? PRODUCT_FEW_THREADS : PRODUCT_THREADS;

@@ -50,6 +50,41 @@ DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- shared memory by address ---------------------------------------------------------------------------------------
+// The address of an array is found out wherever it is used, which takes several instructions; a number is not.
+
+DEVICE float load_shared(uint32_t at) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+    return v;
+}
+
+// 16-byte aligned.
+DEVICE float4 load_shared_float4(uint32_t at) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+
+DEVICE uint4 load_shared_uint4(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+
+DEVICE void store_shared(uint32_t at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); }
+
+DEVICE void store_shared(uint32_t at, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // ---- barriers in shared memory that copies arrive at --------------------------------------------------------------
 // From sm_90 on one thread starts a copy of any multiple of 16 bytes; before, the whole warp copies.
 
@@ -70,14 +105,18 @@ DEVICE void copy_barrier_fence() {
 #endif
 }
 
-// Starts copying n_bytes (a multiple of 16, addresses 16-byte aligned) for the barrier's current phase. A full warp.
+// Starts copying n_bytes (a multiple of 16, addresses 16-byte aligned) for the barrier's current phase, of what is read
+// once and is the first to leave L2, where all else of a step has room. A full warp.
 DEVICE void copy_to_smem(uint32_t barrier, uint32_t smem, const void* global, uint32_t n_bytes, int lane) {
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
+        uint64_t policy;
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
         asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
-            "l"(global), "r"(n_bytes), "r"(barrier)
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+            "%4;" ::"r"(smem),
+            "l"(global), "r"(n_bytes), "r"(barrier), "l"(policy)
             : "memory");
     }
 #else
@@ -106,6 +145,14 @@ DEVICE void copy_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // ---- loads -------------------------------------------------------------------------------------------------------
+
+// Twice four floats, 16 on; the second load does not wait for the first.
+DEVICE void load_twice(float4& a, float4& b, const float* global) {
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%8];\nld.global.v4.f32 {%4, %5, %6, %7}, [%8 + 64];"
+                 : "=f"(a.x), "=f"(a.y), "=f"(a.z), "=f"(a.w), "=f"(b.x), "=f"(b.y), "=f"(b.z), "=f"(b.w)
+                 : "l"(global)
+                 : "memory");
+}
 
 // Keeps the compiler from moving loads across this point: hoisted above a loop's first products, they take more
 // registers than there are.
