@@ -27,6 +27,7 @@
 #include "common/activations.cuh"
 #include "common/glu.cuh"
 #include "common/decode_unit.cuh"
+#include "matmul_shapes.cuh"
 #include "params/matmul_params.h"
 
 constexpr int kChunkPieces = 4;     // that a chunk has at most
@@ -514,10 +515,6 @@ DEVICE void decode(const DecodeParams& p, int block) {
         set = set == 0 ? p.batch * tile_bytes : 0;
     }
 }
-
-// Row tiles that 128e decodes early: what registers there are for.
-template <class Q>
-constexpr int kEarlyTiles = Q::kHasMin || Q::kLowBits == 8 || kRowScaled<Q> ? 1 : 2;
 
 #define DEFINE_VARIANT(Type, name, blocks, early, suffix)                        \
     extern "C" __global__ void __launch_bounds__(most_threads(blocks, early), 1) \

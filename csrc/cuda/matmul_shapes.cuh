@@ -4,6 +4,10 @@
 
 #include "quant/types.cuh"
 
+// Row tiles of a warp that decode_<type>_128e decodes into registers before its input is there: what there are for.
+template <class Q>
+constexpr int kEarlyTiles = Q::kHasMin || Q::kLowBits == 8 || kRowScaled<Q> ? 1 : 2;
+
 // One decode kernel: how a warp's ring is cut (worker_orcd/cuda/layout.py, matvec_shape).
 template <class Q, int kTiles>
 struct MatvecShape {

@@ -73,6 +73,8 @@ def test_repacked_weights_are_the_files_weights(lib, type_id, n_out, k):
 @pytest.mark.parametrize("type_id", TYPES, ids=NAMES)
 def test_launch_sizes_match_the_kernels(lib, type_id):
     suffix, out = layout.kernel_suffix(type_id), (ctypes.c_int * 4)()
+    if layout.tile_k(type_id) == 64 and quants.TYPES[type_id].name not in ("F32", "F16", "BF16"):
+        assert getattr(lib, f"early_tiles_{suffix}")() == layout.early_tiles(type_id)
     for tiles in layout.MATVEC_TILES:
         getattr(lib, f"matvec_{suffix}")(tiles, out)
         shape = layout.matvec_shape(type_id, tiles)

@@ -76,6 +76,12 @@ extern "C" {
     void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); }           \
     void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }
 FOR_EACH_TYPE(DEFINE)
+#define DEFINE_EARLY(Type, name) \
+    int early_tiles_##name() { return kEarlyTiles<Type>; }
+Q4_0_TYPES(DEFINE_EARLY)
+Q5_0_TYPES(DEFINE_EARLY)
+Q8_0_TYPES(DEFINE_EARLY)
+MXFP4_TYPES(DEFINE_EARLY)
 int x_slot_of(int k) { return x_slot(k); }
 int next_stage_of(int stage, int chunk_stages, int n_warps) { return next_stage(stage, chunk_stages, n_warps); }
 int chunk_columns_of(int k) { return chunk_columns(k); }

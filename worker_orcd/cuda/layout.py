@@ -131,7 +131,7 @@ class Launch:
 
 
 def early_tiles(type_id: int) -> int:
-    """Row tiles of a warp that decode_<type>_128e has in registers before its input is there (`kEarlyTiles`)."""
+    """Row tiles of a warp that decode_<type>_128e has in registers before its input is there."""
     return 2 if quants.TYPES[type_id].name in ("Q4_0", "Q5_0") else 1
 
 
