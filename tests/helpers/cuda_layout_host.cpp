@@ -59,11 +59,20 @@ static void matmul_numbers(int* out) {
     out[0] = S::kStages, out[1] = S::kSlots, out[2] = S::bytes(S::kStages), out[3] = S::kRows;
 }
 
+template <class Q>
+static int early_tiles() {
+    if constexpr (kDense<Q>)
+        return 0;
+    else
+        return kEarlyTiles<Q>;
+}
+
 extern "C" {
 #define DEFINE(Type, name)                                                                                         \
     int tile_k_##name() { return Type::kTileK; }                                                                   \
     int packed_tile_bytes_##name() { return Type::kPackedTileBytes; }                                              \
     int row_scaled_##name() { return kRowScaled<Type>; }                                                           \
+    int early_tiles_##name() { return early_tiles<Type>(); }                                                       \
     void matvec_##name(int tiles, int* out) {                                                                      \
         if (tiles == 1) matvec_numbers<MatvecShape<Type, 1>>(out);                                                 \
         if (tiles == 2) matvec_numbers<MatvecShape<Type, 2>>(out);                                                 \
@@ -76,12 +85,6 @@ extern "C" {
     void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); }           \
     void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }
 FOR_EACH_TYPE(DEFINE)
-#define DEFINE_EARLY(Type, name) \
-    int early_tiles_##name() { return kEarlyTiles<Type>; }
-Q4_0_TYPES(DEFINE_EARLY)
-Q5_0_TYPES(DEFINE_EARLY)
-Q8_0_TYPES(DEFINE_EARLY)
-MXFP4_TYPES(DEFINE_EARLY)
 int x_slot_of(int k) { return x_slot(k); }
 int next_stage_of(int stage, int chunk_stages, int n_warps) { return next_stage(stage, chunk_stages, n_warps); }
 int chunk_columns_of(int k) { return chunk_columns(k); }

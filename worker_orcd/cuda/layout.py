@@ -132,7 +132,7 @@ class Launch:
 
 def early_tiles(type_id: int) -> int:
     """Row tiles of a warp that decode_<type>_128e has in registers before its input is there."""
-    return 2 if quants.TYPES[type_id].name in ("Q4_0", "Q5_0") else 1
+    return 1 if quants.TYPES[type_id].name in ("Q4_1", "Q5_1", "Q8_0", "MXFP4") else 2
 
 
 def decode_unit_bytes(type_id: int, variant: str) -> int:
