@@ -4,8 +4,8 @@
 // decode_<type>_<variant>(DecodeParams). Variants 128, 256: K is cut into chunks of as many columns (chunk_columns), at
 // most one for each warp; `long`: any number of chunks. A warp has its chunk of x in registers (128, 256) or reads it
 // from shared memory (256e, and one row of `long`) or L1. With an `e` weights are decoded before the wait for the
-// kernel before: those of a warp's first n_late row tiles into shared memory, of the next two (128e; of some types, and
-// in 256e, the next) into registers. 256e has no others.
+// kernel before: those of a warp's first n_staged row tiles into shared memory, of the next two (128e; of some types,
+// and in 256e, the next) into registers. 256e has no others.
 //
 // decode_<type>_<type>_<variant>(DecodePairParams): products of one input with matrices of two types, as of q and k
 // with v: the first blocks are those of one launch, the rest those of another.
@@ -80,7 +80,7 @@ DEVICE float row_sum(uint32_t units, int n) {
 template <class Q, class S>
 DEVICE void decode(const DecodeParams& p, int block) {
     constexpr bool kRowsInSmem = S::kBlocks == 8;
-    // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, sums of squares, late fragments, barriers
+    // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, sums of squares, staged fragments, barriers
     extern __shared__ __align__(128) uint8_t smem[];
     pdl_launch_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
@@ -174,13 +174,13 @@ DEVICE void decode(const DecodeParams& p, int block) {
 
     // Of the weights that are decoded before the wait those of the first row tiles go to shared memory, [row tile]
     // [block][half][lane] of 16 bytes.
-    const uint32_t late_at = smem_at + p.late + warp * p.n_late * S::kBlocks * 1024 + 16 * lane;
+    const uint32_t staged_at = smem_at + p.staged + warp * p.n_staged * S::kBlocks * 1024 + 16 * lane;
     if constexpr (S::kEarly) {
 #pragma unroll 1
-        for (int e = 0; e < p.n_late; ++e) {
+        for (int e = 0; e < p.n_staged; ++e) {
             const int tile = group + e * p.n_groups;
             if (tile >= n_tiles) break;
-            const uint32_t to = late_at + e * S::kBlocks * 1024;
+            const uint32_t to = staged_at + e * S::kBlocks * 1024;
             float inverse[2];
             load_inverse(inverse, tile);
 #pragma unroll
@@ -203,7 +203,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
     if constexpr (S::kEarly) {
 #pragma unroll
         for (int e = 0; e < S::kEarlyTiles; ++e) {
-            const int tile = group + (p.n_late + e) * p.n_groups;
+            const int tile = group + (p.n_staged + e) * p.n_groups;
             float inverse[2];
             load_inverse(inverse, tile);
 #pragma unroll
@@ -245,10 +245,10 @@ DEVICE void decode(const DecodeParams& p, int block) {
     if (one_row) {  // what stands for chunks and for units of columns that do not exist
         const int n_pads = n_padded - n_chunks;
         for (int i = threadIdx.x; i < 2 * p.batch * n_pads * kTileRows; i += blockDim.x) {
-            const int chunk_of = i / kTileRows, tile_of = chunk_of / n_pads;
-            store_shared(sets_at + tile_of * tile_bytes + (n_chunks + chunk_of - tile_of * n_pads) * chunk_bytes +
-                             4 * (i % kTileRows),
-                         -0.0f);
+            const int pad = i / kTileRows, tile = pad / n_pads;
+            store_shared(
+                sets_at + tile * tile_bytes + (n_chunks + pad - tile * n_pads) * chunk_bytes + 4 * (i % kTileRows),
+                -0.0f);
         }
         const int n_units = S::kBlocks ? n_chunks * (S::kBlocks / 4) : 2 * ((p.k + kPieceColumns - 1) / kPieceColumns);
         if (threadIdx.x < n_pads) store_shared(factors_at + 4 * (n_chunks + threadIdx.x), 0.0f);
@@ -427,7 +427,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
     if constexpr (S::kEarly) {  // they are of the first batch
 #pragma unroll
         for (int e = 0; e < S::kEarlyTiles; ++e) {
-            const int tile = group + (p.n_late + e) * p.n_groups;
+            const int tile = group + (p.n_staged + e) * p.n_groups;
             if (tile >= n_tiles) break;
             float acc[4] = {};
 #pragma unroll
@@ -442,7 +442,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
             store_sums(acc, tile, chunk0);
         }
 #pragma unroll 1
-        for (int e = 0; e < p.n_late; ++e) {
+        for (int e = 0; e < p.n_staged; ++e) {
             const int tile = group + e * p.n_groups;
             if (tile >= n_tiles) break;
             float acc[4] = {};
@@ -451,7 +451,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
                 uint32_t a[8];
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const uint4 v = load_shared_uint4(late_at + ((e * S::kBlocks + b) * 2 + j) * 512);
+                    const uint4 v = load_shared_uint4(staged_at + ((e * S::kBlocks + b) * 2 + j) * 512);
                     a[4 * j] = v.x, a[4 * j + 1] = v.y, a[4 * j + 2] = v.z, a[4 * j + 3] = v.w;
                 }
                 multiply(acc, a, S::kKeepX ? x[S::kKeepX ? b : 0] : x_of(b));
@@ -464,7 +464,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
     for (int tile0 = 0; tile0 < n_tiles; tile0 += p.batch) {
         const int n_here = S::kEarlyOnly ? n_tiles : min(p.batch, n_tiles - tile0);
         int tile = tile0 + group;
-        if (S::kEarly && tile0 == 0) tile += (S::kEarlyTiles + p.n_late) * p.n_groups;
+        if (S::kEarly && tile0 == 0) tile += (S::kEarlyTiles + p.n_staged) * p.n_groups;
         if constexpr (!S::kEarlyOnly) {
             float inverse[2];
             load_inverse(inverse, tile);

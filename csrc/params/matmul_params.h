@@ -57,14 +57,14 @@ typedef struct {
     int32_t n_rows;
     int32_t n_warps;
     int32_t n_groups;
-    int32_t n_late;  // row tiles of a warp that are decoded into shared memory before the wait, of 128e and 256e
-    int32_t depth;   // slots of a warp's ring of weights
+    int32_t n_staged;  // row tiles of a warp that are decoded into shared memory before the wait, of 128e and 256e
+    int32_t depth;     // slots of a warp's ring of weights
     int32_t batch;  // row tiles (of both matrices) whose sums are added up at once: a multiple of n_groups (128e, 256e:
                     // of the tiles that are decoded before the wait) and, with PRODUCT_GLU, of 2
     int32_t ring_bytes;  // shared memory: the rings come first,
     int32_t x_smem;      // then x, then sums of chunks;
     int32_t factors;     // where the factors begin,
-    int32_t late;        // the fragments of n_late row tiles of every warp, 1,024 bytes for each 32 columns,
+    int32_t staged;      // the fragments of n_staged row tiles of every warp, 1,024 bytes for each 32 columns,
     int32_t barriers;    // and the barriers
     int32_t mode;        // PRODUCT_*
     int32_t glu;         // GLU_* of pointwise_params.h

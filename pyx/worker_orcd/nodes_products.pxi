@@ -34,8 +34,8 @@ cdef class Bound:
 
     cdef Kernel kernel
     cdef unsigned int gx, gy, block, smem
-    cdef int32_t ring_bytes, n_warps, n_groups, depth, batch, x_smem, factors, late, barriers, block_tiles, more_tiles
-    cdef int32_t n_late
+    cdef int32_t ring_bytes, n_warps, n_groups, depth, batch, x_smem, factors, staged, barriers, block_tiles, more_tiles
+    cdef int32_t n_staged
 
     def __init__(self, Kernel kernel, launch):
         self.kernel, self.block, self.smem = kernel, launch.block, launch.smem
@@ -43,7 +43,7 @@ cdef class Bound:
         self.ring_bytes, self.n_warps, self.n_groups = launch.ring_bytes, launch.n_warps, launch.n_groups
         self.depth, self.batch, self.x_smem = launch.depth, launch.batch, launch.x_smem
         self.factors, self.barriers = launch.factors, launch.barriers
-        self.n_late, self.late = launch.n_late, launch.late
+        self.n_staged, self.staged = launch.n_staged, launch.staged
         self.block_tiles, self.more_tiles = launch.block_tiles, launch.more_tiles
 
     cdef int enqueue(self, LaunchList launches, const void* params, size_t nbytes) except -1:
@@ -89,7 +89,7 @@ cdef class DecodeProduct:
 
     def __init__(self, dict fields, bint inline, list bounds):
         c.fill_DecodeParams(&self.p, fields, ("n_rows", "n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem",
-                                              "factors", "n_late", "late", "barriers", "block_tiles", "more_tiles"))
+                                              "factors", "n_staged", "staged", "barriers", "block_tiles", "more_tiles"))
         self.inline, self.bounds = inline, [None, *bounds]
 
     cdef int fill(self, c.DecodeParams* p, Bound bound, int n) except -1:
@@ -99,7 +99,7 @@ cdef class DecodeProduct:
             p.x = p.norm_weight = NULL
         p.n_rows, p.n_warps, p.n_groups, p.depth, p.batch = n, bound.n_warps, bound.n_groups, bound.depth, bound.batch
         p.ring_bytes, p.x_smem, p.factors, p.barriers = bound.ring_bytes, bound.x_smem, bound.factors, bound.barriers
-        p.n_late, p.late = bound.n_late, bound.late
+        p.n_staged, p.staged = bound.n_staged, bound.staged
         p.block_tiles, p.more_tiles = bound.block_tiles, bound.more_tiles
         return 0
 

@@ -200,9 +200,9 @@ def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads)
     most_tiles = (launch.block_tiles + (launch.more_tiles > 0)) * pairs
 
     # Those that are decoded before the wait are of the first batch, as many as there are.
-    early = launch.n_late + (layout.early_tiles(type_id) if variant == "128e" else 1)
+    early = launch.n_staged + (layout.early_tiles(type_id) if variant == "128e" else 1)
     assert launch.batch >= 1 and launch.batch % (early * launch.n_groups) == 0 and launch.batch % pairs == 0
-    assert launch.n_late >= 0 and (variant.endswith("e") or launch.n_late == 0)
+    assert launch.n_staged >= 0 and (variant.endswith("e") or launch.n_staged == 0)
     if variant == "256e":  # a warp has no others, and there is one batch
         assert most_tiles <= early * launch.n_groups and most_tiles <= launch.batch
 
@@ -216,9 +216,9 @@ def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads)
     assert launch.x_smem % 16 == 0 and launch.x_smem >= x
     sums = 4 * 16 * -(-chunks // 4) * 4 if n_rows == 1 else 4 * chunks * 8 * 20
     assert launch.factors == launch.ring_bytes + launch.x_smem + 2 * launch.batch * sums
-    squares, late = 4 * 8 * -(-k // 1024), warps * launch.n_late * chunk * 16 * 2
-    assert launch.factors % 16 == launch.late % 16 == launch.barriers % 8 == 0
-    assert launch.late >= launch.factors + 4 * 8 * chunks + squares and launch.barriers >= launch.late + late
+    squares, staged = 4 * 8 * -(-k // 1024), warps * launch.n_staged * chunk * 16 * 2
+    assert launch.factors % 16 == launch.staged % 16 == launch.barriers % 8 == 0
+    assert launch.staged >= launch.factors + 4 * 8 * chunks + squares and launch.barriers >= launch.staged + staged
     assert launch.barriers + 8 * warps * launch.depth <= launch.smem <= max_smem
 
 

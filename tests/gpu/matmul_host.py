@@ -103,7 +103,7 @@ class Decode:
                 "norm_weight": norm[1] if norm and inline else None, "eps": norm[3] if norm else 0.0,
                 "inverse_k": layout.inverse(m.k),
             }  # fmt: skip
-            told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem", "factors", "n_late", "late",
+            told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem", "factors", "n_staged", "staged",
                     "barriers", "block_tiles", "more_tiles")  # fmt: skip
             self.launches = []
             for i, (a, out) in enumerate(zip(matrices, outs, strict=True)):

@@ -255,7 +255,7 @@ def test_a_row_has_the_same_bits_in_every_kernel(gpu, type_id, norm):
 
         ways = [{}, {"inline": False}, {"early": False}, {"early": False, "grid": 1}, {"early": False, "depth": 1},
                 {"early": False, "grid": 2, "n_groups": 1}, {"early": True, "grid": 2},
-                {"early": True, "grid": 1, "n_groups": 1, "n_late": 2, "depth": 1},
+                {"early": True, "grid": 1, "n_groups": 1, "n_staged": 2, "depth": 1},
                 {"max_smem": layout.SMEM_SMALL}]  # fmt: skip
         for row in (0, 3, 69):
             for how in ways:
@@ -283,7 +283,7 @@ def test_gated_products(gpu, type_id, kind):
                    out_stride=n_out, n=n_out, kind=kind)  # fmt: skip
         gpu.launch(gpu.kernel("pointwise", "glu"), (1, n_rows), 256, p)
         for how in ({}, {"early": False}, {"early": False, "grid": 1}, {"early": False, "n_groups": 1},
-                    {"early": True, "grid": 2}, {"early": True, "grid": 3, "n_groups": 1, "n_late": 1}):  # fmt: skip
+                    {"early": True, "grid": 2}, {"early": True, "grid": 3, "n_groups": 1, "n_staged": 1}):  # fmt: skip
             out, untouched = gpu.empty((n_rows, n_out)), gpu.empty((n_rows, n_out))
             outs = [out, untouched]
             Decode(gpu, made, x, outs, n_rows, biases=biases, norm=before, mode="glu", glu=kind, **how).run()

@@ -32,7 +32,7 @@ DECODE_WARPS, DECODE_FEW_WARPS = 19, 16
 #: x waiting. Where they are decoded early, all of them are on the way long before x is there.
 DECODE_RING_BYTES, DECODE_EARLY_RING_BYTES = 60 * 1024, 96 * 1024
 #: most row tiles of a warp that decode_*_128e, decode_*_256e decode into shared memory, beside those in registers
-MOST_LATE, MOST_LATE_256 = 3, 1
+MOST_STAGED, MOST_STAGED_256 = 3, 1
 
 
 def _round_up(n: int, to: int) -> int:
@@ -126,8 +126,8 @@ class Launch:
     barriers: int = 0
     block_tiles: int = 0
     more_tiles: int = 0
-    n_late: int = 0
-    late: int = 0
+    n_staged: int = 0
+    staged: int = 0
 
 
 def early_tiles(type_id: int) -> int:
@@ -156,8 +156,8 @@ def decode_launch(
         n_sm: multiprocessors of the GPU.
         glu: there are two matrices, gate and up of PRODUCT_GLU.
         max_smem: dynamic shared memory bytes that a block may have.
-        how: `grid`, `n_groups`, `depth`, `early` or `n_late` in the place of what is chosen here. Results do not depend
-            on them.
+        how: `grid`, `n_groups`, `depth`, `early` or `n_staged` in the place of what is chosen here. Results do not
+            depend on them.
 
     Raises:
         ValueError: no block of the kernel has so little shared memory.
@@ -166,9 +166,9 @@ def decode_launch(
     most = -(-chunks // -(-chunks // DECODE_FEW_WARPS))
     # What is best, then what takes less shared memory: no weights decoded into it, one group of warps, then `long` with
     # ever fewer warps, then rings of one slot.
-    long, one = chunk_columns(k) > 256 or chunks > DECODE_WARPS, {"n_late": 0, **how, "n_groups": 1}
+    long, one = chunk_columns(k) > 256 or chunks > DECODE_WARPS, {"n_staged": 0, **how, "n_groups": 1}
     tries = [(True, n, choice) for choice in (one, {**one, "depth": 1}) for n in range(most, 0, -1)]
-    tries = [(long, most if long else chunks, choice) for choice in (how, {"n_late": 0, **how}, one)] + tries
+    tries = [(long, most if long else chunks, choice) for choice in (how, {"n_staged": 0, **how}, one)] + tries
     for long, n_warps, choice in tries:
         launch = _decode_launch(type_id, k, n_out, n_rows, long, n_warps, n_sm, glu, max_smem, choice)
         if launch.smem <= max_smem:
@@ -201,17 +201,18 @@ def _decode_launch(
     early = bool(can_early and how.get("early", small))
     ready = early_tiles(type_id) if chunk == 128 else 1
     warp_tiles = -(-(-(-jobs // grid) * parts) // n_groups)
-    n_late = min(how.get("n_late", MOST_LATE if chunk == 128 else MOST_LATE_256), max(0, warp_tiles - ready))
+    most_staged = how.get("n_staged", MOST_STAGED if chunk == 128 else MOST_STAGED_256)
+    n_staged = min(most_staged, max(0, warp_tiles - ready))
     if chunk == 256:  # no other row tiles
-        early &= warp_tiles <= 1 + n_late
+        early &= warp_tiles <= 1 + n_staged
     if not early:
         n_groups, _, grid = share(DECODE_FEW_WARPS if long else DECODE_WARPS)
-        n_late = 0
+        n_staged = 0
     tiles = -(-jobs // grid) * parts
     variant = "long" if long else f"{chunk}{'e' if early else ''}"
     unit = decode_unit_bytes(type_id, variant)
     sums = TILE_ROWS * 4 * _round_up(chunks, 4) if n_rows == 1 else 160 * 4 * chunks
-    step = n_groups * (ready + n_late if early else 2 if n_groups % parts else 1)
+    step = n_groups * (ready + n_staged if early else 2 if n_groups % parts else 1)
     if step % parts:
         step *= parts
     most_sums = 32768 if n_rows > 1 and max_smem > 2 * SMEM_SMALL else min(16384, max_smem // 14)
@@ -223,8 +224,8 @@ def _decode_launch(
         x_smem = max(x_smem, n_rows * (row + 64))
     warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
     rest = x_smem + 32 * chunks + 32 * -(-k // (4 * PIECE))  # sums of squares are read by eights
-    late_bytes = n_late * chunk * 32 * warps
-    rest += late_bytes
+    staged_bytes = n_staged * chunk * 32 * warps
+    rest += staged_bytes
     most_sums = min(most_sums, (max_smem - rest - 2 * warps * (unit + 8)) // 2)  # two slots come first
     batch = min(_round_up(tiles, step), max(step, most_sums // sums // step * step))
     rest += 2 * batch * sums
@@ -236,10 +237,10 @@ def _decode_launch(
     ring = warps * depth * unit
     name = f"decode_{kernel_suffix(type_id)}_{variant}"
     factors = ring + x_smem + 2 * batch * sums
-    late = ring + rest - late_bytes
+    staged = ring + rest - staged_bytes
     barriers = ring + rest
     return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
-                  x_smem, factors, barriers, jobs // grid, jobs % grid, n_late, late)  # fmt: skip
+                  x_smem, factors, barriers, jobs // grid, jobs % grid, n_staged, staged)  # fmt: skip
 
 
 #: variants of decode_<type>_<type>_<variant>, by the names of the types
