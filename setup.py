@@ -139,7 +139,9 @@ class BuildExt(build_ext):
         for ext, made in zip(self.extensions, built, strict=True):
             name = ext.name.rpartition(".")[2]
             wanted = [(Path(made.sources[0]).resolve(), name, self.module_flags(ext))]
-            wanted += [(c, f"cpu-{c.stem}", self.flags() + ISA_FLAGS.get(isa_of(c), [])) for c in ext.cpp_sources]
+            for c in ext.cpp_sources:
+                is_kernels = c.stem.startswith("kernels_")
+                wanted.append((c, f"cpu-{c.stem}", self.flags(not is_kernels) + ISA_FLAGS.get(isa_of(c), [])))
             objects[name] = [self.object_dir / f"{stem}.o" for _, stem, _ in wanted]
             for source, stem, flags in wanted:
                 jobs.setdefault(self.object_dir / f"{stem}.o", (source, flags))
@@ -191,8 +193,13 @@ class BuildExt(build_ext):
         if any(faults):  # all of them at once: each rebuild costs minutes
             raise build_cuda.BuildError("\n".join(str(f) for f in faults if f))
 
-    def flags(self) -> list[str]:
-        """Options of all C++: optimized, hidden symbols, no instruction set beyond baseline x86-64."""
+    def flags(self, instrumented: bool = True) -> list[str]:
+        """Options of all C++: optimized, hidden symbols, no instruction set beyond baseline x86-64.
+
+        Args:
+            instrumented: with the sanitizers of `WORKER_ORCD_SANITIZE`. The CPU's kernels are not: what is between
+                their vector instructions takes the compiler minutes a file.
+        """
         out = [
             "-std=c++17",
             "-fPIC",
@@ -204,7 +211,8 @@ class BuildExt(build_ext):
             f"-I{ROOT / 'csrc'}",
         ]
         if SANITIZE:
-            return [*out, "-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+            checks = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if instrumented else []
+            return [*out, "-O1", "-g", "-fno-omit-frame-pointer", *checks]
         return [*out, "-O3", "-g0"]
 
     def module_flags(self, ext: Extension) -> list[str]:

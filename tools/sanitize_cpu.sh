@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sanitize_cpu.sh [pytest options]: hostile files, the token ring, the way of tokens to clients and the driver layer (on
-# its stand-in) against extensions built with AddressSanitizer and UBSan. Any report ends the process that made it, and
-# so the run. Leaks are not looked for (the interpreter's own drown ours), and memory is not measured (the sanitizer
-# takes its own).
+# its stand-in) against extensions built with AddressSanitizer and UBSan (the CPU's kernels without). Any report ends the
+# process that made it, and so the run. Leaks are not looked for (the interpreter's own drown ours), and memory is not
+# measured (the sanitizer takes its own).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 site=build/sanitize/site
