@@ -105,7 +105,7 @@ class GluRows:
 class DecodeProduct:
     """A launch of decode_*, for 1 to 8 rows."""
 
-    def __init__(self, fields: dict[str, Any], bounds: list[Bound]) -> None: ...
+    def __init__(self, fields: dict[str, Any], inline: bool, bounds: list[Bound]) -> None: ...
 
 class DecodePair:
     """Two products of one input in one launch."""
@@ -121,6 +121,7 @@ class MatMulNode(Node):
         self,
         name: str,
         conversion: Conversion | None,
+        inline: bool,
         decode: list[DecodeProduct],
         matvec: dict[str, Any],
         matvecs: list[Bound],
@@ -129,9 +130,6 @@ class MatMulNode(Node):
         outputs: bool,
         glu: GluRows | None = None,
     ) -> None: ...
-    def convert(self, inline: list[bool]) -> None:
-        """Few decode rows are converted by their products where `inline` says so."""
-
     def join(self, after: MatMulNode, pair: DecodePair) -> None: ...
 
 class RouteNode(Node):

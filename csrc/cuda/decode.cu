@@ -10,9 +10,9 @@
 // decode_<type>_<type>_<variant>(DecodePairParams): products of one input with matrices of two types, as of q and k
 // with v: the first blocks are those of one launch, the rest those of another.
 //
-// Rows of float32 x are converted here, with the RMS norm before them, by each warp for its own chunk; 256e and `long`
-// do so with one row only, and take several converted (convert.cu), as the others can. The bits are the same
-// (common/activations.cuh), as they are in all products (common/mma_tile.cuh).
+// One row of float32 x is converted here, with the RMS norm before it, by each warp for its own chunk; several rows
+// come converted (convert.cu). The bits are the same (common/activations.cuh), as they are in all products
+// (common/mma_tile.cuh).
 //
 // A block has neighbouring row tiles of 16 outputs; with PRODUCT_GLU those of both matrices in turn. Each warp streams
 // its chunks of its group's row tiles through a ring of its own in shared memory, filled before the wait, and
@@ -23,7 +23,7 @@
 // multiprocessor has a few warps then, and each instruction takes some five cycles. So they are few, everything that
 // can be known before is, and shared memory is addressed by numbers that need no finding out.
 //
-// Bytes: each weight once from memory; x (4 k bytes a row, converted 2 k) once per block from L2.
+// Bytes: each weight once from memory; x (4 k bytes, or 2 k a row) once per block from L2.
 #include "common/activations.cuh"
 #include "common/glu.cuh"
 #include "common/decode_unit.cuh"
@@ -31,7 +31,7 @@
 #include "params/matmul_params.h"
 
 constexpr int kChunkPieces = 4;     // that a chunk has at most
-constexpr int kWeightBytes = 1024;  // of a warp's norm weights in shared memory
+constexpr int kWarpX = 512 + 1024;  // shared memory of a warp's converted chunk and its norm weights
 
 // `sum_of_chunks` of one row whose chunks are followed by sums of -0 and factors of 0 up to a multiple of four: those
 // change nothing, and no chunk is asked whether it exists.
@@ -133,19 +133,14 @@ DEVICE void decode(const DecodeParams& p, int block) {
     // Columns of x that this lane converts: of its warp's chunk, one piece or half of one.
     const auto first_column = [&] { return chunk0 * chunk + 32 * g + 4 * t; };
     const int column_end = S::kBlocks == 4 && lane >= 16 ? 0 : p.k;
-    // Several rows may be converted here, too; what is decoded early by 256e leaves no registers for it.
-    constexpr bool kConvertsRows = S::kBlocks > 0 && !S::kEarlyOnly;
-    // A warp's part of x: the rows of its chunk, kXRow apart, and the norm's weights of the chunk.
-    constexpr int kXRow = S::kBlocks * 128 + 64;  // as float32, then converted in place; no bank conflicts
-    const uint32_t x_smem_at = smem_at + p.ring_bytes + (S::kBlocks ? warp * p.warp_x : 0);
-    const uint32_t own_at = x_smem_at + 16 * lane;  // where the lane's converted columns go
-    const uint32_t weights_at = own_at + p.warp_x - kWeightBytes;
-    const int n_bytes = first_column() < column_end ? 16 : 0;  // of four columns: zeros where there are none
+    const uint32_t x_smem_at = smem_at + p.ring_bytes + (S::kBlocks ? warp * kWarpX : 0);
+    const uint32_t own_at = x_smem_at + 16 * lane;  // where they go; behind them the norm's weights for them
     const auto load_norm_weights = [&] {
-        if (S::kBlocks > 0 && p.norm_weight != nullptr) {
-            const float* const from = p.norm_weight + (n_bytes ? first_column() : 0);
-            cp_async_16_zfill(weights_at, from, n_bytes);
-            cp_async_16_zfill(weights_at + 512, from + 16, n_bytes);
+        if (S::kBlocks > 0 && p.norm_weight != nullptr) {  // zeros where there are no columns
+            const int column = first_column(), n_bytes = column < column_end ? 16 : 0;
+            const float* const from = p.norm_weight + (n_bytes ? column : 0);
+            cp_async_16_zfill(own_at + 512, from, n_bytes);
+            cp_async_16_zfill(own_at + 1024, from + 16, n_bytes);
         }
         cp_async_commit();
     };
@@ -238,8 +233,6 @@ DEVICE void decode(const DecodeParams& p, int block) {
     if constexpr (S::kEarly) load_norm_weights();
     const bool has_norm = p.norm_weight != nullptr, one_row = p.n_rows == 1, converts = p.x != nullptr;
     const uint32_t factors_at = smem_at + p.factors, squares_at = factors_at + 32 * n_chunks;
-    const int row_squares =
-        (p.k + 8 * kUnitColumns - 1) / (8 * kUnitColumns) * 32;  // bytes of the sums of a row's units
 
     // Sums of a batch in shared memory, [row tile][chunk][output], with several rows [row tile][chunk][8][kPartialRow]:
     // two sets of them take turns, so that one barrier a batch suffices.
@@ -257,12 +250,9 @@ DEVICE void decode(const DecodeParams& p, int block) {
                 sets_at + tile * tile_bytes + (n_chunks + pad - tile * n_pads) * chunk_bytes + 4 * (i % kTileRows),
                 -0.0f);
         }
-        if (threadIdx.x < n_pads) store_shared(factors_at + 4 * (n_chunks + threadIdx.x), 0.0f);
-    }
-    if (converts && has_norm) {
         const int n_units = S::kBlocks ? n_chunks * (S::kBlocks / 4) : 2 * ((p.k + kPieceColumns - 1) / kPieceColumns);
-        for (int i = threadIdx.x; i < 8 * p.n_rows; i += blockDim.x)
-            if (i % 8 < (-n_units & 7)) store_shared(squares_at + i / 8 * row_squares + 4 * (n_units + i % 8), 0.0f);
+        if (threadIdx.x < n_pads) store_shared(factors_at + 4 * (n_chunks + threadIdx.x), 0.0f);
+        if (threadIdx.x < (-n_units & 7)) store_shared(squares_at + 4 * (n_units + threadIdx.x), 0.0f);
     }
     // Result `item` of a batch: of one row output item % 16 of tile item / 16, those of the second matrix 16 lanes
     // above those of the first; of several rows output item % 16 of row item / 16 % 8 of row tile item / 128, of both
@@ -285,7 +275,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
     }
     const float* const before_at =
         p.mode == PRODUCT_ADD && has_first ? p.out + row_of(threadIdx.x) * p.out_stride + first_output : nullptr;
-    const float* const x_from = n_bytes ? p.x + first_column() : nullptr;
+    const float* const x_from = first_column() < column_end ? p.x + first_column() : nullptr;
     cp_async_wait<0>();
     pdl_wait();
 
@@ -295,51 +285,13 @@ DEVICE void decode(const DecodeParams& p, int block) {
     uint32_t fragments_at = S::kBlocks ? own_at - 16 * (lane - t) : x_smem_at + 16 * t;
     const uint8_t* x_at = nullptr;
     float square = 0.0f;  // of the columns that this lane converted
-    if (kConvertsRows && converts && !one_row) {
-        constexpr int kRowsAtOnce = S::kEarly ? 1 : 2;  // by the registers that there are
-        // All rows are on their way at once; then each gives up its place to what it becomes.
-        const float* const from = n_bytes ? x_from : p.x;
-        for (int r = 0; r < p.n_rows; ++r) {
-            const uint32_t to = x_smem_at + r * kXRow + 128 * g + 16 * t;
-            if (S::kBlocks == 4 && lane >= 16) break;
-            cp_async_16_zfill(to, from + r * p.x_stride, n_bytes);
-            cp_async_16_zfill(to + 64, from + r * p.x_stride + 16, n_bytes);
-        }
-        cp_async_commit();
-        if (before_at != nullptr) first_before = __ldcg(before_at);
-        cp_async_wait<0>();
-#pragma unroll kRowsAtOnce
-        for (int r = 0; r < p.n_rows; ++r) {
-            float v[8] = {};
-            if (S::kBlocks == 8 || lane < 16) {
-                const uint32_t at = x_smem_at + r * kXRow + 128 * g + 16 * t;
-                const float4 a = load_shared_float4(at), b = load_shared_float4(at + 64);
-                v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-            }
-            if (has_norm) {
-                const float4 a = load_shared_float4(weights_at), b = load_shared_float4(weights_at + 512);
-                const float weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-                const float sum = unit_sum(lane_squares(v));
-                if (group == 0 && lane % 16 == 0 && lane < 4 * S::kBlocks)
-                    store_shared(squares_at + r * row_squares + 4 * (chunk0 * (S::kBlocks / 4) + lane / 16), sum);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], weights[i]);
-            }
-            const float scale = chunk_scale(largest_bits(v));
-            __syncwarp();  // nobody reads the row as float32 any more
-            if (lane < 4 * S::kBlocks) store_shared(own_at + r * kXRow, pack_columns(v, scale));
-            if (group == 0 && lane == 0) store_shared(factors_at + 4 * (8 * chunk0 + r), scale);
-        }
-        __syncwarp();
-        // Columns of rows that do not exist are those of the last one and dropped: they touch no other column.
-        fragments_at += min(g, p.n_rows - 1) * kXRow;
-    } else if (converts) {
+    if (converts) {
         if constexpr (S::kBlocks > 0) {
             float v[8];
             load_columns_at_once(v, x_from);
             if (before_at != nullptr) first_before = __ldcg(before_at);
             if (has_norm) {
-                const float4 a = load_shared_float4(weights_at), b = load_shared_float4(weights_at + 512);
+                const float4 a = load_shared_float4(own_at + 512), b = load_shared_float4(own_at + 1024);
                 const float weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
                 square = lane_squares(v);
 #pragma unroll
@@ -423,13 +375,9 @@ DEVICE void decode(const DecodeParams& p, int block) {
     };
     // Results of a batch of row tiles from its sums.
     constexpr int kMost = S::kEarlyOnly ? 20 : S::kBlocks == 8 ? 4 : 8;  // chunks whose sums are read at once
-    float own_root = 1.0f;                                               // of the row of the thread's first result
-    const auto root_of = [&](int row) {
-        if (!has_norm || !converts || (!kConvertsRows && !one_row)) return 1.0f;
-        return norm_factor(row_sum<S::kBlocks == 4>(squares_at + row * row_squares, p.k), p.inverse_k, p.eps);
-    };
     const auto finish_one_row = [&](int tile0, int n_here) {
-        const float root = root_of(0);
+        float root = 1.0f;
+        if (has_norm && converts) root = norm_factor(row_sum<S::kBlocks == 4>(squares_at, p.k), p.inverse_k, p.eps);
 #pragma unroll 1
         for (int item = threadIdx.x; item < 16 * n_here; item += blockDim.x) {
             const int tile = item >> 4, matrix = tile & pairs, o = output_of(item, tile0);
@@ -449,19 +397,17 @@ DEVICE void decode(const DecodeParams& p, int block) {
         }
     };
     const auto finish_rows = [&](int tile0, int n_here) {
-        if (kConvertsRows && tile0 == 0) own_root = root_of(row_of(threadIdx.x));
 #pragma unroll 1
         for (int item = threadIdx.x; tile_of(item) < n_here; item += blockDim.x) {
             const int row = row_of(item), o = output_of(item, tile0);
             if (row >= p.n_rows || o >= p.n_out) continue;
             const bool is_first = tile0 == 0 && item == static_cast<int>(threadIdx.x);
             uint32_t sums = sets_at + set + tile_of(item) * tile_bytes + 4 * (row * S::kPartialRow + (item & 15));
-            const float root = kConvertsRows && item == static_cast<int>(threadIdx.x) ? own_root : root_of(row);
             float v = 0.0f, gate = 0.0f;
 #pragma unroll 1
             for (int i = 0; i <= pairs; ++i, sums += tile_bytes) {
                 const float sum =
-                    sum_of_chunks<kMost, 8 * S::kPartialRow, 8>(sums, factors_at + 4 * row, root, n_chunks);
+                    sum_of_chunks<kMost, 8 * S::kPartialRow, 8>(sums, factors_at + 4 * row, 1.0f, n_chunks);
                 const float bias = is_first ? (i == 0 ? first_bias[0] : first_bias[1]) : bias_of(i, o);
                 gate = v, v = __fmaf_rn(sum, weight_unit<Q>(p.m[i].w, p.scales_at, o), bias);
             }
@@ -554,7 +500,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
                 inverse[0] = next_inverse[0], inverse[1] = next_inverse[1];
             }
         }
-        if (S::kBlocks > 0 && has_norm && converts && one_row && tile0 == 0) {  // while the products are on their way
+        if (S::kBlocks > 0 && has_norm && converts && tile0 == 0) {  // while the products are on their way
             const float sum = unit_sum(square);
             if (group == 0 && lane % 16 == 0 && lane < 4 * S::kBlocks)
                 store_shared(squares_at + 4 * (chunk0 * (S::kBlocks / 4) + lane / 16), sum);

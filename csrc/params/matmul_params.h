@@ -41,10 +41,9 @@ typedef struct {
 typedef struct {
     DecodeMatrix m[2];         // the second with PRODUCT_GLU
     float* out;                // [n_rows, out_stride]
-    const float* x;            // [n_rows, x_stride], converted by every block, of `long` one row only; or null
+    const float* x;            // [1, k], for one row: it is converted by every block; or null
     const float* norm_weight;  // with x: [k] of the RMS norm before the product, or null
     const uint8_t* rows;       // [n_rows, x_bytes] converted rows, without x
-    int64_t x_stride;
     int64_t out_stride;
     int64_t scales_at;   // from w to the row scales, of types that have them
     int32_t tile_bytes;  // of a row tile
@@ -64,7 +63,6 @@ typedef struct {
                     // of the tiles that are decoded before the wait) and, with PRODUCT_GLU, of 2
     int32_t ring_bytes;  // shared memory: the rings come first,
     int32_t x_smem;      // then x, then sums of chunks;
-    int32_t warp_x;      // of x what a warp converts with the norm's weights, not of `long`; 0: no rows are
     int32_t factors;     // where the factors begin,
     int32_t staged;      // the fragments of n_staged row tiles of every warp, 1,024 bytes for each 32 columns,
     int32_t barriers;    // and the barriers
@@ -72,7 +70,6 @@ typedef struct {
     int32_t glu;         // GLU_* of pointwise_params.h
     float eps;
     float inverse_k;  // 1 / k
-    int32_t unused;
 } DecodeParams;
 
 // decode_<type>_<type>_<variant>: two launches with blocks of one size as one.

@@ -1,5 +1,5 @@
 # Products with weight matrices; included by _nodes.pyx. Rows come as float32 and are converted to fp16 first, with the
-# norm before the product where there is one: by a launch of its own, or by the product itself for few decode rows.
+# norm before the product where there is one: by a launch of its own, or by the product itself for one decode row.
 
 
 cdef class Conversion:
@@ -35,7 +35,7 @@ cdef class Bound:
     cdef Kernel kernel
     cdef unsigned int gx, gy, block, smem
     cdef int32_t ring_bytes, n_warps, n_groups, depth, batch, x_smem, factors, staged, barriers, block_tiles, more_tiles
-    cdef int32_t n_staged, warp_x
+    cdef int32_t n_staged
 
     def __init__(self, Kernel kernel, launch):
         self.kernel, self.block, self.smem = kernel, launch.block, launch.smem
@@ -43,7 +43,7 @@ cdef class Bound:
         self.ring_bytes, self.n_warps, self.n_groups = launch.ring_bytes, launch.n_warps, launch.n_groups
         self.depth, self.batch, self.x_smem = launch.depth, launch.batch, launch.x_smem
         self.factors, self.barriers = launch.factors, launch.barriers
-        self.n_staged, self.staged, self.warp_x = launch.n_staged, launch.staged, launch.warp_x
+        self.n_staged, self.staged = launch.n_staged, launch.staged
         self.block_tiles, self.more_tiles = launch.block_tiles, launch.more_tiles
 
     cdef int enqueue(self, LaunchList launches, const void* params, size_t nbytes) except -1:
@@ -79,27 +79,27 @@ cdef class DecodeProduct:
 
     Args:
         fields: `DecodeParams`; later: n_rows and what a `Bound` says.
+        inline: a single row is converted by the product.
         bounds: for each number of rows, from 1 on, the `Bound` kernel.
     """
 
     cdef c.DecodeParams p
-    cdef list inline, bounds
+    cdef bint inline
+    cdef list bounds
 
-    def __init__(self, dict fields, list bounds):
+    def __init__(self, dict fields, bint inline, list bounds):
         c.fill_DecodeParams(&self.p, fields, ("n_rows", "n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem",
-                                              "factors", "n_staged", "staged", "barriers", "block_tiles", "more_tiles",
-                                              "warp_x"))
-        self.bounds = [None, *bounds]
-        self.inline = [False] * len(self.bounds)
+                                              "factors", "n_staged", "staged", "barriers", "block_tiles", "more_tiles"))
+        self.inline, self.bounds = inline, [None, *bounds]
 
     cdef int fill(self, c.DecodeParams* p, Bound bound, int n) except -1:
         """The parameters of a launch for `n` rows."""
         p[0] = self.p
-        if not self.inline[n]:
+        if n > 1 or not self.inline:
             p.x = p.norm_weight = NULL
         p.n_rows, p.n_warps, p.n_groups, p.depth, p.batch = n, bound.n_warps, bound.n_groups, bound.depth, bound.batch
         p.ring_bytes, p.x_smem, p.factors, p.barriers = bound.ring_bytes, bound.x_smem, bound.factors, bound.barriers
-        p.n_staged, p.staged, p.warp_x = bound.n_staged, bound.staged, bound.warp_x
+        p.n_staged, p.staged = bound.n_staged, bound.staged
         p.block_tiles, p.more_tiles = bound.block_tiles, bound.more_tiles
         return 0
 
@@ -145,6 +145,7 @@ cdef class MatMulNode(Node):
     Args:
         name: of the op.
         conversion: of the input, or None where a node before has converted it for this one.
+        inline: a single decode row is converted by the product.
         decode: the `DecodeProduct`s for few decode rows.
         matvec: `MatvecParams`; later: n_rows, ring_bytes.
         matvecs: for each larger number of decode rows the `Bound` kernel.
@@ -161,14 +162,14 @@ cdef class MatMulNode(Node):
     cdef DecodePair pair
     cdef list decode, matvecs
     cdef object prefill
-    cdef bint outputs, leads
+    cdef bint inline, outputs, leads
     cdef int n_matmuls, few_rows    # most rows of a launch of `decode`
 
-    def __init__(self, str name, Conversion conversion, list decode, dict matvec, list matvecs, list matmuls, prefill,
-                 bint outputs, GluRows glu=None):
+    def __init__(self, str name, Conversion conversion, bint inline, list decode, dict matvec, list matvecs,
+                 list matmuls, prefill, bint outputs, GluRows glu=None):
         cdef int i
         Node.__init__(self, name)
-        self.conversion, self.outputs, self.glu = conversion, outputs, glu
+        self.conversion, self.inline, self.outputs, self.glu = conversion, inline, outputs, glu
         self.decode, self.few_rows = decode, len((<DecodeProduct>decode[0]).bounds) - 1
         self.matvecs = [None] * (self.few_rows + 1) + matvecs
         self.prefill, self.n_matmuls = prefill, len(matmuls)
@@ -179,9 +180,7 @@ cdef class MatMulNode(Node):
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef int n_few = shape.n_out if self.outputs else shape.n_decode
         cdef int n_prompt = 0 if self.outputs else shape.n_rows - n_few
-        cdef int first = 0, n_pad
-        if 0 < n_few <= self.few_rows and (<DecodeProduct>self.decode[0]).inline[n_few]:
-            first = n_few
+        cdef int first = 1 if n_few == 1 and self.inline else 0, n_pad
         if self.conversion is not None and n_few + n_prompt > first:
             n_pad = n_few - first + (n_prompt + 63) // 64 * 64     # whole tiles of the prefill kernels
             self.conversion.enqueue(launches, first, first, n_few + n_prompt - first, n_pad)
@@ -190,13 +189,6 @@ cdef class MatMulNode(Node):
         if n_prompt:
             self._prompt(launches, n_few, n_prompt)
         return 0
-
-    def convert(self, list inline):
-        """Few decode rows are converted by their products where `inline` says so, for each number of rows from 1 on.
-        The same for all nodes of a conversion."""
-        cdef DecodeProduct product
-        for product in self.decode:
-            product.inline = [False, *inline]
 
     def join(self, MatMulNode after, DecodePair pair):
         """Few decode rows of this node and of the next one, whose products are those of `pair`, share a launch."""

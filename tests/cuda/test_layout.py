@@ -210,20 +210,13 @@ def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads)
     unit = layout.decode_unit_bytes(type_id, variant)
     assert launch.depth >= 1 and unit % 16 == 0 and launch.ring_bytes == warps * launch.depth * unit
     row = -(-k // 256) * 512
-    if variant == "long" or (variant == "256e" and n_rows > 1) or (n_rows > 1 and k > 3072):
-        assert launch.warp_x == 0
-    elif n_rows == 1:  # a converted chunk, and the norm's weights
-        assert launch.warp_x == 512 + 1024
-    else:  # a chunk of each row as float32, and the norm's weights; or rows that were converted before
-        assert launch.warp_x in (0, n_rows * (4 * chunk + 64) + 1024)
-    x = row if variant == "long" and n_rows == 1 else warps * launch.warp_x
+    x = (row if variant == "long" else warps * 1536) if n_rows == 1 else 0
     if variant in ("256", "256e"):  # rows that were converted before
         x = max(x, n_rows * (row + 64))
     assert launch.x_smem % 16 == 0 and launch.x_smem >= x
     sums = 4 * 16 * -(-chunks // 4) * 4 if n_rows == 1 else 4 * chunks * 8 * 20
     assert launch.factors == launch.ring_bytes + launch.x_smem + 2 * launch.batch * sums
     squares, staged = 4 * 8 * -(-k // 1024), warps * launch.n_staged * chunk * 16 * 2
-    squares *= n_rows if launch.warp_x else 1
     assert launch.factors % 16 == launch.staged % 16 == launch.barriers % 8 == 0
     assert launch.staged >= launch.factors + 4 * 8 * chunks + squares and launch.barriers >= launch.staged + staged
     assert launch.barriers + 8 * warps * launch.depth <= launch.smem <= max_smem

@@ -3,7 +3,6 @@ fused ones stand for, and which come first. Results are the business of tests/gp
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import gen_params
@@ -15,7 +14,6 @@ from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
-from worker_orcd.cuda import layout
 from worker_orcd.cuda.lowering import lower
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.errors import (
@@ -242,15 +240,11 @@ def test_ops_of_both_lowerings_run_in_turns(tiny):
     engine.close()
 
 
-@pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-Q8_0", "gpt2-Q8_0"])
 @pytest.mark.parametrize(("n_decode", "n_prompt"), [(1, 0), (2, 0), (8, 0), (9, 0), (16, 0), (0, 70), (1, 5), (3, 70)])
-def test_products_take_each_row_once(name, n_decode, n_prompt, early, goldens_dir, monkeypatch):
+def test_products_take_each_row_once(name, n_decode, n_prompt, goldens_dir):
     """Decode rows by decode_* or matvec_*, prompt rows by matmul_*, of rows that were converted once; or not at all,
-    where a few decode rows are converted by their product, as those do that decode nothing early (`early`)."""
-    if not early:
-        monkeypatch.setattr(layout, "decode_launch", partial(layout.decode_launch, early=False))
-        monkeypatch.setattr(layout, "pair_launch", lambda *_, **__: None)
+    where a single decode row is converted by its product."""
     n = n_decode + n_prompt
     with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
         built = plan.build(file)
@@ -264,25 +258,18 @@ def test_products_take_each_row_once(name, n_decode, n_prompt, early, goldens_di
         engine.close()
     layers = step[: next(i for i, launch in enumerate(step) if launch.kernel.startswith("gather_rows"))]
     inline = n_decode == 1 and name != "gpt2-Q8_0"  # products take in RMS norms only
-    conversion, rows, first, seen, n_inline = None, None, 0, set(), 0
+    conversion, rows, seen = None, None, set()
     for launch in layers:
         fields, kind = launch.fields, launch.kernel.split("_")[0]
         if kind == "convert":
-            first = n - fields["n_rows"]  # decode rows that their products convert
-            assert first in (0, n_decode) and (first == 0 or fields["kind"] != LAYER_NORM)
-            assert n_decode != 1 or first == int(fields["kind"] != LAYER_NORM)
+            first = int(n_decode == 1 and fields["kind"] != LAYER_NORM)
             conversion, rows = fields, (fields["out"][0], fields["out"][1] - first * fields["out_bytes"])
-            assert fields["n_pad_rows"] == launch.grid[0]
+            assert fields["n_rows"] == n - first and fields["n_pad_rows"] == launch.grid[0]
             assert launch.grid[0] == n_decode - first + -(-n_prompt // 64) * 64
         elif kind in ("decode", "matvec"):
             seen.add(kind)
             assert fields["n_rows"] == n_decode and (kind == "decode") == (n_decode <= 8)
-            if fields.get("x"):
-                n_inline += 1
-                assert n_decode == 1 or fields["warp_x"] > 0
-                assert n_prompt == 0 or first == n_decode
-            else:
-                assert first == 0
+            if not (n_decode == 1 and fields.get("x")):
                 assert (fields["rows"], fields["x_bytes"]) == (rows, conversion["out_bytes"])
                 assert conversion["k"] == fields["k"] and not fields.get("norm_weight")
         elif kind == "matmul":
@@ -298,7 +285,6 @@ def test_products_take_each_row_once(name, n_decode, n_prompt, early, goldens_di
     if inline:
         assert all(launch.fields["x"] for launch in layers if launch.kernel.startswith("decode_"))
         assert ("convert" in kinds) == (n_prompt > 0)
-    assert (n_inline > 0) == (n_decode == 1 or (not early and 0 < n_decode <= 8))
     gated = built.n_layer * (name != "gpt2-Q8_0") * (n_prompt > 0 or n_decode > 8)
     assert kinds.count("glu") == gated
 

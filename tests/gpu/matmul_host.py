@@ -70,8 +70,8 @@ class Decode:
     Args:
         mode: "store", "add" or "glu".
         glu: GLU_* of `mode` "glu".
-        norm: as of `Converted`; "rms" is applied by the launch where that converts the rows.
-        inline: rows are converted by the launch where it can.
+        norm: as of `Converted`; "rms" is applied by the launch itself where there is one row.
+        inline: one row is converted by the launch.
         max_smem: shared memory of a block, of a GPU that has less than this one.
         how: of `layout.decode_launch`.
     """
@@ -86,12 +86,8 @@ class Decode:
         self.gpu = gpu
         max_smem = max_smem or gpu.max_smem
         few = n_rows <= layout.DECODE_ROWS
-        gated, pad = mode == "glu", -n_rows % 64
-        launches = [] if not few else [
-            layout.decode_launch(a.type_id, a.k, a.n_out, n_rows, n_sm=gpu.n_sm, max_smem=max_smem, glu=gated, **how)
-            for a in matrices[: 1 if gated else None]
-        ]  # fmt: skip
-        inline &= few and (norm is None or norm[0] == "rms") and (n_rows == 1 or all(a.warp_x for a in launches))
+        inline = inline and n_rows == 1 and (norm is None or norm[0] == "rms")
+        pad = -n_rows % 64
         self.converted = None if inline else Converted(gpu, m.k, x, n_rows, x_stride or m.k, pad, norm)
         both = {
             "rows": self.converted.rows if self.converted else None, "x_bytes": layout.x_f16_bytes(m.k), "k": m.k,
@@ -100,17 +96,21 @@ class Decode:
         }  # fmt: skip
         biases = biases or [None] * len(matrices)
         if few:
+            gated = mode == "glu"
             tile_bytes = both["n_k_tiles"] * layout.packed_tile_bytes(m.type_id)
             both |= {
-                "tile_bytes": tile_bytes, "n_chunks": layout.n_chunks(m.k), "x": x if inline else None,
-                "x_stride": x_stride or m.k, "glu": glu,
+                "tile_bytes": tile_bytes, "n_chunks": layout.n_chunks(m.k), "x": x if inline else None, "glu": glu,
                 "norm_weight": norm[1] if norm and inline else None, "eps": norm[3] if norm else 0.0,
                 "inverse_k": layout.inverse(m.k),
             }  # fmt: skip
             told = ("n_warps", "n_groups", "depth", "batch", "ring_bytes", "x_smem", "factors", "n_staged", "staged",
-                    "barriers", "block_tiles", "more_tiles", "warp_x")  # fmt: skip
+                    "barriers", "block_tiles", "more_tiles")  # fmt: skip
             self.launches = []
-            for i, (a, out, launch) in enumerate(zip(matrices, outs, launches, strict=False)):
+            for i, (a, out) in enumerate(zip(matrices, outs, strict=True)):
+                if gated and i:
+                    break
+                launch = layout.decode_launch(a.type_id, a.k, a.n_out, n_rows, n_sm=gpu.n_sm, max_smem=max_smem,
+                                              glu=gated, **how)  # fmt: skip
                 pair = [{"w": b.w, "bias": c} for b, c in zip(matrices, biases, strict=True)]
                 p = params(
                     "DecodeParams", **both, **{name: getattr(launch, name) for name in told},

@@ -123,11 +123,7 @@ def test_two_types_in_one_launch(gpu, pair):
             seen.add(launches[0].kernel)
             x = gpu.buffer(inputs(rng, n_rows, k))
             wants, gots = ([gpu.empty((n_rows, n)) for n in n_outs] for _ in range(2))
-            inline = n_rows == 1 or all(launch.warp_x for launch in launches[1:])
-            alone = [
-                Decode(gpu, [m], x, [out], n_rows, norm=weight, inline=inline)
-                for m, out in zip(made, wants, strict=True)
-            ]
+            alone = [Decode(gpu, [m], x, [out], n_rows, norm=weight) for m, out in zip(made, wants, strict=True)]
             for one in alone:
                 one.run()
             both = params("DecodePairParams", n_first_blocks=launches[1].grid[0])

@@ -273,45 +273,34 @@ class Launches:
         by_type: dict[int, list[MatMul]] = {}
         for part in op.parts:
             by_type.setdefault(self.plan.weights[part.weight].type_id, []).append(part)
-        nodes: list[MatMulNode] = []
+        nodes: list[Node] = []
         decode: list[list[DecodeProduct]] = []
-        launches: list[list[layout.Launch]] = [[] for _ in range(layout.DECODE_ROWS)]  # of 1, 2, ... decode rows
         for type_id, parts in by_type.items():
-            node, few = self._products(op, type_id, parts, conversion, launches)
+            node, few = self._products(op, type_id, parts, conversion)
             nodes.append(node)
             decode.append(few)
             conversion = None  # done for those that follow
         if [len(few) for few in decode] == [1, 1] and op.glu is None:
-            self._join(op, by_type, nodes, decode, launches)
-        can = op.norm is None or op.norm.kind == "rms"
-        inline = [can and (n == 0 or all(launch.warp_x for launch in of)) for n, of in enumerate(launches)]
-        for node in nodes:
-            node.convert(inline)
-        return [*nodes]
+            self._join(op, by_type, nodes, decode)
+        return nodes
 
     def _join(
-        self, op: MatMulGroup, by_type: dict[int, list[MatMul]], nodes: list[MatMulNode],
-        decode: list[list[DecodeProduct]], launches: list[list[layout.Launch]],
-    ) -> None:  # fmt: skip
-        """Let the two nodes of a group, each with one launch of few rows, share that where there is a kernel for it;
-        `launches` become those of both."""
+        self, op: MatMulGroup, by_type: dict[int, list[MatMul]], nodes: list[Any], decode: list[list[DecodeProduct]]
+    ) -> None:
+        """Let the two nodes of a group, each with one launch of few rows, share that where there is a kernel for it."""
         n_outs = tuple(sum(part.out.width for part in parts) for parts in by_type.values())
         gpu = {"n_sm": self.context.sm_count, "max_smem": self.context.max_smem}
         bounds: list[Any] = []
         for n in range(1, layout.DECODE_ROWS + 1):
-            shared = layout.pair_launch(tuple(by_type), op.parts[0].inp.width, n_outs, n, **gpu)  # type: ignore[arg-type]
-            bounds.append(shared and tuple(self._bound("decode", launch) for launch in shared))
-            if shared:
-                launches[n - 1] = [*shared[1:]]
+            launches = layout.pair_launch(tuple(by_type), op.parts[0].inp.width, n_outs, n, **gpu)  # type: ignore[arg-type]
+            bounds.append(launches and tuple(self._bound("decode", launch) for launch in launches))
         if any(bounds):
             nodes[0].join(nodes[1], DecodePair(decode[0][0], decode[1][0], bounds))
 
     def _products(
-        self, op: MatMulGroup, type_id: int, parts: list[MatMul], conversion: Conversion | None,
-        launches: list[list[layout.Launch]],
-    ) -> tuple[MatMulNode, list[DecodeProduct]]:  # fmt: skip
-        """The products of a group with matrices of one type, and those of few decode rows among them, whose launches
-        are added to `launches`."""
+        self, op: MatMulGroup, type_id: int, parts: list[MatMul], conversion: Conversion | None
+    ) -> tuple[Node, list[DecodeProduct]]:
+        """The products of a group with matrices of one type, and those of few decode rows among them."""
         k, n_k_tiles = parts[0].inp.width, layout.n_k_tiles(type_id, parts[0].inp.width)
         matrices = [
             {
@@ -327,12 +316,11 @@ class Launches:
             "n_matrices": len(matrices), "n_row_tiles": starts[-1],
             "mode": PRODUCT_MODES["add" if op.residual else "store"],
         }  # fmt: skip
-        inline = op.norm is None or op.norm.kind == "rms"  # then the product can do that, too
+        inline = op.norm is None or op.norm.kind == "rms"
         few = {
             **rows, "tile_bytes": n_k_tiles * layout.packed_tile_bytes(type_id), "n_chunks": layout.n_chunks(k),
             "mode": PRODUCT_MODES["glu" if op.glu else "add" if op.residual else "store"],
             "glu": GLU_KINDS[op.glu.kind] if op.glu else 0, "x": self._at(op.inp) if inline else 0,
-            "x_stride": self._stride(op.inp),
             "norm_weight": self._weight(op.norm.weight) if op.norm and inline else 0,
             "eps": op.norm.eps if op.norm else 0.0, "inverse_k": layout.inverse(k),
         }  # fmt: skip
@@ -344,14 +332,12 @@ class Launches:
         for span in spans:
             n_out = span["n_out"]
             scales_at = layout.n_row_tiles(n_out) * few["tile_bytes"]
-            own = [
-                layout.decode_launch(type_id, k, n_out, n, n_sm=n_sm, max_smem=max_smem, glu=op.glu is not None)
+            bounds = [
+                self._bound("decode", layout.decode_launch(
+                    type_id, k, n_out, n, n_sm=n_sm, max_smem=max_smem, glu=op.glu is not None))
                 for n in range(1, layout.DECODE_ROWS + 1)
-            ]
-            for of, launch in zip(launches, own, strict=True):
-                of.append(launch)
-            bounds = [self._bound("decode", launch) for launch in own]
-            decode.append(DecodeProduct({**few, **span, "scales_at": scales_at}, bounds))
+            ]  # fmt: skip
+            decode.append(DecodeProduct({**few, **span, "scales_at": scales_at}, inline, bounds))
         n_outs = tuple(part.out.width for part in parts)
         matvecs = [
             self._bound("matvec", layout.matvec_launch(type_id, k, n_outs, n, n_sm=n_sm, max_smem=max_smem))
@@ -367,7 +353,7 @@ class Launches:
                 name = f"matmul_{layout.kernel_suffix(type_id)}" + ("_small" if small else "")
                 self.kernel("matmul", name, layout.matmul_stages(type_id, small)[2])
         matmuls = [{**m, **input_, "x": self._workspace.converted.address, "add": op.residual} for m in matrices]
-        node = MatMulNode(op.name, conversion, decode, many, matvecs, matmuls, prefill, outputs,
+        node = MatMulNode(op.name, conversion, inline, decode, many, matvecs, matmuls, prefill, outputs,
                           self._glu_rows(op.glu))  # fmt: skip
         return node, decode
 

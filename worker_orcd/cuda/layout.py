@@ -22,8 +22,6 @@ _DENSE = frozenset({"F32", "F16", "BF16"})
 ROW_SCALED = frozenset({"F32", "BF16", "MXFP4"})
 #: columns of a piece of a converted row
 PIECE = 256
-#: columns up to which decode kernels convert several rows themselves: more take longer in every block than once
-CONVERT_COLUMNS = 3072
 #: rows of a decode_* launch
 DECODE_ROWS = 8
 #: tiles of 8 rows that one matvec_* launch can take, by kernel variant
@@ -130,7 +128,6 @@ class Launch:
     more_tiles: int = 0
     n_staged: int = 0
     staged: int = 0
-    warp_x: int = 0
 
 
 def early_tiles(type_id: int) -> int:
@@ -159,21 +156,19 @@ def decode_launch(
         n_sm: multiprocessors of the GPU.
         glu: there are two matrices, gate and up of PRODUCT_GLU.
         max_smem: dynamic shared memory bytes that a block may have.
-        how: `grid`, `n_groups`, `depth`, `early`, `n_staged` or `converts` (several rows are converted by the launch)
-            in the place of what is chosen here. Results do not depend on them.
+        how: `grid`, `n_groups`, `depth`, `early` or `n_staged` in the place of what is chosen here. Results do not
+            depend on them.
 
     Raises:
         ValueError: no block of the kernel has so little shared memory.
     """
     chunks = n_chunks(k)
     most = -(-chunks // -(-chunks // DECODE_FEW_WARPS))
-    # What is best, then what takes less shared memory: no weights decoded into it, rows that were converted before, one
-    # group of warps, then `long` with ever fewer warps, then rings of one slot.
+    # What is best, then what takes less shared memory: no weights decoded into it, one group of warps, then `long` with
+    # ever fewer warps, then rings of one slot.
     long, one = chunk_columns(k) > 256 or chunks > DECODE_WARPS, {"n_staged": 0, **how, "n_groups": 1}
     tries = [(True, n, choice) for choice in (one, {**one, "depth": 1}) for n in range(most, 0, -1)]
-    few = [how, {"n_staged": 0, **how}]
-    few += [{**choice, "converts": 0} for choice in (*few, one)]
-    tries = [(long, most if long else chunks, choice) for choice in few] + tries
+    tries = [(long, most if long else chunks, choice) for choice in (how, {"n_staged": 0, **how}, one)] + tries
     for long, n_warps, choice in tries:
         launch = _decode_launch(type_id, k, n_out, n_rows, long, n_warps, n_sm, glu, max_smem, choice)
         if launch.smem <= max_smem:
@@ -221,18 +216,14 @@ def _decode_launch(
     if step % parts:
         step *= parts
     most_sums = 32768 if n_rows > 1 and max_smem > 2 * SMEM_SMALL else min(16384, max_smem // 14)
-    warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
-    row = -(-k // PIECE) * 2 * PIECE  # of converted x
-    warp_x = 1536 if n_rows == 1 else 0
-    if n_rows > 1 and not (early and chunk == 256) and how.get("converts", k <= CONVERT_COLUMNS):
-        warp_x = n_rows * (4 * chunk + 64) + 1024
-    x_smem = warps * warp_x  # else several rows stay where they are
+    one_row, row = n_warps * n_groups * 1536, -(-k // PIECE) * 2 * PIECE  # x that is converted here, that was before
+    x_smem = one_row if n_rows == 1 else 0  # several rows stay where they are
     if long:
-        warp_x, x_smem = 0, row if n_rows == 1 else 0
+        x_smem = row if n_rows == 1 else 0
     elif chunk == 256:
         x_smem = max(x_smem, n_rows * (row + 64))
-    # sums of squares are read by eights
-    rest = x_smem + 32 * chunks + (n_rows if warp_x else 1) * 32 * -(-k // (4 * PIECE))
+    warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
+    rest = x_smem + 32 * chunks + 32 * -(-k // (4 * PIECE))  # sums of squares are read by eights
     staged_bytes = n_staged * chunk * 32 * warps
     rest += staged_bytes
     most_sums = min(most_sums, (max_smem - rest - 2 * warps * (unit + 8)) // 2)  # two slots come first
@@ -249,7 +240,7 @@ def _decode_launch(
     staged = ring + rest - staged_bytes
     barriers = ring + rest
     return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
-                  x_smem, factors, barriers, jobs // grid, jobs % grid, n_staged, staged, warp_x)  # fmt: skip
+                  x_smem, factors, barriers, jobs // grid, jobs % grid, n_staged, staged)  # fmt: skip
 
 
 #: variants of decode_<type>_<type>_<variant>, by the names of the types
