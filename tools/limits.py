@@ -62,9 +62,8 @@ DRIVER_KEEPS_BYTES = 32 << 20
 FAULT_SWEEP_BYTES = 32 << 20
 #: seconds and MiB that the refusal of a hostile file may take
 REFUSAL_SECONDS, REFUSAL_MIB = 1.0, 64
-#: seconds of processor time for a text of a million characters, whatever they are; on a machine that is too slow for
-#: that, so many times what it needs for ordinary text
-TOKENIZE_SECONDS, TOKENIZE_TIMES_ORDINARY = 1.0, 2.0
+#: seconds of processor time for a text of a million characters, whatever they are
+TOKENIZE_SECONDS = 1.0
 #: MiB of anonymous memory of the tokenizer of a 150,000-token vocabulary
 TOKENIZER_MIB = 150
 #: bytes of anonymous memory that opening a 0.5B model on the CPU may take beyond its KV cache
