@@ -23,7 +23,7 @@ from gpu.kernel_harness import CONSTANTS, Gpu, params  # noqa: E402
 from gpu.ops_host import KV_BLOCK, rule  # noqa: E402
 from gpu.test_sample import Sampler, is_short  # noqa: E402
 
-from worker_orcd._nodes import attention_heads, decode_grid, decode_max_splits, decode_smem  # noqa: E402
+from worker_orcd._nodes import attention_heads, decode_grid, decode_max_splits, decode_shapes  # noqa: E402
 
 #: bytes of KV cache to rotate through: well over the L2 of the GPUs this is for
 ROTATE = 256 << 20
@@ -72,8 +72,8 @@ def decode(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_keys: int) -> d
     max_splits, heads = decode_max_splits(n_keys, 0), attention_heads(n_head, n_head_kv)
     partial = gpu.empty((n_seqs, n_head, max_splits, head_dim + 4))
     counters = gpu.buffer(np.zeros((n_seqs, heads), np.uint32))
-    sizes = decode_smem(head_dim, gpu.max_smem)
-    grid_x, stages, smem = decode_grid(n_seqs, heads, max_splits, sizes, gpu.n_sm, gpu.max_smem)
+    shapes = decode_shapes(head_dim, gpu.max_smem)
+    grid_x, groups, depth, smem = decode_grid(n_seqs, heads, max_splits, shapes, gpu.n_sm, gpu.max_smem)
     kernel = gpu.kernel("attention_decode", f"attention_decode_{head_dim}")
     k, v = (x.ptr + 4 * n * head_dim for n in (n_head, n_head + n_head_kv))
     launches = [
@@ -81,11 +81,12 @@ def decode(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_keys: int) -> d
                block_table=cache.tables, positions=positions, slots=slots, out=out, partial=partial, counters=counters,
                q_stride=width, k_stride=width, v_stride=width, out_stride=n_head * head_dim, n_head=n_head,
                n_head_kv=n_head_kv, n_rot=head_dim, rope_type=1, max_blocks=cache.max_blocks, max_splits=max_splits,
-               stages=stages, scale=head_dim**-0.5, mscale=1.0)
+               groups=groups, depth=depth, kv_group=n_head // n_head_kv,
+               head_tiles=rule("decode_head_tiles", n_head, n_head_kv), scale=head_dim**-0.5, mscale=1.0)
         for i in range(cache.n_copies)
     ]  # fmt: skip
     turn = itertools.cycle(launches)
-    threads = CONSTANTS["DECODE_THREADS"]
+    threads = groups * CONSTANTS["DECODE_THREADS"]
     seconds = gpu.time(
         lambda: gpu.launch(kernel, (grid_x, heads, n_seqs), threads, next(turn), smem=smem, pdl=True),
         n_inner=max(8, cache.n_copies), n_repeat=9,

@@ -24,13 +24,13 @@ def attention_heads(n_head: int, n_head_kv: int) -> int:
 def decode_partial_rows(heads: int) -> int:
     """Rows whose splits the workspace has room for."""
 
-def decode_smem(head_dim: int, max_smem: int) -> tuple[int, ...]:
-    """Dynamic shared memory of decode attention by its number of stages, from 1 on."""
+def decode_shapes(head_dim: int, max_smem: int) -> tuple[tuple[int, int, int], ...]:
+    """What a block of decode attention can be: (groups, depth, dynamic shared memory bytes)."""
 
 def decode_grid(
-    n_rows: int, heads: int, max_splits: int, smem: tuple[int, ...], sm_count: int, max_smem: int
-) -> tuple[int, int, int]:
-    """The decode attention launch of `n_rows` rows: (blocks that share a row, stages, dynamic shared memory bytes)."""
+    n_rows: int, heads: int, max_splits: int, shapes: tuple[tuple[int, int, int], ...], sm_count: int, max_smem: int
+) -> tuple[int, int, int, int]:
+    """The decode attention launch of `n_rows` rows: (blocks that share a row, groups, depth, dynamic shared memory)."""
 
 def prefill_smem(head_dim: int) -> int:
     """Dynamic shared memory of prefill attention."""
@@ -76,7 +76,7 @@ class AttentionNode(Node):
         prefill_kernel: Kernel,
         decode: dict[str, Any],
         prefill: dict[str, Any],
-        smem: tuple[tuple[int, ...], int],
+        smem: tuple[tuple[tuple[int, int, int], ...], int],
         sm_count: int,
         max_smem: int,
         rope: tuple[Kernel, dict[str, Any], int] | None = None,

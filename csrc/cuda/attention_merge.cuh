@@ -1,8 +1,8 @@
 // The splits of a row's heads added in order, from where the blocks of attention_decode.cu left them.
 //
-// First a warp finds for two of the heads what each split does to the sums (the maxima before a split may be taken in
-// any order). Then a thread adds four dimensions of a head; sixteen of its loads are in flight. Reads past L1, which
-// may hold older bytes of the lines. Bytes: 4 * (head_dim + 4) per head and split.
+// First a warp finds for one or two of the heads what each split does to the sums (the maxima before a split may be
+// taken in any order). Then a thread adds four dimensions of a head; sixteen of its loads are in flight. Reads past L1,
+// which may hold older bytes of the lines. Bytes: 4 * (head_dim + 4) per head and split.
 #pragma once
 
 #include "attention.cuh"
@@ -13,12 +13,12 @@ static constexpr int kPartialFloats = kHeadDim + 4;
 
 template <int kHeadDim>
 struct SplitMerge {
-    static constexpr int kThreads = DECODE_THREADS, kWarps = kThreads / 32;
+    static constexpr int kLeastWarps = DECODE_THREADS / 32;
     static constexpr int kRowFloats = kPartialFloats<kHeadDim>, kQuads = kHeadDim / 4;
     static constexpr int kSplits = 64;  // whose steps are in shared memory at a time
     static constexpr int kLaneSplits = kSplits / 32;
     static constexpr int kLoads = 16;
-    static_assert(DECODE_HEADS == 2 * kWarps);
+    static_assert(DECODE_HEADS == 2 * kLeastWarps);
 
     // What a split does to the sums of a head, and the maximum with it.
     struct __align__(16) Step {
@@ -39,9 +39,9 @@ struct SplitMerge {
     // `smem`: kBytes. All threads of the block.
     DEVICE_MEMBER void run(uint8_t* smem) const {
         Step* steps = reinterpret_cast<Step*>(smem);  // [DECODE_HEADS, kSplits]
-        const int warp = threadIdx.x / 32;
+        const int n_threads = blockDim.x, n_warps = n_threads / 32, warp = threadIdx.x / 32;
 #pragma unroll 1
-        for (int item0 = 0; item0 < n_heads * kQuads; item0 += kThreads) {
+        for (int item0 = 0; item0 < n_heads * kQuads; item0 += n_threads) {
             const int head = (item0 + threadIdx.x) / kQuads, dim = (item0 + threadIdx.x) % kQuads * 4;
             float top[2] = {-INFINITY, -INFINITY};  // of the two heads of the warp
             float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -55,7 +55,7 @@ struct SplitMerge {
                 __syncthreads();  // nobody reads the steps any more
 #pragma unroll
                 for (int half = 0; half < 2; half++)
-                    if (warp + half * kWarps < n_heads) find_steps(steps, warp + half * kWarps, split0, n, top[half]);
+                    if (warp + half * n_warps < n_heads) find_steps(steps, warp + half * n_warps, split0, n, top[half]);
                 __syncthreads();
                 if (head >= n_heads) continue;
                 for (int s0 = 0; s0 < n; s0 += kLoads) {

@@ -15,19 +15,18 @@ static constexpr int kThreads = 128;
 static constexpr int kWarpRows = 16;
 static constexpr int kBlockTiles = KV_BLOCK / 8;   // scores of a warp with a block: products of 8 keys
 static constexpr int kBlockSteps = KV_BLOCK / 16;  // sums over the keys of a block: products of 16
-static constexpr int kVPitch = 2 * KV_BLOCK + 16;  // bytes between dimensions of V in shared memory
 static_assert(ATTENTION_SPLIT == 2 * KV_BLOCK);
 
 template <int kHeadDim>
 struct Prefill {
-    static constexpr int kKPitch = 2 * kHeadDim + 16;  // bytes between positions of K in shared memory
-    static constexpr int kKBytes = KV_BLOCK * kKPitch, kVBytes = kHeadDim * kVPitch;
+    static constexpr int kTileBytes = 16 * kHeadDim,
+                         kBlockBytes = KV_BLOCK / 8 * kTileBytes;  // of K or V, in tiles of 8
     static constexpr int kSteps = kHeadDim / 16;
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128);
 
-    // K [2] and V [2] of the blocks of a split in shared memory.
-    static DEVICE_MEMBER uint8_t* k_of(uint8_t* smem, int i) { return smem + i * kKBytes; }
-    static DEVICE_MEMBER uint8_t* v_of(uint8_t* smem, int i) { return smem + 2 * kKBytes + i * kVBytes; }
+    // K [2] and V [2] of the blocks of a split in shared memory, as they lie in the cache.
+    static DEVICE_MEMBER uint8_t* k_of(uint8_t* smem, int i) { return smem + i * kBlockBytes; }
+    static DEVICE_MEMBER uint8_t* v_of(uint8_t* smem, int i) { return smem + (2 + i) * kBlockBytes; }
 
     // The thread's number where it is asked for: addresses made of it are not worth registers over the whole loop.
     static DEVICE_MEMBER int thread_here() {
@@ -36,31 +35,21 @@ struct Prefill {
         return thread;
     }
 
-    // All 64 positions of a block, whatever they hold; not yet waited for.
-    static DEVICE_MEMBER void copy_k(const uint16_t* from, uint32_t to) {
-        constexpr int kPieces = kHeadDim / 8;
+    // K or V of all 64 positions of a block, whatever they hold; not yet waited for.
+    static DEVICE_MEMBER void copy(const uint16_t* from, uint32_t to) {
         const int thread = thread_here();
 #pragma unroll
-        for (int i = 0; i < KV_BLOCK * kPieces / kThreads; i++) {
+        for (int i = 0; i < kBlockBytes / 16 / kThreads; i++) {
             const int piece = i * kThreads + thread;
-            cp_async_16(to + piece / kPieces * kKPitch + piece % kPieces * 16, from + piece * 8);
-        }
-    }
-    static DEVICE_MEMBER void copy_v(const uint16_t* from, uint32_t to) {
-        constexpr int kPieces = KV_BLOCK / 8;
-        const int thread = thread_here();
-        from += KV_BLOCK * kHeadDim;
-#pragma unroll
-        for (int i = 0; i < kHeadDim * kPieces / kThreads; i++) {
-            const int piece = i * kThreads + thread;
-            cp_async_16(to + piece / kPieces * kVPitch + piece % kPieces * 16, from + piece * 8);
+            cp_async_16(to + piece * 16, from + piece * 8);
         }
     }
 
     // Positions from n_keys on hold values of other sequences, perhaps not finite: 0 * NaN must not enter.
     static DEVICE_MEMBER void clear_v(uint8_t* v, int n_keys) {
         for (int dim = threadIdx.x; dim < kHeadDim; dim += kThreads)
-            for (int key = n_keys; key < KV_BLOCK; key++) *reinterpret_cast<uint16_t*>(v + dim * kVPitch + 2 * key) = 0;
+            for (int key = n_keys; key < KV_BLOCK; key++)
+                reinterpret_cast<uint16_t*>(v)[kv_v_at(key, dim, kHeadDim) - KV_BLOCK * kHeadDim] = 0;
     }
 
     static DEVICE_MEMBER void load_q(const AttentionPrefillParams& p, const AttentionTile& tile, int row,
@@ -90,7 +79,7 @@ struct Prefill {
 #pragma unroll
             for (int j = 0; j < kBlockTiles / 2; j++) {
                 uint32_t b[4];
-                ldmatrix_x4(b, k + j * 16 * kKPitch + step * 32);
+                ldmatrix_x4(b, k + j * 2 * kTileBytes + step * 256);
                 mma_f16(s[2 * j], lo[step], b[0], b[1]);
                 mma_f16(s[2 * j + 1], lo[step], b[2], b[3]);
                 mma_f16(s[2 * j], hi[step], b[0], b[1]);
@@ -113,26 +102,25 @@ struct Prefill {
         const int warp_first = tile.position + warp_row;
         const bool is_idle = warp_row >= tile.n_rows;
         const int warp_last = warp_first + kWarpRows - 1 < last ? warp_first + kWarpRows - 1 : last;
-        // ldmatrix: lane's row of its 8x8 matrix: rows +8 from matrix 2 on, columns +8 in odd matrices
-        const int matrix_row = lane % 8 + lane / 16 * 8, matrix_column = lane / 8 % 2 * 16;
+        // ldmatrix: the lane's row of its 8x8 matrix, of K (keys +8 from matrix 2 on, dimensions +8 in odd matrices)
+        // and of V (dimensions +8 from matrix 2 on, keys +8 in odd matrices)
+        const int k_lane = lane / 16 * kTileBytes + lane / 8 % 2 * 128 + lane % 8 * 16;
+        const int v_lane = lane / 8 % 2 * kTileBytes + lane / 16 * 128 + lane % 8 * 16;
 
         // Copies of the split's blocks that some row looks at.
-        const auto copy = [&](int split, bool is_v) {
+        const auto copy_split = [&](int split, bool is_v) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int block = 2 * split + i;
                 if (block >= first_block && block <= last_block) {
                     const uint16_t* from = p.kv + kv_offset(table[block], head_kv, p.n_head_kv, kHeadDim);
-                    if (is_v)
-                        copy_v(from, smem_address(v_of(smem, i)));
-                    else
-                        copy_k(from, smem_address(k_of(smem, i)));
+                    copy(is_v ? from + KV_BLOCK * kHeadDim : from, smem_address(is_v ? v_of(smem, i) : k_of(smem, i)));
                 }
             }
             cp_async_commit();
         };
-        copy(first_block / 2, false);
-        copy(first_block / 2, true);
+        copy_split(first_block / 2, false);
+        copy_split(first_block / 2, true);
         uint32_t q_hi[kSteps][4], q_lo[kSteps][4];
         load_q(p, tile, row, q_hi, q_lo);
         float acc[kHeadDim / 8][4] = {};
@@ -160,7 +148,7 @@ struct Prefill {
 #pragma unroll
                         for (int e = 0; e < 4; e++) s[i][j][e] = is_seen[i] ? 0.f : -INFINITY;
                     if (!is_seen[i]) continue;
-                    score(s[i], q_hi, q_lo, smem_address(k_of(smem, i)) + matrix_row * kKPitch + matrix_column);
+                    score(s[i], q_hi, q_lo, smem_address(k_of(smem, i)) + k_lane);
                     if (key0 + KV_BLOCK - 1 > warp_first || warp_last - key0 >= window) {
 #pragma unroll
                         for (int j = 0; j < kBlockTiles; j++) {
@@ -196,7 +184,7 @@ struct Prefill {
             cp_async_wait<0>();
             __syncthreads();  // V is complete, and nobody reads K any more
             if (split < last_split) {
-                copy(split + 1, false);
+                copy_split(split + 1, false);
             } else if (last % KV_BLOCK != KV_BLOCK - 1) {
                 clear_v(v_of(smem, last_block % 2), last % KV_BLOCK + 1);
                 __syncthreads();
@@ -209,13 +197,13 @@ struct Prefill {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         if (!is_seen[i]) continue;
-                        const uint32_t v = smem_address(v_of(smem, i)) + matrix_row * kVPitch + matrix_column;
+                        const uint32_t v = smem_address(v_of(smem, i)) + v_lane;
 #pragma unroll
                         for (int j = 0; j < kBlockSteps; j++) {
 #pragma unroll
                             for (int t = t0; t < t0 + 2 && t < kSteps; t++) {
                                 uint32_t b[4];
-                                ldmatrix_x4(b, v + t * 16 * kVPitch + j * 32);
+                                ldmatrix_x4(b, v + t * 256 + j * 2 * kTileBytes);
                                 mma_f16(part[t - t0][0], weight[i][j], b[0], b[1]);
                                 mma_f16(part[t - t0][1], weight[i][j], b[2], b[3]);
                             }
@@ -235,7 +223,7 @@ struct Prefill {
             }
             if (split < last_split) {
                 __syncthreads();  // nobody reads V any more
-                copy(split + 1, true);
+                copy_split(split + 1, true);
             }
         }
 

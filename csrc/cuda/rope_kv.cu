@@ -38,9 +38,9 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
             head -= n_q + n_k;
             if (!cache) continue;
             const float* v = p.v + (int64_t)row * p.v_stride + head * p.head_dim;
-            uint16_t* to = cache + (int64_t)head * head_halves + KV_BLOCK * p.head_dim + in_block;
-            to[(2 * pair) * KV_BLOCK] = to_cache(v[2 * pair]);
-            to[(2 * pair + 1) * KV_BLOCK] = to_cache(v[2 * pair + 1]);
+            uint16_t* to = cache + (int64_t)head * head_halves;
+            to[kv_v_at(in_block, 2 * pair, p.head_dim)] = to_cache(v[2 * pair]);
+            to[kv_v_at(in_block, 2 * pair + 1, p.head_dim)] = to_cache(v[2 * pair + 1]);
             continue;
         }
         const bool is_q = head < n_q;
@@ -54,9 +54,9 @@ extern "C" __global__ void __launch_bounds__(256) rope_kv(const __grid_constant_
             x[at.second] = ab.y;
         }
         if (!is_q && cache) {
-            uint16_t* to = cache + (int64_t)head * head_halves + in_block * p.head_dim;
-            to[at.first] = to_cache(ab.x);
-            to[at.second] = to_cache(ab.y);
+            uint16_t* to = cache + (int64_t)head * head_halves;
+            to[kv_k_at(in_block, at.first, p.head_dim)] = to_cache(ab.x);
+            to[kv_k_at(in_block, at.second, p.head_dim)] = to_cache(ab.y);
         }
     }
 }

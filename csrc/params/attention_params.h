@@ -14,16 +14,17 @@
 
 // Query heads of one KV head that a block serves together: the rows of one matrix product.
 #define DECODE_HEADS 16
-// Threads of a block.
+// Threads of a group of a block, and most groups; each has every so-manieth of the block's splits.
 #define DECODE_THREADS 256
-// Most splits of a block that are in shared memory at once.
-#define DECODE_STAGES 2
+#define DECODE_GROUPS 2
+// Most splits of a group that are in shared memory at once.
+#define DECODE_DEPTH 2
 // Blocks of a launch up to which a row may be shared by several; more fill a GPU by themselves.
 #define DECODE_SPREAD_BLOCKS 128
 
-// attention_decode_<head_dim>: grid (x, n_head_kv * decode_head_tiles(), n_rows), block DECODE_THREADS, dynamic shared
-// memory decode_smem_bytes(head_dim, stages). x and stages are free (the blocks of a row take its splits in turn,
-// results depend on neither): x as many as fill the GPU, at most max_splits.
+// attention_decode_<head_dim>: grid (x, n_head_kv * decode_head_tiles(), n_rows), block groups * DECODE_THREADS,
+// dynamic shared memory decode_smem_bytes(head_dim, groups, depth). x, groups and depth are free (the blocks of a row
+// take its splits in turn, results depend on none of them): x as many as fill the GPU, at most max_splits.
 //
 // With k and v the row's own position is not in the cache yet: q and k are rotated as rope_kv does, and k and v are
 // written to the cache. Without them rope_kv came before, and inv_freq, rope_tables, n_rot, rope_type and mscale are
@@ -43,16 +44,18 @@ typedef struct {
     const int32_t* slots;        // [n_rows]
     const float* sinks;          // [n_head] or null
     float* out;                  // [n_rows, n_head * head_dim]
-    float* partial;              // workspace [n_rows, n_head, max_splits, head_dim + 4]; not used where x is 1
-    uint32_t* counters;          // workspace [n_rows, gridDim.y], zero before the first launch; left zero; likewise
+    float* partial;      // workspace [n_rows, n_head, max_splits, head_dim + 4]; not used where x and groups are 1
+    uint32_t* counters;  // workspace [n_rows, gridDim.y], zero before the first launch; left zero; likewise
     int32_t q_stride, k_stride, v_stride, out_stride;
     int32_t n_head, n_head_kv;
-    int32_t n_rot;      // 0: no rotation
-    int32_t rope_type;  // ROPE_INTERLEAVED, ROPE_NEOX
+    int32_t kv_group, head_tiles;  // n_head / n_head_kv, decode_head_tiles()
+    int32_t n_rot;                 // 0: no rotation
+    int32_t rope_type;             // ROPE_INTERLEAVED, ROPE_NEOX
     int32_t max_blocks;
     int32_t max_splits;  // of the workspace: decode_max_splits(context_length, window)
     int32_t window;      // 0: all positions
-    int32_t stages;      // 1 .. DECODE_STAGES; more is faster where there are few rows
+    int32_t groups;      // 1 .. DECODE_GROUPS; more is faster where there are few rows
+    int32_t depth;       // 1 .. DECODE_DEPTH; likewise
     float scale, mscale;
 } AttentionDecodeParams;
 
@@ -73,12 +76,12 @@ static HOST_DEVICE int32_t decode_head_tiles(int32_t n_head, int32_t n_head_kv) 
     return (n_head / n_head_kv + DECODE_HEADS - 1) / DECODE_HEADS;
 }
 
-// For each split in memory K [128][head_dim], V [head_dim][128] and the weights [16][128]; both halves of
-// q [16][head_dim]. Rows are padded by 16 bytes against bank conflicts.
-static HOST_DEVICE int32_t decode_smem_bytes(int32_t head_dim, int32_t stages) {
-    const int32_t key_bytes = ATTENTION_SPLIT * 2 + 16, dim_bytes = head_dim * 2 + 16;
-    const int32_t stage = ATTENTION_SPLIT * dim_bytes + (head_dim + DECODE_HEADS) * key_bytes;
-    return stages * stage + 2 * DECODE_HEADS * dim_bytes;
+// For each split in memory K and V, as in the cache; for each group the weights [16][128]; both halves
+// of q [16][head_dim]; two barriers for each split. Rows of weights and q are padded by 16 bytes against bank
+// conflicts.
+static HOST_DEVICE int32_t decode_smem_bytes(int32_t head_dim, int32_t groups, int32_t depth) {
+    const int32_t weights = DECODE_HEADS * (ATTENTION_SPLIT * 2 + 16), stage = ATTENTION_SPLIT * head_dim * 4;
+    return groups * (depth * (stage + 16) + weights) + 2 * DECODE_HEADS * (head_dim * 2 + 16);
 }
 
 #define PREFILL_ROWS 64
@@ -105,9 +108,7 @@ typedef struct {
     float scale;
 } AttentionPrefillParams;
 
-// Both blocks of a split, K [64][head_dim] and V [head_dim][64]; rows padded by 16 bytes against bank conflicts.
-static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) {
-    return 2 * (KV_BLOCK * (2 * head_dim + 16) + head_dim * (2 * KV_BLOCK + 16));
-}
+// K and V of both blocks of a split.
+static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) { return 2 * 2 * KV_BLOCK * 2 * head_dim; }
 
 #endif

@@ -39,27 +39,30 @@ def decode_partial_rows(int heads):
     return c.decode_partial_rows(heads)
 
 
-def decode_smem(int head_dim, int max_smem):
-    """Dynamic shared memory of decode attention by its number of stages, from 1 to what `max_smem` bytes allow."""
-    sizes = [c.decode_smem_bytes(head_dim, n + 1) for n in range(c.DECODE_STAGES)]
-    return tuple(size for i, size in enumerate(sizes) if i == 0 or size + DECODE_STATIC_SMEM <= max_smem)
+def decode_shapes(int head_dim, int max_smem):
+    """What a block of decode attention can be: (groups, depth, dynamic shared memory bytes), from the least to what
+    `max_smem` bytes allow."""
+    shapes = [(1, 1), (c.DECODE_GROUPS, 1), (c.DECODE_GROUPS, c.DECODE_DEPTH)]
+    all_ = [(groups, depth, c.decode_smem_bytes(head_dim, groups, depth)) for groups, depth in shapes]
+    return tuple(shape for i, shape in enumerate(all_) if i == 0 or shape[2] + DECODE_STATIC_SMEM <= max_smem)
 
 
-def decode_grid(int n_rows, int heads, int max_splits, tuple smem, int sm_count, int max_smem):
-    """The decode attention launch of `n_rows` rows: (blocks that share a row, stages, dynamic shared memory bytes).
-    Results depend on none of them.
+def decode_grid(int n_rows, int heads, int max_splits, tuple shapes, int sm_count, int max_smem):
+    """The decode attention launch of `n_rows` rows: (blocks that share a row, groups, depth, dynamic shared memory
+    bytes). Results depend on none of them.
 
     Args:
-        heads, max_splits, smem: `attention_heads`, `decode_max_splits` and `decode_smem`.
+        heads, max_splits, shapes: `attention_heads`, `decode_max_splits` and `decode_shapes`.
         sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
     """
-    blocks, splits = heads * n_rows, 1
-    # few blocks are faster each, many fit together
-    stages = len(smem) if blocks <= sm_count else 1
-    # as many blocks as run at once, where the workspace has room for the splits of so many rows
-    if n_rows <= c.decode_partial_rows(heads):
-        splits = max(1, min(max_splits, sm_count * min(2, max_smem // smem[stages - 1]) // blocks))
-    return splits, stages, smem[stages - 1]
+    blocks = heads * n_rows
+    # the workspace has no room for the splits of more rows; and many blocks fit together, where few are faster each
+    if n_rows > c.decode_partial_rows(heads):
+        return 1, *shapes[0]
+    groups, depth, smem = shapes[len(shapes) - 1] if blocks <= sm_count else shapes[0]
+    # as many blocks as run at once
+    splits = max(1, min(max_splits, sm_count * min(2 // groups, max_smem // smem) // blocks))
+    return splits, groups, depth, smem
 
 
 def prefill_smem(int head_dim):
@@ -131,10 +134,11 @@ cdef class AttentionNode(Node):
 
     Args:
         name: of the op.
-        decode_kernel, prefill_kernel: allowed the last of `decode_smem`, `prefill_smem`.
-        decode: `AttentionDecodeParams`; later: stages. With k and v it rotates and fills the cache itself.
+        decode_kernel, prefill_kernel: allowed the last of `decode_shapes`, `prefill_smem`.
+        decode: `AttentionDecodeParams`; later: groups, depth; kv_group and head_tiles follow from n_head and n_head_kv.
+            With k and v it rotates and fills the cache itself.
         prefill: `AttentionPrefillParams`.
-        smem: `decode_smem` and `prefill_smem`.
+        smem: `decode_shapes` and `prefill_smem`.
         sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
         rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, blocks
             of a row.
@@ -144,7 +148,7 @@ cdef class AttentionNode(Node):
     cdef c.AttentionDecodeParams d
     cdef c.AttentionPrefillParams p
     cdef c.RopeKvParams r
-    cdef tuple decode_smem
+    cdef tuple decode_shapes
     cdef unsigned int heads, prefill_smem, sm_count, max_smem, rope_blocks
 
     def __init__(self, str name, Kernel decode_kernel, Kernel prefill_kernel, dict decode, dict prefill, tuple smem,
@@ -152,10 +156,12 @@ cdef class AttentionNode(Node):
         Node.__init__(self, name)
         self.decode_kernel, self.prefill_kernel = decode_kernel, prefill_kernel
         self.sm_count, self.max_smem = sm_count, max_smem
-        c.fill_AttentionDecodeParams(&self.d, decode, ("stages",))
+        c.fill_AttentionDecodeParams(&self.d, decode, ("groups", "depth", "kv_group", "head_tiles"))
         c.fill_AttentionPrefillParams(&self.p, prefill, ())
+        self.d.kv_group = self.d.n_head // self.d.n_head_kv
+        self.d.head_tiles = c.decode_head_tiles(self.d.n_head, self.d.n_head_kv)
         self.heads = attention_heads(self.d.n_head, self.d.n_head_kv)
-        self.decode_smem, self.prefill_smem = smem
+        self.decode_shapes, self.prefill_smem = smem
         if rope is not None:
             self.rope_kernel, fields, self.rope_blocks = rope
             c.fill_RopeKvParams(&self.r, fields, ())
@@ -173,9 +179,10 @@ cdef class AttentionNode(Node):
     cdef int _decode(self, LaunchList launches, unsigned int n_rows) except -1:
         cdef c.AttentionDecodeParams p = self.d
         cdef unsigned int splits, smem
-        splits, p.stages, smem = decode_grid(n_rows, self.heads, p.max_splits, self.decode_smem, self.sm_count,
-                                             self.max_smem)
-        return launches.add(self.decode_kernel, splits, self.heads, n_rows, c.DECODE_THREADS, smem, &p, sizeof(p), True)
+        splits, p.groups, p.depth, smem = decode_grid(n_rows, self.heads, p.max_splits, self.decode_shapes,
+                                                      self.sm_count, self.max_smem)
+        return launches.add(self.decode_kernel, splits, self.heads, n_rows, p.groups * c.DECODE_THREADS, smem, &p,
+                            sizeof(p), True)
 
     cdef int _rope(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""

@@ -119,7 +119,7 @@ def test_decode_rows_rotate_within_attention(name, goldens_dir):
             assert rope.fields[field] == (own.fields[field][0], own.fields[field][1] + 4 * words)
         for field in ("inv_freq", "n_rot", "rope_type", "mscale", "kv", "block_table", "rope_tables"):
             assert rope.fields[field] == own.fields[field]
-        assert own.fields["stages"] == 2 and (own.fields["n_rot"] == 0) == (name == "gpt2-Q8_0")
+        assert own.fields["groups"] == own.fields["depth"] == 2 and (own.fields["n_rot"] == 0) == (name == "gpt2-Q8_0")
     assert any(launch.grid[0] == 7 and launch.fields["v"] for launch in of(plain, "rope_kv"))
     assert [launch.fields["k"] for launch in of(plain, "attention_decode")] == [0]
 

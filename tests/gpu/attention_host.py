@@ -85,28 +85,38 @@ class Sequences:
         positions = np.array([p if s >= 0 else 10**6 for s, p in rows], np.int32)
         return {"positions": self.gpu.buffer(positions), "slots": self.gpu.buffer(np.array(rows, np.int32)[:, 0])}
 
-    def launch_decode(self, fields, rows, grid_x=None, stages=2, pdl=False, repeat=1):
-        """attention_decode of `rows` (seq, position); a seq of -1 is a dead row. Returns [n rows, n_head, head_dim]."""
+    def launch_decode(self, fields, rows, grid_x=None, shape=None, pdl=False, repeat=1):
+        """attention_decode of `rows` (seq, position); a seq of -1 is a dead row. `shape`: of a block, one of
+        `block_shapes`; else the largest. Returns [n rows, n_head, head_dim]."""
         gpu, (n_head, n_head_kv, head_dim, window, _) = self.gpu, self.shape
         n, heads = len(rows), decode_grid(n_head, n_head_kv)
+        groups, depth = shape or self.block_shapes()[-1]
         max_splits = rule("decode_max_splits", max(self.lengths), window)
         partial = gpu.empty((n, n_head, max_splits, head_dim + 4))
         counters = gpu.buffer(np.zeros((n, heads), np.uint32))
         out = gpu.empty((n, n_head * head_dim + 4))
         p = params("AttentionDecodeParams", **self._both(out=out, **fields), **self._rows(rows), partial=partial,
-                   counters=counters, max_splits=max_splits, stages=stages)  # fmt: skip
+                   counters=counters, max_splits=max_splits, groups=groups, depth=depth, kv_group=n_head // n_head_kv,
+                   head_tiles=rule("decode_head_tiles", n_head, n_head_kv))  # fmt: skip
         kernel, smem = (
             gpu.kernel("attention_decode", f"attention_decode_{head_dim}"),
-            rule("decode_smem_bytes", head_dim, stages),
+            rule("decode_smem_bytes", head_dim, groups, depth),
         )
         for _ in range(repeat):
             grid = (grid_x or max_splits, heads, n)
-            gpu.launch(kernel, grid, CONSTANTS["DECODE_THREADS"], p, smem=smem, pdl=pdl)
+            gpu.launch(kernel, grid, groups * CONSTANTS["DECODE_THREADS"], p, smem=smem, pdl=pdl)
         got = out.to_numpy()
         assert not counters.to_numpy().any(), "the counters must be left zero for the next launch"
         partial.check_guards()
         assert np.isnan(got[:, n_head * head_dim :]).all(), "columns outside the heads were written"
         return got[:, : n_head * head_dim].reshape(n, n_head, head_dim)
+
+    def block_shapes(self) -> list[tuple[int, int]]:
+        """(groups, depth) of all blocks that there is shared memory for."""
+        head_dim, static = self.shape[2], 4096
+        every = [(g + 1, d + 1) for g in range(CONSTANTS["DECODE_GROUPS"]) for d in range(CONSTANTS["DECODE_DEPTH"])]
+        sizes = [rule("decode_smem_bytes", head_dim, *shape) + static for shape in every]
+        return [shape for shape, size in zip(every, sizes, strict=True) if shape == (1, 1) or size <= self.gpu.max_smem]
 
     def decode(self, rows, **how):
         """Decode rows (seq, position) whose keys are all in the cache."""
@@ -150,7 +160,7 @@ class Sequences:
         saved, self.cache.arena = self.cache.arena, arena
         for seq, position in rows:
             if seq >= 0:
-                self.cache.k_at(seq, position)[:] = self.cache.v_at(seq, position)[:] = np.nan
+                self.cache.put(seq, position, np.nan, np.nan)
         self.cache.arena = saved
         self.arena = gpu.buffer(arena)
         x, width = gpu.buffer(qkv), qkv.shape[1]

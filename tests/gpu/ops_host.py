@@ -76,20 +76,27 @@ class PagedCache:
             self.v.append(v)
             if filled:
                 for position in range(n):
-                    self.k_at(s, position)[:] = k[position]
-                    self.v_at(s, position)[:] = v[position]
+                    self.put(s, position, k[position], v[position])
 
-    def k_at(self, seq: int, position: int) -> np.ndarray:
-        """K of a position as a view [n_head_kv, head_dim]."""
-        block = self.block_table[seq, position // KV_BLOCK]
-        view = self.arena[block].reshape(self.n_head_kv, 2, KV_BLOCK, self.head_dim)
-        return view[:, 0, position % KV_BLOCK, :]
+    def _views(self, seq: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a position: K [n_head_kv, head_dim / 8, 8] and V [n_head_kv, head_dim]."""
+        block, at = self.block_table[seq, position // KV_BLOCK], position % KV_BLOCK
+        k, v = self.arena[block].reshape(self.n_head_kv, 2, -1).swapaxes(0, 1)
+        tiles = KV_BLOCK // 8
+        return (
+            k.reshape(self.n_head_kv, tiles, self.head_dim // 8, 8, 8)[:, at // 8, :, at % 8],
+            v.reshape(self.n_head_kv, tiles, self.head_dim, 8)[:, at // 8, :, at % 8],
+        )
 
-    def v_at(self, seq: int, position: int) -> np.ndarray:
-        """V of a position as a view [n_head_kv, head_dim]."""
-        block = self.block_table[seq, position // KV_BLOCK]
-        view = self.arena[block].reshape(self.n_head_kv, 2, self.head_dim, KV_BLOCK)
-        return view[:, 1, :, position % KV_BLOCK]
+    def put(self, seq: int, position: int, k, v) -> None:
+        """K and V of a position, [n_head_kv, head_dim] each."""
+        own = self._views(seq, position)
+        for to, x in zip(own, (k, v), strict=True):
+            to[:] = np.broadcast_to(x, (self.n_head_kv, self.head_dim)).reshape(to.shape)
+
+    def at(self, seq: int, position: int) -> np.ndarray:
+        """K and V of a position, [2, n_head_kv, head_dim]."""
+        return np.stack([x.reshape(self.n_head_kv, self.head_dim) for x in self._views(seq, position)])
 
 
 def attention_reference(q, k, v, position: int, scale: float, window: int = 0, sinks=None) -> np.ndarray:

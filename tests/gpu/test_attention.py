@@ -52,16 +52,17 @@ def test_prefill(gpu, shape):
         check_nmse(got, want, limits.ATTENTION_NMSE, f"prefill {shape}, {lengths[seq]} rows")
 
 
-@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_row_is_the_same_decoded_and_in_a_prompt(gpu, shape, stages):
+def test_a_row_is_the_same_decoded_and_in_a_prompt(gpu, shape):
     s = Sequences(gpu, shape, LENGTHS)
     chunks = [(seq, max(0, n - 70), min(n, 70)) for seq, n in enumerate(LENGTHS)]
     for chunk, prompt in zip(chunks, s.prefill(chunks), strict=True):
         seq, start, n = chunk
         at = sorted({0, n // 2, n - 2, n - 1} & set(range(n)))
-        decoded = s.decode([(seq, start + i) for i in at], stages=stages)
-        assert same_bits(decoded, prompt[at]), f"sequence of {LENGTHS[seq]}, positions {[start + i for i in at]}"
+        for block in s.block_shapes():
+            decoded = s.decode([(seq, start + i) for i in at], shape=block)
+            where = f"sequence of {LENGTHS[seq]}, positions {[start + i for i in at]}"
+            assert same_bits(decoded, prompt[at]), f"{where}, groups and depth {block}"
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,9 @@ def test_a_long_row_is_the_same_decoded_and_in_a_prompt(gpu, shape, n):
     want = prompt[[position - (n - 130) for _, position in rows]]
     check_nmse(want, np.stack([s.reference(*row) for row in rows]), limits.ATTENTION_NMSE, f"{shape}, {n} keys")
     for grid_x in (None, 1, 2, 3, 7, 64):
-        for stages in (1, 2):
-            assert same_bits(s.decode(rows, grid_x=grid_x, stages=stages), want), f"grid_x {grid_x}, stages {stages}"
+        for block in s.block_shapes():
+            decoded = s.decode(rows, grid_x=grid_x, shape=block)
+            assert same_bits(decoded, want), f"grid_x {grid_x}, groups and depth {block}"
 
 
 def test_decode_of_131072_keys(gpu):
@@ -110,9 +112,9 @@ def test_decode_row_depends_on_nothing_else(gpu):
     assert not together[3].any(), "a dead row must give zeros"
     for at, seq in ((0, 0), (1, 1), (2, 2), (4, 3), (5, 4)):
         for grid_x in (None, 1, 2, 3, 50):
-            for stages in (1, 2):
-                alone = s.decode([row[seq]], grid_x=grid_x, stages=stages)
-                assert same_bits(alone[0], together[at]), f"sequence {seq}, grid_x {grid_x}, stages {stages}"
+            for block in s.block_shapes():
+                alone = s.decode([row[seq]], grid_x=grid_x, shape=block)
+                assert same_bits(alone[0], together[at]), f"sequence {seq}, grid_x {grid_x}, groups and depth {block}"
     assert same_bits(s.decode([row[i] for i in (4, -1, 3, 1, 0)], pdl=True, repeat=5)[4], together[0])
 
 
@@ -168,9 +170,10 @@ def test_rotation_within_attention(gpu, shape, rotation):
     qkv[0, shape[0] * shape[2]] = 1e6  # a key that float16 cannot hold
     want, cache = s.rope_then_attend(qkv, rotation, rows, fused=False)
     assert np.isfinite(want).all() and not want[2].any()
-    for grid_x, stages, pdl in ((None, 2, False), (None, 1, False), (1, 2, False), (2, 1, True)):
-        got, after = s.rope_then_attend(qkv, rotation, rows, fused=True, grid_x=grid_x, stages=stages, pdl=pdl)
-        assert same_bits(got, want), f"grid_x {grid_x}, stages {stages}"
+    least, most = s.block_shapes()[0], s.block_shapes()[-1]
+    for grid_x, block, pdl in ((None, most, False), (None, least, False), (1, most, False), (2, least, True)):
+        got, after = s.rope_then_attend(qkv, rotation, rows, fused=True, grid_x=grid_x, shape=block, pdl=pdl)
+        assert same_bits(got, want), f"grid_x {grid_x}, groups and depth {block}"
         assert same_bits(after, cache), "the cache differs"
 
 

@@ -149,9 +149,9 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, rope_type, lon
         want = rope_reference(x[r, :v0].reshape(-1, head_dim), int(positions[r]), mine, rope_type, n_rot, mscale)
         check_nmse(got[r, :v0], want.ravel(), limits.POINTWISE_NMSE, f"rope at position {positions[r]}")
         at = int(positions[r]) if r != 1 else KV_BLOCK - 1
-        cache.k_at(r, at)[:] = got[r, k0:v0].reshape(n_head_kv, head_dim).astype(np.float16)
+        k = got[r, k0:v0].reshape(n_head_kv, head_dim).astype(np.float16)
         v = x[r, v0 : v0 + n_head_kv * head_dim].reshape(n_head_kv, head_dim)
-        cache.v_at(r, at)[:] = np.clip(v, -65504, 65504).astype(np.float16)
+        cache.put(r, at, k, np.clip(v, -65504, 65504).astype(np.float16))
     cache.arena = saved
     assert np.array_equal(arena.view(np.uint16), expected.view(np.uint16)), (
         "the cache differs from k and v, or was written elsewhere"
@@ -170,7 +170,7 @@ def test_rope_keeps_nan_visible(gpu):
                max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), 1, 256, p)
     cache.arena = dkv.to_numpy()
-    assert np.isnan(cache.k_at(0, 0)).all() and np.isnan(cache.v_at(0, 0)).all()
+    assert np.isnan(cache.at(0, 0)).all()
 
 
 def gelu(x):

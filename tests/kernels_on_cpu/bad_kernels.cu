@@ -146,6 +146,42 @@ BAD_KERNEL(part_of_a_warp_copies) {
     p.out[i] = smem[63 - i];
 }
 
+// Each warp copies a half for one phase of the barrier.
+BAD_KERNEL(copy_missing_in_a_phase) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    const int warp = i / 32;
+    if (i == 0) copy_barrier_init<2>(barrier);
+    __syncthreads();
+    if (p.is_right || warp == 0)
+        copy_to_smem<L2::KEPT>(barrier, smem_address(smem + 32 * warp), p.in + 32 * warp, 2 * kFloats, i % 32);
+    copy_wait(barrier, 0);
+    p.out[i] = smem[63 - i];
+    if (!p.is_right) return;
+    __syncthreads();
+    if (warp == 0)
+        copy_to_smem(barrier, smem_address(smem), p.in, 4 * kFloats, i);
+    else
+        copy_nothing(barrier, i % 32);
+    copy_wait(barrier, 1);
+    p.out[i] = smem[63 - i];
+}
+
+BAD_KERNEL(warp_stays_away_from_a_group) {
+    pdl_wait();
+    smem[i] = p.in[i];
+    if (p.is_right || i < 32) group_sync(1, 64);
+    if (!p.is_right) __syncthreads();
+    p.out[i] = smem[63 - i];
+}
+
+BAD_KERNEL(group_of_two_sizes) {
+    pdl_wait();
+    smem[i] = p.in[i];
+    group_sync(1, p.is_right || i < 32 ? 64 : 32);
+    p.out[i] = smem[63 - i];
+}
+
 BAD_KERNEL(null_pointer) {
     pdl_wait();
     const float* from = p.is_right || i != 9 ? p.in : nullptr;

@@ -44,12 +44,22 @@ DEVICE void store_shared(uint32_t at, T v) {
 
 // ---- barriers in shared memory that copies arrive at
 
-DEVICE void copy_barrier_init(uint32_t barrier) { on_cpu::copy_barrier_init(barrier); }
+template <int kCopies = 1>
+DEVICE void copy_barrier_init(uint32_t barrier) {
+    on_cpu::copy_barrier_init(barrier, kCopies);
+}
 DEVICE void copy_barrier_fence() {}
+enum class L2 { LEAVES_FIRST, KEPT };
+template <L2 kL2 = L2::LEAVES_FIRST>
 DEVICE void copy_to_smem(uint32_t barrier, uint32_t smem, const void* global, uint32_t n_bytes, int lane) {
     on_cpu::copy_to_smem(barrier, smem, global, n_bytes, lane);
 }
+DEVICE void copy_nothing(uint32_t barrier, int lane) { on_cpu::copy_to_smem(barrier, 0, nullptr, 0, lane); }
 DEVICE void copy_wait(uint32_t barrier, uint32_t parity) { on_cpu::copy_wait(barrier, parity); }
+
+// ---- parts of a block
+
+DEVICE void group_sync(int barrier, int n_threads) { on_cpu::sync_group(barrier, n_threads); }
 
 // ---- loads
 

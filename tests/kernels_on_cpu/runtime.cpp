@@ -86,13 +86,13 @@ struct Copy {
     uint32_t n_read, n, group;
 };
 
-enum class Wait : uint8_t { COLLECTIVE, BARRIER, COPY };
+enum class Wait : uint8_t { COLLECTIVE, BARRIER, GROUP, COPY };
 
 struct alignas(128) Fiber : Thread {
     Place place;
     Wait waits_for;
     bool has_ended, has_waited;        // pdl_wait
-    uint32_t wait_mask, wait_address;  // of a collective; of a copy's barrier
+    uint32_t wait_mask, wait_address;  // of a collective; of a copy's barrier, or the number of a group's
     Collective wait_kind;
     uint32_t n_groups;         // cp_async_commit calls
     std::vector<Copy> copies;  // not waited for; from `first_copy` on
@@ -104,11 +104,27 @@ struct Gather {
     Collective kind;
 };
 
+struct WarpCopy {
+    const Warp* warp;
+    uint32_t arrived;  // lanes
+    Copy copy;
+};
+
 struct CopyBarrier {
     uint32_t address;
-    uint32_t phase;    // that have ended
-    uint32_t arrived;  // lanes, in this one
-    Copy copy;
+    uint32_t phase;  // that have ended
+    size_t n_copies;
+    std::vector<WarpCopy> copies;  // of this phase
+    bool is_complete() const {
+        return copies.size() == n_copies &&
+               std::all_of(copies.begin(), copies.end(), [](const WarpCopy& c) { return c.arrived == kFullWarp; });
+    }
+};
+
+// A barrier of a part of the block.
+struct GroupBarrier {
+    int n, arrived;
+    std::vector<Fiber*> waiting;
 };
 
 }  // namespace
@@ -140,6 +156,8 @@ const Launch* launch;
 int n_threads, n_warps, n_alive;
 int n_at_barrier, barrier_any, barrier_result;
 bool barrier_is_or;
+constexpr int kMaxGroups = 16;
+GroupBarrier group_barriers[kMaxGroups];
 std::vector<CopyBarrier> copy_barriers;
 std::vector<uint16_t> barrier_at;  // by address / 8: one more than the index in copy_barriers
 int failed;                        // the status, or 0
@@ -214,6 +232,10 @@ const char* name_of(Collective kind) {
 
 std::string wait_text(const Fiber& f) {
     if (f.waits_for == Wait::BARRIER) return "a barrier of the block";
+    if (f.waits_for == Wait::GROUP) {
+        const GroupBarrier& g = group_barriers[f.wait_address];
+        return text_of("barrier %u, where %d of %d threads have come", f.wait_address, g.arrived, g.n);
+    }
     if (f.waits_for == Wait::COPY)
         return text_of("the barrier at byte %u of shared memory, whose copy nobody has started", f.wait_address);
     const Gather& g = f.warp->gathers[__builtin_ctz(f.wait_mask)];
@@ -340,6 +362,7 @@ void begin_block() {
     memset(l.fixed, kPoison, l.fixed_end - l.fixed);
     for (const CopyBarrier& b : copy_barriers) barrier_at[b.address / 8] = 0;
     copy_barriers.clear();
+    for (GroupBarrier& g : group_barriers) g.arrived = 0, g.waiting.clear();
     n_alive = n_threads, n_at_barrier = barrier_any = 0;
     for (int i = 0; i < n_warps; ++i) {
         Warp& w = warps[i];
@@ -372,7 +395,7 @@ void check_block() {
                                              "the launch asked for %u",
                                              launch->dynamic_bytes + i, launch->dynamic_bytes));
     for (const CopyBarrier& b : copy_barriers)
-        if (b.arrived)
+        if (!b.copies.empty())
             set_error(block_text() + text_of(": it ends with a copy that nobody waited for, of the barrier at byte %u "
                                              "of shared memory",
                                              b.address));
@@ -510,6 +533,21 @@ static int block_barrier(bool is_or, int predicate) {
 void sync_threads() { block_barrier(false, 0); }
 int sync_threads_or(int predicate) { return block_barrier(true, predicate); }
 
+void sync_group(int barrier, int n) {
+    if (barrier < 1 || barrier >= kMaxGroups || n % 32) fail("barrier %d for %d threads", barrier, n);
+    GroupBarrier& g = group_barriers[barrier];
+    if (g.arrived && g.n != n) fail("barrier %d for %d threads, where others came for %d", barrier, n, g.n);
+    g.n = n;
+    if (++g.arrived < n) {
+        g.waiting.push_back(own());
+        own()->wait_address = static_cast<uint32_t>(barrier);
+        wait(Wait::GROUP);
+        return;
+    }
+    for (const Fiber* f : g.waiting) f->warp->runnable |= 1u << f->lane;
+    g.arrived = 0, g.waiting.clear();
+}
+
 const uint64_t* gather(unsigned mask, Collective kind, uint64_t value) {
     const int lane = current->lane;
     Warp& w = *current->warp;
@@ -596,14 +634,14 @@ void cp_async_wait(int pending) {
     if (f.first_copy == f.copies.size()) f.copies.clear(), f.first_copy = 0;
 }
 
-void copy_barrier_init(uint32_t barrier) {
+void copy_barrier_init(uint32_t barrier, int n_copies) {
     uint8_t* p = shared_at(barrier, 8, "a barrier");
     if (barrier >= kMaxDynamic || barrier % 8)
         fail("a barrier at byte %d of shared memory", static_cast<int32_t>(barrier));
     if (barrier_at[barrier / 8]) fail("the barrier at byte %u of shared memory is initialized twice", barrier);
     const uint64_t mark = kBarrierMark | barrier;
     memcpy(p, &mark, 8);
-    copy_barriers.push_back({barrier, 0, 0, {}});
+    copy_barriers.push_back({barrier, 0, static_cast<size_t>(n_copies), {}});
     barrier_at[barrier / 8] = static_cast<uint16_t>(copy_barriers.size());
 }
 
@@ -611,14 +649,20 @@ void copy_barrier_init(uint32_t barrier) {
 void copy_to_smem(uint32_t barrier, uint32_t to, const void* from, uint32_t n, int lane) {
     CopyBarrier& b = barrier_of(barrier);
     if (lane != current->lane) fail("copy_to_smem as lane %d, which is lane %d", lane, current->lane);
-    if (b.arrived >> lane & 1)
-        fail("copy_to_smem at the barrier at byte %u of shared memory, whose phase before has not ended", barrier);
-    const Copy copy = {shared_at(to, n, "a copy"), from, n, n, kNoGroup};
-    if (b.arrived && (b.copy.to != copy.to || b.copy.from != from || b.copy.n != n))
+    const Warp* warp = current->warp;
+    auto at = std::find_if(b.copies.begin(), b.copies.end(),
+                           [&](const WarpCopy& c) { return c.warp == warp && !(c.arrived >> lane & 1); });
+    const Copy copy = {n ? shared_at(to, n, "a copy") : nullptr, from, n, n, kNoGroup};
+    if (at == b.copies.end()) {
+        if (b.copies.size() == b.n_copies)
+            fail("copy_to_smem at the barrier at byte %u of shared memory, whose phase before has not ended", barrier);
+        at = b.copies.insert(at, {warp, 0, copy});
+    }
+    if (at->copy.to != copy.to || at->copy.from != from || at->copy.n != n)
         fail("the lanes of a warp start different copies at the barrier at byte %u of shared memory", barrier);
-    b.copy = copy, b.arrived |= 1u << lane;
-    if (lane == 0) start_copy(copy);
-    if (b.arrived == kFullWarp)
+    at->arrived |= 1u << lane;
+    if (lane == 0 && n) start_copy(copy);
+    if (b.is_complete())
         for (int i = 0; i < n_warps; ++i) warps[i].runnable |= warps[i].at_copy, warps[i].at_copy = 0;
 }
 
@@ -626,9 +670,10 @@ void copy_wait(uint32_t barrier, uint32_t parity) {
     for (;;) {
         CopyBarrier& b = barrier_of(barrier);
         if ((b.phase & 1) != parity) return;
-        if (b.arrived == kFullWarp) {
-            finish_copy(b.copy);
-            ++b.phase, b.arrived = 0;
+        if (b.is_complete()) {
+            for (const WarpCopy& c : b.copies)
+                if (c.copy.n) finish_copy(c.copy);
+            ++b.phase, b.copies.clear();
             return;
         }
         Fiber& f = *own();

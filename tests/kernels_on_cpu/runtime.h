@@ -42,6 +42,7 @@ extern Thread* current;
 
 void sync_threads();
 int sync_threads_or(int predicate);
+void sync_group(int barrier, int n);
 
 enum class Collective { SYNC_WARP, SHUFFLE, BALLOT, REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, MMA, LDMATRIX };
 // The values of the 32 lanes, once all lanes of the mask have given theirs; valid until the lane's next collective.
@@ -55,7 +56,7 @@ void ldmatrix_x4(uint32_t (&r)[4], const uint8_t* row);
 void cp_async(uint32_t to, const void* from, uint32_t n_read, uint32_t n);
 void cp_async_commit();
 void cp_async_wait(int pending);
-void copy_barrier_init(uint32_t barrier);
+void copy_barrier_init(uint32_t barrier, int n_copies);
 void copy_to_smem(uint32_t barrier, uint32_t to, const void* from, uint32_t n, int lane);
 void copy_wait(uint32_t barrier, uint32_t parity);
 void pdl_wait();

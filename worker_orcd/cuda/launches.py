@@ -30,7 +30,7 @@ from worker_orcd._nodes import (
     RowNode,
     SampleNode,
     decode_max_splits,
-    decode_smem,
+    decode_shapes,
     norm_threads,
     prefill_smem,
     sample_groups,
@@ -225,8 +225,8 @@ class Launches:
     def _attention(self, op: Attention, rope: RopeKv | None = None) -> list[Node]:
         """Attention; with `rope` also what it says, which decode rows do on the way."""
         w = self._workspace
-        decode_bytes, prefill_bytes = decode_smem(op.head_dim, self.context.max_smem), prefill_smem(op.head_dim)
-        decode_kernel = self.kernel("attention_decode", f"attention_decode_{op.head_dim}", decode_bytes[-1])
+        shapes, prefill_bytes = decode_shapes(op.head_dim, self.context.max_smem), prefill_smem(op.head_dim)
+        decode_kernel = self.kernel("attention_decode", f"attention_decode_{op.head_dim}", shapes[-1][2])
         prefill_kernel = self.kernel("attention_prefill", f"attention_prefill_{op.head_dim}", prefill_bytes)
         both = {
             "q": self._at(op.q), "kv": self._kv.layers[op.layer].address, "block_table": self._block_table(op.layer),
@@ -241,7 +241,7 @@ class Launches:
             "partial": w.attention_partial.address, "counters": w.attention_counters.address,
             "max_splits": decode_max_splits(self.config.context_length, op.window),
         }  # fmt: skip
-        prefill, smem = {**both, "tiles": w.tiles.address}, (decode_bytes, prefill_bytes)
+        prefill, smem = {**both, "tiles": w.tiles.address}, (shapes, prefill_bytes)
         gpu = self.context.sm_count, self.context.max_smem
         return [AttentionNode(op.name, decode_kernel, prefill_kernel, decode, prefill, smem, *gpu, launch)]
 

@@ -88,12 +88,13 @@ DEVICE void store_shared(uint32_t at, const uint4& v) {
 // ---- barriers in shared memory that copies arrive at --------------------------------------------------------------
 // From sm_90 on one thread starts a copy of any multiple of 16 bytes; before, the whole warp copies.
 
-// For copies by one warp each phase.
+// For kCopies copies each phase, each by one warp.
+template <int kCopies = 1>
 DEVICE void copy_barrier_init(uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-    constexpr int kArrivals = 1;
+    constexpr int kArrivals = kCopies;
 #else
-    constexpr int kArrivals = 32;
+    constexpr int kArrivals = 32 * kCopies;
 #endif
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "n"(kArrivals) : "memory");
 }
@@ -105,11 +106,20 @@ DEVICE void copy_barrier_fence() {
 #endif
 }
 
-// Starts copying n_bytes (a multiple of 16, addresses 16-byte aligned) for the barrier's current phase, of what is read
-// once and is the first to leave L2, where all else of a step has room. A full warp.
+// What becomes of the copied bytes in L2: weights are read once a step and leave first, so that all else has room.
+enum class L2 { LEAVES_FIRST, KEPT };
+
+// Starts copying n_bytes (a multiple of 16, addresses 16-byte aligned) for the barrier's current phase. A full warp.
+template <L2 kL2 = L2::LEAVES_FIRST>
 DEVICE void copy_to_smem(uint32_t barrier, uint32_t smem, const void* global, uint32_t n_bytes, int lane) {
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
+    if (lane == 0 && kL2 == L2::KEPT) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
+            "l"(global), "r"(n_bytes), "r"(barrier)
+            : "memory");
+    } else if (lane == 0) {
         uint64_t policy;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
@@ -124,6 +134,14 @@ DEVICE void copy_to_smem(uint32_t barrier, uint32_t smem, const void* global, ui
         cp_async_16(smem + at, static_cast<const uint8_t*>(global) + at);
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
+}
+
+// In place of a copy of the barrier's current phase. A full warp.
+DEVICE void copy_nothing(uint32_t barrier, int lane) {
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0)
+#endif
+        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
 // Waits for the end of the phase of that parity.
@@ -142,6 +160,13 @@ DEVICE void copy_wait(uint32_t barrier, uint32_t parity) {
                      : "memory");
 #endif
     } while (!done);
+}
+
+// ---- parts of a block ----------------------------------------------------------------------------------------------
+
+// A barrier of n_threads of the block (whole warps), by a number from 1 to 15.
+DEVICE void group_sync(int barrier, int n_threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
 }
 
 // ---- loads -------------------------------------------------------------------------------------------------------
