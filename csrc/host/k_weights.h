@@ -1,6 +1,7 @@
 // Whether the weights of a K-quant block are small enough for a GPU, whose products take them in fp16 after a factor of
 // 2^4 (csrc/cuda/quant/dequant.cuh, raise_f16x2): the block's scales, the products of these with the scales and minima
-// of its parts, and each weight must not be above 4,094 in magnitude. One of them that is becomes infinite.
+// of its parts, and each weight must not be above 4,094 in magnitude, nor, of Q4_K and Q5_K, 1,024 times its scales
+// (f16_of_bytes_times). One of them that is becomes infinite.
 //
 // Most blocks are known to fit by their two float16 numbers alone. The layouts are those of csrc/cuda/quant.
 #pragma once
@@ -77,9 +78,9 @@ inline KNumbers k_numbers(KQuant type) {
         case kQ3K:
             return {108, 108, 0x4c00, 0x4c00};  // 32 * 4 * 16 = 2048
         case kQ4K:
-            return {0, 2, 0x4000, 0x5000};  // 63 * 15 * 2 + 63 * 32 = 3906
+            return {0, 2, 0x4000, 0x4200};  // 63 * 15 * 2 + 63 * 3 = 2079, 1024 * 3
         case kQ5K:
-            return {0, 2, 0x3c00, 0x5000};  // 63 * 31 * 1 + 63 * 32 = 3969
+            return {0, 2, 0x3c00, 0x4200};  // 63 * 31 * 1 + 63 * 3 = 2142, 1024 * 3
         default:
             return {208, 208, 0x3800, 0x3800};  // 128 * 32 * 0.5 = 2048
     }
@@ -92,7 +93,8 @@ inline bool is_safe(const KNumbers& n, const uint8_t* block) {
 inline bool k_weights_fit(KQuant type, const KNumbers& n, const uint8_t* block) {
     if (is_safe(n, block)) return true;
     const float d = half_value(block + n.d), dmin = n.dmin == n.d ? 0.0f : half_value(block + n.dmin);
-    float largest = std::max(std::fabs(d), std::fabs(dmin));
+    const float power = type == kQ4K || type == kQ5K ? 1024.0f : 1.0f;
+    float largest = power * std::max(std::fabs(d), std::fabs(dmin));
     for (int k = 0; k < 256; ++k) {
         int scale, min;
         const int code = k_element(type, block, k, &scale, &min);

@@ -31,7 +31,8 @@ def blocks(t: quants.QuantType, n: int, scale: float, seed: int) -> np.ndarray:
 
 
 def parts_of_scales(t: quants.QuantType, raw: np.ndarray) -> np.ndarray:
-    """Per block the largest magnitude of d, dmin, and of both times the scales and minima of its parts."""
+    """Per block the largest magnitude of d, dmin (1,024 times them where kernels take that), and of both times the
+    scales and minima of its parts."""
     numbers = [np.abs(raw[:, at : at + 2].copy().view(np.float16).astype(np.float32)) for at in t.number_at]
     d, dmin = numbers[0], numbers[1] if len(numbers) == 2 else 0 * numbers[0]
     if t.name == "Q2_K":
@@ -47,7 +48,9 @@ def parts_of_scales(t: quants.QuantType, raw: np.ndarray) -> np.ndarray:
         b = raw[:, 4:16].astype(np.int32)
         scales = np.concatenate([b[:, :4] & 63, b[:, 8:12] & 15 | b[:, :4] >> 6 << 4], axis=1)
         mins = np.concatenate([b[:, 4:8] & 63, b[:, 8:12] >> 4 | b[:, 4:8] >> 6 << 4], axis=1)
-    return np.maximum.reduce([d, dmin, d * scales.max(1, keepdims=True), dmin * mins.max(1, keepdims=True)])[:, 0]
+    power = 1024 if t.name in ("Q4_K", "Q5_K") else 1  # a kernel multiplies by 1024 plus the scale, then takes that off
+    parts = [power * d, power * dmin, d * scales.max(1, keepdims=True), dmin * mins.max(1, keepdims=True)]
+    return np.maximum.reduce(parts)[:, 0]
 
 
 @pytest.mark.parametrize("t", K_QUANTS, ids=lambda t: t.name)

@@ -8,7 +8,8 @@
 
 #ifdef __CUDACC__
 
-constexpr uint32_t kF16Power = 0x64006400u;  // 1024 in fp16, whose step is 1 there
+constexpr uint32_t kF16Power = 0x64006400u;       // 1024 in fp16, whose step is 1 there
+constexpr uint32_t kMinusF16Power = 0xe400e400u;  // -1024
 
 // From packed fp16 numbers 1024 + code * 2^kShift to the codes minus kZero.
 template <int kZero, int kShift = 0>
@@ -43,6 +44,11 @@ DEVICE uint32_t f16_of_bytes(uint32_t a, int i, int j) {
     return f16_less_power<kZero>(__byte_perm(a, kF16Power, static_cast<uint32_t>(i | j << 8 | 0x5050)));
 }
 
+// Bytes i and j of `a`, each times `scale`, rounded once; minus_power is -1024 * scale, exact.
+DEVICE uint32_t f16_of_bytes_times(uint32_t a, int i, int j, uint32_t scale, uint32_t minus_power) {
+    return fma_f16x2(__byte_perm(a, kF16Power, static_cast<uint32_t>(i | j << 8 | 0x5050)), scale, minus_power);
+}
+
 #endif
 
 // The low or high 16-bit half of `word`, in both halves.
@@ -73,6 +79,14 @@ struct IntegerCodes {
             const uint32_t word = FiveBits::word(q.low, q.high, pair / 3);
             if (pair % 3 == 1) return f16_less_power<kZero, 5>(and_or(word, 0x03e003e0u, kF16Power));
             return f16_less_power<kZero>(and_or(pair % 3 ? word >> 10 : word, 0x001f001fu, kF16Power));
+        }
+        if constexpr (Q::kSixBits) {
+            if (pair >= SixBits::kFirstSplit) {
+                const uint32_t upper = and_or(q.low[pair - SixBits::kFirstSplit], 0x03c003c0u, kF16Power);
+                return f16_less_power<kZero, 4>(and_or(SixBits::lower_at_4(q.high, pair), 0x00300030u, upper));
+            }
+            const uint32_t word = SixBits::word(q.low, q.high, pair % SixBits::kWords);
+            return f16_less_power<kZero>(and_or(pair < SixBits::kWords ? word : word >> 10, 0x003f003fu, kF16Power));
         }
         // Odd pairs of four-bit codes stay where an even shift puts them: half the shifts.
         if (Q::kLowBits == 4 && (pair & 1)) return f16_less_power<kZero, 4>(or_codes<4>(q, pair));

@@ -8,7 +8,7 @@
 // of the last column.
 //
 // Inside a packed tile: the code planes, then the scales. A plane of kBits holds one kBits-wide part of every code (two
-// planes of five-bit codes share them otherwise, see `FiveBits`),
+// planes of five- and six-bit codes share them otherwise, see `FiveBits` and `SixBits`),
 // ordered so that lane l = 4g + t of a warp loads exactly what it needs for A fragments of mma.m16n8k16 in loads of up
 // to 16 bytes, coalesced, with the codes at shifts from which one `and` (and one `or` of a magic exponent) makes a
 // packed pair. Per sub-tile of 64 columns, a lane owns 16 pairs: pair P = 8b + i of 32-column block b, i = 4j + 2h + r,
@@ -22,6 +22,8 @@
 
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 
 #include "params/host_device.h"
 
@@ -182,6 +184,38 @@ struct FiveBits {
     }
 };
 
+// Six-bit codes: a lane's six words of a sub-tile, four of the low plane and two of the high, have a pair each in bits
+// 0-5 of their halves and one in bits 10-15. Of the last four pairs the upper four bits are in bits 6-9 of the words of
+// the low plane, the lower two in those of the high one.
+struct SixBits {
+    static constexpr int kWords = 6, kFirstSplit = 2 * kWords;
+
+    // Word `word` of `lane`, gathered from code(row, column of the k tile): row 0..15.
+    template <class Code>
+    static HOST_DEVICE uint32_t gather(int sub, int lane, int word, Code code) {
+        const auto both = [&](int pair) {
+            const int row = pair_row(lane, pair), k = sub * kSubK + pair_column(lane, pair);
+            return code(row, k) | code(row, k + 1) << 16;
+        };
+        uint32_t bits = both(word) | both(kWords + word) << 10;
+        if (word < 4) return bits | (both(kFirstSplit + word) & 0x003c003cu) << 4;
+        for (int i = 0; i < 2; ++i) bits |= (both(kFirstSplit + 2 * (word - 4) + i) & 0x00030003u) << (6 + 2 * i);
+        return bits;
+    }
+    static HOST_DEVICE uint32_t word(const uint32_t (&low)[4], const uint32_t (&high)[2], int index) {
+        return index < 4 ? low[index] : high[index - 4];
+    }
+    // Of one of the last four pairs: the word with the lower two bits, these at bits 4 and 20.
+    static HOST_DEVICE uint32_t lower_at_4(const uint32_t (&high)[2], int pair) {
+        return high[(pair - kFirstSplit) / 2] >> (2 + 2 * (pair % 2));
+    }
+    // The codes of `pair` at bits 0 and 16; everything else 0.
+    static HOST_DEVICE uint32_t codes(const uint32_t (&low)[4], const uint32_t (&high)[2], int pair) {
+        if (pair < kFirstSplit) return word(low, high, pair % kWords) >> (pair < kWords ? 0 : 10) & 0x003f003fu;
+        return ((low[pair - kFirstSplit] & 0x03c003c0u) | (lower_at_4(high, pair) & 0x00300030u)) >> 4;
+    }
+};
+
 // Word `index` of the packed tile of type Q that the first k tile of `raw` becomes.
 template <class Q>
 HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
@@ -190,14 +224,15 @@ HOST_DEVICE uint32_t packed_word(const RawRowTile& raw, int index) {
         const uint8_t* block = raw.block(row, k / Q::kBlockK);
         return block ? Q::raw_code(block, k % Q::kBlockK) : 0u;
     };
-    if constexpr (Q::kFiveBits) {
+    if constexpr (Q::kFiveBits || Q::kSixBits) {
+        using Bits = std::conditional_t<Q::kFiveBits, FiveBits, SixBits>;
+        if (offset < Q::kHighOffset) {
+            const auto at = Plane<4>::place(offset);
+            return Bits::gather(at.sub, at.lane, at.word, code);
+        }
         if (offset < Q::kScaleOffset) {
-            if (offset < Q::kHighOffset) {
-                const auto at = Plane<4>::place(offset);
-                return FiveBits::gather(at.sub, at.lane, at.word, code);
-            }
-            const auto at = Plane<1>::place(offset - Q::kHighOffset);
-            return FiveBits::gather(at.sub, at.lane, 4, code);
+            const auto at = Plane<Q::kHighBits>::place(offset - Q::kHighOffset);
+            return Bits::gather(at.sub, at.lane, 4 + at.word, code);
         }
     }
     if (offset < Q::kHighOffset) {
@@ -224,6 +259,7 @@ struct PackedTile {
     static constexpr int kLowBits = kLowBits_;
     static constexpr int kHighBits = kHighBits_;
     static constexpr bool kFiveBits = kLowBits == 4 && kHighBits == 1;
+    static constexpr bool kSixBits = kLowBits == 4 && kHighBits == 2;
     static constexpr int kHighOffset = kSubs * kLowBits * 128;
     static constexpr int kScaleOffset = kHighOffset + kSubs * kHighBits * 128;
     static constexpr int kPackedTileBytes = kTileRows * (kTileK / kBlockK) * kBlockBytes;

@@ -41,9 +41,10 @@ struct KScales {
             // Of two neighbouring blocks at once.
             const Words2 b = six_bits(s.row[r], block);
             const uint32_t super = raise_f16x2(s.row[r].x ^ 0x80000000u);  // (d, -dmin)
+            const uint32_t power = mul_f16x2(super, kMinusF16Power);  // exact where k_weights.h lets the block pass
             const int i = block & 2;
-            const uint32_t scales = mul_f16x2(f16_of_bytes<0>(b.x, i, i + 1), both_halves(super, 0));
-            const uint32_t mins = mul_f16x2(f16_of_bytes<0>(b.y, i, i + 1), both_halves(super, 1));
+            const uint32_t scales = f16_of_bytes_times(b.x, i, i + 1, both_halves(super, 0), both_halves(power, 0));
+            const uint32_t mins = f16_of_bytes_times(b.y, i, i + 1, both_halves(super, 1), both_halves(power, 1));
             scale[0][r] = both_halves(scales, block & 1), min[0][r] = both_halves(mins, block & 1);
         }
     }

@@ -18,9 +18,7 @@ struct Q6_K : PackedTile<256, 256, 210, 4, 2>, IntegerCodes<Q6_K, 32> {
         const uint32_t low = (block[64 * n + 32 * (q % 2) + l] >> (4 * (q / 2))) & 15u;
         return low | ((block[128 + 32 * n + l] >> (2 * q)) & 3u) << 4;
     }
-    static HOST_DEVICE uint32_t code(const Codes<4, 2>& q, int pair) {
-        return Plane<4>::codes(q.low, pair) | Plane<2>::codes<4>(q.high, pair);
-    }
+    static HOST_DEVICE uint32_t code(const Codes<4, 2>& q, int pair) { return SixBits::codes(q.low, q.high, pair); }
 
     // Words: [row][4] of scale bytes, then [g] of d of both rows.
     static HOST_DEVICE uint32_t scale_word(const RawRowTile& raw, int word) {
