@@ -30,7 +30,6 @@
 #include "matmul_shapes.cuh"
 #include "params/matmul_params.h"
 
-constexpr int kChunkPieces = 4;     // that a chunk has at most
 constexpr int kWarpX = 512 + 1024;  // shared memory of a warp's converted chunk and its norm weights
 
 // `sum_of_chunks` of one row whose chunks are followed by sums of -0 and factors of 0 up to a multiple of four: those

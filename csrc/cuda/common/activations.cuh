@@ -16,6 +16,7 @@
 
 constexpr int kPieceColumns = 256;
 constexpr int kUnitColumns = 128;
+constexpr int kChunkPieces = 4;  // that a chunk has at most
 
 // Bytes of the fragments of a converted row of k columns.
 DEVICE int converted_fragment_bytes(int k) { return (k + kPieceColumns - 1) / kPieceColumns * (2 * kPieceColumns); }

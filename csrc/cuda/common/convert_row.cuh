@@ -106,8 +106,7 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
         root = norm_factor(square, __frcp_rn(static_cast<float>(p.k)), p.eps);
         if (p.roots != nullptr && exists && threadIdx.x == 0) p.roots[row] = root;
     }
-    const auto values = [&](float (&v)[8], int piece) {
-        load_columns(v, x, piece_column(piece, lane), k);
+    const auto apply_norm = [&](float (&v)[8], int piece) {
         if (p.kind == CONVERT_PLAIN) return;
         float w[8], b[8] = {};
         load_columns(w, p.weight, piece_column(piece, lane), k);
@@ -119,10 +118,11 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
     };
     float* factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k));
     const float norm = p.kind == CONVERT_RMS ? root : 1.0f;
-    float v[8];
     if (chunk < kPieceColumns) {  // two chunks in a piece
         for_pieces(n_pieces, [&](int piece) {
-            values(v, piece);
+            float v[8];
+            load_columns(v, x, piece_column(piece, lane), k);
+            apply_norm(v, piece);
             const int largest = largest_bits(v), upper = lane / 16;
             const float scales[2] = {chunk_scale(upper ? 0 : largest), chunk_scale(upper ? largest : 0)};
             const float scale = scales[upper];
@@ -132,17 +132,22 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
         return;
     }
     for (int c = warp; c < n_chunks; c += kConvertThreads / 32) {
-        const int first = c * (chunk / kPieceColumns), last = min(n_pieces, first + chunk / kPieceColumns);
+        const int first = c * (chunk / kPieceColumns), n = min(n_pieces - first, chunk / kPieceColumns);
+        float v[kChunkPieces][8];  // on their way at once
         int largest = 0;
-        for (int piece = first; piece < last; ++piece) {
-            values(v, piece);
-            largest = max(largest, largest_bits(v));
+#pragma unroll
+        for (int i = 0; i < kChunkPieces; ++i)
+            if (i < n) load_columns(v[i], x, piece_column(first + i, lane), k);
+#pragma unroll
+        for (int i = 0; i < kChunkPieces; ++i) {
+            if (i >= n) break;
+            apply_norm(v[i], first + i);
+            largest = max(largest, largest_bits(v[i]));
         }
         const float scale = chunk_scale(largest);
-        for (int piece = first; piece < last; ++piece) {
-            if (last - first > 1) values(v, piece);
-            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v, scale);
-        }
+#pragma unroll
+        for (int i = 0; i < kChunkPieces; ++i)
+            if (i < n) *reinterpret_cast<uint4*>(out + ((first + i) * 32 + lane) * 16) = pack_columns(v[i], scale);
         if (lane == 0) factors[c] = __fmul_rn(scale, norm);
     }
 }
