@@ -7,7 +7,8 @@
 
 #include "params/convert_params.h"
 
-// Most threads of a block of decode_*: of variants 128, 256 and 256e; of 128e and `long`, which take more registers.
+// Most threads of a block of decode_*: of variants 128, 256, 256e and 256e1; of 128e, 128e1 and `long`, which take more
+// registers.
 #define PRODUCT_THREADS 608
 #define PRODUCT_FEW_THREADS 512
 
@@ -57,9 +58,9 @@ typedef struct {
     int32_t n_rows;
     int32_t n_warps;
     int32_t n_groups;
-    int32_t n_staged;  // row tiles of a warp that are decoded into shared memory before the wait, of 128e and 256e
+    int32_t n_staged;  // row tiles of a warp that are decoded into shared memory before the wait, of variants with `e`
     int32_t depth;     // slots of a warp's ring of weights
-    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once: a multiple of n_groups (128e, 256e:
+    int32_t batch;  // row tiles (of both matrices) whose sums are added up at once: a multiple of n_groups (with `e`:
                     // of the tiles that are decoded before the wait) and, with PRODUCT_GLU, of 2
     int32_t ring_bytes;  // shared memory: the rings come first,
     int32_t x_smem;      // then x, then sums of chunks;

@@ -178,19 +178,23 @@ KS = (32, 64, 96, 160, 256, 288, 576, 768, 896, 1024, 1056, 2048, 2880, 4096, 48
 N_OUTS = (5, 16, 17, 64, 512, 1152, 4864, 29568, 201088)
 
 
-def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads):
+def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads, ready=None):
     """What decode.cu asks of its launch, with the sizes written out as the kernel has them."""
     prefix = f"decode_{layout.kernel_suffix(type_id)}_"
     assert launch.kernel.startswith(prefix)
     variant = launch.kernel.removeprefix(prefix)
     name, pairs = quants.TYPES[type_id].name, 2 if glu else 1
-    variants = {"256", "256e", "long"} | (set() if layout.tile_k(type_id) == 256 else {"128", "128e"})
-    assert variant in (variants - {"128e", "256e"} if name in ("F32", "F16", "BF16") else variants)
+    variants = {"256", "256e", "256e1", "long"}
+    variants |= set() if layout.tile_k(type_id) == 256 else {"128", "128e", "128e1"}
+    assert variant in ({v for v in variants if "e" not in v} if name in ("F32", "F16", "BF16") else variants)
     chunk, chunks = layout.chunk_columns(k), layout.n_chunks(k)
-    assert variant == "long" or (int(variant.rstrip("e")) == chunk and launch.n_warps == chunks)
+    assert variant == "long" or (int(variant[:3]) == chunk and launch.n_warps == chunks)
     assert 1 <= launch.n_warps <= chunks
 
-    warps, few = launch.n_warps * launch.n_groups, variant in ("long", "128e")
+    is_early, single = "e" in variant, variant.endswith("e1")
+    one_row = n_rows == 1 and (single or not is_early)
+    assert n_rows == 1 or not single
+    warps, few = launch.n_warps * launch.n_groups, variant in ("long", "128e", "128e1")
     assert launch.n_groups >= 1 and launch.block == 32 * warps <= most_threads[few]
 
     # Row tiles: every one in one block, none beyond the last.
@@ -200,22 +204,26 @@ def check_decode(launch, type_id, k, n_out, n_rows, glu, max_smem, most_threads)
     most_tiles = (launch.block_tiles + (launch.more_tiles > 0)) * pairs
 
     # Those that are decoded before the wait are of the first batch, as many as there are.
-    early = launch.n_staged + (layout.early_tiles(type_id) if variant == "128e" else 1)
+    early = launch.n_staged + (ready or (layout.early_tiles(type_id) if variant.startswith("128e") else 1))
     assert launch.batch >= 1 and launch.batch % (early * launch.n_groups) == 0 and launch.batch % pairs == 0
-    assert launch.n_staged >= 0 and (variant.endswith("e") or launch.n_staged == 0)
-    if variant == "256e":  # a warp has no others, and there is one batch
+    assert launch.n_staged >= 0 and (is_early or launch.n_staged == 0)
+    if single or variant == "256e":  # a warp has no others, and there is one batch
         assert most_tiles <= early * launch.n_groups and most_tiles <= launch.batch
+    if single:  # a thread has one result
+        assert launch.n_staged <= (3 if chunk == 128 else 1) and 16 * most_tiles <= launch.block
 
     # Shared memory: rings, x, two sets of sums, factors, sums of squares, barriers; each where it must be.
     unit = layout.decode_unit_bytes(type_id, variant)
     assert launch.depth >= 1 and unit % 16 == 0 and launch.ring_bytes == warps * launch.depth * unit
     row = -(-k // 256) * 512
-    x = (row if variant == "long" else warps * 1536) if n_rows == 1 else 0
-    if variant in ("256", "256e"):  # rows that were converted before
-        x = max(x, n_rows * (row + 64))
+    if one_row:  # a converted chunk of every warp and the norm's weights, which e1 keeps in registers
+        x = row if variant == "long" else warps * (512 if single else 512 + 1024)
+    else:  # rows that were converted before
+        x = n_rows * (row + 64) if variant == "256e" else 0
     assert launch.x_smem % 16 == 0 and launch.x_smem >= x
-    sums = 4 * 16 * -(-chunks // 4) * 4 if n_rows == 1 else 4 * chunks * 8 * 20
-    assert launch.factors == launch.ring_bytes + launch.x_smem + 2 * launch.batch * sums
+    sums = 4 * 16 * -(-chunks // 4) * 4 if one_row else 4 * chunks * 8 * 20
+    sets = 1 if launch.batch >= most_tiles and (single or not one_row) else 2
+    assert launch.factors >= launch.ring_bytes + launch.x_smem + sets * launch.batch * sums
     squares, staged = 4 * 8 * -(-k // 1024), warps * launch.n_staged * chunk * 16 * 2
     assert launch.factors % 16 == launch.staged % 16 == launch.barriers % 8 == 0
     assert launch.staged >= launch.factors + 4 * 8 * chunks + squares and launch.barriers >= launch.staged + staged
@@ -237,13 +245,13 @@ def test_decode_launches_are_what_the_kernel_takes(lib, type_id):
                         seen.add(launch.kernel)
     # every variant is taken somewhere, or its test is empty
     dense = quants.TYPES[type_id].name in ("F32", "F16", "BF16")
-    assert len(seen) == (3 if dense or layout.tile_k(type_id) == 256 else 5)
+    assert len(seen) == (3 if dense else 4 if layout.tile_k(type_id) == 256 else 7)
 
 
 @pytest.mark.parametrize(
     "how",
     [{"grid": 7}, {"n_groups": 1}, {"n_groups": 3}, {"depth": 1}, {"early": 0}, {"early": 1},
-     {"grid": 1, "n_groups": 4, "early": 1}],
+     {"converts": 0}, {"grid": 1, "n_groups": 4, "early": 1}],
     ids=str,
 )  # fmt: skip
 def test_decode_launches_that_are_chosen_otherwise_are_sound(lib, how):
@@ -277,7 +285,7 @@ def test_launches_of_two_types_are_what_the_kernel_takes(lib, pair):
                     assert both.smem == max(one.smem for one in parts) <= max_smem
                     for type_id, n_out, one in zip(types, n_outs, parts, strict=True):
                         assert one.block == both.block
-                        check_decode(one, type_id, k, n_out, n_rows, False, max_smem, most_threads)
+                        check_decode(one, type_id, k, n_out, n_rows, False, max_smem, most_threads, ready=1)
                     variant = both.kernel.removeprefix("decode_" + "_".join(suffixes) + "_")
                     assert [one.kernel for one in parts] == [f"decode_{name}_{variant}" for name in suffixes]
                     seen.add(variant)

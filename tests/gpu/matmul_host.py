@@ -87,6 +87,7 @@ class Decode:
         max_smem = max_smem or gpu.max_smem
         few = n_rows <= layout.DECODE_ROWS
         inline = inline and n_rows == 1 and (norm is None or norm[0] == "rms")
+        how = how if inline else {**how, "converts": 0}
         pad = -n_rows % 64
         self.converted = None if inline else Converted(gpu, m.k, x, n_rows, x_stride or m.k, pad, norm)
         both = {

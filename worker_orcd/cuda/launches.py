@@ -289,7 +289,7 @@ class Launches:
     ) -> None:
         """Let the two nodes of a group, each with one launch of few rows, share that where there is a kernel for it."""
         n_outs = tuple(sum(part.out.width for part in parts) for parts in by_type.values())
-        gpu = {"n_sm": self.context.sm_count, "max_smem": self.context.max_smem}
+        gpu = {"n_sm": self.context.sm_count, "max_smem": self.context.max_smem, **_how(op)}
         bounds: list[Any] = []
         for n in range(1, layout.DECODE_ROWS + 1):
             launches = layout.pair_launch(tuple(by_type), op.parts[0].inp.width, n_outs, n, **gpu)  # type: ignore[arg-type]
@@ -316,7 +316,7 @@ class Launches:
             "n_matrices": len(matrices), "n_row_tiles": starts[-1],
             "mode": PRODUCT_MODES["add" if op.residual else "store"],
         }  # fmt: skip
-        inline = op.norm is None or op.norm.kind == "rms"
+        inline = _can_convert(op)
         few = {
             **rows, "tile_bytes": n_k_tiles * layout.packed_tile_bytes(type_id), "n_chunks": layout.n_chunks(k),
             "mode": PRODUCT_MODES["glu" if op.glu else "add" if op.residual else "store"],
@@ -334,7 +334,7 @@ class Launches:
             scales_at = layout.n_row_tiles(n_out) * few["tile_bytes"]
             bounds = [
                 self._bound("decode", layout.decode_launch(
-                    type_id, k, n_out, n, n_sm=n_sm, max_smem=max_smem, glu=op.glu is not None))
+                    type_id, k, n_out, n, n_sm=n_sm, max_smem=max_smem, glu=op.glu is not None, **_how(op)))
                 for n in range(1, layout.DECODE_ROWS + 1)
             ]  # fmt: skip
             decode.append(DecodeProduct({**few, **span, "scales_at": scales_at}, inline, bounds))
@@ -551,6 +551,16 @@ class Launches:
         }  # fmt: skip
         largest, draw = self.kernel("sample", "sample_max"), self.kernel("sample", "sample_draw")
         return SampleNode("sample", largest, draw, fields, self.context.sm_count)
+
+
+def _can_convert(op: MatMulGroup) -> bool:
+    """Whether decode_* can do with one row what is to be done before the product."""
+    return op.norm is None or op.norm.kind == "rms"
+
+
+def _how(op: MatMulGroup) -> dict[str, int]:
+    """Of `layout.decode_launch` and `layout.pair_launch` for a group."""
+    return {} if _can_convert(op) else {"converts": 0}
 
 
 def _adjacent(type_id: int, k: int, matrices: list[Fields]) -> list[Fields]:

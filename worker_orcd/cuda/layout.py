@@ -6,6 +6,7 @@ matmul.cu, for the VRAM plan, the lowering and the kernel tests. Pure arithmetic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,12 +27,13 @@ PIECE = 256
 DECODE_ROWS = 8
 #: tiles of 8 rows that one matvec_* launch can take, by kernel variant
 MATVEC_TILES = (2, 4, 8)
-#: most warps of a block of decode_*: of variants 128, 256 and 256e, of 128e and `long`
+#: most warps of a block of decode_*: of variants 128, 256, 256e and 256e1; of 128e, 128e1 and `long`
 DECODE_WARPS, DECODE_FEW_WARPS = 19, 16
 #: shared memory that the weight rings of a decode_* block are cut to (but two slots each): more weights on the way keep
 #: x waiting. Where they are decoded early, all of them are on the way long before x is there.
 DECODE_RING_BYTES, DECODE_EARLY_RING_BYTES = 60 * 1024, 96 * 1024
-#: most row tiles of a warp that decode_*_128e, decode_*_256e decode into shared memory, beside those in registers
+#: most row tiles of a warp that decode_*_128e and 128e1, 256e and 256e1 decode into shared memory, beside those in
+#: registers
 MOST_STAGED, MOST_STAGED_256 = 3, 1
 
 
@@ -131,13 +133,13 @@ class Launch:
 
 
 def early_tiles(type_id: int) -> int:
-    """Row tiles of a warp that decode_<type>_128e has in registers before its input is there."""
+    """Row tiles of a warp that decode_<type>_128e and 128e1 have in registers before their input is there."""
     return 1 if quants.TYPES[type_id].name in ("Q4_1", "Q5_1", "Q8_0", "MXFP4") else 2
 
 
 def decode_unit_bytes(type_id: int, variant: str) -> int:
     """Bytes of a slot of a ring of decode_<type>_<variant> (`unit_columns` in decode_unit.cuh): 64 columns of
-    unquantized types, 256 of K-quants and in variants 256 and 256e of codes up to 5 bits, else 128."""
+    unquantized types, 256 of K-quants and in variants of 256 columns of codes up to 5 bits, else 128."""
     columns = tile_k(type_id)
     if columns == 64 and (name := quants.TYPES[type_id].name) not in _DENSE:
         columns = 256 if variant.startswith("256") and name != "Q8_0" else 128
@@ -156,8 +158,9 @@ def decode_launch(
         n_sm: multiprocessors of the GPU.
         glu: there are two matrices, gate and up of PRODUCT_GLU.
         max_smem: dynamic shared memory bytes that a block may have.
-        how: `grid`, `n_groups`, `depth`, `early` or `n_staged` in the place of what is chosen here. Results do not
-            depend on them.
+        how: `grid`, `n_groups`, `depth`, `early`, `n_staged`, `ready` (row tiles of a warp that are decoded into
+            registers) or `converts` (0: the one row has been converted before) in the place of what is chosen here.
+            Results do not depend on them.
 
     Raises:
         ValueError: no block of the kernel has so little shared memory.
@@ -199,44 +202,51 @@ def _decode_launch(
 
     n_groups, small, grid = share(early_warps)
     early = bool(can_early and how.get("early", small))
-    ready = early_tiles(type_id) if chunk == 128 else 1
+    ready = how.get("ready", early_tiles(type_id)) if chunk == 128 else 1
     warp_tiles = -(-(-(-jobs // grid) * parts) // n_groups)
     most_staged = how.get("n_staged", MOST_STAGED if chunk == 128 else MOST_STAGED_256)
     n_staged = min(most_staged, max(0, warp_tiles - ready))
-    if chunk == 256:  # no other row tiles
-        early &= warp_tiles <= 1 + n_staged
+    tiles = -(-jobs // grid) * parts
+    single = n_rows == 1 and bool(how.get("converts", 1))
+    if chunk == 256 or single:  # no other row tiles
+        early &= warp_tiles <= ready + n_staged
+    if single:  # a thread has at most one result
+        early &= tiles * TILE_ROWS <= 32 * n_warps * n_groups
     if not early:
         n_groups, _, grid = share(DECODE_FEW_WARPS if long else DECODE_WARPS)
-        n_staged = 0
-    tiles = -(-jobs // grid) * parts
-    variant = "long" if long else f"{chunk}{'e' if early else ''}"
+        tiles, n_staged = -(-jobs // grid) * parts, 0
+    single &= early
+    variant = "long" if long else f"{chunk}{'e1' if single else 'e' if early else ''}"
     unit = decode_unit_bytes(type_id, variant)
-    sums = TILE_ROWS * 4 * _round_up(chunks, 4) if n_rows == 1 else 160 * 4 * chunks
+    one_row = n_rows == 1 and (single or not early)
+    sums = TILE_ROWS * 4 * _round_up(chunks, 4) if one_row else 160 * 4 * chunks
     step = n_groups * (ready + n_staged if early else 2 if n_groups % parts else 1)
     if step % parts:
         step *= parts
-    most_sums = 32768 if n_rows > 1 and max_smem > 2 * SMEM_SMALL else min(16384, max_smem // 14)
-    one_row, row = n_warps * n_groups * 1536, -(-k // PIECE) * 2 * PIECE  # x that is converted here, that was before
-    x_smem = one_row if n_rows == 1 else 0  # several rows stay where they are
-    if long:
-        x_smem = row if n_rows == 1 else 0
-    elif chunk == 256:
-        x_smem = max(x_smem, n_rows * (row + 64))
+    row = -(-k // PIECE) * 2 * PIECE  # of converted x
     warps, columns = n_warps * n_groups, unit // packed_tile_bytes(type_id) * tile_k(type_id)
+    if one_row:  # a converted chunk of every warp and, but for `single`, the norm's weights of it
+        x_smem = row if long else warps * (512 if single else 1536)
+    else:  # several rows stay where they are
+        x_smem = n_rows * (row + 64) if chunk == 256 and early else 0
     rest = x_smem + 32 * chunks + 32 * -(-k // (4 * PIECE))  # sums of squares are read by eights
     staged_bytes = n_staged * chunk * 32 * warps
     rest += staged_bytes
-    most_sums = min(most_sums, (max_smem - rest - 2 * warps * (unit + 8)) // 2)  # two slots come first
-    batch = min(_round_up(tiles, step), max(step, most_sums // sums // step * step))
-    rest += 2 * batch * sums
-    units = -(-tiles // n_groups) * -(-min(chunk, k) // columns) * -(-chunks // n_warps)
     most_ring = max(DECODE_EARLY_RING_BYTES if early else DECODE_RING_BYTES, 2 * warps * unit)
+    # Of several rows all row tiles at once where there is room: fewer barriers. Else two batches take turns.
+    batch, sets = _round_up(tiles, step), 1
+    if (one_row and not single) or rest + batch * sums + most_ring + 8 * warps * 8 > max_smem:
+        most_sums = 32768 if n_rows > 1 and max_smem > 2 * SMEM_SMALL else min(16384, max_smem // 14)
+        most_sums = min(most_sums, (max_smem - rest - 2 * warps * (unit + 8)) // 2)  # two slots come first
+        batch, sets = min(batch, max(step, most_sums // sums // step * step)), 2
+    rest += sets * batch * sums
+    units = -(-tiles // n_groups) * -(-min(chunk, k) // columns) * -(-chunks // n_warps)
     room = min(most_ring, max_smem - rest - 8 * warps * 8)
     most_depth = min(how.get("depth", 8), units)
     depth = max(min(2, most_depth), min(most_depth, room // (warps * unit)))
     ring = warps * depth * unit
     name = f"decode_{kernel_suffix(type_id)}_{variant}"
-    factors = ring + x_smem + 2 * batch * sums
+    factors = ring + x_smem + sets * batch * sums
     staged = ring + rest - staged_bytes
     barriers = ring + rest
     return Launch(name, (grid, 1, 1), 32 * warps, barriers + 8 * warps * depth, ring, n_warps, n_groups, depth, batch,
@@ -244,13 +254,20 @@ def _decode_launch(
 
 
 #: variants of decode_<type>_<type>_<variant>, by the names of the types
-DECODE_PAIRS = {("Q5_0", "Q8_0"): ("128e", "256e"), ("Q4_K", "Q6_K"): ("256e", "256")}
+DECODE_PAIRS = {
+    ("Q5_0", "Q8_0"): ("128e", "128e1", "256e", "256e1"),
+    ("Q4_K", "Q6_K"): ("256e", "256e1", "256"),
+}
 
 
 def pair_launch(
-    type_ids: tuple[int, int], k: int, n_outs: tuple[int, int], n_rows: int, *, n_sm: int, max_smem: int = SMEM_SMALL
-) -> tuple[Launch, Launch, Launch] | None:
+    type_ids: tuple[int, int], k: int, n_outs: tuple[int, int], n_rows: int, *, n_sm: int, max_smem: int = SMEM_SMALL,
+    **how: int,
+) -> tuple[Launch, Launch, Launch] | None:  # fmt: skip
     """One launch for two matrices [n_out, k] of two types and one input of 1 .. 8 rows, if there is a kernel for it.
+
+    Args:
+        how: of `decode_launch`.
 
     Returns:
         the launch, and the two of which it has the blocks: those of the first, then those of the second.
@@ -258,26 +275,27 @@ def pair_launch(
     variants = DECODE_PAIRS.get((quants.TYPES[type_ids[0]].name, quants.TYPES[type_ids[1]].name), ())
     names = [kernel_suffix(type_id) for type_id in type_ids]
     work = [n_row_tiles(n) * packed_tile_bytes(t) / tile_k(t) for t, n in zip(type_ids, n_outs, strict=True)]
-    for variant in variants:
-        early = int(variant.endswith("e"))
+    for early in (1, 0) if variants else ():
 
-        first, second = (
-            decode_launch(t, k, n, n_rows, n_sm=n_sm, max_smem=max_smem, early=early)
-            for t, n in zip(type_ids, n_outs, strict=True)
-        )
+        def launches(grids: Sequence[int] = (), early: int = early) -> list[Launch]:
+            chosen = {"early": early, "ready": 1, **how}
+            own = [{**chosen, "grid": grid} for grid in grids] or [chosen, chosen]
+            return [
+                decode_launch(t, k, n, n_rows, n_sm=n_sm, max_smem=max_smem, **one)
+                for t, n, one in zip(type_ids, n_outs, own, strict=True)
+            ]
+
+        first, second = launches()
         if first.grid[0] + second.grid[0] > n_sm:  # by what they have to read
             blocks = min(n_sm - 1, max(1, round(n_sm * work[0] / sum(work))))
-            grids = (min(blocks, n_row_tiles(n_outs[0])), min(n_sm - blocks, n_row_tiles(n_outs[1])))
-            first, second = (
-                decode_launch(t, k, n, n_rows, n_sm=n_sm, max_smem=max_smem, early=early, grid=grid)
-                for t, n, grid in zip(type_ids, n_outs, grids, strict=True)
-            )
+            first, second = launches((min(blocks, n_row_tiles(n_outs[0])), min(n_sm - blocks, n_row_tiles(n_outs[1]))))
         if first.block != second.block:
             continue
-        if [one.kernel for one in (first, second)] == [f"decode_{name}_{variant}" for name in names]:
-            name = f"decode_{names[0]}_{names[1]}_{variant}"
-            grid = (first.grid[0] + second.grid[0], 1, 1)
-            return Launch(name, grid, first.block, max(first.smem, second.smem)), first, second
+        for variant in variants:
+            if [one.kernel for one in (first, second)] == [f"decode_{name}_{variant}" for name in names]:
+                name = f"decode_{names[0]}_{names[1]}_{variant}"
+                grid = (first.grid[0] + second.grid[0], 1, 1)
+                return Launch(name, grid, first.block, max(first.smem, second.smem)), first, second
     return None
 
 

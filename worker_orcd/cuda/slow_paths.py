@@ -121,7 +121,7 @@ def _launch(plan: Plan, op: MatMul | ExpertMatMul, max_smem: int) -> layout.Laun
 
 def _decodes_early(type_id: int) -> bool:
     """Whether the type has kernels that do, for matrices small enough."""
-    return layout.decode_launch(type_id, 256, layout.TILE_ROWS, 1, n_sm=_N_SM).kernel.endswith("e")
+    return layout.decode_launch(type_id, 256, layout.TILE_ROWS, 1, n_sm=_N_SM).kernel.endswith(("e", "e1"))
 
 
 def _type(plan: Plan, name: str) -> str:

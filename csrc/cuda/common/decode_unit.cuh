@@ -12,20 +12,25 @@ constexpr int unit_columns(int blocks) {
     return blocks == 8 && Q::kLowBits + Q::kHighBits <= 5 ? 256 : 128;
 }
 
-// kBlocks: 32-column blocks of a chunk, 0 for `long`. kEarlyTiles: row tiles of a warp that are decoded early.
-template <class Q, int kBlocks_, int kEarlyTiles_>
+// kBlocks: 32-column blocks of a chunk, 0 for `long`. kEarlyTiles: row tiles of a warp that are decoded early. kOneRow:
+// the launch is of one row that it converts.
+template <class Q, int kBlocks_, int kEarlyTiles_, bool kOneRow_ = false>
 struct DecodeShape {
     static constexpr int kBlocks = kBlocks_;
     static constexpr int kEarlyTiles = kEarlyTiles_;
     static constexpr bool kEarly = kEarlyTiles > 0;
+    static constexpr bool kOneRow = kOneRow_;
     // A warp has no row tiles beside those decoded early.
-    static constexpr bool kEarlyOnly = kEarly && kBlocks == 8;
+    static constexpr bool kEarlyOnly = kEarly && (kBlocks == 8 || kOneRow);
+    static constexpr int kMostStaged = kBlocks == 8 ? 1 : 3;  // row tiles of a warp that are decoded into shared memory
     static constexpr bool kKeepX = kBlocks > 0 && !kEarlyOnly;  // x is in registers
     static constexpr int kUnitTiles = unit_columns<Q>(kBlocks) / Q::kTileK;
     static constexpr int kTileBlocks = Q::kTileK / 32;
     static constexpr int kUnitBlocks = kUnitTiles * kTileBlocks;
     static constexpr int kUnitBytes = kUnitTiles * Q::kPackedTileBytes;
     static constexpr int kChunkUnits = kBlocks ? kBlocks / kUnitBlocks : 1;  // of a chunk in registers
+    // Shared memory of a warp's converted chunk and, but for kOneRow, its norm weights.
+    static constexpr int kWarpX = 512 + (kOneRow ? 0 : 1024);
     static constexpr int kPartialRow = 20;  // floats from a row's sums to the next: no bank conflicts
 };
 
@@ -77,6 +82,6 @@ DEVICE float sum_of_chunks(uint32_t parts, uint32_t factors, float root, int n) 
 }
 
 // Most threads of a variant: by the registers that it takes.
-constexpr int most_threads(int blocks, int early) {
+constexpr int most_threads(int blocks, int early, bool = false) {
     return blocks == 0 || (blocks == 4 && early) ? PRODUCT_FEW_THREADS : PRODUCT_THREADS;
 }
