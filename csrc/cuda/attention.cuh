@@ -59,9 +59,10 @@ DEVICE float add_split(float sum, float split_sum, Fade f) {
 DEVICE float sink_of(const float* sinks, int head) { return sinks ? __fmul_rn(sinks[head], kLog2e) : -INFINITY; }
 
 // Factor that turns sum(p v) into the output, from the maximum and the sum of exponentials (both in base 2) and the
-// head's sink, which enters the denominator only.
+// head's sink, which enters the denominator only. To 2^-22: without the slow path of division, whose code a short
+// kernel waits for.
 DEVICE float softmax_factor(float top, float sum, float sink) {
     const float most = fmaxf(top, sink);
     const float own = weight_of(top, most);
-    return __fdiv_rn(own, __fmaf_rn(sum, own, weight_of(sink, most)));
+    return __fdividef(own, __fmaf_rn(sum, own, weight_of(sink, most)));
 }

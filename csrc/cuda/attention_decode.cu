@@ -132,11 +132,15 @@ struct Decode {
 
     // ---- q, and k and v of the row's own position
 
-    DEVICE_MEMBER void compute_turns(int slot) const {
-        const int half_rot = p.k ? p.n_rot / 2 : 0;
-        if ((int)threadIdx.x >= half_rot) return;
-        const int from = p.rope_tables ? p.rope_tables[slot] * half_rot : 0;
-        shared.turn[threadIdx.x] = rope_turn(last, p.inv_freq[from + threadIdx.x], p.mscale);
+    DEVICE_MEMBER int half_rot() const { return p.k ? p.n_rot / 2 : 0; }
+    // Of the thread's pair, where all sequences turn alike.
+    DEVICE_MEMBER float common_frequency() const {
+        return (int)threadIdx.x < half_rot() && !p.rope_tables ? p.inv_freq[threadIdx.x] : 0.f;
+    }
+    DEVICE_MEMBER void compute_turns(int slot, float frequency) const {
+        if ((int)threadIdx.x >= half_rot()) return;
+        if (p.rope_tables) frequency = p.inv_freq[p.rope_tables[slot] * half_rot() + threadIdx.x];
+        shared.turn[threadIdx.x] = rope_turn(last, frequency, p.mscale);
     }
 
     DEVICE_MEMBER void clear_queries() const {  // rows of the products that stand for no head
@@ -145,7 +149,7 @@ struct Decode {
     }
 
     // A thread has the same pair of dimensions of several heads of q; some threads also have it of k, others of v.
-    DEVICE_MEMBER void load_row() const {
+    DEVICE_MEMBER void load_row(int own_block) const {
         constexpr int kPairs = kHalf <= 16 ? 16 : kHalf <= 32 ? 32 : 64;
         constexpr int kMostPasses = DECODE_HEADS / (kGroupThreads / kPairs);
         const int pass_heads = p.groups * (kGroupThreads / kPairs);
@@ -153,7 +157,7 @@ struct Decode {
         const bool is_v = head == pass_heads - 1;
         const bool is_own = pair < kHalf && head >= pass_heads - 2 && has_own();
         const int n = pair < kHalf ? n_heads - head : 0;  // heads from this one on
-        const RopePair at = rope_pair(pair, p.k ? p.n_rot / 2 : 0, p.rope_type);
+        const RopePair at = rope_pair(pair, half_rot(), p.rope_type);
         const float2 turn = shared.turn[pair < kHalf ? pair : 0];
         const float factor = query_factor(p.scale);
         const float* q = p.q + (int64_t)row * p.q_stride + (head0 + head) * kHeadDim;
@@ -163,9 +167,9 @@ struct Decode {
         // where k and v lie in the cache
         uint16_t *first_at = nullptr, *second_at = nullptr;
         if (is_own) {
-            const int block = table[last / KV_BLOCK], in_block = last % KV_BLOCK;
-            if (block >= 0) {
-                uint16_t* cache = p.kv + kv_offset(block, head_kv, p.n_head_kv, kHeadDim);
+            const int in_block = last % KV_BLOCK;
+            if (own_block >= 0) {
+                uint16_t* cache = p.kv + kv_offset(own_block, head_kv, p.n_head_kv, kHeadDim);
                 first_at =
                     cache + (is_v ? kv_v_at(in_block, at.first, kHeadDim) : kv_k_at(in_block, at.first, kHeadDim));
                 second_at =
@@ -417,8 +421,11 @@ struct Decode {
         if (p.head_tiles > 1) tile = blockIdx.y % p.head_tiles, head_kv = blockIdx.y / p.head_tiles;
         head0 = head_kv * p.kv_group + tile * DECODE_HEADS;
         n_heads = min(p.kv_group - tile * DECODE_HEADS, DECODE_HEADS);
+        // one way to memory
         const int slot = p.slots[row];
         last = p.positions[row];
+        const float frequency = common_frequency();
+        const float sink = (int)threadIdx.x < n_heads ? sink_of(p.sinks, head0 + threadIdx.x) : 0.f;
         if (thread == 0) {
             for (int s = 0; s < p.depth; s++)
                 copy_barrier_init<kWarps>(barrier(s, false)), copy_barrier_init<kWarps>(barrier(s, true));
@@ -434,24 +441,23 @@ struct Decode {
         first = p.window > 0 && last >= p.window ? last - p.window + 1 : 0;
         first_split = first / kSplit, n_splits = last / kSplit - first_split + 1;
         n_blocks = n_splits <= kLocalSplits ? 1 : min(n_splits, (int)gridDim.x);
-        if ((int)blockIdx.x >= n_blocks) {
-            pdl_wait();
-            return;
-        }
+        // Room for the others: those that have work wait, and with them the launch.
+        if ((int)blockIdx.x >= n_blocks) return;
         const bool is_local = n_blocks == 1 && (p.groups == 1 || n_splits <= kLocalSplits);
-        Part parts[DECODE_DEPTH];  // of all stages at once: one way to memory
+        const int own_block = has_own() ? table[last / KV_BLOCK] : -1;
+        Part parts[DECODE_DEPTH];  // of all stages at once: one way to memory, and meanwhile what does not need it
 #pragma unroll
         for (int s = 0; s < DECODE_DEPTH; s++)
             if (s < p.depth && has_round(s)) parts[s] = part_of(split_of(s));
+        clear_queries();
+        compute_turns(slot, frequency);
 #pragma unroll
         for (int s = 0; s < DECODE_DEPTH; s++)
             if (s < p.depth && has_round(s)) copy(parts[s], s, false), copy(parts[s], s, true);
-        clear_queries();
-        compute_turns(slot);
         const Own own = own_place();
-        if ((int)threadIdx.x < n_heads) shared.sinks[threadIdx.x] = sink_of(p.sinks, head0 + threadIdx.x);
+        if ((int)threadIdx.x < n_heads) shared.sinks[threadIdx.x] = sink;
         __syncthreads();
-        load_row();
+        load_row(own_block);
         __syncthreads();  // q is complete, and k and v of the row's own position
 
         Sums all;

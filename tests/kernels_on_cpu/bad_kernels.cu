@@ -108,6 +108,11 @@ BAD_KERNEL(no_pdl_wait) {
     p.out[i] = p.in[63 - i];
 }
 
+BAD_KERNEL(no_block_waits) {
+    if (p.is_right) pdl_wait();
+    p.out[i] = p.in[63 - i];
+}
+
 // The first warp copies twice with one barrier; p.is_right waits between.
 BAD_KERNEL(copy_before_the_phase_ends) {
     pdl_wait();

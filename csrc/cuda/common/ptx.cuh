@@ -12,7 +12,8 @@
 // Both are no-ops below sm_90 and in a launch without the attribute. A kernel that may be launched with it must
 // execute pdl_wait() in every thread before it reads what an earlier kernel wrote and before its first global store
 // (an earlier kernel may still be reading what this one overwrites), even if it needs neither: the next kernel's
-// wait covers this one only, and relies on this one having waited for those before it.
+// wait covers this one only, and relies on this one having waited for those before it. A block that does neither may
+// return at once where another block of its launch waits: the launch ends with its last block.
 
 // Lets the next kernel of the stream start its prologue.
 DEVICE void pdl_launch_dependents() {
