@@ -120,7 +120,7 @@ def quant_type() -> None:
 
     assert layout.packed_tile_bytes(t.id) == 16 * 2 * 18 and layout.tile_k(t.id) == 64
     assert layout.packed_bytes(t.id, 32, 128) == 32 * 4 * 18 and layout.kernel_suffix(t.id) == "q4_s"
-    assert layout.decode_launch(t.id, 512, 64, 1, n_sm=132).kernel == "decode_q4_s_256e"
+    assert layout.decode_launch(t.id, 512, 64, 1, n_sm=132).kernel == "decode_q4_s_256e1"
     assert layout.matvec_launch(t.id, 512, (64,), 9, n_sm=132).kernel == "matvec_q4_s_2"
 
     ffn = {"ffn_gate": (64, 96), "ffn_up": (64, 96), "ffn_down": (96, 64)}

@@ -6,7 +6,6 @@ matmul.cu, for the VRAM plan, the lowering and the kernel tests. Pure arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -276,19 +275,18 @@ def pair_launch(
     names = [kernel_suffix(type_id) for type_id in type_ids]
     work = [n_row_tiles(n) * packed_tile_bytes(t) / tile_k(t) for t, n in zip(type_ids, n_outs, strict=True)]
     for early in (1, 0) if variants else ():
-
-        def launches(grids: Sequence[int] = (), early: int = early) -> list[Launch]:
-            chosen = {"early": early, "ready": 1, **how}
-            own = [{**chosen, "grid": grid} for grid in grids] or [chosen, chosen]
-            return [
-                decode_launch(t, k, n, n_rows, n_sm=n_sm, max_smem=max_smem, **one)
-                for t, n, one in zip(type_ids, n_outs, own, strict=True)
-            ]
-
-        first, second = launches()
+        choice = {"early": early, "ready": 1, **how}
+        first, second = (
+            decode_launch(t, k, n, n_rows, n_sm=n_sm, glu=False, max_smem=max_smem, **choice)
+            for t, n in zip(type_ids, n_outs, strict=True)
+        )
         if first.grid[0] + second.grid[0] > n_sm:  # by what they have to read
             blocks = min(n_sm - 1, max(1, round(n_sm * work[0] / sum(work))))
-            first, second = launches((min(blocks, n_row_tiles(n_outs[0])), min(n_sm - blocks, n_row_tiles(n_outs[1]))))
+            grids = (min(blocks, n_row_tiles(n_outs[0])), min(n_sm - blocks, n_row_tiles(n_outs[1])))
+            first, second = (
+                decode_launch(t, k, n, n_rows, n_sm=n_sm, glu=False, max_smem=max_smem, **{**choice, "grid": grid})
+                for t, n, grid in zip(type_ids, n_outs, grids, strict=True)
+            )
         if first.block != second.block:
             continue
         for variant in variants:
