@@ -8,7 +8,15 @@ import pytest
 from helpers.fake_file import FakeFile
 
 from worker_orcd._engine import plan_memory
-from worker_orcd._nodes import GLU_KINDS, NORM_KINDS, ROPE_TYPES, RowNode
+from worker_orcd._nodes import (
+    GLU_KINDS,
+    NORM_KINDS,
+    ROPE_TYPES,
+    RowNode,
+    decode_grid,
+    decode_partial_rows,
+    decode_shapes,
+)
 from worker_orcd.cuda import launches, layout, lowering
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
@@ -162,3 +170,29 @@ def test_gate_and_up_are_two_matrices_or_the_halves_of_one():
     assert [m["bias"] for m in without["m"]] == [0, 0] and without["m"][1]["w"] == up["w"]
     apart = {**up, "w": 7 << 32}
     assert launches._gated(Q4_K, K, [gate, apart])[0]["m"][1]["w"] == 7 << 32
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize(("sm_count", "max_smem"), [(132, 232448), (108, 166912), (28, 101376)])
+def test_decode_attention_is_launched_as_its_workspace_and_the_gpu_have_room(head_dim, sm_count, max_smem):
+    shapes = decode_shapes(head_dim, max_smem)
+    assert shapes[0][:2] == (1, 1) and [smem for _, _, smem in shapes] == sorted(smem for _, _, smem in shapes)
+    for heads in (1, 2, 8, 32, 40):
+        for n_rows in (1, 2, 3, 4, 8, 33, 64):
+            for max_splits in (1, 2, 17, 1024):
+                splits, *shape = decode_grid(n_rows, heads, max_splits, shapes, sm_count, max_smem)
+                assert tuple(shape) in shapes and 1 <= splits <= max_splits
+                if splits > 1:
+                    groups, _, smem = shape
+                    assert n_rows <= decode_partial_rows(heads)
+                    assert splits * heads * n_rows <= sm_count * min(2 // groups, max_smem // smem)
+
+
+def test_decode_attention_of_few_and_of_many_blocks():
+    """The largest blocks that there is room for, where all of them run at once; else the least."""
+    for head_dim, heads, n_rows, want in [
+        (64, 2, 1, (18, 2, 2)), (64, 2, 8, (8, 2, 2)), (64, 8, 8, (2, 2, 2)), (96, 32, 1, (4, 2, 2)),
+        (96, 32, 8, (1, 1, 1)), (128, 32, 1, (4, 2, 1)),
+    ]:  # fmt: skip
+        got = decode_grid(n_rows, heads, 18, decode_shapes(head_dim, 232448), 132, 232448)
+        assert got[:3] == want, (head_dim, heads, n_rows, got)
