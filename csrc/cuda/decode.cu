@@ -80,7 +80,8 @@ DEVICE float row_sum(uint32_t units, int n) {
 template <class Q, class S>
 DEVICE void decode(const DecodeParams& p, int block) {
     constexpr bool kRowsInSmem = S::kEarlyOnly;
-    // rings, x, [2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, sums of squares, staged fragments, barriers
+    // rings, x, [1 or 2][batch][n_chunks] sums of chunks, [n_chunks][8] factors, sums of squares, staged fragments,
+    // barriers
     extern __shared__ __align__(128) uint8_t smem[];
     pdl_launch_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
@@ -144,7 +145,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
         }
         cp_async_commit();
     };
-    // Before the matrix's, behind which they would wait; where those are decoded early, there is time behind them.
+    // Before the matrix's, behind which they would wait.
     if constexpr (!S::kEarly) load_norm_weights();
     if (lane == 0) {
 #pragma unroll 1
@@ -235,7 +236,7 @@ DEVICE void decode(const DecodeParams& p, int block) {
     const uint32_t factors_at = smem_at + p.factors, squares_at = factors_at + 32 * n_chunks;
 
     // Sums of a batch in shared memory, [row tile][chunk][output], with several rows [row tile][chunk][8][kPartialRow]:
-    // two sets of them take turns, so that one barrier a batch suffices.
+    // where there is more than one batch two sets of them take turns, so that one barrier a batch suffices.
     const int chunk_bytes = 4 * (one_row ? kTileRows : 8 * S::kPartialRow);
     const int n_padded = one_row ? (n_chunks + 3) & ~3 : n_chunks, tile_bytes = n_padded * chunk_bytes;
     const uint32_t sets_at = smem_at + p.ring_bytes + p.x_smem;
