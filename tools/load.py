@@ -109,6 +109,8 @@ async def prepare(worker: Worker, args: argparse.Namespace) -> Shared:
         args.abusive,
     )
     await take_expected(shared)
+    if not shared.expected:
+        raise RuntimeError(f"no request is answered: {shared.counts.told[0]}")
     # a prompt of which it is known how many tokens it has
     text = cases.words(rng, min(300, n_context // 16))
     client = Client(shared, -4, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 
@@ -105,6 +106,28 @@ def test_a_worker_that_cannot_serve_says_why(tmp_path):
     bad.write_bytes(b"GGUF" + b"\xff" * 60)
     with pytest.raises(InternalError, match=r"the worker cannot serve: .*bad\.gguf"):
         Worker(["--model", str(bad), "--device", "cpu"])
+
+
+def test_no_line_of_the_log_is_lost_while_it_is_read(monkeypatch):
+    program = """
+import json, sys, time
+for n in range(3000):
+    print(json.dumps({"event": "startup" if n == 0 else f"e{n}", "port": 7}), file=sys.stderr, flush=True)
+print(json.dumps({"event": "ready"}), file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+    start = served.subprocess.Popen
+    monkeypatch.setattr(
+        served.subprocess, "Popen", lambda command, **how: start([sys.executable, "-c", program], **how)
+    )
+    monkeypatch.setattr(served, "_LOOK_SEC", 0)
+    with Worker([]) as worker:
+        assert worker.port == 7
+        assert [event["event"] for event in worker._events()] == [
+            "startup",
+            *(f"e{n}" for n in range(1, 3000)),
+            "ready",
+        ]
 
 
 def test_flags_of_the_environment_do_not_reach_the_worker(goldens_dir, monkeypatch):

@@ -299,6 +299,37 @@ sys.exit(3)
     assert "it ended with 3" in told and "no more" in told and "/health answers None" in told
 
 
+def test_a_worker_that_answers_nothing_is_left_at_once(monkeypatch, capsys):
+    program = """
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, status, body):
+        body = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(200 if self.path == "/health" else 404, {"context_length": 1000})
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(400, {"code": "INVALID_REQUEST", "message": "no tokenizer", "retriable": False, "field": "prompt"})
+    def log_message(self, *args):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+for event in ({"event": "startup", "port": server.server_address[1]}, {"event": "ready"}):
+    print(json.dumps({"level": "info", **event}), file=sys.stderr, flush=True)
+server.serve_forever()
+"""
+    start = Worker.start
+    monkeypatch.setattr(Worker, "start", lambda command, key: start([sys.executable, "-c", program], key))
+    assert load.main(["--model", "m.gguf", "--seconds", "600"]) == 1
+    told = capsys.readouterr().err
+    assert "no request is answered" in told and "no tokenizer" in told
+
+
 def test_what_proc_shows_of_a_process_and_its_children():
     alone = sample(os.getpid())
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:

@@ -73,8 +73,9 @@ class Worker:
             time.sleep(_LOOK_SEC)
 
     def _events(self) -> list[dict[str, Any]]:
-        self._log.seek(0)
-        lines = self._log.read().split(b"\n")[:-1]
+        # by position: the worker writes at the place in the file that is also this process's
+        log = self._log.fileno()
+        lines = os.pread(log, os.fstat(log).st_size, 0).split(b"\n")[:-1]
         return [json.loads(line) for line in lines if line.startswith(b"{")]
 
     def __enter__(self) -> Self:
