@@ -265,6 +265,29 @@ def test_a_row_has_the_same_bits_in_every_kernel(gpu, type_id, norm):
                 assert np.array_equal(decode(first, n, **how), want[first : first + n]), f"{name}: {n} rows {how}"
 
 
+@pytest.mark.parametrize("type_id", [t for t in TYPES if quants.TYPES[t].name not in ("F32", "F16", "BF16")])
+def test_small_launches_of_one_row(gpu, type_id):
+    """decode_*_128e1 and 256e1 with every number of row tiles of a warp that they decode into shared memory, all warps
+    with as many or some with one less: the bits of prompt rows."""
+    rng = np.random.default_rng(type_id)
+    cases = [(896, layout.early_tiles(type_id), layout.MOST_STAGED), (1280, 1, layout.MOST_STAGED_256)]
+    for k, ready, most_staged in [case for case in cases if row_lengths(type_id, [case[0]])]:
+        for n_staged in range(most_staged + 1):
+            for n_groups in (1, 2) if n_staged < 3 else (1,):  # shared memory has no room for more of all types
+                n_tiles = n_groups * (ready + n_staged) - (n_groups - 1)
+                n_out = layout.TILE_ROWS * n_tiles - 3
+                m, _ = make(gpu, type_id, n_out, k)
+                x, before = gpu.buffer(inputs(rng, 1, k)), norm_of(gpu, rng, "rms", k)
+                bias = gpu.buffer(rng.standard_normal(n_out).astype(np.float32))
+                want, got = gpu.empty((1, n_out)), gpu.empty((1, n_out))
+                Matmul(gpu, m, x, want, 1, bias=bias, norm=before).run()
+                one = Decode(gpu, [m], x, [got], 1, biases=[bias], norm=before, early=1, grid=1, n_groups=n_groups)
+                launch = one.launches[0][1]
+                assert launch.kernel.endswith("e1") and launch.n_staged == n_staged, launch
+                one.run()
+                assert np.array_equal(got.to_numpy(), want.to_numpy()), f"{n_out} x {k}, {launch}"
+
+
 @every_type
 @pytest.mark.parametrize("kind", ["SILU", "GELU_TANH", "SWIGLU_OAI"])
 def test_gated_products(gpu, type_id, kind):
