@@ -282,7 +282,7 @@ async def run(args: argparse.Namespace) -> int:
         await asyncio.sleep(0.2)
         wrong += [f"log: {fault}" for fault in (worker.log.faults[:10] if worker.log is not None else ())]
     finally:
-        worker.kill()
+        await worker.kill()
     routes = ", ".join(t.path for t in targets)
     print(f"{len(numbers)} requests in {seconds:.1f} s to {routes}")
     print(f"statuses {dict(sorted(outcome.statuses.items()))}, hung up on {outcome.lost}, memory +{grown or 0:.1f} MiB")

@@ -213,7 +213,7 @@ async def run(args: argparse.Namespace) -> Report:
     except (RuntimeError, OSError) as error:
         raise RuntimeError(f"{type(error).__name__}: {error}\n{await worker.last_words()}") from error
     finally:
-        worker.kill()
+        await worker.kill()
     return report
 
 

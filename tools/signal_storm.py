@@ -146,7 +146,7 @@ async def one(args: argparse.Namespace, number: int) -> Storm:
         if worker.log.running:
             storm.wrong.append(f"no execute_end of {len(worker.log.running)} jobs")
     finally:
-        worker.kill()
+        await worker.kill()
         while abuse := [task for task in abuse if not task.done()]:
             for task in abuse:
                 task.cancel()

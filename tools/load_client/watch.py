@@ -299,7 +299,7 @@ class Worker:
         ended = "it still runs" if self.exit_code is None else f"it ended with {self.exit_code}"
         return "\n".join([f"the worker: {ended}; its log ends with", *(f"  {line}" for line in self.log.last)])
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """Leave nothing behind, whatever happened."""
         for task in self._tasks:
             task.cancel()
@@ -309,6 +309,7 @@ class Worker:
                     process.kill() if process is self._prober else os.killpg(process.pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
+                await process.wait()  # while there is a loop that its pipes can be closed in
 
 
 def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
