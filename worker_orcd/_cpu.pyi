@@ -41,6 +41,7 @@ class CpuEngine:
     rope_tables: NDArray[np.int32]
     n_vocab: int
     warm_rows: tuple[int, ...]
+    warm_outputs: tuple[int, ...]
     warm_seqs: tuple[int, ...]
     def __init__(self, model_file: ModelFile, plan: Plan, config: EngineConfig, n_threads: int = 0) -> None: ...
     @property

@@ -42,6 +42,7 @@ class CudaEngine:
     rope_tables: NDArray[np.int32]
     n_vocab: int
     warm_rows: tuple[int, ...]
+    warm_outputs: tuple[int, ...]
     warm_seqs: tuple[int, ...]
     #: "fused" or "plain", as the environment asked for when the engine was made
     lowering: str

@@ -129,6 +129,8 @@ class MatMulNode(Node):
         prefill: Callable[[int, int], Bound],
         outputs: bool,
         glu: GluRows | None = None,
+        many: Callable[[int], Bound] | None = None,
+        wgmma: dict[str, Any] | None = None,
     ) -> None: ...
     def join(self, after: MatMulNode, pair: DecodePair) -> None: ...
 

@@ -4,6 +4,9 @@
 
 #include "quant/types.cuh"
 
+// Shared memory that a block may have with compute capability 9.0.
+constexpr int kMaxSmem = 232448;
+
 // Row tiles of a warp that decode_<type>_128e decodes into registers before its input is there: what there are for.
 template <class Q>
 constexpr int kEarlyTiles = Q::kHasMin || Q::kLowBits == 8 || kRowScaled<Q> ? 1 : 2;
@@ -48,4 +51,37 @@ struct MatmulShape {
     static constexpr int kSlots = slots(kStages);
     static constexpr int kBytes = bytes(kStages);  // of stages and slots; factors follow
     static_assert(Q::kSubs == 1 || kStages <= Q::kSubs);
+};
+
+// One kernel of products with many rows (common/many_rows.cuh): its tile and rings (worker_orcd/cuda/layout.py,
+// many_rows_bytes).
+template <class Q, int kM_, int kK_, int kN_>
+struct ManyRowsShape {
+    static constexpr int kM = kM_, kK = kK_, kN = kN_;
+    static constexpr int kGroups = kM * kK, kWarps = 4 * kGroups, kRowTiles = 4 * kM;
+    static constexpr int kSuppliers = kK == 1 ? 4 : 2 * kK;  // warps: one for x of each part, the others for weights
+    static constexpr int kWSuppliers = kSuppliers / kK - 1;  // of a part
+    static constexpr int kThreads = 32 * (kWarps + kSuppliers);
+    static constexpr int kUnitTiles = kDense<Q> ? 1 : 256 / Q::kTileK;  // packed tiles that come at once, at most
+    static constexpr int kUnitBytes = kUnitTiles * Q::kPackedTileBytes;
+    static constexpr int kSets = kN <= 128 && !kDense<Q> ? 2 : 1;  // of fragments
+    static constexpr int kXBytes = 128 * kN;
+    static constexpr int kXSlotBytes = kXBytes + (4 * kN + 1023) / 1024 * 1024;
+    static constexpr int kSumBytes = kK > 1 ? 256 * kM * kN : 0;
+    static constexpr int kExchangeBytes = kWarps / 2 * 4096;
+    static constexpr int kRoom = kMaxSmem - kSumBytes - kExchangeBytes - 1024;
+    static constexpr int w_bytes(int depth) { return depth * kK * kRowTiles * kUnitBytes; }
+    static constexpr int x_depth(int w_depth) { return (kRoom - w_bytes(w_depth)) / (kK * kXSlotBytes); }
+    static constexpr int kWDepth = x_depth(4) >= 6 ? 4 : x_depth(3) >= 4 ? 3 : 2;
+    static constexpr int kXDepth = x_depth(kWDepth) > 8 ? 8 : x_depth(kWDepth);
+    static_assert(kXDepth >= 2);
+    static constexpr int kWAt = kK * kXDepth * kXSlotBytes, kSumsAt = kWAt + w_bytes(kWDepth);
+    static constexpr int kExchangeAt = kSumsAt + kSumBytes, kBarriersAt = kExchangeAt + kExchangeBytes;
+    static constexpr int kPartBarriers = 2 * (kXDepth + kWDepth);
+    static constexpr int kBytes = kBarriersAt + 8 * kK * kPartBarriers;
+    static constexpr int kFirstPairBarrier = 1 + (kK > 1 ? kGroups : 0);  // of those that group_sync knows
+    // Registers: what the launch gives all threads, and what those that multiply and the others have of it.
+    static constexpr int kRegisters = kThreads == 384 ? 168 : 80;
+    static constexpr int kSupplierRegisters = kThreads == 384 ? 24 : 32;
+    static constexpr int kGroupRegisters = kThreads == 384 ? 240 : 104;
 };

@@ -25,14 +25,14 @@ DEVICE int matrix_of(const MatvecParams& p, int row_tile) {
 
 // Bytes of a matrix's packed tiles.
 template <class Q>
-DEVICE int64_t matrix_bytes(const MatvecMatrix& m, int n_k_tiles) {
+DEVICE int64_t matrix_bytes(const ProductMatrix& m, int n_k_tiles) {
     return static_cast<int64_t>((m.n_out + kTileRows - 1) / kTileRows) * n_k_tiles * Q::kPackedTileBytes;
 }
 
 // Where a row tile's packed tiles begin.
 template <class Q>
 DEVICE const uint8_t* row_tile_address(const MatvecParams& p, int row_tile) {
-    const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
+    const ProductMatrix& m = p.m[matrix_of(p, row_tile)];
     return m.w + static_cast<int64_t>(row_tile - m.row_tile0) * p.n_k_tiles * Q::kPackedTileBytes;
 }
 
@@ -125,7 +125,7 @@ DEVICE void matvec(const MatvecParams& p) {
 #pragma unroll
         for (int i = 0; i < S::kRowTiles; ++i) {
             const int row_tile = min(tile * S::kRowTiles + i, p.n_row_tiles - 1);
-            const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
+            const ProductMatrix& m = p.m[matrix_of(p, row_tile)];
             row_inverse<Q>(inverse[i], m.w, matrix_bytes<Q>(m, p.n_k_tiles), row_tile - m.row_tile0, g);
         }
         for (int round = 0; round < n_rounds; ++round) {  // a chunk of every warp
@@ -186,7 +186,7 @@ DEVICE void matvec(const MatvecParams& p) {
                     const int n = i / (16 * S::kRowTiles), in_tile = i % (16 * S::kRowTiles);
                     const int row_tile = tile * S::kRowTiles + in_tile / 16;
                     if (row_tile >= p.n_row_tiles) continue;
-                    const MatvecMatrix& m = p.m[matrix_of(p, row_tile)];
+                    const ProductMatrix& m = p.m[matrix_of(p, row_tile)];
                     const int o = (row_tile - m.row_tile0) * 16 + in_tile % 16;
                     if (o >= m.n_out) continue;
                     float* kept = so_far + x_tile * S::kSums + i;

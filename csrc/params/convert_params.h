@@ -19,13 +19,21 @@ static HOST_DEVICE int32_t chunk_columns(int32_t k) {
     return k <= 5120 ? 256 : k <= 7168 ? 512 : 1024;
 }
 
+// Rows that lie together in tiles (common/many_rows.cuh).
+#define ROWS_GROUP 128
+
+// Bytes of such a group of rows of k columns.
+static HOST_DEVICE int64_t rows_group_bytes(int32_t k) { return (int64_t)((k + 255) / 256) * (ROWS_GROUP * 512); }
+
 // convert_rows: grid (n_pad_rows, n_inputs), block 256. A row may have several inputs, as the slots of a row of experts
 // have: input i of row r is x + r * x_stride + i * input_stride and becomes converted row i * n_pad_rows + r.
 typedef struct {
     const float* x;       // the first k columns are read; 16-byte aligned rows
     const float* weight;  // [k] of the norm, 16-byte aligned, or null (CONVERT_PLAIN)
     const float* bias;    // [k], CONVERT_LAYER, or null
-    uint8_t* out;         // [n_inputs * n_pad_rows, out_bytes]
+    uint8_t* out;         // [n_inputs * n_pad_rows, out_bytes]; with `factors` whole groups of rows
+    float* factors;       // [n_chunks, factor_stride]: the converted rows lie in tiles, without their factors, which go
+                          // here; or null
     float* roots;         // [n_rows] 1 / root of the norms, or null
     int64_t x_stride;
     int64_t input_stride;
@@ -34,6 +42,7 @@ typedef struct {
     int32_t n_rows;
     int32_t n_pad_rows;  // rows to write; those past n_rows are zeros
     int32_t kind;
+    int32_t factor_stride;
     float eps;
 } ConvertParams;
 

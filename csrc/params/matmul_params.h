@@ -21,7 +21,7 @@
 #define PRODUCT_GLU 2    // out of matrix 0 = act(result of matrix 0) * result of matrix 1
 #define PRODUCT_MIX 3    // of experts: out = result, then sum += what the gates make of a row's results
 
-// One matrix of a matvec launch.
+// One matrix of a launch for many rows.
 typedef struct {
     const uint8_t* w;   // repacked [n_out, k]
     const float* bias;  // [n_out] or null
@@ -29,7 +29,7 @@ typedef struct {
     int64_t out_stride;
     int32_t n_out;
     int32_t row_tile0;  // sum of the row tiles of the matrices before it
-} MatvecMatrix;
+} ProductMatrix;
 
 // One matrix of a decode launch.
 typedef struct {
@@ -82,7 +82,7 @@ typedef struct {
 
 // matvec_<type>_<tiles>: out = x W^T for up to 8 * tiles rows, one or several matrices of one type and one input.
 typedef struct {
-    MatvecMatrix m[MATVEC_MAX_MATRICES];
+    ProductMatrix m[MATVEC_MAX_MATRICES];
     const uint8_t* rows;  // [8 * tiles, x_bytes] converted rows
     int32_t x_bytes;
     int32_t n_matrices;
@@ -93,6 +93,24 @@ typedef struct {
     int32_t ring_bytes;  // shared memory of the weight rings: warps * ring bytes of a warp
     int32_t mode;        // PRODUCT_STORE, PRODUCT_ADD
 } MatvecParams;
+
+// wgmma_<type>_<rows>: out = x W^T for any number of rows, one or several matrices of one type and one input. x is
+// converted into tiles (convert_params.h). The grid is free.
+typedef struct {
+    ProductMatrix m[MATVEC_MAX_MATRICES];  // with PRODUCT_GLU two, both with n_out outputs; results go to the first
+    const uint8_t* x;
+    const float* factors;   // [n_chunks, factor_stride]
+    int32_t factor_stride;  // a multiple of 8, at least n_rows
+    int32_t n_matrices;
+    int32_t n_row_tiles;  // of all matrices
+    int32_t n_tiles_m;    // tiles along the outputs
+    int32_t n_tiles_n;    // tiles along the rows
+    int32_t k;
+    int32_t n_k_tiles;
+    int32_t n_rows;
+    int32_t mode;  // PRODUCT_STORE, PRODUCT_ADD, PRODUCT_GLU
+    int32_t glu;   // GLU_* of pointwise_params.h
+} ManyRowsParams;
 
 // matmul_<type>, matmul_<type>_small: out = x W^T for any number of rows.
 typedef struct {

@@ -195,7 +195,7 @@ cdef class CpuEngine:
     """
 
     cdef Engine* engine
-    cdef readonly object config, block_tables, rope_tables, n_vocab, isa, warm_rows, warm_seqs
+    cdef readonly object config, block_tables, rope_tables, n_vocab, isa, warm_rows, warm_outputs, warm_seqs
     cdef object model_file, plan, views, op_index, op_buffer, buffer_index
     cdef int32_t[:, :, ::1] tables
     cdef int32_t[::1] rope_tables_view
@@ -221,7 +221,7 @@ cdef class CpuEngine:
             raise InternalError(f"the kernels are built for blocks of {kBlockPositions} positions")
         self.pid = getpid()
         # every shape runs the same code; one small step brings pages of the file and of the workspace
-        self.warm_rows, self.warm_seqs = (min(WARM_ROWS, config.max_batch_tokens),), ()
+        self.warm_rows, self.warm_outputs, self.warm_seqs = (min(WARM_ROWS, config.max_batch_tokens),), (), ()
         self.model_file, self.plan, self.config, self.n_vocab = model_file, plan, config, plan.n_vocab
         cdef const Kernels* kernels = _kernels(None)
         self.isa = kernels.name.decode()

@@ -93,7 +93,7 @@ cdef class CudaEngine:
             something.
     """
 
-    cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan, warm_rows, warm_seqs
+    cdef readonly object plan, config, block_tables, rope_tables, memory, vram_plan, warm_rows, warm_outputs, warm_seqs
     cdef readonly object lowering, ops, slow_paths
     cdef readonly Context context
     cdef readonly int n_vocab
@@ -456,9 +456,8 @@ cdef class CudaEngine:
         the graphs' only inputs."""
         cdef Shape shape
         sizes = [n for i, n in enumerate(DECODE_SIZES) if not i or DECODE_SIZES[i - 1] < self.config.max_seqs]
-        # one row and as many as there may be: between them each product changes once from its small kernel to its
-        # large one
-        self.warm_rows = tuple(sorted({1, self.config.max_batch_tokens}))
+        self.warm_rows = self.launches.warm_rows(self.config.max_batch_tokens)
+        self.warm_outputs = self.launches.warm_rows(min(MAX_BATCH, self.config.max_batch_tokens), True)
         self.warm_seqs = tuple(min(n, self.config.max_seqs) for n in sizes)
         for n in sizes:
             shape.n_rows = shape.n_decode = shape.n_out = n

@@ -6,7 +6,7 @@ is made; `enqueue` only sets what depends on the number of rows, which is what e
 makes the nodes from lowered ops and enqueues them in order into a list of launches, for a stream or a graph.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from worker_orcd cimport _params as c

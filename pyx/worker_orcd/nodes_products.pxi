@@ -7,7 +7,7 @@ cdef class Conversion:
 
     Args:
         kernel: the `Kernel`.
-        fields: `ConvertParams`; later: n_rows, n_pad_rows.
+        fields: `ConvertParams`; later: n_rows, n_pad_rows, factors, factor_stride.
         n_inputs: that a row has: one, or one for each slot of a row of experts.
     """
 
@@ -16,7 +16,7 @@ cdef class Conversion:
     cdef int n_inputs
 
     def __init__(self, Kernel kernel, dict fields, int n_inputs=1):
-        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows"))
+        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "factors", "factor_stride"))
         self.kernel, self.n_inputs = kernel, n_inputs
 
     cdef int enqueue(self, LaunchList launches, int64_t x_row, int64_t row, int n, int n_pad) except -1:
@@ -28,6 +28,18 @@ cdef class Conversion:
         p.n_rows, p.n_pad_rows = n, n_pad
         return launches.add(self.kernel, n_pad, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
 
+    cdef int enqueue_tiles(self, LaunchList launches, int n) except -1:
+        """Convert rows [0, n) into tiles, with their factors behind (`tile_factors`)."""
+        cdef c.ConvertParams p = self.p
+        p.n_rows, p.n_pad_rows = n, (n + 7) // 8 * 8
+        p.factors, p.factor_stride = tile_factors(p.out, p.k, n), p.n_pad_rows
+        return launches.add(self.kernel, p.n_pad_rows, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
+
+
+cdef float* tile_factors(const uint8_t* rows, int k, int n) noexcept:
+    """Where the factors of `n` rows of `k` columns are that lie in tiles at `rows`."""
+    return <float*>(rows + (n + c.ROWS_GROUP - 1) // c.ROWS_GROUP * c.rows_group_bytes(k))
+
 
 cdef class Bound:
     """A kernel with its launch geometry, a `cuda.layout.Launch`."""
@@ -35,7 +47,7 @@ cdef class Bound:
     cdef Kernel kernel
     cdef unsigned int gx, gy, block, smem
     cdef int32_t ring_bytes, n_warps, n_groups, depth, batch, x_smem, factors, staged, barriers, block_tiles, more_tiles
-    cdef int32_t n_staged
+    cdef int32_t n_staged, tiles_m, tiles_n
 
     def __init__(self, Kernel kernel, launch):
         self.kernel, self.block, self.smem = kernel, launch.block, launch.smem
@@ -45,6 +57,7 @@ cdef class Bound:
         self.factors, self.barriers = launch.factors, launch.barriers
         self.n_staged, self.staged = launch.n_staged, launch.staged
         self.block_tiles, self.more_tiles = launch.block_tiles, launch.more_tiles
+        self.tiles_m, self.tiles_n = launch.tiles_m, launch.tiles_n
 
     cdef int enqueue(self, LaunchList launches, const void* params, size_t nbytes) except -1:
         return launches.add(self.kernel, self.gx, self.gy, 1, self.block, self.smem, params, nbytes, True)
@@ -139,8 +152,8 @@ cdef class DecodePair:
 cdef class MatMulNode(Node):
     """Products of one input with up to four matrices of one type.
 
-    Decode rows (and all rows with `outputs`) go through decode_* or matvec_*, prompt rows through matmul_*; a row has
-    the same bits in each.
+    Up to 8 rows go through decode_*, more through wgmma_* where the GPU has it. Elsewhere decode rows (and all rows
+    with `outputs`) go through decode_* or matvec_*, prompt rows through matmul_*. A row has the same bits in each.
 
     Args:
         name: of the op.
@@ -152,27 +165,32 @@ cdef class MatMulNode(Node):
         matmuls: `MatmulParams` of each matrix; later: n_rows.
         prefill: `prefill(n_out, n_rows)` gives that of prefill.
         outputs: the rows are the step's output rows.
-        glu: the `GluRows` of what decode_* does itself (PRODUCT_GLU), or None.
+        glu: the `GluRows` of what decode_* and wgmma_* do themselves (PRODUCT_GLU), or None.
+        many, wgmma: `many(n_rows)` gives the `Bound` kernel wgmma_*, its `ManyRowsParams` (later: factors,
+            factor_stride, n_rows, n_tiles_m, n_tiles_n); or None.
     """
 
     cdef c.MatvecParams v
     cdef c.MatmulParams m[c.MATVEC_MAX_MATRICES]
+    cdef c.ManyRowsParams w
     cdef Conversion conversion
     cdef GluRows glu
     cdef DecodePair pair
     cdef list decode, matvecs
-    cdef object prefill
+    cdef object prefill, many
     cdef bint inline, outputs, leads
     cdef int n_matmuls, few_rows    # most rows of a launch of `decode`
 
     def __init__(self, str name, Conversion conversion, bint inline, list decode, dict matvec, list matvecs,
-                 list matmuls, prefill, bint outputs, GluRows glu=None):
+                 list matmuls, prefill, bint outputs, GluRows glu=None, many=None, dict wgmma=None):
         cdef int i
         Node.__init__(self, name)
         self.conversion, self.inline, self.outputs, self.glu = conversion, inline, outputs, glu
         self.decode, self.few_rows = decode, len((<DecodeProduct>decode[0]).bounds) - 1
         self.matvecs = [None] * (self.few_rows + 1) + matvecs
-        self.prefill, self.n_matmuls = prefill, len(matmuls)
+        self.prefill, self.n_matmuls, self.many = prefill, len(matmuls), many
+        if many is not None:
+            c.fill_ManyRowsParams(&self.w, wgmma, ("factors", "factor_stride", "n_rows", "n_tiles_m", "n_tiles_n"))
         c.fill_MatvecParams(&self.v, matvec, ("n_rows", "ring_bytes"))
         for i in range(self.n_matmuls):
             c.fill_MatmulParams(&self.m[i], matmuls[i], ("n_rows",))
@@ -180,7 +198,12 @@ cdef class MatMulNode(Node):
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef int n_few = shape.n_out if self.outputs else shape.n_decode
         cdef int n_prompt = 0 if self.outputs else shape.n_rows - n_few
-        cdef int first = 1 if n_few == 1 and self.inline else 0, n_pad
+        cdef int first, n_pad
+        if self.many is not None:
+            n_few, n_prompt = n_few + n_prompt, 0
+            if n_few > self.few_rows:
+                return self._many(launches, n_few)
+        first = 1 if n_few == 1 and self.inline else 0
         if self.conversion is not None and n_few + n_prompt > first:
             n_pad = n_few - first + (n_prompt + 63) // 64 * 64     # whole tiles of the prefill kernels
             self.conversion.enqueue(launches, first, first, n_few + n_prompt - first, n_pad)
@@ -211,6 +234,16 @@ cdef class MatMulNode(Node):
         if self.glu is not None:
             self.glu.enqueue(launches, 0, n)
         return 0
+
+    cdef int _many(self, LaunchList launches, int n) except -1:
+        """Rows [0, n), of whatever kind."""
+        cdef Bound bound = self.many(n)
+        cdef c.ManyRowsParams p = self.w
+        if self.conversion is not None:
+            self.conversion.enqueue_tiles(launches, n)
+        p.factors, p.factor_stride = tile_factors(p.x, p.k, n), (n + 7) // 8 * 8
+        p.n_rows, p.n_tiles_m, p.n_tiles_n = n, bound.tiles_m, bound.tiles_n
+        return bound.enqueue(launches, &p, sizeof(p))
 
     cdef int _prompt(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""

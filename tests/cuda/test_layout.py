@@ -82,6 +82,11 @@ def test_launch_sizes_match_the_kernels(lib, type_id):
     for small in (False, True):
         getattr(lib, f"matmul_{suffix}")(int(small), out)
         assert list(out) == [*layout.matmul_stages(type_id, small), layout.MATMUL_TILE_ROWS]
+    for rows in layout.WGMMA_TILES:
+        getattr(lib, f"many_rows_{suffix}")(rows, out)
+        launch = layout.many_rows_launch(type_id, 1024, 8, 300, 132, rows)
+        assert list(out) == [*layout.many_rows_rings(type_id, rows), launch.block]
+        assert launch.smem <= layout.WGMMA_SMEM and launch.tiles_n * rows >= 300
 
 
 def test_activation_order_is_the_fragment_order(lib):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ def by_name(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
 def pretend(monkeypatch: pytest.MonkeyPatch, images=IMAGES, **driver) -> dict[str, doctor.Finding]:
     answer = {"library": True, "version": "13.0", "status": 0, "gpus": [], **driver}
     monkeypatch.setattr(doctor, "_driver", lambda: answer)
-    monkeypatch.setattr(doctor, "_images", lambda: images)
+    monkeypatch.setattr(doctor, "packaged", lambda: images)
     return by_name(doctor.check())
 
 
@@ -167,12 +166,3 @@ def test_demo_model_download_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(ModelLoadError, match="expected b179"):
         demo_model.path(progress=False)
     assert list((tmp_path / "models").iterdir()) == []
-
-
-def test_manifest_of_images_that_are_not_there_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    (tmp_path / "fatbins").mkdir()
-    (tmp_path / "fatbins" / "manifest.json").write_text(json.dumps(IMAGES))
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "diagnose" / "doctor.py"))
-    assert doctor._images() == {}
-    (tmp_path / "fatbins" / "ops.fatbin").write_bytes(b"x")
-    assert doctor._images() == IMAGES

@@ -186,7 +186,7 @@ def test_products_stand_beside_cublas(goldens_dir, monkeypatch):
     shapes = set()
     for step in report.steps:
         for kind in step.kinds:
-            is_product = kind.kernel.startswith(("decode_", "matvec_"))
+            is_product = kind.kernel.startswith(("decode_", "matvec_", "wgmma_"))
             assert (kind.cublas_us is not None) == is_product
             if is_product:
                 assert math.isclose(kind.cublas_us, 1000 / 32)

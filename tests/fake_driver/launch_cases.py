@@ -14,6 +14,7 @@ from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
+from worker_orcd.cuda.layout import chunk_columns
 from worker_orcd.cuda.lowering import lower
 from worker_orcd.engine.protocol import Batch, EngineConfig
 from worker_orcd.errors import (
@@ -75,7 +76,7 @@ def test_launches_point_into_the_arenas_and_graphs_hold_those_of_a_step(name, ch
         assert (ours.grid, ours.block, ours.smem) == (theirs.grid, theirs.block, theirs.smem)
         differ = {field for field, value in ours.fields.items() if value != theirs.fields[field]}
         assert differ == ({"slots", "positions", "next_tokens", "advance"} if "sample" in ours.kernel else set())
-    assert {launch.kernel.split("_")[0] for launch in prefill} >= {"rows", "convert", "matmul", "rope", "attention"}
+    assert {launch.kernel.split("_")[0] for launch in prefill} >= {"rows", "convert", "wgmma", "rope", "attention"}
     for launches in (step, prefill):
         assert norms_of(launches) == {op.weight for op in built.ops if isinstance(op, ops.Norm)}
     places = {
@@ -242,9 +243,10 @@ def test_ops_of_both_lowerings_run_in_turns(tiny):
 
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-Q8_0", "gpt2-Q8_0"])
 @pytest.mark.parametrize(("n_decode", "n_prompt"), [(1, 0), (2, 0), (8, 0), (9, 0), (16, 0), (0, 70), (1, 5), (3, 70)])
-def test_products_take_each_row_once(name, n_decode, n_prompt, goldens_dir):
-    """Decode rows by decode_* or matvec_*, prompt rows by matmul_*, of rows that were converted once; or not at all,
-    where a single decode row is converted by its product."""
+def test_products_take_each_row_once(name, n_decode, n_prompt, goldens_dir, monkeypatch):
+    """Without products of warpgroups: decode rows by decode_* or matvec_*, prompt rows by matmul_*, of rows that were
+    converted once; or not at all, where a single decode row is converted by its product."""
+    monkeypatch.setenv("WORKER_ORCD_MANY_ROWS", "mma")
     n = n_decode + n_prompt
     with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
         built = plan.build(file)
@@ -287,6 +289,50 @@ def test_products_take_each_row_once(name, n_decode, n_prompt, goldens_dir):
         assert ("convert" in kinds) == (n_prompt > 0)
     gated = built.n_layer * (name != "gpt2-Q8_0") * (n_prompt > 0 or n_decode > 8)
     assert kinds.count("glu") == gated
+
+
+@pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-Q8_0", "gpt2-Q8_0"])
+@pytest.mark.parametrize(("n_decode", "n_prompt"), [(1, 0), (8, 0), (9, 0), (0, 1), (0, 8), (3, 5), (3, 70), (0, 200)])
+def test_warpgroups_take_all_rows_together(name, n_decode, n_prompt, goldens_dir):
+    """Up to eight rows of whatever kind by decode_*, more by wgmma_*, in one launch for all and with what comes after
+    the product."""
+    n = n_decode + n_prompt
+    with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        engine = _engine.CudaEngine(file, built, EngineConfig(17, 256, 256, tuple(80 for _ in built.kv_groups)),
+                                    context=context)  # fmt: skip
+        engine.block_tables[:] = np.arange(4)
+        positions = np.r_[np.full(n_decode, 7), np.arange(n_prompt)].astype(np.int32)
+        slots = np.r_[np.arange(n_decode), np.full(n_prompt, n_decode)].astype(np.int32)
+        with recorded() as step:
+            engine.step(Batch(np.ones(n, np.int32), positions, slots, n_decode, np.array([n - 1], np.int32)))
+        converted = engine.memory.workspace.converted
+        engine.close()
+    layers = step[: next(i for i, launch in enumerate(step) if launch.kernel.startswith("gather_rows"))]
+    conversion, n_products = None, 0
+    for launch in layers:
+        fields, kind = launch.fields, launch.kernel.split("_")[0]
+        if kind == "convert":
+            conversion = fields
+            groups, padded = -(-n // 128), -(-n // 8) * 8
+            if n > 8:
+                at = fields["out"][1] + groups * 128 * 512 * -(-fields["k"] // 256)
+                assert fields["factors"] == (fields["out"][0], at) and fields["factor_stride"] == padded
+                assert fields["n_rows"] == n and fields["n_pad_rows"] == launch.grid[0] == padded
+                ends = at + 4 * padded * -(-fields["k"] // min(1024, chunk_columns(fields["k"])))
+                assert ends <= converted.address - fields["out"][0] + converted.nbytes
+            else:
+                assert not fields["factors"]
+        elif kind in ("decode", "wgmma"):
+            n_products += 1
+            assert (kind == "decode") == (n <= 8) and fields["n_rows"] == n
+            if kind == "wgmma":
+                same = ("factors", "factor_stride", "k", "n_rows")
+                assert [fields[f] for f in same] == [conversion[f] for f in same] and fields["x"] == conversion["out"]
+                assert launch.grid[0] <= fields["n_tiles_m"] * fields["n_tiles_n"]
+        else:
+            assert kind not in ("matvec", "matmul", "glu")
+    assert n_products >= 4 * built.n_layer
 
 
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-swa-Q8_0"])
@@ -354,10 +400,10 @@ def test_after_a_warm_up_no_launch_is_the_first_of_its_kernel(name, max_seqs, go
             engine.forward(Batch(every, every, 0 * every, 0, every))
     launched = {launch.kernel for launch in later}
     assert not launched - before and len(later) > 1000
-    families = ("matmul_", "expert_matmul_") if "gpt-oss" in name else ("matmul_",)
+    families = ("wgmma_", "expert_matmul_") if "gpt-oss" in name else ("wgmma_",)
     for family in families if max_seqs > 1 else ():
         kinds = {kernel for kernel in launched if kernel.startswith(family)}
-        assert len(kinds) > 1, "not a family of small and large tiles"
+        assert len(kinds) > 1, "not a family of tiles of several sizes"
     assert leftovers() == NOTHING
 
 

@@ -44,18 +44,26 @@ def repack(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, piece: int = 1 << 30
 class Converted:
     """`n_rows` rows of x as convert_rows leaves them, before `pad` rows of zeros; `run` queues the conversion.
 
-    `norm`: None, or (kind, weight, bias, eps) of the norm before.
+    `norm`: None, or (kind, weight, bias, eps) of the norm before. With `tiles` as wgmma_* takes them, their factors in
+    `factors`.
     """
 
     def __init__(self, gpu: Gpu, k: int, x: Buffer, n_rows: int, stride: int, pad: int = 0,
-                 norm: tuple[str, Buffer, Buffer | None, float] | None = None, n_inputs: int = 1) -> None:  # fmt: skip
+                 norm: tuple[str, Buffer, Buffer | None, float] | None = None, n_inputs: int = 1,
+                 tiles: bool = False) -> None:  # fmt: skip
         self.gpu, self.n_inputs, self.pad_rows = gpu, n_inputs, n_rows + pad
         self.rows = gpu.empty((n_inputs * self.pad_rows, layout.x_f16_bytes(k)), np.uint8)
+        self.factors = None
+        if tiles:
+            groups = -(-self.pad_rows // CONSTANTS["ROWS_GROUP"])
+            self.rows = gpu.empty((groups, CONSTANTS["ROWS_GROUP"] * 512 * -(-k // 256)), np.uint8)
+            self.factors = gpu.empty((layout.n_chunks(k), self.pad_rows))
         kind, weight, bias, eps = norm or ("plain", None, None, 0.0)
         self.params = params(
             "ConvertParams", x=x, weight=weight, bias=bias, out=self.rows, x_stride=stride, input_stride=k,
             out_bytes=layout.x_f16_bytes(k), k=k, n_rows=n_rows, n_pad_rows=self.pad_rows,
-            kind=CONSTANTS[f"CONVERT_{kind.upper()}"], eps=eps)  # fmt: skip
+            kind=CONSTANTS[f"CONVERT_{kind.upper()}"], eps=eps, factors=self.factors,
+            factor_stride=self.pad_rows)  # fmt: skip
 
     def run(self, pdl: bool = False) -> None:
         """Queue the conversion."""
@@ -154,6 +162,46 @@ class Matmul:
             out_stride=out.shape[1], n_out=m.n_out, k=m.k, n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows,
             add=int(add))  # fmt: skip
         self.kernel = gpu.kernel("matmul", self.launch.kernel)
+
+    def run(self, pdl: bool = False, convert_x: bool = True) -> None:
+        """Queue the conversion of x and the product."""
+        if convert_x:
+            self.converted.run(pdl)
+        self.gpu.launch(self.kernel, self.launch.grid, self.launch.block, self.params, self.launch.smem, pdl)
+
+
+class ManyRows:
+    """One launch of wgmma_* over matrices that share the input; `run` queues it and the conversion of x.
+
+    Args:
+        tile_rows: rows of a tile, else `layout.many_rows_launch` chooses.
+        mode: "store", "add" or "glu" (of two matrices; results go to the first of `outs`).
+        grid: blocks, else one for each multiprocessor.
+    """
+
+    def __init__(
+        self, gpu: Gpu, matrices: Sequence[Matrix], x: Buffer, outs: Sequence[Buffer], n_rows: int, *,
+        tile_rows: int | None = None, x_stride: int | None = None, biases: Sequence[Buffer | None] | None = None,
+        mode: str = "store", glu: int = 0, norm: tuple[str, Buffer, Buffer | None, float] | None = None,
+        grid: int | None = None,
+    ) -> None:  # fmt: skip
+        m = matrices[0]
+        self.gpu = gpu
+        n_tiles = [layout.n_row_tiles(a.n_out) for a in matrices]
+        self.launch = layout.many_rows_launch(m.type_id, m.k, sum(n_tiles), n_rows, grid or gpu.n_sm, tile_rows)
+        self.converted = Converted(gpu, m.k, x, n_rows, x_stride or m.k, -n_rows % 8, norm, tiles=True)
+        parts = [
+            {"w": a.w, "bias": bias, "out": out, "out_stride": out.shape[1], "n_out": a.n_out,
+             "row_tile0": sum(n_tiles[:i])}
+            for i, (a, bias, out) in enumerate(zip(matrices, biases or [None] * len(matrices), outs, strict=True))
+        ]  # fmt: skip
+        self.params = params(
+            "ManyRowsParams", m=parts, x=self.converted.rows, factors=self.converted.factors,
+            factor_stride=self.converted.pad_rows, n_matrices=len(parts), n_row_tiles=sum(n_tiles),
+            n_tiles_m=self.launch.tiles_m, n_tiles_n=self.launch.tiles_n, k=m.k,
+            n_k_tiles=layout.n_k_tiles(m.type_id, m.k), n_rows=n_rows, mode=CONSTANTS[f"PRODUCT_{mode.upper()}"],
+            glu=glu)  # fmt: skip
+        self.kernel = gpu.kernel("wgmma", self.launch.kernel)
 
     def run(self, pdl: bool = False, convert_x: bool = True) -> None:
         """Queue the conversion of x and the product."""

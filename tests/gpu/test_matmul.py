@@ -10,7 +10,7 @@ import limits
 import numpy as np
 import pytest
 from gpu.kernel_harness import CONSTANTS, available, params
-from gpu.matmul_host import Decode, Matmul, repack, row_lengths
+from gpu.matmul_host import Decode, ManyRows, Matmul, repack, row_lengths
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
 
@@ -263,6 +263,65 @@ def test_a_row_has_the_same_bits_in_every_kernel(gpu, type_id, norm):
         for first, n in ((1, 2), (5, 3), (0, 8), (7, 9), (3, 17), (0, 64), (2, 33)):
             for how in ways if n <= 8 else (ways[0], ways[-1]):
                 assert np.array_equal(decode(first, n, **how), want[first : first + n]), f"{name}: {n} rows {how}"
+
+
+@every_type
+@pytest.mark.parametrize("tile_rows", list(layout.WGMMA_TILES))
+def test_products_of_warpgroups(gpu, type_id, tile_rows):
+    """wgmma_*: the bits of prompt rows, whatever the rows, the shape, the grid, the norm and what becomes of the
+    results."""
+    if gpu.arch != layout.WGMMA_ARCH:
+        pytest.skip(f"sm_{gpu.arch} has no products of warpgroups")
+    rng = np.random.default_rng([type_id, tile_rows])
+    for i, (n_out, k) in enumerate([(n, k) for n, k in FAMILY_SHAPES if row_lengths(type_id, [k])]):
+        m, _ = make(gpu, type_id, n_out, k)
+        n_rows = [9, tile_rows, tile_rows + 1, 2 * tile_rows + 17, 130][i % 5]
+        kind = [None, "rms", "layer"][i % 3]
+        x, before = gpu.buffer(inputs(rng, n_rows, k, pad=4)), norm_of(gpu, rng, kind, k)
+        bias = gpu.buffer(rng.standard_normal(n_out).astype(np.float32)) if i % 2 else None
+        start = rng.standard_normal((n_rows, n_out + 3)).astype(np.float32)
+        for mode in ("store", "add"):
+            want, got = gpu.buffer(start), gpu.buffer(start)
+            Matmul(gpu, m, x, want, n_rows, x_stride=k + 4, bias=bias, norm=before, add=mode == "add").run()
+            product = ManyRows(gpu, [m], x, [got], n_rows, tile_rows=tile_rows, x_stride=k + 4, biases=[bias],
+                               norm=before, mode=mode, grid=[None, 1, 3][i % 3])  # fmt: skip
+            product.run()
+            assert product.launch.kernel.endswith(f"_{tile_rows}")
+            assert np.array_equal(got.to_numpy(), want.to_numpy()), f"{n_out} x {k}, {n_rows} rows, {mode}"
+
+
+@every_type
+def test_warpgroups_with_several_matrices(gpu, type_id):
+    """q, k and v in one launch, and gate and up: the bits of a launch for each."""
+    if gpu.arch != layout.WGMMA_ARCH:
+        pytest.skip(f"sm_{gpu.arch} has no products of warpgroups")
+    rng, k = np.random.default_rng(type_id), 768
+    for tile_rows, n_rows in zip(layout.WGMMA_TILES, (9, 70, 65, 40, 200), strict=True):
+        x, before = gpu.buffer(inputs(rng, n_rows, k) / 16), norm_of(gpu, rng, "rms", k)
+        sizes = (144, 40, 17)
+        made = [make(gpu, type_id, n, k, seed=i)[0] for i, n in enumerate(sizes)]
+        biases = [gpu.buffer(rng.standard_normal(n).astype(np.float32)) for n in sizes]
+        wants, gots = ([gpu.empty((n_rows, n)) for n in sizes] for _ in range(2))
+        for m, bias, out in zip(made, biases, wants, strict=True):
+            Matmul(gpu, m, x, out, n_rows, bias=bias, norm=before).run()
+        ManyRows(gpu, made, x, gots, n_rows, tile_rows=tile_rows, biases=biases, norm=before).run()
+        for want, got in zip(wants, gots, strict=True):
+            assert np.array_equal(got.to_numpy(), want.to_numpy()), f"{tile_rows} rows a tile"
+        for kind in ("SILU", "GELU_TANH", "SWIGLU_OAI"):
+            kind, n_out = CONSTANTS[f"GLU_{kind}"], 100
+            made = [make(gpu, type_id, n_out, k, seed=i)[0] for i in range(2)]
+            biases = [gpu.buffer(rng.standard_normal(n_out).astype(np.float32)) for _ in range(2)]
+            alone, want = [gpu.empty((n_rows, n_out)) for _ in range(2)], gpu.empty((n_rows, n_out))
+            for m, bias, out in zip(made, biases, alone, strict=True):
+                Matmul(gpu, m, x, out, n_rows, bias=bias, norm=before).run()
+            p = params("PointwiseParams", a=alone[0], b=alone[1], out=want, a_stride=n_out, b_stride=n_out,
+                       out_stride=n_out, n=n_out, kind=kind)  # fmt: skip
+            gpu.launch(gpu.kernel("pointwise", "glu"), (1, n_rows), 256, p)
+            out, untouched = gpu.empty((n_rows, n_out)), gpu.empty((n_rows, n_out))
+            ManyRows(gpu, made, x, [out, untouched], n_rows, tile_rows=tile_rows, biases=biases, norm=before,
+                     mode="glu", glu=kind, grid=2).run()  # fmt: skip
+            assert np.array_equal(out.to_numpy(), want.to_numpy()), f"{tile_rows} rows a tile, activation {kind}"
+            assert np.isnan(untouched.to_numpy()).all()
 
 
 @pytest.mark.parametrize("type_id", [t for t in TYPES if quants.TYPES[t].name not in ("F32", "F16", "BF16")])

@@ -59,6 +59,11 @@ static void matmul_numbers(int* out) {
     out[0] = S::kStages, out[1] = S::kSlots, out[2] = S::bytes(S::kStages), out[3] = S::kRows;
 }
 
+template <class S>
+static void many_rows_numbers(int* out) {
+    out[0] = S::kXDepth, out[1] = S::kWDepth, out[2] = S::kBytes, out[3] = S::kThreads;
+}
+
 template <class Q>
 static int early_tiles() {
     if constexpr (kDense<Q>)
@@ -81,6 +86,13 @@ extern "C" {
     }                                                                                                              \
     void matmul_##name(int small, int* out) {                                                                      \
         small ? matmul_numbers<MatmulShape<Type, 2, 2, 4>>(out) : matmul_numbers<MatmulShape<Type, 4, 1, 8>>(out); \
+    }                                                                                                              \
+    void many_rows_##name(int rows, int* out) {                                                                    \
+        if (rows == 16) many_rows_numbers<ManyRowsShape<Type, 1, 4, 16>>(out);                                     \
+        if (rows == 32) many_rows_numbers<ManyRowsShape<Type, 1, 4, 32>>(out);                                     \
+        if (rows == 64) many_rows_numbers<ManyRowsShape<Type, 2, 1, 64>>(out);                                     \
+        if (rows == 128) many_rows_numbers<ManyRowsShape<Type, 2, 1, 128>>(out);                                   \
+        if (rows == 192) many_rows_numbers<ManyRowsShape<Type, 2, 1, 192>>(out);                                   \
     }                                                                                                              \
     void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); }           \
     void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }

@@ -46,7 +46,7 @@ REPORTED = {
     "no_block_waits": "this and all other blocks end without pdl_wait()",
     "copy_before_the_phase_ends": "whose phase before has not ended",
     "part_of_a_warp_copies": "wait at the barrier at byte 256",
-    "copy_missing_in_a_phase": "wait at the barrier at byte 256 of shared memory, whose copy nobody has started",
+    "copy_missing_in_a_phase": "wait at the barrier at byte 256 of shared memory, to which not all have come",
     "warp_stays_away_from_a_group": "wait at barrier 1, where 32 of 64 threads have come",
     "group_of_two_sizes": "barrier 1 for 32 threads, where others came for 64",
     "null_pointer": "thread (9, 0, 0): it reads or writes at address",

@@ -2,8 +2,9 @@
 
     python tests/kernels_on_cpu/build.py [names of kernel files]
 
-Files are compiled again when they, a header or this folder changed. What is changed in their text: common/ptx.cuh is
-the one of this folder, shared memory becomes variables of the library, and a table of the kernels is put behind.
+Files are compiled again when they, a header or this folder changed. What is changed in their text: the headers with
+machine instructions (`REPLACED`) are those of this folder, shared memory becomes variables of the library, and a table
+of the kernels is put behind.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "kernels-on-cpu"
 #: folders with kernel files
 SOURCES = (ROOT / "csrc" / "cuda", ROOT / "tests" / "gpu" / "kernels", HERE)
+#: headers of csrc/cuda/common for which this folder has others
+REPLACED = ("ptx.cuh", "wgmma.cuh")
 FLAGS = [
     "-std=c++17", "-O2", "-fPIC", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden",
     "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable",
@@ -92,11 +95,12 @@ def _closing(text: str, at: int) -> tuple[int, int]:
 
 
 def _view() -> Path:
-    """A copy of csrc made of links, in which common/ptx.cuh is the one of this folder."""
+    """A copy of csrc made of links, in which the headers `REPLACED` are those of this folder."""
     view = OUT / "csrc"
     csrc = ROOT / "csrc"
     wanted = {p.relative_to(csrc): p for p in [*csrc.glob("cuda/**/*"), *csrc.glob("params/*")] if p.is_file()}
-    wanted[Path("cuda/common/ptx.cuh")] = HERE / "ptx.cuh"
+    for name in REPLACED:
+        wanted[Path("cuda/common") / name] = HERE / name
     for link in [p for p in view.rglob("*") if p.is_symlink()] if view.exists() else []:
         if wanted.get(link.relative_to(view)) != Path(os.readlink(link)):
             link.unlink()
@@ -133,7 +137,9 @@ def _compile(source: Path, view: Path) -> bool:
     where = ["-I", str(view), "-I", str(view / "cuda"), "-I", str(HERE)]
     text = _run(["g++", *FLAGS, "-E", "-x", "c++", *where, "-include", str(HERE / "cuda_on_cpu.h"), "-MD", "-MF",
                  str(parts), "-MT", "x", str(seen)])  # fmt: skip
-    text = host_text(text).replace(f'"{view}/cuda/common/ptx.cuh"', f'"{HERE}/ptx.cuh"')
+    text = host_text(text)
+    for name in REPLACED:
+        text = text.replace(f'"{view}/cuda/common/{name}"', f'"{HERE}/{name}"')
     text = text.replace(f'"{view}/', f'"{ROOT}/csrc/')
     host = OUT / f"{source.stem}.ii"
     key = OUT / f"{source.stem}.key"

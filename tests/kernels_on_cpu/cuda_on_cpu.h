@@ -16,6 +16,7 @@
 
 #define __CUDACC__ 1
 #define __CUDA_ARCH__ 900
+#define __CUDA_ARCH_FEAT_SM90_ALL 1
 #define __host__
 #define __device__
 #define __forceinline__ inline

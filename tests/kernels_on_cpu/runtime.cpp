@@ -115,7 +115,12 @@ struct CopyBarrier {
     uint32_t phase;  // that have ended
     size_t n_copies;
     std::vector<WarpCopy> copies;  // of this phase
+    // Of one that counts arrivals (n > 0), in this phase:
+    int n, arrived;
+    uint32_t bytes;  // announced and not under way
+    std::vector<Copy> started;
     bool is_complete() const {
+        if (n > 0) return arrived == n && bytes == 0;
         return copies.size() == n_copies &&
                std::all_of(copies.begin(), copies.end(), [](const WarpCopy& c) { return c.arrived == kFullWarp; });
     }
@@ -238,7 +243,7 @@ std::string wait_text(const Fiber& f) {
         return text_of("barrier %u, where %d of %d threads have come", f.wait_address, g.arrived, g.n);
     }
     if (f.waits_for == Wait::COPY)
-        return text_of("the barrier at byte %u of shared memory, whose copy nobody has started", f.wait_address);
+        return text_of("the barrier at byte %u of shared memory, to which not all have come", f.wait_address);
     const Gather& g = f.warp->gathers[__builtin_ctz(f.wait_mask)];
     return text_of("%s (lanes %08x), which lanes %08x have not reached", name_of(f.wait_kind), f.wait_mask,
                    f.wait_mask & ~g.arrived);
@@ -406,7 +411,7 @@ void check_block() {
                                              "the launch asked for %u",
                                              launch->dynamic_bytes + i, launch->dynamic_bytes));
     for (const CopyBarrier& b : copy_barriers)
-        if (!b.copies.empty())
+        if (!b.copies.empty() || !b.started.empty())
             set_error(block_text() + text_of(": it ends with a copy that nobody waited for, of the barrier at byte %u "
                                              "of shared memory",
                                              b.address));
@@ -544,20 +549,24 @@ static int block_barrier(bool is_or, int predicate) {
 void sync_threads() { block_barrier(false, 0); }
 int sync_threads_or(int predicate) { return block_barrier(true, predicate); }
 
-void sync_group(int barrier, int n) {
+// Whether this thread is the last of a part of the block to come to a barrier, and the others go on.
+static bool come_to_group(int barrier, int n) {
     if (barrier < 1 || barrier >= kMaxGroups || n % 32) fail("barrier %d for %d threads", barrier, n);
     GroupBarrier& g = group_barriers[barrier];
     if (g.arrived && g.n != n) fail("barrier %d for %d threads, where others came for %d", barrier, n, g.n);
     g.n = n;
-    if (++g.arrived < n) {
-        g.waiting.push_back(own());
-        own()->wait_address = static_cast<uint32_t>(barrier);
-        wait(Wait::GROUP);
-        return;
-    }
+    if (++g.arrived < n) return false;
     for (const Fiber* f : g.waiting) f->warp->runnable |= 1u << f->lane;
     g.arrived = 0, g.waiting.clear();
+    return true;
 }
+void sync_group(int barrier, int n) {
+    if (come_to_group(barrier, n)) return;
+    group_barriers[barrier].waiting.push_back(own());
+    own()->wait_address = static_cast<uint32_t>(barrier);
+    wait(Wait::GROUP);
+}
+void arrive_at_group(int barrier, int n) { come_to_group(barrier, n); }
 
 const uint64_t* gather(unsigned mask, Collective kind, uint64_t value) {
     const int lane = current->lane;
@@ -645,15 +654,62 @@ void cp_async_wait(int pending) {
     if (f.first_copy == f.copies.size()) f.copies.clear(), f.first_copy = 0;
 }
 
-void copy_barrier_init(uint32_t barrier, int n_copies) {
+static void make_barrier(uint32_t barrier, size_t n_copies, int n) {
     uint8_t* p = shared_at(barrier, 8, "a barrier");
     if (barrier >= kMaxDynamic || barrier % 8)
         fail("a barrier at byte %d of shared memory", static_cast<int32_t>(barrier));
     if (barrier_at[barrier / 8]) fail("the barrier at byte %u of shared memory is initialized twice", barrier);
     const uint64_t mark = kBarrierMark | barrier;
     memcpy(p, &mark, 8);
-    copy_barriers.push_back({barrier, 0, static_cast<size_t>(n_copies), {}});
+    copy_barriers.push_back({barrier, 0, n_copies, {}, n, 0, 0, {}});
     barrier_at[barrier / 8] = static_cast<uint16_t>(copy_barriers.size());
+}
+void copy_barrier_init(uint32_t barrier, int n_copies) { make_barrier(barrier, static_cast<size_t>(n_copies), 0); }
+void barrier_init(uint32_t barrier, int n) { make_barrier(barrier, 0, n); }
+
+static void end_phase(CopyBarrier& b) {
+    for (const WarpCopy& c : b.copies)
+        if (c.copy.n) finish_copy(c.copy);
+    for (const Copy& c : b.started) finish_copy(c);
+    ++b.phase, b.copies.clear(), b.started.clear(), b.arrived = 0;
+}
+
+static void wake_waiting(const CopyBarrier& b) {
+    if (b.is_complete())
+        for (int i = 0; i < n_warps; ++i) warps[i].runnable |= warps[i].at_copy, warps[i].at_copy = 0;
+}
+
+// A barrier that counts, in the phase of whoever comes now.
+static CopyBarrier& counting(uint32_t barrier) {
+    CopyBarrier& b = barrier_of(barrier);
+    if (b.n == 0) fail("the barrier at byte %u of shared memory counts the copies of warps", barrier);
+    if (b.is_complete()) end_phase(b);  // and nobody has waited yet
+    return b;
+}
+
+void barrier_arrive(uint32_t barrier, uint32_t n_bytes) {
+    CopyBarrier& b = counting(barrier);
+    if (b.arrived == b.n) fail("more come to the barrier at byte %u of shared memory than it counts", barrier);
+    ++b.arrived, b.bytes += n_bytes;
+    wake_waiting(b);
+}
+
+void barrier_arrive_after_copies(uint32_t barrier) {
+    CopyBarrier& b = counting(barrier);
+    Fiber& f = *own();
+    b.started.insert(b.started.end(), f.copies.begin() + static_cast<ptrdiff_t>(f.first_copy), f.copies.end());
+    f.copies.clear(), f.first_copy = 0;
+    barrier_arrive(barrier, 0);
+}
+
+void copy_bytes(uint32_t barrier, uint32_t to, const void* from, uint32_t n) {
+    CopyBarrier& b = barrier_of(barrier);
+    if (b.n == 0 || n % 16 || b.bytes < n)
+        fail("%u bytes that the barrier at byte %u of shared memory does not expect", n, barrier);
+    const Copy copy = {shared_at(to, n, "a copy"), from, n, n, kNoGroup};
+    start_copy(copy);
+    b.started.push_back(copy), b.bytes -= n;
+    wake_waiting(b);
 }
 
 // The barrier counts every lane, as below sm_90: all of the warp must come.
@@ -673,8 +729,7 @@ void copy_to_smem(uint32_t barrier, uint32_t to, const void* from, uint32_t n, i
         fail("the lanes of a warp start different copies at the barrier at byte %u of shared memory", barrier);
     at->arrived |= 1u << lane;
     if (lane == 0 && n) start_copy(copy);
-    if (b.is_complete())
-        for (int i = 0; i < n_warps; ++i) warps[i].runnable |= warps[i].at_copy, warps[i].at_copy = 0;
+    wake_waiting(b);
 }
 
 void copy_wait(uint32_t barrier, uint32_t parity) {
@@ -682,9 +737,7 @@ void copy_wait(uint32_t barrier, uint32_t parity) {
         CopyBarrier& b = barrier_of(barrier);
         if ((b.phase & 1) != parity) return;
         if (b.is_complete()) {
-            for (const WarpCopy& c : b.copies)
-                if (c.copy.n) finish_copy(c.copy);
-            ++b.phase, b.copies.clear();
+            end_phase(b);
             return;
         }
         Fiber& f = *own();

@@ -43,6 +43,7 @@ extern Thread* current;
 void sync_threads();
 int sync_threads_or(int predicate);
 void sync_group(int barrier, int n);
+void arrive_at_group(int barrier, int n);
 
 enum class Collective { SYNC_WARP, SHUFFLE, BALLOT, REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, MMA, LDMATRIX };
 // The values of the 32 lanes, once all lanes of the mask have given theirs; valid until the lane's next collective.
@@ -59,6 +60,11 @@ void cp_async_wait(int pending);
 void copy_barrier_init(uint32_t barrier, int n_copies);
 void copy_to_smem(uint32_t barrier, uint32_t to, const void* from, uint32_t n, int lane);
 void copy_wait(uint32_t barrier, uint32_t parity);
+// Barriers that count arrivals and announced bytes; copy_wait waits for these too.
+void barrier_init(uint32_t barrier, int n);
+void barrier_arrive(uint32_t barrier, uint32_t n_bytes);
+void barrier_arrive_after_copies(uint32_t barrier);
+void copy_bytes(uint32_t barrier, uint32_t to, const void* from, uint32_t n);
 void pdl_wait();
 
 }  // namespace on_cpu

@@ -35,7 +35,7 @@ from worker_orcd._nodes import (
     prefill_smem,
     sample_groups,
 )
-from worker_orcd.cuda import expert_layout, layout, memory
+from worker_orcd.cuda import expert_layout, images, layout, lowering, memory
 from worker_orcd.cuda.lowering import ExpertGroup, ExpertSumAdd, MatMulGroup, NormRoute, RopeKv, RopeKvAttention
 from worker_orcd.engine.protocol import EngineConfig
 from worker_orcd.errors import InternalError
@@ -102,6 +102,13 @@ class Launches:
         self._libraries: dict[str, Any] = {}
         self._kernels: dict[str, tuple[Any, int]] = {}
         self._bounds: dict[layout.Launch, Bound] = {}
+        self._has_wgmma = (
+            lowering.asked_for(lowering.MANY_ROWS_VARIABLE, lowering.MANY_ROWS) == "wgmma"
+            and getattr(context, "capability", None) == layout.WGMMA_CAPABILITY
+            and images.has_machine_code("wgmma", layout.WGMMA_ARCH)
+        )
+        #: of products of many rows: (type, columns, row tiles), of tokens and of output rows
+        self._many_shapes: tuple[set[tuple[int, int, int]], ...] = (set(), set())
 
     def kernel(self, image: str, name: str, smem: int = 0) -> Any:
         """The kernel `name` of the fatbin `image`, allowed at least `smem` bytes of dynamic shared memory."""
@@ -125,6 +132,25 @@ class Launches:
         if make is None:
             raise InternalError(f"no CUDA launch for op {op.name!r} ({type(op).__name__})")
         return make(self, op)
+
+    def warm_rows(self, most: int, outputs: bool = False) -> tuple[int, ...]:
+        """Numbers of rows, ascending, from one to `most`: products of these launch every kernel that those of any
+        number between do. With `outputs` those whose results are output rows."""
+        # up to 8 rows are those of decode steps; beyond, one choice goes on to the end of a tile at least
+        sizes = [layout.DECODE_ROWS + 1, *range(16, most, 16), most] if most > layout.DECODE_ROWS else []
+        kernels = {
+            n: {
+                layout.many_rows_launch(*shape, n, self.context.sm_count).kernel for shape in self._many_shapes[outputs]
+            }
+            for n in sizes
+        }
+        chosen = {1, most}
+        missing = set().union(*kernels.values()) - kernels.get(most, set())
+        while missing:
+            best = max(sizes, key=lambda n: len(kernels[n] & missing))
+            chosen.add(best)
+            missing -= kernels[best]
+        return tuple(sorted(chosen))
 
     def is_output(self, view: View) -> bool:
         """Whether a view's buffer has one row per output row."""
@@ -354,8 +380,42 @@ class Launches:
                 self.kernel("matmul", name, layout.matmul_stages(type_id, small)[2])
         matmuls = [{**m, **input_, "x": self._workspace.converted.address, "add": op.residual} for m in matrices]
         node = MatMulNode(op.name, conversion, inline, decode, many, matvecs, matmuls, prefill, outputs,
-                          self._glu_rows(op.glu))  # fmt: skip
+                          self._glu_rows(op.glu), *self._many_rows(op, type_id, k, spans, many))  # fmt: skip
         return node, decode
+
+    def _many_rows(
+        self, op: MatMulGroup, type_id: int, k: int, spans: list[Fields], matvec: Fields
+    ) -> tuple[Callable[[int], Bound] | None, Fields | None]:
+        """The products of many rows by warpgroups: `many` and `wgmma` of a `MatMulNode`.
+
+        Args:
+            spans: of `_gated`, with a gated activation.
+            matvec: `MatvecParams` of the same matrices.
+        """
+        if not self._has_wgmma:
+            return None, None
+        matrices, n_tiles = matvec["m"], matvec["n_row_tiles"]
+        if op.glu is not None:
+            (span,) = spans
+            one = layout.n_row_tiles(span["n_out"])
+            result = {name: span[name] for name in ("out", "out_stride", "n_out")}
+            matrices = [{**m, **result, "row_tile0": i * one} for i, m in enumerate(span["m"])]
+            n_tiles = 2 * one
+        fields = {
+            "m": matrices, "x": self._workspace.converted.address, "n_matrices": len(matrices), "n_row_tiles": n_tiles,
+            "k": k, "n_k_tiles": layout.n_k_tiles(type_id, k),
+            "mode": PRODUCT_MODES["glu" if op.glu else "add" if op.residual else "store"],
+            "glu": GLU_KINDS[op.glu.kind] if op.glu else 0,
+        }  # fmt: skip
+        self._many_shapes[self.is_output(op.parts[0].out)].add((type_id, k, n_tiles))
+        for rows in layout.WGMMA_TILES:  # a name that the image lacks is an error now and not in a step
+            launch = layout.many_rows_launch(type_id, k, n_tiles, 1, self.context.sm_count, rows)
+            self.kernel("wgmma", launch.kernel, launch.smem)
+
+        def many(n_rows: int) -> Bound:
+            return self._bound("wgmma", layout.many_rows_launch(type_id, k, n_tiles, n_rows, self.context.sm_count))
+
+        return many, fields
 
     def _glu_rows(self, op: Glu | None) -> GluRows | None:
         """The gated activation of rows whose products do not apply it."""

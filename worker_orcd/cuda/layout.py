@@ -110,7 +110,7 @@ class Launch:
     """How to launch a kernel: its name, grid, threads of a block and dynamic shared memory bytes.
 
     Of decode kernels also what they must be told: bytes of their weight rings; of decode_* further fields of
-    `DecodeParams`, under their names there.
+    `DecodeParams`, under their names there; of wgmma_* how many tiles there are.
     """
 
     kernel: str
@@ -129,6 +129,8 @@ class Launch:
     more_tiles: int = 0
     n_staged: int = 0
     staged: int = 0
+    tiles_m: int = 0
+    tiles_n: int = 0
 
 
 def early_tiles(type_id: int) -> int:
@@ -353,6 +355,66 @@ def matvec_launch(
     resident = max(1, min({2: 16, 4: 8, 8: 8}[tiles] // warps, 227 * 1024 // (smem + 1024)))
     grid = min(-(-total // shape.row_tiles), n_sm * resident)
     return Launch(f"matvec_{kernel_suffix(type_id)}_{tiles}", (grid, 1, 1), 32 * warps, smem, ring)
+
+
+# ---- many rows: wgmma_<type>_<rows> ----------------------------------------------------------------------------------
+
+
+#: compute capability that has wgmma_*, and the architecture of its machine code
+WGMMA_CAPABILITY, WGMMA_ARCH = (9, 0), "90a"
+#: shared memory of a block there
+WGMMA_SMEM = 227 * 1024
+#: rows of a tile of wgmma_* -> warpgroups along the outputs, parts of K (`ManyRowsShape`)
+WGMMA_TILES = {16: (1, 4), 32: (1, 4), 64: (2, 1), 128: (2, 1), 192: (2, 1)}
+#: us of a launch beside its steps and of a step of 64 columns (of each part), as measured on an H200 with Q4_K; close
+#: enough for the other types
+WGMMA_LAUNCH_US, WGMMA_STEP_US = 3.5, {16: 0.56, 32: 0.65, 64: 0.40, 128: 0.54, 192: 0.74}
+
+
+def many_rows_rings(type_id: int, rows: int) -> tuple[int, int, int]:
+    """(slots of x, slots of weights, shared memory bytes) of wgmma_<type>_<rows> (matmul_shapes.cuh, ManyRowsShape)."""
+    groups, parts = WGMMA_TILES[rows]
+    warps = 4 * groups * parts
+    dense = quants.TYPES[type_id].name in _DENSE
+    unit = packed_tile_bytes(type_id) * (1 if dense else 256 // tile_k(type_id))
+    x_slot = 128 * rows + _round_up(4 * rows, 1024)
+    rest = (256 * groups * rows if parts > 1 else 0) + warps // 2 * 4096
+
+    def weights(depth: int) -> int:
+        return depth * warps * unit
+
+    def x_depth(w_depth: int) -> int:
+        return (WGMMA_SMEM - rest - 1024 - weights(w_depth)) // (parts * x_slot)
+
+    w_depth = 4 if x_depth(4) >= 6 else 3 if x_depth(3) >= 4 else 2
+    depth = min(8, x_depth(w_depth))
+    smem = parts * depth * x_slot + weights(w_depth) + rest + 16 * parts * (depth + w_depth)
+    return depth, w_depth, smem
+
+
+@lru_cache(maxsize=4096)  # asked for by every product of every step with so many rows
+def many_rows_launch(type_id: int, k: int, n_tiles: int, n_rows: int, n_sm: int, rows: int | None = None) -> Launch:
+    """The launch for matrices of `k` columns with `n_tiles` row tiles and an input of `n_rows` rows in tiles.
+
+    Args:
+        rows: of a tile, in the place of what is chosen here. Results do not depend on it.
+    """
+
+    def tiles(rows: int) -> tuple[int, int]:
+        return -(-n_tiles // (4 * WGMMA_TILES[rows][0])), -(-n_rows // rows)
+
+    def cost(rows: int) -> float:
+        m, n = tiles(rows)
+        steps = -(-n_chunks(k) // WGMMA_TILES[rows][1]) * min(chunk_columns(k), k) / 64
+        return WGMMA_LAUNCH_US + -(-m * n // n_sm) * steps * WGMMA_STEP_US[rows]
+
+    rows = rows or min(WGMMA_TILES, key=cost)
+    m, n = tiles(rows)
+    groups, parts = WGMMA_TILES[rows]
+    block = 32 * (4 * groups * parts + (4 if parts == 1 else 2 * parts))
+    name = f"wgmma_{kernel_suffix(type_id)}_{rows}"
+    smem = many_rows_rings(type_id, rows)[2]
+    return Launch(name, (min(m * n, n_sm), 1, 1), block, smem, tiles_m=m, tiles_n=n)
 
 
 # ---- prefill: matmul_<type> and matmul_<type>_small ------------------------------------------------------------------

@@ -41,6 +41,8 @@ from worker_orcd.models.plan import Plan
 
 #: the environment variable that picks a lowering, and its values, the default first
 VARIABLE, LOWERINGS = "WORKER_ORCD_LOWERING", ("fused", "plain")
+#: that which picks the kernels for many rows, where a GPU has both kinds
+MANY_ROWS_VARIABLE, MANY_ROWS = "WORKER_ORCD_MANY_ROWS", ("wgmma", "mma")
 
 
 @dataclass(frozen=True)
@@ -151,15 +153,16 @@ def lower(plan: Plan, fuse: bool = True, max_group: int = 4) -> tuple[Op, ...]:
     return tuple(out)
 
 
-def asked_for() -> str:
-    """The lowering that the environment asks for: "fused", or "plain" for one op at a time.
+def asked_for(variable: str = VARIABLE, values: tuple[str, ...] = LOWERINGS) -> str:
+    """The one of `values` that the environment asks for, by default the first: of lowerings "fused", or "plain" for one
+    op at a time.
 
     Raises:
         InvalidRequest: it asks for something else; names the variable and its values.
     """
-    value = os.environ.get(VARIABLE) or LOWERINGS[0]
-    if value not in LOWERINGS:
-        raise InvalidRequest(f"{VARIABLE} is {' or '.join(LOWERINGS)}, not {value!r}", field=VARIABLE)
+    value = os.environ.get(variable) or values[0]
+    if value not in values:
+        raise InvalidRequest(f"{variable} is {' or '.join(values)}, not {value!r}", field=variable)
     return value
 
 

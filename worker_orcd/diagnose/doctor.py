@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from worker_orcd.cuda.images import Image, packaged
 from worker_orcd.diagnose import demo_model
 from worker_orcd.machine import free_memory, usable_cores
 
@@ -109,13 +110,6 @@ class Finding:
     advice: str = ""
 
 
-class _Image(TypedDict):
-    """A kernel image as fatbins/manifest.json lists it."""
-
-    sass: list[str]
-    ptx: str | None
-
-
 class _Gpu(TypedDict):
     """A GPU as `_ASK_DRIVER` tells it; sizes in bytes."""
 
@@ -158,7 +152,7 @@ def check() -> list[Finding]:
 
 def has_gpu() -> bool:
     """Whether the driver shows a GPU that a packaged kernel image fits."""
-    images = _images()
+    images = packaged()
     return bool(images) and any(_fits(gpu["capability"], images) for gpu in _driver()["gpus"])
 
 
@@ -244,7 +238,7 @@ def _modules() -> Iterator[Finding]:
 
 
 def _gpus_and_kernels() -> Iterator[Finding]:
-    images = _images()
+    images = packaged()
     if images:
         codes = sorted({code for image in images.values() for code in _codes(image)})
         yield Finding("GPU kernels", "ok", f"{len(images)} images: {', '.join(codes)}")
@@ -299,21 +293,11 @@ def _models() -> Iterator[Finding]:
         yield Finding("models", "ok", f"{where}: {', '.join(found)}")
 
 
-def _images() -> dict[str, _Image]:
-    """The packaged kernel images: name -> {"sass": [arch, ...], "ptx": arch or None}."""
-    folder = Path(__file__).parents[1] / "fatbins"
-    try:
-        listed = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return {name: image for name, image in listed.items() if (folder / f"{name}.fatbin").is_file()}
-
-
-def _codes(image: _Image) -> list[str]:
+def _codes(image: Image) -> list[str]:
     return [f"sm_{a}" for a in image["sass"]] + ([f"PTX {image['ptx']}"] if image["ptx"] else [])
 
 
-def _fits(capability: list[int], images: dict[str, _Image]) -> bool:
+def _fits(capability: list[int], images: dict[str, Image]) -> bool:
     """Whether every image has code for the compute capability: machine code of its generation, or older PTX."""
     major, minor = capability
 

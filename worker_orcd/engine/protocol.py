@@ -89,8 +89,9 @@ class Engine(Protocol):
     #: int32 [max_seqs], written likewise: index of the plan's rotary frequency table that the slot's sequence turns by
     rope_tables: np.ndarray
     #: what a warm-up has to run, so that no later call is the first of its kind: steps of so many prompt tokens,
-    #: ascending, and decode steps of so many sequences
+    #: ascending, texts of so many tokens whose logits are all asked for, and decode steps of so many sequences
     warm_rows: tuple[int, ...]
+    warm_outputs: tuple[int, ...]
     warm_seqs: tuple[int, ...]
 
     def set_slot(self, slot: int, sampling: SamplingParams, edits: TokenEdits = NO_EDITS) -> None:

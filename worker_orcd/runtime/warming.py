@@ -93,9 +93,9 @@ def _steps(engine: Engine, n_positions: int, go_on: Callable[[], None]) -> tuple
         n, seconds = len(batch.tokens), time.monotonic() - began
         draws = draws and bool(np.all(sampled >= 0))
         go_on()
-    if engine.warm_seqs:
-        # the largest number of logits rows, which only texts that are scored ask for
-        engine.forward(_prompts(engine, n_positions, min(_MAX_OUT, config.max_batch_tokens), every_row=True))
+    for rows in engine.warm_outputs:  # so many logits rows only texts that are scored ask for
+        engine.forward(_prompts(engine, n_positions, rows, every_row=True))
+        go_on()
     for group, n_blocks in enumerate(config.n_blocks):
         if n_blocks > 1:
             engine.copy_block(group, 0, n_blocks - 1)

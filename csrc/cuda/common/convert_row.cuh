@@ -25,9 +25,36 @@ DEVICE float sum_over_row(float* units, int n, int n_pieces, F f) {
     return row_sum(units, n);
 }
 
+// Where a converted row goes: one after the other, or in tiles.
+struct ConvertedRow {
+    const ConvertParams& p;
+    uint8_t* out;
+    TileRow tiles;
+    float* factors;
+    int factor_step;
+
+    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int row) : p(params) {
+        if (p.factors != nullptr) {
+            tiles = {p.out + row / ROWS_GROUP * rows_group_bytes(p.k), row % ROWS_GROUP};
+            factors = p.factors + row, factor_step = p.factor_stride;
+        } else {
+            out = p.out + static_cast<int64_t>(row) * p.out_bytes;
+            factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k)), factor_step = 1;
+        }
+    }
+    // A full warp.
+    DEVICE_MEMBER void store(int piece, int lane, const uint4& packed) const {
+        if (p.factors != nullptr)
+            tiles.store(piece, lane, packed);
+        else
+            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = packed;
+    }
+    DEVICE_MEMBER void set_factor(int chunk, float factor) const { factors[chunk * factor_step] = factor; }
+};
+
 // A row of chunks that are no longer than a piece, held at once: one way through memory, and the norm's weights before
 // the wait. Other arguments as of `convert_row`.
-DEVICE void convert_held_row(const ConvertParams& p, const float* x, uint8_t* out, int k, int chunk, int row,
+DEVICE void convert_held_row(const ConvertParams& p, const float* x, const ConvertedRow& out, int k, int chunk, int row,
                              float (&units)[2][kMaxUnits]) {
     const int lane = threadIdx.x % 32, upper = lane / 16, half_lane = lane % 16;
     const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns, n_chunks = (p.k + chunk - 1) / chunk;
@@ -57,7 +84,7 @@ DEVICE void convert_held_row(const ConvertParams& p, const float* x, uint8_t* ou
             const float second = chunk_scale(upper ? largest : 0);
             if (upper) scale = second;
         }
-        *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v[i], scale);
+        out.store(piece, lane, pack_columns(v[i], scale));
         if (halves ? half_lane == 0 : lane == 0) scales[halves ? 2 * piece + upper : piece] = scale;
     }
     __syncthreads();
@@ -66,8 +93,7 @@ DEVICE void convert_held_row(const ConvertParams& p, const float* x, uint8_t* ou
         root = norm_factor(row_sum(units[1], p.k), __frcp_rn(static_cast<float>(p.k)), p.eps);
         if (p.roots != nullptr && k > 0 && threadIdx.x == 0) p.roots[row] = root;
     }
-    float* const factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k));
-    for (int c = threadIdx.x; c < n_chunks; c += kConvertThreads) factors[c] = __fmul_rn(scales[c], root);
+    for (int c = threadIdx.x; c < n_chunks; c += kConvertThreads) out.set_factor(c, __fmul_rn(scales[c], root));
 }
 
 // Input `input` of row `row`. `units` is scratch; a block converts once, after the wait, which is here.
@@ -75,7 +101,7 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool exists = row < p.n_rows;
     const float* x = p.x + (exists ? row : 0) * p.x_stride + input * p.input_stride;
-    uint8_t* out = p.out + static_cast<int64_t>(input * p.n_pad_rows + row) * p.out_bytes;
+    const ConvertedRow out(p, input * p.n_pad_rows + row);
     // of a row that does not exist there are no columns, so all are zeros
     const int k = exists ? p.k : 0, n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
     const int chunk = chunk_columns(p.k), n_chunks = (p.k + chunk - 1) / chunk;
@@ -116,7 +142,6 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
             v[i] = p.kind == CONVERT_RMS ? __fmul_rn(v[i], w[i])
                                          : __fmaf_rn(__fmul_rn(__fsub_rn(v[i], mean), root), w[i], b[i]);
     };
-    float* factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k));
     const float norm = p.kind == CONVERT_RMS ? root : 1.0f;
     if (chunk < kPieceColumns) {  // two chunks in a piece
         for_pieces(n_pieces, [&](int piece) {
@@ -126,8 +151,9 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
             const int largest = largest_bits(v), upper = lane / 16;
             const float scales[2] = {chunk_scale(upper ? 0 : largest), chunk_scale(upper ? largest : 0)};
             const float scale = scales[upper];
-            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = pack_columns(v, scale);
-            if (lane % 16 == 0 && 2 * piece + upper < n_chunks) factors[2 * piece + upper] = __fmul_rn(scale, norm);
+            out.store(piece, lane, pack_columns(v, scale));
+            if (lane % 16 == 0 && 2 * piece + upper < n_chunks)
+                out.set_factor(2 * piece + upper, __fmul_rn(scale, norm));
         });
         return;
     }
@@ -147,7 +173,7 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
         const float scale = chunk_scale(largest);
 #pragma unroll
         for (int i = 0; i < kChunkPieces; ++i)
-            if (i < n) *reinterpret_cast<uint4*>(out + ((first + i) * 32 + lane) * 16) = pack_columns(v[i], scale);
-        if (lane == 0) factors[c] = __fmul_rn(scale, norm);
+            if (i < n) out.store(first + i, lane, pack_columns(v[i], scale));
+        if (lane == 0) out.set_factor(c, __fmul_rn(scale, norm));
     }
 }

@@ -1,0 +1,404 @@
+// The loop of products with many rows on warpgroup products (wgmma.cu): a block's tiles of outputs x rows of x.
+//
+//   sum[o, r] = sum over chunks c: factor[r, c] * sum_k in c fp16(w[o, k]) x16[r, k]      (see mma_tile.cuh)
+//
+// A block has S::kM * S::kK warpgroups that multiply, and others that bring what these need. A tile is S::kM times 64
+// outputs x S::kN rows; a warpgroup has 64 of the outputs and, of the chunks of the block's tiles in order, every
+// S::kK-th: its part. Each warp makes fp16 A fragments of the codes of one row tile in registers, a step (64 columns)
+// ahead of the product; x comes as the tensor cores take it.
+//
+// Rows of x are converted into tiles (convert.cu): groups of ROWS_GROUP rows, in each the steps, in each step 128 bytes
+// of every row, eight rows 1,024 bytes with their 16-byte parts exchanged as wgmma.cuh says. Factors are apart,
+// [chunk][row].
+//
+// Shared memory: [kK][kXDepth] steps of x, each with the factors of a chunk behind; [kK][kWDepth] units of weights of
+// the row tiles; for kK > 1 the sums so far; what pairs of warps exchange for PRODUCT_GLU; barriers.
+#pragma once
+
+#include "common/activations.cuh"
+#include "common/glu.cuh"
+#include "common/mma_tile.cuh"
+#include "common/wgmma.cuh"
+#include "matmul_shapes.cuh"
+#include "params/matmul_params.h"
+
+// A row tile of the launch.
+struct RowTile {
+    const ProductMatrix* matrix;
+    int index;  // in the matrix
+    bool exists;
+};
+
+// The chunks of a part, over the tiles of the block.
+template <int kK>
+struct PartChunks {
+    int tile, chunk, n_chunks;
+    DEVICE_MEMBER PartChunks(int part, int n) : tile(blockIdx.x), chunk(part), n_chunks(n) { settle(); }
+    DEVICE_MEMBER void next() { chunk += kK, settle(); }
+    DEVICE_MEMBER void settle() {
+        if (kK == 1) {
+            if (chunk == n_chunks) chunk = 0, tile += gridDim.x;
+        } else {
+            while (chunk >= n_chunks) chunk -= n_chunks, tile += gridDim.x;
+        }
+    }
+};
+
+// A place in a ring of kDepth slots and the parity of its barrier's phase.
+template <int kDepth>
+struct RingPlace {
+    int slot = 0, parity = 0;
+    DEVICE_MEMBER void next() {
+        if (++slot == kDepth) slot = 0, parity ^= 1;
+    }
+    DEVICE_MEMBER int before() const { return slot ? slot - 1 : kDepth - 1; }
+};
+
+// Barriers of all parts, which are there when this returns. All threads.
+template <class S>
+DEVICE void begin_many_rows(const uint8_t* smem) {
+    const int i = threadIdx.x, j = i % S::kPartBarriers;
+    if (i < S::kK * S::kPartBarriers) {
+        const bool is_x = j < 2 * S::kXDepth;
+        const bool is_full = is_x ? j < S::kXDepth : j < 2 * S::kXDepth + S::kWDepth;
+        barrier_init(smem_address(smem) + S::kBarriersAt + 8 * i, !is_full ? 4 * S::kM
+                                                                  : is_x   ? 1
+                                                                           : 32 * S::kWSuppliers);
+        copy_barrier_fence();
+    }
+    __syncthreads();
+}
+
+template <class Q, class S>
+struct ManyRows {
+    const ManyRowsParams& p;
+    uint8_t* const smem;
+    const int chunk, n_chunks, n_tiles, row_bytes;
+    const int lane, warp, part;
+    const uint32_t smem_at, x_full, x_empty, w_full, w_empty;
+
+    DEVICE_MEMBER ManyRows(const ManyRowsParams& params, uint8_t* shared)
+        : p(params),
+          smem(shared),
+          chunk(chunk_columns(p.k)),
+          n_chunks((p.k + chunk - 1) / chunk),
+          n_tiles(p.n_tiles_m * p.n_tiles_n),
+          row_bytes(p.n_k_tiles * Q::kPackedTileBytes),
+          lane(threadIdx.x % 32),
+          warp(threadIdx.x / 32),
+          part(warp < S::kWarps ? warp / 4 % S::kK : (warp - S::kWarps) % S::kK),
+          smem_at(smem_address(shared)),
+          x_full(smem_at + S::kBarriersAt + 8 * part * S::kPartBarriers),
+          x_empty(x_full + 8 * S::kXDepth),
+          w_full(x_empty + 8 * S::kXDepth),
+          w_empty(w_full + 8 * S::kWDepth) {}
+
+    DEVICE_MEMBER RowTile row_tile(int tile, int i) const {
+        const int index = tile % p.n_tiles_m * S::kRowTiles + i, at = min(index, p.n_row_tiles - 1);
+        int matrix = 0;
+        if (p.mode == PRODUCT_GLU) {  // those of both matrices in turn
+            matrix = at & 1;
+            return {&p.m[matrix], at >> 1, index < p.n_row_tiles};
+        }
+#pragma unroll
+        for (int m = 1; m < MATVEC_MAX_MATRICES; ++m)
+            if (m < p.n_matrices && at >= p.m[m].row_tile0) matrix = m;
+        return {&p.m[matrix], at - p.m[matrix].row_tile0, index < p.n_row_tiles};
+    }
+    DEVICE_MEMBER int64_t matrix_bytes(const ProductMatrix& m) const {
+        return static_cast<int64_t>((m.n_out + kTileRows - 1) / kTileRows) * row_bytes;
+    }
+    DEVICE_MEMBER int first_row(int tile) const { return tile / p.n_tiles_m * S::kN; }
+    DEVICE_MEMBER uint32_t x_slot(int slot) const { return (part * S::kXDepth + slot) * S::kXSlotBytes; }
+    DEVICE_MEMBER uint32_t w_slot(int slot, int i) const {
+        return S::kWAt + ((part * S::kWDepth + slot) * S::kRowTiles + i) * S::kUnitBytes;
+    }
+
+    // Brings x of the part. One thread.
+    DEVICE_MEMBER void supply_x() const {
+        const int chunk_steps = chunk / kSubK, n_steps = p.n_k_tiles * Q::kSubs;
+        int row0 = 0, n_eights = 0, of = -1;
+        RingPlace<S::kXDepth> at;
+        at.parity = 1;
+        for (PartChunks<S::kK> c(part, n_chunks); c.tile < n_tiles; c.next()) {
+            if (c.tile != of) {
+                of = c.tile, row0 = first_row(of);
+                n_eights = min(S::kN, p.n_rows - row0 + 7) / 8;
+            }
+            const int first = c.chunk * chunk_steps, n = min(chunk_steps, n_steps - first);
+            const int in_group = row0 % ROWS_GROUP;  // of which the tile has this many eights
+            const int eights = S::kN <= ROWS_GROUP ? n_eights : min(n_eights, (ROWS_GROUP - in_group) / 8);
+            const int64_t group_bytes = rows_group_bytes(p.k);
+            const uint8_t* from = p.x + row0 / ROWS_GROUP * group_bytes + first * (128 * ROWS_GROUP) + in_group * 128;
+            for (int i = 0; i < n; ++i, from += 128 * ROWS_GROUP, at.next()) {
+                copy_wait(x_empty + 8 * at.slot, at.parity);
+                const uint32_t full = x_full + 8 * at.slot, to = smem_at + x_slot(at.slot);
+                const bool with_factors = i + 1 == n;
+                barrier_expect(full, n_eights * (with_factors ? 1024 + 32 : 1024));
+                copy_bytes(full, to, from, eights * 1024);
+                if (S::kN > ROWS_GROUP && eights < n_eights)
+                    copy_bytes(full, to + eights * 1024, from + group_bytes - in_group * 128,
+                               (n_eights - eights) * 1024);
+                if (with_factors)
+                    copy_bytes(full, to + S::kXBytes, p.factors + c.chunk * p.factor_stride + row0, n_eights * 32);
+            }
+        }
+    }
+
+    // Brings the weights of the part, of every kWSuppliers-th row tile from `mine` on. A warp.
+    DEVICE_MEMBER void supply_weights(int mine) const {
+        constexpr int kMine = (S::kRowTiles + S::kWSuppliers - 1) / S::kWSuppliers;
+        const int chunk_bytes = chunk / Q::kTileK * Q::kPackedTileBytes;
+        const int unit_bytes = min(S::kUnitBytes, chunk_bytes);
+        const uint8_t* src[kMine];
+        int of = -1;
+        RingPlace<S::kWDepth> to;
+        to.parity = 1;
+        for (PartChunks<S::kK> c(part, n_chunks); c.tile < n_tiles; c.next()) {
+            if (c.tile != of) {
+                of = c.tile;
+#pragma unroll
+                for (int i = 0; i < kMine; ++i) {
+                    const RowTile tile = row_tile(of, min(mine + i * S::kWSuppliers, S::kRowTiles - 1));
+                    src[i] = tile.matrix->w + static_cast<int64_t>(tile.index) * row_bytes + 16 * lane;
+                }
+            }
+            const int end = min(row_bytes, (c.chunk + 1) * chunk_bytes);
+            for (int at = c.chunk * chunk_bytes; at < end; at += unit_bytes, to.next()) {
+                copy_wait(w_empty + 8 * to.slot, to.parity);
+                const int n = min(unit_bytes, end - at) - 16 * lane;
+#pragma unroll
+                for (int i = 0; i < kMine; ++i) {
+                    if (S::kRowTiles % S::kWSuppliers && mine + i * S::kWSuppliers >= S::kRowTiles) break;
+                    const uint32_t slot = smem_at + w_slot(to.slot, mine + i * S::kWSuppliers) + 16 * lane;
+#pragma unroll
+                    for (int b = 0; b < S::kUnitBytes; b += 512)
+                        if (b < n) cp_async_16(slot + b, src[i] + at + b);
+                }
+                barrier_arrive_after_copies(w_full + 8 * to.slot);
+            }
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+    }
+
+    // Multiplies the part's chunks, and stores the results of tiles whose last chunk it has. A warpgroup.
+    DEVICE_MEMBER void multiply() const {
+        constexpr int kN = S::kN, kK = S::kK, kJ = kN / 8, kUnitSteps = S::kUnitTiles * Q::kSubs;
+        const int g = lane >> 2, t = lane & 3, own = warp / 4 / kK * 4 + warp % 4;  // row tile of the tile
+        const int chunk_tiles = chunk / Q::kTileK, unit_tiles = min(S::kUnitTiles, chunk_tiles);
+        PartChunks<kK> here(part, n_chunks);
+        RingPlace<S::kXDepth> x;
+        RingPlace<S::kWDepth> w;
+        float acc[kN / 2], sum[kK == 1 ? kN / 2 : 1], inverse[2];
+        uint32_t a[S::kSets][2][8];  // fragments of a step
+        const auto load_inverse = [&](int tile) {
+            inverse[0] = inverse[1] = 1.0f;
+            if constexpr (kRowScaled<Q>) {
+                const RowTile at = row_tile(tile, own);
+                row_inverse<Q>(inverse, at.matrix->w, matrix_bytes(*at.matrix), at.index, g);
+            }
+        };
+        const uint8_t* unit = smem + w_slot(0, own);  // which the next step is of
+        if (here.tile < n_tiles) {
+            load_inverse(here.tile);
+            copy_wait(w_full, 0);
+            f16_fragments<Q>(a[0][0], unit, 0, 0, lane, inverse);
+            f16_fragments<Q>(a[0][1], unit, 0, 1, lane, inverse);
+            keep_here(a[0]);
+        }
+        pdl_wait();
+
+#pragma unroll 1
+        while (here.tile < n_tiles) {
+            const int tile = here.tile, c = here.chunk;
+            int left = min(chunk_tiles, p.n_k_tiles - c * chunk_tiles);  // packed tiles of the chunk
+            here.next();
+            int adds = 0;
+#pragma unroll 1
+            for (; left > 0; left -= unit_tiles) {
+                const int n_steps = Q::kSubs > 1 ? kUnitSteps : min(left, unit_tiles);
+#pragma unroll
+                for (int s = 0; s < kUnitSteps; ++s) {
+                    if (Q::kSubs == 1 && s >= n_steps) break;
+                    const bool unit_ends = Q::kSubs > 1 ? s + 1 == kUnitSteps : s + 1 == n_steps;
+                    const bool ends = unit_ends && left <= unit_tiles;
+                    constexpr bool kTwo = S::kSets == 2;
+                    uint32_t (&now)[2][8] = a[kTwo ? s & 1 : 0];
+                    copy_wait(x_full + 8 * x.slot, x.parity);
+                    const uint64_t b = wgmma_matrix(smem_at + x_slot(x.slot));
+                    wgmma_fence();
+                    wgmma_f16(acc, now[0], b, adds);
+                    wgmma_f16(acc, now[0] + 4, b + 2, 1);
+                    if (!kTwo) wgmma_commit();
+                    wgmma_f16(acc, now[1], b + 4, 1);
+                    wgmma_f16(acc, now[1] + 4, b + 6, 1);
+                    wgmma_commit();
+
+                    const uint8_t* packed_tile = unit + (Q::kSubs > 1 ? 0 : (s + 1) * Q::kPackedTileBytes);
+                    if (unit_ends) {
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(w_empty + 8 * w.slot);
+                        w.next();
+                        packed_tile = unit = smem + w_slot(w.slot, own);
+                        if (!ends || here.tile < n_tiles) copy_wait(w_full + 8 * w.slot, w.parity);
+                        if (kRowScaled<Q> && ends && here.tile != tile && here.tile < n_tiles) load_inverse(here.tile);
+                    }
+                    const int sub = Q::kSubs > 1 ? (s + 1) % Q::kSubs : 0;
+                    if (kDense<Q>) wgmma_wait<0>();  // what is loaded is the fragments
+                    const auto codes = load_codes<Q>(packed_tile, sub, lane);
+                    const auto scales = tile_scales<Q>(packed_tile, lane);
+                    if constexpr (kTwo) {
+                        wgmma_wait<1>();  // the step before is over: its fragments and its x are free
+                        if (adds && lane == 0) barrier_arrive(x_empty + 8 * x.before());
+                        if ((s & 1) == 0 && unit_ends) {  // a unit begins with the first set
+                            wgmma_wait<0>();
+                            f16_fragments<Q>(a[0][0], codes, scales, 2 * sub, inverse);
+                            f16_fragments<Q>(a[0][1], codes, scales, 2 * sub + 1, inverse);
+                            keep_here(a[0]);
+                        } else {
+                            uint32_t (&then)[2][8] = a[s & 1 ? 0 : S::kSets - 1];
+                            f16_fragments<Q>(then[0], codes, scales, 2 * sub, inverse);
+                            f16_fragments<Q>(then[1], codes, scales, 2 * sub + 1, inverse);
+                            keep_here(then);
+                        }
+                        if (!ends) x.next();
+                    } else {
+                        wgmma_wait<1>();
+                        f16_fragments<Q>(a[0][0], codes, scales, 2 * sub, inverse);
+                        wgmma_wait<0>();
+                        if (!ends) {
+                            if (lane == 0) barrier_arrive(x_empty + 8 * x.slot);
+                            x.next();
+                        }
+                        f16_fragments<Q>(a[0][1], codes, scales, 2 * sub + 1, inverse);
+                        keep_here(a[0]);
+                    }
+                    adds = 1;
+                }
+            }
+            wgmma_wait<0>();
+            const bool is_last = c + 1 == n_chunks;
+            const float* const factors = reinterpret_cast<const float*>(smem + x_slot(x.slot) + S::kXBytes) + 2 * t;
+            if constexpr (kK == 1) {
+                if (c == 0) {
+#pragma unroll
+                    for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
+                }
+#pragma unroll
+                for (int j = 0; j < kJ; ++j) {
+                    const float2 f = *reinterpret_cast<const float2*>(factors + 8 * j);
+#pragma unroll
+                    for (int i = 4 * j; i < 4 * j + 4; ++i) sum[i] = __fmaf_rn(acc[i], i & 1 ? f.y : f.x, sum[i]);
+                }
+            } else {
+                // Each part adds its chunk when the one before has added its own.
+                float4* const so_far =
+                    reinterpret_cast<float4*>(smem + S::kSumsAt) + warp / 4 / kK * kJ * 128 + threadIdx.x % 128;
+                const int turn = 1 + warp / 4 / kK * kK;
+                if (c > 0 || tile != static_cast<int>(blockIdx.x)) group_sync(turn + part, 256);
+#pragma unroll
+                for (int j = 0; j < kJ; ++j) {
+                    const float2 f = *reinterpret_cast<const float2*>(factors + 8 * j);
+                    float4 s = c == 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : so_far[j * 128];
+                    s.x = __fmaf_rn(acc[4 * j], f.x, s.x), s.y = __fmaf_rn(acc[4 * j + 1], f.y, s.y);
+                    s.z = __fmaf_rn(acc[4 * j + 2], f.x, s.z), s.w = __fmaf_rn(acc[4 * j + 3], f.y, s.w);
+                    acc[4 * j] = s.x, acc[4 * j + 1] = s.y, acc[4 * j + 2] = s.z, acc[4 * j + 3] = s.w;
+                    if (!is_last) so_far[j * 128] = s;
+                }
+                if (!is_last || tile + static_cast<int>(gridDim.x) < n_tiles) group_arrive(turn + (part + 1) % kK, 256);
+            }
+            __syncwarp();  // all have read the factors
+            if (lane == 0) barrier_arrive(x_empty + 8 * x.slot);
+            x.next();
+            if (!is_last) continue;
+            if constexpr (kK == 1)
+                store(sum, tile, own);
+            else
+                store(acc, tile, own);
+        }
+    }
+
+    // The results of a warp's row tile.
+    DEVICE_MEMBER void store(float (&sum)[S::kN / 2], int tile, int own) const {
+        constexpr int kN = S::kN, kJ = kN / 8;
+        const int g = lane >> 2, t = lane & 3, row0 = first_row(tile);
+        const RowTile at = row_tile(tile, own);
+        const ProductMatrix& m = *at.matrix;
+        const int o = at.index * kTileRows + g, rows = p.n_rows - row0 - 2 * t;
+        int end[2];  // rows of output o + 8r
+        float bias[2], unit[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const bool exists = at.exists && o + 8 * r < m.n_out;
+            bias[r] = exists && m.bias != nullptr ? m.bias[o + 8 * r] : 0.0f;
+            unit[r] = exists ? weight_unit<Q>(m.w, matrix_bytes(m), o + 8 * r) : 0.0f;
+            end[r] = exists ? rows : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kN / 2; ++i) sum[i] = __fmaf_rn(sum[i], unit[i >> 1 & 1], bias[i >> 1 & 1]);
+        if (p.mode == PRODUCT_GLU) {
+            store_gated(sum, at.exists ? at.index * kTileRows : p.m[0].n_out, row0);
+            return;
+        }
+        const int64_t stride = m.out_stride;
+        float* to = m.out + (row0 + 2 * t) * stride + o;
+        constexpr int kHalf = kJ / 2;
+#pragma unroll
+        for (int j0 = 0; j0 < kJ; j0 += kHalf) {
+            if (p.mode == PRODUCT_ADD) {
+                float before[4 * kHalf];  // all on their way at once
+                const float* from = to;
+#pragma unroll
+                for (int j = 0; j < kHalf; ++j, from += 8 * stride)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        before[4 * j + i] =
+                            8 * (j0 + j) + (i & 1) < end[i >> 1] ? from[(i & 1) * stride + 8 * (i >> 1)] : 0.0f;
+#pragma unroll
+                for (int i = 0; i < 4 * kHalf; ++i) sum[4 * j0 + i] = __fadd_rn(before[i], sum[4 * j0 + i]);
+            }
+#pragma unroll
+            for (int j = j0; j < j0 + kHalf; ++j, to += 8 * stride)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (8 * j + (i & 1) < end[i >> 1]) to[(i & 1) * stride + 8 * (i >> 1)] = sum[4 * j + i];
+        }
+    }
+
+    // The gated activation of a pair of warps' row tiles, which have the outputs from o0 on of both matrices.
+    DEVICE_MEMBER void store_gated(const float (&sum)[S::kN / 2], int o0, int row0) const {
+        constexpr int kJ = S::kN / 8, kAtOnce = kJ < 4 ? kJ : 4;
+        const int pair = warp / 2, which = warp & 1, n_out = p.m[0].n_out;
+        const int64_t stride = p.m[0].out_stride;
+        float4* const both = reinterpret_cast<float4*>(smem + S::kExchangeAt) + pair * 256 + lane;
+#pragma unroll
+        for (int j0 = 0; j0 < kJ; j0 += kAtOnce) {
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+                const int i = 4 * (j0 + j);
+                both[32 * (kAtOnce * which + j)] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            }
+            group_sync(S::kFirstPairBarrier + pair, 64);
+#pragma unroll 1
+            for (int j = which; j < kAtOnce; j += 2) {
+                const float4 gate = both[32 * j], up = both[32 * (kAtOnce + j)];
+                const int row = row0 + 8 * (j0 + j) + 2 * (lane & 3), o = o0 + (lane >> 2);
+                float* const to = p.m[0].out + row * stride + o;
+                const float v[4] = {glu_value(p.glu, gate.x, up.x), glu_value(p.glu, gate.y, up.y),
+                                    glu_value(p.glu, gate.z, up.z), glu_value(p.glu, gate.w, up.w)};
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (row + (i & 1) < p.n_rows && o + 8 * (i >> 1) < n_out)
+                        to[(i & 1) * stride + 8 * (i >> 1)] = v[i];
+            }
+            group_sync(S::kFirstPairBarrier + pair, 64);
+        }
+    }
+
+    // Now, not where they are used.
+    static DEVICE_MEMBER void keep_here(uint32_t (&a)[2][8]) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 8][i % 8]));
+    }
+};
