@@ -151,6 +151,7 @@ class RouteNode(Node):
         item_rows: Callable[[int], int],
         conversion: Conversion | None = None,
         few: tuple[Kernel, list[int], int, int] | None = None,
+        many_rows: Callable[[int], int] | None = None,
     ) -> None: ...
 
 class ExpertProduct:
@@ -172,5 +173,7 @@ class ExpertProductNode(Node):
         prefill: Callable[[int], Bound],
         glu: GluRows | None = None,
         total: RowNode | None = None,
+        many: Callable[[int], Bound] | None = None,
+        wgmma: dict[str, Any] | None = None,
     ) -> None: ...
     def precede(self, after: ExpertProductNode) -> None: ...

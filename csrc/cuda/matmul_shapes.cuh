@@ -53,15 +53,17 @@ struct MatmulShape {
     static_assert(Q::kSubs == 1 || kStages <= Q::kSubs);
 };
 
-// One kernel of products with many rows (common/many_rows.cuh): its tile and rings (worker_orcd/cuda/layout.py,
-// many_rows_bytes).
-template <class Q, int kM_, int kK_, int kN_>
+// One kernel of products with many rows (common/many_rows.cuh): its tile, its rings and its warps
+// (worker_orcd/cuda/layout.py, many_rows_rings). kGathers: rows of x are gathered, by four warps.
+template <class Q, int kM_, int kK_, int kN_, bool kGathers_ = false>
 struct ManyRowsShape {
     static constexpr int kM = kM_, kK = kK_, kN = kN_;
+    static constexpr bool kGathers = kGathers_, kAdds = !kGathers;
     static constexpr int kGroups = kM * kK, kWarps = 4 * kGroups, kRowTiles = 4 * kM;
-    static constexpr int kSuppliers = kK == 1 ? 4 : 2 * kK;  // warps: one for x of each part, the others for weights
-    static constexpr int kWSuppliers = kSuppliers / kK - 1;  // of a part
-    static constexpr int kThreads = 32 * (kWarps + kSuppliers);
+    static constexpr int kXSuppliers = kGathers ? 4 : 1;                // warps that bring x of a part,
+    static constexpr int kWSuppliers = kGathers ? 4 : kK == 1 ? 3 : 1;  // and its weights
+    static constexpr int kXArrivals = kGathers ? 32 * kXSuppliers : 1;
+    static constexpr int kThreads = 32 * (kWarps + kK * (kXSuppliers + kWSuppliers));
     static constexpr int kUnitTiles = kDense<Q> ? 1 : 256 / Q::kTileK;  // packed tiles that come at once, at most
     static constexpr int kUnitBytes = kUnitTiles * Q::kPackedTileBytes;
     static constexpr int kSets = kN <= 128 && !kDense<Q> ? 2 : 1;  // of fragments
@@ -80,8 +82,7 @@ struct ManyRowsShape {
     static constexpr int kPartBarriers = 2 * (kXDepth + kWDepth);
     static constexpr int kBytes = kBarriersAt + 8 * kK * kPartBarriers;
     static constexpr int kFirstPairBarrier = 1 + (kK > 1 ? kGroups : 0);  // of those that group_sync knows
-    // Registers: what the launch gives all threads, and what those that multiply and the others have of it.
-    static constexpr int kRegisters = kThreads == 384 ? 168 : 80;
-    static constexpr int kSupplierRegisters = kThreads == 384 ? 24 : 32;
-    static constexpr int kGroupRegisters = kThreads == 384 ? 240 : 104;
+    // Registers of the threads that multiply and of the others: of a block of 65,536.
+    static constexpr int kGroupRegisters = kThreads == 384 ? 240 : kThreads == 512 ? 208 : 104;
+    static constexpr int kSupplierRegisters = kThreads == 384 ? 24 : kThreads == 512 ? 40 : 32;
 };

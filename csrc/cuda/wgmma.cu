@@ -15,15 +15,16 @@
 template <class Q, class S>
 DEVICE void many_rows(const ManyRowsParams& p) {
     extern __shared__ __align__(1024) uint8_t smem[];
+    using Rows = ManyRows<Q, S, DenseJob<S>>;
     pdl_launch_dependents();
     begin_many_rows<S>(smem);
     const int supplier = static_cast<int>(threadIdx.x) / 32 - S::kWarps;
     if (supplier < 0) {
         take_registers<S::kGroupRegisters>();
-        ManyRows<Q, S>(p, smem).multiply();
+        Rows(p, smem).multiply();
     } else {
         give_registers<S::kSupplierRegisters>();
-        const ManyRows<Q, S> rows(p, smem);
+        const Rows rows(p, smem);
         if (supplier >= S::kK) rows.supply_weights(supplier / S::kK - 1);
         pdl_wait();
         if (supplier < S::kK && rows.lane == 0) rows.supply_x();

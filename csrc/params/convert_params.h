@@ -19,7 +19,13 @@ static HOST_DEVICE int32_t chunk_columns(int32_t k) {
     return k <= 5120 ? 256 : k <= 7168 ? 512 : 1024;
 }
 
-// Rows that lie together in tiles (common/many_rows.cuh).
+// How converted rows lie: one after the other in the order of mma.sync fragments (x_slot) or of warpgroup products,
+// with their factors behind; or in tiles, as warpgroup products take them, their factors apart (common/many_rows.cuh).
+#define CONVERTED_FRAGMENTS 0
+#define CONVERTED_LINES 1
+#define CONVERTED_TILES 2
+
+// Rows that lie together in tiles.
 #define ROWS_GROUP 128
 
 // Bytes of such a group of rows of k columns.
@@ -31,9 +37,8 @@ typedef struct {
     const float* x;       // the first k columns are read; 16-byte aligned rows
     const float* weight;  // [k] of the norm, 16-byte aligned, or null (CONVERT_PLAIN)
     const float* bias;    // [k], CONVERT_LAYER, or null
-    uint8_t* out;         // [n_inputs * n_pad_rows, out_bytes]; with `factors` whole groups of rows
-    float* factors;       // [n_chunks, factor_stride]: the converted rows lie in tiles, without their factors, which go
-                          // here; or null
+    uint8_t* out;         // [n_inputs * n_pad_rows, out_bytes]; of tiles whole groups of rows
+    float* factors;       // [n_chunks, factor_stride] of tiles
     float* roots;         // [n_rows] 1 / root of the norms, or null
     int64_t x_stride;
     int64_t input_stride;
@@ -42,6 +47,7 @@ typedef struct {
     int32_t n_rows;
     int32_t n_pad_rows;  // rows to write; those past n_rows are zeros
     int32_t kind;
+    int32_t order;  // CONVERTED_*
     int32_t factor_stride;
     float eps;
 } ConvertParams;

@@ -84,6 +84,26 @@ typedef struct {
     int32_t ring_bytes;  // shared memory of the weight rings: warps * ring bytes of a warp
 } ExpertMatvecParams;
 
+// wgmma_experts_<type>_<rows>: products of every pair of any number of rows with one or two of its expert's matrices,
+// or the gated activation of both, which goes to the first. Items of the list have at most `rows` pairs. The grid is
+// free.
+typedef struct {
+    ExpertMatrix m[EXPERT_MAX_MATRICES];  // of one type and shape
+    ExpertList list;
+    const uint8_t* x;  // converted rows in lines (convert_params.h); pair (row, slot) reads row + slot * x_slot_rows
+    int64_t matrix_bytes;  // of an expert
+    int32_t x_bytes;
+    int32_t x_slot_rows;
+    int32_t n_matrices;
+    int32_t n_tiles_m;  // tiles along the outputs of all matrices
+    int32_t n_out;
+    int32_t n_used;
+    int32_t k;
+    int32_t n_k_tiles;
+    int32_t mode;  // PRODUCT_STORE, PRODUCT_GLU
+    int32_t glu;   // GLU_* of pointwise_params.h
+} ManyExpertRowsParams;
+
 // expert_matmul_<type>_<rows>: the same for many pairs, in tiles of 128 outputs x `rows` pairs.
 typedef struct {
     ExpertMatrix m[EXPERT_MAX_MATRICES];  // of one type and shape

@@ -12,6 +12,10 @@
 #define PRODUCT_THREADS 608
 #define PRODUCT_FEW_THREADS 512
 
+// Most rows of a step whose products decode_* and expert_few_* make; where there are products of warpgroups, these make
+// those of more.
+#define MANY_ROWS_FROM 8
+
 // Matrices that one matvec launch may cover.
 #define MATVEC_MAX_MATRICES 4
 

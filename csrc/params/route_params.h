@@ -16,6 +16,8 @@
 #define ROUTE_SLICES 16
 // Rows of x that one warp of route_logits takes together.
 #define ROUTE_ROWS 8
+// Rows whose experts one block of route_choose chooses, and makes the list.
+#define ROUTE_CHOOSE_ROWS 64
 // Rows of one warp of route_few.
 #define ROUTE_FEW_ROWS 2
 // Most pairs of one expert that a decode block takes together.

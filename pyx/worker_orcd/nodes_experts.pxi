@@ -22,6 +22,8 @@ cdef class RouteNode(Node):
         conversion: of the rows for the experts' products, with the norm that comes before both; or None.
         few: all of that in one launch, for few decode rows: kernel, blocks of logits for each number of rows from 1 on,
             shared memory and counter; or None.
+        many_rows: `many_rows(n_rows)`, most pairs of an item of wgmma_experts_*, where these have all rows of a step
+            of more than 8; or None.
     """
 
     cdef c.RouteParams p
@@ -29,16 +31,16 @@ cdef class RouteNode(Node):
     cdef Kernel logits, choose, make_list, few
     cdef Conversion conversion
     cdef int64_t partial_floats
-    cdef object grid, item_rows
+    cdef object grid, item_rows, many_rows
     cdef unsigned int few_smem
     cdef list logit_blocks
     cdef uint64_t arrived
 
     def __init__(self, str name, Kernel logits, Kernel choose, Kernel make_list, dict fields, dict decode_list,
                  dict prefill_list, int64_t partial_floats, grid, item_rows, Conversion conversion=None,
-                 tuple few=None):
+                 tuple few=None, many_rows=None):
         Node.__init__(self, name)
-        self.conversion = conversion
+        self.conversion, self.many_rows = conversion, many_rows
         if few is not None:
             self.few, self.logit_blocks, self.few_smem, self.arrived = few
         self.logits, self.choose, self.make_list = logits, choose, make_list
@@ -53,6 +55,10 @@ cdef class RouteNode(Node):
         cdef unsigned int gx, gy
         if shape.n_rows == 0:
             return 0
+        if self.many_rows is not None:
+            if shape.n_rows > c.MANY_ROWS_FROM:
+                return self._many(launches, shape.n_rows)
+            row, n_prefill = shape.n_rows, 0
         if self.few is not None and n_prefill == 0 and row <= len(self.logit_blocks):
             return self._few(launches, row)
         if self.conversion is not None:
@@ -73,6 +79,21 @@ cdef class RouteNode(Node):
             launches.add(self.choose, (n_prefill + 31) // 32, 1, 1, 1024, 0, &p, sizeof(p), True)
             p.item_rows = self.item_rows(n_prefill)
             launches.add(self.make_list, 1, 1, 1, 1024, 0, &p, sizeof(p), True)
+        return 0
+
+    cdef int _many(self, LaunchList launches, int n) except -1:
+        """Rows [0, n), of whatever kind; their list is that of prefill rows."""
+        cdef c.RouteParams p = self.p
+        cdef unsigned int gx, gy
+        if self.conversion is not None:
+            self.conversion.enqueue(launches, 0, 0, n, n, c.CONVERTED_LINES)
+        p.n_rows, p.list = n, self.prefill_list
+        gx, gy, _ = self.grid(n)
+        launches.add(self.logits, gx, gy, 1, 256, 0, &p, sizeof(p), True)
+        if n > c.ROUTE_CHOOSE_ROWS:
+            launches.add(self.choose, (n + 31) // 32, 1, 1, 1024, 0, &p, sizeof(p), True)
+        p.item_rows = self.many_rows(n)
+        launches.add(self.make_list if n > c.ROUTE_CHOOSE_ROWS else self.choose, 1, 1, 1, 1024, 0, &p, sizeof(p), True)
         return 0
 
     cdef int _few(self, LaunchList launches, int n) except -1:
@@ -137,27 +158,33 @@ cdef class ExpertProductNode(Node):
         prefill: `prefill(n_rows)` gives that of prefill.
         glu: the `GluRows` of what expert_few_* does itself (PRODUCT_GLU), or None.
         total: the `RowNode` of the sum that expert_few_* makes itself (PRODUCT_MIX), or None.
+        many, wgmma: `many(n_rows)` gives the `Bound` kernel wgmma_experts_*, its `ManyExpertRowsParams` (later:
+            x_slot_rows, n_tiles_m); or None. It has all rows of a step of more than 8, with the gated activation.
     """
 
     cdef c.ExpertMatvecParams v
     cdef c.ExpertMatmulParams m
+    cdef c.ManyExpertRowsParams w
     cdef Conversion conversion
     cdef GluRows glu
     cdef RowNode total
     cdef list few, decode
-    cdef object prefill
+    cdef object prefill, many
     cdef ExpertProductNode after
     cdef bint follows
     cdef int few_rows       # most rows of a launch of `few`
 
     def __init__(self, str name, Conversion conversion, list few, dict matvec, dict matmul, list decode, prefill,
-                 GluRows glu=None, RowNode total=None):
+                 GluRows glu=None, RowNode total=None, many=None, dict wgmma=None):
         Node.__init__(self, name)
         self.conversion, self.few, self.glu, self.total = conversion, few, glu, total
         self.few_rows = len((<ExpertProduct>few[0]).bounds) - 1
         self.decode, self.prefill = [None] * (self.few_rows + 1) + decode, prefill
         c.fill_ExpertMatvecParams(&self.v, matvec, ("x_slot_rows", "ring_bytes"))
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
+        self.many = many
+        if many is not None:
+            c.fill_ManyExpertRowsParams(&self.w, wgmma, ("x_slot_rows", "n_tiles_m"))
 
     def precede(self, ExpertProductNode after):
         """The launches of `after`, whose rows have the same experts, come next."""
@@ -170,6 +197,11 @@ cdef class ExpertProductNode(Node):
 
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef bint few_alone = shape.n_rows == shape.n_decode and shape.n_decode <= self.few_rows
+        if self.many is not None and shape.n_rows:
+            if shape.n_rows <= self.few_rows:
+                return self._decode(launches, shape.n_rows, True)
+            self._many(launches, shape.n_rows)
+            return self.total.enqueue(launches, shape) if self.total is not None else 0
         if shape.n_decode:
             self._decode(launches, shape.n_decode, few_alone)
         if shape.n_rows > shape.n_decode:
@@ -199,6 +231,16 @@ cdef class ExpertProductNode(Node):
         if self.glu is not None:
             self.glu.enqueue(launches, 0, n)
         return 0
+
+    cdef int _many(self, LaunchList launches, int n) except -1:
+        """Rows [0, n), of whatever kind."""
+        cdef Bound bound = self.many(n)
+        cdef c.ManyExpertRowsParams p = self.w
+        if self.conversion is not None:
+            self.conversion.enqueue(launches, 0, 0, n, n, c.CONVERTED_LINES)
+            p.x_slot_rows = n if self.conversion.n_inputs > 1 else 0
+        p.n_tiles_m = bound.tiles_m
+        return bound.enqueue(launches, &p, sizeof(p))
 
     cdef int _prefill(self, LaunchList launches, int row, int n) except -1:
         """Prompt rows [row, row + n)."""

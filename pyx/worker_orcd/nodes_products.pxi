@@ -7,7 +7,7 @@ cdef class Conversion:
 
     Args:
         kernel: the `Kernel`.
-        fields: `ConvertParams`; later: n_rows, n_pad_rows, factors, factor_stride.
+        fields: `ConvertParams`; later: n_rows, n_pad_rows, order, factors, factor_stride.
         n_inputs: that a row has: one, or one for each slot of a row of experts.
     """
 
@@ -16,13 +16,16 @@ cdef class Conversion:
     cdef int n_inputs
 
     def __init__(self, Kernel kernel, dict fields, int n_inputs=1):
-        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "factors", "factor_stride"))
+        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "order", "factors",
+                                                "factor_stride"))
         self.kernel, self.n_inputs = kernel, n_inputs
 
-    cdef int enqueue(self, LaunchList launches, int64_t x_row, int64_t row, int n, int n_pad) except -1:
+    cdef int enqueue(self, LaunchList launches, int64_t x_row, int64_t row, int n, int n_pad,
+                     int order=c.CONVERTED_FRAGMENTS) except -1:
         """Convert `n` rows from row `x_row` of x on into converted rows [row, row + n_pad) (of each input); the rest
         are zeros."""
         cdef c.ConvertParams p = self.p
+        p.order = order
         p.x += x_row * p.x_stride
         p.out += row * p.out_bytes
         p.n_rows, p.n_pad_rows = n, n_pad
@@ -31,7 +34,7 @@ cdef class Conversion:
     cdef int enqueue_tiles(self, LaunchList launches, int n) except -1:
         """Convert rows [0, n) into tiles, with their factors behind (`tile_factors`)."""
         cdef c.ConvertParams p = self.p
-        p.n_rows, p.n_pad_rows = n, (n + 7) // 8 * 8
+        p.order, p.n_rows, p.n_pad_rows = c.CONVERTED_TILES, n, (n + 7) // 8 * 8
         p.factors, p.factor_stride = tile_factors(p.out, p.k, n), p.n_pad_rows
         return launches.add(self.kernel, p.n_pad_rows, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
 

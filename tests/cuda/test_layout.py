@@ -85,8 +85,11 @@ def test_launch_sizes_match_the_kernels(lib, type_id):
     for rows in layout.WGMMA_TILES:
         getattr(lib, f"many_rows_{suffix}")(rows, out)
         launch = layout.many_rows_launch(type_id, 1024, 8, 300, 132, rows)
-        assert list(out) == [*layout.many_rows_rings(type_id, rows), launch.block]
+        assert list(out) == list(layout.many_rows_rings(type_id, rows)) and launch.block == out[3]
         assert launch.smem <= layout.WGMMA_SMEM and launch.tiles_n * rows >= 300
+    for rows in layout.WGMMA_EXPERT_TILES:
+        getattr(lib, f"many_expert_rows_{suffix}")(rows, out)
+        assert list(out) == list(layout.many_rows_rings(type_id, rows, gathers=True))
 
 
 def test_activation_order_is_the_fragment_order(lib):

@@ -130,11 +130,11 @@ class Route:
 
 class _Products:
     def __init__(self, gpu: Gpu, experts: Sequence[Experts], x: Buffer, outs: Sequence[tuple[int, int]], n_rows: int,
-                 n_used: int, per_slot: bool) -> None:  # fmt: skip
+                 n_used: int, per_slot: bool, order: str = "fragments") -> None:  # fmt: skip
         m = experts[0]
         n_inputs = n_used if per_slot else 1
         self.gpu, self.m = gpu, m
-        self.converted = Converted(gpu, m.k, x, n_rows, x.shape[1], n_inputs=n_inputs)
+        self.converted = Converted(gpu, m.k, x, n_rows, x.shape[1], n_inputs=n_inputs, order=order)
         self.common = {
             "m": [{"w": e.w, "bias": e.bias, "out": out, "out_stride": stride}
                   for e, (out, stride) in zip(experts, outs, strict=True)],
@@ -206,6 +206,28 @@ class Prefill(_Products):
                                                   item_rows)  # fmt: skip
         self.params = params("ExpertMatmulParams", **self.common, list=pairs.fields, x=self.converted.rows)
         self.kernel = gpu.kernel("experts_prefill", self.launch.kernel)
+
+    def run(self, pdl: bool = False) -> None:
+        """Queue the conversion of x and the products."""
+        self.converted.run(pdl)
+        self.gpu.launch(self.kernel, self.launch.grid, self.launch.block, self.params, self.launch.smem, pdl)
+
+
+class Many(_Products):
+    """Products of any number of rows by warpgroups, in items of at most `item_rows` pairs; `glu`, GLU_* of the
+    activation of two matrices, whose result goes to the first of `outs`."""
+
+    def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, item_rows: int,
+                 grid: int | None = None, glu: int | None = None) -> None:  # fmt: skip
+        super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot, "lines")
+        m = self.m
+        self.launch = expert_layout.many_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
+                                                grid or gpu.n_sm, item_rows)  # fmt: skip
+        self.params = params(
+            "ManyExpertRowsParams", **self.common, list=pairs.fields, x=self.converted.rows, n_matrices=len(experts),
+            n_tiles_m=self.launch.tiles_m, mode=CONSTANTS["PRODUCT_STORE" if glu is None else "PRODUCT_GLU"],
+            glu=glu or 0)  # fmt: skip
+        self.kernel = gpu.kernel("wgmma_experts", self.launch.kernel)
 
     def run(self, pdl: bool = False) -> None:
         """Queue the conversion of x and the products."""

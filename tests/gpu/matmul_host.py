@@ -44,17 +44,17 @@ def repack(gpu: Gpu, type_id: int, raw: np.ndarray, k: int, piece: int = 1 << 30
 class Converted:
     """`n_rows` rows of x as convert_rows leaves them, before `pad` rows of zeros; `run` queues the conversion.
 
-    `norm`: None, or (kind, weight, bias, eps) of the norm before. With `tiles` as wgmma_* takes them, their factors in
+    `norm`: None, or (kind, weight, bias, eps) of the norm before. `order`: CONVERTED_*; of tiles the factors are in
     `factors`.
     """
 
     def __init__(self, gpu: Gpu, k: int, x: Buffer, n_rows: int, stride: int, pad: int = 0,
                  norm: tuple[str, Buffer, Buffer | None, float] | None = None, n_inputs: int = 1,
-                 tiles: bool = False) -> None:  # fmt: skip
+                 order: str = "fragments") -> None:  # fmt: skip
         self.gpu, self.n_inputs, self.pad_rows = gpu, n_inputs, n_rows + pad
         self.rows = gpu.empty((n_inputs * self.pad_rows, layout.x_f16_bytes(k)), np.uint8)
         self.factors = None
-        if tiles:
+        if order == "tiles":
             groups = -(-self.pad_rows // CONSTANTS["ROWS_GROUP"])
             self.rows = gpu.empty((groups, CONSTANTS["ROWS_GROUP"] * 512 * -(-k // 256)), np.uint8)
             self.factors = gpu.empty((layout.n_chunks(k), self.pad_rows))
@@ -62,7 +62,8 @@ class Converted:
         self.params = params(
             "ConvertParams", x=x, weight=weight, bias=bias, out=self.rows, x_stride=stride, input_stride=k,
             out_bytes=layout.x_f16_bytes(k), k=k, n_rows=n_rows, n_pad_rows=self.pad_rows,
-            kind=CONSTANTS[f"CONVERT_{kind.upper()}"], eps=eps, factors=self.factors,
+            kind=CONSTANTS[f"CONVERT_{kind.upper()}"], eps=eps, order=CONSTANTS[f"CONVERTED_{order.upper()}"],
+            factors=self.factors,
             factor_stride=self.pad_rows)  # fmt: skip
 
     def run(self, pdl: bool = False) -> None:
@@ -189,7 +190,7 @@ class ManyRows:
         self.gpu = gpu
         n_tiles = [layout.n_row_tiles(a.n_out) for a in matrices]
         self.launch = layout.many_rows_launch(m.type_id, m.k, sum(n_tiles), n_rows, grid or gpu.n_sm, tile_rows)
-        self.converted = Converted(gpu, m.k, x, n_rows, x_stride or m.k, -n_rows % 8, norm, tiles=True)
+        self.converted = Converted(gpu, m.k, x, n_rows, x_stride or m.k, -n_rows % 8, norm, order="tiles")
         parts = [
             {"w": a.w, "bias": bias, "out": out, "out_stride": out.shape[1], "n_out": a.n_out,
              "row_tile0": sum(n_tiles[:i])}

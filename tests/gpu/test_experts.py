@@ -9,7 +9,7 @@ from __future__ import annotations
 import limits
 import numpy as np
 import pytest
-from gpu.expert_host import Decode, List, Prefill, Route, host_list, repack_experts
+from gpu.expert_host import Decode, List, Many, Prefill, Route, host_list, repack_experts
 from gpu.kernel_harness import CONSTANTS, available, params
 from gpu.ops_host import check_nmse, new_gpu
 from helpers.quant_blocks import dequantized, random_blocks
@@ -230,6 +230,42 @@ def test_a_row_has_the_same_bits_in_every_kernel(gpu, type_id, per_slot):
             for kind in ("decode", 16, 64):
                 got = products(gpu, kind, experts, x[rows], ids[rows], per_slot)[0]
                 assert np.array_equal(got, want[rows]), f"{n_out} x {k}: {n} rows, {kind}"
+
+
+@every_type
+@pytest.mark.parametrize("item_rows", list(layout.WGMMA_EXPERT_TILES))
+def test_products_of_warpgroups(gpu, type_id, item_rows):
+    """wgmma_experts_*: the bits of prefill products, whatever the load, the shape and the grid; and of these with the
+    activation by itself."""
+    if gpu.arch != layout.WGMMA_ARCH:
+        pytest.skip(f"sm_{gpu.arch} has no products of warpgroups")
+    rng, kind = np.random.default_rng([type_id, item_rows]), CONSTANTS["GLU_SWIGLU_OAI"]
+    for i, ((n_out, k), n_rows) in enumerate([((5, 32), 9), ((130, 2880), 40), ((33, 8192), 65), ((260, 768), 200)]):
+        if k % quants.TYPES[type_id].block_size:
+            continue
+        made = [make(gpu, type_id, N_EXPERT, n_out, k, seed=j)[0] for j in range(2)]
+        load = ("free", "same", "one")[i % 3]
+        for per_slot in (False, True):
+            x, ids = inputs(rng, n_rows, N_USED * k if per_slot else k) / 16, loads(rng, n_rows)[load]
+            name = f"{n_out} x {k}, {n_rows} rows, {load}, {per_slot}"
+            gate, up = products(gpu, 64, made, x, ids, per_slot)
+            width = N_USED * n_out
+            pairs = List(gpu, ids.size, N_EXPERT).set(ids, N_EXPERT, item_rows)
+            args = (n_rows, N_USED, per_slot, pairs, item_rows, (None, 1, 3)[i % 3])
+            outs = [gpu.empty((n_rows, width + 3)) for _ in range(2)]
+            places = [(out.ptr, width + 3) for out in outs]
+            Many(gpu, made, gpu.buffer(x), places, *args).run()
+            for out, want in zip(outs, (gate, up), strict=True):
+                got = out.to_numpy()
+                assert np.array_equal(got[:, :width], want.reshape(n_rows, width)), name
+                assert np.isnan(got[:, width:]).all(), "columns outside the view were written"
+            want, got = gpu.empty((n_rows, width)), gpu.empty((n_rows, width))
+            p = params("PointwiseParams", a=gpu.buffer(gate.reshape(n_rows, width)),
+                       b=gpu.buffer(up.reshape(n_rows, width)), out=want, a_stride=width, b_stride=width,
+                       out_stride=width, n=width, kind=kind)  # fmt: skip
+            gpu.launch(gpu.kernel("pointwise", "glu"), (-(-width // 1024), n_rows), 256, p)
+            Many(gpu, made, gpu.buffer(x), [(got.ptr, width)] * 2, *args, glu=kind).run()
+            assert np.array_equal(got.to_numpy(), want.to_numpy()), f"{name}, gated"
 
 
 @every_type

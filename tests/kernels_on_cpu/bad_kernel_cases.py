@@ -39,7 +39,7 @@ REPORTED = {
     "lane_ends_before_shuffle": "lanes 00000020",
     "lane_stays_away": "lanes 00000020 have not reached",
     "two_collectives": "while other lanes of its warp are at",
-    "warp_stays_away": "of warp 0 (the first is 0) wait at the barrier at byte 256 of shared memory, whose copy nobody",
+    "warp_stays_away": "of warp 0 (the first is 0) wait at the barrier at byte 256 of shared memory, to which not all",
     "write_past_the_end": "was written at byte 384 of dynamic shared memory, of which the launch asked for 272",
     "copy_past_the_end": "16 bytes at byte 384 of shared memory",
     "no_pdl_wait": "1 of 64 threads end without pdl_wait()",
@@ -49,11 +49,16 @@ REPORTED = {
     "copy_missing_in_a_phase": "wait at the barrier at byte 256 of shared memory, to which not all have come",
     "warp_stays_away_from_a_group": "wait at barrier 1, where 32 of 64 threads have come",
     "group_of_two_sizes": "barrier 1 for 32 threads, where others came for 64",
+    "more_come_than_it_counts": "more come to the barrier at byte 256 of shared memory than it counts",
+    "bytes_nobody_expects": "256 bytes that the barrier at byte 256 of shared memory does not expect",
+    "bytes_that_never_come": "wait at the barrier at byte 256 of shared memory, to which not all have come",
+    "arrival_missing_in_a_group": "wait at barrier 1, where 32 of 64 threads have come",
+    "matrix_that_is_not_aligned": "a matrix of a product at byte 128 of shared memory, no multiple of 1,024",
     "null_pointer": "thread (9, 0, 0): it reads or writes at address",
     "misaligned_copy": "not 16-byte aligned",
 }
 #: kernels whose result is wrong, where they end
-GARBAGE = ["no_barrier", "no_wait_for_copies", "never_written", "wrong_parity"]
+GARBAGE = ["no_barrier", "no_wait_for_copies", "no_wait_for_lanes_copies", "never_written", "wrong_parity"]
 #: kernels whose result is wrong in another order
 ORDER_SHOWS = ["no_barrier_in_order"]
 

@@ -3,6 +3,7 @@
 //
 // Right, out[i] = in[63 - i] for all of them.
 #include "common/ptx.cuh"
+#include "common/wgmma.cuh"
 
 struct BadParams {
     const float* in;  // [64], 16-byte aligned
@@ -185,6 +186,83 @@ BAD_KERNEL(group_of_two_sizes) {
     smem[i] = p.in[i];
     group_sync(1, p.is_right || i < 32 ? 64 : 32);
     p.out[i] = smem[63 - i];
+}
+
+// A barrier that counts arrivals and bytes.
+BAD_KERNEL(more_come_than_it_counts) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) barrier_init(barrier, p.is_right ? 64 : 63);
+    smem[i] = p.in[i];
+    __syncthreads();
+    if (!p.is_right && i == 0) barrier_expect(barrier, 16);  // so that no phase ends
+    barrier_arrive(barrier);
+    if (p.is_right) copy_wait(barrier, 0);
+    p.out[i] = smem[63 - i];
+}
+
+BAD_KERNEL(bytes_nobody_expects) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) barrier_init(barrier, 1);
+    __syncthreads();
+    if (i == 0) {
+        barrier_expect(barrier, p.is_right ? 4 * kFloats : 2 * kFloats);
+        copy_bytes(barrier, smem_address(smem), p.in, 4 * kFloats);
+    }
+    copy_wait(barrier, 0);
+    p.out[i] = smem[63 - i];
+}
+
+BAD_KERNEL(bytes_that_never_come) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) barrier_init(barrier, 1);
+    __syncthreads();
+    if (i == 0) {
+        barrier_expect(barrier, 4 * kFloats);
+        copy_bytes(barrier, smem_address(smem), p.in, p.is_right ? 4 * kFloats : 2 * kFloats);
+    }
+    copy_wait(barrier, 0);
+    p.out[i] = smem[63 - i];
+}
+
+// Copies by lanes whose barrier is waited for by others.
+BAD_KERNEL(no_wait_for_lanes_copies) {
+    pdl_wait();
+    const uint32_t barrier = smem_address(smem) + kBarrierAt;
+    if (i == 0) barrier_init(barrier, 16);
+    __syncthreads();
+    if (i < 16) {
+        cp_async_16(smem_address(smem + 4 * i), p.in + 4 * i);
+        barrier_arrive_after_copies(barrier);
+    }
+    if (p.is_right) copy_wait(barrier, 0);
+    const float v = smem[63 - i];
+    if (!p.is_right) copy_wait(barrier, 0);
+    p.out[i] = v;
+}
+
+BAD_KERNEL(arrival_missing_in_a_group) {
+    pdl_wait();
+    smem[i] = p.in[i];
+    if (i >= 32 && p.is_right)
+        group_arrive(1, 64);
+    else if (i < 32)
+        group_sync(1, 64);
+    if (p.is_right) __syncthreads();
+    p.out[i] = smem[63 - i];
+}
+
+BAD_KERNEL(matrix_that_is_not_aligned) {
+    pdl_wait();
+    smem[i] = p.in[i];
+    __syncthreads();
+    const float v = smem[63 - i];
+    float d[8];
+    const uint32_t a[4] = {};
+    wgmma_f16(d, a, wgmma_matrix(smem_address(smem) + (p.is_right ? 0 : 128)), 0);
+    p.out[i] = v;
 }
 
 BAD_KERNEL(null_pointer) {

@@ -17,6 +17,7 @@ DEVICE uint32_t smem_address(const void* p) {
     return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - on_cpu_dynamic);
 }
 DEVICE void cp_async_16(uint32_t smem, const void* global) { on_cpu::cp_async(smem, global, 16, 16); }
+DEVICE void cp_async_4(uint32_t smem, const void* global) { on_cpu::cp_async(smem, global, 4, 4); }
 DEVICE void cp_async_16_zfill(uint32_t smem, const void* global, uint32_t n_bytes) {
     on_cpu::cp_async(smem, global, n_bytes, 16);
 }

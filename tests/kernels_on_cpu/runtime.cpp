@@ -475,8 +475,9 @@ uint8_t* shared_at(uint32_t address, uint32_t n, const char* what) {
 }
 
 void start_copy(const Copy& c) {
-    if (reinterpret_cast<uintptr_t>(c.to) % 16 || reinterpret_cast<uintptr_t>(c.from) % 16 || c.n % 16)
-        fail("an asynchronous copy of %u bytes from %p is not 16-byte aligned on both sides", c.n, c.from);
+    const uint32_t unit = c.n == 4 ? 4 : 16;
+    if (reinterpret_cast<uintptr_t>(c.to) % unit || reinterpret_cast<uintptr_t>(c.from) % unit || c.n % unit)
+        fail("an asynchronous copy of %u bytes from %p is not %u-byte aligned on both sides", c.n, c.from, unit);
     memset(c.to, kPoison, c.n);
 }
 

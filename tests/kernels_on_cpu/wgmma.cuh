@@ -42,6 +42,7 @@ DEVICE void give_registers() {}
 DEVICE void barrier_init(uint32_t barrier, int n) { on_cpu::barrier_init(barrier, n); }
 DEVICE void barrier_arrive(uint32_t barrier) { on_cpu::barrier_arrive(barrier, 0); }
 DEVICE void barrier_arrive_after_copies(uint32_t barrier) { on_cpu::barrier_arrive_after_copies(barrier); }
+DEVICE void fence_async() {}
 DEVICE void barrier_expect(uint32_t barrier, uint32_t n_bytes) { on_cpu::barrier_arrive(barrier, n_bytes); }
 DEVICE void copy_bytes(uint32_t barrier, uint32_t smem, const void* global, uint32_t n_bytes) {
     on_cpu::copy_bytes(barrier, smem, global, n_bytes);

@@ -133,6 +133,28 @@ def decode_launch(
     return Launch(name, (min(work, n_sm * resident), 1, 1), 32 * warps, smem, ring)
 
 
+def many_rows(n_rows: int, n_used: int, n_expert: int) -> int:
+    """Pairs of an item of a wgmma_experts_* launch: few experts of an even choice have more, and most have not far
+    fewer."""
+    mean = n_rows * n_used / min(n_expert, n_rows * n_used)
+    return 16 if mean <= 12 else 32 if mean <= 26 else 64 if mean <= 80 else 128
+
+
+@lru_cache(maxsize=4096)  # asked for by every layer of every step with so many rows
+def many_launch(
+    type_id: int, k: int, n_out: int, n_matrices: int, n_rows: int, n_used: int, n_expert: int, n_sm: int,
+    item_rows: int | None = None,
+) -> Launch:  # fmt: skip
+    """The launch of wgmma_experts_* for `n_rows` rows and `n_matrices` matrices [n_out, k] of each expert; `item_rows`
+    other than `many_rows` says gives the same bits."""
+    rows = item_rows or many_rows(n_rows, n_used, n_expert)
+    tiles_m = -(-n_matrices * layout.n_row_tiles(n_out) // (4 * layout.WGMMA_EXPERT_TILES[rows][0]))
+    *_, smem, block = layout.many_rows_rings(type_id, rows, gathers=True)
+    grid = min(n_sm, tiles_m * max_items(n_rows * n_used, n_expert, rows))
+    name = f"wgmma_experts_{layout.kernel_suffix(type_id)}_{rows}"
+    return Launch(name, (grid, 1, 1), block, smem, tiles_m=tiles_m)
+
+
 def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:
     """Pairs of an item of a prefill launch: large tiles only where an expert has enough rows to fill them."""
     return PREFILL_ROWS[n_rows * n_used >= 24 * n_expert]

@@ -109,6 +109,8 @@ class Launches:
         )
         #: of products of many rows: (type, columns, row tiles), of tokens and of output rows
         self._many_shapes: tuple[set[tuple[int, int, int]], ...] = (set(), set())
+        #: (experts of a row, experts) of products of many rows
+        self._expert_shapes: set[tuple[int, int]] = set()
 
     def kernel(self, image: str, name: str, smem: int = 0) -> Any:
         """The kernel `name` of the fatbin `image`, allowed at least `smem` bytes of dynamic shared memory."""
@@ -138,12 +140,14 @@ class Launches:
         number between do. With `outputs` those whose results are output rows."""
         # up to 8 rows are those of decode steps; beyond, one choice goes on to the end of a tile at least
         sizes = [layout.DECODE_ROWS + 1, *range(16, most, 16), most] if most > layout.DECODE_ROWS else []
-        kernels = {
-            n: {
-                layout.many_rows_launch(*shape, n, self.context.sm_count).kernel for shape in self._many_shapes[outputs]
-            }
-            for n in sizes
-        }
+        n_sm = self.context.sm_count
+
+        def kernels_of(n: int) -> set[str]:
+            dense = {layout.many_rows_launch(*shape, n, n_sm).kernel for shape in self._many_shapes[outputs]}
+            experts = set() if outputs else {expert_layout.many_rows(n, *shape) for shape in self._expert_shapes}
+            return dense | {f"experts {rows}" for rows in experts}
+
+        kernels = {n: kernels_of(n) for n in sizes}
         chosen = {1, most}
         missing = set().union(*kernels.values()) - kernels.get(most, set())
         while missing:
@@ -476,9 +480,12 @@ class Launches:
         def item_rows(n_rows: int) -> int:
             return expert_layout.prefill_rows(n_rows, op.n_used, op.n_expert)
 
+        def many_rows(n_rows: int) -> int:
+            return expert_layout.many_rows(n_rows, op.n_used, op.n_expert)
+
         return [
             RouteNode(op.name, logits, choose, make_list, fields, decode_list, prefill_list, partial_floats, grid,
-                      item_rows, conversion, few)
+                      item_rows, conversion, few, many_rows if self._has_wgmma else None)
         ]  # fmt: skip
 
     def _expert_group(self, op: ExpertGroup) -> list[Node]:
@@ -543,7 +550,39 @@ class Launches:
             conversion = self._conversion(k, first.inp, n_inputs=n_used if first.per_slot else 1)
         total = self._expert_sum_node(op.sum.sum, op.sum.out) if op.sum else None
         glu = self._glu_rows(op.glu)
-        return [ExpertProductNode(op.name, conversion, few, matvec, matmul, decode, prefill, glu, total)]
+        many = self._many_expert_rows(op, both, prefill_list)
+        return [ExpertProductNode(op.name, conversion, few, matvec, matmul, decode, prefill, glu, total, *many)]
+
+    def _many_expert_rows(
+        self, op: ExpertGroup, both: Fields, expert_list: Fields
+    ) -> tuple[Callable[[int], Bound] | None, Fields | None]:
+        """The products of many rows by warpgroups: `many` and `wgmma` of an `ExpertProductNode`.
+
+        Args:
+            both: what the parameters of all products of the group have in common.
+        """
+        if not self._has_wgmma:
+            return None, None
+        first, n_matrices, n_sm = op.parts[0], len(op.parts), self.context.sm_count
+        type_id = self.plan.weights[first.weight].type_id
+        matrices = both["m"]
+        if op.glu is not None:
+            result = {"out": self._at(op.glu.out), "out_stride": self._stride(op.glu.out)}
+            matrices = [{**m, **result} for m in matrices]
+        fields = {
+            **both, "m": matrices + [NO_MATRIX] * (2 - n_matrices), "list": expert_list,
+            "x": self._workspace.converted.address, "n_matrices": n_matrices,
+            "mode": PRODUCT_MODES["glu" if op.glu else "store"], "glu": GLU_KINDS[op.glu.kind] if op.glu else 0,
+        }  # fmt: skip
+
+        def many(n_rows: int, item_rows: int | None = None) -> Bound:
+            sizes = (first.n_in, first.n_out, n_matrices, n_rows, first.n_used, first.n_expert, n_sm)
+            return self._bound("wgmma_experts", expert_layout.many_launch(type_id, *sizes, item_rows))
+
+        for item_rows in layout.WGMMA_EXPERT_TILES:  # a name that the image lacks is an error now and not in a step
+            many(1, item_rows)
+        self._expert_shapes.add((first.n_used, first.n_expert))
+        return many, fields
 
     def _expert_sum(self, op: ExpertSum) -> list[Node]:
         return [self._expert_sum_node(op)]

@@ -364,16 +364,18 @@ def matvec_launch(
 WGMMA_CAPABILITY, WGMMA_ARCH = (9, 0), "90a"
 #: shared memory of a block there
 WGMMA_SMEM = 227 * 1024
-#: rows of a tile of wgmma_* -> warpgroups along the outputs, parts of K (`ManyRowsShape`)
+#: rows of a tile of wgmma_*, and of wgmma_experts_* -> warpgroups along the outputs, parts of K (`ManyRowsShape`)
 WGMMA_TILES = {16: (1, 4), 32: (1, 4), 64: (2, 1), 128: (2, 1), 192: (2, 1)}
+WGMMA_EXPERT_TILES = {16: (4, 1), 32: (4, 1), 64: (2, 1), 128: (2, 1)}
 #: us of a launch beside its steps and of a step of 64 columns (of each part), as measured on an H200 with Q4_K; close
 #: enough for the other types
 WGMMA_LAUNCH_US, WGMMA_STEP_US = 3.5, {16: 0.56, 32: 0.65, 64: 0.40, 128: 0.54, 192: 0.74}
 
 
-def many_rows_rings(type_id: int, rows: int) -> tuple[int, int, int]:
-    """(slots of x, slots of weights, shared memory bytes) of wgmma_<type>_<rows> (matmul_shapes.cuh, ManyRowsShape)."""
-    groups, parts = WGMMA_TILES[rows]
+def many_rows_rings(type_id: int, rows: int, gathers: bool = False) -> tuple[int, int, int, int]:
+    """(slots of x, slots of weights, shared memory bytes, threads) of wgmma_<type>_<rows> or, with `gathers`, of
+    wgmma_experts_<type>_<rows> (matmul_shapes.cuh, ManyRowsShape)."""
+    groups, parts = (WGMMA_EXPERT_TILES if gathers else WGMMA_TILES)[rows]
     warps = 4 * groups * parts
     dense = quants.TYPES[type_id].name in _DENSE
     unit = packed_tile_bytes(type_id) * (1 if dense else 256 // tile_k(type_id))
@@ -389,7 +391,8 @@ def many_rows_rings(type_id: int, rows: int) -> tuple[int, int, int]:
     w_depth = 4 if x_depth(4) >= 6 else 3 if x_depth(3) >= 4 else 2
     depth = min(8, x_depth(w_depth))
     smem = parts * depth * x_slot + weights(w_depth) + rest + 16 * parts * (depth + w_depth)
-    return depth, w_depth, smem
+    suppliers = 8 if gathers else 4 if parts == 1 else 2 * parts
+    return depth, w_depth, smem, 32 * (warps + suppliers)
 
 
 @lru_cache(maxsize=4096)  # asked for by every product of every step with so many rows
@@ -410,10 +413,8 @@ def many_rows_launch(type_id: int, k: int, n_tiles: int, n_rows: int, n_sm: int,
 
     rows = rows or min(WGMMA_TILES, key=cost)
     m, n = tiles(rows)
-    groups, parts = WGMMA_TILES[rows]
-    block = 32 * (4 * groups * parts + (4 if parts == 1 else 2 * parts))
+    *_, smem, block = many_rows_rings(type_id, rows)
     name = f"wgmma_{kernel_suffix(type_id)}_{rows}"
-    smem = many_rows_rings(type_id, rows)[2]
     return Launch(name, (min(m * n, n_sm), 1, 1), block, smem, tiles_m=m, tiles_n=n)
 
 

@@ -7,7 +7,7 @@
 // precision. convert.cu and the decode kernels use the same functions on the same pieces, so a row has the same bits
 // wherever it is converted.
 //
-// For the products of many rows the same lies in tiles, ROWS_GROUP rows together, and the factors apart (TileRow).
+// For warpgroup products the same lies in another order, by rows or in tiles (convert_params.h).
 //
 // A piece is 256 columns and a warp: lane 4g + t has eight columns of block g, v[4j + i] column 16j + 4t + i of it.
 // Sums over a row are those of its units of 128 columns, in order; a unit's is a tree over 16 lanes.
@@ -109,25 +109,17 @@ DEVICE uint4 pack_columns(const float (&v)[8], float scale) {
 // Word i of v.
 DEVICE uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// Where a row in tiles (common/many_rows.cuh) has its pieces.
-struct TileRow {
-    uint8_t* group;  // of the row
-    int row;         // in the group
-
-    // Stores what `pack_columns` made of the lane's columns of a piece. A full warp: four lanes exchange words, so that
-    // each has 16 bytes in the order of the tensor cores.
-    DEVICE_MEMBER void store(int piece, int lane, const uint4& packed) const {
-        const int t = lane & 3, block = lane >> 2;
-        uint32_t words[4];
+// What `pack_columns` made of the lanes' columns of a piece, in the order of warpgroup products: the lane's 16 bytes
+// are those of its part (4 (block & 1) + t of step block / 2). A full warp: four lanes exchange words.
+DEVICE uint4 in_product_order(const uint4& packed, int lane) {
+    const int t = lane & 3;
+    uint32_t words[4];
 #pragma unroll
-        for (int d = 0; d < 4; ++d) {
-            const uint32_t word = __shfl_xor_sync(0xffffffffu, word_of(packed, t ^ d), d);  // of lane t ^ d
+    for (int d = 0; d < 4; ++d) {
+        const uint32_t word = __shfl_xor_sync(0xffffffffu, word_of(packed, t ^ d), d);  // of lane t ^ d
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if ((t ^ d) == i) words[i] = word;
-        }
-        const int step = 4 * piece + block / 2, part = 4 * (block & 1) + t;
-        uint8_t* const to = group + (step * ROWS_GROUP + row) * 128 + (part ^ (row & 7)) * 16;
-        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        for (int i = 0; i < 4; ++i)
+            if ((t ^ d) == i) words[i] = word;
     }
-};
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}

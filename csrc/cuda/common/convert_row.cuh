@@ -25,29 +25,30 @@ DEVICE float sum_over_row(float* units, int n, int n_pieces, F f) {
     return row_sum(units, n);
 }
 
-// Where a converted row goes: one after the other, or in tiles.
+// Where a converted row goes.
 struct ConvertedRow {
     const ConvertParams& p;
-    uint8_t* out;
-    TileRow tiles;
+    uint8_t* out;  // of tiles the row's group
+    int row;       // of tiles that in its group
     float* factors;
     int factor_step;
 
-    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int row) : p(params) {
-        if (p.factors != nullptr) {
-            tiles = {p.out + row / ROWS_GROUP * rows_group_bytes(p.k), row % ROWS_GROUP};
-            factors = p.factors + row, factor_step = p.factor_stride;
+    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int number) : p(params), row(number % ROWS_GROUP) {
+        if (p.order == CONVERTED_TILES) {
+            out = p.out + number / ROWS_GROUP * rows_group_bytes(p.k);
+            factors = p.factors + number, factor_step = p.factor_stride;
         } else {
-            out = p.out + static_cast<int64_t>(row) * p.out_bytes;
+            out = p.out + static_cast<int64_t>(number) * p.out_bytes;
             factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k)), factor_step = 1;
         }
     }
     // A full warp.
     DEVICE_MEMBER void store(int piece, int lane, const uint4& packed) const {
-        if (p.factors != nullptr)
-            tiles.store(piece, lane, packed);
-        else
-            *reinterpret_cast<uint4*>(out + (piece * 32 + lane) * 16) = packed;
+        const uint4 v = p.order == CONVERTED_FRAGMENTS ? packed : in_product_order(packed, lane);
+        const int block = lane >> 2, step = 4 * piece + block / 2, part = 4 * (block & 1) + (lane & 3);
+        uint8_t* const to = p.order == CONVERTED_TILES ? out + (step * ROWS_GROUP + row) * 128 + (part ^ (row & 7)) * 16
+                                                       : out + (piece * 32 + lane) * 16;
+        *reinterpret_cast<uint4*>(to) = v;
     }
     DEVICE_MEMBER void set_factor(int chunk, float factor) const { factors[chunk * factor_step] = factor; }
 };

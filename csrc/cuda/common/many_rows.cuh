@@ -5,11 +5,12 @@
 // A block has S::kM * S::kK warpgroups that multiply, and others that bring what these need. A tile is S::kM times 64
 // outputs x S::kN rows; a warpgroup has 64 of the outputs and, of the chunks of the block's tiles in order, every
 // S::kK-th: its part. Each warp makes fp16 A fragments of the codes of one row tile in registers, a step (64 columns)
-// ahead of the product; x comes as the tensor cores take it.
+// ahead of the product; x is in shared memory as the tensor cores take it. Which tiles there are, where their rows come
+// from and where results go, a Job says.
 //
-// Rows of x are converted into tiles (convert.cu): groups of ROWS_GROUP rows, in each the steps, in each step 128 bytes
-// of every row, eight rows 1,024 bytes with their 16-byte parts exchanged as wgmma.cuh says. Factors are apart,
-// [chunk][row].
+// Rows of x that lie together (convert.cu): groups of ROWS_GROUP rows, in each the steps, in each step 128 bytes of
+// every row, eight rows 1,024 bytes with their 16-byte parts exchanged as wgmma.cuh says; factors are apart, [chunk]
+// [row]. Rows that are gathered lie by themselves, their parts in order, their factors behind.
 //
 // Shared memory: [kK][kXDepth] steps of x, each with the factors of a chunk behind; [kK][kWDepth] units of weights of
 // the row tiles; for kK > 1 the sums so far; what pairs of warps exchange for PRODUCT_GLU; barriers.
@@ -20,12 +21,16 @@
 #include "common/mma_tile.cuh"
 #include "common/wgmma.cuh"
 #include "matmul_shapes.cuh"
+#include "params/experts_params.h"
 #include "params/matmul_params.h"
 
-// A row tile of the launch.
+// A row tile: the index-th of a matrix.
 struct RowTile {
-    const ProductMatrix* matrix;
-    int index;  // in the matrix
+    const uint8_t* w;   // the matrix
+    const float* bias;  // or null
+    float* out;
+    int64_t out_stride;
+    int n_out, index;
     bool exists;
 };
 
@@ -62,28 +67,96 @@ DEVICE void begin_many_rows(const uint8_t* smem) {
         const bool is_x = j < 2 * S::kXDepth;
         const bool is_full = is_x ? j < S::kXDepth : j < 2 * S::kXDepth + S::kWDepth;
         barrier_init(smem_address(smem) + S::kBarriersAt + 8 * i, !is_full ? 4 * S::kM
-                                                                  : is_x   ? 1
+                                                                  : is_x   ? S::kXArrivals
                                                                            : 32 * S::kWSuppliers);
         copy_barrier_fence();
     }
     __syncthreads();
 }
 
-template <class Q, class S>
-struct ManyRows {
+// Tiles of matrices that share their rows of x, which lie together.
+template <class S>
+struct DenseJob {
     const ManyRowsParams& p;
+    int n_tiles;
+
+    DEVICE_MEMBER explicit DenseJob(const ManyRowsParams& params) : p(params), n_tiles(p.n_tiles_m * p.n_tiles_n) {}
+
+    // Row tile i of a tile; past the end the last one, to be dropped.
+    DEVICE_MEMBER RowTile row_tile(int tile, int i) const {
+        const int number = tile % p.n_tiles_m * S::kRowTiles + i, at = min(number, p.n_row_tiles - 1);
+        int matrix = 0, index = at;
+        if (p.mode == PRODUCT_GLU) {  // those of both matrices in turn
+            matrix = at & 1, index = at >> 1;
+        } else {
+#pragma unroll
+            for (int m = 1; m < MATVEC_MAX_MATRICES; ++m)
+                if (m < p.n_matrices && at >= p.m[m].row_tile0) matrix = m;
+            index -= p.m[matrix].row_tile0;
+        }
+        const ProductMatrix& m = p.m[matrix];
+        return {m.w, m.bias, m.out, m.out_stride, m.n_out, index, number < p.n_row_tiles};
+    }
+    DEVICE_MEMBER int first_row(int tile) const { return tile / p.n_tiles_m * S::kN; }
+    DEVICE_MEMBER int n_rows(int tile) const { return min(S::kN, p.n_rows - first_row(tile)); }
+    // Where the results of a row of a tile begin.
+    DEVICE_MEMBER float* result(const RowTile& at, int tile, int row) const {
+        return at.out + (first_row(tile) + row) * at.out_stride;
+    }
+};
+
+// Tiles of one or two matrices of the experts, each with an item of the list as its rows, which are gathered.
+template <class S>
+struct ExpertJob {
+    const ManyExpertRowsParams& p;
+    int n_tiles, n_row_tiles;  // of one matrix
+
+    // The list must be there.
+    DEVICE_MEMBER explicit ExpertJob(const ManyExpertRowsParams& params)
+        : p(params), n_tiles(p.n_tiles_m * *p.list.n_items), n_row_tiles((p.n_out + kTileRows - 1) / kTileRows) {}
+
+    DEVICE_MEMBER RowTile row_tile(int tile, int i) const {
+        const int number = tile % p.n_tiles_m * S::kRowTiles + i, at = min(number, p.n_matrices * n_row_tiles - 1);
+        const int matrix = p.mode == PRODUCT_GLU ? at & 1 : at >= n_row_tiles;
+        const int index = p.mode == PRODUCT_GLU ? at >> 1 : at - matrix * n_row_tiles;
+        const int expert = item(tile).expert;
+        const ExpertMatrix& m = p.m[matrix];
+        const float* const bias = m.bias != nullptr ? m.bias + static_cast<int64_t>(expert) * p.n_out : nullptr;
+        return {m.w + expert * p.matrix_bytes,      bias, m.out, m.out_stride, p.n_out, index,
+                number < p.n_matrices * n_row_tiles};
+    }
+    DEVICE_MEMBER const ExpertItem& item(int tile) const { return p.list.items[tile / p.n_tiles_m]; }
+    DEVICE_MEMBER int n_rows(int tile) const { return item(tile).n; }
+    DEVICE_MEMBER int pair(int tile, int row) const { return p.list.pairs[item(tile).first + row]; }
+    // Where a row of a tile is, in bytes from x on.
+    DEVICE_MEMBER uint32_t row_at(int tile, int row) const {
+        const int pair_ = pair(tile, row);
+        return static_cast<uint32_t>(pair_ / p.n_used + pair_ % p.n_used * p.x_slot_rows) * p.x_bytes;
+    }
+    DEVICE_MEMBER float* result(const RowTile& at, int tile, int row) const {
+        const int pair_ = pair(tile, row);
+        return at.out + pair_ / p.n_used * at.out_stride + static_cast<int64_t>(pair_ % p.n_used) * p.n_out;
+    }
+};
+
+template <class Q, class S, class Job>
+struct ManyRows {
+    const Job job;
     uint8_t* const smem;
-    const int chunk, n_chunks, n_tiles, row_bytes;
+    const int k, n_k_tiles, chunk, n_chunks, n_tiles, row_bytes;
     const int lane, warp, part;
     const uint32_t smem_at, x_full, x_empty, w_full, w_empty;
 
-    DEVICE_MEMBER ManyRows(const ManyRowsParams& params, uint8_t* shared)
-        : p(params),
+    template <class P>
+    DEVICE_MEMBER ManyRows(const P& p, uint8_t* shared)
+        : job(p),
           smem(shared),
-          chunk(chunk_columns(p.k)),
-          n_chunks((p.k + chunk - 1) / chunk),
-          n_tiles(p.n_tiles_m * p.n_tiles_n),
-          row_bytes(p.n_k_tiles * Q::kPackedTileBytes),
+          k(p.k),
+          n_k_tiles(p.n_k_tiles),
+          chunk(chunk_columns(k)),
+          n_chunks((k + chunk - 1) / chunk),
+          n_tiles(job.n_tiles),
+          row_bytes(n_k_tiles * Q::kPackedTileBytes),
           lane(threadIdx.x % 32),
           warp(threadIdx.x / 32),
           part(warp < S::kWarps ? warp / 4 % S::kK : (warp - S::kWarps) % S::kK),
@@ -93,42 +166,28 @@ struct ManyRows {
           w_full(x_empty + 8 * S::kXDepth),
           w_empty(w_full + 8 * S::kWDepth) {}
 
-    DEVICE_MEMBER RowTile row_tile(int tile, int i) const {
-        const int index = tile % p.n_tiles_m * S::kRowTiles + i, at = min(index, p.n_row_tiles - 1);
-        int matrix = 0;
-        if (p.mode == PRODUCT_GLU) {  // those of both matrices in turn
-            matrix = at & 1;
-            return {&p.m[matrix], at >> 1, index < p.n_row_tiles};
-        }
-#pragma unroll
-        for (int m = 1; m < MATVEC_MAX_MATRICES; ++m)
-            if (m < p.n_matrices && at >= p.m[m].row_tile0) matrix = m;
-        return {&p.m[matrix], at - p.m[matrix].row_tile0, index < p.n_row_tiles};
+    // Bytes of the packed tiles of the matrix of a row tile.
+    DEVICE_MEMBER int64_t matrix_bytes(const RowTile& at) const {
+        return static_cast<int64_t>((at.n_out + kTileRows - 1) / kTileRows) * row_bytes;
     }
-    DEVICE_MEMBER int64_t matrix_bytes(const ProductMatrix& m) const {
-        return static_cast<int64_t>((m.n_out + kTileRows - 1) / kTileRows) * row_bytes;
-    }
-    DEVICE_MEMBER int first_row(int tile) const { return tile / p.n_tiles_m * S::kN; }
     DEVICE_MEMBER uint32_t x_slot(int slot) const { return (part * S::kXDepth + slot) * S::kXSlotBytes; }
     DEVICE_MEMBER uint32_t w_slot(int slot, int i) const {
         return S::kWAt + ((part * S::kWDepth + slot) * S::kRowTiles + i) * S::kUnitBytes;
     }
 
-    // Brings x of the part. One thread.
+    // Brings x of the part, of rows that lie together. One thread.
     DEVICE_MEMBER void supply_x() const {
-        const int chunk_steps = chunk / kSubK, n_steps = p.n_k_tiles * Q::kSubs;
+        const ManyRowsParams& p = job.p;
+        const int chunk_steps = chunk / kSubK, n_steps = n_k_tiles * Q::kSubs;
         int row0 = 0, n_eights = 0, of = -1;
         RingPlace<S::kXDepth> at;
         at.parity = 1;
         for (PartChunks<S::kK> c(part, n_chunks); c.tile < n_tiles; c.next()) {
-            if (c.tile != of) {
-                of = c.tile, row0 = first_row(of);
-                n_eights = min(S::kN, p.n_rows - row0 + 7) / 8;
-            }
+            if (c.tile != of) of = c.tile, row0 = job.first_row(of), n_eights = (job.n_rows(of) + 7) / 8;
             const int first = c.chunk * chunk_steps, n = min(chunk_steps, n_steps - first);
             const int in_group = row0 % ROWS_GROUP;  // of which the tile has this many eights
             const int eights = S::kN <= ROWS_GROUP ? n_eights : min(n_eights, (ROWS_GROUP - in_group) / 8);
-            const int64_t group_bytes = rows_group_bytes(p.k);
+            const int64_t group_bytes = rows_group_bytes(k);
             const uint8_t* from = p.x + row0 / ROWS_GROUP * group_bytes + first * (128 * ROWS_GROUP) + in_group * 128;
             for (int i = 0; i < n; ++i, from += 128 * ROWS_GROUP, at.next()) {
                 copy_wait(x_empty + 8 * at.slot, at.parity);
@@ -145,6 +204,56 @@ struct ManyRows {
         }
     }
 
+    // Gathers x of the tiles: warp `mine` of S::kXSuppliers, whose lanes have a 16-byte part of four neighbouring rows
+    // of every 4 * S::kXSuppliers.
+    DEVICE_MEMBER void gather_x(int mine) const {
+        constexpr int kRowStep = 4 * S::kXSuppliers, kRows = S::kN / kRowStep, kLag = 2;
+        static_assert(S::kN % kRowStep == 0 && kRowStep % 8 == 0 && S::kXDepth > kLag + 1);
+        const int row = 4 * mine + lane / 8, x_part = lane % 8;
+        const uint32_t to_row = smem_at + row * 128 + (x_part ^ (row & 7)) * 16;
+        const int chunk_steps = chunk / kSubK, n_steps = n_k_tiles * Q::kSubs;
+        const uint8_t* const x = job.p.x + 16 * x_part;
+        const int factors_at = converted_fragment_bytes(k) - 16 * x_part;
+        RingPlace<S::kXDepth> at;
+        at.parity = 1;
+        int under_way = 0, told = 0;  // steps that nobody was told of yet; the slot of the first
+        const auto tell = [&] {
+            fence_async();
+            barrier_arrive(x_full + 8 * told);
+            if (++told == S::kXDepth) told = 0;
+        };
+        for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+            uint32_t from[kRows];  // rows past the item's end are its last one again, computed and dropped
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) from[i] = job.row_at(tile, min(row + i * kRowStep, job.n_rows(tile) - 1));
+            int left = chunk_steps, c = 0;
+            for (int step = 0; step < n_steps; ++step, at.next()) {
+                copy_wait(x_empty + 8 * at.slot, at.parity);
+                const uint32_t to = to_row + x_slot(at.slot);
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) cp_async_16(to + i * (kRowStep * 128), x + from[i] + step * 128);
+                if (--left == 0 || step + 1 == n_steps) {
+                    if (x_part == 0) {
+                        const uint32_t factors = smem_at + x_slot(at.slot) + S::kXBytes + 4 * row;
+#pragma unroll
+                        for (int i = 0; i < kRows; ++i)
+                            cp_async_4(factors + i * (kRowStep * 4), x + from[i] + factors_at + 4 * c);
+                    }
+                    left = chunk_steps, ++c;
+                }
+                cp_async_commit();
+                if (under_way == kLag) {
+                    cp_async_wait<kLag>();
+                    tell();
+                } else {
+                    ++under_way;
+                }
+            }
+        }
+        cp_async_wait<0>();
+        for (; under_way > 0; --under_way) tell();
+    }
+
     // Brings the weights of the part, of every kWSuppliers-th row tile from `mine` on. A warp.
     DEVICE_MEMBER void supply_weights(int mine) const {
         constexpr int kMine = (S::kRowTiles + S::kWSuppliers - 1) / S::kWSuppliers;
@@ -159,8 +268,8 @@ struct ManyRows {
                 of = c.tile;
 #pragma unroll
                 for (int i = 0; i < kMine; ++i) {
-                    const RowTile tile = row_tile(of, min(mine + i * S::kWSuppliers, S::kRowTiles - 1));
-                    src[i] = tile.matrix->w + static_cast<int64_t>(tile.index) * row_bytes + 16 * lane;
+                    const RowTile tile = job.row_tile(of, min(mine + i * S::kWSuppliers, S::kRowTiles - 1));
+                    src[i] = tile.w + static_cast<int64_t>(tile.index) * row_bytes + 16 * lane;
                 }
             }
             const int end = min(row_bytes, (c.chunk + 1) * chunk_bytes);
@@ -195,8 +304,8 @@ struct ManyRows {
         const auto load_inverse = [&](int tile) {
             inverse[0] = inverse[1] = 1.0f;
             if constexpr (kRowScaled<Q>) {
-                const RowTile at = row_tile(tile, own);
-                row_inverse<Q>(inverse, at.matrix->w, matrix_bytes(*at.matrix), at.index, g);
+                const RowTile at = job.row_tile(tile, own);
+                row_inverse<Q>(inverse, at.w, matrix_bytes(at), at.index, g);
             }
         };
         const uint8_t* unit = smem + w_slot(0, own);  // which the next step is of
@@ -212,7 +321,7 @@ struct ManyRows {
 #pragma unroll 1
         while (here.tile < n_tiles) {
             const int tile = here.tile, c = here.chunk;
-            int left = min(chunk_tiles, p.n_k_tiles - c * chunk_tiles);  // packed tiles of the chunk
+            int left = min(chunk_tiles, n_k_tiles - c * chunk_tiles);  // packed tiles of the chunk
             here.next();
             int adds = 0;
 #pragma unroll 1
@@ -321,56 +430,61 @@ struct ManyRows {
 
     // The results of a warp's row tile.
     DEVICE_MEMBER void store(float (&sum)[S::kN / 2], int tile, int own) const {
-        constexpr int kN = S::kN, kJ = kN / 8;
-        const int g = lane >> 2, t = lane & 3, row0 = first_row(tile);
-        const RowTile at = row_tile(tile, own);
-        const ProductMatrix& m = *at.matrix;
-        const int o = at.index * kTileRows + g, rows = p.n_rows - row0 - 2 * t;
+        constexpr int kN = S::kN, kJ = kN / 8, kHalf = kJ / 2;
+        const int g = lane >> 2, t = lane & 3, n_rows = job.n_rows(tile);
+        const RowTile at = job.row_tile(tile, own);
+        const int o = at.index * kTileRows + g;
         int end[2];  // rows of output o + 8r
         float bias[2], unit[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const bool exists = at.exists && o + 8 * r < m.n_out;
-            bias[r] = exists && m.bias != nullptr ? m.bias[o + 8 * r] : 0.0f;
-            unit[r] = exists ? weight_unit<Q>(m.w, matrix_bytes(m), o + 8 * r) : 0.0f;
-            end[r] = exists ? rows : 0;
+            const bool exists = at.exists && o + 8 * r < at.n_out;
+            bias[r] = exists && at.bias != nullptr ? at.bias[o + 8 * r] : 0.0f;
+            unit[r] = exists ? weight_unit<Q>(at.w, matrix_bytes(at), o + 8 * r) : 0.0f;
+            end[r] = exists ? n_rows - 2 * t : 0;
         }
 #pragma unroll
         for (int i = 0; i < kN / 2; ++i) sum[i] = __fmaf_rn(sum[i], unit[i >> 1 & 1], bias[i >> 1 & 1]);
-        if (p.mode == PRODUCT_GLU) {
-            store_gated(sum, at.exists ? at.index * kTileRows : p.m[0].n_out, row0);
+        if (job.p.mode == PRODUCT_GLU) {
+            store_gated(sum, at, tile, n_rows);
             return;
         }
-        const int64_t stride = m.out_stride;
-        float* to = m.out + (row0 + 2 * t) * stride + o;
-        constexpr int kHalf = kJ / 2;
 #pragma unroll
         for (int j0 = 0; j0 < kJ; j0 += kHalf) {
-            if (p.mode == PRODUCT_ADD) {
+            if (S::kAdds && job.p.mode == PRODUCT_ADD) {
                 float before[4 * kHalf];  // all on their way at once
-                const float* from = to;
 #pragma unroll
-                for (int j = 0; j < kHalf; ++j, from += 8 * stride)
+                for (int i = 0; i < 2 * kHalf; ++i) {
+                    const int row = 8 * (j0 + i / 2) + (i & 1);
+                    const float* const from = job.result(at, tile, row + 2 * t) + o;
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        before[4 * j + i] =
-                            8 * (j0 + j) + (i & 1) < end[i >> 1] ? from[(i & 1) * stride + 8 * (i >> 1)] : 0.0f;
+                    for (int r = 0; r < 2; ++r) before[2 * i + r] = row < end[r] ? from[8 * r] : 0.0f;
+                }
 #pragma unroll
-                for (int i = 0; i < 4 * kHalf; ++i) sum[4 * j0 + i] = __fadd_rn(before[i], sum[4 * j0 + i]);
+                for (int i = 0; i < 2 * kHalf; ++i)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        float& s = sum[4 * (j0 + i / 2) + 2 * r + (i & 1)];
+                        s = __fadd_rn(before[2 * i + r], s);
+                    }
             }
 #pragma unroll
-            for (int j = j0; j < j0 + kHalf; ++j, to += 8 * stride)
+            for (int i = 0; i < 2 * kHalf; ++i) {
+                const int row = 8 * (j0 + i / 2) + (i & 1);
+                if (row >= max(end[0], end[1])) continue;
+                float* const to = job.result(at, tile, row + 2 * t) + o;
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (8 * j + (i & 1) < end[i >> 1]) to[(i & 1) * stride + 8 * (i >> 1)] = sum[4 * j + i];
+                for (int r = 0; r < 2; ++r)
+                    if (row < end[r]) to[8 * r] = sum[4 * (j0 + i / 2) + 2 * r + (i & 1)];
+            }
         }
     }
 
-    // The gated activation of a pair of warps' row tiles, which have the outputs from o0 on of both matrices.
-    DEVICE_MEMBER void store_gated(const float (&sum)[S::kN / 2], int o0, int row0) const {
+    // The gated activation of a pair of warps' row tiles, `at` and the one of the other matrix.
+    DEVICE_MEMBER void store_gated(const float (&sum)[S::kN / 2], const RowTile& at, int tile, int n_rows) const {
         constexpr int kJ = S::kN / 8, kAtOnce = kJ < 4 ? kJ : 4;
-        const int pair = warp / 2, which = warp & 1, n_out = p.m[0].n_out;
-        const int64_t stride = p.m[0].out_stride;
+        const int pair = warp / 2, which = warp & 1;
+        const int o = at.index * kTileRows + (lane >> 2), n_out = at.exists ? at.n_out : 0;
         float4* const both = reinterpret_cast<float4*>(smem + S::kExchangeAt) + pair * 256 + lane;
 #pragma unroll
         for (int j0 = 0; j0 < kJ; j0 += kAtOnce) {
@@ -383,14 +497,17 @@ struct ManyRows {
 #pragma unroll 1
             for (int j = which; j < kAtOnce; j += 2) {
                 const float4 gate = both[32 * j], up = both[32 * (kAtOnce + j)];
-                const int row = row0 + 8 * (j0 + j) + 2 * (lane & 3), o = o0 + (lane >> 2);
-                float* const to = p.m[0].out + row * stride + o;
-                const float v[4] = {glu_value(p.glu, gate.x, up.x), glu_value(p.glu, gate.y, up.y),
-                                    glu_value(p.glu, gate.z, up.z), glu_value(p.glu, gate.w, up.w)};
+                const float v[4] = {glu_value(job.p.glu, gate.x, up.x), glu_value(job.p.glu, gate.y, up.y),
+                                    glu_value(job.p.glu, gate.z, up.z), glu_value(job.p.glu, gate.w, up.w)};
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (row + (i & 1) < p.n_rows && o + 8 * (i >> 1) < n_out)
-                        to[(i & 1) * stride + 8 * (i >> 1)] = v[i];
+                for (int i = 0; i < 2; ++i) {
+                    const int row = 8 * (j0 + j) + 2 * (lane & 3) + i;
+                    if (row >= n_rows) break;
+                    float* const to = job.result(at, tile, row) + o;
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+                        if (o + 8 * r < n_out) to[8 * r] = v[2 * r + i];
+                }
             }
             group_sync(S::kFirstPairBarrier + pair, 64);
         }

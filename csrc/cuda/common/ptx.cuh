@@ -38,7 +38,12 @@ DEVICE void cp_async_16(uint32_t smem, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
 }
 
-// As above; with n_bytes = 0 nothing is read and 16 zero bytes are written.
+// 4 bytes, both addresses 4-byte aligned.
+DEVICE void cp_async_4(uint32_t smem, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(global) : "memory");
+}
+
+// As cp_async_16; with n_bytes = 0 nothing is read and 16 zero bytes are written.
 DEVICE void cp_async_16_zfill(uint32_t smem, const void* global, uint32_t n_bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(n_bytes) : "memory");
 }
