@@ -3,8 +3,8 @@
     worker-orcd bench --model model.gguf --device cuda:0 --kernels --json > bench.json
     python tools/record_benchmark.py bench.json --commit 0e96568 --gpu "NVIDIA H200" --driver 580.159.04 --model "NAME"
 
-Prefill, decode, load, and of `--kernels` what the launches of a step take by what they are for (`phase_us`). All rows
-go in or, where one breaks a rule (docs/benchmarks/README.md), none.
+Prefill, decode, load, and of `--kernels` what the launches of a decode step take by what they are for (`phase_us`). All
+rows go in or, where one breaks a rule (docs/benchmarks/README.md), none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def rows_of(report: dict[str, Any], common: dict[str, Any]) -> list[dict[str, An
             add("prefill_tps", result["tokens_per_s"], prompt=result["n_tokens"])
     if report.get("load_gb_per_s"):
         add("load_gbps", report["load_gb_per_s"])
-    for step in (report.get("kernels") or {}).get("steps", ()):
+    steps = (report.get("kernels") or {}).get("steps", ())
+    for step in (step for step in steps if not step["n_prompt"]):
         phases: dict[str, float] = {}
         for kind in step["kinds"]:  # a conversion is for what its products are for
             name = " ".join(kind["ops"])

@@ -118,6 +118,9 @@ class CudaEngine:
     def decode_parts(self, slots: ArrayLike, tokens: ArrayLike, positions: ArrayLike, n_steps: int) -> DecodeParts:
         """A decode step of these rows in parts, for who measures."""
 
+    def prompt_parts(self, tokens: ArrayLike) -> PromptParts:
+        """A step of a prompt's first tokens in parts, for who measures."""
+
     def check_residency(self) -> list[str]:
         """What the driver says of every allocation that is not plain device memory."""
 
@@ -127,12 +130,9 @@ class CudaEngine:
     def close(self) -> None:
         """Free everything; the engine is dead afterwards. Idempotent."""
 
-class DecodeParts:
-    """The launches of a decode step of greedy rows, and graphs of some of them, for who measures."""
+class StepParts:
+    """The launches of a step, and graphs of some of them, for who measures."""
 
-    def __init__(
-        self, engine: CudaEngine, slots: ArrayLike, tokens: ArrayLike, positions: ArrayLike, n_steps: int
-    ) -> None: ...
     @property
     def launches(self) -> list[StepLaunch]:
         """All of them, in order."""
@@ -142,3 +142,15 @@ class DecodeParts:
 
     def reset(self) -> None:
         """The rows are again those of the first step."""
+
+class DecodeParts(StepParts):
+    """Of a decode step of greedy rows."""
+
+    def __init__(
+        self, engine: CudaEngine, slots: ArrayLike, tokens: ArrayLike, positions: ArrayLike, n_steps: int
+    ) -> None: ...
+
+class PromptParts(StepParts):
+    """Of a step of a prompt's first tokens."""
+
+    def __init__(self, engine: CudaEngine, tokens: ArrayLike) -> None: ...

@@ -16,7 +16,8 @@
 #define ROUTE_SLICES 16
 // Rows of x that one warp of route_logits takes together.
 #define ROUTE_ROWS 8
-// Rows whose experts one block of route_choose chooses, and makes the list.
+// Most rows whose experts one block of route_choose chooses, and makes the list; and most decode rows that are not
+// taken for prefill rows.
 #define ROUTE_CHOOSE_ROWS 64
 // Rows of one warp of route_few.
 #define ROUTE_FEW_ROWS 2

@@ -33,7 +33,7 @@ from worker_orcd.cuda.launches import Launches, StepLaunch
 from worker_orcd.cuda.lowering import ExpertGroup, MatMulGroup, NormRoute, RopeKv, RopeKvAttention, lower
 from worker_orcd.cuda.slow_paths import slow_paths
 from worker_orcd.cuda.vram import VramPlan
-from worker_orcd.engine.protocol import BLOCK_SIZE, check_stop_offsets
+from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, check_stop_offsets
 from worker_orcd.engine.token_edits import NO_EDITS
 from worker_orcd.errors import (
     CudaError, EngineGone, InsufficientVram, InternalError, InvalidRequest, ModelLoadError,
@@ -51,13 +51,13 @@ cdef extern from *:
     void fence "orcd_fence"() nogil
 
 #: batch sizes for which a decode step is captured; a batch runs in the smallest that holds it
-DECODE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64)
+DECODE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 #: steps whose tokens may be on their way to the host at once
 cdef enum:
     IN_FLIGHT = 2
     SPINS = 64          # looks at work that takes microseconds before it is waited for without the GIL
     RING_STEPS = 64     # rows of the pinned token ring; more than IN_FLIGHT
-    MAX_BATCH = 64
+    MAX_BATCH = 256
 
 
 include "engine_load.pxi"
@@ -97,6 +97,7 @@ cdef class CudaEngine:
     cdef readonly object lowering, ops, slow_paths
     cdef readonly Context context
     cdef readonly int n_vocab
+    cdef int max_out    # output rows of a pass
     cdef DeviceMemory weights, kv, workspace
     cdef object launches    # `Launches`
     cdef list nodes, output_nodes, step_sampler, short
@@ -117,6 +118,7 @@ cdef class CudaEngine:
             raise InvalidRequest(f"max_seqs must be 1 to {MAX_BATCH} on a GPU, not {config.max_seqs}", field="max_seqs")
         self.lowering = lowerings.asked_for()
         self.plan, self.config, self.n_vocab = plan, config, plan.n_vocab
+        self.max_out = cuda_memory.output_rows(config)
         self.graphs, self.op_nodes, self.pending = {}, {}, LaunchList()
         check_supported(model_file, plan)
         self.ops = lower(plan, fuse=self.lowering == "fused")
@@ -301,8 +303,8 @@ cdef class CudaEngine:
         cdef Shape shape
         self._enter()
         tokens, positions, slots, output_indices = self._check_batch(batch)
-        if len(output_indices) > MAX_BATCH:
-            raise InvalidRequest(f"a step samples at most {MAX_BATCH} rows, not {len(output_indices)}",
+        if len(output_indices) > self.max_out:
+            raise InvalidRequest(f"a step samples at most {self.max_out} rows, not {len(output_indices)}",
                                  field="output_indices")
         shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(output_indices)
         shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
@@ -396,8 +398,8 @@ cdef class CudaEngine:
         self._enqueue(self.nodes, &shape)
         self._finish()
         logits = np.empty((len(output_indices), self.n_vocab), np.float32)
-        for start in range(0, len(output_indices), MAX_BATCH):
-            part = output_indices[start:start + MAX_BATCH]
+        for start in range(0, len(output_indices), self.max_out):
+            part = output_indices[start:start + self.max_out]
             shape.n_out = len(part)
             self._send(self.memory.workspace.output_indices, part)
             self._enqueue(self.output_nodes, &shape)
@@ -409,7 +411,7 @@ cdef class CudaEngine:
         """Run lowered ops of the plan in order, of either lowering or of both in turns; nothing is sampled.
 
         Args:
-            batch: as of `forward`; of more than 64 output rows the first 64 count.
+            batch: as of `forward`; of more output rows than a pass takes, at least 64, the first count.
             ops: as `lower` makes them, from the first of a step on.
 
         Returns:
@@ -418,7 +420,7 @@ cdef class CudaEngine:
         cdef Shape shape
         self._enter()
         tokens, positions, slots, output_indices = self._check_batch(batch)
-        output_indices = output_indices[:MAX_BATCH]
+        output_indices = output_indices[:self.max_out]
         shape.n_rows, shape.n_decode, shape.n_out = len(tokens), batch.n_decode, len(output_indices)
         shape.n_tiles = self._send_rows(tokens, positions, slots, output_indices, batch.n_decode)
         for op in ops:
@@ -457,7 +459,7 @@ cdef class CudaEngine:
         cdef Shape shape
         sizes = [n for i, n in enumerate(DECODE_SIZES) if not i or DECODE_SIZES[i - 1] < self.config.max_seqs]
         self.warm_rows = self.launches.warm_rows(self.config.max_batch_tokens)
-        self.warm_outputs = self.launches.warm_rows(min(MAX_BATCH, self.config.max_batch_tokens), True)
+        self.warm_outputs = self.launches.warm_rows(min(self.max_out, self.config.max_batch_tokens), True)
         self.warm_seqs = tuple(min(n, self.config.max_seqs) for n in sizes)
         for n in sizes:
             shape.n_rows = shape.n_decode = shape.n_out = n
@@ -566,6 +568,10 @@ cdef class CudaEngine:
     def decode_parts(self, slots, tokens, positions, int n_steps):
         """A decode step of these rows as a `DecodeParts`, for who measures; arguments and errors are its own."""
         return DecodeParts(self, slots, tokens, positions, n_steps)
+
+    def prompt_parts(self, tokens):
+        """A step of a prompt's first tokens as a `PromptParts`, for who measures; arguments and errors are its own."""
+        return PromptParts(self, tokens)
 
     # ---- the rest of the protocol
 

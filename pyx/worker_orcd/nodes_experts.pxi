@@ -59,6 +59,8 @@ cdef class RouteNode(Node):
             if shape.n_rows > c.MANY_ROWS_FROM:
                 return self._many(launches, shape.n_rows)
             row, n_prefill = shape.n_rows, 0
+        elif row > c.ROUTE_CHOOSE_ROWS:
+            row, n_prefill = 0, shape.n_rows
         if self.few is not None and n_prefill == 0 and row <= len(self.logit_blocks):
             return self._few(launches, row)
         if self.conversion is not None:
@@ -197,15 +199,16 @@ cdef class ExpertProductNode(Node):
 
     cdef int enqueue(self, LaunchList launches, const Shape* shape) except -1:
         cdef bint few_alone = shape.n_rows == shape.n_decode and shape.n_decode <= self.few_rows
+        cdef int n_decode = shape.n_decode if shape.n_decode <= c.ROUTE_CHOOSE_ROWS else 0
         if self.many is not None and shape.n_rows:
             if shape.n_rows <= self.few_rows:
                 return self._decode(launches, shape.n_rows, True)
             self._many(launches, shape.n_rows)
             return self.total.enqueue(launches, shape) if self.total is not None else 0
-        if shape.n_decode:
-            self._decode(launches, shape.n_decode, few_alone)
-        if shape.n_rows > shape.n_decode:
-            self._prefill(launches, shape.n_decode, shape.n_rows - shape.n_decode)
+        if n_decode:
+            self._decode(launches, n_decode, few_alone)
+        if shape.n_rows > n_decode:
+            self._prefill(launches, n_decode, shape.n_rows - n_decode)
         if self.total is not None and not few_alone:
             self.total.enqueue(launches, shape)
         return 0

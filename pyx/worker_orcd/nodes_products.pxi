@@ -16,8 +16,7 @@ cdef class Conversion:
     cdef int n_inputs
 
     def __init__(self, Kernel kernel, dict fields, int n_inputs=1):
-        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "order", "factors",
-                                                "factor_stride"))
+        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "order", "factors", "factor_stride"))
         self.kernel, self.n_inputs = kernel, n_inputs
 
     cdef int enqueue(self, LaunchList launches, int64_t x_row, int64_t row, int n, int n_pad,
@@ -156,7 +155,8 @@ cdef class MatMulNode(Node):
     """Products of one input with up to four matrices of one type.
 
     Up to 8 rows go through decode_*, more through wgmma_* where the GPU has it. Elsewhere decode rows (and all rows
-    with `outputs`) go through decode_* or matvec_*, prompt rows through matmul_*. A row has the same bits in each.
+    with `outputs`) go through decode_* or matvec_*, prompt rows, and all where there are many decode rows, through
+    matmul_*. A row has the same bits in each.
 
     Args:
         name: of the op.
@@ -182,7 +182,7 @@ cdef class MatMulNode(Node):
     cdef list decode, matvecs
     cdef object prefill, many
     cdef bint inline, outputs, leads
-    cdef int n_matmuls, few_rows    # most rows of a launch of `decode`
+    cdef int n_matmuls, few_rows, matvec_rows   # most rows of a launch of `decode`, and of a matvec
 
     def __init__(self, str name, Conversion conversion, bint inline, list decode, dict matvec, list matvecs,
                  list matmuls, prefill, bint outputs, GluRows glu=None, many=None, dict wgmma=None):
@@ -191,6 +191,7 @@ cdef class MatMulNode(Node):
         self.conversion, self.inline, self.outputs, self.glu = conversion, inline, outputs, glu
         self.decode, self.few_rows = decode, len((<DecodeProduct>decode[0]).bounds) - 1
         self.matvecs = [None] * (self.few_rows + 1) + matvecs
+        self.matvec_rows = len(self.matvecs) - 1
         self.prefill, self.n_matmuls, self.many = prefill, len(matmuls), many
         if many is not None:
             c.fill_ManyRowsParams(&self.w, wgmma, ("factors", "factor_stride", "n_rows", "n_tiles_m", "n_tiles_n"))
@@ -206,6 +207,8 @@ cdef class MatMulNode(Node):
             n_few, n_prompt = n_few + n_prompt, 0
             if n_few > self.few_rows:
                 return self._many(launches, n_few)
+        elif n_few > self.matvec_rows:
+            n_few, n_prompt = 0, n_few + n_prompt
         first = 1 if n_few == 1 and self.inline else 0
         if self.conversion is not None and n_few + n_prompt > first:
             n_pad = n_few - first + (n_prompt + 63) // 64 * 64     # whole tiles of the prefill kernels
@@ -221,7 +224,7 @@ cdef class MatMulNode(Node):
         self.pair, self.leads, after.pair = pair, True, pair
 
     cdef int _few(self, LaunchList launches, int n) except -1:
-        """Decode rows [0, n), n <= 64."""
+        """Decode rows [0, n)."""
         cdef Bound bound
         cdef DecodeProduct product
         cdef c.MatvecParams v

@@ -88,7 +88,7 @@ def test_regions_are_those_of_the_plan(built, arenas):
     assert len(arenas.kv.layers) == built.n_layer
     assert {r.nbytes for r in arenas.kv.layers} == {7 * memory.kv_block_bytes(built)}
     for name, buffer in built.buffers.items():
-        rows = 128 if buffer.rows == "tokens" else memory.MAX_OUT
+        rows = 128 if buffer.rows == "tokens" else memory.OUTPUT_ROWS
         assert arenas.workspace.buffers[name].nbytes == 4 * rows * buffer.width
     assert (arenas.workspace.routing is None) == ("gpt-oss" not in built.arch)
     for op in (op for op in built.ops if isinstance(op, ops.Rope)):
@@ -113,7 +113,7 @@ def test_converted_rows_have_room_for_the_widest_input(built, arenas):
         for op in built.ops if isinstance(op, ops.MatMul | ops.ExpertMatMul)
     )  # fmt: skip
     rows = 128
-    for n_decode in range(memory.MAX_OUT + 1):
+    for n_decode in range(layout.MATVEC_ROWS + 1):
         n_prompt = rows - n_decode
         padded = n_decode + -(-n_prompt // layout.MATMUL_TILE_ROWS) * layout.MATMUL_TILE_ROWS
         assert arenas.workspace.converted.nbytes >= padded * widest

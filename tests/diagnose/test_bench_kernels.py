@@ -28,9 +28,10 @@ def test_a_tensor_is_read_by_the_launch_that_names_what_is_before_it():
 
 
 def report(cublas_us: float | None, version: str | None, absent: str | None) -> KernelReport:
-    qkv = Kind("decode_q5_0_128e", ("attn_norm", "attn_q"), 24, (66, 1, 1), 1_234_567, 0, 2.5, 493.8, 12.3, cublas_us)
-    sample = Kind("sample_max", ("sample",), 1, (132, 1, 1), 0, 0, 7.0, None, None, None)
-    return KernelReport("GPU", "fused", 4000.0, version, absent, (Step(8, 64, 25, 60.0, 67.0, -7.0, (qkv, sample)),))
+    qkv = Kind("decode_q5_0_128e", ("attn_norm", "attn_q"), 24, (66, 1, 1), 1_234_567, 0, 2.5, 493.8, 12.3,
+               78.9, cublas_us)  # fmt: skip
+    sample = Kind("sample_max", ("sample",), 1, (132, 1, 1), 0, 0, 7.0, None, None, None, None)
+    return KernelReport("GPU", "fused", 4000.0, version, absent, (Step(8, 64, 0, 25, 60.0, 67.0, -7.0, (qkv, sample)),))
 
 
 def test_the_table_is_aligned_and_adds_up():
@@ -40,9 +41,11 @@ def test_the_table_is_aligned_and_adds_up():
         head == "kernels of GPU, fused lowering; copy 4000 GB/s; cuBLAS 13.1.2"
         and title == "decode of 8 at position 64"
     )
-    assert " ".join(names.split()) == "kernel ops launches grid MB each us each GB/s of copy us a step cuBLAS us"
+    assert (
+        " ".join(names.split()) == "kernel ops launches grid MB each us each GB/s of copy TFLOP/s us a step cuBLAS us"
+    )
     assert rows[0].split() == ["decode_q5_0_128e", "attn_norm", "attn_q", "24", "66x1x1", "1.23", "2.50", "494", "12",
-                               "%", "60.0", "5.25"]  # fmt: skip
+                               "%", "79", "60.0", "5.25"]  # fmt: skip
     assert rows[1].split() == ["sample_max", "sample", "1", "132x1x1", "0.00", "7.00", "7.0"]
     assert [row.split()[-1] for row in rows[2:]] == ["67.0", "-7.0", "60.0"] and rows[4].startswith("the step")
     end = names.index("us a step") + len("us a step")

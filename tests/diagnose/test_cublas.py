@@ -81,7 +81,7 @@ def test_a_call_has_the_arguments_that_c_expects(library):
     handle = Cublas(library, context, STREAM)
     assert handle.version == "13.2.3" and seen.created == 1
     handle.product(0x7E0000000010, 0x7E0000000020, 0x7E0000000030, 3, 500, 70)
-    assert [getattr(seen, name) for name in NUMBERS] == [1, 0, 500, 3, 70, 2, 70, 2, 70, 0, 500, 68, -1]
+    assert [getattr(seen, name) for name in NUMBERS] == [1, 0, 500, 3, 70, 14, 70, 14, 70, 0, 500, 68, -1]
     assert (seen.c, seen.a, seen.b) == (0x7E0000000010, 0x7E0000000020, 0x7E0000000030)
     assert (seen.alpha, seen.beta, seen.handle, seen.stream) == (1.0, 0.0, 0x123456789ABC, STREAM.pointer)
     assert (seen.workspace, seen.workspace_bytes) == (0x7F0000000000, 64 << 20)

@@ -20,6 +20,7 @@ from worker_orcd.diagnose import bench_kernels, cublas
 from worker_orcd.diagnose.bench import Bench
 from worker_orcd.errors import CudaError, InsufficientVram, InternalError, InvalidRequest
 from worker_orcd.models import ops
+from worker_orcd.runtime import devices
 
 pytestmark = pytest.mark.skipif(
     not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists(),
@@ -56,7 +57,7 @@ class FakeCublas:
 
     def product(self, handle, a_op, b_op, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, *rest):
         assert handle.value == 77 and (a_op, b_op) == (1, 0) and (lda, ldb, ldc) == (k, k, m)
-        assert (a_type, b_type, c_type) == (2, 2, 0) and rest == (68, -1)
+        assert (a_type, b_type, c_type) == (14, 14, 0) and rest == (68, -1)
         for address, size in ((a, 2 * m * k), (b, 2 * n * k), (c, 4 * n * m)):  # all of it is device memory
             ctypes.string_at(address.value + size - 1, 1)
         self.shapes.append((n, m, k))
@@ -145,6 +146,46 @@ def test_kinds_are_the_launches_of_a_step(name, how, goldens_dir, monkeypatch, n
         assert "no cuBLAS (cuBLAS is not installed)" in text and "cuBLAS us" not in text
         assert text.count("between them") == text.count("the step ") == 3 and max(map(len, text.splitlines())) < 200
     assert leftovers() == NOTHING
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kinds_of_a_prompt_are_the_launches_of_its_step(name, goldens_dir, monkeypatch, no_cublas):
+    """Each launch once, and every product of a matrix and every visible key counted once."""
+    monkeypatch.setattr(devices, "default_batch_tokens", lambda device, max_batch: 44)
+    with Bench(str(goldens_dir / f"{name}.gguf"), "cuda:0", 48, 2) as bench:
+        report = bench_kernels.measure(bench, (), 48, 1000.0, prompts=(40, 48, 40))
+        plan = bench.plan
+        assert [(step.batch, step.n_prompt) for step in report.steps] == [(1, 0), (1, 40), (1, 44)]
+        step = report.steps[1]
+        with recorded() as launched:
+            parts = bench.prompt_parts(40)
+            parts.graph(range(len(parts.launches))).close()
+        assert [launch.kernel for launch in launched if launch.captured] == [launch.kernel for launch in parts.launches]
+        assert step.launches == len(parts.launches) == sum(kind.launches for kind in step.kinds)
+    attention = sum(
+        4 * op.n_head * op.head_dim * min(i + 1, op.window or 40)
+        for op in plan.ops if isinstance(op, ops.Attention) for i in range(40)
+    )  # fmt: skip
+    products = 0
+    for op in plan.ops:
+        if isinstance(op, ops.MatMul | ops.ExpertMatMul):
+            k, n_out = plan.weights[op.weight].shape[:2]
+            rows = 1 if plan.buffers[op.out.buf].rows == "outputs" else 40
+            products += 2 * k * n_out * rows * (op.n_used if isinstance(op, ops.ExpertMatMul) else 1)
+    found = sum(1e6 * kind.tflops * kind.us * kind.launches for kind in step.kinds if kind.tflops is not None)
+    assert math.isclose(found, attention + products, rel_tol=1e-9)
+    assert {kind.kernel.split("_")[0] for kind in step.kinds if kind.tflops is None}.isdisjoint({"wgmma", "matmul"})
+    text = bench_kernels.as_text(report)
+    assert "prompt of 40\n" in text and "decode of 1 at position 24\n" in text and "TFLOP/s" in text
+    assert leftovers() == NOTHING
+
+
+def test_parts_of_a_prompt_that_no_step_takes_are_refused(goldens_dir):
+    with Bench(str(goldens_dir / "llama-Q4_0.gguf"), "cuda:0", 48, 3) as bench:
+        bench.engine.set_slot(0, SamplingParams(temperature=0.0, seed=1))
+        for tokens in ([], [0] * (bench.engine.config.max_batch_tokens + 1), [-1], [bench.plan.n_vocab]):
+            with pytest.raises(InvalidRequest):
+                bench.engine.prompt_parts(np.array(tokens, np.int32))
 
 
 def test_graphs_launch_what_the_step_does(goldens_dir):
@@ -259,7 +300,7 @@ def test_the_command_tells_and_writes_it(goldens_dir, call, no_cublas):
     code, out, err = call(*args, "--json")
     assert code == 0, err
     steps = json.loads(out)["kernels"]["steps"]
-    assert [step["batch"] for step in steps] == [1, 2] and len(steps[0]["kinds"]) > 6
+    assert [(step["batch"], step["n_prompt"]) for step in steps] == [(1, 0), (2, 0)] and len(steps[0]["kinds"]) > 6
     assert {"kernel", "ops", "launches", "grid", "us", "percent_of_copy"} < set(steps[0]["kinds"][0])
     code, out, err = call(*args)
     assert code == 0 and "decode of 2 at position 16" in out and "attn_norm attn_q attn_k" in out

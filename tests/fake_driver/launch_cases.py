@@ -14,6 +14,7 @@ from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
+from worker_orcd.cuda import lowering
 from worker_orcd.cuda.layout import chunk_columns
 from worker_orcd.cuda.lowering import lower
 from worker_orcd.engine.protocol import Batch, EngineConfig
@@ -175,8 +176,10 @@ def test_plain_lowering_launches_every_op_by_itself(name, goldens_dir, monkeypat
         assert llm.info.lowering == "plain"
 
 
-def test_a_layer_of_experts_is_three_launches_of_few_rows(goldens_dir):
+@pytest.mark.parametrize("many", lowering.MANY_ROWS)
+def test_a_layer_of_experts_is_three_launches_of_few_rows(many, goldens_dir, monkeypatch):
     """And with prompt rows beside them or many decode rows those that all of them can share."""
+    monkeypatch.setenv(lowering.MANY_ROWS_VARIABLE, many)
     with ModelFile(goldens_dir / "gpt-oss-MXFP4.gguf") as file, _driver.Context(0) as context:
         built = plan.build(file)
         config = EngineConfig(12, 64, 256, tuple(16 for _ in built.kv_groups))
@@ -190,27 +193,32 @@ def test_a_layer_of_experts_is_three_launches_of_few_rows(goldens_dir):
             tokens, outputs = np.zeros(n, np.int32), np.arange(n_decode, dtype=np.int32)
             with recorded() as launches:
                 engine.step(Batch(tokens, positions, slots, n_decode, outputs))
-            return [one for one in launches if one.kernel.startswith(("route_", "expert_"))]
+            return [one for one in launches if one.kernel.startswith(("route_", "expert_", "wgmma_experts_"))]
 
-        for n in (1, 2, 8):
-            launches = step(n, 0)
+        few_mixes, other_mixes = [(1, 0), (2, 0), (8, 0)], [(2, 7), (9, 0)]
+        (few_mixes if many == "wgmma" else other_mixes).append((0, 7))
+        for n_decode, n_prompt in few_mixes:
+            launches = step(n_decode, n_prompt)
             assert len(launches) == 3 * built.n_layer
             for route, up, down in zip(launches[::3], launches[1::3], launches[2::3], strict=True):
-                assert route.kernel == "route_few_f32" and route.grid[0] == route.fields["n_logit_blocks"] + n
+                n_rows = n_decode + n_prompt
+                assert route.kernel == "route_few_f32" and route.grid[0] == route.fields["n_logit_blocks"] + n_rows
                 assert route.fields["route.list.items"] == up.fields["list.items"] == down.fields["list.items"]
                 assert (up.fields["mode"], down.fields["mode"]) == (2, 3)
                 assert up.fields["rows"] == route.fields["convert.out"] and not up.fields["x"]
                 assert down.fields["x"] == up.fields["out"] and down.fields["x_slot_stride"] == down.fields["k"]
                 assert (up.fields["holds_next"], up.fields["has_list"]) == (1, 0)
                 assert (down.fields["holds_next"], down.fields["has_list"]) == (0, 1)
-        for n_decode, n_prompt in ((2, 7), (9, 0), (0, 7)):
+        for n_decode, n_prompt in other_mixes:
             launches = step(n_decode, n_prompt)
             kernels = [one.kernel for one in launches]
             assert not any(kernel.startswith("route_few_") for kernel in kernels)
             assert kernels.count("expert_sum") == built.n_layer
             few = [one.fields for one in launches if one.kernel.startswith("expert_few_")]
-            assert len(few) == (2 * built.n_layer if n_decode == 2 else 0)
+            assert len(few) == (2 * built.n_layer if n_decode == 2 and many == "mma" else 0)
             assert not any(one["holds_next"] or one["has_list"] or one["mode"] == 3 for one in few)
+            of_all_rows = [kernel for kernel in kernels if kernel.startswith("wgmma_experts_")]
+            assert len(of_all_rows) == (2 * built.n_layer if many == "wgmma" else 0)
         engine.close()
 
 
@@ -242,15 +250,19 @@ def test_ops_of_both_lowerings_run_in_turns(tiny):
 
 
 @pytest.mark.parametrize("name", ["llama-Q4_K_M", "phi3-Q8_0", "gpt2-Q8_0"])
-@pytest.mark.parametrize(("n_decode", "n_prompt"), [(1, 0), (2, 0), (8, 0), (9, 0), (16, 0), (0, 70), (1, 5), (3, 70)])
+@pytest.mark.parametrize(
+    ("n_decode", "n_prompt"),
+    [(1, 0), (2, 0), (8, 0), (9, 0), (16, 0), (64, 0), (65, 0), (0, 70), (1, 5), (3, 70), (100, 20)],
+)
 def test_products_take_each_row_once(name, n_decode, n_prompt, goldens_dir, monkeypatch):
-    """Without products of warpgroups: decode rows by decode_* or matvec_*, prompt rows by matmul_*, of rows that were
-    converted once; or not at all, where a single decode row is converted by its product."""
+    """Without products of warpgroups: decode rows by decode_* or matvec_*, prompt rows, and all where there are more
+    than 64 decode rows, by matmul_*, of rows that were converted once; or not at all, where a single decode row is
+    converted by its product."""
     monkeypatch.setenv("WORKER_ORCD_MANY_ROWS", "mma")
     n = n_decode + n_prompt
     with ModelFile(goldens_dir / f"{name}.gguf") as file, _driver.Context(0) as context:
         built = plan.build(file)
-        engine = _engine.CudaEngine(file, built, EngineConfig(17, 128, 256, tuple(80 for _ in built.kv_groups)),
+        engine = _engine.CudaEngine(file, built, EngineConfig(101, 128, 256, tuple(80 for _ in built.kv_groups)),
                                     context=context)  # fmt: skip
         engine.block_tables[:] = np.arange(4)
         positions = np.r_[np.full(n_decode, 7), np.arange(n_prompt)].astype(np.int32)
@@ -259,6 +271,9 @@ def test_products_take_each_row_once(name, n_decode, n_prompt, goldens_dir, monk
             engine.step(Batch(np.ones(n, np.int32), positions, slots, n_decode, np.array([n - 1], np.int32)))
         engine.close()
     layers = step[: next(i for i, launch in enumerate(step) if launch.kernel.startswith("gather_rows"))]
+    assert any(launch.kernel.startswith("attention_decode") for launch in layers) == (n_decode > 0)
+    if n_decode > 64:
+        n_decode, n_prompt = 0, n
     inline = n_decode == 1 and name != "gpt2-Q8_0"  # products take in RMS norms only
     conversion, rows, seen = None, None, set()
     for launch in layers:
@@ -400,7 +415,7 @@ def test_after_a_warm_up_no_launch_is_the_first_of_its_kernel(name, max_seqs, go
             engine.forward(Batch(every, every, 0 * every, 0, every))
     launched = {launch.kernel for launch in later}
     assert not launched - before and len(later) > 1000
-    families = ("wgmma_", "expert_matmul_") if "gpt-oss" in name else ("wgmma_",)
+    families = ("wgmma_", "wgmma_experts_") if "gpt-oss" in name else ("wgmma_",)
     for family in families if max_seqs > 1 else ():
         kinds = {kernel for kernel in launched if kernel.startswith(family)}
         assert len(kinds) > 1, "not a family of tiles of several sizes"

@@ -22,8 +22,8 @@ _WATCHER = ctypes.CFUNCTYPE(
 #: beginning of a kernel's name -> its parameter struct
 PARAMS = {
     "repack_": "RepackParams", "rows_": "RowsParams", "convert_": "ConvertParams", "decode_": "DecodeParams",
-    "matvec_": "MatvecParams", "matmul_": "MatmulParams", "wgmma_experts_": "ManyExpertRowsParams", "wgmma_": "ManyRowsParams", "norm_": "NormParams",
-    "rope_kv": "RopeKvParams",
+    "matvec_": "MatvecParams", "matmul_": "MatmulParams", "wgmma_experts_": "ManyExpertRowsParams",
+    "wgmma_": "ManyRowsParams", "norm_": "NormParams", "rope_kv": "RopeKvParams",
     "attention_decode_": "AttentionDecodeParams", "attention_prefill_": "AttentionPrefillParams",
     "glu": "PointwiseParams", "act_": "PointwiseParams", "add": "PointwiseParams", "gather_rows": "PointwiseParams",
     "sample_": "SampleParams", "route_few_": "RouteFewParams", "route_": "RouteParams",

@@ -430,6 +430,29 @@ def test_the_residency_check_finds_managed_memory(goldens_dir):
         engine.close()
 
 
+@pytest.mark.parametrize("many_rows", lowering.MANY_ROWS)
+@pytest.mark.parametrize("name", ["qwen2-Q4_K_M", "phi3-swa-Q8_0", "gpt-oss-MXFP4_MOE"])
+def test_a_crowd_of_256_equals_each_alone(name, many_rows, goldens_dir, monkeypatch):
+    """Ids and log-probabilities, greedy and drawn, on warpgroup products and without: whatever else is in the steps."""
+    rng = np.random.default_rng(0)
+    path = goldens_dir / f"{name}.gguf"
+    with LLM(path, device="cuda:0", max_seqs=1, context_length=128, progress=False, prefix_cache=False) as llm:
+        prompts = [rng.integers(3, llm.info.n_vocab, int(rng.integers(1, 60))).tolist() for _ in range(256)]
+        params = [
+            SamplingParams(max_tokens=int(rng.integers(1, 40)), temperature=(0.0, 0.9)[i % 2], seed=i, ignore_eos=True,
+                           logprobs=(None, 2)[i % 3 == 0])
+            for i in range(256)
+        ]  # fmt: skip
+        some = range(0, 256, 17)
+        alone = [llm.generate([prompts[i]], params[i])[0] for i in some]
+    monkeypatch.setenv(lowering.MANY_ROWS_VARIABLE, many_rows)
+    with LLM(path, device="cuda:0", max_seqs=256, context_length=128, progress=False) as llm:
+        for _ in range(2):  # the second finds the prompts in the cache
+            crowd = llm.generate(prompts, params)
+            for i, right in zip(some, alone, strict=True):
+                assert (crowd[i].token_ids, crowd[i].logprobs) == (right.token_ids, right.logprobs), f"prompt {i}"
+
+
 @pytest.mark.parametrize("name", ["qwen2-Q4_K_M", "gpt-oss-MXFP4"])
 def test_many_requests_together_equal_each_alone(name, goldens_dir):
     rng = np.random.default_rng(5)

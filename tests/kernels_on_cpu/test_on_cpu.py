@@ -51,12 +51,16 @@ RUNS = {
     ],
     "sampling": [str(GPU / "test_sample.py"), "-k", "(not filters_on_rows and not frequencies) or (filters and 300-)"],
     "norm, rotation": [str(GPU / "test_norm_rope.py")],
+    "products of warpgroups": [str(GPU / "test_matmul.py"), "-k", "warpgroups and (Q4_K or MXFP4)"],
+    "experts of warpgroups": [str(GPU / "test_experts.py"), "-k", "products_of_warpgroups and MXFP4"],
     "mistakes": [str(HERE / "bad_kernel_cases.py")],
 }
 #: runs that come again with blocks, warps and threads in another order
 IN_ANOTHER_ORDER = {
     "mistakes": RUNS["mistakes"],
     "products": [str(GPU / "test_matmul.py"), "-k", "(decode_product or prefill_product) and (Q4_K or Q8_0 or F16)"],
+    "products of warpgroups": [str(GPU / "test_matmul.py"), "-k", "warpgroups and Q4_K"],
+    "experts of warpgroups": [str(GPU / "test_experts.py"), "-k", "products_of_warpgroups and Q8_0"],
     "attention": [str(GPU / "test_attention.py"), "-k", "test_decode and not 131072"],
     "experts": [str(GPU / "test_experts.py"), "-k", "(list and not 2048) or (gated and MXFP4)"],
     "sampling": [str(GPU / "test_sample.py"), "-k", "test_tokens_follow_the_rule and not 151936 and not 201088"],

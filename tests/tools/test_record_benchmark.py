@@ -23,8 +23,9 @@ REPORT = {
     "kernels": {
         "gpu": "NVIDIA H200",
         "steps": [
-            {"batch": 1, "kinds": [KIND, {**KIND, "ops": ["sample"], "launches": 1}]},
-            {"batch": 8, "kinds": [{**KIND, "kernel": "convert_rows", "us": 1.0}, KIND]},
+            {"batch": 1, "n_prompt": 0, "kinds": [KIND, {**KIND, "ops": ["sample"], "launches": 1}]},
+            {"batch": 8, "n_prompt": 0, "kinds": [{**KIND, "kernel": "convert_rows", "us": 1.0}, KIND]},
+            {"batch": 1, "n_prompt": 512, "kinds": [KIND]},  # `phase_us` is of decode steps
         ],
     },
 }  # fmt: skip

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @option(
     "--streams", type=click.IntRange(1, 1024), default=64, metavar="N", help="Streams of --http that are open together."
 )
-@option("--kernels", is_flag=True, help="Time each kind of launch of a decode step too, beside a copy and cuBLAS.")
+@option("--kernels", is_flag=True, help="Time each kind of launch of a step too, beside a copy and cuBLAS.")
 @device_option
 @threads_option
 @vram_options

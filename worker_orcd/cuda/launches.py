@@ -371,14 +371,16 @@ class Launches:
         n_outs = tuple(part.out.width for part in parts)
         matvecs = [
             self._bound("matvec", layout.matvec_launch(type_id, k, n_outs, n, n_sm=n_sm, max_smem=max_smem))
-            for n in range(layout.DECODE_ROWS + 1, memory.MAX_OUT + 1)
+            for n in range(layout.DECODE_ROWS + 1, layout.MATVEC_ROWS + 1)
         ]
 
         def prefill(n_out: int, n_rows: int) -> Bound:
             return self._bound("matmul", layout.matmul_launch(type_id, k, n_out, n_rows, n_sm))
 
         outputs = self.is_output(parts[0].out)
-        if not outputs:  # a name that the image lacks is an error now and not in a step
+        if (
+            not outputs or self.config.max_seqs > layout.MATVEC_ROWS
+        ):  # a name that the image lacks is an error now and not in a step
             for small in (False, True):
                 name = f"matmul_{layout.kernel_suffix(type_id)}" + ("_small" if small else "")
                 self.kernel("matmul", name, layout.matmul_stages(type_id, small)[2])
@@ -437,7 +439,7 @@ class Launches:
         decode, prefill = (
             expert_layout.list_parts(region.address, n * op.n_used, op.n_expert)
             for region, n in (
-                (space.decode_list, memory.MAX_OUT),
+                (space.decode_list, layout.MATVEC_ROWS),
                 (space.prefill_list, memory.padded_batch_tokens(self.config)),
             )
         )
@@ -536,7 +538,7 @@ class Launches:
         decode = [
             self._bound("experts_decode", expert_layout.decode_launch(
                 type_id, k, n_out, n_matrices, n, n_used, n_expert, n_sm=n_sm))
-            for n in range(layout.DECODE_ROWS + 1, memory.MAX_OUT + 1)
+            for n in range(layout.DECODE_ROWS + 1, layout.MATVEC_ROWS + 1)
         ]  # fmt: skip
 
         def prefill(n_rows: int, item_rows: int | None = None) -> Bound:

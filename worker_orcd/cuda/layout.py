@@ -24,8 +24,9 @@ ROW_SCALED = frozenset({"F32", "BF16", "MXFP4"})
 PIECE = 256
 #: rows of a decode_* launch
 DECODE_ROWS = 8
-#: tiles of 8 rows that one matvec_* launch can take, by kernel variant
-MATVEC_TILES = (2, 4, 8)
+#: tiles of 8 rows that one matvec_* launch can take, by kernel variant, and the most rows; where a step has more decode
+#: rows, products take them for prompt rows
+MATVEC_TILES, MATVEC_ROWS = (2, 4, 8), 64
 #: most warps of a block of decode_*: of variants 128, 256, 256e and 256e1; of 128e, 128e1 and `long`
 DECODE_WARPS, DECODE_FEW_WARPS = 19, 16
 #: shared memory that the weight rings of a decode_* block are cut to (but two slots each): more weights on the way keep

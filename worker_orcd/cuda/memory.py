@@ -21,8 +21,8 @@ from worker_orcd.models.plan import Plan
 ALIGN = 256
 #: of matrices, whose packed tiles are multiples of a memory sector; of vectors, which are read 16 bytes at a time
 MATRIX_ALIGN, VECTOR_ALIGN = 32, 16
-#: most rows of one matvec launch, and of the output rows of one pass
-MAX_OUT = 64
+#: output rows of a pass, at least: what a step may have, which is one for each sequence, may be more
+OUTPUT_ROWS = 64
 #: device memory beside the arenas: kernels, graphs, and what the driver takes for them
 RESERVE_BYTES = 32 << 20
 #: bytes of a slot's sampling parameters on the device
@@ -99,7 +99,7 @@ class Routing:
 class Sampling:
     """Scratch and state of sampling; the names are those of csrc/params/sample_params.h.
 
-    `slots` and `positions` are int32 [MAX_OUT], those of the output rows where a step is no decode step.
+    `slots` and `positions` are int32 [output_rows], those of the output rows where a step is no decode step.
     """
 
     best: Region
@@ -125,7 +125,7 @@ class Workspace:
 
     Attributes:
         nbytes: of the whole arena.
-        buffers: float32 [rows or MAX_OUT, width], the plan's activations, by name.
+        buffers: float32 [rows or output_rows, width], the plan's activations, by name.
         tokens, positions, slots, output_indices: int32 [rows].
         rope_tables: int32 [max_seqs].
         tiles: `AttentionTile` [rows + max_seqs].
@@ -253,6 +253,11 @@ def padded_batch_tokens(config: EngineConfig) -> int:
     return -(-config.max_batch_tokens // 128) * 128
 
 
+def output_rows(config: EngineConfig) -> int:
+    """Most output rows of a pass: of decode steps too, which are captured for some numbers of rows only."""
+    return max(OUTPUT_ROWS, -(-config.max_seqs // 32) * 32)
+
+
 def workspace_arena(
     plan: Plan, config: EngineConfig, max_splits: dict[int, int], heads: int, split_rows: int, sample: SampleScratch
 ) -> Workspace:
@@ -265,7 +270,7 @@ def workspace_arena(
         split_rows: most rows of a decode attention launch whose splits go through the workspace.
         sample: scratch of sampling.
     """
-    end, rows = _End(), padded_batch_tokens(config)
+    end, rows, n_out = _End(), padded_batch_tokens(config), output_rows(config)
     split_rows = min(split_rows, config.max_seqs)
     attention = [op for op in plan.ops if isinstance(op, Attention)]
     partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
@@ -273,9 +278,7 @@ def workspace_arena(
     # the order of the fields here is that of the regions
     workspace = Workspace(
         nbytes=0,
-        buffers={
-            b.name: end.add((rows if b.rows == "tokens" else MAX_OUT) * b.width * 4) for b in plan.buffers.values()
-        },
+        buffers={b.name: end.add((rows if b.rows == "tokens" else n_out) * b.width * 4) for b in plan.buffers.values()},
         tokens=end.add(rows * 4),
         positions=end.add(rows * 4),
         slots=end.add(rows * 4),
@@ -289,19 +292,19 @@ def workspace_arena(
         converted=end.add((rows + layout.MATMUL_TILE_ROWS) * max(inputs)),
         routing=_routing(end, plan, rows),
         sampling=Sampling(
-            best=end.add(MAX_OUT * sample.best),
-            arrived=end.add(MAX_OUT * sample.arrived),
-            group_keys=end.add(MAX_OUT * sample.group_keys),
-            group_weights=end.add(MAX_OUT * sample.group_weights),
-            bin_weights=end.add(MAX_OUT * sample.bin_weights),
-            bin_counts=end.add(MAX_OUT * sample.bin_counts),
+            best=end.add(n_out * sample.best),
+            arrived=end.add(n_out * sample.arrived),
+            group_keys=end.add(n_out * sample.group_keys),
+            group_weights=end.add(n_out * sample.group_weights),
+            bin_weights=end.add(n_out * sample.bin_weights),
+            bin_counts=end.add(n_out * sample.bin_counts),
             samples=end.add(config.max_seqs * SLOT_SAMPLING_BYTES),
             edits=end.add(config.max_seqs * MAX_WORDS * 4),
             history=end.add(config.max_seqs * HISTORY_WORDS * 4),
             seen=end.add(config.max_seqs * -(-plan.n_vocab // 32) * 4),
             counts=end.add(config.max_seqs * plan.n_vocab * 4),
-            slots=end.add(MAX_OUT * 4),
-            positions=end.add(MAX_OUT * 4),
+            slots=end.add(n_out * 4),
+            positions=end.add(n_out * 4),
             done=end.add(4),
             step=end.add(8),
         ),
@@ -319,7 +322,7 @@ def _routing(end: _End, plan: Plan, rows: int) -> Routing | None:
         roots=end.add(4 * rows),
         arrived=end.add(4),
         mixed=end.add(4 * max(layout.n_row_tiles(op.n_out) for op in plan.ops if isinstance(op, ExpertMatMul))),
-        decode_list=end.add(expert_layout.list_bytes(MAX_OUT * n_used, n_expert)),
+        decode_list=end.add(expert_layout.list_bytes(layout.MATVEC_ROWS * n_used, n_expert)),
         prefill_list=end.add(expert_layout.list_bytes(rows * n_used, n_expert)),
     )
 

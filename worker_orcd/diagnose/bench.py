@@ -256,6 +256,12 @@ class Bench:
         engine: Any = self.engine
         return engine.decode_parts(slots, self._first_ids[:batch], np.full(batch, position, np.int32), n_steps)
 
+    def prompt_parts(self, n_tokens: int) -> Any:
+        """The step of the first `n_tokens` of a prompt as the `PromptParts` of a GPU's engine."""
+        self.engine.set_slot(0, _GREEDY)
+        engine: Any = self.engine
+        return engine.prompt_parts(self._ids[:n_tokens])
+
 
 def distinct_share(fed: np.ndarray) -> float:
     """Different tokens of a step over the sequences in it, mean over the steps of `fed`, int32 [n_steps, batch]."""
@@ -271,7 +277,7 @@ class Measurements:
         n_decode: tokens to decode; 0 for none.
         batches: numbers of sequences to decode together.
         repeat: how often each test is timed, after one untimed run.
-        kernels: measure the launches of a decode step too, on a GPU.
+        kernels: measure the launches of steps too, on a GPU.
     """
 
     prompts: Sequence[int]
@@ -347,7 +353,7 @@ def run(
                 report.results.append(_decode(bench, n, batch, asked.repeat, bandwidth))
         if asked.kernels:
             assert bandwidth is not None, "a GPU's engine measures it"
-            kernels = bench_kernels.measure(bench, asked.batches, asked.n_decode, bandwidth, progress)
+            kernels = bench_kernels.measure(bench, asked.batches, asked.n_decode, bandwidth, progress, asked.prompts)
             report = replace(report, kernels=kernels)
     return report
 

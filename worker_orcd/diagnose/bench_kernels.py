@@ -1,4 +1,5 @@
-"""Where a decode step's time goes on a GPU: each kind of launch by itself, beside what bounds it.
+"""Where the time of a step goes on a GPU, a decode step or one of a prompt: each kind of launch by itself, beside what
+bounds it.
 
 Launches of a step that run one kernel over one grid, for ops of one name in different layers, are a kind. A graph holds
 all launches of a kind, in the order of the step and with its dependencies, each with its own layer's weights. It is
@@ -12,12 +13,15 @@ it gains by their overlap, and what it takes more is lost between them.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from worker_orcd.cuda import lowering
 from worker_orcd.cuda.memory import Region
@@ -45,7 +49,7 @@ CUBLAS_MATRICES, CUBLAS_BYTES = 32, 512 << 20
 
 @dataclass(frozen=True)
 class Kind:
-    """Launches of one kind in a decode step.
+    """Launches of one kind in a step.
 
     Attributes:
         kernel: its name.
@@ -56,7 +60,9 @@ class Kind:
         kv_bytes: of the KV cache that a launch reads.
         us: of a launch.
         gb_per_s, percent_of_copy: of these bytes; of the copy bandwidth. None where there are none.
-        cublas_us: of a cuBLAS product of float16 matrices of the same shape; None where it is no product, or there was
+        tflops: of products of matrices and of a prompt's attention, two operations a product and its addition; None of
+            others.
+        cublas_us: of a cuBLAS product of bfloat16 matrices of the same shape; None where it is no product, or there was
             no cuBLAS or no memory for it.
     """
 
@@ -69,16 +75,18 @@ class Kind:
     us: float
     gb_per_s: float | None
     percent_of_copy: float | None
+    tflops: float | None
     cublas_us: float | None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step of `batch` sequences at `position`: `us` by itself, `kinds_us` by the sum of its kinds;
-    `between_us` is the difference, less than zero where kinds overlap."""
+    """A decode step of `batch` sequences at `position`, or one of a prompt's first `n_prompt` tokens: `us` by itself,
+    `kinds_us` by the sum of its kinds; `between_us` is the difference, less than zero where kinds overlap."""
 
     batch: int
     position: int
+    n_prompt: int
     launches: int
     us: float
     kinds_us: float
@@ -116,9 +124,16 @@ def check_device(device: str) -> None:
         raise InvalidRequest("--kernels measures launches of a GPU, and the device is the CPU", field="kernels")
 
 
-def measure(bench: Bench, batches: Iterable[int], n_tokens: int, copy_gb_per_s: float,
-            progress: Callable[[str], None] = lambda text: None) -> KernelReport:  # fmt: skip
-    """Measure a step of one sequence and of each of `batches`, in the middle of `n_tokens` positions.
+def measure(
+    bench: Bench,
+    batches: Iterable[int],
+    n_tokens: int,
+    copy_gb_per_s: float,
+    progress: Callable[[str], None] = lambda text: None,
+    prompts: Iterable[int] = (),
+) -> KernelReport:
+    """Measure a step of one sequence and of each of `batches`, in the middle of `n_tokens` positions, and one of each
+    of `prompts`, of which no more tokens count than a step takes.
 
     Raises:
         InsufficientVram: there is no room to empty the L2 cache.
@@ -133,7 +148,12 @@ def measure(bench: Bench, batches: Iterable[int], n_tokens: int, copy_gb_per_s: 
         for batch in sorted({1, *batches}):
             progress(f"kernels x {batch}")
             parts = bench.decode_parts(batch, position, n_steps)
-            steps.append(_step(engine, bench.plan, parts, timer, yardstick, batch, position, n_steps, copy_gb_per_s))
+            rows = _Rows(batch, batch, position, 0)
+            steps.append(_step(engine, bench.plan, parts, timer, yardstick, rows, n_steps, copy_gb_per_s))
+        for n in sorted({min(n, engine.config.max_batch_tokens) for n in prompts}):
+            progress(f"kernels of {n}")
+            rows = _Rows(n, 1, 0, n)
+            steps.append(_step(engine, bench.plan, bench.prompt_parts(n), timer, yardstick, rows, 4, copy_gb_per_s))
         version, absent = yardstick.version, yardstick.absent
     return KernelReport(engine.context.name, engine.lowering, copy_gb_per_s, version, absent, tuple(steps))
 
@@ -222,7 +242,7 @@ class _Yardstick:
             closing(timer.context.allocate(4 * n_rows * n_out, "bench")) as out,
         ):
             for memory in (w, x):
-                memory.fill(0x11)  # float16 of 0.0006
+                _fill(memory, timer)
 
             def products() -> None:
                 for i in range(n):
@@ -246,8 +266,30 @@ class _Yardstick:
             self._handle = None
 
 
-def _step(engine: Any, plan: Plan, parts: Any, timer: _Timer, yardstick: _Yardstick, batch: int, position: int,
-          n_steps: int, copy_gb_per_s: float) -> Step:  # fmt: skip
+def _fill(memory: Any, timer: _Timer) -> None:
+    """Bfloat16 numbers as weights and activations have them: what multiplying takes of a GPU's power, and so of its
+    speed, depends on the numbers."""
+    rng, most = np.random.default_rng(0), 1 << 22
+    floats = rng.standard_normal(min(most, memory.nbytes // 2), np.float32)
+    some = (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    memory.copy_from(some)
+    for at in range(len(some), memory.nbytes, len(some)):
+        timer.stream.copy(memory.pointer + at, memory.pointer, min(len(some), memory.nbytes - at))
+    timer.stream.synchronize()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Of a step: how many rows it has, and what of `Step` they are."""
+
+    n: int
+    batch: int
+    position: int
+    n_prompt: int
+
+
+def _step(engine: Any, plan: Plan, parts: Any, timer: _Timer, yardstick: _Yardstick, rows: _Rows, n_steps: int,
+          copy_gb_per_s: float) -> Step:  # fmt: skip
     """One step, measured."""
     launches: list[StepLaunch] = parts.launches
     kinds = []
@@ -259,41 +301,45 @@ def _step(engine: Any, plan: Plan, parts: Any, timer: _Timer, yardstick: _Yardst
             timer.run(whole)
             parts.reset()
 
-        for which, members in _kinds(plan, engine.ops, launches, engine.memory.weights.tensors, batch).items():
+        for which, members in _kinds(plan, engine.ops, launches, engine.memory.weights.tensors, rows).items():
             begin()
-            n_bytes = which.weight_bytes + (kv_bytes := _kv_bytes(plan, which.window, batch, position))
+            kv_bytes = _kv_bytes(plan, which.window, rows.batch, rows.position)
+            n_bytes = which.weight_bytes + kv_bytes
             least = FEW_LAUNCHES if n_bytes <= FEW_BYTES else LARGE_LAUNCHES if n_bytes >= LARGE_BYTES else 1
             again = max(1, -(-least // len(members)))
             with closing(parts.graph(members * again)) as graph:
                 us = timer.cold_us(graph, parts.reset) / (again * len(members))
             rate = 1e-3 * n_bytes / us if n_bytes else None
-            product = which.product and yardstick.us(batch, *which.product)
+            product = which.product and yardstick.us(*which.product)
             kinds.append(
                 Kind(which.kernel, which.ops, len(members), which.grid, which.weight_bytes, kv_bytes, us, rate,
-                     None if rate is None else 100 * rate / copy_gb_per_s, product or None)
+                     None if rate is None else 100 * rate / copy_gb_per_s,
+                     1e-6 * which.operations / us if which.operations else None, product or None)
             )  # fmt: skip
         begin()
         us = timer.us(whole, n_steps)
         parts.reset()
     total = sum(kind.us * kind.launches for kind in kinds)
-    return Step(batch, position, len(launches), us, total, us - total, tuple(kinds))
+    return Step(rows.batch, rows.position, rows.n_prompt, len(launches), us, total, us - total, tuple(kinds))
 
 
 @dataclass(frozen=True)
 class _Which:
-    """What launches of a kind have in common: `product` (n_out, k) where it is one of matrices, `window` where it
-    reads the KV cache: of how many positions, 0 for all."""
+    """What launches of a kind have in common: `product` (rows, n_out, k) where it is one of matrices, `operations` of
+    products and of a prompt's attention, `window` where decode rows read the KV cache: of how many positions, 0 for
+    all."""
 
     kernel: str
     ops: tuple[str, ...]
     grid: tuple[int, int, int]
     weight_bytes: int
-    product: tuple[int, int] | None = None
+    operations: int = 0
+    product: tuple[int, int, int] | None = None
     window: int | None = None
 
 
 def _kinds(plan: Plan, ops: tuple[Op, ...], launches: Sequence[StepLaunch], regions: Mapping[str, Region],
-           batch: int) -> dict[_Which, list[int]]:  # fmt: skip
+           rows: _Rows) -> dict[_Which, list[int]]:  # fmt: skip
     """The launches of each kind by index; kinds come in the order of their first launch."""
     spans = dict(zip(ops, lowering.spans(plan, ops), strict=True))
     kinds: dict[_Which, list[int]] = {}
@@ -303,7 +349,7 @@ def _kinds(plan: Plan, ops: tuple[Op, ...], launches: Sequence[StepLaunch], regi
         span = () if op is None else spans[op]
         tensors = {name: regions[name] for part in span for name in _weights(plan, part)}
         for launch, names in zip(of_op, owners(of_op, tensors), strict=True):
-            kinds.setdefault(_which(plan, span, launch, names, regions, batch), []).append(at)
+            kinds.setdefault(_which(plan, span, launch, names, regions, rows), []).append(at)
             at += 1
     return kinds
 
@@ -329,20 +375,28 @@ def owners(launches: Sequence[StepLaunch], tensors: Mapping[str, Region]) -> lis
 
 
 def _which(plan: Plan, span: tuple[Op, ...], launch: StepLaunch, names: set[str], regions: Mapping[str, Region],
-           batch: int) -> _Which:  # fmt: skip
+           rows: _Rows) -> _Which:  # fmt: skip
     """The kind of a launch for the ops `span` that reads the tensors `names`."""
     converts = launch.kernel.startswith("convert_")
     mine = [op for op in span if (set(read) & names if (read := _weights(plan, op)) else not converts)]
-    n_bytes = sum(_share(plan, op, name, batch) * regions[name].nbytes
+    n_bytes = sum(_share(plan, op, name, rows.n) * regions[name].nbytes
                   for op in mine for name in _weights(plan, op) if name in names)  # fmt: skip
-    products = [plan.weights[op.weight].shape for op in mine if isinstance(op, MatMul) and op.weight in names]
+    multiplied = [op for op in mine if isinstance(op, MatMul | ExpertMatMul) and op.weight in names and not converts]
+    shapes = [plan.weights[op.weight].shape for op in multiplied if isinstance(op, MatMul)]
+    # of a prompt the last row alone has logits
+    n = 1 if rows.n_prompt and any(plan.buffers[op.out.buf].rows == "outputs" for op in multiplied) else rows.n
+    operations = sum(2 * n * math.prod(plan.weights[op.weight].shape[:2]) * getattr(op, "n_used", 1)
+                     for op in multiplied)  # fmt: skip
+    if launch.kernel.startswith("attention_prefill"):
+        operations = sum(_attention_operations(op, rows.n) for op in span if isinstance(op, Attention))
     reads_kv = launch.kernel.startswith("attention_decode")
     return _Which(
         launch.kernel,
         tuple(_short(op.name) for op in mine or span) or ("sample",),
         launch.grid,
         int(n_bytes),
-        (sum(shape[1] for shape in products), products[0][0]) if products and not converts else None,
+        operations,
+        (n, sum(shape[1] for shape in shapes), shapes[0][0]) if shapes else None,
         next((op.window for op in span if isinstance(op, Attention)), 0) if reads_kv else None,
     )
 
@@ -368,6 +422,12 @@ def _kv_bytes(plan: Plan, window: int | None, batch: int, position: int) -> int:
     return batch * kv_blocks.position_bytes(plan) * (min(position + 1, window) if window else position + 1)
 
 
+def _attention_operations(op: Attention, n: int) -> int:
+    """Of causal attention of a prompt of `n` tokens: two products of each query with each key that it sees."""
+    seen = sum(min(i + 1, op.window or n) for i in range(n))
+    return 4 * op.n_head * op.head_dim * seen
+
+
 def _short(name: str) -> str:
     """An op's name without its layer."""
     first, _, rest = name.partition(".")
@@ -385,7 +445,7 @@ def as_text(report: KernelReport) -> str:
         + (f" ({report.cublas_absent})" if report.cublas_absent else "")
     ]
     for step in report.steps:
-        head = ["launches", "grid", "MB each", "us each", "GB/s", "of copy", "us a step"]
+        head = ["launches", "grid", "MB each", "us each", "GB/s", "of copy", "TFLOP/s", "us a step"]
         rows = [_cells(kind) for kind in step.kinds]
         if report.cublas:
             head.append("cuBLAS us")
@@ -394,10 +454,11 @@ def as_text(report: KernelReport) -> str:
         for name, us in (("all kinds", step.kinds_us), ("between them", step.between_us), ("the step", step.us)):
             labels.append((name, ""))
             n = str(step.launches) if name == "the step" else ""
-            rows.append([n, *[""] * 5, f"{us:.1f}", *[""] * (len(head) - 7)])
+            rows.append([n, *[""] * 6, f"{us:.1f}", *[""] * (len(head) - 8)])
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         first, second = (max(len(label[i]) for label in labels) for i in (0, 1))
-        out += ["", f"decode of {step.batch} at position {step.position}"]
+        what = f"prompt of {step.n_prompt}" if step.n_prompt else f"decode of {step.batch} at position {step.position}"
+        out += ["", what]
         for label, row in zip([("kernel", "ops"), *labels], [head, *rows], strict=True):
             cells = "  ".join(f"{cell:>{width}s}" for cell, width in zip(row, widths, strict=True))
             out.append(f"{label[0]:{first}s}  {label[1]:{second}s}  {cells}".rstrip())
@@ -413,6 +474,7 @@ def _cells(kind: Kind) -> list[str]:
         f"{kind.us:.2f}",
         _number(kind.gb_per_s, 0),
         percent,
+        _number(kind.tflops, 0),
         f"{kind.us * kind.launches:.1f}",
     ]
 

@@ -1,4 +1,4 @@
-"""cuBLAS as a yardstick: products of float16 matrices of the shapes of a model's, with float32 sums.
+"""cuBLAS as a yardstick: products of bfloat16 matrices of the shapes of a model's, with float32 sums.
 
 The library is found where CUDA's wheels (nvidia-cublas) or toolkits put it and called by ctypes; where it is absent
 nothing is lost but the comparison. Knows no model and no engine.
@@ -10,7 +10,7 @@ import ctypes
 from typing import Any
 
 #: of cublas_api.h and library_types.h
-_OP_N, _OP_T, _R_32F, _R_16F, _COMPUTE_32F, _DEFAULT_ALGORITHM = 0, 1, 0, 2, 68, -1
+_OP_N, _OP_T, _R_32F, _R_16BF, _COMPUTE_32F, _DEFAULT_ALGORITHM = 0, 1, 0, 14, 68, -1
 #: workspace of the library, so that it allocates nothing while its calls are recorded
 _WORKSPACE_BYTES = 64 << 20
 
@@ -68,12 +68,12 @@ class Cublas:
         """Queue out = x W^T.
 
         Args:
-            out, w, x: device addresses of float32 [n_rows, n_out], float16 [n_out, k] and float16 [n_rows, k].
+            out, w, x: device addresses of float32 [n_rows, n_out], bfloat16 [n_out, k] and bfloat16 [n_rows, k].
         """
         one, zero = ctypes.c_float(1), ctypes.c_float(0)
         self._call(
             "cublasGemmEx", self._handle, _OP_T, _OP_N, n_out, n_rows, k, ctypes.byref(one),
-            ctypes.c_void_p(w), _R_16F, k, ctypes.c_void_p(x), _R_16F, k, ctypes.byref(zero),
+            ctypes.c_void_p(w), _R_16BF, k, ctypes.c_void_p(x), _R_16BF, k, ctypes.byref(zero),
             ctypes.c_void_p(out), _R_32F, n_out, _COMPUTE_32F, _DEFAULT_ALGORITHM,
         )  # fmt: skip
 

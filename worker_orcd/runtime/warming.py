@@ -30,8 +30,6 @@ from worker_orcd.tokenizer.tokenizer import Tokenizer
 _GREEDY = SamplingParams(temperature=0.0, seed=0)
 #: no small top-k: a GPU draws by that in the launches of greedy steps
 _DRAWN = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=0)
-#: most output rows of a step
-_MAX_OUT = 64
 #: seconds between two looks at whether the load shall go on
 _LOOK_SEC = 0.1
 
@@ -117,7 +115,7 @@ def _prompts(engine: Engine, n_positions: int, rows: int, every_row: bool = Fals
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
     slots = np.repeat(np.arange(n_seqs, dtype=np.int32), lengths)
     n = len(positions)
-    outputs = np.arange(n) if every_row else np.cumsum(lengths)[:_MAX_OUT] - 1
+    outputs = np.arange(n) if every_row else np.cumsum(lengths) - 1
     return Batch(_tokens(engine, n), positions, slots, 0, outputs.astype(np.int32))
 
 
