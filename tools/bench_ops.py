@@ -24,6 +24,7 @@ from gpu.ops_host import KV_BLOCK, rule  # noqa: E402
 from gpu.test_sample import Sampler, is_short  # noqa: E402
 
 from worker_orcd._nodes import attention_heads, decode_grid, decode_max_splits, decode_shapes  # noqa: E402
+from worker_orcd.cuda import layout  # noqa: E402
 
 #: bytes of KV cache to rotate through: well over the L2 of the GPUs this is for
 ROTATE = 256 << 20
@@ -108,10 +109,8 @@ def prefill(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_rows: int) -> 
     p = params("AttentionPrefillParams", q=q, kv=cache.arena, block_table=cache.tables, tiles=dtiles, out=out,
                q_stride=width, out_stride=width, n_head=n_head, n_head_kv=n_head_kv, max_blocks=cache.max_blocks,
                scale=head_dim**-0.5)  # fmt: skip
-    kernel, smem = (
-        gpu.kernel("attention_prefill", f"attention_prefill_{head_dim}"),
-        rule("prefill_smem_bytes", head_dim),
-    )
+    how = "warpgroup" if gpu.arch == layout.WGMMA_ARCH else "prefill"
+    kernel, smem = gpu.kernel(f"attention_{how}", f"attention_{how}_{head_dim}"), rule(f"{how}_smem_bytes", head_dim)
     seconds = gpu.time(
         lambda: gpu.launch(kernel, (len(tiles), n_head), 128, p, smem=smem, pdl=True), n_inner=8, n_repeat=9
     )

@@ -32,8 +32,8 @@ def decode_grid(
 ) -> tuple[int, int, int, int]:
     """The decode attention launch of `n_rows` rows: (blocks that share a row, groups, depth, dynamic shared memory)."""
 
-def prefill_smem(head_dim: int) -> int:
-    """Dynamic shared memory of prefill attention."""
+def prefill_smem(head_dim: int, by_warpgroups: bool) -> int:
+    """Dynamic shared memory of prefill attention: of attention_prefill_* or attention_warpgroup_*."""
 
 def norm_threads(n: int, is_scalar: bool) -> int:
     """Threads of a block of norm_vec4 or norm_scalar for rows of `n` columns."""

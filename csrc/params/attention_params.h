@@ -93,6 +93,7 @@ typedef struct {
 } AttentionTile;
 
 // attention_prefill_<head_dim>: grid (n_tiles, n_head), block 128, dynamic shared memory prefill_smem_bytes(head_dim).
+// attention_warpgroup_<head_dim>: the same grid and block, warpgroup_smem_bytes(head_dim); q_stride a multiple of 4.
 // Rows in no tile are left alone.
 typedef struct {
     const float* q;              // [n_rows, n_head * head_dim], rotated
@@ -110,5 +111,10 @@ typedef struct {
 
 // K and V of both blocks of a split.
 static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) { return 2 * 2 * KV_BLOCK * 2 * head_dim; }
+
+// Beside them both halves of q of a tile, and two barriers.
+static HOST_DEVICE int32_t warpgroup_smem_bytes(int32_t head_dim) {
+    return prefill_smem_bytes(head_dim) + 2 * PREFILL_ROWS * 2 * head_dim + 16;
+}
 
 #endif

@@ -65,9 +65,9 @@ def decode_grid(int n_rows, int heads, int max_splits, tuple shapes, int sm_coun
     return splits, groups, depth, smem
 
 
-def prefill_smem(int head_dim):
-    """Dynamic shared memory of prefill attention."""
-    return c.prefill_smem_bytes(head_dim)
+def prefill_smem(int head_dim, bint by_warpgroups):
+    """Dynamic shared memory of prefill attention: of attention_prefill_* or attention_warpgroup_*."""
+    return c.warpgroup_smem_bytes(head_dim) if by_warpgroups else c.prefill_smem_bytes(head_dim)
 
 
 def norm_threads(int n, bint is_scalar):

@@ -112,7 +112,7 @@ def test_decode_rows_rotate_within_attention(name, goldens_dir):
         return [launch for launch in launches if launch.kernel.startswith(kernel)]
 
     ropes, decodes = of(both, "rope_kv"), of(both, "attention_decode")
-    assert len(ropes) == len(decodes) == len(of(both, "attention_prefill")) == built.n_layer
+    assert len(ropes) == len(decodes) == len(of(both, "attention_warpgroup")) == built.n_layer
     assert not of(alone, "rope_kv") and len(of(alone, "attention_decode")) == built.n_layer
     for rope, own in zip(ropes, decodes, strict=True):
         assert rope.grid[0] == 5 and own.grid[2] == 2

@@ -25,6 +25,7 @@ PARAMS = {
     "matvec_": "MatvecParams", "matmul_": "MatmulParams", "wgmma_experts_": "ManyExpertRowsParams",
     "wgmma_": "ManyRowsParams", "norm_": "NormParams", "rope_kv": "RopeKvParams",
     "attention_decode_": "AttentionDecodeParams", "attention_prefill_": "AttentionPrefillParams",
+    "attention_warpgroup_": "AttentionPrefillParams",
     "glu": "PointwiseParams", "act_": "PointwiseParams", "add": "PointwiseParams", "gather_rows": "PointwiseParams",
     "sample_": "SampleParams", "route_few_": "RouteFewParams", "route_": "RouteParams",
     "expert_few_": "ExpertFewParams", "expert_matvec_": "ExpertMatvecParams",

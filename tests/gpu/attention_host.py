@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from gpu.kernel_harness import CONSTANTS, params
 from gpu.ops_host import KV_BLOCK, PagedCache, attention_reference, rule, view
+from worker_orcd.cuda import layout
 
 INTERLEAVED, NEOX = CONSTANTS["ROPE_INTERLEAVED"], CONSTANTS["ROPE_NEOX"]
 
@@ -128,7 +129,7 @@ class Sequences:
         return self.launch_decode({"q": self.gpu.buffer(q)}, rows, **how)
 
     def prefill(self, chunks, tiles=None, n_spare=1):
-        """Chunks (seq, first position, n rows), in one launch. Returns an array [n rows, n_head, head_dim] of each."""
+        """Chunks (seq, first position, n rows), in one launch of each kernel that the GPU has for it. Returns an array [n rows, n_head, head_dim] of each."""
         gpu, (n_head, _, head_dim, _, _) = self.gpu, self.shape
         width = n_head * head_dim + 4
         n_rows = sum(n for _, _, n in chunks) + 2  # a row before and one after belong to no tile
@@ -139,12 +140,16 @@ class Sequences:
             entries += tiles_of(row, n, position, seq) if tiles is None else tiles(row, n, position, seq)
             row += n
         entries = sorted(entries, key=lambda e: -e[2]) + [(0, 0, 0, 0)] * n_spare
-        out = gpu.empty((n_rows, width))
-        p = params("AttentionPrefillParams", **self._both(gpu.buffer(q), out),
-                   tiles=gpu.buffer(np.array(entries, np.int32)))  # fmt: skip
-        kernel = gpu.kernel("attention_prefill", f"attention_prefill_{head_dim}")
-        gpu.launch(kernel, (len(entries), n_head), 128, p, smem=rule("prefill_smem_bytes", head_dim))
-        got = out.to_numpy()
+        dq, tiles = gpu.buffer(q), gpu.buffer(np.array(entries, np.int32))
+        results = []
+        for how in ("prefill", *(["warpgroup"] if gpu.arch == layout.WGMMA_ARCH else [])):
+            out = gpu.empty((n_rows, width))
+            p = params("AttentionPrefillParams", **self._both(dq, out), tiles=tiles)
+            kernel = gpu.kernel(f"attention_{how}", f"attention_{how}_{head_dim}")
+            gpu.launch(kernel, (len(entries), n_head), 128, p, smem=rule(f"{how}_smem_bytes", head_dim))
+            results.append(out.to_numpy())
+        got = results[0]
+        assert all(same_bits(other, got) for other in results), "not the bits of attention_prefill"
         assert np.isnan(got[:, n_head * head_dim :]).all() and np.isnan(got[[0, -1]]).all(), "written outside the tiles"
         bounds = np.cumsum([1] + [n for _, _, n in chunks])
         return [got[a:b, : n_head * head_dim].reshape(b - a, n_head, head_dim) for a, b in itertools.pairwise(bounds)]

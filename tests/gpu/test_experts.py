@@ -259,13 +259,14 @@ def test_products_of_warpgroups(gpu, type_id, item_rows):
                 got = out.to_numpy()
                 assert np.array_equal(got[:, :width], want.reshape(n_rows, width)), name
                 assert np.isnan(got[:, width:]).all(), "columns outside the view were written"
-            want, got = gpu.empty((n_rows, width)), gpu.empty((n_rows, width))
+            want, got, untouched = (gpu.empty((n_rows, width)) for _ in range(3))
             p = params("PointwiseParams", a=gpu.buffer(gate.reshape(n_rows, width)),
                        b=gpu.buffer(up.reshape(n_rows, width)), out=want, a_stride=width, b_stride=width,
                        out_stride=width, n=width, kind=kind)  # fmt: skip
             gpu.launch(gpu.kernel("pointwise", "glu"), (-(-width // 1024), n_rows), 256, p)
-            Many(gpu, made, gpu.buffer(x), [(got.ptr, width)] * 2, *args, glu=kind).run()
+            Many(gpu, made, gpu.buffer(x), [(got.ptr, width), (untouched.ptr, width)], *args, glu=kind).run()
             assert np.array_equal(got.to_numpy(), want.to_numpy()), f"{name}, gated"
+            assert np.isnan(untouched.to_numpy()).all()
 
 
 @every_type

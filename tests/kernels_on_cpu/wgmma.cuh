@@ -7,7 +7,21 @@
 
 DEVICE uint64_t wgmma_matrix(uint32_t smem) {
     if (smem % 1024) on_cpu::fail("a matrix of a product at byte %u of shared memory, no multiple of 1,024", smem);
-    return smem / 16;
+    return smem / 16 | 1ull << 62;
+}
+DEVICE uint64_t wgmma_eights(uint32_t smem, uint32_t along, uint32_t across) {
+    if ((smem | along | across) % 16) on_cpu::fail("a matrix of a product at byte %u, no multiple of 16", smem);
+    return smem / 16 | static_cast<uint64_t>(along / 16) << 16 | static_cast<uint64_t>(across / 16) << 32;
+}
+// Elements i and i + 1 of column c of a matrix.
+DEVICE uint32_t wgmma_elements(uint64_t matrix, int i, int c) {
+    const uint32_t at = (matrix & 0x3fff) * 16;
+    if (matrix >> 62) {
+        const uint32_t in_order = at + c * 128 + 2 * i;
+        return load_shared_as<uint32_t>(in_order ^ (in_order >> 3 & 0x70));
+    }
+    const uint32_t along = (matrix >> 16 & 0x3fff) * 16, across = (matrix >> 32 & 0x3fff) * 16;
+    return load_shared_as<uint32_t>(at + i / 8 * along + c / 8 * across + c % 8 * 16 + i % 8 * 2);
 }
 DEVICE void wgmma_fence() {}
 DEVICE void wgmma_commit() {}
@@ -18,16 +32,18 @@ template <int n>
 DEVICE void wgmma_f16(float (&d)[n], const uint32_t* a, uint64_t b, int adds) {
     const int g = on_cpu::current->lane >> 2, t = on_cpu::current->lane & 3;
     for (int j = 0; j < n / 4; ++j) {
-        uint32_t words[2];
-        for (int h = 0; h < 2; ++h) {  // rows of b 2t + 8h and the one after, column 8j + g
-            const uint32_t at = static_cast<uint32_t>(b) * 16 + (8 * j + g) * 128 + 16 * h + 4 * t;
-            words[h] = load_shared_as<uint32_t>(at ^ (at >> 3 & 0x70));
-        }
         float sums[4] = {};
         if (adds) memcpy(sums, d + 4 * j, sizeof sums);
-        on_cpu::mma_f16(sums, a, words[0], words[1]);
+        on_cpu::mma_f16(sums, a, wgmma_elements(b, 2 * t, 8 * j + g), wgmma_elements(b, 2 * t + 8, 8 * j + g));
         memcpy(d + 4 * j, sums, sizeof sums);
     }
+}
+template <int n>
+DEVICE void wgmma_f16(float (&d)[n], uint64_t a, uint64_t b, int adds) {
+    const int row = threadIdx.x / 32 % 4 * 16 + (on_cpu::current->lane >> 2), t = on_cpu::current->lane & 3;
+    uint32_t fragment[4];  // rows +0, +8, columns +0, +8
+    for (int i = 0; i < 4; ++i) fragment[i] = wgmma_elements(a, 2 * t + i / 2 * 8, row + i % 2 * 8);
+    wgmma_f16(d, fragment, b, adds);
 }
 
 // ---- registers of a warpgroup

@@ -255,9 +255,11 @@ class Launches:
     def _attention(self, op: Attention, rope: RopeKv | None = None) -> list[Node]:
         """Attention; with `rope` also what it says, which decode rows do on the way."""
         w = self._workspace
-        shapes, prefill_bytes = decode_shapes(op.head_dim, self.context.max_smem), prefill_smem(op.head_dim)
+        shapes = decode_shapes(op.head_dim, self.context.max_smem)
         decode_kernel = self.kernel("attention_decode", f"attention_decode_{op.head_dim}", shapes[-1][2])
-        prefill_kernel = self.kernel("attention_prefill", f"attention_prefill_{op.head_dim}", prefill_bytes)
+        prefill_name = "attention_warpgroup" if self._has_wgmma else "attention_prefill"
+        prefill_bytes = prefill_smem(op.head_dim, self._has_wgmma)
+        prefill_kernel = self.kernel(prefill_name, f"{prefill_name}_{op.head_dim}", prefill_bytes)
         both = {
             "q": self._at(op.q), "kv": self._kv.layers[op.layer].address, "block_table": self._block_table(op.layer),
             "sinks": self._weight(op.sinks), "out": self._at(op.out), "q_stride": self._stride(op.q),

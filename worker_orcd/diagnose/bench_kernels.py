@@ -387,7 +387,7 @@ def _which(plan: Plan, span: tuple[Op, ...], launch: StepLaunch, names: set[str]
     n = 1 if rows.n_prompt and any(plan.buffers[op.out.buf].rows == "outputs" for op in multiplied) else rows.n
     operations = sum(2 * n * math.prod(plan.weights[op.weight].shape[:2]) * getattr(op, "n_used", 1)
                      for op in multiplied)  # fmt: skip
-    if launch.kernel.startswith("attention_prefill"):
+    if launch.kernel.startswith(("attention_prefill", "attention_warpgroup")):
         operations = sum(_attention_operations(op, rows.n) for op in span if isinstance(op, Attention))
     reads_kv = launch.kernel.startswith("attention_decode")
     return _Which(

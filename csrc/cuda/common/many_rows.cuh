@@ -85,17 +85,17 @@ struct DenseJob {
     // Row tile i of a tile; past the end the last one, to be dropped.
     DEVICE_MEMBER RowTile row_tile(int tile, int i) const {
         const int number = tile % p.n_tiles_m * S::kRowTiles + i, at = min(number, p.n_row_tiles - 1);
-        int matrix = 0, index = at;
-        if (p.mode == PRODUCT_GLU) {  // those of both matrices in turn
+        int matrix = 0, to = 0, index = at;
+        if (p.mode == PRODUCT_GLU) {  // those of both matrices in turn, whose results are one
             matrix = at & 1, index = at >> 1;
         } else {
 #pragma unroll
             for (int m = 1; m < MATVEC_MAX_MATRICES; ++m)
                 if (m < p.n_matrices && at >= p.m[m].row_tile0) matrix = m;
-            index -= p.m[matrix].row_tile0;
+            to = matrix, index -= p.m[matrix].row_tile0;
         }
         const ProductMatrix& m = p.m[matrix];
-        return {m.w, m.bias, m.out, m.out_stride, m.n_out, index, number < p.n_row_tiles};
+        return {m.w, m.bias, p.m[to].out, p.m[to].out_stride, m.n_out, index, number < p.n_row_tiles};
     }
     DEVICE_MEMBER int first_row(int tile) const { return tile / p.n_tiles_m * S::kN; }
     DEVICE_MEMBER int n_rows(int tile) const { return min(S::kN, p.n_rows - first_row(tile)); }
@@ -120,9 +120,9 @@ struct ExpertJob {
         const int matrix = p.mode == PRODUCT_GLU ? at & 1 : at >= n_row_tiles;
         const int index = p.mode == PRODUCT_GLU ? at >> 1 : at - matrix * n_row_tiles;
         const int expert = item(tile).expert;
-        const ExpertMatrix& m = p.m[matrix];
+        const ExpertMatrix &m = p.m[matrix], &to = p.m[p.mode == PRODUCT_GLU ? 0 : matrix];
         const float* const bias = m.bias != nullptr ? m.bias + static_cast<int64_t>(expert) * p.n_out : nullptr;
-        return {m.w + expert * p.matrix_bytes,      bias, m.out, m.out_stride, p.n_out, index,
+        return {m.w + expert * p.matrix_bytes,      bias, to.out, to.out_stride, p.n_out, index,
                 number < p.n_matrices * n_row_tiles};
     }
     DEVICE_MEMBER const ExpertItem& item(int tile) const { return p.list.items[tile / p.n_tiles_m]; }

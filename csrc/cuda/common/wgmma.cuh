@@ -8,12 +8,21 @@
 
 // ---- products: d[64 x N] = a[64 x 16] b[16 x N] (+ d), float32 sums, N twice the number of a thread's sums ---------
 // Warp w of the warpgroup has rows 16 w .. 16 w + 15 of a and d: a as of mma_f16, d[4 j .. 4 j + 3] as its d of columns
-// 8 j .. 8 j + 7. b is in shared memory: a column's 64 elements (of four products) are 128 bytes, eight columns 1,024
-// adjacent bytes at an address that is a multiple of as many; 16-byte part i of column c is at place i ^ c % 8.
+// 8 j .. 8 j + 7. b is in shared memory, in one of two orders.
 
-// Of the first of four products; the next is 2 more.
+// A column's 64 elements (of four products) are 128 bytes, eight columns 1,024 adjacent bytes at an address that is a
+// multiple of as many; 16-byte part i of column c is at place i ^ c % 8. Of the first of four products; the next is 2
+// more.
 DEVICE uint64_t wgmma_matrix(uint32_t smem) {
     return static_cast<uint64_t>((smem & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// Eight elements of each of eight columns are 128 adjacent bytes at a multiple of 16, those of a column together; the
+// next eight elements are `along` bytes on, the next eight columns `across`. The number of bytes / 16 may be added to
+// it.
+DEVICE uint64_t wgmma_eights(uint32_t smem, uint32_t along, uint32_t across) {
+    return static_cast<uint64_t>((smem & 0x3ffffu) >> 4) | static_cast<uint64_t>(along >> 4) << 16 |
+           static_cast<uint64_t>(across >> 4) << 32;
 }
 
 // Before the first product that reads registers which were written since, or sums that were read.
@@ -60,6 +69,28 @@ DEVICE void wgmma_f16(float (&d)[32], const uint32_t* a, uint64_t b, int adds) {
         : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
+DEVICE void wgmma_f16(float (&d)[40], const uint32_t* a, uint64_t b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39}, "
+        "{%40, %41, %42, %43}, %44, p, 1, 1, 0;\n}"
+        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_8(d, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+}
+DEVICE void wgmma_f16(float (&d)[48], const uint32_t* a, uint64_t b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+        "{%48, %49, %50, %51}, %52, p, 1, 1, 0;\n}"
+        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_16(d, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+}
 DEVICE void wgmma_f16(float (&d)[64], const uint32_t* a, uint64_t b, int adds) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
@@ -86,6 +117,20 @@ DEVICE void wgmma_f16(float (&d)[96], const uint32_t* a, uint64_t b, int adds) {
         : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_16(d, 32), WGMMA_SUMS_16(d, 48), WGMMA_SUMS_16(d, 64),
           WGMMA_SUMS_16(d, 80)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+}
+
+// The same with a in shared memory, as b is.
+DEVICE void wgmma_f16(float (&d)[64], uint64_t a, uint64_t b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, p, 1, 1, 0, 0;\n}"
+        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_16(d, 32), WGMMA_SUMS_16(d, 48)
+        : "l"(a), "l"(b), "r"(adds));
 }
 
 // ---- registers of a warpgroup
