@@ -193,7 +193,7 @@ DEVICE void attention_warpgroup(const AttentionPrefillParams& p) {
     }
 
 DEFINE(32, 3)
-DEFINE(64, 3)
+DEFINE(64, 4)
 DEFINE(80, 3)
 DEFINE(96, 3)
 DEFINE(128, 2)

@@ -8,7 +8,7 @@
 // further pass) and writes 2 per element.
 #include "common/convert_row.cuh"
 
-extern "C" __global__ void __launch_bounds__(kConvertThreads) convert_rows(const __grid_constant__ ConvertParams p) {
+extern "C" __global__ void __launch_bounds__(kConvertThreads, 3) convert_rows(const __grid_constant__ ConvertParams p) {
     __shared__ float units[2][kMaxUnits];
     pdl_launch_dependents();
     convert_row(p, blockIdx.x, blockIdx.y, units);

@@ -21,6 +21,9 @@
 #include "quant/types.cuh"
 
 constexpr uint32_t kAll = 0xffffffffu;
+// Blocks of route_logits that share a multiprocessor, at least: as models have routers, three.
+template <class Q>
+constexpr int kLogitBlocks = kDense<Q> ? 3 : 1;
 
 // The 16 weights of rows g and g + 8 (pair & 1) that a lane holds of one sub-tile, times the rows' x.
 template <class Q, int kRows>
@@ -199,11 +202,19 @@ DEVICE void make_list(const RouteParams& p) {
         for (int i = lane; i * p.item_rows < n; i += 32)
             p.list.items[first_item[e] + i] = {e, first_pair[e] + i * p.item_rows,
                                                min(p.item_rows, n - i * p.item_rows), 0};
-        for (int base = 0, found = 0; found < n; base += 32) {
-            const bool is = base + lane < n_pairs && static_cast<int>(p.ids[base + lane]) == e;
-            const uint32_t who = __ballot_sync(kAll, is);
-            if (is) p.list.pairs[first_pair[e] + found + __popc(who & ((1u << lane) - 1u))] = base + lane;
-            found += __popc(who);
+        constexpr int kAtOnce = 8;  // on their way
+        for (int base = lane, found = 0; found < n; base += 32 * kAtOnce) {
+            int expert[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                expert[i] = base + 32 * i < n_pairs ? static_cast<int>(p.ids[base + 32 * i]) : -1;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const uint32_t who = __ballot_sync(kAll, expert[i] == e);
+                if (expert[i] == e)
+                    p.list.pairs[first_pair[e] + found + __popc(who & ((1u << lane) - 1u))] = base + 32 * i;
+                found += __popc(who);
+            }
         }
     }
 }
@@ -294,7 +305,8 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_consta
 }
 
 #define DEFINE(Type, name)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256, 1) route_logits_##name(const __grid_constant__ RouteParams p) { \
+    extern "C" __global__ void __launch_bounds__(256, kLogitBlocks<Type>)                                             \
+        route_logits_##name(const __grid_constant__ RouteParams p) {                                                  \
         route_logits<Type>(p);                                                                                        \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 1) route_few_##name(const __grid_constant__ RouteFewParams p) { \

@@ -59,7 +59,9 @@ def decode_grid(int n_rows, int heads, int max_splits, tuple shapes, int sm_coun
     # the workspace has no room for the splits of more rows; and many blocks fit together, where few are faster each
     if n_rows > c.decode_partial_rows(heads):
         return 1, *shapes[0]
-    groups, depth, smem = shapes[len(shapes) - 1] if blocks <= sm_count else shapes[0]
+    # of a few rows with many heads, too, small ones are faster
+    is_few = blocks <= sm_count and (n_rows < 4 or blocks < 32)
+    groups, depth, smem = shapes[len(shapes) - 1] if is_few else shapes[0]
     # as many blocks as run at once
     splits = max(1, min(max_splits, sm_count * min(2 // groups, max_smem // smem) // blocks))
     return splits, groups, depth, smem
@@ -140,8 +142,8 @@ cdef class AttentionNode(Node):
         prefill: `AttentionPrefillParams`.
         smem: `decode_shapes` and `prefill_smem`.
         sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
-        rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, blocks
-            of a row.
+        rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, most
+            blocks of a row.
     """
 
     cdef Kernel decode_kernel, prefill_kernel, rope_kernel
@@ -192,7 +194,9 @@ cdef class AttentionNode(Node):
         p.v += row * p.v_stride
         p.positions += row
         p.slots += row
-        return launches.add(self.rope_kernel, n, self.rope_blocks, 1, 256, 0, &p, sizeof(p), True)
+        # of many rows two waves of blocks, 8 of which share a multiprocessor: each finds its row's angles first
+        cdef unsigned int blocks = max(1, min(self.rope_blocks, 16 * self.sm_count // n))
+        return launches.add(self.rope_kernel, n, blocks, 1, 256, 0, &p, sizeof(p), True)
 
 
 cdef class SampleNode(Node):

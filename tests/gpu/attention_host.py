@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from gpu.kernel_harness import CONSTANTS, params
 from gpu.ops_host import KV_BLOCK, PagedCache, attention_reference, rule, view
+
 from worker_orcd.cuda import layout
 
 INTERLEAVED, NEOX = CONSTANTS["ROPE_INTERLEAVED"], CONSTANTS["ROPE_NEOX"]
@@ -129,7 +130,8 @@ class Sequences:
         return self.launch_decode({"q": self.gpu.buffer(q)}, rows, **how)
 
     def prefill(self, chunks, tiles=None, n_spare=1):
-        """Chunks (seq, first position, n rows), in one launch of each kernel that the GPU has for it. Returns an array [n rows, n_head, head_dim] of each."""
+        """Chunks (seq, first position, n rows), in one launch of each kernel that the GPU has for them. Returns an
+        array [n rows, n_head, head_dim] of each."""
         gpu, (n_head, _, head_dim, _, _) = self.gpu, self.shape
         width = n_head * head_dim + 4
         n_rows = sum(n for _, _, n in chunks) + 2  # a row before and one after belong to no tile
