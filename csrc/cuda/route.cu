@@ -174,15 +174,45 @@ DEVICE void make_list_of_one(const RouteParams& p, int expert, int lane) {
     if (lane == 0) *p.list.n_items = p.n_used;
 }
 
-// A stable counting sort of the pairs by expert, and its cut into items. The whole block.
+// A stable counting sort of the pairs by expert, and its cut into items. The whole block, whose first kWarps warps have
+// a run of pairs each.
+template <int kWarps>
 DEVICE void make_list(const RouteParams& p) {
+    __shared__ int place[kWarps]
+                        [EXPERTS_MAX];  // of a warp's pairs of an expert: how many, then where the next one goes
     __shared__ int count[EXPERTS_MAX], first_pair[EXPERTS_MAX], first_item[EXPERTS_MAX];
-    const int n_pairs = p.n_rows * p.n_used, lane = threadIdx.x % 32;
-    for (int e = threadIdx.x; e < p.n_expert; e += blockDim.x) count[e] = 0;
+    const int n_pairs = p.n_rows * p.n_used, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int rounds = (n_pairs + 32 * kWarps - 1) / (32 * kWarps), run = 32 * rounds;
+    const int n_runs = (n_pairs + run - 1) / run;
+    const auto expert_of = [&](int pair) { return pair < n_pairs ? static_cast<int>(p.ids[pair]) : -1; };
+    // Calls f(pair, its expert, the lanes whose pairs have the same) for the warp's pairs, 32 after 32.
+    const auto for_pairs = [&](auto f) {
+        if (warp >= n_runs) return;
+        int pair = warp * run + lane, next = expert_of(pair);
+        for (int i = 0; i < rounds; ++i, pair += 32) {
+            const int expert = next;
+            if (i + 1 < rounds) next = expert_of(pair + 32);
+            f(pair, expert, __match_any_sync(kAll, expert));
+            __syncwarp();
+        }
+    };
+    for (int i = threadIdx.x; i < n_runs * EXPERTS_MAX; i += blockDim.x) place[i / EXPERTS_MAX][i % EXPERTS_MAX] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < n_pairs; i += blockDim.x) atomicAdd(&count[static_cast<int>(p.ids[i])], 1);
+    for_pairs([&](int, int expert, uint32_t same) {
+        if (expert >= 0 && (same & ((1u << lane) - 1u)) == 0) place[warp][expert] += __popc(same);
+    });
     __syncthreads();
-    if (threadIdx.x < 32) {
+    for (int e = threadIdx.x; e < p.n_expert; e += blockDim.x) {
+        int n = 0;
+        for (int w = 0; w < n_runs; ++w) {
+            const int mine = place[w][e];
+            place[w][e] = n;
+            n += mine;
+        }
+        count[e] = n;
+    }
+    __syncthreads();
+    if (warp == 0) {
         int pairs = 0, items = 0;
         for (int base = 0; base < p.n_expert; base += 32) {
             const int e = base + lane, n = e < p.n_expert ? count[e] : 0, n_items = (n + p.item_rows - 1) / p.item_rows;
@@ -197,25 +227,19 @@ DEVICE void make_list(const RouteParams& p) {
         if (lane == 0) *p.list.n_items = items;
     }
     __syncthreads();
-    for (int e = threadIdx.x / 32; e < p.n_expert; e += blockDim.x / 32) {
+    for_pairs([&](int pair, int expert, uint32_t same) {
+        const uint32_t before = same & ((1u << lane) - 1u);
+        const int at = expert >= 0 ? first_pair[expert] + place[warp][expert] + __popc(before) : 0;
+        __syncwarp();
+        if (expert < 0) return;
+        p.list.pairs[at] = pair;
+        if (before == 0) place[warp][expert] += __popc(same);
+    });
+    for (int e = warp; e < p.n_expert; e += blockDim.x / 32) {
         const int n = count[e];
         for (int i = lane; i * p.item_rows < n; i += 32)
             p.list.items[first_item[e] + i] = {e, first_pair[e] + i * p.item_rows,
                                                min(p.item_rows, n - i * p.item_rows), 0};
-        constexpr int kAtOnce = 8;  // on their way
-        for (int base = lane, found = 0; found < n; base += 32 * kAtOnce) {
-            int expert[kAtOnce];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-                expert[i] = base + 32 * i < n_pairs ? static_cast<int>(p.ids[base + 32 * i]) : -1;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const uint32_t who = __ballot_sync(kAll, expert[i] == e);
-                if (expert[i] == e)
-                    p.list.pairs[first_pair[e] + found + __popc(who & ((1u << lane) - 1u))] = base + 32 * i;
-                found += __popc(who);
-            }
-        }
     }
 }
 
@@ -227,13 +251,13 @@ extern "C" __global__ void __launch_bounds__(1024) route_choose(const __grid_con
         choose(p, row, threadIdx.x % 32);
     if (p.item_rows == 0) return;
     __syncthreads();
-    make_list(p);
+    make_list<32>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(1024) route_list(const __grid_constant__ RouteParams p) {
     pdl_launch_dependents();
     pdl_wait();
-    make_list(p);
+    make_list<32>(p);
 }
 
 template <class Q>
@@ -279,7 +303,7 @@ DEVICE void route_few(const RouteFewParams& p) {
     }
     for (int row = warp; row < route.n_rows; row += kConvertThreads / 32) choose(route, row, lane);
     __syncthreads();
-    make_list(route);
+    make_list<1>(route);
 }
 
 extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_constant__ ExpertSumParams p) {

@@ -142,8 +142,8 @@ cdef class AttentionNode(Node):
         prefill: `AttentionPrefillParams`.
         smem: `decode_shapes` and `prefill_smem`.
         sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
-        rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, most
-            blocks of a row.
+        rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, blocks
+            of a row.
     """
 
     cdef Kernel decode_kernel, prefill_kernel, rope_kernel
@@ -194,9 +194,7 @@ cdef class AttentionNode(Node):
         p.v += row * p.v_stride
         p.positions += row
         p.slots += row
-        # of many rows two waves of blocks, 8 of which share a multiprocessor: each finds its row's angles first
-        cdef unsigned int blocks = max(1, min(self.rope_blocks, 16 * self.sm_count // n))
-        return launches.add(self.rope_kernel, n, blocks, 1, 256, 0, &p, sizeof(p), True)
+        return launches.add(self.rope_kernel, n, self.rope_blocks, 1, 256, 0, &p, sizeof(p), True)
 
 
 cdef class SampleNode(Node):

@@ -252,6 +252,13 @@ static inline unsigned __ballot_sync(unsigned mask, int predicate) {
         if (mask >> lane & 1) out |= static_cast<unsigned>(all[lane]) << lane;
     return out;
 }
+static inline unsigned __match_any_sync(unsigned mask, int v) {
+    const uint64_t* all = on_cpu::gather(mask, on_cpu::Collective::MATCH_ANY, static_cast<uint32_t>(v));
+    unsigned out = 0;
+    for (int lane = 0; lane < 32; ++lane)
+        if (mask >> lane & 1 && all[lane] == static_cast<uint32_t>(v)) out |= 1u << lane;
+    return out;
+}
 static inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 static inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 #define ON_CPU_REDUCE(name, KIND)                                                                                \

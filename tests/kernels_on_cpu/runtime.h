@@ -45,7 +45,7 @@ int sync_threads_or(int predicate);
 void sync_group(int barrier, int n);
 void arrive_at_group(int barrier, int n);
 
-enum class Collective { SYNC_WARP, SHUFFLE, BALLOT, REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, MMA, LDMATRIX };
+enum class Collective { SYNC_WARP, SHUFFLE, BALLOT, MATCH_ANY, REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, MMA, LDMATRIX };
 // The values of the 32 lanes, once all lanes of the mask have given theirs; valid until the lane's next collective.
 const uint64_t* gather(unsigned mask, Collective kind, uint64_t value);
 // Sum, least or largest of the 32-bit values.

@@ -20,6 +20,7 @@ import pytest
 from kernels_on_cpu import build
 
 import worker_orcd
+from worker_orcd.cuda import lowering
 
 HERE = Path(__file__).resolve().parent
 GPU = HERE.parent / "gpu"
@@ -44,6 +45,7 @@ RUNS = {
     "engine, layer norm": [f"{SAME_BITS}[gpt2-Q8_0]"],
     "engine, biases": [f"{SAME_BITS}[qwen2-Q4_K_M]"],
     "engine, RMS norm": [f"{SAME_BITS}[llama-Q4_0]"],
+    "engine, kernels of other GPUs": [f"{SAME_BITS}[llama-Q4_0]", f"{SAME_BITS}[gpt-oss-MXFP4_MOE]"],
     "attention": [
         str(GPU / "test_attention.py"),
         "-k",
@@ -55,6 +57,8 @@ RUNS = {
     "experts of warpgroups": [str(GPU / "test_experts.py"), "-k", "products_of_warpgroups and MXFP4"],
     "mistakes": [str(HERE / "bad_kernel_cases.py")],
 }
+#: run -> what it is to find in the environment
+ENVIRONMENTS = {"engine, kernels of other GPUs": {lowering.MANY_ROWS_VARIABLE: "mma"}}
 #: runs that come again with blocks, warps and threads in another order
 IN_ANOTHER_ORDER = {
     "mistakes": RUNS["mistakes"],
@@ -71,7 +75,8 @@ CASES = {name: (name, "") for name in RUNS} | {f"{name}, in another order": (nam
 
 def run(name: str, order: str) -> subprocess.CompletedProcess[str]:
     arguments = IN_ANOTHER_ORDER[name] if order else RUNS[name]
-    environment = {**os.environ, **build.environment(), "WORKER_ORCD_TEST_EVERY": "1"}
+    environment = {**os.environ, **build.environment(), "WORKER_ORCD_TEST_EVERY": "1",
+                   **ENVIRONMENTS.get(name, {})}  # fmt: skip
     environment.pop("WORKER_ORCD_REQUIRE_GPU", None)
     environment.pop("KERNELS_ON_CPU_ORDER", None)
     if order:
