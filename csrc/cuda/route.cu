@@ -21,9 +21,6 @@
 #include "quant/types.cuh"
 
 constexpr uint32_t kAll = 0xffffffffu;
-// Blocks of route_logits that share a multiprocessor, at least: as models have routers, three.
-template <class Q>
-constexpr int kLogitBlocks = kDense<Q> ? 3 : 1;
 
 // The 16 weights of rows g and g + 8 (pair & 1) that a lane holds of one sub-tile, times the rows' x.
 template <class Q, int kRows>
@@ -329,8 +326,7 @@ extern "C" __global__ void __launch_bounds__(256) expert_sum(const __grid_consta
 }
 
 #define DEFINE(Type, name)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256, kLogitBlocks<Type>)                                             \
-        route_logits_##name(const __grid_constant__ RouteParams p) {                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 1) route_logits_##name(const __grid_constant__ RouteParams p) { \
         route_logits<Type>(p);                                                                                        \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 1) route_few_##name(const __grid_constant__ RouteFewParams p) { \

@@ -158,6 +158,28 @@ def test_rope_kv(gpu, n_head, n_head_kv, head_dim, n_rot, mscale, rope_type, lon
     )
 
 
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+def test_keys_and_values_of_prompts(gpu, head_dim):
+    """Runs of rows of several sequences, eight of which begin at a multiple of eight or not, with dead rows between."""
+    rng, n_head_kv = np.random.default_rng(head_dim), 3
+    cache = PagedCache(rng, [90, 64, 41], n_head_kv, head_dim, filled=False)
+    runs = [(0, 0, 24), (-1, 0, 1), (1, 8, 23), (2, 0, 16), (2, 24, 9), (-1, 8, 8), (0, 56, 17), (1, 40, 24)]
+    slots = np.concatenate([np.full(n, seq) for seq, _, n in runs]).astype(np.int32)
+    positions = np.concatenate([np.arange(at, at + n) for _, at, n in runs]).astype(np.int32)
+    width = 2 * n_head_kv * head_dim + 4
+    x = (rng.standard_normal((len(slots), width)) * 3e4).astype(np.float32)
+    dx, dkv, dt = gpu.buffer(x), gpu.buffer(cache.arena), gpu.buffer(cache.block_table)
+    p = params("RopeKvParams", k=dx, v=view(dx, n_head_kv * head_dim), kv=dkv, block_table=dt,
+               inv_freq=gpu.buffer(x[0]), positions=gpu.buffer(positions), slots=gpu.buffer(slots),
+               k_stride=width, v_stride=width, n_head_kv=n_head_kv, head_dim=head_dim, max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
+    gpu.launch(gpu.kernel("rope_kv", "rope_kv"), (len(slots), 2), 256, p)
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        if slot >= 0:
+            k, v = (x[row, : width - 4].reshape(2, n_head_kv, head_dim).clip(-65504, 65504)).astype(np.float16)
+            cache.put(slot, position, k, v)
+    assert np.array_equal(dkv.to_numpy().view(np.uint16), cache.arena.view(np.uint16))
+
+
 def test_rope_keeps_nan_visible(gpu):
     cache = PagedCache(np.random.default_rng(0), [1], 1, 64, filled=False)
     cache.arena[:] = 0
