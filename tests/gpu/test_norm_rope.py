@@ -171,7 +171,8 @@ def test_keys_and_values_of_prompts(gpu, head_dim):
     dx, dkv, dt = gpu.buffer(x), gpu.buffer(cache.arena), gpu.buffer(cache.block_table)
     p = params("RopeKvParams", k=dx, v=view(dx, n_head_kv * head_dim), kv=dkv, block_table=dt,
                inv_freq=gpu.buffer(x[0]), positions=gpu.buffer(positions), slots=gpu.buffer(slots),
-               k_stride=width, v_stride=width, n_head_kv=n_head_kv, head_dim=head_dim, max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
+               k_stride=width, v_stride=width, n_head_kv=n_head_kv, head_dim=head_dim,
+               max_blocks=cache.max_blocks, mscale=1.0)  # fmt: skip
     gpu.launch(gpu.kernel("rope_kv", "rope_kv"), (len(slots), 2), 256, p)
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         if slot >= 0:
