@@ -193,9 +193,9 @@ BAD_KERNEL(more_come_than_it_counts) {
     pdl_wait();
     const uint32_t barrier = smem_address(smem) + kBarrierAt;
     if (i == 0) barrier_init(barrier, p.is_right ? 64 : 63);
+    if (!p.is_right && i == 0) barrier_expect(barrier, 16);  // so that no phase ends
     smem[i] = p.in[i];
     __syncthreads();
-    if (!p.is_right && i == 0) barrier_expect(barrier, 16);  // so that no phase ends
     barrier_arrive(barrier);
     if (p.is_right) copy_wait(barrier, 0);
     p.out[i] = smem[63 - i];
