@@ -229,6 +229,13 @@ def test_an_unknown_lowering_takes_nothing(tiny, monkeypatch):
     assert leftovers() == NOTHING
 
 
+def test_an_unknown_way_for_many_rows_takes_nothing(tiny, monkeypatch):
+    monkeypatch.setenv("WORKER_ORCD_MANY_ROWS", "fast")
+    with pytest.raises(InvalidRequest, match="WORKER_ORCD_MANY_ROWS is wgmma or mma, not 'fast'") as e:
+        _engine.CudaEngine(*tiny)
+    assert e.value.fields["field"] == "WORKER_ORCD_MANY_ROWS" and leftovers() == NOTHING
+
+
 def test_ops_of_both_lowerings_run_in_turns(tiny):
     """Those that are asked for and no others; what the last writes is read."""
     engine = _engine.CudaEngine(*tiny)
