@@ -28,6 +28,16 @@ def sequence(seq_id: int, n_prompt: int, max_tokens: int = 4, **kw) -> SequenceS
     return SequenceState(seq_id, prompt, max_tokens, sampling() if max_tokens else None, **kw)
 
 
+class Fixed:
+    """A pace: so many prompt tokens in each step."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def prompt_tokens(self, n_decode: int, forced: bool = False) -> int:
+        return self.n
+
+
 class Ring:
     def put(self, seq_id, token):
         pass

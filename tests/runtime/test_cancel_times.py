@@ -14,7 +14,7 @@ import pytest
 
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.errors import Cancelled, InferenceTimeout, WorkerError
-from worker_orcd.serving import engine_work
+from worker_orcd.serving.pace import Pace
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -25,7 +25,7 @@ N = 8
 def llm(model_path):
     path = str(model_path("smollm2"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_work, "prefill_tokens", lambda n_decode, n_prefill, seconds, limit: limit)
+        patch.setattr(Pace, "prompt_tokens", lambda pace, n_decode, forced=False: 1 << 16)
         with LLM(
             path, device="cpu", n_threads=1, progress=False, max_seqs=2, context_length=8192, check_tensors=False
         ) as llm:

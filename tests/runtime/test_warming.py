@@ -15,7 +15,7 @@ from worker_orcd import LLM, SamplingParams
 from worker_orcd._cpu import CpuEngine
 from worker_orcd.errors import CudaError, ModelLoadError, NotReady, WorkerError
 from worker_orcd.runtime import devices, warming
-from worker_orcd.serving.engine_work import FIRST_PREFILL_TOKENS
+from worker_orcd.serving.pace import FIRST_PREFILL_TOKENS, MIN_PREFILL_TOKENS
 
 MODELS = ["llama-Q4_0", "gpt-oss-MXFP4", "phi3-swa-Q8_0", "gpt2-Q8_0"]
 
@@ -172,8 +172,8 @@ def test_steps_begin_as_long_as_the_device_is_fast(goldens_dir, monkeypatch):
 
     def first(**options):
         with LLM(goldens_dir / "llama-Q4_0.gguf", device="cpu", progress=False, **options) as llm:
-            return llm._scheduler.max_prefill_tokens
+            return llm._scheduler.pace.prompt_tokens(0)
 
     assert first() == FIRST_PREFILL_TOKENS
     monkeypatch.setattr("worker_orcd._cpu.CpuEngine", Slow)
-    assert first(warm_up=True) == 16
+    assert first(warm_up=True) == MIN_PREFILL_TOKENS

@@ -9,7 +9,7 @@ import pytest
 from helpers.loop_rig import Rig, read, wait_for
 
 from worker_orcd.errors import Cancelled, NotReady
-from worker_orcd.serving.engine_work import MIN_PREFILL_TOKENS, STEP_SECONDS, prefill_tokens
+from worker_orcd.serving.pace import STEP_SECONDS
 
 LONG = 20.0  # seconds of a step that a test never waits for
 
@@ -105,25 +105,6 @@ def test_aborts_at_any_moment_change_no_result():
             jobs = [rig.submit(p, 12, seed=i) for i, p in enumerate(prompts)]
             assert [job.completion().token_ids for job in jobs] == alone
         rig.settle()
-
-
-# -- how many prompt tokens a step gets
-
-
-def test_a_step_is_as_long_as_it_may_be():
-    assert prefill_tokens(0, 64, 0.04, 2048) == 128
-    assert prefill_tokens(0, 64, 0.0, 2048) == 2048
-    assert prefill_tokens(0, 64, 60.0, 2048) == MIN_PREFILL_TOKENS
-    assert prefill_tokens(0, 4, 60.0, 4) == 4, "never more than a step may have"
-
-
-def test_sequences_that_decode_have_their_share_of_the_step():
-    for n_decode, n_prefill, seconds in ((64, 64, 0.1), (8, 64, 0.2), (32, 200, 0.05)):
-        n = prefill_tokens(n_decode, n_prefill, seconds, 2048)
-        took = (n_decode + n) * seconds / (n_decode + n_prefill)
-        assert took <= STEP_SECONDS or n == MIN_PREFILL_TOKENS
-        assert n + 8 > STEP_SECONDS * (n_decode + n_prefill) / seconds - n_decode or n == MIN_PREFILL_TOKENS
-    assert prefill_tokens(64, 64, 1.0, 2048) == MIN_PREFILL_TOKENS
 
 
 def test_steps_of_a_slow_model_with_a_crowd_stay_short():

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from helpers.fake_engine import STOP_ID
-from helpers.scheduled import FULL, check_empty, check_ownership, drain, make, run, sampling, sequence
+from helpers.scheduled import FULL, Fixed, check_empty, check_ownership, drain, make, run, sampling, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +45,7 @@ def test_running_sequences_go_first_and_prompts_fill_the_rest():
 
 def test_prefill_limit_keeps_steps_short():
     scheduler, engine = make(max_batch_tokens=32)
-    scheduler.max_prefill_tokens = 5
+    scheduler.pace = Fixed(5)
     scheduler.add(sequence(1, 12))
     assert len(run(scheduler, engine)[0].batch.tokens) == 5
 
@@ -271,7 +271,7 @@ def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_batch_tokens, n_
             assert scheduler.drop(seq.seq_id) == alive
             check_ownership(scheduler)
         elif action[0] == "rows":
-            scheduler.max_prefill_tokens = action[1]
+            scheduler.pace = Fixed(action[1])
     drain(scheduler, engine)
     assert len(admitted_order) == len(set(admitted_order))
     assert engine.n_rows_seen <= max_batch_tokens

@@ -13,6 +13,7 @@ from helpers.scheduled import (
     BOTH,
     FULL,
     SLIDING,
+    Fixed,
     admit,
     alone,
     check_cache,
@@ -95,7 +96,7 @@ def test_a_teacher_forced_sequence_takes_nothing_and_leaves_its_blocks():
 
 def test_a_chunk_of_one_token_is_a_prompt_row():
     scheduler, engine = make(max_batch_tokens=8, never_stop=True)
-    scheduler.max_prefill_tokens = 1
+    scheduler.pace = Fixed(1)
     seq, later = of(1, words(1, 70)), of(2, words(1, 70))
     assert finish(scheduler, engine, seq) == [alone(seq)]
     assert finish(scheduler, engine, later) == [alone(later)] and later.n_cached == 64
@@ -238,7 +239,7 @@ def test_ids_of_prompts_that_arrive_together():
 @pytest.mark.parametrize("end", ["drop", "fail", "last token"])
 def test_who_waits_goes_on_when_the_one_before_is_gone(end):
     scheduler, engine = make(never_stop=True)
-    scheduler.max_prefill_tokens = 20
+    scheduler.pace = Fixed(20)
     prompt = words(1, 200)
     leader, second, third = of(1, prompt[:150], max_tokens=1), of(2, prompt), of(3, prompt)
     ids = {2: [], 3: []}
@@ -265,7 +266,7 @@ def test_who_waits_goes_on_when_the_one_before_is_gone(end):
 def test_nobody_waits_for_a_block_that_it_could_not_use():
     """Prompts that differ within the first tokens of a block run side by side."""
     scheduler, engine = make(max_batch_tokens=64, never_stop=True)
-    scheduler.max_prefill_tokens = 40
+    scheduler.pace = Fixed(40)
     seqs = [of(1, [1, *words(1, 29)]), of(2, [2, *words(1, 29)]), of(3, [1, *words(1, 9)])]
     for seq in seqs:
         scheduler.add(seq)
@@ -553,7 +554,7 @@ def test_whatever_happens_each_gets_what_it_would_get_alone(
             scheduler.drop(seqs[args[0] % len(seqs)].seq_id)
             check_cache(scheduler, engine)
         elif what == "rows":
-            scheduler.max_prefill_tokens = args[0]
+            scheduler.pace = Fixed(args[0])
         elif what == "answer" and seqs:  # the next turn of a chat, with some of the end of the answer or all of it
             seq = seqs[args[0] % len(seqs)]
             if seq.sampling is not None:

@@ -62,7 +62,7 @@ class Running:
             max_queue=max_queue,
             on_fatal=on_fatal,
             deputy=deputy,
-            first_prefill=self.warmed.first_prefill,
+            pace=self.warmed.pace,
             watchdog_sec=watchdog_sec,
         )
 

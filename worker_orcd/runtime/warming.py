@@ -23,7 +23,7 @@ from worker_orcd.errors import InternalError, WorkerError
 from worker_orcd.runtime.loading import LoadedModel
 from worker_orcd.serving.detokenizer import Decoder
 from worker_orcd.serving.engine_loop import EngineLoop
-from worker_orcd.serving.engine_work import FIRST_PREFILL_TOKENS, MIN_PREFILL_TOKENS, prefill_tokens
+from worker_orcd.serving.pace import Pace
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
@@ -36,10 +36,10 @@ _LOOK_SEC = 0.1
 
 @dataclass(frozen=True)
 class Warmed:
-    """What a warm-up found: how long it took, and how many prompt tokens a first step may have."""
+    """What a warm-up found: how long it took, and what the engine's steps take; None: not known."""
 
     seconds: float = 0.0
-    first_prefill: int = FIRST_PREFILL_TOKENS
+    pace: Pace | None = None
 
 
 def warm_up(
@@ -63,7 +63,7 @@ def warm_up(
     began = time.monotonic()
     chat = _start_chat(loaded.tokenizer)
     n_positions = min(loaded.config.context_length, loaded.plan.max_positions or loaded.config.context_length)
-    first_prefill, draws = _steps(loaded.engine, n_positions, go_on)
+    pace, draws = _steps(loaded.engine, n_positions, go_on)
     if draws:
         _job(loaded.engine, new_scheduler(), new_decoder, go_on)
     if loaded.tokenizer is not None:
@@ -71,11 +71,12 @@ def warm_up(
     while chat is not None and chat.is_alive():
         chat.join(_LOOK_SEC)
         go_on()
-    return Warmed(time.monotonic() - began, first_prefill)
+    return Warmed(time.monotonic() - began, pace)
 
 
-def _steps(engine: Engine, n_positions: int, go_on: Callable[[], None]) -> tuple[int, bool]:
-    """Steps of all shapes. Returns the prompt tokens of a first step, and whether there was a token to draw."""
+def _steps(engine: Engine, n_positions: int, go_on: Callable[[], None]) -> tuple[Pace, bool]:
+    """Steps of all shapes. Returns what the last one with prompt tokens took, which is the largest and loads the least
+    of the kernels, and whether there was a token to draw."""
     config = engine.config
     slots = np.arange(config.max_seqs)
     for table, n_blocks in zip(engine.block_tables, config.n_blocks, strict=True):
@@ -103,9 +104,10 @@ def _steps(engine: Engine, n_positions: int, go_on: Callable[[], None]) -> tuple
         for n_seqs in engine.warm_seqs:
             _decode(engine, n_seqs, ring, control)
             go_on()
-    if n < MIN_PREFILL_TOKENS:
-        return FIRST_PREFILL_TOKENS, draws
-    return prefill_tokens(0, n, seconds, config.max_batch_tokens), draws
+    pace = Pace(config.max_batch_tokens)
+    if n:
+        pace.step_took(n, seconds)
+    return pace, draws
 
 
 def _prompts(engine: Engine, n_positions: int, rows: int, every_row: bool = False) -> Batch:

@@ -43,12 +43,13 @@ from worker_orcd.machine import free_memory
 from worker_orcd.observe.stats import EngineStats
 from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
-from worker_orcd.serving.engine_work import FIRST_PREFILL_TOKENS, EngineWork
+from worker_orcd.serving.engine_work import EngineWork
 from worker_orcd.serving.entry import Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.loop_stats import stats_of
 from worker_orcd.serving.output import Output
+from worker_orcd.serving.pace import Pace
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.score_job import ScoreJob
 from worker_orcd.serving.waiters import Waiters
@@ -72,7 +73,7 @@ class EngineLoop:
         on_fatal: called with the error, in a thread of the loop, when the loop has died: all jobs have ended by
             then and no new one is accepted.
         deputy: works for the main thread; None: there is no main thread that signals could interrupt.
-        first_prefill: prompt tokens of the first step, see `EngineWork`.
+        pace: what a warm-up has measured; None: nothing.
         watchdog_sec: the loop dies where no step ends for so long while there is work; 0: it waits for ever.
     """
 
@@ -87,7 +88,7 @@ class EngineLoop:
         max_queue: int = 64,
         on_fatal: Callable[[WorkerError], None] | None = None,
         deputy: Deputy | None = None,
-        first_prefill: int = FIRST_PREFILL_TOKENS,
+        pace: Pace | None = None,
         watchdog_sec: float = 0.0,
     ) -> None:
         self._deputy = deputy or Deputy()
@@ -113,7 +114,8 @@ class EngineLoop:
         self._accepting = True
         self._quit = False
         self._error: WorkerError | None = None
-        self._work = EngineWork(engine, scheduler, ring, control, self._entries, first_prefill)
+        pace = pace or Pace(engine.config.max_batch_tokens)
+        self._work = EngineWork(engine, scheduler, ring, control, self._entries, pace)
         self._output = Output(ring, self._lock, self._entries)
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=name, daemon=True)

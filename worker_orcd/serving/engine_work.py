@@ -18,21 +18,10 @@ from worker_orcd.serving.entry import MARKS, Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
 from worker_orcd.serving.logprobs import top_logprobs
+from worker_orcd.serving.pace import Pace
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.score_job import ScoreJob
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
-
-#: a step with prefill tokens is kept about this long, so that a cancelled prompt stops within 100 ms
-STEP_SECONDS = 0.08
-MIN_PREFILL_TOKENS = 16
-#: prompt tokens of the first step where nobody has measured any
-FIRST_PREFILL_TOKENS = 64
-
-
-def prefill_tokens(n_decode: int, n_prefill: int, seconds: float, limit: int) -> int:
-    """Prompt tokens for a step of about `STEP_SECONDS`, after one of `n_decode` and `n_prefill` rows took `seconds`."""
-    fit = int((n_decode + n_prefill) * STEP_SECONDS / max(seconds, 1e-6)) - n_decode
-    return max(min(MIN_PREFILL_TOKENS, limit), min(fit // 8 * 8, limit))
 
 
 class EngineWork:
@@ -41,7 +30,7 @@ class EngineWork:
     Args:
         engine, scheduler, ring, control: as of `EngineLoop`.
         entries: the sequences that have not ended for their clients, by seq_id; others change it.
-        first_prefill: prompt tokens of the first step; afterwards the time of each step says how many.
+        pace: what is known of the engine's times; it is told of each step from now on.
     """
 
     def __init__(
@@ -51,7 +40,7 @@ class EngineWork:
         ring: Any,
         control: Any,
         entries: Mapping[int, Entry],
-        first_prefill: int = FIRST_PREFILL_TOKENS,
+        pace: Pace,
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
@@ -60,7 +49,7 @@ class EngineWork:
         self._entries = entries
         #: sequences of the engine call under way
         self._in_call: tuple[int, ...] = ()
-        scheduler.max_prefill_tokens = min(first_prefill, scheduler.config.max_batch_tokens)
+        self._pace = scheduler.pace = pace
 
     def begin(self, admitted: list[SequenceState]) -> None:
         """Tell the engine how the sequences that got a slot are sampled."""
@@ -97,6 +86,7 @@ class EngineWork:
 
         An aborted one has none: what is still wanted of it is computed again by the next.
         """
+        began = time.monotonic()
         work = self._scheduler.next_work()
         if work is None:
             return
@@ -105,6 +95,7 @@ class EngineWork:
             # who ends a sequence from now on sees it in the call; one that ended before is told of here
             if not self.unwanted():
                 self._call(work)
+                self._measured(work, time.monotonic() - began)
         except StepAborted:
             pass
         finally:
@@ -112,6 +103,7 @@ class EngineWork:
 
     def _call(self, work: StepWork | LogitsWork | DecodeWork) -> None:
         if isinstance(work, DecodeWork):
+            began = time.monotonic()
             sampled = self._engine.decode(
                 work.slots,
                 work.seq_ids,
@@ -123,6 +115,8 @@ class EngineWork:
                 self._ring,
                 self._control,
             )
+            if len(sampled):  # one of many takes no part of what comes before and after them
+                self._pace.decode_took(len(work.seqs), (time.monotonic() - began) / len(sampled))
             self._mark_ends(self._scheduler.done_decode(work, sampled))
         elif isinstance(work, StepWork):
             self._step(work)
@@ -130,12 +124,9 @@ class EngineWork:
             self._forward(work)
 
     def _step(self, work: StepWork) -> None:
-        began = time.monotonic()
         sampled, logits = self._engine.step(work.batch, work.want_logits, self._control)
         now = time.monotonic()
         self._control.step_done()
-        if work.n_prefill_tokens:
-            self._pace(work.batch.n_decode, work.n_prefill_tokens, now - began)
         tokens = [int(token) for token in sampled]
         for row, (seq, token) in enumerate(zip(work.outputs, tokens, strict=True)):
             entry = self._entries.get(seq.seq_id)
@@ -150,7 +141,6 @@ class EngineWork:
         self._mark_ends(ended)
 
     def _forward(self, work: LogitsWork) -> None:
-        began = time.monotonic()
         logits = self._engine.forward(work.batch, control=self._control)
         self._control.step_done()
         first = work.seq.n_past
@@ -163,7 +153,6 @@ class EngineWork:
                 entry.job.end(as_worker_error(error, "the logits could not be kept"))
             if ended:
                 entry.job.complete()
-        self._pace(len(logits), len(logits), time.monotonic() - began)
 
     def _add_logprobs(self, job: Job, logits: np.ndarray, token: int) -> None:
         try:
@@ -171,12 +160,14 @@ class EngineWork:
         except Exception as error:
             job.end(as_worker_error(error, "the log-probabilities could not be made"))
 
-    def _pace(self, n_decode: int, n_prefill_tokens: int, seconds: float) -> None:
-        """Choose the prefill tokens of the next step so that it takes about `STEP_SECONDS`, the tokens of the sequences
-        that decode included: there were `n_decode` of them, and there will be about as many."""
-        if n_prefill_tokens >= MIN_PREFILL_TOKENS:  # a shorter chunk says little about how fast a long one is
-            limit = self._scheduler.config.max_batch_tokens
-            self._scheduler.max_prefill_tokens = prefill_tokens(n_decode, n_prefill_tokens, seconds, limit)
+    def _measured(self, work: StepWork | LogitsWork | DecodeWork, seconds: float) -> None:
+        """Tell the pace of a step that took `seconds` with all that is done before and after it."""
+        if isinstance(work, LogitsWork):
+            self._pace.forward_took(len(work.batch.tokens), seconds)
+        elif isinstance(work, StepWork) and work.n_prefill_tokens:
+            self._pace.step_took(len(work.batch.tokens), seconds)
+        elif isinstance(work, StepWork):
+            self._pace.decode_took(work.batch.n_decode, seconds)
 
     def _mark_ends(self, ended: list[SequenceState]) -> None:
         for seq in ended:

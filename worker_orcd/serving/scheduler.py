@@ -22,6 +22,7 @@ from worker_orcd.engine.protocol import BLOCK_SIZE, Batch, EngineConfig
 from worker_orcd.errors import InvalidRequest, VramOom
 from worker_orcd.models.plan import KvGroup
 from worker_orcd.serving.admission import Admission
+from worker_orcd.serving.pace import DECODE_STEPS, Pace
 from worker_orcd.serving.seq_blocks import Begun, CacheStats, SequenceBlocks
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork, positions_kept
 
@@ -63,8 +64,8 @@ class Scheduler:
         self.stop_ids = frozenset(stop_ids)
         self._stop_tuple = tuple(sorted(self.stop_ids))
         self._stop_array = np.array(self._stop_tuple, np.int32)
-        #: prompt tokens of one step, 1 .. max_batch_tokens; the loop lowers it on a slow device
-        self.max_prefill_tokens = config.max_batch_tokens
+        #: says how many prompt tokens a step may have; None: as many as fit
+        self.pace: Pace | None = None
         windowed = any(g.window for g in self.groups)
         self._max_decode_steps = min(max_decode_steps, BLOCK_SIZE) if windowed else max_decode_steps
         self._rope_tables = np.zeros(config.max_seqs, np.int32) if rope_tables is None else rope_tables
@@ -199,15 +200,24 @@ class Scheduler:
             if seq.n_past == self._recompute_at(seq):
                 self._recompute(seq)
             (sampled if seq.sampling is not None else forced).append(seq)
-        if forced and (self._forward_next or not sampled):
-            self._forward_next = False
-            return self._forward(forced[0])
-        self._forward_next = True
         decoding = [s for s in sampled if not s.prefilling]
         prefilling = [s for s in sampled if s.prefilling]
-        if prefilling or forced or any(s.want_logits for s in decoding):
-            return self._step(decoding, prefilling)
+        forward = bool(forced) and (self._forward_next or not sampled)
+        step_by_step = any(s.want_logits for s in decoding)
+        n_prompt = self._prompt_tokens(len(decoding), forward) if forward or prefilling else 0
+        if (forward or prefilling) and not n_prompt:
+            return self._step(decoding, [], 0) if step_by_step else self._decode(decoding, DECODE_STEPS)
+        self._forward_next = not forward
+        if forward:
+            return self._forward(forced[0], n_prompt)
+        if prefilling or forced or step_by_step:
+            return self._step(decoding, prefilling, n_prompt)
         return self._decode(decoding) if decoding else None
+
+    def _prompt_tokens(self, n_decode: int, forced: bool) -> int:
+        """The most prompt tokens of the next step; 0: the sequences that decode are to have one alone."""
+        n = self.config.max_batch_tokens if self.pace is None else self.pace.prompt_tokens(n_decode, forced)
+        return min(n, LOGITS_TOKENS if forced else self.config.max_batch_tokens - n_decode)
 
     def done_step(self, work: StepWork, sampled: Sequence[int]) -> list[SequenceState]:
         """Take the result of a step. Returns the sequences that ended, their blocks freed."""
@@ -316,9 +326,8 @@ class Scheduler:
                 spare[i] -= max(used - seq.reserved[i], 0)
         return n
 
-    def _step(self, decoding: list[SequenceState], prefilling: list[SequenceState]) -> StepWork:
+    def _step(self, decoding: list[SequenceState], prefilling: list[SequenceState], left: int) -> StepWork:
         chunks = [(seq, 1) for seq in decoding]
-        left = min(self.config.max_batch_tokens - len(decoding), max(self.max_prefill_tokens, 1))
         spare = list(self._admission.unreserved)
         begun: Begun = {}
         for seq in prefilling:
@@ -335,9 +344,8 @@ class Scheduler:
             self._blocks.allocate(seq, n)
         return StepWork.of(chunks, len(decoding))
 
-    def _forward(self, seq: SequenceState) -> LogitsWork:
-        n = min(self.config.max_batch_tokens, max(self.max_prefill_tokens, 1), LOGITS_TOKENS, seq.n_prompt - seq.n_past)
-        n = self._tokens_allowed(seq, n, list(self._admission.unreserved))
+    def _forward(self, seq: SequenceState, n: int) -> LogitsWork:
+        n = self._tokens_allowed(seq, min(n, seq.n_prompt - seq.n_past), list(self._admission.unreserved))
         self._blocks.allocate(seq, n)
         end = seq.n_past + n
         batch = Batch(
@@ -349,9 +357,10 @@ class Scheduler:
         )
         return LogitsWork(batch, seq)
 
-    def _decode(self, seqs: list[SequenceState]) -> DecodeWork:
+    def _decode(self, seqs: list[SequenceState], most: int | None = None) -> DecodeWork:
         n_steps = min(
             self._max_decode_steps,
+            most or self._max_decode_steps,
             *(s.max_tokens - s.n_out for s in seqs),
             *(at - s.n_past for s in seqs if (at := self._recompute_at(s)) is not None),
         )
