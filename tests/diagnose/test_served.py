@@ -66,6 +66,17 @@ def test_events_are_counted_however_the_bytes_are_cut(serve, size):
     assert serve.asked[0].endswith(b'{"job_id": "x", "prompt": "p"}')
 
 
+def test_streams_of_completions_are_counted_too(serve):
+    said = [b'data: {"choices":[{"text":"\\"finish_reason\\":null","finish_reason":null}]}\n\n'] * 3
+    end = b'data: {"choices":[{"text":"","finish_reason":"length"}]}\n\ndata: [DONE]\n\n'
+    port = serve([HEAD + b"".join(map(chunk, said)) + chunk(end)])
+    (times,) = read_streams(port, [{"prompt": [1, 2]}], served.COMPLETIONS)
+    assert len(times.arrivals) == 3 and times.ended >= times.arrivals[-1]
+    assert serve.asked[0].startswith(b"POST /v1/completions HTTP/1.1\r\n")
+    with pytest.raises(InternalError, match=r"a stream failed.*no such"):
+        read_streams(serve([HEAD, chunk(b'data: {"error":{"message":"no such"}}\n\n')]), [{}], served.COMPLETIONS)
+
+
 def test_times_are_those_of_the_arrivals(serve):
     pieces = [HEAD + chunk(STARTED + TOKENS[0]), chunk(TOKENS[1] + TOKENS[2]), chunk(TOKENS[3]), chunk(END)]
     many = read_streams(serve(*[pieces] * 20, pause=0.05), [{"prompt": str(n)} for n in range(20)])

@@ -65,6 +65,19 @@ def test_every_job_is_told_of_once_when_it_ends():
     assert told_of["late"][0] == "INFERENCE_TIMEOUT" and told_of["gone"][0] == "CANCELLED"
 
 
+def test_calls_of_the_engine_are_told_of():
+    calls = []
+    with Rig(max_seqs=2) as rig:
+        rig.loop.on_call(calls.append)
+        rig.submit([1] * 40, max_tokens=10, ignore_eos=True).completion()
+        rig.settle()
+        rig.loop.on_call(None)
+        rig.submit(max_tokens=2, ignore_eos=True).completion()
+        rig.settle()
+    assert sum(c.n_prompt for c in calls) == 40 and sum(c.n_decode * c.n_steps for c in calls) == 9
+    assert all(c.began <= c.ended for c in calls) and calls == sorted(calls, key=lambda c: c.began)
+
+
 def test_what_the_prefix_cache_tells_is_passed_on():
     with Rig() as rig:
         rig.scheduler.cache_stats = lambda: SimpleNamespace(query_tokens=50, hit_tokens=40, n_cached_blocks=7)

@@ -26,6 +26,8 @@ from worker_orcd.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from worker_orcd.diagnose.bench import Report
+    from worker_orcd.diagnose.crowd import Crowd
+    from worker_orcd.diagnose.mix import Mix
     from worker_orcd.diagnose.overhead import Overhead
 
 
@@ -48,7 +50,31 @@ if TYPE_CHECKING:
     help="Serve the model too: one stream over HTTP beside the engine, --streams of them beside LLM.generate.",
 )
 @option(
-    "--streams", type=click.IntRange(1, 1024), default=64, metavar="N", help="Streams of --http that are open together."
+    "--crowd",
+    type=click.IntRange(1, 1 << 16),
+    metavar="N",
+    help="N requests at once, each with the first of -p tokens and -n more, --streams of them together; over HTTP too "
+    "with --http.",
+)
+@option(
+    "--mix",
+    type=click.IntRange(1),
+    metavar="N",
+    help="--streams streams alone, and while prompts of N tokens arrive, one after the other.",
+)
+@option(
+    "--streams",
+    type=click.IntRange(1, 1024),
+    default=64,
+    metavar="N",
+    help="Streams of --http, --crowd and --mix that run together.",
+)
+@option(
+    "--seconds",
+    type=click.FloatRange(0.1, 3600),
+    default=10.0,
+    metavar="S",
+    help="How long --mix measures, without and with prompts.",
 )
 @option("--kernels", is_flag=True, help="Time each kind of launch of a step too, beside a copy and cuBLAS.")
 @device_option
@@ -64,7 +90,10 @@ def bench(
     batch: list[int],
     repeat: int,
     http: bool,
+    crowd: int | None,
+    mix: int | None,
     streams: int,
+    seconds: float,
     kernels: bool,
     device: str,
     verbose: bool,
@@ -81,6 +110,8 @@ def bench(
 
     if http and not n_gen:
         raise InvalidRequest("--http measures the tokens of streams, and --n-gen is 0", field="n_gen")
+    if crowd and not (n_prompt and n_gen):
+        raise InvalidRequest("--crowd needs a length of prompts (--n-prompt) and of answers (--n-gen)", field="crowd")
     if kernels and not n_gen:
         raise InvalidRequest("--kernels measures a decode step, and --n-gen is 0", field="n_gen")
     bar = None
@@ -88,7 +119,8 @@ def bench(
         from tqdm import tqdm
 
         n_tests = len(n_prompt) + (len(batch) if n_gen else 0) + len({1, *batch}) * kernels
-        bar = tqdm(total=2 + n_tests + 5 * http, leave=False, bar_format="{desc}: {n}/{total}")
+        n_more = 5 * http + ((1 + http) if crowd else 0) + (3 if mix else 0)
+        bar = tqdm(total=2 + n_tests + n_more, leave=False, bar_format="{desc}: {n}/{total}")
 
     def progress(text: str) -> None:
         if bar is not None:
@@ -104,11 +136,23 @@ def bench(
             on_plan=plan_printer(verbose),
             **given,
         )
-        if http:
+        if http or crowd or mix:
             from worker_orcd.diagnose import overhead
 
-            where, asked = overhead.Device(device, **given), overhead.Asked(n_gen, streams, repeat)
+            where = overhead.Device(device, **given)
+        if http:
+            asked = overhead.Asked(n_gen, streams, repeat)
             report = dataclasses.replace(report, http=overhead.measure(model, where, asked, progress))
+        if crowd:
+            from worker_orcd.diagnose import crowd as crowds
+
+            wanted = crowds.Asked(crowd, n_prompt[0], n_gen, min(streams, crowd), repeat, http)
+            report = dataclasses.replace(report, crowd=crowds.measure(model, where, wanted, progress))
+        if mix:
+            from worker_orcd.diagnose import mix as mixes
+
+            mixed = mixes.measure(model, where, mixes.Asked(mix, streams, seconds), progress)
+            report = dataclasses.replace(report, mix=mixed)
     finally:
         if bar is not None:
             bar.close()
@@ -137,6 +181,10 @@ def as_text(report: Report) -> str:
         out.append(f"{name:18s} {speeds} {rate} {percent} {distinct}".rstrip())
     if report.http is not None:
         out += ["", *_http_lines(report.http)]
+    if report.crowd is not None:
+        out += ["", *_crowd_lines(report.crowd)]
+    if report.mix is not None:
+        out += ["", *_mix_lines(report.mix)]
     if report.kernels is not None:
         from worker_orcd.diagnose import bench_kernels
 
@@ -157,4 +205,37 @@ def _http_lines(http: Overhead) -> list[str]:
     out.append(f"{'tokens/s':24s} {generate:10.1f} {served:10.1f} {100 * served / generate:8.1f} %")
     if http.gap_p50_ms is not None:
         out.append(f"gap between tokens: p50 {http.gap_p50_ms:.2f} ms, p99 {http.gap_p99_ms:.2f} ms")
+    return out
+
+
+def _crowd_lines(crowd: Crowd) -> list[str]:
+    size = f"{crowd.n_prompt} tokens and {crowd.n_tokens} more, {min(crowd.n_streams, crowd.n_together)} together"
+    out = [f"{crowd.n_requests} requests at once of {size}"]
+    out.append(
+        f"{'':10s} {'tokens/s':>10s} {'of answers':>10s} {'first p50':>10s} {'p99, ms':>10s} {'gap p50':>10s} "
+        f"{'p99, ms':>10s}"
+    )
+    for name, times in (("generate", crowd.generate), ("HTTP", crowd.http)):
+        if times is None:
+            continue
+        gaps = [f"{gap:10.2f}" if gap is not None else "" for gap in (times.gap_p50_ms, times.gap_p99_ms)]
+        rates = f"{times.tokens_per_s:10.1f} {times.answer_tokens_per_s:10.1f}"
+        first = f"{times.first_token_p50_ms:10.1f} {times.first_token_p99_ms:10.1f}"
+        out.append(" ".join([f"{name:10s}", rates, first, *gaps]).rstrip())
+    return out
+
+
+def _mix_lines(mix: Mix) -> list[str]:
+    out = [f"{mix.n_streams} streams, {mix.seconds:g} s without and with prompts of {mix.n_prompt} tokens, one pending"]
+    out.append(
+        f"{'':10s} {'gap p50':>10s} {'p99, ms':>10s} {'p99/p50':>10s} {'decode/s':>10s} {'prompt/s':>10s} "
+        f"{'first, ms':>10s}"
+    )
+    for name, times in (("alone", mix.alone), ("mixed", mix.mixed)):
+        gaps = f"{times.gap_p50_ms:10.2f} {times.gap_p99_ms:10.2f} {times.gap_ratio:10.2f}"
+        first = f"{times.first_token_ms:10.1f}" if times.first_token_ms is not None else ""
+        out.append(
+            f"{name:10s} {gaps} {times.decode_tokens_per_s:10.1f} {times.prompt_tokens_per_s:10.1f} {first}".rstrip()
+        )
+    out.append(f"p99 of the mixed over p50 of the streams alone: {mix.mixed.gap_p99_ms / mix.alone.gap_p50_ms:.2f}")
     return out

@@ -36,6 +36,8 @@ from worker_orcd.models import plan
 from worker_orcd.runtime import devices, sizing
 
 if TYPE_CHECKING:
+    from worker_orcd.diagnose.crowd import Crowd
+    from worker_orcd.diagnose.mix import Mix
     from worker_orcd.diagnose.overhead import Overhead
 
 #: tokens of one call of the decode loop; the ring is emptied between calls
@@ -75,7 +77,8 @@ class Report:
     """All of a run. Rates in GB/s (10^9). `load_s` is everything up to a ready engine, `load_gb_per_s` the rate of the
     copies to the GPU alone; None on the CPU. `rows` says how the sequences of a batch relate: "distinct", each has its
     own tokens. Reports of versions before that lack the field: there all sequences had the same. `http` is what HTTP
-    costs and `kernels` what the launches of a decode step take, where that was asked for."""
+    costs, `kernels` what the launches of a decode step take, `crowd` what many requests at once get and `mix` what
+    prompts do to running streams, where that was asked for."""
 
     model: str
     arch: str
@@ -91,6 +94,8 @@ class Report:
     results: list[Measured] = field(default_factory=list)
     http: Overhead | None = None
     kernels: bench_kernels.KernelReport | None = None
+    crowd: Crowd | None = None
+    mix: Mix | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON."""

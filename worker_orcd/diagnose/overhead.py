@@ -190,16 +190,21 @@ def _engine(model: str, on: Device, asked: Asked, tokens_in: int) -> tuple[float
         return first, steps / asked.n_tokens
 
 
-def _arguments(model: str, on: Device, asked: Asked) -> list[str]:
-    """Of `serve`."""
+def serve_arguments(model: str, on: Device, max_seqs: int, n_tokens: int) -> list[str]:
+    """Of `serve`, for requests of at most `n_tokens` tokens, `max_seqs` of which run together."""
     out = ["--model", model, "--device", on.device, "--threads", str(on.n_threads), "--no-prefix-cache"]
-    out += ["--max-seqs", str(_max_seqs(on, asked)), "--max-queue", str(asked.n_streams)]
-    out += ["--max-tokens-out", str(asked.n_tokens), "--gpu-memory-utilization", str(on.gpu_memory_utilization)]
+    out += ["--max-seqs", str(max_seqs), "--max-tokens-out", str(n_tokens)]
+    out += ["--gpu-memory-utilization", str(on.gpu_memory_utilization)]
     if on.trusted_models is not None:
         out += ["--trusted-models", on.trusted_models]
     if on.vram_limit_bytes is not None:
         out += ["--vram-limit-mb", str(on.vram_limit_bytes >> 20)]
     return out
+
+
+def _arguments(model: str, on: Device, asked: Asked) -> list[str]:
+    arguments = serve_arguments(model, on, _max_seqs(on, asked), asked.n_tokens)
+    return [*arguments, "--max-queue", str(asked.n_streams)]
 
 
 def _repeated(port: int, prompts: list[str], asked: Asked, temperature: float) -> list[list[StreamTimes]]:

@@ -1,7 +1,7 @@
 """A worker in a process of its own, and a client that reads many streams of it in one loop.
 
-The client must not be what is measured: raw sockets, one epoll, events counted in bytes and not parsed. It speaks only
-`POST /execute` and knows of an answer only what it counts.
+The client must not be what is measured: raw sockets, one epoll, events counted in bytes and not parsed. It knows of an
+answer only what it counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,22 @@ SILENCE_SEC = 120.0
 #: seconds that a worker gets to end
 _END_SEC = 10.0
 _LOOK_SEC = 0.02
-_TOKEN, _TOKENS_OUT = b"event: token\n", re.compile(rb'"tokens_out":(\d+)')
+_TOKENS_OUT = re.compile(rb'"tokens_out":(\d+)')
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where streams come from, and by which bytes their events are told: those with text, the last one, an error. None
+    of them can stand in a text as it is sent."""
+
+    path: str
+    token: bytes
+    end: bytes
+    error: bytes
+
+
+EXECUTE = Route("/execute", b"event: token\n", b"event: end\n", b"event: error\n")
+COMPLETIONS = Route("/v1/completions", b'"finish_reason":null', b"data: [DONE]\n", b'data: {"error":')
 
 
 class Worker:
@@ -105,7 +120,7 @@ class StreamTimes:
         began: before its connection was opened.
         arrivals: of each token event; those that came in one read have the same.
         ended: of the last event.
-        tokens_out: as the `end` event says; tokens without text have no event.
+        tokens_out: as the `end` event of `/execute` says; tokens without text have no event.
     """
 
     began: float
@@ -133,13 +148,14 @@ class StreamTimes:
 class _Stream:
     """A connection and what has come of it."""
 
-    def __init__(self, port: int, body: dict[str, object]) -> None:
+    def __init__(self, port: int, body: dict[str, object], route: Route) -> None:
+        self._route = route
         self.times = StreamTimes(time.perf_counter())
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=SILENCE_SEC)
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             data = json.dumps(body).encode()
-            head = f"POST /execute HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+            head = f"POST {route.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
             self.sock.sendall(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
             self.sock.setblocking(False)
         except BaseException:
@@ -166,13 +182,13 @@ class _Stream:
         last = self._rest.rfind(b"\n\n")
         if last >= 0:
             events, self._rest = self._rest[: last + 2], self._rest[last + 2 :]
-            self.times.arrivals += [now] * events.count(_TOKEN)
-            end = events.find(b"event: end\n")
+            self.times.arrivals += [now] * events.count(self._route.token)
+            end = events.find(self._route.end)
             if end >= 0:
                 tokens_out = _TOKENS_OUT.search(events, end)
                 self.times.ended, self.times.tokens_out = now, int(tokens_out[1]) if tokens_out else 0
                 return True
-            error = events.find(b"event: error\n")
+            error = events.find(self._route.error)
             if error >= 0:
                 raise InternalError(f"a stream failed: {excerpt(events[error:].decode('latin-1'), 400)}")
         if not data:
@@ -180,8 +196,8 @@ class _Stream:
         return False
 
 
-def read_streams(port: int, bodies: Sequence[dict[str, object]]) -> list[StreamTimes]:
-    """Open a stream for each body of `POST /execute`, all at once, and read them to their ends.
+def read_streams(port: int, bodies: Sequence[dict[str, object]], route: Route = EXECUTE) -> list[StreamTimes]:
+    """Open a stream for each body, all at once, and read them to their ends.
 
     Raises:
         InternalError: one was refused, failed or was cut, or all were silent for `SILENCE_SEC`.
@@ -192,7 +208,7 @@ def read_streams(port: int, bodies: Sequence[dict[str, object]]) -> list[StreamT
     poll = select.epoll()
     try:
         for body in bodies:
-            stream = _Stream(port, body)
+            stream = _Stream(port, body, route)
             streams[stream.sock.fileno()] = stream
             times.append(stream.times)
             poll.register(stream.sock, select.EPOLLIN)

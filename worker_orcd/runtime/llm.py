@@ -42,6 +42,7 @@ from worker_orcd.runtime.sampling_defaults import file_defaults
 from worker_orcd.runtime.streams import is_terminal
 from worker_orcd.runtime.token_stream import TokenStream
 from worker_orcd.serving.deputy import Deputy
+from worker_orcd.serving.engine_work import EngineCall
 from worker_orcd.serving.job import Completion, Job
 
 #: most tokens of one step
@@ -365,6 +366,11 @@ class LLM:
         """Have `told` called for every job that ends from now on, by the thread that ends it: it must not wait. The one
         that was named before is told no more."""
         self._loop.on_job_end = told
+
+    def on_engine_call(self, told: Callable[[EngineCall], object] | None) -> None:
+        """Have `told` called for every call of the engine that gave tokens, by the thread that makes them: it must not
+        wait. None: nobody."""
+        self._loop.on_call(told)
 
     @property
     def sampling_defaults(self) -> dict[str, int | float]:

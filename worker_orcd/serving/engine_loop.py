@@ -43,7 +43,7 @@ from worker_orcd.machine import free_memory
 from worker_orcd.observe.stats import EngineStats
 from worker_orcd.serving.deputy import Deputy
 from worker_orcd.serving.detokenizer import Decoder, Detokenizer
-from worker_orcd.serving.engine_work import EngineWork
+from worker_orcd.serving.engine_work import EngineCall, EngineWork
 from worker_orcd.serving.entry import Entry, as_worker_error
 from worker_orcd.serving.job import Job
 from worker_orcd.serving.logits_job import LogitsJob
@@ -267,6 +267,10 @@ class EngineLoop:
         if job.error is not None:
             raise job.error.with_traceback(None)
         return job.logits
+
+    def on_call(self, told: Callable[[EngineCall], object] | None) -> None:
+        """Have `told` called for every call of the engine, by its thread, which it must not hold up; None: nobody."""
+        self._work.on_call = told
 
     def job(self, job_id: str) -> Job | None:
         """The queued or running job of this id."""

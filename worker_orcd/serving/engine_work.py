@@ -7,7 +7,8 @@ a sequence go through one ring, so their order is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,24 @@ from worker_orcd.serving.pace import Pace
 from worker_orcd.serving.scheduler import Scheduler
 from worker_orcd.serving.score_job import ScoreJob
 from worker_orcd.serving.work import DecodeWork, LogitsWork, SequenceState, StepWork
+
+
+@dataclass(frozen=True)
+class EngineCall:
+    """A call of the engine that gave tokens, for who measures.
+
+    Attributes:
+        n_decode: sequences that got a token after another in each of its steps.
+        n_prompt: prompt tokens that it computed.
+        n_steps: steps, 1 but for decode runs.
+        began, ended: `time.monotonic()` before it was chosen and after its tokens were handed on.
+    """
+
+    n_decode: int
+    n_prompt: int
+    n_steps: int
+    began: float
+    ended: float
 
 
 class EngineWork:
@@ -50,6 +69,8 @@ class EngineWork:
         #: sequences of the engine call under way
         self._in_call: tuple[int, ...] = ()
         self._pace = scheduler.pace = pace
+        #: told of each `EngineCall`, by the engine thread
+        self.on_call: Callable[[EngineCall], object] | None = None
 
     def begin(self, admitted: list[SequenceState]) -> None:
         """Tell the engine how the sequences that got a slot are sampled."""
@@ -94,14 +115,15 @@ class EngineWork:
         try:
             # who ends a sequence from now on sees it in the call; one that ended before is told of here
             if not self.unwanted():
-                self._call(work)
-                self._measured(work, time.monotonic() - began)
+                n_steps = self._call(work)
+                self._measured(work, n_steps, began, time.monotonic())
         except StepAborted:
             pass
         finally:
             self._in_call = ()
 
-    def _call(self, work: StepWork | LogitsWork | DecodeWork) -> None:
+    def _call(self, work: StepWork | LogitsWork | DecodeWork) -> int:
+        """Returns the steps done."""
         if isinstance(work, DecodeWork):
             began = time.monotonic()
             sampled = self._engine.decode(
@@ -118,10 +140,12 @@ class EngineWork:
             if len(sampled):  # one of many takes no part of what comes before and after them
                 self._pace.decode_took(len(work.seqs), (time.monotonic() - began) / len(sampled))
             self._mark_ends(self._scheduler.done_decode(work, sampled))
-        elif isinstance(work, StepWork):
+            return len(sampled)
+        if isinstance(work, StepWork):
             self._step(work)
         else:
             self._forward(work)
+        return 1
 
     def _step(self, work: StepWork) -> None:
         sampled, logits = self._engine.step(work.batch, work.want_logits, self._control)
@@ -160,14 +184,21 @@ class EngineWork:
         except Exception as error:
             job.end(as_worker_error(error, "the log-probabilities could not be made"))
 
-    def _measured(self, work: StepWork | LogitsWork | DecodeWork, seconds: float) -> None:
-        """Tell the pace of a step that took `seconds` with all that is done before and after it."""
+    def _measured(self, work: StepWork | LogitsWork | DecodeWork, n_steps: int, began: float, ended: float) -> None:
+        """Tell who wants to know what a call took with all that was done before and after it."""
+        seconds = ended - began
         if isinstance(work, LogitsWork):
             self._pace.forward_took(len(work.batch.tokens), seconds)
-        elif isinstance(work, StepWork) and work.n_prefill_tokens:
-            self._pace.step_took(len(work.batch.tokens), seconds)
-        elif isinstance(work, StepWork):
-            self._pace.decode_took(work.batch.n_decode, seconds)
+            return
+        n_decode, n_prompt = len(work.seqs), 0
+        if isinstance(work, StepWork):
+            n_decode, n_prompt = work.batch.n_decode, work.n_prefill_tokens
+            if n_prompt:
+                self._pace.step_took(n_decode + n_prompt, seconds)
+            else:
+                self._pace.decode_took(n_decode, seconds)
+        if self.on_call is not None and n_steps:
+            self.on_call(EngineCall(n_decode, n_prompt, n_steps, began, ended))
 
     def _mark_ends(self, ended: list[SequenceState]) -> None:
         for seq in ended:
