@@ -151,7 +151,7 @@ class RouteNode(Node):
         item_rows: Callable[[int], int],
         conversion: Conversion | None = None,
         few: tuple[Kernel, list[int], int, int] | None = None,
-        many_rows: Callable[[int], int] | None = None,
+        many_rows: Callable[[int], tuple[int, int]] | None = None,
     ) -> None: ...
 
 class ExpertProduct:

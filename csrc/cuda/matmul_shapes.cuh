@@ -54,10 +54,11 @@ struct MatmulShape {
 };
 
 // One kernel of products with many rows (common/many_rows.cuh): its tile, its rings and its warps
-// (worker_orcd/cuda/layout.py, many_rows_rings). kGathers: rows of x are gathered, by four warps.
-template <class Q, int kM_, int kK_, int kN_, bool kGathers_ = false>
+// (worker_orcd/cuda/layout.py, many_rows_rings). kGathers: rows of x are gathered, by four warps. kWidth: of a tile
+// with fewer than kN rows the products are of so many fewer, as often as 64 are left.
+template <class Q, int kM_, int kK_, int kN_, bool kGathers_ = false, int kWidth_ = kN_>
 struct ManyRowsShape {
-    static constexpr int kM = kM_, kK = kK_, kN = kN_;
+    static constexpr int kM = kM_, kK = kK_, kN = kN_, kWidth = kWidth_;
     static constexpr bool kGathers = kGathers_, kAdds = !kGathers;
     static constexpr int kGroups = kM * kK, kWarps = 4 * kGroups, kRowTiles = 4 * kM;
     static constexpr int kXSuppliers = kGathers ? 4 : 1;                // warps that bring x of a part,
@@ -66,7 +67,6 @@ struct ManyRowsShape {
     static constexpr int kThreads = 32 * (kWarps + kK * (kXSuppliers + kWSuppliers));
     static constexpr int kUnitTiles = kDense<Q> ? 1 : 256 / Q::kTileK;  // packed tiles that come at once, at most
     static constexpr int kUnitBytes = kUnitTiles * Q::kPackedTileBytes;
-    static constexpr int kSets = kN <= 128 && !kDense<Q> ? 2 : 1;  // of fragments
     static constexpr int kXBytes = 128 * kN;
     static constexpr int kXSlotBytes = kXBytes + (4 * kN + 1023) / 1024 * 1024;
     static constexpr int kSumBytes = kK > 1 ? 256 * kM * kN : 0;
@@ -82,7 +82,9 @@ struct ManyRowsShape {
     static constexpr int kPartBarriers = 2 * (kXDepth + kWDepth);
     static constexpr int kBytes = kBarriersAt + 8 * kK * kPartBarriers;
     static constexpr int kFirstPairBarrier = 1 + (kK > 1 ? kGroups : 0);  // of those that group_sync knows
-    // Registers of the threads that multiply and of the others: of a block of 65,536.
-    static constexpr int kGroupRegisters = kThreads == 384 ? 240 : kThreads == 512 ? 208 : 104;
-    static constexpr int kSupplierRegisters = kThreads == 384 ? 24 : kThreads == 512 ? 40 : 32;
+    // Registers of the threads that multiply and of the others: together those that a block has at its start.
+    static constexpr int kGroupRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 144 : 104;
+    static constexpr int kSupplierRegisters = kGroups == 2 ? 24 : kGroups == 3 ? 80 : 32;
+    // Sets of fragments: two where beside kN sums there is room for them.
+    static constexpr int kSets = kGroupRegisters >= kN + 72 && !kDense<Q> ? 2 : 1;
 };

@@ -1,8 +1,8 @@
 // From the router to the lists of the expert products, and the weighted sum of their results.
 //
 // route_logits_<type>(RouteParams): the router's logits x W^T, as float32 sums over each of ROUTE_SLICES parts of K.
-//   A warp takes 16 experts (a row tile) and one part for ROUTE_ROWS rows. Grid (row tiles * ROUTE_SLICES / 8,
-//   rows / ROUTE_ROWS), 256 threads.
+//   A block takes 16 experts (a row tile) and one part, each of its warps for ROUTE_ROWS rows. Grid (row tiles *
+//   ROUTE_SLICES, rows / (8 * ROUTE_ROWS)), 256 threads.
 // route_choose(RouteParams): logit = its parts in order + bias; the n_used largest (ties: the lower id); softmax over
 //   those. A warp a row; grid any, 1024 threads. With item_rows a single block, which also makes the list.
 // route_list(RouteParams): the list alone, for more rows. One block of 1024 threads.
@@ -13,7 +13,7 @@
 // Where a norm comes before, x times its weight is multiplied, and 1 / root comes to the sum.
 //
 // A row's logits are the same bits in a decode step and in any chunk of a prompt, so its experts do not depend on how
-// it came. Weights are exact, products float32. Bytes: the router once per ROUTE_ROWS rows, from L2; x once per 16
+// it came. Weights are exact, products float32. Bytes: the router once per 8 * ROUTE_ROWS rows, from L2; x once per 16
 // experts.
 #include "common/convert_row.cuh"
 #include "common/order.cuh"
@@ -89,20 +89,16 @@ DEVICE void slice_sums(const RouteParams& p, int row_tile, int slice, int row0, 
 
 template <class Q>
 DEVICE void route_logits(const RouteParams& p) {
-    const int lane = threadIdx.x % 32, warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const int row_tile = warp / ROUTE_SLICES, slice = warp % ROUTE_SLICES;
+    const int row_tile = blockIdx.x / ROUTE_SLICES, slice = blockIdx.x % ROUTE_SLICES;
     const uint8_t* packed_tiles = p.w + static_cast<int64_t>(row_tile) * p.n_k_tiles * Q::kPackedTileBytes;
-    const bool exists = row_tile * kTileRows < p.n_expert;
 
     pdl_launch_dependents();
     // No kernel writes the router's weights: they come to L2 while the kernel before ends.
-    if (exists)
-        for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
-            for (int at = lane * 128; at < Q::kPackedTileBytes; at += 32 * 128)
-                prefetch_l2(packed_tiles + k_tile * Q::kPackedTileBytes + at);
+    for (int k_tile = slice; k_tile < p.n_k_tiles; k_tile += ROUTE_SLICES)
+        for (int at = threadIdx.x * 128; at < Q::kPackedTileBytes; at += 256 * 128)
+            prefetch_l2(packed_tiles + k_tile * Q::kPackedTileBytes + at);
     pdl_wait();
-    if (!exists) return;
-    slice_sums<Q, ROUTE_ROWS>(p, row_tile, slice, blockIdx.y * ROUTE_ROWS,
+    slice_sums<Q, ROUTE_ROWS>(p, row_tile, slice, (blockIdx.y * 8 + threadIdx.x / 32) * ROUTE_ROWS,
                               [&](int, int k_tile) { return packed_tiles + k_tile * Q::kPackedTileBytes; });
 }
 
@@ -177,7 +173,14 @@ template <int kWarps>
 DEVICE void make_list(const RouteParams& p) {
     __shared__ int place[kWarps]
                         [EXPERTS_MAX];  // of a warp's pairs of an expert: how many, then where the next one goes
-    __shared__ int count[EXPERTS_MAX], first_pair[EXPERTS_MAX], first_item[EXPERTS_MAX];
+    __shared__ int count[EXPERTS_MAX], first_place[EXPERTS_MAX], first_item[EXPERTS_MAX];
+    const bool has_places = p.list.places != nullptr;
+    // Pairs of an item of an expert that has n.
+    const auto item_rows = [&](int n) {
+        if (!has_places || n <= p.item_rows) return p.item_rows;
+        const int n_items = (n + p.item_rows - 1) / p.item_rows;
+        return ((n + n_items - 1) / n_items + 7) / 8 * 8;
+    };
     const int n_pairs = p.n_rows * p.n_used, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int rounds = (n_pairs + 32 * kWarps - 1) / (32 * kWarps), run = 32 * rounds;
     const int n_runs = (n_pairs + run - 1) / run;
@@ -210,33 +213,37 @@ DEVICE void make_list(const RouteParams& p) {
     }
     __syncthreads();
     if (warp == 0) {
-        int pairs = 0, items = 0;
+        int places = 0, items = 0;
         for (int base = 0; base < p.n_expert; base += 32) {
-            const int e = base + lane, n = e < p.n_expert ? count[e] : 0, n_items = (n + p.item_rows - 1) / p.item_rows;
-            int pairs_to = n, items_to = n_items;
+            const int e = base + lane, n = e < p.n_expert ? count[e] : 0, rows = item_rows(n);
+            const int n_places = has_places ? (n + 7) / 8 * 8 : n, n_items = (n + rows - 1) / rows;
+            int places_to = n_places, items_to = n_items;
             for (int d = 1; d < 32; d *= 2) {
-                const int a = __shfl_up_sync(kAll, pairs_to, d), b = __shfl_up_sync(kAll, items_to, d);
-                if (lane >= d) pairs_to += a, items_to += b;
+                const int a = __shfl_up_sync(kAll, places_to, d), b = __shfl_up_sync(kAll, items_to, d);
+                if (lane >= d) places_to += a, items_to += b;
             }
-            if (e < p.n_expert) first_pair[e] = pairs + pairs_to - n, first_item[e] = items + items_to - n_items;
-            pairs += __shfl_sync(kAll, pairs_to, 31), items += __shfl_sync(kAll, items_to, 31);
+            if (e < p.n_expert) {
+                first_place[e] = places + places_to - n_places;
+                first_item[e] = items + items_to - n_items;
+            }
+            places += __shfl_sync(kAll, places_to, 31), items += __shfl_sync(kAll, items_to, 31);
         }
         if (lane == 0) *p.list.n_items = items;
     }
     __syncthreads();
     for_pairs([&](int pair, int expert, uint32_t same) {
         const uint32_t before = same & ((1u << lane) - 1u);
-        const int at = expert >= 0 ? first_pair[expert] + place[warp][expert] + __popc(before) : 0;
+        const int at = expert >= 0 ? first_place[expert] + place[warp][expert] + __popc(before) : 0;
         __syncwarp();
         if (expert < 0) return;
         p.list.pairs[at] = pair;
+        if (has_places) p.list.places[pair] = at;
         if (before == 0) place[warp][expert] += __popc(same);
     });
     for (int e = warp; e < p.n_expert; e += blockDim.x / 32) {
-        const int n = count[e];
-        for (int i = lane; i * p.item_rows < n; i += 32)
-            p.list.items[first_item[e] + i] = {e, first_pair[e] + i * p.item_rows,
-                                               min(p.item_rows, n - i * p.item_rows), 0};
+        const int n = count[e], rows = item_rows(n);
+        for (int i = lane; i * rows < n; i += 32)
+            p.list.items[first_item[e] + i] = {e, first_place[e] + i * rows, min(rows, n - i * rows), 0};
     }
 }
 

@@ -84,14 +84,22 @@ typedef struct {
     int32_t ring_bytes;  // shared memory of the weight rings: warps * ring bytes of a warp
 } ExpertMatvecParams;
 
+// Most pairs of an item of wgmma_experts_* whose rows it gathers. The rows of larger items lie at the places of their
+// pairs, where convert_rows brings them.
+#define EXPERT_GATHERED_ROWS 32
+
 // wgmma_experts_<type>_<rows>: products of every pair of any number of rows with one or two of its expert's matrices,
 // or the gated activation of both, which goes to the first. Items of the list have at most `rows` pairs. The grid is
 // free.
 typedef struct {
     ExpertMatrix m[EXPERT_MAX_MATRICES];  // of one type and shape
     ExpertList list;
-    const uint8_t* x;  // converted rows in lines (convert_params.h); pair (row, slot) reads row + slot * x_slot_rows
-    int64_t matrix_bytes;  // of an expert
+    // Gathered: converted rows in lines (convert_params.h), x_bytes each; pair (row, slot) reads row + slot *
+    // x_slot_rows. Else in tiles, a row for each place of the list, with their factors.
+    const uint8_t* x;
+    const float* factors;   // [n_chunks, factor_stride]
+    int64_t matrix_bytes;   // of an expert
+    int32_t factor_stride;  // places of the list, a multiple of 8
     int32_t x_bytes;
     int32_t x_slot_rows;
     int32_t n_matrices;

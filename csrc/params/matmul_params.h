@@ -104,7 +104,7 @@ typedef struct {
     ProductMatrix m[MATVEC_MAX_MATRICES];  // with PRODUCT_GLU two, both with n_out outputs; results go to the first
     const uint8_t* x;
     const float* factors;   // [n_chunks, factor_stride]
-    int32_t factor_stride;  // a multiple of 8, at least n_rows
+    int32_t factor_stride;  // rows that x has room for: a multiple of 8, at least n_rows
     int32_t n_matrices;
     int32_t n_row_tiles;  // of all matrices
     int32_t n_tiles_m;    // tiles along the outputs

@@ -15,7 +15,7 @@
 // Parts of K whose sums a router logit is added up from, in order.
 #define ROUTE_SLICES 16
 // Rows of x that one warp of route_logits takes together.
-#define ROUTE_ROWS 8
+#define ROUTE_ROWS 4
 // Most rows whose experts one block of route_choose chooses, and makes the list; and most decode rows that are not
 // taken for prefill rows.
 #define ROUTE_CHOOSE_ROWS 64
@@ -24,7 +24,7 @@
 // Most pairs of one expert that a decode block takes together.
 #define EXPERT_DECODE_ROWS 16
 
-// Pairs [first, first + n) of the list's order, all of one expert.
+// Pairs at places [first, first + n) of the list, all of one expert.
 typedef struct {
     int32_t expert;
     int32_t first;
@@ -32,11 +32,13 @@ typedef struct {
     int32_t unused;
 } ExpertItem;
 
-// Which pairs each expert has: written by the routing kernels, read by the products.
+// Which pairs each expert has: written by the routing kernels, read by the products. With `places` the first place of
+// each item is a multiple of 8 (those left over are nobody's), and an expert's items have about as many pairs each.
 typedef struct {
     int32_t* n_items;
     ExpertItem* items;  // [*n_items], by expert; 16-byte aligned
-    int32_t* pairs;     // [n_rows * n_used] pair numbers by expert, ascending within one
+    int32_t* pairs;     // the pair at each place: pair numbers by expert, ascending within one
+    int32_t* places;    // [n_rows * n_used] the place of each pair, or null
 } ExpertList;
 
 // route_logits_<type>, route_choose, route_list.
@@ -55,7 +57,7 @@ typedef struct {
     int32_t n_expert;
     int32_t n_used;
     int32_t n_rows;
-    int32_t item_rows;  // most pairs of an item; route_choose with 0 makes no list
+    int32_t item_rows;  // most pairs of an item, a multiple of 8; route_choose with 0 makes no list
     ExpertList list;
 } RouteParams;
 

@@ -56,6 +56,7 @@ DECODE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 11
 cdef enum:
     IN_FLIGHT = 2
     SPINS = 64          # looks at work that takes microseconds before it is waited for without the GIL
+    FIRST_LAUNCHES = 32  # of a step that are queued while the others are put together
     RING_STEPS = 64     # rows of the pinned token ring; more than IN_FLIGHT
     MAX_BATCH = 256
 
@@ -258,6 +259,20 @@ cdef class CudaEngine:
             node.enqueue(self.pending, shape)
         return 0
 
+    cdef int _begin(self, list nodes, const Shape* shape) except -1:
+        """As `_collect`, but the first launches are queued: the device works on them while the others are put
+        together."""
+        cdef Node node
+        cdef bint begun = False
+        self.pending.clear()
+        for node in nodes:
+            node.enqueue(self.pending, shape)
+            if not begun and self.pending.records.size() >= FIRST_LAUNCHES:
+                begun = True
+                self.pending.queue(self.stream.handle)
+                self.pending.clear()
+        return 0
+
     cdef int _enqueue(self, list nodes, const Shape* shape) except -1:
         self._collect(nodes, shape)
         with nogil:
@@ -267,7 +282,7 @@ cdef class CudaEngine:
     cdef int _run_step(self, list nodes, const Shape* shape) except -1:
         """Queue the launches of `nodes` and wait for the stream. The lock is let go once for both: while other threads
         want it, each time may cost milliseconds until it is back."""
-        self._collect(nodes, shape)
+        self._begin(nodes, shape)
         with nogil:
             self.pending.queue(self.stream.handle)
             self.stream.wait_nogil()

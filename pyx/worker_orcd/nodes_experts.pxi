@@ -5,7 +5,7 @@
 # of it can be recorded in a graph.
 
 
-cdef dict NO_LIST = {"n_items": 0, "items": 0, "pairs": 0}
+cdef dict NO_LIST = {"n_items": 0, "items": 0, "pairs": 0, "places": 0}
 
 
 cdef class RouteNode(Node):
@@ -15,7 +15,7 @@ cdef class RouteNode(Node):
         name: of the op.
         logits, choose, make_list: the kernels route_logits_<type>, route_choose and route_list.
         fields: `RouteParams`; later: list, n_rows, item_rows.
-        decode_list, prefill_list: `ExpertList`s.
+        decode_list, prefill_list: `ExpertList`s; the second with the places that some lists of many rows have.
         partial_floats: scratch of a row's logits.
         grid: `grid(n_rows)` of `logits`.
         item_rows: `item_rows(n_rows)`, most pairs of a prefill item.
@@ -23,7 +23,7 @@ cdef class RouteNode(Node):
         few: all of that in one launch, for few decode rows: kernel, blocks of logits for each number of rows from 1 on,
             shared memory and counter; or None.
         many_rows: `many_rows(n_rows)`, most pairs of an item of wgmma_experts_*, where these have all rows of a step
-            of more than 8; or None.
+            of more than 8, and places of their list, 0: the rows are gathered; or None.
     """
 
     cdef c.RouteParams p
@@ -78,6 +78,7 @@ cdef class RouteNode(Node):
             if p.roots != NULL:
                 p.roots += row
             p.n_rows, p.item_rows, p.list = n_prefill, 0, self.prefill_list
+            p.list.places = NULL
             launches.add(self.choose, (n_prefill + 31) // 32, 1, 1, 1024, 0, &p, sizeof(p), True)
             p.item_rows = self.item_rows(n_prefill)
             launches.add(self.make_list, 1, 1, 1, 1024, 0, &p, sizeof(p), True)
@@ -87,15 +88,24 @@ cdef class RouteNode(Node):
         """Rows [0, n), of whatever kind; their list is that of prefill rows."""
         cdef c.RouteParams p = self.p
         cdef unsigned int gx, gy
+        cdef int n_places
+        item_rows, n_places = self.many_rows(n)
         if self.conversion is not None:
-            self.conversion.enqueue(launches, 0, 0, n, n, c.CONVERTED_LINES)
+            if n_places:
+                self.conversion.enqueue_roots(launches, n)
+            else:
+                self.conversion.enqueue(launches, 0, 0, n, n, c.CONVERTED_LINES)
         p.n_rows, p.list = n, self.prefill_list
+        if n_places == 0:
+            p.list.places = NULL
         gx, gy, _ = self.grid(n)
         launches.add(self.logits, gx, gy, 1, 256, 0, &p, sizeof(p), True)
         if n > c.ROUTE_CHOOSE_ROWS:
             launches.add(self.choose, (n + 31) // 32, 1, 1, 1024, 0, &p, sizeof(p), True)
-        p.item_rows = self.many_rows(n)
+        p.item_rows = item_rows
         launches.add(self.make_list if n > c.ROUTE_CHOOSE_ROWS else self.choose, 1, 1, 1, 1024, 0, &p, sizeof(p), True)
+        if n_places and self.conversion is not None:
+            self.conversion.enqueue_places(launches, n, p.list.places, p.n_used, n_places)
         return 0
 
     cdef int _few(self, LaunchList launches, int n) except -1:
@@ -161,7 +171,8 @@ cdef class ExpertProductNode(Node):
         glu: the `GluRows` of what expert_few_* does itself (PRODUCT_GLU), or None.
         total: the `RowNode` of the sum that expert_few_* makes itself (PRODUCT_MIX), or None.
         many, wgmma: `many(n_rows)` gives the `Bound` kernel wgmma_experts_*, its `ManyExpertRowsParams` (later:
-            x_slot_rows, n_tiles_m); or None. It has all rows of a step of more than 8, with the gated activation.
+            x_slot_rows, n_tiles_m, factors, factor_stride); or None. It has all rows of a step of more than 8, with
+            the gated activation.
     """
 
     cdef c.ExpertMatvecParams v
@@ -186,7 +197,7 @@ cdef class ExpertProductNode(Node):
         c.fill_ExpertMatmulParams(&self.m, matmul, ("x_slot_rows",))
         self.many = many
         if many is not None:
-            c.fill_ManyExpertRowsParams(&self.w, wgmma, ("x_slot_rows", "n_tiles_m"))
+            c.fill_ManyExpertRowsParams(&self.w, wgmma, ("x_slot_rows", "n_tiles_m", "factors", "factor_stride"))
 
     def precede(self, ExpertProductNode after):
         """The launches of `after`, whose rows have the same experts, come next."""
@@ -239,7 +250,11 @@ cdef class ExpertProductNode(Node):
         """Rows [0, n), of whatever kind."""
         cdef Bound bound = self.many(n)
         cdef c.ManyExpertRowsParams p = self.w
-        if self.conversion is not None:
+        if bound.places:
+            if self.conversion is not None:
+                self.conversion.enqueue_places(launches, n, p.list.places, p.n_used, bound.places)
+            p.factors, p.factor_stride = tile_factors(p.x, p.k, bound.places), bound.places
+        elif self.conversion is not None:
             self.conversion.enqueue(launches, 0, 0, n, n, c.CONVERTED_LINES)
             p.x_slot_rows = n if self.conversion.n_inputs > 1 else 0
         p.n_tiles_m = bound.tiles_m

@@ -7,7 +7,8 @@ cdef class Conversion:
 
     Args:
         kernel: the `Kernel`.
-        fields: `ConvertParams`; later: n_rows, n_pad_rows, order, factors, factor_stride.
+        fields: `ConvertParams`; later: n_rows, n_pad_rows, order, factors, factor_stride, places,
+            places_stride, n_copies.
         n_inputs: that a row has: one, or one for each slot of a row of experts.
     """
 
@@ -16,7 +17,8 @@ cdef class Conversion:
     cdef int n_inputs
 
     def __init__(self, Kernel kernel, dict fields, int n_inputs=1):
-        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "order", "factors", "factor_stride"))
+        c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "order", "factors", "factor_stride", "places",
+                                               "places_stride", "n_copies"))
         self.kernel, self.n_inputs = kernel, n_inputs
 
     cdef int enqueue(self, LaunchList launches, int64_t x_row, int64_t row, int n, int n_pad,
@@ -34,13 +36,29 @@ cdef class Conversion:
         """Convert rows [0, n) into tiles, with their factors behind (`tile_factors`)."""
         cdef c.ConvertParams p = self.p
         p.order, p.n_rows, p.n_pad_rows = c.CONVERTED_TILES, n, (n + 7) // 8 * 8
-        p.factors, p.factor_stride = tile_factors(p.out, p.k, n), p.n_pad_rows
+        p.factors, p.factor_stride = tile_factors(p.out, p.k, p.n_pad_rows), p.n_pad_rows
         return launches.add(self.kernel, p.n_pad_rows, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
+
+    cdef int enqueue_roots(self, LaunchList launches, int n) except -1:
+        """Leave what norms leave of rows [0, n), and convert none."""
+        cdef c.ConvertParams p = self.p
+        p.out, p.n_rows, p.n_pad_rows = <uint8_t*>NULL, n, n
+        return launches.add(self.kernel, n, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
+
+    cdef int enqueue_places(self, LaunchList launches, int n, const int32_t* places, int n_used,
+                            int n_places) except -1:
+        """Convert rows [0, n) into tiles of `n_places` rows: each of the `n_used` inputs of a row to its place, or the
+        one that a row has to all of them."""
+        cdef c.ConvertParams p = self.p
+        p.order, p.n_rows, p.n_pad_rows = c.CONVERTED_TILES, n, n
+        p.factors, p.factor_stride = tile_factors(p.out, p.k, n_places), n_places
+        p.places, p.places_stride, p.n_copies = places, n_used, n_used // self.n_inputs
+        return launches.add(self.kernel, n, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
 
 
 cdef float* tile_factors(const uint8_t* rows, int k, int n) noexcept:
-    """Where the factors of `n` rows of `k` columns are that lie in tiles at `rows`."""
-    return <float*>(rows + (n + c.ROWS_GROUP - 1) // c.ROWS_GROUP * c.rows_group_bytes(k))
+    """Where the factors are of tiles of `n` rows of `k` columns at `rows`."""
+    return <float*>(rows + c.tiles_bytes(k, n))
 
 
 cdef class Bound:
@@ -49,7 +67,7 @@ cdef class Bound:
     cdef Kernel kernel
     cdef unsigned int gx, gy, block, smem
     cdef int32_t ring_bytes, n_warps, n_groups, depth, batch, x_smem, factors, staged, barriers, block_tiles, more_tiles
-    cdef int32_t n_staged, tiles_m, tiles_n
+    cdef int32_t n_staged, tiles_m, tiles_n, places
 
     def __init__(self, Kernel kernel, launch):
         self.kernel, self.block, self.smem = kernel, launch.block, launch.smem
@@ -59,7 +77,7 @@ cdef class Bound:
         self.factors, self.barriers = launch.factors, launch.barriers
         self.n_staged, self.staged = launch.n_staged, launch.staged
         self.block_tiles, self.more_tiles = launch.block_tiles, launch.more_tiles
-        self.tiles_m, self.tiles_n = launch.tiles_m, launch.tiles_n
+        self.tiles_m, self.tiles_n, self.places = launch.tiles_m, launch.tiles_n, launch.places
 
     cdef int enqueue(self, LaunchList launches, const void* params, size_t nbytes) except -1:
         return launches.add(self.kernel, self.gx, self.gy, 1, self.block, self.smem, params, nbytes, True)
@@ -247,7 +265,8 @@ cdef class MatMulNode(Node):
         cdef c.ManyRowsParams p = self.w
         if self.conversion is not None:
             self.conversion.enqueue_tiles(launches, n)
-        p.factors, p.factor_stride = tile_factors(p.x, p.k, n), (n + 7) // 8 * 8
+        p.factor_stride = (n + 7) // 8 * 8
+        p.factors = tile_factors(p.x, p.k, p.factor_stride)
         p.n_rows, p.n_tiles_m, p.n_tiles_n = n, bound.tiles_m, bound.tiles_n
         return bound.enqueue(launches, &p, sizeof(p))
 

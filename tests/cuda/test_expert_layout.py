@@ -48,8 +48,8 @@ def test_shared_memory_is_that_of_the_kernels(lib, type_id):
 
 def test_constants_are_those_of_the_header(lib):
     e = expert_layout
-    assert list((ctypes.c_int * 5).in_dll(lib, "constants")) == [
-        e.ROUTE_SLICES, e.ROUTE_ROWS, e.ROUTE_FEW_ROWS, e.DECODE_ROWS, e.MAX_MATRICES]  # fmt: skip
+    assert list((ctypes.c_int * 6).in_dll(lib, "constants")) == [
+        e.ROUTE_SLICES, e.ROUTE_ROWS, e.ROUTE_FEW_ROWS, e.DECODE_ROWS, e.MAX_MATRICES, e.GATHERED_ROWS]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,15 @@ def test_lists_hold_every_load(n_rows, n_used, n_expert):
     for spread in (0.0, 0.5, 3.0):
         weights = rng.exponential(1.0, n_expert) ** spread
         counts = rng.multinomial(n_pairs, weights / weights.sum())
-        for item_rows in (expert_layout.DECODE_ROWS, *expert_layout.PREFILL_ROWS):
+        n_places = expert_layout.n_places(n_pairs, n_expert)
+        assert n_places % 8 == 0 and int((-(-counts // 8)).sum()) * 8 <= n_places
+        for item_rows in (expert_layout.DECODE_ROWS, *expert_layout.PREFILL_ROWS, *layout.WGMMA_EXPERT_TILES):
             n_items = int((-(-counts // item_rows)).sum())
             most = expert_layout.max_items(n_pairs, n_expert, item_rows)
             assert n_items <= most
-            _, items, pairs = expert_layout.list_parts(256, n_pairs, n_expert)
-            assert items % 16 == 0 and items + 16 * most <= pairs
-            assert pairs + 4 * n_pairs == 256 + expert_layout.list_bytes(n_pairs, n_expert)
+            _, items, pairs, places = expert_layout.list_parts(256, n_pairs, n_expert)
+            assert items % 16 == 0 and items + 16 * most <= places and places + 4 * n_pairs == pairs
+            assert pairs + 4 * n_places == 256 + expert_layout.list_bytes(n_pairs, n_expert)
 
 
 def test_most_items_can_be_reached():

@@ -89,7 +89,7 @@ def test_launch_sizes_match_the_kernels(lib, type_id):
         assert launch.smem <= layout.WGMMA_SMEM and launch.tiles_n * rows >= 300
     for rows in layout.WGMMA_EXPERT_TILES:
         getattr(lib, f"many_expert_rows_{suffix}")(rows, out)
-        assert list(out) == list(layout.many_rows_rings(type_id, rows, gathers=True))
+        assert list(out) == list(layout.many_rows_rings(type_id, rows, experts=True))
 
 
 def test_activation_order_is_the_fragment_order(lib):

@@ -14,7 +14,7 @@ from helpers.golden_forge import fused_gate_up, fused_qkv, split_gate_up, split_
 
 import worker_orcd
 from worker_orcd import LLM, _driver, _engine
-from worker_orcd.cuda import lowering
+from worker_orcd.cuda import expert_layout, layout, lowering
 from worker_orcd.cuda.layout import chunk_columns
 from worker_orcd.cuda.lowering import lower
 from worker_orcd.engine.protocol import Batch, EngineConfig
@@ -222,6 +222,50 @@ def test_a_layer_of_experts_is_three_launches_of_few_rows(many, goldens_dir, mon
         engine.close()
 
 
+@pytest.mark.parametrize("lowered", ["fused", "plain"])
+def test_rows_of_experts_lie_at_the_places_of_their_pairs_where_an_expert_has_many(lowered, goldens_dir, monkeypatch):
+    """A conversion for each input, after the list, to where the list says; all within the memory for converted rows."""
+    monkeypatch.setenv("WORKER_ORCD_LOWERING", lowered)
+    with ModelFile(goldens_dir / "gpt-oss-MXFP4.gguf") as file, _driver.Context(0) as context:
+        built = plan.build(file)
+        route = next(op for op in built.ops if isinstance(op, ops.Route))
+        config = EngineConfig(4, 512, 512, tuple(32 for _ in built.kv_groups))
+        engine = _engine.CudaEngine(file, built, config, context=context)
+        engine.block_tables[:] = 0
+        steps = {}
+        for n in (20, 512):
+            rows = np.arange(n, dtype=np.int32)
+            with recorded() as launches:
+                engine.step(Batch(np.zeros(n, np.int32), rows, 0 * rows, 0, rows[:0]))
+            steps[n] = launches
+        converted = engine.memory.workspace.converted
+        engine.close()
+    few = [one for one in steps[20] if one.kernel.startswith(("convert_", "route_"))]
+    assert few and not any(one.fields.get("places") or one.fields.get("list.places") for one in few)
+    n_pairs = 512 * route.n_used
+    n_places = expert_layout.n_places(n_pairs, route.n_expert)
+    products = [one for one in steps[512] if one.kernel.startswith("wgmma_experts_")]
+    assert len(products) == (2 if lowered == "fused" else 3) * built.n_layer
+    lists = [one for one in steps[512] if one.kernel == "route_list"]
+    assert len(lists) == built.n_layer
+    latest = None
+    for launch in steps[512]:
+        fields = launch.fields
+        if launch.kernel == "convert_rows" and fields["places"]:
+            latest = fields
+            assert fields["factor_stride"] == n_places and fields["places_stride"] == route.n_used
+            assert fields["n_copies"] * launch.grid[1] == route.n_used and launch.grid[0] == fields["n_rows"] == 512
+        elif launch in products:
+            assert launch.kernel.endswith("_96") and fields["factor_stride"] == n_places
+            assert [fields[f] for f in ("factors", "k")] == [latest[f] for f in ("factors", "k")]
+            assert fields["x"] == latest["out"] and fields["list.places"] == latest["places"]
+            assert fields["list.places"] == lists[0].fields["list.places"]
+            ends = fields["factors"][1] + 4 * n_places * layout.n_chunks(fields["k"])
+            assert ends <= converted.address - fields["factors"][0] + converted.nbytes
+    roots = [one.fields for one in steps[512] if one.kernel == "convert_rows" and not one.fields["out"]]
+    assert len(roots) == (built.n_layer if lowered == "fused" else 0) and all(one["roots"] for one in roots)
+
+
 def test_an_unknown_lowering_takes_nothing(tiny, monkeypatch):
     monkeypatch.setenv("WORKER_ORCD_LOWERING", "fast")
     with pytest.raises(InvalidRequest, match="WORKER_ORCD_LOWERING is fused or plain, not 'fast'"):
@@ -336,9 +380,9 @@ def test_warpgroups_take_all_rows_together(name, n_decode, n_prompt, goldens_dir
         fields, kind = launch.fields, launch.kernel.split("_")[0]
         if kind == "convert":
             conversion = fields
-            groups, padded = -(-n // 128), -(-n // 8) * 8
+            padded = -(-n // 8) * 8
             if n > 8:
-                at = fields["out"][1] + groups * 128 * 512 * -(-fields["k"] // 256)
+                at = fields["out"][1] + padded * 512 * -(-fields["k"] // 256)
                 assert fields["factors"] == (fields["out"][0], at) and fields["factor_stride"] == padded
                 assert fields["n_rows"] == n and fields["n_pad_rows"] == launch.grid[0] == padded
                 ends = at + 4 * padded * -(-fields["k"] // min(1024, chunk_columns(fields["k"])))

@@ -51,32 +51,48 @@ class List:
     def __init__(self, gpu: Gpu, n_pairs: int, n_expert: int) -> None:
         self.n_pairs = n_pairs
         self.buffer = gpu.empty(expert_layout.list_bytes(n_pairs, n_expert) // 4, np.int32)
-        n_items, items, pairs = expert_layout.list_parts(self.buffer.ptr, n_pairs, n_expert)
-        self.fields = {"n_items": n_items, "items": items, "pairs": pairs}
+        n_items, items, pairs, places = expert_layout.list_parts(self.buffer.ptr, n_pairs, n_expert)
+        self.fields = {"n_items": n_items, "items": items, "pairs": pairs, "places": 0}
+        self.places, self._pairs_at = places, (pairs - self.buffer.ptr) // 4
 
     def set(self, ids: np.ndarray, n_expert: int, item_rows: int) -> List:
         """The list of `ids`, made on the host."""
-        items, pairs = host_list(ids, n_expert, item_rows)
-        whole = np.full(self.buffer.shape, -1, np.int32)
-        whole[0], whole[4 : 4 + items.size], whole[-pairs.size :] = len(items), items.ravel(), pairs
+        items, pairs, places = host_list(ids, n_expert, item_rows)
+        whole, at = np.full(self.buffer.shape, -1, np.int32), self._pairs_at
+        whole[0], whole[4 : 4 + items.size], whole[at : at + pairs.size] = len(items), items.ravel(), pairs
+        whole[at - places.size : at] = places
         self.buffer.set(whole)
         return self
 
-    def get(self) -> tuple[np.ndarray, np.ndarray]:
-        """(items [n, 4], pairs) as they are on the device."""
-        whole = self.buffer.to_numpy()
-        return whole[4 : 4 + 4 * whole[0]].reshape(-1, 4), whole[-self.n_pairs :]
+    def get(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(items [n, 4], the pair at each place [n_places], the place of each pair [n_pairs]) on the device."""
+        whole, at = self.buffer.to_numpy(), self._pairs_at
+        return whole[4 : 4 + 4 * whole[0]].reshape(-1, 4), whole[at:], whole[at - self.n_pairs : at]
+
+    def with_places(self) -> List:
+        """The same, where the device is to leave the place of each pair."""
+        self.fields["places"] = self.places
+        return self
 
 
-def host_list(ids: np.ndarray, n_expert: int, item_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items (expert, first, n, 0) and pairs of `ids` [n_rows, n_used]."""
+def host_list(ids: np.ndarray, n_expert: int, item_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items (expert, first, n, 0), the pair at each place (-1: none) and the place of each pair of `ids` [n_rows,
+    n_used]; with places at multiples of 8 where the rows of such items are not gathered."""
     flat = ids.ravel().astype(int)
-    pairs = np.argsort(flat, kind="stable").astype(np.int32)
-    items, first = [], 0
+    packed = item_rows > expert_layout.GATHERED_ROWS and item_rows in layout.WGMMA_EXPERT_TILES
+    items, pairs = [], np.full(expert_layout.n_places(flat.size, n_expert), -1, np.int32)
+    first = 0
     for e, n in enumerate(np.bincount(flat, minlength=n_expert)):
-        items += [(e, first + i, min(item_rows, n - i), 0) for i in range(0, n, item_rows)]
-        first += n
-    return np.array(items, np.int32).reshape(-1, 4), pairs
+        size = item_rows
+        if packed and n > item_rows:
+            size = -(-n // -(-n // item_rows))
+            size = -(-size // 8) * 8
+        items += [(e, first + i, min(size, n - i), 0) for i in range(0, n, size)]
+        pairs[first : first + n] = np.flatnonzero(flat == e)
+        first += -(-n // 8) * 8 if packed else n
+    places = np.empty(flat.size, np.int32)
+    places[pairs[pairs >= 0]] = np.flatnonzero(pairs >= 0)
+    return np.array(items, np.int32).reshape(-1, 4), pairs, places
 
 
 class Route:
@@ -130,11 +146,12 @@ class Route:
 
 class _Products:
     def __init__(self, gpu: Gpu, experts: Sequence[Experts], x: Buffer, outs: Sequence[tuple[int, int]], n_rows: int,
-                 n_used: int, per_slot: bool, order: str = "fragments") -> None:  # fmt: skip
+                 n_used: int, per_slot: bool, order: str = "fragments",
+                 places: tuple[int, int, int] | None = None) -> None:  # fmt: skip
         m = experts[0]
         n_inputs = n_used if per_slot else 1
         self.gpu, self.m = gpu, m
-        self.converted = Converted(gpu, m.k, x, n_rows, x.shape[1], n_inputs=n_inputs, order=order)
+        self.converted = Converted(gpu, m.k, x, n_rows, x.shape[1], n_inputs=n_inputs, order=order, places=places)
         self.common = {
             "m": [{"w": e.w, "bias": e.bias, "out": out, "out_stride": stride}
                   for e, (out, stride) in zip(experts, outs, strict=True)],
@@ -219,14 +236,15 @@ class Many(_Products):
 
     def __init__(self, gpu, experts, x, outs, n_rows, n_used, per_slot, pairs: List, item_rows: int,
                  grid: int | None = None, glu: int | None = None) -> None:  # fmt: skip
-        super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot, "lines")
-        m = self.m
+        m = experts[0]
         self.launch = expert_layout.many_launch(m.type_id, m.k, m.n_out, len(experts), n_rows, n_used, m.n_expert,
                                                 grid or gpu.n_sm, item_rows)  # fmt: skip
+        places = (pairs.places, n_used, self.launch.places) if self.launch.places else None
+        super().__init__(gpu, experts, x, outs, n_rows, n_used, per_slot, "tiles" if places else "lines", places)
         self.params = params(
             "ManyExpertRowsParams", **self.common, list=pairs.fields, x=self.converted.rows, n_matrices=len(experts),
             n_tiles_m=self.launch.tiles_m, mode=CONSTANTS["PRODUCT_STORE" if glu is None else "PRODUCT_GLU"],
-            glu=glu or 0)  # fmt: skip
+            glu=glu or 0, factors=self.converted.factors, factor_stride=self.launch.places)  # fmt: skip
         self.kernel = gpu.kernel("wgmma_experts", self.launch.kernel)
 
     def run(self, pdl: bool = False) -> None:

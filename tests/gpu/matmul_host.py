@@ -45,26 +45,26 @@ class Converted:
     """`n_rows` rows of x as convert_rows leaves them, before `pad` rows of zeros; `run` queues the conversion.
 
     `norm`: None, or (kind, weight, bias, eps) of the norm before. `order`: CONVERTED_*; of tiles the factors are in
-    `factors`.
+    `factors`. `places`, of tiles: (address of the place of each slot of a row, slots, places).
     """
 
     def __init__(self, gpu: Gpu, k: int, x: Buffer, n_rows: int, stride: int, pad: int = 0,
                  norm: tuple[str, Buffer, Buffer | None, float] | None = None, n_inputs: int = 1,
-                 order: str = "fragments") -> None:  # fmt: skip
+                 order: str = "fragments", places: tuple[int, int, int] | None = None) -> None:  # fmt: skip
         self.gpu, self.n_inputs, self.pad_rows = gpu, n_inputs, n_rows + pad
         self.rows = gpu.empty((n_inputs * self.pad_rows, layout.x_f16_bytes(k)), np.uint8)
         self.factors = None
+        at, n_used, room = places or (0, 0, self.pad_rows)
         if order == "tiles":
-            groups = -(-self.pad_rows // CONSTANTS["ROWS_GROUP"])
-            self.rows = gpu.empty((groups, CONSTANTS["ROWS_GROUP"] * 512 * -(-k // 256)), np.uint8)
-            self.factors = gpu.empty((layout.n_chunks(k), self.pad_rows))
+            self.rows = gpu.empty((2 * -(-k // 256), 2, room, 128), np.uint8)
+            self.factors = gpu.empty((layout.n_chunks(k), room))
         kind, weight, bias, eps = norm or ("plain", None, None, 0.0)
         self.params = params(
             "ConvertParams", x=x, weight=weight, bias=bias, out=self.rows, x_stride=stride, input_stride=k,
             out_bytes=layout.x_f16_bytes(k), k=k, n_rows=n_rows, n_pad_rows=self.pad_rows,
             kind=CONSTANTS[f"CONVERT_{kind.upper()}"], eps=eps, order=CONSTANTS[f"CONVERTED_{order.upper()}"],
-            factors=self.factors,
-            factor_stride=self.pad_rows)  # fmt: skip
+            factors=self.factors, factor_stride=room, places=at, places_stride=n_used,
+            n_copies=n_used // n_inputs)  # fmt: skip
 
     def run(self, pdl: bool = False) -> None:
         """Queue the conversion."""

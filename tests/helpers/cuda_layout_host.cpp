@@ -97,8 +97,7 @@ extern "C" {
     void many_expert_rows_##name(int rows, int* out) {                                                             \
         if (rows == 16) many_rows_numbers<ManyRowsShape<Type, 4, 1, 16, true>>(out);                               \
         if (rows == 32) many_rows_numbers<ManyRowsShape<Type, 4, 1, 32, true>>(out);                               \
-        if (rows == 64) many_rows_numbers<ManyRowsShape<Type, 2, 1, 64, true>>(out);                               \
-        if (rows == 128) many_rows_numbers<ManyRowsShape<Type, 2, 1, 128, true>>(out);                             \
+        if (rows == 96) many_rows_numbers<ManyRowsShape<Type, 3, 1, 96, false, 32>>(out);                          \
     }                                                                                                              \
     void repack_##name(const uint8_t* raw, uint8_t* out, int n, int k) { repack<Type>(raw, out, n, k); }           \
     void unpack_##name(const uint8_t* w, float* out, int n, int k) { unpack<Type>(w, out, n, k); }

@@ -11,6 +11,7 @@ extern "C" {
     }                                                                                                                 \
     int decode_row_tiles_##name() { return MatvecShape<Type, 1>::kRowTiles; }
 FOR_EACH_TYPE(DEFINE)
-extern const int constants[5];
-const int constants[] = {ROUTE_SLICES, ROUTE_ROWS, ROUTE_FEW_ROWS, EXPERT_DECODE_ROWS, EXPERT_MAX_MATRICES};
+extern const int constants[6];
+const int constants[] = {ROUTE_SLICES,       ROUTE_ROWS,          ROUTE_FEW_ROWS,
+                         EXPERT_DECODE_ROWS, EXPERT_MAX_MATRICES, EXPERT_GATHERED_ROWS};
 }

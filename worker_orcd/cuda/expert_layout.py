@@ -14,11 +14,13 @@ from worker_orcd.cuda.layout import Launch
 #: parts of K that a router logit is summed from
 ROUTE_SLICES = 16
 #: rows of one warp of route_logits, of route_few
-ROUTE_ROWS, ROUTE_FEW_ROWS = 8, 2
+ROUTE_ROWS, ROUTE_FEW_ROWS = 4, 2
 #: pairs of a decode item
 DECODE_ROWS = 16
 #: pairs of a prefill item, by kernel variant
 PREFILL_ROWS = (16, 64)
+#: most pairs of an item of wgmma_experts_* whose rows it gathers
+GATHERED_ROWS = 32
 #: matrices of one expert in one launch
 MAX_MATRICES = 2
 #: most threads of a block of expert_few_*: of variants 128 and 256, of `long`
@@ -36,14 +38,22 @@ def max_items(n_pairs: int, n_expert: int, item_rows: int) -> int:
     return (n_pairs + min(n_pairs, n_expert) * (item_rows - 1)) // item_rows
 
 
+def n_places(n_pairs: int, n_expert: int) -> int:
+    """Places of a list whose items each begin at a multiple of 8, however the pairs fall on the experts."""
+    return -(-(n_pairs + 7 * min(n_pairs, n_expert)) // 8) * 8
+
+
 def list_bytes(n_pairs: int, n_expert: int) -> int:
-    """Bytes of a list: the number of items (16 bytes), the items (16 each), the pairs (4 each)."""
-    return 16 + 16 * max_items(n_pairs, n_expert, min(DECODE_ROWS, *PREFILL_ROWS)) + 4 * n_pairs
+    """Bytes of a list: the number of items (16 bytes), the items (16 each), the place of each pair, and the pair at
+    each place (4 each)."""
+    items = max_items(n_pairs, n_expert, min(DECODE_ROWS, *PREFILL_ROWS))
+    return 16 + 16 * items + 4 * (n_pairs + n_places(n_pairs, n_expert))
 
 
-def list_parts(address: int, n_pairs: int, n_expert: int) -> tuple[int, int, int]:
-    """Addresses (number of items, items, pairs) of the list at `address`."""
-    return address, address + 16, address + list_bytes(n_pairs, n_expert) - 4 * n_pairs
+def list_parts(address: int, n_pairs: int, n_expert: int) -> tuple[int, int, int, int]:
+    """Addresses (number of items, items, pairs, places) of the list at `address`."""
+    pairs = address + list_bytes(n_pairs, n_expert) - 4 * n_places(n_pairs, n_expert)
+    return address, address + 16, pairs, pairs - 4 * n_pairs
 
 
 def route_partial_bytes(n_rows: int, n_expert: int) -> int:
@@ -52,8 +62,8 @@ def route_partial_bytes(n_rows: int, n_expert: int) -> int:
 
 
 def route_grid(n_rows: int, n_expert: int) -> tuple[int, int, int]:
-    """Grid of route_logits, 256 threads: a warp for each row tile and slice."""
-    return layout.n_row_tiles(n_expert) * ROUTE_SLICES // 8, -(-n_rows // ROUTE_ROWS), 1
+    """Grid of route_logits, 256 threads: a block for each row tile, slice, and rows of eight warps."""
+    return layout.n_row_tiles(n_expert) * ROUTE_SLICES, -(-n_rows // (8 * ROUTE_ROWS)), 1
 
 
 def route_few_blocks(n_rows: int, n_expert: int) -> int:
@@ -137,7 +147,12 @@ def many_rows(n_rows: int, n_used: int, n_expert: int) -> int:
     """Pairs of an item of a wgmma_experts_* launch: few experts of an even choice have more, and most have not far
     fewer."""
     mean = n_rows * n_used / min(n_expert, n_rows * n_used)
-    return 16 if mean <= 12 else 32 if mean <= 26 else 64 if mean <= 80 else 128
+    return 16 if mean <= 12 else 32 if mean <= 26 else 96
+
+
+def many_places(n_rows: int, n_used: int, n_expert: int, item_rows: int) -> int:
+    """Places of the list of a wgmma_experts_* launch with such items, where x lies; 0: it gathers its rows."""
+    return 0 if item_rows <= GATHERED_ROWS else n_places(n_rows * n_used, n_expert)
 
 
 @lru_cache(maxsize=4096)  # asked for by every layer of every step with so many rows
@@ -149,10 +164,11 @@ def many_launch(
     other than `many_rows` says gives the same bits."""
     rows = item_rows or many_rows(n_rows, n_used, n_expert)
     tiles_m = -(-n_matrices * layout.n_row_tiles(n_out) // (4 * layout.WGMMA_EXPERT_TILES[rows][0]))
-    *_, smem, block = layout.many_rows_rings(type_id, rows, gathers=True)
+    *_, smem, block = layout.many_rows_rings(type_id, rows, experts=True)
     grid = min(n_sm, tiles_m * max_items(n_rows * n_used, n_expert, rows))
     name = f"wgmma_experts_{layout.kernel_suffix(type_id)}_{rows}"
-    return Launch(name, (grid, 1, 1), block, smem, tiles_m=tiles_m)
+    places = many_places(n_rows, n_used, n_expert, rows)
+    return Launch(name, (grid, 1, 1), block, smem, tiles_m=tiles_m, places=places)
 
 
 def prefill_rows(n_rows: int, n_used: int, n_expert: int) -> int:

@@ -445,8 +445,8 @@ class Launches:
                 (space.prefill_list, memory.padded_batch_tokens(self.config)),
             )
         )
-        names = ("n_items", "items", "pairs")
-        return dict(zip(names, decode, strict=True)), dict(zip(names, prefill, strict=True))
+        names = ("n_items", "items", "pairs", "places")
+        return {**dict(zip(names, decode, strict=True)), "places": 0}, dict(zip(names, prefill, strict=True))
 
     def _norm_route(self, op: NormRoute) -> list[Node]:
         return self._route(op.route, op)
@@ -484,8 +484,9 @@ class Launches:
         def item_rows(n_rows: int) -> int:
             return expert_layout.prefill_rows(n_rows, op.n_used, op.n_expert)
 
-        def many_rows(n_rows: int) -> int:
-            return expert_layout.many_rows(n_rows, op.n_used, op.n_expert)
+        def many_rows(n_rows: int) -> tuple[int, int]:
+            rows = expert_layout.many_rows(n_rows, op.n_used, op.n_expert)
+            return rows, expert_layout.many_places(n_rows, op.n_used, op.n_expert, rows)
 
         return [
             RouteNode(op.name, logits, choose, make_list, fields, decode_list, prefill_list, partial_floats, grid,

@@ -111,7 +111,8 @@ class Launch:
     """How to launch a kernel: its name, grid, threads of a block and dynamic shared memory bytes.
 
     Of decode kernels also what they must be told: bytes of their weight rings; of decode_* further fields of
-    `DecodeParams`, under their names there; of wgmma_* how many tiles there are.
+    `DecodeParams`, under their names there; of wgmma_* how many tiles there are, and of wgmma_experts_* how many places
+    the list has where x lies by them.
     """
 
     kernel: str
@@ -132,6 +133,7 @@ class Launch:
     staged: int = 0
     tiles_m: int = 0
     tiles_n: int = 0
+    places: int = 0
 
 
 def early_tiles(type_id: int) -> int:
@@ -367,16 +369,16 @@ WGMMA_CAPABILITY, WGMMA_ARCH = (9, 0), "90a"
 WGMMA_SMEM = 227 * 1024
 #: rows of a tile of wgmma_*, and of wgmma_experts_* -> warpgroups along the outputs, parts of K (`ManyRowsShape`)
 WGMMA_TILES = {16: (1, 4), 32: (1, 4), 64: (2, 1), 128: (2, 1), 192: (2, 1)}
-WGMMA_EXPERT_TILES = {16: (4, 1), 32: (4, 1), 64: (2, 1), 128: (2, 1)}
+WGMMA_EXPERT_TILES = {16: (4, 1), 32: (4, 1), 96: (3, 1)}
 #: us of a launch beside its steps and of a step of 64 columns (of each part), as measured on an H200 with Q4_K; close
 #: enough for the other types
 WGMMA_LAUNCH_US, WGMMA_STEP_US = 3.5, {16: 0.56, 32: 0.65, 64: 0.40, 128: 0.54, 192: 0.74}
 
 
-def many_rows_rings(type_id: int, rows: int, gathers: bool = False) -> tuple[int, int, int, int]:
-    """(slots of x, slots of weights, shared memory bytes, threads) of wgmma_<type>_<rows> or, with `gathers`, of
+def many_rows_rings(type_id: int, rows: int, experts: bool = False) -> tuple[int, int, int, int]:
+    """(slots of x, slots of weights, shared memory bytes, threads) of wgmma_<type>_<rows> or, with `experts`, of
     wgmma_experts_<type>_<rows> (matmul_shapes.cuh, ManyRowsShape)."""
-    groups, parts = (WGMMA_EXPERT_TILES if gathers else WGMMA_TILES)[rows]
+    groups, parts = (WGMMA_EXPERT_TILES if experts else WGMMA_TILES)[rows]
     warps = 4 * groups * parts
     dense = quants.TYPES[type_id].name in _DENSE
     unit = packed_tile_bytes(type_id) * (1 if dense else 256 // tile_k(type_id))
@@ -392,7 +394,7 @@ def many_rows_rings(type_id: int, rows: int, gathers: bool = False) -> tuple[int
     w_depth = 4 if x_depth(4) >= 6 else 3 if x_depth(3) >= 4 else 2
     depth = min(8, x_depth(w_depth))
     smem = parts * depth * x_slot + weights(w_depth) + rest + 16 * parts * (depth + w_depth)
-    suppliers = 8 if gathers else 4 if parts == 1 else 2 * parts
+    suppliers = 8 if experts and rows <= 32 else 4 if parts == 1 else 2 * parts  # rows of small tiles are gathered
     return depth, w_depth, smem, 32 * (warps + suppliers)
 
 

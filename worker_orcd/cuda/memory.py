@@ -274,7 +274,7 @@ def workspace_arena(
     split_rows = min(split_rows, config.max_seqs)
     attention = [op for op in plan.ops if isinstance(op, Attention)]
     partial = max(op.n_head * max_splits[op.window] * (op.head_dim + 4) for op in attention)
-    inputs = [_converted(plan, op) for op in plan.ops if isinstance(op, MatMul | ExpertMatMul)]
+    products = [op for op in plan.ops if isinstance(op, MatMul | ExpertMatMul)]
     # the order of the fields here is that of the regions
     workspace = Workspace(
         nbytes=0,
@@ -288,8 +288,7 @@ def workspace_arena(
         block_tables=end.add(len(plan.kv_groups) * config.max_seqs * config.max_blocks_per_seq * 4),
         attention_partial=end.add(split_rows * partial * 4),
         attention_counters=end.add(split_rows * heads * 4),
-        # decode rows come before the whole tiles of the prefill kernels
-        converted=end.add((rows + layout.MATMUL_TILE_ROWS) * max(inputs)),
+        converted=end.add(max(_converted_bytes(plan, op, rows) for op in products)),
         routing=_routing(end, plan, rows),
         sampling=Sampling(
             best=end.add(n_out * sample.best),
@@ -327,10 +326,13 @@ def _routing(end: _End, plan: Plan, rows: int) -> Routing | None:
     )
 
 
-def _converted(plan: Plan, op: MatMul | ExpertMatMul) -> int:
-    """Bytes of the inputs that a row has in a product, as converted."""
-    n = op.n_used if isinstance(op, ExpertMatMul) and op.per_slot else 1
-    return n * layout.x_f16_bytes(plan.weights[op.weight].shape[0])
+def _converted_bytes(plan: Plan, op: MatMul | ExpertMatMul, rows: int) -> int:
+    """Bytes of the converted inputs of a product of `rows` rows."""
+    one = layout.x_f16_bytes(plan.weights[op.weight].shape[0])
+    if isinstance(op, MatMul):
+        return (rows + layout.MATMUL_TILE_ROWS) * one  # decode rows come before the whole tiles of the prefill kernels
+    inputs = (rows + layout.MATMUL_TILE_ROWS) * (op.n_used if op.per_slot else 1)
+    return max(inputs, expert_layout.n_places(rows * op.n_used, op.n_expert)) * one
 
 
 def staging_bytes(workspace: Workspace) -> int:

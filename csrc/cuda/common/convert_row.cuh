@@ -28,29 +28,40 @@ DEVICE float sum_over_row(float* units, int n, int n_pieces, F f) {
 // Where a converted row goes.
 struct ConvertedRow {
     const ConvertParams& p;
-    uint8_t* out;  // of tiles the row's group
-    int row;       // of tiles that in its group
-    float* factors;
-    int factor_step;
+    const int number;             // of the row, unless it has places,
+    const int32_t* const places;  // which are there after the wait
 
-    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int number) : p(params), row(number % ROWS_GROUP) {
-        if (p.order == CONVERTED_TILES) {
-            out = p.out + number / ROWS_GROUP * rows_group_bytes(p.k);
-            factors = p.factors + number, factor_step = p.factor_stride;
-        } else {
-            out = p.out + static_cast<int64_t>(number) * p.out_bytes;
-            factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k)), factor_step = 1;
-        }
+    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int row, int input)
+        : p(params),
+          number(input * p.n_pad_rows + row),
+          places(p.places ? p.places + static_cast<int64_t>(row) * p.places_stride + input : nullptr) {}
+
+    DEVICE_MEMBER uint8_t* line() const { return p.out + static_cast<int64_t>(number) * p.out_bytes; }
+    // Calls f(row of the tiles) for all that it becomes.
+    template <class F>
+    DEVICE_MEMBER void for_rows(F f) const {
+        if (places == nullptr) return f(number);
+        for (int i = 0; i < p.n_copies; ++i) f(places[i]);
     }
     // A full warp.
     DEVICE_MEMBER void store(int piece, int lane, const uint4& packed) const {
+        if (p.out == nullptr) return;
         const uint4 v = p.order == CONVERTED_FRAGMENTS ? packed : in_product_order(packed, lane);
+        if (p.order != CONVERTED_TILES) {
+            *reinterpret_cast<uint4*>(line() + (piece * 32 + lane) * 16) = v;
+            return;
+        }
         const int block = lane >> 2, step = 4 * piece + block / 2, part = 4 * (block & 1) + (lane & 3);
-        uint8_t* const to = p.order == CONVERTED_TILES ? out + (step * ROWS_GROUP + row) * 128 + (part ^ (row & 7)) * 16
-                                                       : out + (piece * 32 + lane) * 16;
-        *reinterpret_cast<uint4*>(to) = v;
+        uint8_t* const to = p.out + static_cast<int64_t>(step) * p.factor_stride * 128;
+        for_rows([&](int row) { *reinterpret_cast<uint4*>(to + row * 128 + (part ^ (row & 7)) * 16) = v; });
     }
-    DEVICE_MEMBER void set_factor(int chunk, float factor) const { factors[chunk * factor_step] = factor; }
+    DEVICE_MEMBER void set_factor(int chunk, float factor) const {
+        if (p.out == nullptr) return;
+        if (p.order == CONVERTED_TILES)
+            for_rows([&](int row) { p.factors[static_cast<int64_t>(chunk) * p.factor_stride + row] = factor; });
+        else
+            reinterpret_cast<float*>(line() + converted_fragment_bytes(p.k))[chunk] = factor;
+    }
 };
 
 // A row of chunks that are no longer than a piece, held at once: one way through memory, and the norm's weights before
@@ -102,7 +113,7 @@ DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&unit
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool exists = row < p.n_rows;
     const float* x = p.x + (exists ? row : 0) * p.x_stride + input * p.input_stride;
-    const ConvertedRow out(p, input * p.n_pad_rows + row);
+    const ConvertedRow out(p, row, input);
     // of a row that does not exist there are no columns, so all are zeros
     const int k = exists ? p.k : 0, n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
     const int chunk = chunk_columns(p.k), n_chunks = (p.k + chunk - 1) / chunk;

@@ -8,9 +8,12 @@
 // ahead of the product; x is in shared memory as the tensor cores take it. Which tiles there are, where their rows come
 // from and where results go, a Job says.
 //
-// Rows of x that lie together (convert.cu): groups of ROWS_GROUP rows, in each the steps, in each step 128 bytes of
-// every row, eight rows 1,024 bytes with their 16-byte parts exchanged as wgmma.cuh says; factors are apart, [chunk]
-// [row]. Rows that are gathered lie by themselves, their parts in order, their factors behind.
+// Rows of x in tiles (convert.cu): of each step 128 bytes of every row, eight rows 1,024 bytes with their 16-byte parts
+// exchanged as wgmma.cuh says; factors are apart, [chunk][row]. Rows that are gathered lie by themselves, their parts
+// in order, their factors behind.
+//
+// A tile need not have all S::kN rows. Where tiles often have fewer (S::kWidth < S::kN), products are of as many as a
+// tile has, in steps of S::kWidth.
 //
 // Shared memory: [kK][kXDepth] steps of x, each with the factors of a chunk behind; [kK][kWDepth] units of weights of
 // the row tiles; for kK > 1 the sums so far; what pairs of warps exchange for PRODUCT_GLU; barriers.
@@ -74,7 +77,7 @@ DEVICE void begin_many_rows(const uint8_t* smem) {
     __syncthreads();
 }
 
-// Tiles of matrices that share their rows of x, which lie together.
+// Tiles of matrices that share their rows of x.
 template <class S>
 struct DenseJob {
     const ManyRowsParams& p;
@@ -105,7 +108,7 @@ struct DenseJob {
     }
 };
 
-// Tiles of one or two matrices of the experts, each with an item of the list as its rows, which are gathered.
+// Tiles of one or two matrices of the experts, each with an item of the list as its rows.
 template <class S>
 struct ExpertJob {
     const ManyExpertRowsParams& p;
@@ -126,9 +129,10 @@ struct ExpertJob {
                 number < p.n_matrices * n_row_tiles};
     }
     DEVICE_MEMBER const ExpertItem& item(int tile) const { return p.list.items[tile / p.n_tiles_m]; }
+    DEVICE_MEMBER int first_row(int tile) const { return item(tile).first; }
     DEVICE_MEMBER int n_rows(int tile) const { return item(tile).n; }
     DEVICE_MEMBER int pair(int tile, int row) const { return p.list.pairs[item(tile).first + row]; }
-    // Where a row of a tile is, in bytes from x on.
+    // Where a row of a tile is that is gathered, in bytes from x on.
     DEVICE_MEMBER uint32_t row_at(int tile, int row) const {
         const int pair_ = pair(tile, row);
         return static_cast<uint32_t>(pair_ / p.n_used + pair_ % p.n_used * p.x_slot_rows) * p.x_bytes;
@@ -175,9 +179,10 @@ struct ManyRows {
         return S::kWAt + ((part * S::kWDepth + slot) * S::kRowTiles + i) * S::kUnitBytes;
     }
 
-    // Brings x of the part, of rows that lie together. One thread.
+    // Brings x of the part, of rows in tiles. One thread.
     DEVICE_MEMBER void supply_x() const {
-        const ManyRowsParams& p = job.p;
+        const auto& p = job.p;
+        const int64_t step_bytes = static_cast<int64_t>(p.factor_stride) * 128;
         const int chunk_steps = chunk / kSubK, n_steps = n_k_tiles * Q::kSubs;
         int row0 = 0, n_eights = 0, of = -1;
         RingPlace<S::kXDepth> at;
@@ -185,21 +190,16 @@ struct ManyRows {
         for (PartChunks<S::kK> c(part, n_chunks); c.tile < n_tiles; c.next()) {
             if (c.tile != of) of = c.tile, row0 = job.first_row(of), n_eights = (job.n_rows(of) + 7) / 8;
             const int first = c.chunk * chunk_steps, n = min(chunk_steps, n_steps - first);
-            const int in_group = row0 % ROWS_GROUP;  // of which the tile has this many eights
-            const int eights = S::kN <= ROWS_GROUP ? n_eights : min(n_eights, (ROWS_GROUP - in_group) / 8);
-            const int64_t group_bytes = rows_group_bytes(k);
-            const uint8_t* from = p.x + row0 / ROWS_GROUP * group_bytes + first * (128 * ROWS_GROUP) + in_group * 128;
-            for (int i = 0; i < n; ++i, from += 128 * ROWS_GROUP, at.next()) {
+            const uint8_t* from = p.x + first * step_bytes + row0 * 128;
+            for (int i = 0; i < n; ++i, from += step_bytes, at.next()) {
                 copy_wait(x_empty + 8 * at.slot, at.parity);
                 const uint32_t full = x_full + 8 * at.slot, to = smem_at + x_slot(at.slot);
                 const bool with_factors = i + 1 == n;
                 barrier_expect(full, n_eights * (with_factors ? 1024 + 32 : 1024));
-                copy_bytes(full, to, from, eights * 1024);
-                if (S::kN > ROWS_GROUP && eights < n_eights)
-                    copy_bytes(full, to + eights * 1024, from + group_bytes - in_group * 128,
-                               (n_eights - eights) * 1024);
+                copy_bytes(full, to, from, n_eights * 1024);
                 if (with_factors)
-                    copy_bytes(full, to + S::kXBytes, p.factors + c.chunk * p.factor_stride + row0, n_eights * 32);
+                    copy_bytes(full, to + S::kXBytes,
+                               p.factors + static_cast<int64_t>(c.chunk) * p.factor_stride + row0, n_eights * 32);
             }
         }
     }
@@ -207,7 +207,7 @@ struct ManyRows {
     // Gathers x of the tiles: warp `mine` of S::kXSuppliers, whose lanes have a 16-byte part of four neighbouring rows
     // of every 4 * S::kXSuppliers.
     DEVICE_MEMBER void gather_x(int mine) const {
-        constexpr int kRowStep = 4 * S::kXSuppliers, kRows = S::kN / kRowStep, kLag = 2;
+        constexpr int kRowStep = 4 * S::kXSuppliers, kRows = S::kN / kRowStep, kLag = S::kXDepth > 6 ? 5 : 2;
         static_assert(S::kN % kRowStep == 0 && kRowStep % 8 == 0 && S::kXDepth > kLag + 1);
         const int row = 4 * mine + lane / 8, x_part = lane % 8;
         const uint32_t to_row = smem_at + row * 128 + (x_part ^ (row & 7)) * 16;
@@ -291,148 +291,181 @@ struct ManyRows {
         cp_async_wait<0>();
     }
 
-    // Multiplies the part's chunks, and stores the results of tiles whose last chunk it has. A warpgroup.
-    DEVICE_MEMBER void multiply() const {
-        constexpr int kN = S::kN, kK = S::kK, kJ = kN / 8, kUnitSteps = S::kUnitTiles * Q::kSubs;
-        const int g = lane >> 2, t = lane & 3, own = warp / 4 / kK * 4 + warp % 4;  // row tile of the tile
-        const int chunk_tiles = chunk / Q::kTileK, unit_tiles = min(S::kUnitTiles, chunk_tiles);
-        PartChunks<kK> here(part, n_chunks);
+    // What a warpgroup has of its way through the tiles.
+    struct Progress {
+        PartChunks<S::kK> here;  // the chunk that comes next
         RingPlace<S::kXDepth> x;
         RingPlace<S::kWDepth> w;
-        float acc[kN / 2], sum[kK == 1 ? kN / 2 : 1], inverse[2];
-        uint32_t a[S::kSets][2][8];  // fragments of a step
-        const auto load_inverse = [&](int tile) {
-            inverse[0] = inverse[1] = 1.0f;
-            if constexpr (kRowScaled<Q>) {
-                const RowTile at = job.row_tile(tile, own);
-                row_inverse<Q>(inverse, at.w, matrix_bytes(at), at.index, g);
-            }
-        };
-        const uint8_t* unit = smem + w_slot(0, own);  // which the next step is of
-        if (here.tile < n_tiles) {
-            load_inverse(here.tile);
+        const uint8_t* unit;  // which the next step is of
+        decltype(kept_inverse<Q>(std::declval<const float (&)[2]>())) inverse;
+        uint32_t a[S::kSets][2][8];  // fragments of a step; a unit begins with the first set
+    };
+
+    DEVICE_MEMBER int own_row_tile() const { return warp / 4 / S::kK * 4 + warp % 4; }
+    DEVICE_MEMBER void load_inverse(Progress& at, int tile) const {
+        float inverse[2] = {1.0f, 1.0f};
+        if constexpr (kRowScaled<Q>) {
+            const RowTile own = job.row_tile(tile, own_row_tile());
+            row_inverse<Q>(inverse, own.w, matrix_bytes(own), own.index, lane >> 2);
+        }
+        at.inverse = kept_inverse<Q>(inverse);
+    }
+
+    // Multiplies the part's chunks, and stores the results of tiles whose last chunk it has. A warpgroup.
+    DEVICE_MEMBER void multiply() const {
+        const int own = own_row_tile();
+        Progress at{PartChunks<S::kK>(part, n_chunks), {}, {}, smem + w_slot(0, own)};
+        if (at.here.tile < n_tiles) {
+            load_inverse(at, at.here.tile);
             copy_wait(w_full, 0);
-            f16_fragments<Q>(a[0][0], unit, 0, 0, lane, inverse);
-            f16_fragments<Q>(a[0][1], unit, 0, 1, lane, inverse);
-            keep_here(a[0]);
+            f16_fragments<Q>(at.a[0][0], at.unit, 0, 0, lane, at.inverse);
+            f16_fragments<Q>(at.a[0][1], at.unit, 0, 1, lane, at.inverse);
+            keep_here(at.a[0]);
         }
         pdl_wait();
 
+        float acc[S::kN / 2], sum[S::kN / 2];
+        int n = 0;  // rows of the tile
 #pragma unroll 1
-        while (here.tile < n_tiles) {
-            const int tile = here.tile, c = here.chunk;
-            int left = min(chunk_tiles, n_k_tiles - c * chunk_tiles);  // packed tiles of the chunk
-            here.next();
-            int adds = 0;
-#pragma unroll 1
-            for (; left > 0; left -= unit_tiles) {
-                const int n_steps = Q::kSubs > 1 ? kUnitSteps : min(left, unit_tiles);
-#pragma unroll
-                for (int s = 0; s < kUnitSteps; ++s) {
-                    if (Q::kSubs == 1 && s >= n_steps) break;
-                    const bool unit_ends = Q::kSubs > 1 ? s + 1 == kUnitSteps : s + 1 == n_steps;
-                    const bool ends = unit_ends && left <= unit_tiles;
-                    constexpr bool kTwo = S::kSets == 2;
-                    uint32_t (&now)[2][8] = a[kTwo ? s & 1 : 0];
-                    copy_wait(x_full + 8 * x.slot, x.parity);
-                    const uint64_t b = wgmma_matrix(smem_at + x_slot(x.slot));
-                    wgmma_fence();
-                    wgmma_f16(acc, now[0], b, adds);
-                    wgmma_f16(acc, now[0] + 4, b + 2, 1);
-                    if (!kTwo) wgmma_commit();
-                    wgmma_f16(acc, now[1], b + 4, 1);
-                    wgmma_f16(acc, now[1] + 4, b + 6, 1);
-                    wgmma_commit();
-
-                    const uint8_t* packed_tile = unit + (Q::kSubs > 1 ? 0 : (s + 1) * Q::kPackedTileBytes);
-                    if (unit_ends) {
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(w_empty + 8 * w.slot);
-                        w.next();
-                        packed_tile = unit = smem + w_slot(w.slot, own);
-                        if (!ends || here.tile < n_tiles) copy_wait(w_full + 8 * w.slot, w.parity);
-                        if (kRowScaled<Q> && ends && here.tile != tile && here.tile < n_tiles) load_inverse(here.tile);
-                    }
-                    const int sub = Q::kSubs > 1 ? (s + 1) % Q::kSubs : 0;
-                    if (kDense<Q>) wgmma_wait<0>();  // what is loaded is the fragments
-                    const auto codes = load_codes<Q>(packed_tile, sub, lane);
-                    const auto scales = tile_scales<Q>(packed_tile, lane);
-                    if constexpr (kTwo) {
-                        wgmma_wait<1>();  // the step before is over: its fragments and its x are free
-                        if (adds && lane == 0) barrier_arrive(x_empty + 8 * x.before());
-                        if ((s & 1) == 0 && unit_ends) {  // a unit begins with the first set
-                            wgmma_wait<0>();
-                            f16_fragments<Q>(a[0][0], codes, scales, 2 * sub, inverse);
-                            f16_fragments<Q>(a[0][1], codes, scales, 2 * sub + 1, inverse);
-                            keep_here(a[0]);
-                        } else {
-                            uint32_t (&then)[2][8] = a[s & 1 ? 0 : S::kSets - 1];
-                            f16_fragments<Q>(then[0], codes, scales, 2 * sub, inverse);
-                            f16_fragments<Q>(then[1], codes, scales, 2 * sub + 1, inverse);
-                            keep_here(then);
-                        }
-                        if (!ends) x.next();
-                    } else {
-                        wgmma_wait<1>();
-                        f16_fragments<Q>(a[0][0], codes, scales, 2 * sub, inverse);
-                        wgmma_wait<0>();
-                        if (!ends) {
-                            if (lane == 0) barrier_arrive(x_empty + 8 * x.slot);
-                            x.next();
-                        }
-                        f16_fragments<Q>(a[0][1], codes, scales, 2 * sub + 1, inverse);
-                        keep_here(a[0]);
-                    }
-                    adds = 1;
-                }
-            }
-            wgmma_wait<0>();
-            const bool is_last = c + 1 == n_chunks;
-            const float* const factors = reinterpret_cast<const float*>(smem + x_slot(x.slot) + S::kXBytes) + 2 * t;
-            if constexpr (kK == 1) {
-                if (c == 0) {
-#pragma unroll
-                    for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
-                }
-#pragma unroll
-                for (int j = 0; j < kJ; ++j) {
-                    const float2 f = *reinterpret_cast<const float2*>(factors + 8 * j);
-#pragma unroll
-                    for (int i = 4 * j; i < 4 * j + 4; ++i) sum[i] = __fmaf_rn(acc[i], i & 1 ? f.y : f.x, sum[i]);
-                }
-            } else {
-                // Each part adds its chunk when the one before has added its own.
-                float4* const so_far =
-                    reinterpret_cast<float4*>(smem + S::kSumsAt) + warp / 4 / kK * kJ * 128 + threadIdx.x % 128;
-                const int turn = 1 + warp / 4 / kK * kK;
-                if (c > 0 || tile != static_cast<int>(blockIdx.x)) group_sync(turn + part, 256);
-#pragma unroll
-                for (int j = 0; j < kJ; ++j) {
-                    const float2 f = *reinterpret_cast<const float2*>(factors + 8 * j);
-                    float4 s = c == 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : so_far[j * 128];
-                    s.x = __fmaf_rn(acc[4 * j], f.x, s.x), s.y = __fmaf_rn(acc[4 * j + 1], f.y, s.y);
-                    s.z = __fmaf_rn(acc[4 * j + 2], f.x, s.z), s.w = __fmaf_rn(acc[4 * j + 3], f.y, s.w);
-                    acc[4 * j] = s.x, acc[4 * j + 1] = s.y, acc[4 * j + 2] = s.z, acc[4 * j + 3] = s.w;
-                    if (!is_last) so_far[j * 128] = s;
-                }
-                if (!is_last || tile + static_cast<int>(gridDim.x) < n_tiles) group_arrive(turn + (part + 1) % kK, 256);
-            }
-            __syncwarp();  // all have read the factors
-            if (lane == 0) barrier_arrive(x_empty + 8 * x.slot);
-            x.next();
-            if (!is_last) continue;
-            if constexpr (kK == 1)
-                store(sum, tile, own);
-            else
-                store(acc, tile, own);
+        for (int of = -1; at.here.tile < n_tiles;) {
+            const int tile = at.here.tile;
+            if (tile != of) of = tile, n = __shfl_sync(0xffffffffu, job.n_rows(tile), 0);
+            const bool is_last = at.here.chunk + 1 == n_chunks;
+            multiply_chunk<S::kN>(at, acc, sum, tile, n);
+            if (is_last) store(sum, tile, n);
         }
     }
 
+    // The next n_steps steps, which are a unit of weights; kSteps of them where that is not 0. `is_last`: of the chunk.
+    template <int kColumns, int kSteps>
+    DEVICE_MEMBER void multiply_unit(Progress& at, float (&acc)[kColumns / 2], const int tile, const int n_steps,
+                                     const bool is_last, int adds) const {
+        constexpr bool kTwo = S::kSets == 2 && kColumns <= 128;
+        auto& x = at.x;
+        auto& w = at.w;
+#pragma unroll
+        for (int s = 0; s < (kSteps ? kSteps : S::kUnitTiles); ++s) {
+            if (kSteps == 0 && s >= n_steps) break;
+            const bool unit_ends = s + 1 == (kSteps ? kSteps : n_steps), ends = unit_ends && is_last;
+            uint32_t (&now)[2][8] = at.a[kTwo ? s & 1 : 0];
+            copy_wait(x_full + 8 * x.slot, x.parity);
+            const uint64_t b = wgmma_matrix(smem_at + x_slot(x.slot));
+            wgmma_fence();
+            wgmma_f16(acc, now[0], b, adds);
+            wgmma_f16(acc, now[0] + 4, b + 2, 1);
+            if (!kTwo) wgmma_commit();
+            wgmma_f16(acc, now[1], b + 4, 1);
+            wgmma_f16(acc, now[1] + 4, b + 6, 1);
+            wgmma_commit();
+
+            const uint8_t* packed_tile = at.unit + (Q::kSubs > 1 ? 0 : (s + 1) * Q::kPackedTileBytes);
+            if (unit_ends) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(w_empty + 8 * w.slot);
+                w.next();
+                packed_tile = at.unit = smem + w_slot(w.slot, own_row_tile());
+                if (!ends || at.here.tile < n_tiles) copy_wait(w_full + 8 * w.slot, w.parity);
+                if (kRowScaled<Q> && ends && at.here.tile != tile && at.here.tile < n_tiles)
+                    load_inverse(at, at.here.tile);
+            }
+            const int sub = Q::kSubs > 1 ? (s + 1) % Q::kSubs : 0;
+            if (kDense<Q>) wgmma_wait<0>();  // what is loaded is the fragments
+            const auto codes = load_codes<Q>(packed_tile, sub, lane);
+            const auto scales = tile_scales<Q>(packed_tile, lane);
+            if constexpr (kTwo) {
+                wgmma_wait<1>();  // the step before is over: its fragments and its x are free
+                if (adds && lane == 0) barrier_arrive(x_empty + 8 * x.before());
+                if ((s & 1) == 0 && unit_ends) {
+                    wgmma_wait<0>();
+                    f16_fragments<Q>(at.a[0][0], codes, scales, 2 * sub, at.inverse);
+                    f16_fragments<Q>(at.a[0][1], codes, scales, 2 * sub + 1, at.inverse);
+                    keep_here(at.a[0]);
+                } else {
+                    uint32_t (&then)[2][8] = at.a[s & 1 ? 0 : S::kSets - 1];
+                    f16_fragments<Q>(then[0], codes, scales, 2 * sub, at.inverse);
+                    f16_fragments<Q>(then[1], codes, scales, 2 * sub + 1, at.inverse);
+                    keep_here(then);
+                }
+                if (!ends) x.next();
+            } else {
+                wgmma_wait<1>();
+                f16_fragments<Q>(at.a[0][0], codes, scales, 2 * sub, at.inverse);
+                wgmma_wait<0>();
+                if (!ends) {
+                    if (lane == 0) barrier_arrive(x_empty + 8 * x.slot);
+                    x.next();
+                }
+                f16_fragments<Q>(at.a[0][1], codes, scales, 2 * sub + 1, at.inverse);
+                keep_here(at.a[0]);
+            }
+            adds = 1;
+        }
+    }
+
+    // The part's next chunk, by products of as few columns as the n rows of its tile allow, kColumns at most. Of
+    // several parts the sums so far are in shared memory, and with the last chunk in `sum`.
+    template <int kColumns>
+    DEVICE_MEMBER void multiply_chunk(Progress& at, float (&all)[S::kN / 2], float (&sum)[S::kN / 2], const int tile,
+                                      const int n) const {
+        if constexpr (kColumns - S::kWidth >= 64)
+            if (n <= kColumns - S::kWidth) return multiply_chunk<kColumns - S::kWidth>(at, all, sum, tile, n);
+        const int c = at.here.chunk;
+        auto& acc = reinterpret_cast<float (&)[kColumns / 2]>(all);
+        constexpr int kK = S::kK, kJ = kColumns / 8;
+        const int t = lane & 3, chunk_tiles = chunk / Q::kTileK, unit_tiles = min(S::kUnitTiles, chunk_tiles);
+        int left = min(chunk_tiles, n_k_tiles - c * chunk_tiles);  // packed tiles of the chunk
+        auto& x = at.x;
+        at.here.next();
+        int adds = 0;
+#pragma unroll 1
+        for (; left > 0; left -= unit_tiles, adds = 1) {
+            if (Q::kSubs > 1 || S::kUnitTiles == 1 || (left >= S::kUnitTiles && unit_tiles == S::kUnitTiles))
+                multiply_unit<kColumns, S::kUnitTiles * Q::kSubs>(at, acc, tile, S::kUnitTiles * Q::kSubs,
+                                                                  left <= unit_tiles, adds);
+            else
+                multiply_unit<kColumns, 0>(at, acc, tile, min(left, unit_tiles), left <= unit_tiles, adds);
+        }
+        wgmma_wait<0>();
+        const float* const factors = reinterpret_cast<const float*>(smem + x_slot(x.slot) + S::kXBytes) + 2 * t;
+        if constexpr (kK == 1) {
+            if (c == 0) {
+#pragma unroll
+                for (int i = 0; i < kColumns / 2; ++i) sum[i] = 0.0f;
+            }
+#pragma unroll
+            for (int j = 0; j < kJ; ++j) {
+                const float2 f = *reinterpret_cast<const float2*>(factors + 8 * j);
+#pragma unroll
+                for (int i = 4 * j; i < 4 * j + 4; ++i) sum[i] = __fmaf_rn(acc[i], i & 1 ? f.y : f.x, sum[i]);
+            }
+        } else {
+            // Each part adds its chunk when the one before has added its own.
+            float4* const so_far =
+                reinterpret_cast<float4*>(smem + S::kSumsAt) + warp / 4 / kK * kJ * 128 + threadIdx.x % 128;
+            const int turn = 1 + warp / 4 / kK * kK;
+            const bool is_last = c + 1 == n_chunks;
+            if (c > 0 || tile != static_cast<int>(blockIdx.x)) group_sync(turn + part, 256);
+#pragma unroll
+            for (int j = 0; j < kJ; ++j) {
+                const float2 f = *reinterpret_cast<const float2*>(factors + 8 * j);
+                float4 s = c == 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : so_far[j * 128];
+                s.x = __fmaf_rn(acc[4 * j], f.x, s.x), s.y = __fmaf_rn(acc[4 * j + 1], f.y, s.y);
+                s.z = __fmaf_rn(acc[4 * j + 2], f.x, s.z), s.w = __fmaf_rn(acc[4 * j + 3], f.y, s.w);
+                sum[4 * j] = s.x, sum[4 * j + 1] = s.y, sum[4 * j + 2] = s.z, sum[4 * j + 3] = s.w;
+                if (!is_last) so_far[j * 128] = s;
+            }
+            if (!is_last || tile + static_cast<int>(gridDim.x) < n_tiles) group_arrive(turn + (part + 1) % kK, 256);
+        }
+        __syncwarp();  // all have read the factors
+        if (lane == 0) barrier_arrive(x_empty + 8 * x.slot);
+        x.next();
+    }
+
     // The results of a warp's row tile.
-    DEVICE_MEMBER void store(float (&sum)[S::kN / 2], int tile, int own) const {
-        constexpr int kN = S::kN, kJ = kN / 8, kHalf = kJ / 2;
-        const int g = lane >> 2, t = lane & 3, n_rows = job.n_rows(tile);
-        const RowTile at = job.row_tile(tile, own);
+    DEVICE_MEMBER void store(float (&sum)[S::kN / 2], int tile, int n_rows) const {
+        constexpr int kJ = S::kN / 8, kHalf = kJ / 2;
+        const int g = lane >> 2, t = lane & 3;
+        const RowTile at = job.row_tile(tile, own_row_tile());
         const int o = at.index * kTileRows + g;
         int end[2];  // rows of output o + 8r
         float bias[2], unit[2];
@@ -444,7 +477,7 @@ struct ManyRows {
             end[r] = exists ? n_rows - 2 * t : 0;
         }
 #pragma unroll
-        for (int i = 0; i < kN / 2; ++i) sum[i] = __fmaf_rn(sum[i], unit[i >> 1 & 1], bias[i >> 1 & 1]);
+        for (int i = 0; i < S::kN / 2; ++i) sum[i] = __fmaf_rn(sum[i], unit[i >> 1 & 1], bias[i >> 1 & 1]);
         if (job.p.mode == PRODUCT_GLU) {
             store_gated(sum, at, tile, n_rows);
             return;

@@ -24,10 +24,21 @@ DEVICE auto tile_scales(const uint8_t* packed_tile, int lane) {
         return Q::load_scales(packed_tile, lane);
 }
 
+// 1 / row scale of rows g and g + 8, as it is kept for many fragments.
+template <class Q>
+DEVICE auto kept_inverse(const float (&inverse)[2]) {
+    if constexpr (std::is_same_v<Q, MXFP4>)
+        return Q::row_exponents(inverse);
+    else
+        return make_float2(inverse[0], inverse[1]);
+}
+DEVICE float inverse_of(const float (&inverse)[2], int r) { return inverse[r]; }
+DEVICE float inverse_of(float2 inverse, int r) { return r ? inverse.y : inverse.x; }
+
 // A fragments of 32-column block `block` of a k tile from the codes of its sub-tile and the tile's scales; inverse[r]
-// is 1 / row scale of row g + 8r, used by row-scaled types.
-template <class Q, class C, class S>
-DEVICE void f16_fragments(uint32_t (&a)[8], const C& codes, const S& scales, int block, const float (&inverse)[2]) {
+// is 1 / row scale of row g + 8r, used by row-scaled types, or what `kept_inverse` makes of it.
+template <class Q, class C, class S, class I>
+DEVICE void f16_fragments(uint32_t (&a)[8], const C& codes, const S& scales, int block, const I& inverse) {
     const int b = block & 1;
     if constexpr (std::is_same_v<Q, F16>) {
 #pragma unroll
@@ -37,7 +48,7 @@ DEVICE void f16_fragments(uint32_t (&a)[8], const C& codes, const S& scales, int
         for (int i = 0; i < 8; ++i) {
             float low, high;
             Q::values(codes, 8 * b + i, low, high);
-            a[i] = pack_f16(low * inverse[i & 1], high * inverse[i & 1]);
+            a[i] = pack_f16(low * inverse_of(inverse, i & 1), high * inverse_of(inverse, i & 1));
         }
     } else {
         uint32_t scale[2][2], min[2][2];
@@ -56,9 +67,8 @@ DEVICE void f16_fragments(uint32_t (&a)[8], const C& codes, const S& scales, int
 }
 
 // The same of block b (0, 1) of sub-tile `sub` of a packed tile in memory; `lane` is 4g + t.
-template <class Q>
-DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* packed_tile, int sub, int b, int lane,
-                          const float (&inverse)[2]) {
+template <class Q, class I>
+DEVICE void f16_fragments(uint32_t (&a)[8], const uint8_t* packed_tile, int sub, int b, int lane, const I& inverse) {
     f16_fragments<Q>(a, load_codes<Q>(packed_tile, sub, lane), tile_scales<Q>(packed_tile, lane), 2 * sub + b, inverse);
 }
 

@@ -133,8 +133,7 @@ DEVICE void wgmma_f16(float (&d)[64], uint64_t a, uint64_t b, int adds) {
         : "l"(a), "l"(b), "r"(adds));
 }
 
-// ---- registers of a warpgroup
-// -----------------------------------------------------------------------------------------
+// ---- registers of a warpgroup ---------------------------------------------------------------------------------------
 
 // A thread has kRegisters from here on: what others of the block give back may be taken.
 template <int kRegisters>

@@ -67,13 +67,19 @@ struct MXFP4 : PackedTile<64, 32, 17, 4, 0> {
         constexpr uint32_t kCodes[] = {0x40384038u, 0x20072007u};
         return (word & kCodes[i - 2]) * ((1u << (3 * i)) + (1u << (i - 1))) & 0x8e008e00u;
     }
+    // What `half_scales` adds to the exponents of the blocks' scales in rows g and g + 8.
+    static DEVICE_MEMBER uint32_t row_exponents(const float (&inverse)[2]) {
+        constexpr uint32_t kBiases = 127 + 127 - 15 - 14;
+        return ((__float_as_uint(inverse[0]) >> 23) - kBiases & 0xffffu) |
+               ((__float_as_uint(inverse[1]) >> 23) - kBiases) << 16;
+    }
     // 2^14 times the scale over the row scale: powers of two all, whose exponents are added. Of a block 2^30 below the
     // row's largest it is 0.
     static DEVICE_MEMBER void half_scales(const Scales& s, int block, const float (&inverse)[2],
                                           uint32_t (&scale)[2][2]) {
-        constexpr uint32_t kBiases = 127 + 127 - 15 - 14;
-        const uint32_t rows = ((__float_as_uint(inverse[0]) >> 23) - kBiases & 0xffffu) |
-                              ((__float_as_uint(inverse[1]) >> 23) - kBiases) << 16;
+        half_scales(s, block, row_exponents(inverse), scale);
+    }
+    static DEVICE_MEMBER void half_scales(const Scales& s, int block, uint32_t rows, uint32_t (&scale)[2][2]) {
         const uint32_t exponents = __viaddmax_s16x2_relu(s >> (8 * block) & 0x00ff00ffu, rows, 0) << 10;
         scale[0][0] = both_halves(exponents, 0), scale[0][1] = both_halves(exponents, 1);
     }
