@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from helpers import long_rope
-from helpers.prefix_schedules import Schedules
+from helpers.prefix_schedules import FEW, MANY, Schedules
 
 from worker_orcd import LLM, SamplingParams
 
@@ -21,15 +23,27 @@ def model_file(request, goldens_dir, tmp_path):
     return goldens_dir / f"{request.param}.gguf"
 
 
-def test_answers_are_those_of_a_prompt_alone_and_cold(model_file, request):
-    n = request.config.getoption("schedules") or 4
-    schedules = Schedules(model_file, "cpu", seed=n)
+def run(path, n, size):
+    schedules = Schedules(path, "cpu", seed=n, size=size)
     try:
         for _ in range(n):
             schedules.run()
         schedules.check(n)
+        if size is not FEW:
+            schedules.check_crowds()
     finally:
         schedules.close()
+
+
+def test_answers_are_those_of_a_prompt_alone_and_cold(model_file, request):
+    run(model_file, request.config.getoption("schedules") or 6, FEW)
+
+
+def test_so_they_are_among_256(goldens_dir, request):
+    """Of a model whose layers have a window and none."""
+    size = dataclasses.replace(MANY, max_tokens=(1, 8, 30, 50, 50), again=0.6)
+    n = -(-(request.config.getoption("schedules") or 1) // 20)
+    run(goldens_dir / "gpt-oss-MXFP4_MOE.gguf", n, size)
 
 
 def test_logits_of_every_token_are_the_same_with_a_warm_cache(goldens_dir):
