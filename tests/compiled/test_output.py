@@ -381,6 +381,31 @@ def test_many_threads_feed_read_and_end():
             assert taken[n] == [("", i, (i,)) for i in range(200)]
 
 
+def test_each_of_256_jobs_gets_its_tokens():
+    """Of a decode step each has one; the ring does not hold a step."""
+    ring, jobs, steps = TokenRing(100), 256, 40
+    loop, sinks = OutputLoop(ring, FAILED), [JobSink() for _ in range(jobs)]
+    for n, sink in enumerate(sinks):
+        sink.decode_with(None, (), ())
+        loop.add(n + 1, sink)
+
+    def feed():
+        for step in range(steps):
+            ring.put_many(range(1, jobs + 1), [jobs * step + n for n in range(jobs)])
+        ring.put_many(range(1, jobs + 1), [LENGTH] * jobs)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    ended: list[int] = []
+    until = time.monotonic() + 20
+    while len(ended) < jobs and time.monotonic() < until:
+        ended += [seq_id for seq_id, kind, _ in loop.run(0.5) if kind == MARK]
+    feeder.join(10)
+    assert ended == list(range(1, jobs + 1))
+    for n, sink in enumerate(sinks):
+        assert sink.token_ids == tuple(range(n, jobs * steps, jobs))
+
+
 def test_finished_is_seen_after_all_pieces():
     job = job_with()
     job.add_piece("a", [1])

@@ -177,6 +177,27 @@ def test_one_popper_sees_each_sequence_in_order():
     assert all(v == list(range(1000)) for v in seen.values())
 
 
+@pytest.mark.parametrize("capacity", [100, 65536])
+def test_steps_of_256_sequences_come_out_in_order(capacity):
+    """Also through a ring that does not hold a whole step, and more of them than one look takes out."""
+    n_seqs, n_steps = 256, 60
+    ring = TokenRing(capacity)
+
+    def push():
+        for step in range(n_steps):
+            ring.put_many(range(n_seqs), [step * n_seqs + seq for seq in range(n_seqs)])
+
+    pusher = threading.Thread(target=push)
+    pusher.start()
+    seen: list[tuple[int, int]] = []
+    while len(seen) < n_seqs * n_steps:
+        found = ring.pop(5)
+        assert 0 < len(found) <= 4096
+        seen += found
+    pusher.join()
+    assert seen == [(n % n_seqs, n) for n in range(n_seqs * n_steps)] and len(ring) == 0
+
+
 def test_control():
     control = Control()
     assert control.interrupted is False

@@ -383,7 +383,7 @@ def many_slots(rng, n, n_vocab):
     return slots
 
 
-@pytest.mark.parametrize("n_rows", [1, 8, 64])
+@pytest.mark.parametrize("n_rows", [1, 8, 64, 256])
 @pytest.mark.parametrize("n_vocab", [300, 32064, 151936, 201088])
 def test_filters_on_rows_of_all_kinds(gpu, n_vocab, n_rows):
     rng = np.random.default_rng(n_vocab + n_rows)
@@ -392,8 +392,9 @@ def test_filters_on_rows_of_all_kinds(gpu, n_vocab, n_rows):
         slots = many_slots(rng, n_rows + 1, n_vocab)[n_rows == 1 :][:n_rows]
         sampler = Sampler(gpu, n_rows, n_vocab, slots)
         logits = crowded(rng, n_rows, n_vocab)
-        if n_rows == 64:  # few, or the reference takes long
-            logits[8:] = logits[rng.integers(0, 8, 56)] * rng.choice([1, 0.5, 0.9], (56, 1)).astype(np.float32)
+        if n_rows > 8:  # few, or they take long to make
+            more = n_rows - 8
+            logits[8:] = logits[rng.integers(0, 8, more)] * rng.choice([1, 0.5, 0.9], (more, 1)).astype(np.float32)
         positions = rng.integers(0, 5000, n_rows)
         order = rng.permutation(n_rows)
         order[rng.random(n_rows) < 0.1 * (n_rows > 1)] = -1
@@ -464,16 +465,20 @@ def test_steps_follow_each_other_without_a_wait(gpu, replayed):
             sampled.append(int(tokens[step, i]))
 
 
-def test_row_depends_on_nothing_else(gpu):
+@pytest.mark.parametrize("n_rows", [6, 256])
+def test_row_depends_on_nothing_else(gpu, n_rows):
+    """But on its own seed and position, which differ here; rows are in another order than slots."""
     rng = np.random.default_rng(5)
-    n_vocab, slots = 9000, [{"temperature": 0.8, "top_p": 0.9, "seed": i} for i in range(6)]
-    logits = make_logits(rng, 6, n_vocab, "normal")
-    together = Sampler(gpu, 6, n_vocab, slots)
-    together.set_logits(logits, range(6), [7] * 6)
+    n_vocab, slots = 9000, [{"temperature": 0.8, "top_p": 0.9, "seed": i} for i in range(n_rows)]
+    logits = make_logits(rng, 6, n_vocab, "normal")[np.arange(n_rows) % 6]
+    order, positions = rng.permutation(n_rows), rng.integers(0, 5000, n_rows)
+    together = Sampler(gpu, n_rows, n_vocab, slots)
+    together.set_logits(logits, order, positions)
     tokens = together.run()
-    for row in range(6):
+    assert len(set(tokens.tolist())) > n_rows // 3, "rows of the same logits draw by the same number"
+    for row in range(0, n_rows, max(n_rows // 16, 1)):
         alone = Sampler(gpu, 1, n_vocab, slots)
-        alone.set_logits(logits[row], [row], [7])
+        alone.set_logits(logits[row], [order[row]], [positions[row]])
         assert alone.run()[0] == tokens[row]
 
 
