@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 
+import limits
 import pytest
 
 from worker_orcd._engine import plan_memory
@@ -117,3 +118,23 @@ def test_converted_rows_have_room_for_the_widest_input(built, arenas):
         n_prompt = rows - n_decode
         padded = n_decode + -(-n_prompt // layout.MATMUL_TILE_ROWS) * layout.MATMUL_TILE_ROWS
         assert arenas.workspace.converted.nbytes >= padded * widest
+
+
+def test_more_sequences_take_room_for_themselves_alone(built):
+    """A row of output counts for each beyond 64 only; nothing else than tables and what each is sampled by grows."""
+    config = EngineConfig(64, 2048, 4096, tuple(7 for _ in built.kv_groups))
+    workspaces = [plan_memory(built, replace(config, max_seqs=n)).workspace for n in (8, 64, 256)]
+    for name, buffer in built.buffers.items():
+        rows = (2048, 2048, 2048) if buffer.rows == "tokens" else (64, 64, 256)
+        assert [w.buffers[name].nbytes for w in workspaces] == [4 * n * buffer.width for n in rows]
+    for few, usual, many in zip(*map(regions, workspaces), strict=True):
+        assert few.nbytes <= usual.nbytes <= 8 * few.nbytes and usual.nbytes <= many.nbytes <= 4 * usual.nbytes
+
+
+def test_the_workspace_of_64_sequences(model_path):
+    """Of a real model, 2,048 tokens of a step and the whole context: what it had when 64 were the most."""
+    with ModelFile(model_path("qwen")) as file:
+        the_plan = plan.build(file)
+    nbytes = plan_memory(the_plan, EngineConfig(64, 2048, the_plan.context_length, (1,))).workspace.nbytes
+    print(f"{nbytes:,} bytes (limit {limits.WORKSPACE_64_BYTES:,})")
+    assert nbytes <= limits.WORKSPACE_64_BYTES
