@@ -132,19 +132,22 @@ class BuildExt(build_ext):
             quiet=True,
         )
         self.object_dir = base.resolve() / "objects"
-        self.object_dir.mkdir(exist_ok=True)
+        kernel_dir = ROOT / "build" / base.name / "objects"  # another one in a build with sanitizers only
+        for folder in (self.object_dir, kernel_dir):
+            folder.mkdir(parents=True, exist_ok=True)
         self.compiler_version = build_cuda.run("g++", "--version").stdout.split("\n")[0]
         jobs: dict[Path, object] = {}
         objects: dict[str, list[Path]] = {}
         for ext, made in zip(self.extensions, built, strict=True):
             name = ext.name.rpartition(".")[2]
-            wanted = [(Path(made.sources[0]).resolve(), name, self.module_flags(ext))]
+            wanted = {self.object_dir / f"{name}.o": (Path(made.sources[0]).resolve(), self.module_flags(ext))}
             for c in ext.cpp_sources:
                 is_kernels = c.stem.startswith("kernels_")
-                wanted.append((c, f"cpu-{c.stem}", self.flags(not is_kernels) + ISA_FLAGS.get(isa_of(c), [])))
-            objects[name] = [self.object_dir / f"{stem}.o" for _, stem, _ in wanted]
-            for source, stem, flags in wanted:
-                jobs.setdefault(self.object_dir / f"{stem}.o", (source, flags))
+                obj = (kernel_dir if is_kernels else self.object_dir) / f"cpu-{c.stem}.o"
+                wanted[obj] = (c, self.flags(not is_kernels) + ISA_FLAGS.get(isa_of(c), []))
+            objects[name] = list(wanted)
+            for obj, job in wanted.items():
+                jobs.setdefault(obj, job)
         try:
             self.run_jobs(jobs, self.kernel_compiler())
             for name, parts in objects.items():
@@ -197,8 +200,8 @@ class BuildExt(build_ext):
         """Options of all C++: optimized, hidden symbols, no instruction set beyond baseline x86-64.
 
         Args:
-            instrumented: with the sanitizers of `WORKER_ORCD_SANITIZE`. The CPU's kernels are not: what is between
-                their vector instructions takes the compiler minutes a file.
+            instrumented: with the sanitizers of `WORKER_ORCD_SANITIZE`. The CPU's kernels are not, and so those of any
+                other build: what is between their vector instructions takes the compiler minutes a file.
         """
         out = [
             "-std=c++17",
@@ -210,8 +213,8 @@ class BuildExt(build_ext):
             "-DNDEBUG",
             f"-I{ROOT / 'csrc'}",
         ]
-        if SANITIZE:
-            checks = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if instrumented else []
+        if SANITIZE and instrumented:
+            checks = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
             return [*out, "-O1", "-g", "-fno-omit-frame-pointer", *checks]
         return [*out, "-O3", "-g0"]
 

@@ -1,25 +1,21 @@
 """The CUDA kernels and the CUDA engine run on the CPU: a part of tests/gpu, and kernels with mistakes, which must show.
 
-Each run is a process of its own with the stand-in driver in place; two run at a time. Left out are tests that need a
-real GPU: test_device_driver.py, test_device_memory.py, test_faults.py and test_upload.py (its images, memory, faults
-and speed), test_a_counting_thread_keeps_half_its_speed; and, by their names here, tests that take long.
+Each run is a process of its own with the stand-in driver in place, in the background of all other tests (conftest.py).
+Left out are tests that need a real GPU: test_device_driver.py, test_device_memory.py, test_faults.py and test_upload.py
+(its images, memory, faults and speed), test_a_counting_thread_keeps_half_its_speed; and, by their names here, tests
+that take long.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from kernels_on_cpu import build
 
-import worker_orcd
 from worker_orcd.cuda import lowering
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +69,8 @@ IN_ANOTHER_ORDER = {
 CASES = {name: (name, "") for name in RUNS} | {f"{name}, in another order": (name, "7") for name in IN_ANOTHER_ORDER}
 
 
-def run(name: str, order: str) -> subprocess.CompletedProcess[str]:
+def command(name: str, order: str) -> tuple[list[str], dict[str, str]]:
+    """The pytest of a run, and its environment."""
     arguments = IN_ANOTHER_ORDER[name] if order else RUNS[name]
     environment = {**os.environ, **build.environment(), "WORKER_ORCD_TEST_EVERY": "1",
                    **ENVIRONMENTS.get(name, {})}  # fmt: skip
@@ -81,33 +78,12 @@ def run(name: str, order: str) -> subprocess.CompletedProcess[str]:
     environment.pop("KERNELS_ON_CPU_ORDER", None)
     if order:
         environment["KERNELS_ON_CPU_ORDER"] = order
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        env=environment,
-    )
-
-
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future]]:
-    """The runs of the tests that were chosen, under way."""
-    if shutil.which("g++") is None or shutil.which("objcopy") is None:
-        pytest.skip("the kernels are compiled by g++ and objcopy")
-    if not (Path(worker_orcd.__file__).parent / "fatbins" / "manifest.json").exists():
-        pytest.skip("no kernels are installed: the engine would not look for a GPU")
-    build.build()
-    chosen = [item.callspec.params["case"] for item in request.session.items if item.module is request.module
-              and hasattr(item, "callspec")]  # fmt: skip
-    with ThreadPoolExecutor(2) as pool:
-        yield {case: pool.submit(run, *case) for case in chosen}
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], environment
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_on_the_cpu(case, runs):
-    done = runs[case].result()
+def test_on_the_cpu(case, background):
+    done = background.result(case)
     print(done.stdout[-6000:], done.stderr[-3000:])
     assert done.returncode == 0
     counts = dict(re.findall(r"(\d+) (passed|skipped)", done.stdout.splitlines()[-1]))
