@@ -111,6 +111,27 @@ def test_ids_do_not_depend_on_who_passes_whom(monkeypatch):
     assert n_passed, "or nothing was tested"
 
 
+@pytest.mark.parametrize("groups", [(FULL,), (FULL, KvGroup(24, (1,)))])
+def test_256_together_get_the_ids_that_each_gets_alone(groups):
+    """In one step all of them decode; prompts come in chunks, and 44 of them when others have ended."""
+
+    def ids_of(numbers, max_seqs):
+        scheduler, engine = make(max_seqs, 320, n_blocks=(800,) * len(groups), groups=groups, never_stop=True)
+        ids = {i: [] for i in numbers}
+        for i in numbers:
+            scheduler.add(sequence(i, 5 + 37 * i % 90, 90 + i % 40))
+        most = 0
+        while scheduler.running or scheduler.n_waiting:
+            work, _ = run(scheduler, engine, ids)
+            most = max(most, work.batch.n_decode if isinstance(work, StepWork) else len(work.seqs))
+        return ids, most
+
+    crowd, most = ids_of(range(1, 301), 256)
+    assert most == 256 and all(len(crowd[i]) == 90 + i % 40 for i in crowd)
+    for i in range(1, 301, 43):
+        assert ids_of([i], 1)[0][i] == crowd[i]
+
+
 def test_a_sequence_that_can_never_run_is_refused_with_numbers():
     scheduler, _ = make(context=256, n_blocks=(3,))
     scheduler.check(190, 3)
