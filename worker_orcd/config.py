@@ -197,7 +197,10 @@ class ServeConfig:
         ),
     )
     max_seqs: int = field(
-        default=32, metadata=_flag("Sequences decoded together.", "N", int, 1, 1024, aliases=("max-streams",))
+        default=32,
+        metadata=_flag(
+            "Sequences decoded together; a GPU takes up to 256.", "N", int, 1, 1024, aliases=("max-streams",)
+        ),
     )
     max_queue: int = field(
         default=64,

@@ -63,7 +63,7 @@ class LLM:
         kv_cache_bytes: size of the KV cache; None: on a GPU what fits, on the CPU what `max_seqs` sequences of 4,096
             positions need, at least 1 GiB, at most a quarter of the free memory. Never more than `max_seqs` sequences
             can use.
-        max_seqs: sequences that run together; None: 64, fewer where memory of the GPU is short.
+        max_seqs: sequences that run together, at most 256 on a GPU; None: 64, fewer where memory of the GPU is short.
         max_batch_tokens: tokens of one step (prompts and running sequences), at least `max_seqs`; None: by device,
             fewer where memory of the GPU is short.
         max_queue: jobs of `submit` that may wait for their turn.
