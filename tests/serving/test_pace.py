@@ -11,10 +11,11 @@ from helpers.paced import GPT_OSS, PHI3, Paced, percentile, step_seconds
 
 from worker_orcd.serving.pace import (
     CONFIRM_AFTER,
+    EVEN_SECONDS,
     FIRST_PREFILL_TOKENS,
     MEASURE_EVERY,
+    MIN_MIXED_TOKENS,
     MIN_PREFILL_TOKENS,
-    SMALL_STEP,
     STEP_SECONDS,
     STRETCH,
     Pace,
@@ -22,11 +23,10 @@ from worker_orcd.serving.pace import (
 )
 
 TABLES = {"Phi-3": PHI3, "gpt-oss": GPT_OSS}
-#: prompt tokens a second that are read beside streams at least, (model, streams): alone they are 51,000 and 41,000. The
-#: shortest step of gpt-oss that is longer than one of eight rows takes more than three times a step of one stream
+#: prompt tokens a second that are read beside streams at least, (model, streams): alone they are 51,000 and 41,000
 LEAST_READ = {
-    ("Phi-3", 1): 6_000, ("Phi-3", 8): 6_500, ("Phi-3", 32): 28_000, ("Phi-3", 64): 28_000, ("Phi-3", 200): 30_000,
-    ("gpt-oss", 1): 1_900, ("gpt-oss", 8): 7_000, ("gpt-oss", 32): 15_000, ("gpt-oss", 64): 16_500,
+    ("Phi-3", 1): 25_000, ("Phi-3", 8): 25_000, ("Phi-3", 32): 28_000, ("Phi-3", 64): 28_000, ("Phi-3", 200): 30_000,
+    ("gpt-oss", 1): 11_000, ("gpt-oss", 8): 7_000, ("gpt-oss", 32): 15_000, ("gpt-oss", 64): 16_500,
     ("gpt-oss", 200): 28_000,
 }  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_beside_others_a_step_is_bounded_by_theirs(n_decode):
     rows = n + n_decode
     assert rows % (64 if rows > 64 else 8) == 0 or n % 8 == 0
     took = 0.004 + max(rows - 64, 0) * 0.008 / 448
-    assert took <= STRETCH * decode or rows <= 2 * SMALL_STEP, (n, took / decode)
+    assert took <= max(STRETCH * decode, EVEN_SECONDS), (n, took / decode)
 
 
 def test_a_crowd_leaves_room_for_itself():
@@ -125,9 +125,10 @@ def test_a_crowd_leaves_room_for_itself():
 
 
 def test_prompts_get_on_beside_the_fastest_and_the_slowest():
-    assert [paced([(n, 1e-6)]).prompt_tokens(n) for n in (1, 2, 4, 5, 8, 64)] == [7, 6, 4, 8, 8, 8]
+    slow = [(64, 1.0), (2048, 32.0)]
+    assert {paced([(n, 1e-6)], slow).prompt_tokens(n) for n in (1, 2, 4, 5, 8, 64)} == {MIN_MIXED_TOKENS}
     crowd_on_a_cpu = paced([(64, 0.17)], [(72, 0.19), (128, 0.34)])
-    assert crowd_on_a_cpu.prompt_tokens(64) >= SMALL_STEP
+    assert crowd_on_a_cpu.prompt_tokens(64) >= MIN_MIXED_TOKENS
     assert paced([(4, 0.035)], [(64, 0.06), (128, 0.1)]).prompt_tokens(4) * 100 / 128 < 1e3 * STEP_SECONDS
 
 
@@ -166,8 +167,8 @@ def test_mixed_steps_do_not_make_the_next_one_longer():
             pace.step_took(8 + n, step_seconds(PHI3, 8 + n))
         else:
             pace.decode_took(8, step_seconds(PHI3, 8))
-    assert percentile(chunks[:500], 0.5) == percentile(chunks[-500:], 0.5) == 24
-    assert percentile(chunks, 0.99) <= 32
+    assert percentile(chunks[:500], 0.5) == percentile(chunks[-500:], 0.5) == 248
+    assert percentile(chunks, 0.99) <= 256
 
 
 def test_steps_of_scored_texts_have_times_of_their_own():
@@ -191,7 +192,8 @@ def test_streams_keep_their_pace_while_prompts_arrive(model, n_streams, rest, mo
         f"{model}, {n_streams} streams, rest {rest:g}: gap p50 {1e3 * p50:.2f}, p99 {1e3 * p99:.2f} ms, "
         f"{p99 / p50:.2f} of it and {p99 / decode:.2f} of a decode step; {rate:.0f} prompt tokens/s"
     )
-    assert p99 < 3 * min(p50, decode)
+    assert p99 < max(3 * min(p50, decode), 1.2 * EVEN_SECONDS)
+    assert rest or p99 < 1.5 * p50
     assert rate > LEAST_READ[model, n_streams]
 
 
@@ -233,7 +235,7 @@ def test_what_was_measured_wrongly_is_soon_forgotten(model, n_streams, name, mon
     decode = step_seconds(TABLES[model], n_streams)
     p99, rate = percentile(usual, 0.99), read / sum(took)
     print(f"{name}: p99 {p99 / decode:.2f} of a decode step, {rate:.0f} prompt tokens/s")
-    assert p99 < 3.3 * decode
+    assert p99 < max(3.3 * decode, 1.3 * EVEN_SECONDS)
     assert rate > 0.6 * LEAST_READ[model, n_streams]
 
 
@@ -247,5 +249,5 @@ def test_the_pace_follows_the_device(monkeypatch):
         paced.arrivals(2.0, 0.0)
         paced.gaps.clear()
         read, took = paced.arrivals(2.0, 0.0)
-        assert percentile(paced.gaps, 0.99) < 3 * slower * step_seconds(PHI3, 32)
+        assert percentile(paced.gaps, 0.99) < max(3 * slower * step_seconds(PHI3, 32), 1.2 * EVEN_SECONDS)
         assert read / sum(took) > LEAST_READ["Phi-3", 32] / slower * 0.7

@@ -3,7 +3,9 @@
 Two things are measured and never mixed. What a *decode step* takes is taken from steps of decoding sequences alone, so
 that no mixed step makes the next one longer; where prompts leave no such step, one is asked for now and then. What a
 step *with prompt tokens* takes is a curve over its rows (`StepTimes`). Beside sequences that decode a step may take
-`STRETCH` times a decode step of as many of them: their streams go on at an even pace while prompts are read.
+`STRETCH` times a decode step of as many of them: their streams go on at an even pace while prompts are read. Where that
+is less than `EVEN_SECONDS`, which nobody sees, it may take these for `EVEN_TOKENS`: the shortest steps read prompts far
+too slowly, and a prompt still takes so many steps that most of the streams' gaps are such ones.
 
 Numbers in, numbers out: no clock, no engine, no scheduler. What sequences get does not depend on any of it.
 """
@@ -16,15 +18,14 @@ from collections import deque
 STEP_SECONDS = 0.08
 #: and at most so many decode steps of the sequences that decode beside it
 STRETCH = 2.5
+#: or so long, for so many prompt tokens, or so many for each of them
+EVEN_SECONDS, EVEN_TOKENS, EVEN_TOKENS_EACH = 0.01, 256, 8
 #: where a decode step alone takes most of `STEP_SECONDS`, prompts still get half of one
 LEAST_STRETCH = 1.5
 #: prompt tokens of the first step where nobody has measured any
 FIRST_PREFILL_TOKENS = 64
-#: fewest prompt tokens of a step without sequences that decode
-MIN_PREFILL_TOKENS = 16
-#: rows of a step that a GPU computes by the kernels of decode steps, the ninth costs more than eight do: a step beside
-#: up to half as many sequences can be filled up to here, and is never made smaller
-SMALL_STEP = 8
+#: fewest prompt tokens of a step without sequences that decode, and beside some
+MIN_PREFILL_TOKENS, MIN_MIXED_TOKENS = 16, 8
 #: a GPU multiplies so many rows as fast as fewer, up to the next such tile: larger steps have whole ones
 TILE = 64
 
@@ -132,11 +133,15 @@ class Pace:
             if decode is None:
                 return 0
             seconds = min(STRETCH * decode, max(STEP_SECONDS, LEAST_STRETCH * decode))
-        rows = (self._forwards if forced else self._steps).rows_within(seconds)
+        times = self._forwards if forced else self._steps
+        rows = times.rows_within(seconds)
         others = 0 if forced else n_decode
         most = max(self._max_rows - others, 1)
         if rows is None:
             return min(FIRST_PREFILL_TOKENS, most)
+        if n_decode and seconds < EVEN_SECONDS:
+            tokens = max(EVEN_TOKENS, EVEN_TOKENS_EACH * n_decode)
+            rows = max(rows, min(times.rows_within(EVEN_SECONDS) or 0, others + tokens))
         if n_decode and self._n_mixed % TRY_EVERY == TRY_EVERY - 1:
             rows *= 2
         if n_decode and rows > TILE:
@@ -144,7 +149,7 @@ class Pace:
         else:
             n = min(rows - others, most)
             n -= n % 8 if n < most else 0
-        return max(n, min(_fewest(n_decode), most))
+        return max(n, min(MIN_MIXED_TOKENS if n_decode else MIN_PREFILL_TOKENS, most))
 
     def _decode_seconds(self, n: int) -> float | None:
         """What a decode step of `n` sequences takes now; None: nobody knows. The middle one of the last three counts:
@@ -154,10 +159,3 @@ class Pace:
             return None
         times = sorted(seconds * min(n / m, 1) for m, seconds, _ in alike[-3:])
         return times[(len(times) - 1) // 2]
-
-
-def _fewest(n_decode: int) -> int:
-    """Prompt tokens that a step has at least: in a smaller one a prompt would hardly get on."""
-    if not n_decode:
-        return MIN_PREFILL_TOKENS
-    return SMALL_STEP - n_decode if 2 * n_decode <= SMALL_STEP else SMALL_STEP
