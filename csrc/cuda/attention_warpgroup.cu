@@ -23,6 +23,7 @@ struct PromptTile {
     static constexpr int kTileBytes = 16 * kHeadDim, kBlockBytes = KV_BLOCK / 8 * kTileBytes;  // of q, K or V
     static constexpr int kSteps = kHeadDim / 16, kPart = kHeadDim / 2;
     static constexpr int kKeysAt = 2 * kBlockBytes, kValuesAt = 4 * kBlockBytes, kBarriersAt = 6 * kBlockBytes;
+    static constexpr int kOnesAt = kBarriersAt + 16;  // eight columns of sixteen ones
     // An operand's next 16 columns: of K and q 16 dimensions on, of V 16 keys.
     static constexpr int kNextDims = 2 * 128 / 16, kNextKeys = 2 * kTileBytes / 16;
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128);
@@ -61,7 +62,8 @@ struct PromptTile {
         const uint32_t smem_at = smem_address(smem), k_full = smem_at + kBarriersAt, v_full = k_full + 8;
         const uint64_t q = wgmma_eights(smem_at, 128, kTileBytes),
                        keys = wgmma_eights(smem_at + kKeysAt, 128, kTileBytes),
-                       values = wgmma_eights(smem_at + kValuesAt, kTileBytes, 128);
+                       values = wgmma_eights(smem_at + kValuesAt, kTileBytes, 128),
+                       ones = wgmma_eights(smem_at + kOnesAt, 128, 256);
 
         // Starts copying K or V of the blocks of a split that some row looks at. One thread, when all have read what is
         // there.
@@ -81,6 +83,7 @@ struct PromptTile {
             copy_split(first_block / 2, kKeysAt, k_full);
         }
         load_q();
+        if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(smem + kOnesAt)[threadIdx.x] = kOnes;
         // 0 * NaN must not enter: blocks that the first split does not copy are there as zeros.
         if (first_block % 2 == 1 || last_block == first_block)
             for (int i = threadIdx.x; i < 2 * kBlockBytes / 16; i += kThreads)
@@ -137,16 +140,17 @@ struct PromptTile {
                 fence_async();
                 __syncthreads();
             }
-            float part[kPart], total[4] = {};
+            float part[kPart], total[4];
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 8; j++) wgmma_f16(part, weight[j], values + j * kNextKeys, j > 0);
+            for (int j = 0; j < 8; j++) {
+                wgmma_f16(part, weight[j], values + j * kNextKeys, j > 0);
+                wgmma_f16(total, weight[j], ones, j > 0);
+            }
             wgmma_commit();
-#pragma unroll
-            for (int j = 0; j < 8; j++) mma_f16(total, weight[j], kOnes, kOnes);
+            wgmma_wait<0>();
             sum[0] = add_split(sum[0], total[0], fade[0]);
             sum[1] = add_split(sum[1], total[2], fade[1]);
-            wgmma_wait<0>();
 #pragma unroll
             for (int i = 0; i < kPart; i++) acc[i] = add_split(acc[i], part[i], fade[i / 2 % 2]);
             if (split < last_split) {

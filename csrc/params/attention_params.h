@@ -114,7 +114,7 @@ static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) { return 2 * 2 *
 
 // Beside them both halves of q of a tile, and two barriers.
 static HOST_DEVICE int32_t warpgroup_smem_bytes(int32_t head_dim) {
-    return prefill_smem_bytes(head_dim) + 2 * PREFILL_ROWS * 2 * head_dim + 16;
+    return prefill_smem_bytes(head_dim) + 2 * PREFILL_ROWS * 2 * head_dim + 16 + 256;
 }
 
 #endif
