@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.fake_engine import STOP_ID
 from helpers.scheduled import FULL, Fixed, check_empty, check_ownership, drain, make, run, sampling, sequence
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker_orcd.engine.kv_blocks import blocks_needed, blocks_of, blocks_within, window_blocks
@@ -259,6 +259,7 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=120, deadline=None)
+@example((KvGroup(0, (0,)),), 1, 5, [1, 1], [("add", 6, 0, False), ("rows", 6)])  # scored, more than a step has
 @given(GROUPS, st.integers(1, 5), st.integers(5, 64), st.lists(st.integers(1, 12), min_size=2, max_size=2), ACTIONS)
 def test_whatever_happens_nothing_is_lost(groups, max_seqs, max_batch_tokens, n_blocks, actions):
     """Any mix of submissions, runs and cancels: ownership holds, budgets hold, all is freed, all end."""

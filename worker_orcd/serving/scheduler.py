@@ -216,8 +216,9 @@ class Scheduler:
 
     def _prompt_tokens(self, n_decode: int, forced: bool) -> int:
         """The most prompt tokens of the next step; 0: the sequences that decode are to have one alone."""
-        n = self.config.max_batch_tokens if self.pace is None else self.pace.prompt_tokens(n_decode, forced)
-        return min(n, LOGITS_TOKENS if forced else self.config.max_batch_tokens - n_decode)
+        most = self.config.max_batch_tokens
+        n = most if self.pace is None else self.pace.prompt_tokens(n_decode, forced)
+        return min(n, LOGITS_TOKENS, most) if forced else min(n, most - n_decode)
 
     def done_step(self, work: StepWork, sampled: Sequence[int]) -> list[SequenceState]:
         """Take the result of a step. Returns the sequences that ended, their blocks freed."""
