@@ -88,9 +88,9 @@ class SampleNode(Node):
     def __init__(self, name: str, largest: Kernel, draw: Kernel, fields: dict[str, Any], sm_count: int) -> None: ...
 
 class Conversion:
-    """convert_rows with its parameters."""
+    """convert_rows and convert_rows_to_places with their parameters."""
 
-    def __init__(self, kernel: Kernel, fields: dict[str, Any], n_inputs: int = 1) -> None: ...
+    def __init__(self, kernel: Kernel, to_places: Kernel, fields: dict[str, Any], n_inputs: int = 1) -> None: ...
 
 class Bound:
     """A kernel with its launch geometry."""

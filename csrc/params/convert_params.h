@@ -31,15 +31,15 @@ static HOST_DEVICE int64_t tiles_bytes(int32_t k, int32_t n) { return (int64_t)(
 
 // convert_rows: grid (n_pad_rows, n_inputs), block 256. A row may have several inputs, as the slots of a row of experts
 // have: input i of row r is x + r * x_stride + i * input_stride and becomes converted row i * n_pad_rows + r; or, with
-// places, of tiles the rows places[r * places_stride + i + c], c < n_copies.
+// convert_rows_to_places, the rows places[r * places_stride + i + c] of tiles, c < n_copies.
 typedef struct {
     const float* x;         // the first k columns are read; 16-byte aligned rows
     const float* weight;    // [k] of the norm, 16-byte aligned, or null (CONVERT_PLAIN)
     const float* bias;      // [k], CONVERT_LAYER, or null
-    uint8_t* out;           // [n_inputs * n_pad_rows, out_bytes], of tiles [steps, factor_stride, 128 bytes]; or null:
-                            // only the roots are wanted
+    uint8_t* out;           // [n_inputs * n_pad_rows, out_bytes], of tiles [steps, factor_stride, 128 bytes]; with
+                            // convert_rows_to_places null where only the roots are wanted
     float* factors;         // [n_chunks, factor_stride] of tiles
-    const int32_t* places;  // of tiles, or null
+    const int32_t* places;  // of convert_rows_to_places
     float* roots;           // [n_rows] 1 / root of the norms, or null
     int64_t x_stride;
     int64_t input_stride;
@@ -51,7 +51,7 @@ typedef struct {
     int32_t order;          // CONVERTED_*
     int32_t factor_stride;  // rows that tiles have room for, a multiple of 8
     int32_t places_stride;
-    int32_t n_copies;  // with places
+    int32_t n_copies;
     float eps;
 } ConvertParams;
 

@@ -6,20 +6,20 @@ cdef class Conversion:
     """convert_rows with its parameters.
 
     Args:
-        kernel: the `Kernel`.
+        kernel, to_places: the `Kernel`s convert_rows and convert_rows_to_places.
         fields: `ConvertParams`; later: n_rows, n_pad_rows, order, factors, factor_stride, places,
             places_stride, n_copies.
         n_inputs: that a row has: one, or one for each slot of a row of experts.
     """
 
-    cdef Kernel kernel
+    cdef Kernel kernel, to_places
     cdef c.ConvertParams p
     cdef int n_inputs
 
-    def __init__(self, Kernel kernel, dict fields, int n_inputs=1):
+    def __init__(self, Kernel kernel, Kernel to_places, dict fields, int n_inputs=1):
         c.fill_ConvertParams(&self.p, fields, ("n_rows", "n_pad_rows", "order", "factors", "factor_stride", "places",
                                                "places_stride", "n_copies"))
-        self.kernel, self.n_inputs = kernel, n_inputs
+        self.kernel, self.to_places, self.n_inputs = kernel, to_places, n_inputs
 
     cdef int enqueue(self, LaunchList launches, int64_t x_row, int64_t row, int n, int n_pad,
                      int order=c.CONVERTED_FRAGMENTS) except -1:
@@ -43,7 +43,7 @@ cdef class Conversion:
         """Leave what norms leave of rows [0, n), and convert none."""
         cdef c.ConvertParams p = self.p
         p.out, p.n_rows, p.n_pad_rows = <uint8_t*>NULL, n, n
-        return launches.add(self.kernel, n, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
+        return launches.add(self.to_places, n, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
 
     cdef int enqueue_places(self, LaunchList launches, int n, const int32_t* places, int n_used,
                             int n_places) except -1:
@@ -53,7 +53,7 @@ cdef class Conversion:
         p.order, p.n_rows, p.n_pad_rows = c.CONVERTED_TILES, n, n
         p.factors, p.factor_stride = tile_factors(p.out, p.k, n_places), n_places
         p.places, p.places_stride, p.n_copies = places, n_used, n_used // self.n_inputs
-        return launches.add(self.kernel, n, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
+        return launches.add(self.to_places, n, self.n_inputs, 1, 256, 0, &p, sizeof(p), True)
 
 
 cdef float* tile_factors(const uint8_t* rows, int k, int n) noexcept:

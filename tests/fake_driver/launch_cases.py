@@ -251,7 +251,7 @@ def test_rows_of_experts_lie_at_the_places_of_their_pairs_where_an_expert_has_ma
     latest = None
     for launch in steps[512]:
         fields = launch.fields
-        if launch.kernel == "convert_rows" and fields["places"]:
+        if launch.kernel == "convert_rows_to_places" and fields["places"]:
             latest = fields
             assert fields["factor_stride"] == n_places and fields["places_stride"] == route.n_used
             assert fields["n_copies"] * launch.grid[1] == route.n_used and launch.grid[0] == fields["n_rows"] == 512
@@ -262,7 +262,7 @@ def test_rows_of_experts_lie_at_the_places_of_their_pairs_where_an_expert_has_ma
             assert fields["list.places"] == lists[0].fields["list.places"]
             ends = fields["factors"][1] + 4 * n_places * layout.n_chunks(fields["k"])
             assert ends <= converted.address - fields["factors"][0] + converted.nbytes
-    roots = [one.fields for one in steps[512] if one.kernel == "convert_rows" and not one.fields["out"]]
+    roots = [one.fields for one in steps[512] if one.kernel == "convert_rows_to_places" and not one.fields["out"]]
     assert len(roots) == (built.n_layer if lowered == "fused" else 0) and all(one["roots"] for one in roots)
 
 

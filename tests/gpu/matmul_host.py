@@ -68,7 +68,8 @@ class Converted:
 
     def run(self, pdl: bool = False) -> None:
         """Queue the conversion."""
-        kernel = self.gpu.kernel("convert", "convert_rows")
+        name = "convert_rows_to_places" if self.params.places else "convert_rows"
+        kernel = self.gpu.kernel("convert", name)
         self.gpu.launch(kernel, (self.pad_rows, self.n_inputs), 256, self.params, pdl=pdl)
 
 

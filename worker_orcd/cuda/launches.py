@@ -298,7 +298,8 @@ class Launches:
             "weight": self._weight(norm.weight if norm else None), "bias": self._weight(norm.bias if norm else None),
             "kind": CONVERT_KINDS[norm.kind if norm else None], "eps": norm.eps if norm else 0.0, "roots": roots,
         }  # fmt: skip
-        return Conversion(self.kernel("convert", "convert_rows"), fields, n_inputs)
+        kernel, to_places = (self.kernel("convert", name) for name in ("convert_rows", "convert_rows_to_places"))
+        return Conversion(kernel, to_places, fields, n_inputs)
 
     def _matmul_group(self, op: MatMulGroup) -> list[Node]:
         conversion: Conversion | None = self._conversion(op.parts[0].inp.width, op.inp, op.norm)

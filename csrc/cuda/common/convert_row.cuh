@@ -25,49 +25,66 @@ DEVICE float sum_over_row(float* units, int n, int n_pieces, F f) {
     return row_sum(units, n);
 }
 
-// Where a converted row goes.
+// Where a converted row goes: to a row of its own or, with kPlaces, to rows of tiles that a list names, or nowhere.
+// Kernels of few rows have no code for the second: what they run once they wait for.
+template <bool kPlaces>
 struct ConvertedRow {
     const ConvertParams& p;
-    const int number;             // of the row, unless it has places,
-    const int32_t* const places;  // which are there after the wait
+    uint8_t* out;
+    int row;  // of tiles
+    float* factors;
+    int64_t factor_step;
 
-    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int row, int input)
-        : p(params),
-          number(input * p.n_pad_rows + row),
-          places(p.places ? p.places + static_cast<int64_t>(row) * p.places_stride + input : nullptr) {}
-
-    DEVICE_MEMBER uint8_t* line() const { return p.out + static_cast<int64_t>(number) * p.out_bytes; }
-    // Calls f(row of the tiles) for all that it becomes.
-    template <class F>
-    DEVICE_MEMBER void for_rows(F f) const {
-        if (places == nullptr) return f(number);
-        for (int i = 0; i < p.n_copies; ++i) f(places[i]);
+    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int number, int) : p(params), row(number) {
+        if (p.order == CONVERTED_TILES) {
+            out = p.out;
+            factors = p.factors + row, factor_step = p.factor_stride;
+        } else {
+            out = p.out + static_cast<int64_t>(row) * p.out_bytes;
+            factors = reinterpret_cast<float*>(out + converted_fragment_bytes(p.k)), factor_step = 1;
+        }
     }
     // A full warp.
     DEVICE_MEMBER void store(int piece, int lane, const uint4& packed) const {
-        if (p.out == nullptr) return;
         const uint4 v = p.order == CONVERTED_FRAGMENTS ? packed : in_product_order(packed, lane);
-        if (p.order != CONVERTED_TILES) {
-            *reinterpret_cast<uint4*>(line() + (piece * 32 + lane) * 16) = v;
-            return;
-        }
+        *reinterpret_cast<uint4*>(p.order == CONVERTED_TILES ? in_tiles(out, p, piece, lane, row)
+                                                             : out + (piece * 32 + lane) * 16) = v;
+    }
+    DEVICE_MEMBER void set_factor(int chunk, float factor) const { factors[chunk * factor_step] = factor; }
+
+    // Where tiles have the lane's part of a piece of a row.
+    static DEVICE_MEMBER uint8_t* in_tiles(uint8_t* tiles, const ConvertParams& p, int piece, int lane, int row) {
         const int block = lane >> 2, step = 4 * piece + block / 2, part = 4 * (block & 1) + (lane & 3);
-        uint8_t* const to = p.out + static_cast<int64_t>(step) * p.factor_stride * 128;
-        for_rows([&](int row) { *reinterpret_cast<uint4*>(to + row * 128 + (part ^ (row & 7)) * 16) = v; });
+        return tiles + (static_cast<int64_t>(step) * p.factor_stride + row) * 128 + (part ^ (row & 7)) * 16;
+    }
+};
+
+template <>
+struct ConvertedRow<true> {
+    const ConvertParams& p;
+    const int32_t* places;  // which are there after the wait
+
+    DEVICE_MEMBER ConvertedRow(const ConvertParams& params, int row, int input)
+        : p(params), places(p.places + static_cast<int64_t>(row) * p.places_stride + input) {}
+
+    DEVICE_MEMBER void store(int piece, int lane, const uint4& packed) const {
+        if (p.out == nullptr) return;
+        const uint4 v = in_product_order(packed, lane);
+        for (int i = 0; i < p.n_copies; ++i)
+            *reinterpret_cast<uint4*>(ConvertedRow<false>::in_tiles(p.out, p, piece, lane, places[i])) = v;
     }
     DEVICE_MEMBER void set_factor(int chunk, float factor) const {
         if (p.out == nullptr) return;
-        if (p.order == CONVERTED_TILES)
-            for_rows([&](int row) { p.factors[static_cast<int64_t>(chunk) * p.factor_stride + row] = factor; });
-        else
-            reinterpret_cast<float*>(line() + converted_fragment_bytes(p.k))[chunk] = factor;
+        for (int i = 0; i < p.n_copies; ++i)
+            p.factors[static_cast<int64_t>(chunk) * p.factor_stride + places[i]] = factor;
     }
 };
 
 // A row of chunks that are no longer than a piece, held at once: one way through memory, and the norm's weights before
 // the wait. Other arguments as of `convert_row`.
-DEVICE void convert_held_row(const ConvertParams& p, const float* x, const ConvertedRow& out, int k, int chunk, int row,
-                             float (&units)[2][kMaxUnits]) {
+template <bool kPlaces>
+DEVICE void convert_held_row(const ConvertParams& p, const float* x, const ConvertedRow<kPlaces>& out, int k, int chunk,
+                             int row, float (&units)[2][kMaxUnits]) {
     const int lane = threadIdx.x % 32, upper = lane / 16, half_lane = lane % 16;
     const int n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns, n_chunks = (p.k + chunk - 1) / chunk;
     const bool has_norm = p.kind == CONVERT_RMS, halves = chunk < kPieceColumns;
@@ -109,11 +126,12 @@ DEVICE void convert_held_row(const ConvertParams& p, const float* x, const Conve
 }
 
 // Input `input` of row `row`. `units` is scratch; a block converts once, after the wait, which is here.
+template <bool kPlaces = false>
 DEVICE void convert_row(const ConvertParams& p, int row, int input, float (&units)[2][kMaxUnits]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool exists = row < p.n_rows;
     const float* x = p.x + (exists ? row : 0) * p.x_stride + input * p.input_stride;
-    const ConvertedRow out(p, row, input);
+    const ConvertedRow<kPlaces> out(p, kPlaces ? row : input * p.n_pad_rows + row, input);
     // of a row that does not exist there are no columns, so all are zeros
     const int k = exists ? p.k : 0, n_pieces = (p.k + kPieceColumns - 1) / kPieceColumns;
     const int chunk = chunk_columns(p.k), n_chunks = (p.k + chunk - 1) / chunk;
