@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -39,9 +40,9 @@ def test_bench_tells_what_prompts_do_to_streams(call, args, monkeypatch):
     assert found["mixed"]["prompt_tokens_per_s"] > found["alone"]["prompt_tokens_per_s"]
     alone, mixed = called
     for calls in called:
-        steps = [c.n_steps for c in calls]
-        full = sum(c.n_steps for c in calls if c.n_decode >= 3)
-        assert full > 0.8 * sum(steps), "the streams hardly ever pause"
+        full = [c.n_decode >= 3 for c in calls]
+        again = sum(now and not before for before, now in itertools.pairwise(full))
+        assert again or all(full), "one that ended was not begun anew"
     assert sum(c.n_prompt > 0 for c in mixed) > sum(c.n_prompt > 0 for c in alone)
 
     report = mix.Mix(**{**found, "alone": mix.MixTimes(**found["alone"]), "mixed": mix.MixTimes(**found["mixed"])})

@@ -8,6 +8,7 @@ Python and holds one do not reach it. What goes wrong with it is never the fault
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import re
@@ -185,19 +186,23 @@ def start(cpu_seconds: float) -> Process:
     if threading.current_thread() is not threading.main_thread():
         return Process(cpu_seconds)
     made: list[Process | Exception] = []
+    done = threading.Lock()
+    done.acquire()
 
     def make() -> None:
         try:
             made.append(Process(cpu_seconds))
         except Exception as e:
             made.append(e)
+        finally:
+            done.release()
 
-    thread = threading.Thread(target=make, name="orcd-template", daemon=True)
     try:
-        thread.start()
+        # one call of C; Thread.start waits in Python code, where an interrupt can turn into a RuntimeError of its lock
+        _thread.start_new_thread(make, ())
     except RuntimeError:
         raise InternalError("the system gives no thread for starting the process that renders templates") from None
-    thread.join()
+    done.acquire()
     if isinstance(made[0], Process):
         return made[0]
     raise made[0]
