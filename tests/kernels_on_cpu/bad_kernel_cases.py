@@ -54,11 +54,19 @@ REPORTED = {
     "bytes_that_never_come": "wait at the barrier at byte 256 of shared memory, to which not all have come",
     "arrival_missing_in_a_group": "wait at barrier 1, where 32 of 64 threads have come",
     "matrix_that_is_not_aligned": "a matrix of a product at byte 128 of shared memory, no multiple of 1,024",
+    "products_left_at_end": "products of warpgroups that it has not waited for",
     "null_pointer": "thread (9, 0, 0): it reads or writes at address",
     "misaligned_copy": "not 16-byte aligned",
 }
 #: kernels whose result is wrong, where they end
-GARBAGE = ["no_barrier", "no_wait_for_copies", "no_wait_for_lanes_copies", "never_written", "wrong_parity"]
+GARBAGE = [
+    "no_barrier",
+    "no_wait_for_copies",
+    "no_wait_for_lanes_copies",
+    "never_written",
+    "wrong_parity",
+    "operand_changed_too_early",
+]
 #: kernels whose result is wrong in another order
 ORDER_SHOWS = ["no_barrier_in_order"]
 

@@ -262,7 +262,40 @@ BAD_KERNEL(matrix_that_is_not_aligned) {
     float d[8];
     const uint32_t a[4] = {};
     wgmma_f16(d, a, wgmma_matrix(smem_address(smem) + (p.is_right ? 0 : 128)), 0);
+    wgmma_commit();
+    wgmma_wait<0>();
     p.out[i] = v;
+}
+
+BAD_KERNEL(products_left_at_end) {
+    pdl_wait();
+    smem[i] = 0.0f;
+    float d[8];
+    const uint32_t a[4] = {};
+    wgmma_f16(d, a, wgmma_matrix(smem_address(smem)), 0);
+    wgmma_commit();
+    if (p.is_right) wgmma_wait<0>();
+    p.out[i] = p.in[63 - i];
+}
+
+// Of two groups only the first is over when the operand of the second changes.
+BAD_KERNEL(operand_changed_too_early) {
+    pdl_wait();
+    smem[i] = 0.0f;
+    __syncthreads();
+    const uint64_t zeros = wgmma_eights(smem_address(smem), 128, 0);
+    float d[4], e[4];
+    uint32_t a[4] = {}, b[4] = {};
+    wgmma_f16(d, a, zeros, 0);
+    wgmma_commit();
+    wgmma_f16(e, b, zeros, 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    const float first = d[0] + d[1] + d[2] + d[3];
+    if (p.is_right) wgmma_wait<0>();
+    b[0] = 0x7c00u;  // infinite
+    wgmma_wait<0>();
+    p.out[i] = p.in[63 - i] + first + e[0] + e[1] + e[2] + e[3];
 }
 
 BAD_KERNEL(null_pointer) {

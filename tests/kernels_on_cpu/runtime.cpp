@@ -322,6 +322,7 @@ void thread_main() {
     launch->kernel->run(launch->params);
     Fiber* self = own();
     if (self->first_copy < self->copies.size()) fail("it ends with asynchronous copies that it has not waited for");
+    if (!self->products.empty()) fail("it ends with products of warpgroups that it has not waited for");
     const uint32_t bit = 1u << self->lane;
     self->has_ended = true;
     self->warp->alive &= ~bit, self->warp->runnable &= ~bit;
@@ -383,6 +384,7 @@ void begin_block() {
         f.lane = i % 32, f.warp = &warps[i / 32];
         f.has_ended = f.has_waited = false;
         f.n_groups = 0, f.first_copy = 0, f.copies.clear();
+        f.products.clear(), f.n_product_groups = 0;
         uint8_t* stack = stacks + i * kStackBytes;
         memcpy(stack, &kCanary, sizeof kCanary);
         start_at(f.place, stack, kStackBytes, thread_main);

@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <vector>
+
 #include "launch.h"
 
 struct uint3 {
@@ -26,12 +28,23 @@ using Kernel = OnCpuKernel;
 using Library = OnCpuLibrary;
 using Launch = OnCpuLaunch;
 
+// A thread's part of a product of a warpgroup.
+struct Product {
+    float* d;
+    int n;              // sums of the thread
+    const uint32_t* a;  // null: of a_at
+    uint64_t a_at, b;
+    int adds, group;
+};
+
 struct Warp;
 // A thread of the block that runs.
 struct Thread {
     uint3 index;
     int lane;
     Warp* warp;
+    std::vector<Product> products;  // that it has not waited for
+    int n_product_groups;
 };
 extern Thread* current;
 

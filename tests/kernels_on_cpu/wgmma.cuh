@@ -3,7 +3,8 @@
 
 #include "common/ptx.cuh"
 
-// ---- products: each warp has rows of its own, so a warpgroup's is that of four warps
+// ---- products: each warp has rows of its own, so a warpgroup's is that of four warps. They run when they are waited
+// for, which is when a GPU has read registers and shared memory at the latest: what was changed too early shows.
 
 DEVICE uint64_t wgmma_matrix(uint32_t smem) {
     if (smem % 1024) on_cpu::fail("a matrix of a product at byte %u of shared memory, no multiple of 1,024", smem);
@@ -24,26 +25,35 @@ DEVICE uint32_t wgmma_elements(uint64_t matrix, int i, int c) {
     return load_shared_as<uint32_t>(at + i / 8 * along + c / 8 * across + c % 8 * 16 + i % 8 * 2);
 }
 DEVICE void wgmma_fence() {}
-DEVICE void wgmma_commit() {}
-template <int kPending>
-DEVICE void wgmma_wait() {}
 
+static inline void run_product(const on_cpu::Product& p) {
+    const int lane = on_cpu::current->lane, g = lane >> 2, t = lane & 3, row = threadIdx.x / 32 % 4 * 16 + g;
+    uint32_t from_shared[4];  // rows +0, +8, columns +0, +8
+    for (int i = 0; p.a == nullptr && i < 4; ++i)
+        from_shared[i] = wgmma_elements(p.a_at, 2 * t + i / 2 * 8, row + i % 2 * 8);
+    for (int j = 0; j < p.n / 4; ++j) {
+        float sums[4] = {};
+        if (p.adds) memcpy(sums, p.d + 4 * j, sizeof sums);
+        on_cpu::mma_f16(sums, p.a ? p.a : from_shared, wgmma_elements(p.b, 2 * t, 8 * j + g),
+                        wgmma_elements(p.b, 2 * t + 8, 8 * j + g));
+        memcpy(p.d + 4 * j, sums, sizeof sums);
+    }
+}
+DEVICE void wgmma_commit() { ++on_cpu::current->n_product_groups; }
+template <int kPending>
+DEVICE void wgmma_wait() {
+    on_cpu::Thread& own = *on_cpu::current;
+    auto p = own.products.begin();
+    for (; p != own.products.end() && p->group < own.n_product_groups - kPending; ++p) run_product(*p);
+    own.products.erase(own.products.begin(), p);
+}
 template <int n>
 DEVICE void wgmma_f16(float (&d)[n], const uint32_t* a, uint64_t b, int adds) {
-    const int g = on_cpu::current->lane >> 2, t = on_cpu::current->lane & 3;
-    for (int j = 0; j < n / 4; ++j) {
-        float sums[4] = {};
-        if (adds) memcpy(sums, d + 4 * j, sizeof sums);
-        on_cpu::mma_f16(sums, a, wgmma_elements(b, 2 * t, 8 * j + g), wgmma_elements(b, 2 * t + 8, 8 * j + g));
-        memcpy(d + 4 * j, sums, sizeof sums);
-    }
+    on_cpu::current->products.push_back({d, n, a, 0, b, adds, on_cpu::current->n_product_groups});
 }
 template <int n>
 DEVICE void wgmma_f16(float (&d)[n], uint64_t a, uint64_t b, int adds) {
-    const int row = threadIdx.x / 32 % 4 * 16 + (on_cpu::current->lane >> 2), t = on_cpu::current->lane & 3;
-    uint32_t fragment[4];  // rows +0, +8, columns +0, +8
-    for (int i = 0; i < 4; ++i) fragment[i] = wgmma_elements(a, 2 * t + i / 2 * 8, row + i % 2 * 8);
-    wgmma_f16(d, fragment, b, adds);
+    on_cpu::current->products.push_back({d, n, nullptr, a, b, adds, on_cpu::current->n_product_groups});
 }
 
 // ---- registers of a warpgroup
