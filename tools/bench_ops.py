@@ -19,12 +19,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-from gpu.attention_host import prefill_kernels  # noqa: E402
 from gpu.kernel_harness import CONSTANTS, Gpu, params  # noqa: E402
 from gpu.ops_host import KV_BLOCK, rule  # noqa: E402
 from gpu.test_sample import Sampler, is_short  # noqa: E402
 
 from worker_orcd._nodes import attention_heads, decode_grid, decode_max_splits, decode_shapes  # noqa: E402
+from worker_orcd.cuda import layout  # noqa: E402
 
 #: bytes of KV cache to rotate through: well over the L2 of the GPUs this is for
 ROTATE = 256 << 20
@@ -101,17 +101,18 @@ def prefill(gpu: Gpu, shape: tuple[int, int, int], n_seqs: int, n_rows: int) -> 
     cache, width = Cache(gpu, n_seqs, n_rows, n_head_kv, head_dim), n_head * head_dim
     q = gpu.buffer(np.random.default_rng(1).standard_normal((n_seqs * n_rows, width), np.float32))
     out = gpu.empty((n_seqs * n_rows, width))
-    how, groups = prefill_kernels(gpu, head_dim)[-1]
-    most = KV_BLOCK * groups
-    tiles = [(s * n_rows + at, min(most, n_rows - at), at, s) for s in range(n_seqs) for at in range(0, n_rows, most)]
+    tiles = [
+        (s * n_rows + at, min(KV_BLOCK, n_rows - at), at, s) for s in range(n_seqs) for at in range(0, n_rows, KV_BLOCK)
+    ]
     tiles.sort(key=lambda t: -t[2])
     dtiles = gpu.buffer(np.array(tiles, np.int32))
     p = params("AttentionPrefillParams", q=q, kv=cache.arena, block_table=cache.tables, tiles=dtiles, out=out,
                q_stride=width, out_stride=width, n_head=n_head, n_head_kv=n_head_kv, max_blocks=cache.max_blocks,
                scale=head_dim**-0.5)  # fmt: skip
+    how = "warpgroup" if gpu.arch == layout.WGMMA_ARCH else "prefill"
     kernel, smem = gpu.kernel(f"attention_{how}", f"attention_{how}_{head_dim}"), rule(f"{how}_smem_bytes", head_dim)
     seconds = gpu.time(
-        lambda: gpu.launch(kernel, (len(tiles), n_head), 128 * groups, p, smem=smem, pdl=True), n_inner=8, n_repeat=9
+        lambda: gpu.launch(kernel, (len(tiles), n_head), 128, p, smem=smem, pdl=True), n_inner=8, n_repeat=9
     )
     operations = 4 * head_dim * n_head * n_seqs * n_rows * (n_rows + 1) / 2
     return {"us": seconds * 1e6, "TFLOP/s": operations / seconds / 1e12}

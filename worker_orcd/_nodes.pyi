@@ -35,9 +35,6 @@ def decode_grid(
 def prefill_smem(head_dim: int, by_warpgroups: bool) -> int:
     """Dynamic shared memory of prefill attention: of attention_prefill_* or attention_warpgroup_*."""
 
-def prefill_rows(head_dim: int, by_warpgroups: bool) -> int:
-    """Most rows of a tile of prefill attention; a block of it has twice as many threads."""
-
 def norm_threads(n: int, is_scalar: bool) -> int:
     """Threads of a block of norm_vec4 or norm_scalar for rows of `n` columns."""
 
@@ -80,7 +77,6 @@ class AttentionNode(Node):
         decode: dict[str, Any],
         prefill: dict[str, Any],
         smem: tuple[tuple[tuple[int, int, int], ...], int],
-        tile_rows: int,
         sm_count: int,
         max_smem: int,
         rope: tuple[Kernel, dict[str, Any], int] | None = None,

@@ -86,20 +86,14 @@ static HOST_DEVICE int32_t decode_smem_bytes(int32_t head_dim, int32_t groups, i
 
 #define PREFILL_ROWS 64
 
-// Warpgroups of a block of attention_warpgroup_<head_dim>, each with PREFILL_ROWS rows: two share K and V where two
-// such blocks, that is four warpgroups, share a multiprocessor.
-static HOST_DEVICE int32_t prefill_groups(int32_t head_dim) { return head_dim <= 64 ? 2 : 1; }
-
 // Consecutive positions of one sequence: rows row .. row + n_rows of the step at positions position .. .
-// Tiles that end at a multiple of so many positions touch the fewest key blocks. n_rows 0: an unused entry.
+// Tiles that end at a multiple of 64 positions touch the fewest key blocks. n_rows 0: an unused entry.
 typedef struct {
     int32_t row, n_rows, position, slot;
 } AttentionTile;
 
-// attention_prefill_<head_dim>: grid (n_tiles, n_head), block 128, dynamic shared memory prefill_smem_bytes(head_dim);
-// tiles of at most PREFILL_ROWS rows.
-// attention_warpgroup_<head_dim>: the same of prefill_groups(head_dim) times as many threads and rows, and
-// warpgroup_smem_bytes(head_dim); q_stride a multiple of 4.
+// attention_prefill_<head_dim>: grid (n_tiles, n_head), block 128, dynamic shared memory prefill_smem_bytes(head_dim).
+// attention_warpgroup_<head_dim>: the same grid and block, warpgroup_smem_bytes(head_dim); q_stride a multiple of 4.
 // Rows in no tile are left alone.
 typedef struct {
     const float* q;              // [n_rows, n_head * head_dim], rotated
@@ -118,10 +112,9 @@ typedef struct {
 // K and V of both blocks of a split.
 static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) { return 2 * 2 * KV_BLOCK * 2 * head_dim; }
 
-// For each warpgroup both halves of q, and K and V of a split with two barriers and two counters; ones, and
-// what is seldom needed.
+// Beside them both halves of q of a tile, and two barriers.
 static HOST_DEVICE int32_t warpgroup_smem_bytes(int32_t head_dim) {
-    return prefill_groups(head_dim) * (2 * PREFILL_ROWS * 2 * head_dim + prefill_smem_bytes(head_dim) + 24) + 256 + 32;
+    return prefill_smem_bytes(head_dim) + 2 * PREFILL_ROWS * 2 * head_dim + 16 + 256;
 }
 
 #endif

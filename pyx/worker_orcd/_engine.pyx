@@ -302,7 +302,7 @@ cdef class CudaEngine:
         Returns:
             number of attention tiles.
         """
-        w, tiles = self.memory.workspace, _tiles(positions, slots, n_decode, self.launches.tile_rows)
+        w, tiles = self.memory.workspace, _tiles(positions, slots, n_decode)
         self._send(w.tokens, tokens)
         self._send(w.positions, positions)
         self._send(w.slots, slots)
@@ -666,16 +666,15 @@ def _last(op):
     return op.kv if isinstance(op, RopeKv) else op
 
 
-def _tiles(positions, slots, int n_decode, int n_rows):
+def _tiles(positions, slots, int n_decode):
     """Attention tiles of the prompt rows, int32 [n, 4] (row, rows, position, slot), longest context first.
 
-    A tile is up to n_rows consecutive rows of one sequence that end at a multiple of as many positions or at the
-    chunk's end.
+    A tile is up to 64 consecutive rows of one sequence that end at a multiple of 64 positions or at the chunk's end.
     """
     positions, slots = positions[n_decode:], slots[n_decode:]
     n = len(positions)
     begins = np.ones(n, bool)
-    begins[1:] = (slots[1:] != slots[:-1]) | (positions[1:] != positions[:-1] + 1) | (positions[1:] % n_rows == 0)
+    begins[1:] = (slots[1:] != slots[:-1]) | (positions[1:] != positions[:-1] + 1) | (positions[1:] % BLOCK_SIZE == 0)
     first = np.flatnonzero(begins)
     rows = np.diff(first, append=n)
     tiles = np.stack([first + n_decode, rows, positions[first], slots[first]], axis=1).astype(np.int32)

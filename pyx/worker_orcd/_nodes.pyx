@@ -72,11 +72,6 @@ def prefill_smem(int head_dim, bint by_warpgroups):
     return c.warpgroup_smem_bytes(head_dim) if by_warpgroups else c.prefill_smem_bytes(head_dim)
 
 
-def prefill_rows(int head_dim, bint by_warpgroups):
-    """Most rows of a tile of prefill attention; a block of it has twice as many threads."""
-    return c.PREFILL_ROWS * (c.prefill_groups(head_dim) if by_warpgroups else 1)
-
-
 def norm_threads(int n, bint is_scalar):
     """Threads of a block of norm_vec4 or norm_scalar for rows of `n` columns."""
     return c.norm_threads(n, is_scalar)
@@ -146,7 +141,6 @@ cdef class AttentionNode(Node):
             With k and v it rotates and fills the cache itself.
         prefill: `AttentionPrefillParams`.
         smem: `decode_shapes` and `prefill_smem`.
-        tile_rows: `prefill_rows`.
         sm_count, max_smem: multiprocessors of the GPU, and the shared memory of one.
         rope: of prefill rows, where decode rows rotate by themselves: the kernel rope_kv, its `RopeKvParams`, blocks
             of a row.
@@ -157,10 +151,10 @@ cdef class AttentionNode(Node):
     cdef c.AttentionPrefillParams p
     cdef c.RopeKvParams r
     cdef tuple decode_shapes
-    cdef unsigned int heads, prefill_smem, prefill_threads, sm_count, max_smem, rope_blocks
+    cdef unsigned int heads, prefill_smem, sm_count, max_smem, rope_blocks
 
     def __init__(self, str name, Kernel decode_kernel, Kernel prefill_kernel, dict decode, dict prefill, tuple smem,
-                 unsigned int tile_rows, unsigned int sm_count, unsigned int max_smem, tuple rope=None):
+                 unsigned int sm_count, unsigned int max_smem, tuple rope=None):
         Node.__init__(self, name)
         self.decode_kernel, self.prefill_kernel = decode_kernel, prefill_kernel
         self.sm_count, self.max_smem = sm_count, max_smem
@@ -170,7 +164,6 @@ cdef class AttentionNode(Node):
         self.d.head_tiles = c.decode_head_tiles(self.d.n_head, self.d.n_head_kv)
         self.heads = attention_heads(self.d.n_head, self.d.n_head_kv)
         self.decode_shapes, self.prefill_smem = smem
-        self.prefill_threads = 2 * tile_rows
         if rope is not None:
             self.rope_kernel, fields, self.rope_blocks = rope
             c.fill_RopeKvParams(&self.r, fields, ())
@@ -181,8 +174,8 @@ cdef class AttentionNode(Node):
         if self.rope_kernel is not None and shape.n_rows > shape.n_decode:
             self._rope(launches, shape.n_decode, shape.n_rows - shape.n_decode)
         if shape.n_tiles:
-            launches.add(self.prefill_kernel, shape.n_tiles, self.p.n_head, 1, self.prefill_threads, self.prefill_smem,
-                         &self.p, sizeof(self.p), True)
+            launches.add(self.prefill_kernel, shape.n_tiles, self.p.n_head, 1, 128, self.prefill_smem, &self.p,
+                         sizeof(self.p), True)
         return 0
 
     cdef int _decode(self, LaunchList launches, unsigned int n_rows) except -1:

@@ -8,8 +8,8 @@ import pytest
 from worker_orcd._engine import _tiles
 
 
-def by_the_rule(positions, slots, n_decode, most):
-    """Consecutive rows of one sequence that end at a multiple of `most` positions or at the chunk's end."""
+def by_the_rule(positions, slots, n_decode):
+    """Up to 64 consecutive rows of one sequence that end at a multiple of 64 positions or at the chunk's end."""
     tiles, row = [], n_decode
     while row < len(positions):
         end = row + 1
@@ -17,7 +17,7 @@ def by_the_rule(positions, slots, n_decode, most):
             end < len(positions)
             and slots[end] == slots[row]
             and positions[end] == positions[end - 1] + 1
-            and positions[end] % most
+            and positions[end] % 64
         ):
             end += 1
         tiles.append((row, end - row, positions[row], slots[row]))
@@ -33,7 +33,6 @@ def test_tiles_are_those_of_the_rule(seed):
     positions = np.concatenate([rng.integers(0, 900, n_decode), *(np.arange(p, p + n) for _, p, n in chunks)])
     slots = np.concatenate([np.arange(8, 8 + n_decode), *(np.full(n, slot) for slot, _, n in chunks)])
     positions, slots = positions.astype(np.int32), slots.astype(np.int32)
-    for most in (64, 128):
-        tiles = _tiles(positions, slots, n_decode, most)
-        assert tiles.dtype == np.int32 and tiles.shape[1] == 4
-        assert tiles.tolist() == [list(map(int, tile)) for tile in by_the_rule(positions, slots, n_decode, most)]
+    tiles = _tiles(positions, slots, n_decode)
+    assert tiles.dtype == np.int32 and tiles.shape[1] == 4
+    assert tiles.tolist() == [list(map(int, tile)) for tile in by_the_rule(positions, slots, n_decode)]

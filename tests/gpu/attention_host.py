@@ -136,22 +136,19 @@ class Sequences:
         width = n_head * head_dim + 4
         n_rows = sum(n for _, _, n in chunks) + 2  # a row before and one after belong to no tile
         q = np.full((n_rows, width), np.nan, np.float32)
-        row = 1
+        entries, row = [], 1
         for seq, position, n in chunks:
             q[row : row + n, : n_head * head_dim] = self.q[seq][position : position + n].reshape(n, -1)
+            entries += tiles_of(row, n, position, seq) if tiles is None else tiles(row, n, position, seq)
             row += n
-        dq, results, tiles = gpu.buffer(q), [], tiles or tiles_of
-        for how, groups in prefill_kernels(gpu, head_dim):
-            entries, row = [], 1
-            for seq, position, n in chunks:
-                entries += tiles(row, n, position, seq, KV_BLOCK * groups)
-                row += n
-            entries = sorted(entries, key=lambda e: -e[2]) + [(0, 0, 0, 0)] * n_spare
+        entries = sorted(entries, key=lambda e: -e[2]) + [(0, 0, 0, 0)] * n_spare
+        dq, tiles = gpu.buffer(q), gpu.buffer(np.array(entries, np.int32))
+        results = []
+        for how in ("prefill", *(["warpgroup"] if gpu.arch == layout.WGMMA_ARCH else [])):
             out = gpu.empty((n_rows, width))
-            given = gpu.buffer(np.array(entries, np.int32))
-            p = params("AttentionPrefillParams", **self._both(dq, out), tiles=given)
+            p = params("AttentionPrefillParams", **self._both(dq, out), tiles=tiles)
             kernel = gpu.kernel(f"attention_{how}", f"attention_{how}_{head_dim}")
-            gpu.launch(kernel, (len(entries), n_head), 128 * groups, p, smem=rule(f"{how}_smem_bytes", head_dim))
+            gpu.launch(kernel, (len(entries), n_head), 128, p, smem=rule(f"{how}_smem_bytes", head_dim))
             results.append(out.to_numpy())
         got = results[0]
         assert all(same_bits(other, got) for other in results), "not the bits of attention_prefill"
@@ -188,17 +185,11 @@ class Sequences:
         return out, self.arena.to_numpy()
 
 
-def prefill_kernels(gpu, head_dim: int) -> list[tuple[str, int]]:
-    """The kernels that the GPU has for prompt rows, each with the number of its warpgroups."""
-    by_warpgroups = [("warpgroup", rule("prefill_groups", head_dim))] if gpu.arch == layout.WGMMA_ARCH else []
-    return [("prefill", 1), *by_warpgroups]
-
-
-def tiles_of(row, n_rows, position, slot, most):
-    """Tiles of a run of rows, cut at multiples of `most` positions."""
+def tiles_of(row, n_rows, position, slot):
+    """Tiles of a run of rows, cut at multiples of 64 positions."""
     tiles = []
     while n_rows > 0:
-        n = min(n_rows, most - position % most)
+        n = min(n_rows, KV_BLOCK - position % KV_BLOCK)
         tiles.append((row, n, position, slot))
         row, n_rows, position = row + n, n_rows - n, position + n
     return tiles

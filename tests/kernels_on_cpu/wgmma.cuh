@@ -73,8 +73,4 @@ DEVICE void barrier_expect(uint32_t barrier, uint32_t n_bytes) { on_cpu::barrier
 DEVICE void copy_bytes(uint32_t barrier, uint32_t smem, const void* global, uint32_t n_bytes) {
     on_cpu::copy_bytes(barrier, smem, global, n_bytes);
 }
-DEVICE uint32_t count_in_block(uint32_t counter) {
-    return __atomic_fetch_add(reinterpret_cast<uint32_t*>(on_cpu_dynamic + static_cast<int32_t>(counter)), 1u,
-                              __ATOMIC_ACQ_REL);
-}
 DEVICE void group_arrive(int barrier, int n_threads) { on_cpu::arrive_at_group(barrier, n_threads); }

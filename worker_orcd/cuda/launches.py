@@ -32,7 +32,6 @@ from worker_orcd._nodes import (
     decode_max_splits,
     decode_shapes,
     norm_threads,
-    prefill_rows,
     prefill_smem,
     sample_groups,
 )
@@ -107,10 +106,6 @@ class Launches:
             lowering.asked_for(lowering.MANY_ROWS_VARIABLE, lowering.MANY_ROWS) == "wgmma"
             and getattr(context, "capability", None) == layout.WGMMA_CAPABILITY
             and images.has_machine_code("wgmma", layout.WGMMA_ARCH)
-        )
-        #: most rows of a tile of the prompt rows' attention
-        self.tile_rows = min(
-            (prefill_rows(op.head_dim, self._has_wgmma) for op in plan.ops if isinstance(op, Attention)), default=1
         )
         #: of products of many rows: (type, columns, row tiles), of tokens and of output rows
         self._many_shapes: tuple[set[tuple[int, int, int]], ...] = (set(), set())
@@ -279,8 +274,8 @@ class Launches:
             "max_splits": decode_max_splits(self.config.context_length, op.window),
         }  # fmt: skip
         prefill, smem = {**both, "tiles": w.tiles.address}, (shapes, prefill_bytes)
-        sizes = prefill_rows(op.head_dim, self._has_wgmma), self.context.sm_count, self.context.max_smem
-        return [AttentionNode(op.name, decode_kernel, prefill_kernel, decode, prefill, smem, *sizes, launch)]
+        gpu = self.context.sm_count, self.context.max_smem
+        return [AttentionNode(op.name, decode_kernel, prefill_kernel, decode, prefill, smem, *gpu, launch)]
 
     def _rope_kv_attention(self, op: RopeKvAttention) -> list[Node]:
         return self._attention(op.attention, op.rope)

@@ -184,14 +184,6 @@ DEVICE void copy_bytes(uint32_t barrier, uint32_t smem, const void* global, uint
                  : "memory");
 }
 
-// Adds 1 to a counter in shared memory, of which it returns what was there. What this thread knew before is known to
-// whoever counts later.
-DEVICE uint32_t count_in_block(uint32_t counter) {
-    uint32_t before;
-    asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(counter) : "memory");
-    return before;
-}
-
 // As group_sync, without waiting.
 DEVICE void group_arrive(int barrier, int n_threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
