@@ -301,18 +301,6 @@ struct ManyRows {
         uint32_t a[S::kSets][2][8];  // fragments of a step; a unit begins with the first set
     };
 
-    // Warpgroups begin their chunks in turn, the next one when the one before is some steps ahead: while the sums of
-    // one are added, or its results stored, the tensor cores are another's.
-    static constexpr bool kPaces = S::kM > 1 && S::kK == 1 && S::kN > 64;
-    static constexpr int kFirstPace = S::kFirstPairBarrier + S::kWarps / 2;
-    DEVICE_MEMBER void tell_next(const Progress& at) const {
-        const int group = warp / 4;
-        if (group + 1 < S::kM)
-            group_arrive(kFirstPace + group + 1, 256);
-        else if (at.here.tile < n_tiles)
-            group_arrive(kFirstPace, 256);
-    }
-
     DEVICE_MEMBER int own_row_tile() const { return warp / 4 / S::kK * 4 + warp % 4; }
     DEVICE_MEMBER void load_inverse(Progress& at, int tile) const {
         float inverse[2] = {1.0f, 1.0f};
@@ -331,7 +319,8 @@ struct ManyRows {
             load_inverse(at, at.here.tile);
             copy_wait(w_full, 0);
             f16_fragments<Q>(at.a[0][0], at.unit, 0, 0, lane, at.inverse);
-            if (S::kSets == 2) f16_fragments<Q>(at.a[0][1], at.unit, 0, 1, lane, at.inverse);
+            f16_fragments<Q>(at.a[0][1], at.unit, 0, 1, lane, at.inverse);
+            keep_here(at.a[0]);
         }
         pdl_wait();
 
@@ -347,32 +336,11 @@ struct ManyRows {
         }
     }
 
-    // Makes half b of a step, whose codes are loaded while products go on; those that read that half's registers, which
-    // are all but the last group, are over then.
-    DEVICE_MEMBER void make_half(Progress& at, int b, const uint8_t* packed_tile, int sub) const {
-        const auto codes = load_codes<Q>(packed_tile, sub, lane);
-        const auto scales = tile_scales<Q>(packed_tile, lane);
-        wgmma_wait<1>();
-        f16_fragments<Q>(at.a[0][b], codes, scales, 2 * sub + b, at.inverse);
-        keep_here(at.a[0][b]);
-    }
-
-    DEVICE_MEMBER void make_step(const Progress& at, uint32_t (&a)[2][8], const Codes<Q::kLowBits, Q::kHighBits>& codes,
-                                 const decltype(tile_scales<Q>(nullptr, 0))& scales, int sub) const {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) f16_fragments<Q>(a[b], codes, scales, 2 * sub + b, at.inverse);
-        keep_here(a[0]);
-        keep_here(a[1]);
-    }
-
     // The next n_steps steps, which are a unit of weights; kSteps of them where that is not 0. `is_last`: of the chunk.
-    // A step's products are two groups of which the second half's is made while the first goes on, or, with two sets of
-    // fragments, one, while which the next step's is made.
     template <int kColumns, int kSteps>
     DEVICE_MEMBER void multiply_unit(Progress& at, float (&acc)[kColumns / 2], const int tile, const int n_steps,
                                      const bool is_last, int adds) const {
-        constexpr bool kTwo = S::kSets == 2;
-        const bool is_first = !adds;  // of the chunk
+        constexpr bool kTwo = S::kSets == 2 && kColumns <= 128;
         auto& x = at.x;
         auto& w = at.w;
 #pragma unroll
@@ -385,16 +353,10 @@ struct ManyRows {
             wgmma_fence();
             wgmma_f16(acc, now[0], b, adds);
             wgmma_f16(acc, now[0] + 4, b + 2, 1);
-            if constexpr (!kTwo) {
-                wgmma_commit();
-                make_half(at, 1, at.unit + (Q::kSubs > 1 ? 0 : s * Q::kPackedTileBytes), Q::kSubs > 1 ? s : 0);
-                if (adds && lane == 0) barrier_arrive(x_empty + 8 * x.before());  // the step before is over
-                wgmma_fence();
-            }
+            if (!kTwo) wgmma_commit();
             wgmma_f16(acc, now[1], b + 4, 1);
             wgmma_f16(acc, now[1] + 4, b + 6, 1);
             wgmma_commit();
-            if (kPaces && is_first && s == (kSteps < 4 || S::kM > 2 ? 0 : kSteps / 2 - 1)) tell_next(at);
 
             const uint8_t* packed_tile = at.unit + (Q::kSubs > 1 ? 0 : (s + 1) * Q::kPackedTileBytes);
             if (unit_ends) {
@@ -407,21 +369,35 @@ struct ManyRows {
                     load_inverse(at, at.here.tile);
             }
             const int sub = Q::kSubs > 1 ? (s + 1) % Q::kSubs : 0;
+            if (kDense<Q>) wgmma_wait<0>();  // what is loaded is the fragments
+            const auto codes = load_codes<Q>(packed_tile, sub, lane);
+            const auto scales = tile_scales<Q>(packed_tile, lane);
             if constexpr (kTwo) {
-                const auto codes = load_codes<Q>(packed_tile, sub, lane);
-                const auto scales = tile_scales<Q>(packed_tile, lane);
                 wgmma_wait<1>();  // the step before is over: its fragments and its x are free
                 if (adds && lane == 0) barrier_arrive(x_empty + 8 * x.before());
                 if ((s & 1) == 0 && unit_ends) {
                     wgmma_wait<0>();
-                    make_step(at, at.a[0], codes, scales, sub);
+                    f16_fragments<Q>(at.a[0][0], codes, scales, 2 * sub, at.inverse);
+                    f16_fragments<Q>(at.a[0][1], codes, scales, 2 * sub + 1, at.inverse);
+                    keep_here(at.a[0]);
                 } else {
-                    make_step(at, at.a[s & 1 ? 0 : S::kSets - 1], codes, scales, sub);
+                    uint32_t (&then)[2][8] = at.a[s & 1 ? 0 : S::kSets - 1];
+                    f16_fragments<Q>(then[0], codes, scales, 2 * sub, at.inverse);
+                    f16_fragments<Q>(then[1], codes, scales, 2 * sub + 1, at.inverse);
+                    keep_here(then);
                 }
+                if (!ends) x.next();
             } else {
-                make_half(at, 0, packed_tile, sub);
+                wgmma_wait<1>();
+                f16_fragments<Q>(at.a[0][0], codes, scales, 2 * sub, at.inverse);
+                wgmma_wait<0>();
+                if (!ends) {
+                    if (lane == 0) barrier_arrive(x_empty + 8 * x.slot);
+                    x.next();
+                }
+                f16_fragments<Q>(at.a[0][1], codes, scales, 2 * sub + 1, at.inverse);
+                keep_here(at.a[0]);
             }
-            if (!ends) x.next();
             adds = 1;
         }
     }
@@ -439,8 +415,6 @@ struct ManyRows {
         const int t = lane & 3, chunk_tiles = chunk / Q::kTileK, unit_tiles = min(S::kUnitTiles, chunk_tiles);
         int left = min(chunk_tiles, n_k_tiles - c * chunk_tiles);  // packed tiles of the chunk
         auto& x = at.x;
-        if (kPaces && (warp >= 4 || c > 0 || tile != static_cast<int>(blockIdx.x)))
-            group_sync(kFirstPace + warp / 4, 256);
         at.here.next();
         int adds = 0;
 #pragma unroll 1
@@ -573,8 +547,8 @@ struct ManyRows {
     }
 
     // Now, not where they are used.
-    static DEVICE_MEMBER void keep_here(uint32_t (&a)[8]) {
+    static DEVICE_MEMBER void keep_here(uint32_t (&a)[2][8]) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(a[i]));
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 8][i % 8]));
     }
 };
