@@ -81,7 +81,7 @@ def test_the_unspoiled_files_load(tmp_path):
                     mf.check_tensors()
 
 
-def run_child(code: str, *args: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_child(code: str, *args: object, timeout: float = 600 if SANITIZED else 60) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, so that a signal or its memory is not ours."""
     prelude = f"import os, sys\nsys.path.insert(0, {str(TESTS)!r})\n"
     command = [sys.executable, "-c", prelude + textwrap.dedent(code), *map(str, args)]
