@@ -1,5 +1,6 @@
 """Chat templates: what models ship works, what a hostile file holds ends in one error, users' text stays text."""
 
+import _thread
 import functools
 import gc
 import json
@@ -466,6 +467,25 @@ def test_an_interrupt_of_the_start_leaves_no_process():
         time.sleep(0.05)
     assert _children() <= children
     assert len(os.listdir("/proc/self/fd")) <= files
+
+
+def test_an_interrupt_that_breaks_the_start_of_a_thread_is_not_met(monkeypatch):
+    """In Python's own code of that, it can come out as an error of a lock."""
+
+    def broken(thread):
+        raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(threading.Thread, "start", broken)
+    assert template("ok").render(HELLO)[0] == "ok"
+
+
+def test_a_system_without_threads_is_named(monkeypatch):
+    def none(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", none)
+    with pytest.raises(InternalError, match="gives no thread for starting the process that renders templates"):
+        template("ok").render(HELLO)
 
 
 def test_threads_share_one_process():

