@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager
 
 from worker_orcd.errors import QueueFull
 
-#: seconds for sending the last event of a stream; afterwards its client is known not to read
+#: seconds for sending the last event of a stream that a server pulls; afterwards its client is known not to read
 LAST_EVENT_SEC = 0.5
 
 
@@ -42,8 +43,14 @@ class Places:
             self._taken[place] = None
         return place
 
+    def locked(self) -> AbstractContextManager[object]:
+        """Nobody else takes or leaves a place meanwhile. Sending the last bytes without waiting and, once all are sent,
+        `leave` together look like one step: a client that asks again as soon as it has its end finds its place free,
+        and one that does not read keeps it."""
+        return self._changed
+
     def ends(self, place: object) -> None:
-        """The last event is about to be sent. Its client may ask again before we know that it has been."""
+        """The last event is given to a server that pulls. Its client may ask again before we know that it was sent."""
         with self._changed:
             self._taken[place] = time.monotonic()
 

@@ -129,7 +129,6 @@ class JobStream:
     def _failed(self, cause: BaseException) -> bytes:
         """The end of the stream with an error."""
         error = from_exception(cause)
-        self._service.places.ends(self._place)
         for record in self._records:
             record.failed(error)
         if cause is not error:
@@ -179,6 +178,7 @@ class JobStream:
                     time.sleep(TURN_SEC)
         except Exception as error:
             chunk = self._failed(error)
+            self._service.places.ends(self._place)
             self._close_records()
             yield chunk
 
@@ -231,7 +231,7 @@ class JobStream:
         """See `Client`."""
         with self._lock:
             assert self._body is not None, "it is watched"
-            state = self._body.writable()
+            state = self._sent(self._body.writable)
         if state == SENT:
             self._leave(whole=True)
         elif state == GONE:
@@ -267,7 +267,6 @@ class JobStream:
             chunk = self._news(choice, 0)
             if choice not in self._open:
                 if not self._open:
-                    self._service.places.ends(self._place)
                     chunk += self._format.closing()
                 return chunk
             if not chunk:
@@ -296,11 +295,19 @@ class JobStream:
         try:
             self._close_records()
         finally:
-            state = self._body.finish(chunk)
+            state = self._sent(partial(self._body.finish, chunk))
         if state == SENT:
             self._leave(whole=True)
         elif state == GONE:
             self.gone()  # where sending failed for want of memory, no event would tell
+
+    def _sent(self, send: Callable[[], int]) -> int:
+        """Send what may be the last bytes; the state of the body. The place is free before the client can ask again."""
+        with self._service.places.locked():
+            state = send()
+            if state == SENT:
+                self._service.places.leave(self._place)
+        return state
 
     def _leave(self, whole: bool) -> None:
         """The socket is left to the server."""

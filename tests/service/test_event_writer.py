@@ -18,7 +18,7 @@ from service.client import fake_worker
 from service.in_process import App
 from worker_orcd import SamplingParams
 from worker_orcd._output import GONE
-from worker_orcd.errors import Cancelled, InvalidRequest, NotReady
+from worker_orcd.errors import Cancelled, InvalidRequest, NotReady, QueueFull
 from worker_orcd.serving.job import Job
 from worker_orcd.wsgi import event_writer, sse
 from worker_orcd.wsgi.event_writer import EventWriter
@@ -343,6 +343,42 @@ def test_the_end_of_a_stream_that_nobody_takes_is_given_up(writer, monkeypatch):
         assert not rig.done.is_set()
         (end,) = rig.ended(False)
         assert end["outcome"] == "finished"
+
+
+def test_who_does_not_take_its_end_keeps_its_place_and_who_takes_it_has_none(writer):
+    """However long ago the job ended, or however lately."""
+    with Rig(writer) as rig:
+        rig.service.places.limit = 1
+        rig.jobs[0].add_piece("x" * 900_000, [1])
+        rig.jobs[0].finish("stop")
+        rig.theirs.recv(1)
+        with pytest.raises(QueueFull):
+            rig.service.places.take()
+        rig.received(b"<close>")
+        rig.service.places.leave(rig.service.places.take())
+
+
+def test_a_place_is_free_as_soon_as_the_last_byte_can_be_read(writer):
+    """The client asks again at once, while the thread that sent its end has yet to see to the rest."""
+
+    class Late:
+        def finish(self, data):
+            state = body.finish(data)
+            time.sleep(0.2)
+            return state
+
+        def __getattr__(self, name):
+            return getattr(body, name)
+
+    with Rig(writer) as rig:
+        body, rig.stream._body = rig.stream._body, Late()
+        rig.service.places.limit = 1
+        thread = threading.Thread(target=rig.jobs[0].finish, args=("stop",))
+        thread.start()
+        rig.received(b"<close>")
+        assert thread.is_alive()
+        rig.service.places.take()
+        thread.join()
 
 
 def test_an_end_that_the_system_refuses_to_send_gives_the_connection_back(writer):
