@@ -157,6 +157,14 @@ class InternalError(WorkerError):
     """A fault of worker-orcd itself."""
 
 
+def no_thread(purpose: str, error: RuntimeError) -> BaseException:
+    """What to raise where a thread "`purpose`" could not be started: an `InternalError`, or the interrupt that came
+    meanwhile, of which the lock that `Thread.start` waits for can make a RuntimeError."""
+    if isinstance(error.__context__, KeyboardInterrupt):
+        return error.__context__
+    return InternalError(f"the system gives no thread {purpose}: {error}")
+
+
 class EngineGone(InternalError):
     """The engine is closed, or belongs to the process that this one was forked from."""
 

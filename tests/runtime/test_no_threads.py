@@ -11,9 +11,11 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.fake_engine import FakeEngine
+from helpers.loop_rig import Rig
 
 from worker_orcd import LLM, SamplingParams
 from worker_orcd.errors import InternalError
@@ -101,6 +103,30 @@ def test_digests_without_threads(goldens_dir, monkeypatch):
                     digests.range_digests(file, ranges, n_threads=2)
             assert settled(before)
         assert digests.range_digests(file, ranges, n_threads=2) == good
+
+
+def test_an_interrupt_of_a_start_is_an_interrupt(goldens_dir, monkeypatch):
+    """What `Thread.start` waits in can make a RuntimeError of it."""
+
+    def interrupted(thread):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    before = present()
+    with ModelFile(goldens_dir / "llama-Q4_0.gguf") as file, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(RuntimeError, match="release unlocked lock"):
+            pool.submit(print)
+        with pytest.raises(KeyboardInterrupt):
+            digests.range_digests(file, [(0, 1000), (1000, file.size)], n_threads=2)
+        with pytest.raises(KeyboardInterrupt):
+            progress.submit(pool, print)
+        with pytest.raises(KeyboardInterrupt):
+            Rig()
+    monkeypatch.undo()
+    assert settled(before)
 
 
 def test_a_bar_needs_no_thread(monkeypatch, capsys):

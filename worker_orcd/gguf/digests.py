@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
-from worker_orcd.errors import InternalError, ModelLoadError
+from worker_orcd.errors import ModelLoadError, no_thread
 from worker_orcd.machine import usable_cores
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _submit(pool: ThreadPoolExecutor, digest: Callable[[int], str], n: int) -> l
     try:
         return [pool.submit(digest, i) for i in range(n)]
     except RuntimeError as error:
-        raise InternalError(f"the system gives no thread to hash the file in: {error}") from error
+        raise no_thread("to hash the file in", error) from error
 
 
 class _Reader:

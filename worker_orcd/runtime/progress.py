@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from worker_orcd.errors import InternalError
+from worker_orcd.errors import no_thread
 from worker_orcd.runtime.streams import is_terminal
 
 #: called with (bytes done, bytes in all)
@@ -78,7 +78,7 @@ def submit(pool: Executor, call: Callable[..., Any], *args: Any) -> Future[Any]:
     try:
         return pool.submit(call, *args)
     except RuntimeError as error:
-        raise InternalError(f"the system gives no thread for the load: {error}") from error
+        raise no_thread("for the load", error) from error
 
 
 class LazyFuture:

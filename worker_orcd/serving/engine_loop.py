@@ -38,6 +38,7 @@ from worker_orcd.errors import (
     NotReady,
     QueueFull,
     WorkerError,
+    no_thread,
 )
 from worker_orcd.machine import free_memory
 from worker_orcd.observe.stats import EngineStats
@@ -129,7 +130,7 @@ class EngineLoop:
                 thread.start()
         except RuntimeError as error:
             self.close()
-            raise InternalError(f"the system gives no thread for the loop of the engine: {error}") from error
+            raise no_thread("for the loop of the engine", error) from error
 
     # -- from any thread
 
