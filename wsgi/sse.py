@@ -231,7 +231,8 @@ class JobStream:
         """See `Client`."""
         with self._lock:
             assert self._body is not None, "it is watched"
-            state = self._sent(self._body.writable)
+            send = self._body.writable
+            state = self._send_last(send) if self._over else send()
         if state == SENT:
             self._leave(whole=True)
         elif state == GONE:
@@ -295,13 +296,13 @@ class JobStream:
         try:
             self._close_records()
         finally:
-            state = self._sent(partial(self._body.finish, chunk))
+            state = self._send_last(partial(self._body.finish, chunk))
         if state == SENT:
             self._leave(whole=True)
         elif state == GONE:
             self.gone()  # where sending failed for want of memory, no event would tell
 
-    def _sent(self, send: Callable[[], int]) -> int:
+    def _send_last(self, send: Callable[[], int]) -> int:
         """Send what may be the last bytes; the state of the body. The place is free before the client can ask again."""
         with self._service.places.locked():
             state = send()

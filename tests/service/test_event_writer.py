@@ -17,7 +17,7 @@ import pytest
 from service.client import fake_worker
 from service.in_process import App
 from worker_orcd import SamplingParams
-from worker_orcd._output import GONE
+from worker_orcd._output import GONE, SENT
 from worker_orcd.errors import Cancelled, InvalidRequest, NotReady, QueueFull
 from worker_orcd.serving.job import Job
 from worker_orcd.wsgi import event_writer, sse
@@ -358,25 +358,35 @@ def test_who_does_not_take_its_end_keeps_its_place_and_who_takes_it_has_none(wri
         rig.service.places.leave(rig.service.places.take())
 
 
-def test_a_place_is_free_as_soon_as_the_last_byte_can_be_read(writer):
-    """The client asks again at once, while the thread that sent its end has yet to see to the rest."""
+@pytest.mark.parametrize("n_waiting", [0, 900_000])
+def test_a_place_is_free_as_soon_as_the_last_byte_can_be_read(writer, n_waiting):
+    """The client asks again at once, while the thread that sent its end has yet to see to the rest: the one that ended
+    the job, or where bytes waited the writer's."""
 
     class Late:
         def finish(self, data):
-            state = body.finish(data)
-            time.sleep(0.2)
-            return state
+            return after(body.finish(data))
+
+        def writable(self):
+            return after(body.writable())
 
         def __getattr__(self, name):
             return getattr(body, name)
 
+    def after(state):
+        if state == SENT:
+            assert asked.wait(5)
+            time.sleep(0.05)
+        return state
+
     with Rig(writer) as rig:
         body, rig.stream._body = rig.stream._body, Late()
-        rig.service.places.limit = 1
+        asked, rig.service.places.limit = threading.Event(), 1
+        rig.jobs[0].add_piece("x" * n_waiting, [1])
         thread = threading.Thread(target=rig.jobs[0].finish, args=("stop",))
         thread.start()
         rig.received(b"<close>")
-        assert thread.is_alive()
+        asked.set()
         rig.service.places.take()
         thread.join()
 
