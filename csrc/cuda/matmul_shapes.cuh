@@ -59,7 +59,7 @@ struct MatmulShape {
 template <class Q, int kM_, int kK_, int kN_, bool kGathers_ = false, int kWidth_ = kN_>
 struct ManyRowsShape {
     static constexpr int kM = kM_, kK = kK_, kN = kN_, kWidth = kWidth_;
-    static constexpr bool kGathers = kGathers_, kAdds = !kGathers;
+    static constexpr bool kGathers = kGathers_;
     static constexpr int kGroups = kM * kK, kWarps = 4 * kGroups, kRowTiles = 4 * kM;
     static constexpr int kXSuppliers = kGathers ? 4 : 1;                // warps that bring x of a part,
     static constexpr int kWSuppliers = kGathers ? 4 : kK == 1 ? 3 : 1;  // and its weights
@@ -79,6 +79,7 @@ struct ManyRowsShape {
     static_assert(kXDepth >= 2);
     static constexpr int kWAt = kK * kXDepth * kXSlotBytes, kSumsAt = kWAt + w_bytes(kWDepth);
     static constexpr int kExchangeAt = kSumsAt + kSumBytes, kBarriersAt = kExchangeAt + kExchangeBytes;
+    static_assert(kExchangeAt % 128 == 0);
     static constexpr int kPartBarriers = 2 * (kXDepth + kWDepth);
     static constexpr int kBytes = kBarriersAt + 8 * kK * kPartBarriers;
     static constexpr int kFirstPairBarrier = 1 + (kK > 1 ? kGroups : 0);  // of those that group_sync knows

@@ -21,3 +21,12 @@ DEVICE float glu_value(int kind, float g, float u) {
     u = u > 7.f ? 7.f : u < -7.f ? -7.f : u;
     return __fmul_rn(__fmul_rn(g, sigmoid(__fmul_rn(1.702f, g))), __fadd_rn(u, 1.f));
 }
+
+// Of four, which are of one kind.
+DEVICE float4 glu_values(int kind, const float4& g, const float4& u) {
+    const auto of = [&](int one) {
+        return make_float4(glu_value(one, g.x, u.x), glu_value(one, g.y, u.y), glu_value(one, g.z, u.z),
+                           glu_value(one, g.w, u.w));
+    };
+    return kind == GLU_SILU ? of(GLU_SILU) : kind == GLU_GELU_TANH ? of(GLU_GELU_TANH) : of(GLU_SWIGLU_OAI);
+}

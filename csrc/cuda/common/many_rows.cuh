@@ -31,7 +31,7 @@
 struct RowTile {
     const uint8_t* w;   // the matrix
     const float* bias;  // or null
-    float* out;
+    float* out;         // of the tile's first row, or of the first pair
     int64_t out_stride;
     int n_out, index;
     bool exists;
@@ -98,14 +98,14 @@ struct DenseJob {
             to = matrix, index -= p.m[matrix].row_tile0;
         }
         const ProductMatrix& m = p.m[matrix];
-        return {m.w, m.bias, p.m[to].out, p.m[to].out_stride, m.n_out, index, number < p.n_row_tiles};
+        float* const out = p.m[to].out + first_row(tile) * p.m[to].out_stride;
+        return {m.w, m.bias, out, p.m[to].out_stride, m.n_out, index, number < p.n_row_tiles};
     }
     DEVICE_MEMBER int first_row(int tile) const { return tile / p.n_tiles_m * S::kN; }
     DEVICE_MEMBER int n_rows(int tile) const { return min(S::kN, p.n_rows - first_row(tile)); }
-    // Where the results of a row of a tile begin.
-    DEVICE_MEMBER float* result(const RowTile& at, int tile, int row) const {
-        return at.out + (first_row(tile) + row) * at.out_stride;
-    }
+    // What says where a row of a tile has its results, and where they begin.
+    DEVICE_MEMBER int place(int, int row) const { return row; }
+    DEVICE_MEMBER float* result(const RowTile& at, int place) const { return at.out + place * at.out_stride; }
 };
 
 // Tiles of one or two matrices of the experts, each with an item of the list as its rows.
@@ -137,9 +137,9 @@ struct ExpertJob {
         const int pair_ = pair(tile, row);
         return static_cast<uint32_t>(pair_ / p.n_used + pair_ % p.n_used * p.x_slot_rows) * p.x_bytes;
     }
-    DEVICE_MEMBER float* result(const RowTile& at, int tile, int row) const {
-        const int pair_ = pair(tile, row);
-        return at.out + pair_ / p.n_used * at.out_stride + static_cast<int64_t>(pair_ % p.n_used) * p.n_out;
+    DEVICE_MEMBER int place(int tile, int row) const { return pair(tile, row); }
+    DEVICE_MEMBER float* result(const RowTile& at, int place) const {
+        return at.out + place / p.n_used * at.out_stride + static_cast<int64_t>(place % p.n_used) * p.n_out;
     }
 };
 
@@ -332,7 +332,11 @@ struct ManyRows {
             if (tile != of) of = tile, n = __shfl_sync(0xffffffffu, job.n_rows(tile), 0);
             const bool is_last = at.here.chunk + 1 == n_chunks;
             multiply_chunk<S::kN>(at, acc, sum, tile, n);
-            if (is_last) store(sum, tile, n);
+            if (is_last) {
+                store(sum, tile, n);
+#pragma unroll
+                for (int i = 0; i < S::kN / 2; ++i) acc[i] = 0.0f;  // so that `store` has their registers
+            }
         }
     }
 
@@ -461,13 +465,37 @@ struct ManyRows {
         x.next();
     }
 
+    // ---- results: through shared memory, so that a thread stores four outputs of a row at once
+
+    // Eight rows of a row tile are 512 bytes: where four outputs of a row are, so that neither who puts sums there nor
+    // who gets fours meets another in a bank.
+    static DEVICE_MEMBER uint32_t four_at(int row, int four) { return 16 * ((4 * row + four) ^ 2 * (row >> 1)); }
+    DEVICE_MEMBER uint32_t put_at() const { return four_at(2 * (lane & 3), lane >> 4) + 4 * (lane >> 2 & 3); }
+    DEVICE_MEMBER uint32_t get_at() const { return four_at(lane >> 2, lane & 3); }
+    static DEVICE_MEMBER void put_eight(uint32_t to, const float (&sum)[S::kN / 2], int j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // of the thread's row i & 1 and output 8 (i / 2): four_at is linear in their bits
+            store_shared(to ^ 16 * (4 * (i & 1) + (i & 2)), sum[4 * j + i]);
+    }
+    // The first n of them.
+    static DEVICE_MEMBER void store_four(float* to, const float4& v, int n) {
+        if (n == 4 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+            *reinterpret_cast<float4*>(to) = v;
+        } else {
+            if (n > 0) to[0] = v.x;
+            if (n > 1) to[1] = v.y;
+            if (n > 2) to[2] = v.z;
+            if (n > 3) to[3] = v.w;
+        }
+    }
+
     // The results of a warp's row tile.
     DEVICE_MEMBER void store(float (&sum)[S::kN / 2], int tile, int n_rows) const {
-        constexpr int kJ = S::kN / 8, kHalf = kJ / 2;
+        constexpr int kJ = S::kN / 8, kHalf = kJ / 2, kAtOnce = kJ < 4 ? kJ : 4;
         const int g = lane >> 2, t = lane & 3;
         const RowTile at = job.row_tile(tile, own_row_tile());
         const int o = at.index * kTileRows + g;
-        int end[2];  // rows of output o + 8r
+        int end[2];  // rows of output o + 8r, from the thread's first on
         float bias[2], unit[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -482,68 +510,62 @@ struct ManyRows {
             store_gated(sum, at, tile, n_rows);
             return;
         }
+        if (job.p.mode == PRODUCT_ADD) {  // (no product of experts, whose kernels spill without this branch)
 #pragma unroll
-        for (int j0 = 0; j0 < kJ; j0 += kHalf) {
-            if (S::kAdds && job.p.mode == PRODUCT_ADD) {
+            for (int j0 = 0; j0 < kJ; j0 += kHalf) {
                 float before[4 * kHalf];  // all on their way at once
 #pragma unroll
-                for (int i = 0; i < 2 * kHalf; ++i) {
-                    const int row = 8 * (j0 + i / 2) + (i & 1);
-                    const float* const from = job.result(at, tile, row + 2 * t) + o;
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) before[2 * i + r] = row < end[r] ? from[8 * r] : 0.0f;
+                for (int i = 0; i < 4 * kHalf; ++i) {
+                    const int row = 8 * (j0 + i / 4) + (i & 1), r = i >> 1 & 1;
+                    before[i] = row < end[r] ? job.result(at, job.place(tile, row + 2 * t))[o + 8 * r] : 0.0f;
                 }
 #pragma unroll
-                for (int i = 0; i < 2 * kHalf; ++i)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        float& s = sum[4 * (j0 + i / 2) + 2 * r + (i & 1)];
-                        s = __fadd_rn(before[2 * i + r], s);
-                    }
+                for (int i = 0; i < 4 * kHalf; ++i) sum[4 * j0 + i] = __fadd_rn(before[i], sum[4 * j0 + i]);
             }
+        }
+        const int o4 = at.index * kTileRows + 4 * t, n_mine = at.exists ? min(at.n_out - o4, 4) : 0;
+        const uint32_t own = smem_at + S::kExchangeAt + warp * 2048;
+        int places[kJ];  // found out before they are waited for
 #pragma unroll
-            for (int i = 0; i < 2 * kHalf; ++i) {
-                const int row = 8 * (j0 + i / 2) + (i & 1);
-                if (row >= max(end[0], end[1])) continue;
-                float* const to = job.result(at, tile, row + 2 * t) + o;
+        for (int j = 0; j < kJ; ++j) places[j] = job.place(tile, min(8 * j + g, n_rows - 1));
 #pragma unroll
-                for (int r = 0; r < 2; ++r)
-                    if (row < end[r]) to[8 * r] = sum[4 * (j0 + i / 2) + 2 * r + (i & 1)];
+        for (int j0 = 0; j0 < kJ; j0 += kAtOnce) {
+            if (8 * j0 >= n_rows) break;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) put_eight(own + 512 * j + put_at(), sum, j0 + j);
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+                const float4 v = load_shared_float4(own + 512 * j + get_at());
+                if (8 * (j0 + j) + g < n_rows) store_four(job.result(at, places[j0 + j]) + o4, v, n_mine);
             }
+            __syncwarp();
         }
     }
 
-    // The gated activation of a pair of warps' row tiles, `at` and the one of the other matrix.
+    // The gated activation of a pair of warps' row tiles, `at` and the one of the other matrix: each warp has every
+    // second eight of the rows. Two buffers take turns.
     DEVICE_MEMBER void store_gated(const float (&sum)[S::kN / 2], const RowTile& at, int tile, int n_rows) const {
-        constexpr int kJ = S::kN / 8, kAtOnce = kJ < 4 ? kJ : 4;
-        const int pair = warp / 2, which = warp & 1;
-        const int o = at.index * kTileRows + (lane >> 2), n_out = at.exists ? at.n_out : 0;
-        float4* const both = reinterpret_cast<float4*>(smem + S::kExchangeAt) + pair * 256 + lane;
+        constexpr int kJ = S::kN / 8;
+        const int which = warp & 1, row = 8 * which + (lane >> 2), barrier = S::kFirstPairBarrier + warp / 2;
+        const int o4 = at.index * kTileRows + 4 * (lane & 3), n_mine = at.exists ? min(at.n_out - o4, 4) : 0;
+        const uint32_t pair = smem_at + S::kExchangeAt + warp / 2 * 4096;
+        int places[kJ / 2];
 #pragma unroll
-        for (int j0 = 0; j0 < kJ; j0 += kAtOnce) {
+        for (int j = 0; j < kJ; j += 2) places[j / 2] = job.place(tile, min(8 * j + row, n_rows - 1));
 #pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) {
-                const int i = 4 * (j0 + j);
-                both[32 * (kAtOnce * which + j)] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-            }
-            group_sync(S::kFirstPairBarrier + pair, 64);
-#pragma unroll 1
-            for (int j = which; j < kAtOnce; j += 2) {
-                const float4 gate = both[32 * j], up = both[32 * (kAtOnce + j)];
-                const float v[4] = {glu_value(job.p.glu, gate.x, up.x), glu_value(job.p.glu, gate.y, up.y),
-                                    glu_value(job.p.glu, gate.z, up.z), glu_value(job.p.glu, gate.w, up.w)};
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int row = 8 * (j0 + j) + 2 * (lane & 3) + i;
-                    if (row >= n_rows) break;
-                    float* const to = job.result(at, tile, row) + o;
-#pragma unroll
-                    for (int r = 0; r < 2; ++r)
-                        if (o + 8 * r < n_out) to[8 * r] = v[2 * r + i];
-                }
-            }
-            group_sync(S::kFirstPairBarrier + pair, 64);
+        for (int j = 0; j < kJ; j += 2) {
+            if (8 * j >= n_rows) break;
+            const uint32_t both = pair + (j & 2) * 1024;
+            put_eight(both + 512 * which + put_at(), sum, j);
+            put_eight(both + 1024 + 512 * which + put_at(), sum, j + 1);
+            group_sync(barrier, 64);
+            if (8 * j + row >= n_rows) continue;
+            const float4 gate = load_shared_float4(both + 1024 * which + get_at());
+            const float4 up = load_shared_float4(both + 1024 * which + 512 + get_at());
+            store_four(job.result(at, places[j / 2]) + o4, glu_values(job.p.glu, gate, up), n_mine);
         }
+        group_sync(barrier, 64);  // both warps have read
     }
 
     // Now, not where they are used.
