@@ -16,7 +16,7 @@
 // tile has, in steps of S::kWidth.
 //
 // Shared memory: [kK][kXDepth] steps of x, each with the factors of a chunk behind; [kK][kWDepth] units of weights of
-// the row tiles; for kK > 1 the sums so far; what pairs of warps exchange for PRODUCT_GLU; barriers.
+// the row tiles; for kK > 1 the sums so far; results on their way out; barriers.
 #pragma once
 
 #include "common/activations.cuh"
