@@ -23,13 +23,13 @@ struct PromptTile {
     static constexpr bool kAhead = kHeadDim <= PREFILL_AHEAD_DIM;  // scores are made a split ahead
     static constexpr int kStages = kAhead ? 2 : 1;                 // places for K and for V of a split
     static constexpr int kTileBytes = 16 * kHeadDim, kBlockBytes = KV_BLOCK / 8 * kTileBytes;  // of q, K or V
-    // V is followed by eight columns of ones in each tile: their sums are those of the weights.
-    static constexpr int kValueTileBytes = kTileBytes + 128, kValuesBytes = ATTENTION_SPLIT / 8 * kValueTileBytes;
-    static constexpr int kSteps = kHeadDim / 16, kPart = kHeadDim / 2 + 4;
-    static constexpr int kKeysAt = 2 * kBlockBytes, kValuesAt = kKeysAt + kStages * 2 * kBlockBytes;
-    static constexpr int kBarriersAt = kValuesAt + kStages * kValuesBytes;  // of K's places, then of V's
+    static constexpr int kSplitBytes = 2 * kBlockBytes;
+    static constexpr int kSteps = kHeadDim / 16, kPart = kHeadDim / 2;
+    static constexpr int kKeysAt = 2 * kBlockBytes, kValuesAt = kKeysAt + kStages * kSplitBytes;
+    static constexpr int kBarriersAt = kValuesAt + kStages * kSplitBytes;  // of K's places, then of V's
+    static constexpr int kOnesAt = kBarriersAt + 16 * kStages;             // eight columns of sixteen ones
     // An operand's next 16 columns: of K and q 16 dimensions on, of V 16 keys.
-    static constexpr int kNextDims = 2 * 128 / 16, kNextKeys = 2 * kValueTileBytes / 16;
+    static constexpr int kNextDims = 2 * 128 / 16, kNextKeys = 2 * kTileBytes / 16;
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128);
 
     const AttentionPrefillParams& p;
@@ -65,7 +65,7 @@ struct PromptTile {
         const int first_block = tile.position < window ? 0 : (tile.position - window + 1) / KV_BLOCK;
         const int first_split = first_block / 2;
         const uint32_t smem_at = smem_address(smem), full = smem_at + kBarriersAt;
-        const uint64_t q = wgmma_eights(smem_at, 128, kTileBytes);
+        const uint64_t q = wgmma_eights(smem_at, 128, kTileBytes), ones = wgmma_eights(smem_at + kOnesAt, 128, 256);
 
         // A split's place, and the parity of its barriers' phase.
         const auto place = [&](int split) { return (split - first_split) % kStages; };
@@ -73,72 +73,67 @@ struct PromptTile {
         const auto k_full = [&](int split) { return full + 8 * place(split); };
         const auto v_full = [&](int split) { return full + 8 * (kStages + place(split)); };
 
-        // K and V of the blocks of a split that some row looks at come in quarters, of half a block, each by a thread
-        // of a warp of its own, when all have read what is there; before, the first thread says how much will come.
-        const int quarter = threadIdx.x / 32;
-        const auto is_seen = [&](int block) { return block >= first_block && block <= last_block; };
-        const auto expect = [&](uint32_t barrier, int split) {
-            barrier_expect(barrier, (is_seen(2 * split) + is_seen(2 * split + 1)) * kBlockBytes);
+        // Where the blocks of a split lie that some row looks at; starts copying their K or V. One thread, when all
+        // have read what is there.
+        struct Blocks {
+            int at[2];
         };
-        const auto block_of = [&](int split) {
-            const int block = 2 * split + quarter / 2;
-            return is_seen(block) ? table[block] : -1;
-        };
-        const auto copy_quarter = [&](int split, int block, bool is_v) {
-            if (block < 0) return;
-            const uint16_t* from = p.kv + kv_offset(block, head_kv, p.n_head_kv, kHeadDim) +
-                                   (2 * is_v + quarter % 2) * (KV_BLOCK / 2 * kHeadDim);
-            if (!is_v) {
-                const uint32_t to = smem_at + kKeysAt + (4 * place(split) + quarter) * (kBlockBytes / 2);
-                copy_bytes(k_full(split), to, from, kBlockBytes / 2);
-                return;
-            }
-            uint32_t to = smem_at + kValuesAt + place(split) * kValuesBytes + 4 * quarter * kValueTileBytes;
+        const auto blocks_of = [&](int split) {
+            Blocks blocks;
 #pragma unroll
-            for (int i = 0; i < 4; i++, from += 8 * kHeadDim, to += kValueTileBytes)
-                copy_bytes(v_full(split), to, from, kTileBytes);
+            for (int i = 0; i < 2; i++) {
+                const int block = 2 * split + i;
+                blocks.at[i] = block >= first_block && block <= last_block ? table[block] : -1;
+            }
+            return blocks;
         };
-        int next = -1, after = -1;  // blocks of the split whose V is copied next, and of the one behind it
+        const auto copy_split = [&](int split, const Blocks& blocks, bool is_v) {
+            const uint32_t barrier = is_v ? v_full(split) : k_full(split);
+            const uint32_t to = smem_at + (is_v ? kValuesAt : kKeysAt) + place(split) * kSplitBytes;
+            barrier_expect(barrier, ((blocks.at[0] >= 0) + (blocks.at[1] >= 0)) * kBlockBytes);
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (blocks.at[i] >= 0)
+                    copy_bytes(barrier, to + i * kBlockBytes,
+                               p.kv + kv_offset(blocks.at[i], head_kv, p.n_head_kv, kHeadDim) +
+                                   (is_v ? KV_BLOCK * kHeadDim : 0),
+                               kBlockBytes);
+        };
+        Blocks next = {{-1, -1}};  // of the split whose V is copied next
         if (threadIdx.x == 0) {
             for (int i = 0; i < 2 * kStages; i++) barrier_init(full + 8 * i, 1);
             copy_barrier_fence();
-            expect(k_full(first_split), first_split);
-            expect(v_full(first_split), first_split);
-            if (kAhead && first_split < last_split) expect(k_full(first_split + 1), first_split + 1);
+            next = blocks_of(first_split);
+            copy_split(first_split, next, false);
         }
         load_q();
-        // 0 * NaN must not enter: where the first split of a place does not copy a block, there are zeros.
+        if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(smem + kOnesAt)[threadIdx.x] = kOnes;
+        // 0 * NaN must not enter: blocks of a place that its first split does not copy are there as zeros.
 #pragma unroll
         for (int i = 0; i < kStages; i++) {
             const int split = first_split + i;
-            uint8_t* const values = smem + kValuesAt + i * kValuesBytes;
-            reinterpret_cast<uint4*>(values + (threadIdx.x / 8 + 1) * kValueTileBytes - 128)[threadIdx.x % 8] =
-                make_uint4(kOnes, kOnes, kOnes, kOnes);
-            if (split > last_split || (is_seen(2 * split) && is_seen(2 * split + 1))) continue;
-            for (int j = threadIdx.x; j < ATTENTION_SPLIT / 8 * kHeadDim; j += kThreads)
-                reinterpret_cast<uint4*>(values + j / kHeadDim * kValueTileBytes)[j % kHeadDim] =
-                    make_uint4(0, 0, 0, 0);
+            if (split > last_split || (2 * split >= first_block && 2 * split + 1 <= last_block)) continue;
+            for (int j = threadIdx.x; j < kSplitBytes / 16; j += kThreads)
+                reinterpret_cast<uint4*>(smem + kValuesAt + i * kSplitBytes)[j] = make_uint4(0, 0, 0, 0);
         }
-        static_assert(kThreads / 8 == ATTENTION_SPLIT / 8);
         fence_async();
         __syncthreads();
-        if (lane == 0) {
-            next = block_of(first_split);
-            copy_quarter(first_split, next, false);
-            copy_quarter(first_split, next, true);
-            next = block_of(first_split + 1);
-            if (kAhead) copy_quarter(first_split + 1, next, false);
-            if (kAhead) after = block_of(first_split + 2);
+        Blocks after = {{-1, -1}};  // of the split behind it
+        if (threadIdx.x == 0) {
+            copy_split(first_split, next, true);
+            next = blocks_of(first_split + 1);
+            if (kAhead && first_split < last_split) copy_split(first_split + 1, next, false);
+            if (kAhead) after = blocks_of(first_split + 2);
         }
 
-        float acc[kPart] = {}, part[kPart] = {};  // of all dimensions, then of the weights
-        float top[2] = {-INFINITY, -INFINITY};
+        float acc[kPart] = {}, part[kPart] = {}, total[4] = {};
+        float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
         uint32_t weight[8][4];                    // operands of 16 keys each
-        Fade fade[2] = {{1.f, 0.f}, {1.f, 0.f}};  // of the sums in `part`
+        Fade fade[2] = {{1.f, 0.f}, {1.f, 0.f}};  // of the sums in `part` and `total`
 
         // 4 j + 2 half + e: of row + 8 half and key 8 j + 2 (lane % 4) + e
         const auto start_scores = [&](float (&s)[64], int split) {
-            const uint64_t keys = wgmma_eights(smem_at + kKeysAt + place(split) * 2 * kBlockBytes, 128, kTileBytes);
+            const uint64_t keys = wgmma_eights(smem_at + kKeysAt + place(split) * kSplitBytes, 128, kTileBytes);
             copy_wait(k_full(split), parity(split));
             wgmma_fence();
 #pragma unroll
@@ -150,17 +145,20 @@ struct PromptTile {
             wgmma_commit();
         };
         const auto start_sums = [&](int split) {
-            const uint32_t at = kValuesAt + place(split) * kValuesBytes;
-            const uint64_t values = wgmma_eights(smem_at + at, kValueTileBytes, 128);
+            const uint32_t at = kValuesAt + place(split) * kSplitBytes;
+            const uint64_t values = wgmma_eights(smem_at + at, kTileBytes, 128);
             copy_wait(v_full(split), parity(split));
             if (split == last_split && last % KV_BLOCK != KV_BLOCK - 1) {
-                clear_values(smem + at + last_block % 2 * (kValuesBytes / 2), last % KV_BLOCK + 1);
+                clear_values(smem + at + last_block % 2 * kBlockBytes, last % KV_BLOCK + 1);
                 fence_async();
                 __syncthreads();
             }
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 8; j++) wgmma_f16(part, weight[j], values + j * kNextKeys, j > 0);
+            for (int j = 0; j < 8; j++) {
+                wgmma_f16(part, weight[j], values + j * kNextKeys, j > 0);
+                wgmma_f16(total, weight[j], ones, j > 0);
+            }
             wgmma_commit();
         };
         const auto weigh = [&](float (&s)[64], int split) {
@@ -189,6 +187,8 @@ struct PromptTile {
             }
         };
         const auto add_sums = [&] {
+            sum[0] = add_split(sum[0], total[0], fade[0]);
+            sum[1] = add_split(sum[1], total[2], fade[1]);
 #pragma unroll
             for (int i = 0; i < kPart; i++) acc[i] = add_split(acc[i], part[i], fade[i / 2 % 2]);
         };
@@ -201,16 +201,12 @@ struct PromptTile {
 #pragma unroll 1
             for (int split = first_split; split < last_split; split++) {
                 add_sums();
-                if (threadIdx.x == 0) {
-                    if (split + 2 <= last_split) expect(k_full(split + 2), split + 2);
-                    expect(v_full(split + 1), split + 1);
-                }
                 __syncthreads();  // nobody reads K of this split or V of the one before any more
                 start_scores(then, split + 1);
-                if (lane == 0) {
-                    copy_quarter(split + 2, after, false);
-                    copy_quarter(split + 1, next, true);
-                    next = after, after = block_of(split + 3);
+                if (threadIdx.x == 0) {
+                    if (split + 2 <= last_split) copy_split(split + 2, after, false);
+                    copy_split(split + 1, next, true);
+                    next = after, after = blocks_of(split + 3);
                 }
                 weigh(s, split);
                 start_sums(split);
@@ -229,19 +225,17 @@ struct PromptTile {
                 float s[64];
                 start_scores(s, split);
                 wgmma_wait<0>();
-                if (threadIdx.x == 0 && split < last_split) expect(k_full(split + 1), split + 1);
                 __syncthreads();  // nobody reads K any more
-                if (lane == 0) copy_quarter(split + 1, next, false);
+                if (threadIdx.x == 0 && split < last_split) copy_split(split + 1, next, false);
                 weigh(s, split);
                 start_sums(split);
                 wgmma_wait<0>();
                 add_sums();
                 if (split == last_split) break;
-                if (threadIdx.x == 0) expect(v_full(split + 1), split + 1);
                 __syncthreads();  // nobody reads V any more
-                if (lane == 0) {
-                    copy_quarter(split + 1, next, true);
-                    next = block_of(split + 2);
+                if (threadIdx.x == 0) {
+                    copy_split(split + 1, next, true);
+                    next = blocks_of(split + 2);
                 }
             }
         }
@@ -250,7 +244,7 @@ struct PromptTile {
         for (int half = 0; half < 2; half++) {
             const int r = row + 8 * half;
             if (r >= tile.n_rows) continue;
-            const float factor = softmax_factor(top[half], acc[kPart - 4 + 2 * half], sink_of(p.sinks, blockIdx.y));
+            const float factor = softmax_factor(top[half], sum[half], sink_of(p.sinks, blockIdx.y));
             float* const out =
                 p.out + static_cast<int64_t>(tile.row + r) * p.out_stride + blockIdx.y * kHeadDim + lane % 4 * 2;
 #pragma unroll
@@ -264,7 +258,7 @@ struct PromptTile {
     static DEVICE_MEMBER void clear_values(uint8_t* v, int n_keys) {
         for (int dim = threadIdx.x; dim < kHeadDim; dim += kThreads)
             for (int key = n_keys; key < KV_BLOCK; key++)
-                reinterpret_cast<uint16_t*>(v + key / 8 * kValueTileBytes + 16 * dim)[key % 8] = 0;
+                reinterpret_cast<uint16_t*>(v)[kv_v_at(key, dim, kHeadDim) - KV_BLOCK * kHeadDim] = 0;
     }
 };
 

@@ -116,10 +116,10 @@ static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) { return 2 * 2 *
 // one: K and V of two splits are in shared memory at once, else of one.
 #define PREFILL_AHEAD_DIM 80
 
-// For each of these splits K, V and ones, and two barriers; both halves of q of a tile.
+// For each of these splits K and V with a barrier each; both halves of q of a tile, and ones.
 static HOST_DEVICE int32_t warpgroup_smem_bytes(int32_t head_dim) {
     const int32_t splits = head_dim <= PREFILL_AHEAD_DIM ? 2 : 1;
-    return splits * (prefill_smem_bytes(head_dim) + ATTENTION_SPLIT * 16 + 16) + 2 * PREFILL_ROWS * 2 * head_dim;
+    return splits * (prefill_smem_bytes(head_dim) + 16) + 2 * PREFILL_ROWS * 2 * head_dim + 256;
 }
 
 #endif

@@ -41,6 +41,15 @@ DEVICE void wgmma_wait() {
 #define WGMMA_SUMS_8(d, i) WGMMA_SUMS_4(d, i), WGMMA_SUMS_4(d, i + 4)
 #define WGMMA_SUMS_16(d, i) WGMMA_SUMS_8(d, i), WGMMA_SUMS_8(d, i + 8)
 // `adds`: 0 for sums that begin.
+DEVICE void wgmma_f16(float (&d)[4], const uint32_t* a, uint64_t b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
+        "%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}"
+        : WGMMA_SUMS_4(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+}
 DEVICE void wgmma_f16(float (&d)[8], const uint32_t* a, uint64_t b, int adds) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
@@ -59,16 +68,6 @@ DEVICE void wgmma_f16(float (&d)[16], const uint32_t* a, uint64_t b, int adds) {
         : WGMMA_SUMS_16(d, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
-DEVICE void wgmma_f16(float (&d)[20], const uint32_t* a, uint64_t b, int adds) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %25, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n40k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19}, "
-        "{%20, %21, %22, %23}, %24, p, 1, 1, 0;\n}"
-        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_4(d, 16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
-}
 DEVICE void wgmma_f16(float (&d)[32], const uint32_t* a, uint64_t b, int adds) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
@@ -79,26 +78,15 @@ DEVICE void wgmma_f16(float (&d)[32], const uint32_t* a, uint64_t b, int adds) {
         : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
-DEVICE void wgmma_f16(float (&d)[36], const uint32_t* a, uint64_t b, int adds) {
+DEVICE void wgmma_f16(float (&d)[40], const uint32_t* a, uint64_t b, int adds) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %41, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 {"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35}, "
-        "{%36, %37, %38, %39}, %40, p, 1, 1, 0;\n}"
-        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_4(d, 32)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
-}
-DEVICE void wgmma_f16(float (&d)[44], const uint32_t* a, uint64_t b, int adds) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %49, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n88k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43}, "
-        "{%44, %45, %46, %47}, %48, p, 1, 1, 0;\n}"
-        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_8(d, 32), WGMMA_SUMS_4(d, 40)
+        "%32, %33, %34, %35, %36, %37, %38, %39}, "
+        "{%40, %41, %42, %43}, %44, p, 1, 1, 0;\n}"
+        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_8(d, 32)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
 DEVICE void wgmma_f16(float (&d)[48], const uint32_t* a, uint64_t b, int adds) {
@@ -112,18 +100,6 @@ DEVICE void wgmma_f16(float (&d)[48], const uint32_t* a, uint64_t b, int adds) {
         : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_16(d, 32)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
-DEVICE void wgmma_f16(float (&d)[52], const uint32_t* a, uint64_t b, int adds) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %57, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n104k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51}, "
-        "{%52, %53, %54, %55}, %56, p, 1, 1, 0;\n}"
-        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_16(d, 32), WGMMA_SUMS_4(d, 48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
-}
 DEVICE void wgmma_f16(float (&d)[64], const uint32_t* a, uint64_t b, int adds) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
@@ -134,19 +110,6 @@ DEVICE void wgmma_f16(float (&d)[64], const uint32_t* a, uint64_t b, int adds) {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
         "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
         : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_16(d, 32), WGMMA_SUMS_16(d, 48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
-}
-DEVICE void wgmma_f16(float (&d)[68], const uint32_t* a, uint64_t b, int adds) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %73, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n136k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67}, "
-        "{%68, %69, %70, %71}, %72, p, 1, 1, 0;\n}"
-        : WGMMA_SUMS_16(d, 0), WGMMA_SUMS_16(d, 16), WGMMA_SUMS_16(d, 32), WGMMA_SUMS_16(d, 48), WGMMA_SUMS_4(d, 64)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
 DEVICE void wgmma_f16(float (&d)[96], const uint32_t* a, uint64_t b, int adds) {
