@@ -3,12 +3,12 @@
 //
 // Grid: y = query head, x = tile of up to 64 consecutive rows of one sequence; one warpgroup. The order of all sums is
 // that of attention.cuh. The tile walks over the sequence's splits of two blocks of 64 positions. Both halves of q stay
-// in shared memory; K and V of a split come there as they lie in the cache, which is how the tensor cores take them.
-// Where the registers allow, the scores of the next split are made while the weights of this one are computed, and
-// there are two places for K and for V. Else K of the next split comes while V is multiplied, V of the next one while
-// its scores are made. A split of which no row of the tile looks at one block is worked on as a whole, with what is in
-// that block's place, and no key that a row does not look at counts: weight 0. Several blocks share a multiprocessor,
-// so that the products of one go on beside the exponentials of others.
+// in shared memory; K and V of one split come there as they lie in the cache, which is how the tensor cores take them:
+// K of the next split while V is multiplied, V of the next one while its scores are made. The scores of a split with
+// their weights, and then its sums of all dimensions, are in registers. A split of which no row of the tile looks at
+// one block is worked on as a whole, with what is in that block's place, and no key that a row does not look at counts:
+// weight 0. Several blocks share a multiprocessor, so that the products of one
+// go on beside the exponentials of others.
 // Operations: 6 * head_dim per (row, key, head); K and V are read once per tile and head, mostly from L2.
 #include "attention.cuh"
 #include "common/wgmma.cuh"
@@ -20,14 +20,10 @@ static_assert(PREFILL_ROWS == 64 && KV_BLOCK == 64 && ATTENTION_SPLIT == 2 * KV_
 
 template <int kHeadDim>
 struct PromptTile {
-    static constexpr bool kAhead = kHeadDim <= PREFILL_AHEAD_DIM;  // scores are made a split ahead
-    static constexpr int kStages = kAhead ? 2 : 1;                 // places for K and for V of a split
     static constexpr int kTileBytes = 16 * kHeadDim, kBlockBytes = KV_BLOCK / 8 * kTileBytes;  // of q, K or V
-    static constexpr int kSplitBytes = 2 * kBlockBytes;
     static constexpr int kSteps = kHeadDim / 16, kPart = kHeadDim / 2;
-    static constexpr int kKeysAt = 2 * kBlockBytes, kValuesAt = kKeysAt + kStages * kSplitBytes;
-    static constexpr int kBarriersAt = kValuesAt + kStages * kSplitBytes;  // of K's places, then of V's
-    static constexpr int kOnesAt = kBarriersAt + 16 * kStages;             // eight columns of sixteen ones
+    static constexpr int kKeysAt = 2 * kBlockBytes, kValuesAt = 4 * kBlockBytes, kBarriersAt = 6 * kBlockBytes;
+    static constexpr int kOnesAt = kBarriersAt + 16;  // eight columns of sixteen ones
     // An operand's next 16 columns: of K and q 16 dimensions on, of V 16 keys.
     static constexpr int kNextDims = 2 * 128 / 16, kNextKeys = 2 * kTileBytes / 16;
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128);
@@ -63,78 +59,46 @@ struct PromptTile {
         const int window = p.window > 0 ? p.window : INT32_MAX;
         const int last = tile.position + tile.n_rows - 1, last_block = last / KV_BLOCK, last_split = last_block / 2;
         const int first_block = tile.position < window ? 0 : (tile.position - window + 1) / KV_BLOCK;
-        const int first_split = first_block / 2;
-        const uint32_t smem_at = smem_address(smem), full = smem_at + kBarriersAt;
-        const uint64_t q = wgmma_eights(smem_at, 128, kTileBytes), ones = wgmma_eights(smem_at + kOnesAt, 128, 256);
+        const uint32_t smem_at = smem_address(smem), k_full = smem_at + kBarriersAt, v_full = k_full + 8;
+        const uint64_t q = wgmma_eights(smem_at, 128, kTileBytes),
+                       keys = wgmma_eights(smem_at + kKeysAt, 128, kTileBytes),
+                       values = wgmma_eights(smem_at + kValuesAt, kTileBytes, 128),
+                       ones = wgmma_eights(smem_at + kOnesAt, 128, 256);
 
-        // A split's place, and the parity of its barriers' phase.
-        const auto place = [&](int split) { return (split - first_split) % kStages; };
-        const auto parity = [&](int split) { return (split - first_split) / kStages % 2; };
-        const auto k_full = [&](int split) { return full + 8 * place(split); };
-        const auto v_full = [&](int split) { return full + 8 * (kStages + place(split)); };
-
-        // Where the blocks of a split lie that some row looks at; starts copying their K or V. One thread, when all
-        // have read what is there.
-        struct Blocks {
-            int at[2];
-        };
-        const auto blocks_of = [&](int split) {
-            Blocks blocks;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int block = 2 * split + i;
-                blocks.at[i] = block >= first_block && block <= last_block ? table[block] : -1;
+        // Starts copying K or V of the blocks of a split that some row looks at. One thread, when all have read what is
+        // there.
+        const auto copy_split = [&](int split, int at, uint32_t full) {
+            const int begin = max(2 * split, first_block), end = min(2 * split + 1, last_block);
+            barrier_expect(full, (end - begin + 1) * kBlockBytes);
+            for (int block = begin; block <= end; block++) {
+                const uint16_t* from = p.kv + kv_offset(table[block], head_kv, p.n_head_kv, kHeadDim);
+                copy_bytes(full, smem_at + at + block % 2 * kBlockBytes,
+                           at == kValuesAt ? from + KV_BLOCK * kHeadDim : from, kBlockBytes);
             }
-            return blocks;
         };
-        const auto copy_split = [&](int split, const Blocks& blocks, bool is_v) {
-            const uint32_t barrier = is_v ? v_full(split) : k_full(split);
-            const uint32_t to = smem_at + (is_v ? kValuesAt : kKeysAt) + place(split) * kSplitBytes;
-            barrier_expect(barrier, ((blocks.at[0] >= 0) + (blocks.at[1] >= 0)) * kBlockBytes);
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                if (blocks.at[i] >= 0)
-                    copy_bytes(barrier, to + i * kBlockBytes,
-                               p.kv + kv_offset(blocks.at[i], head_kv, p.n_head_kv, kHeadDim) +
-                                   (is_v ? KV_BLOCK * kHeadDim : 0),
-                               kBlockBytes);
-        };
-        Blocks next = {{-1, -1}};  // of the split whose V is copied next
         if (threadIdx.x == 0) {
-            for (int i = 0; i < 2 * kStages; i++) barrier_init(full + 8 * i, 1);
+            barrier_init(k_full, 1);
+            barrier_init(v_full, 1);
             copy_barrier_fence();
-            next = blocks_of(first_split);
-            copy_split(first_split, next, false);
+            copy_split(first_block / 2, kKeysAt, k_full);
         }
         load_q();
         if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(smem + kOnesAt)[threadIdx.x] = kOnes;
-        // 0 * NaN must not enter: blocks of a place that its first split does not copy are there as zeros.
-#pragma unroll
-        for (int i = 0; i < kStages; i++) {
-            const int split = first_split + i;
-            if (split > last_split || (2 * split >= first_block && 2 * split + 1 <= last_block)) continue;
-            for (int j = threadIdx.x; j < kSplitBytes / 16; j += kThreads)
-                reinterpret_cast<uint4*>(smem + kValuesAt + i * kSplitBytes)[j] = make_uint4(0, 0, 0, 0);
-        }
+        // 0 * NaN must not enter: blocks that the first split does not copy are there as zeros.
+        if (first_block % 2 == 1 || last_block == first_block)
+            for (int i = threadIdx.x; i < 2 * kBlockBytes / 16; i += kThreads)
+                reinterpret_cast<uint4*>(smem + kValuesAt)[i] = make_uint4(0, 0, 0, 0);
         fence_async();
         __syncthreads();
-        Blocks after = {{-1, -1}};  // of the split behind it
-        if (threadIdx.x == 0) {
-            copy_split(first_split, next, true);
-            next = blocks_of(first_split + 1);
-            if (kAhead && first_split < last_split) copy_split(first_split + 1, next, false);
-            if (kAhead) after = blocks_of(first_split + 2);
-        }
-
-        float acc[kPart] = {}, part[kPart] = {}, total[4] = {};
+        if (threadIdx.x == 0) copy_split(first_block / 2, kValuesAt, v_full);
+        float acc[kPart] = {};
         float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-        uint32_t weight[8][4];                    // operands of 16 keys each
-        Fade fade[2] = {{1.f, 0.f}, {1.f, 0.f}};  // of the sums in `part` and `total`
 
-        // 4 j + 2 half + e: of row + 8 half and key 8 j + 2 (lane % 4) + e
-        const auto start_scores = [&](float (&s)[64], int split) {
-            const uint64_t keys = wgmma_eights(smem_at + kKeysAt + place(split) * kSplitBytes, 128, kTileBytes);
-            copy_wait(k_full(split), parity(split));
+#pragma unroll 1
+        for (int split = first_block / 2, parity = 0; split <= last_split; split++, parity ^= 1) {
+            const int key0 = split * ATTENTION_SPLIT;
+            float s[64];  // 4 j + 2 half + e: of row + 8 half and key 8 j + 2 (lane % 4) + e
+            copy_wait(k_full, parity);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kSteps; step++) {
@@ -143,26 +107,9 @@ struct PromptTile {
                 wgmma_f16(s, high, k, 1);
             }
             wgmma_commit();
-        };
-        const auto start_sums = [&](int split) {
-            const uint32_t at = kValuesAt + place(split) * kSplitBytes;
-            const uint64_t values = wgmma_eights(smem_at + at, kTileBytes, 128);
-            copy_wait(v_full(split), parity(split));
-            if (split == last_split && last % KV_BLOCK != KV_BLOCK - 1) {
-                clear_values(smem + at + last_block % 2 * kBlockBytes, last % KV_BLOCK + 1);
-                fence_async();
-                __syncthreads();
-            }
-            wgmma_fence();
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                wgmma_f16(part, weight[j], values + j * kNextKeys, j > 0);
-                wgmma_f16(total, weight[j], ones, j > 0);
-            }
-            wgmma_commit();
-        };
-        const auto weigh = [&](float (&s)[64], int split) {
-            const int key0 = split * ATTENTION_SPLIT;
+            wgmma_wait<0>();
+            __syncthreads();  // nobody reads K any more
+            if (threadIdx.x == 0 && split < last_split) copy_split(split + 1, kKeysAt, k_full);
             if (key0 + ATTENTION_SPLIT - 1 > tile.position + warp_row || last - key0 >= window) {
                 const int behind0 = tile.position + row - key0 - lane % 4 * 2;
 #pragma unroll
@@ -171,6 +118,8 @@ struct PromptTile {
                     if (behind < 0 || behind >= window) s[i] = -INFINITY;
                 }
             }
+            uint32_t weight[8][4];  // operands of 16 keys each
+            Fade fade[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float most = -INFINITY;
@@ -185,58 +134,28 @@ struct PromptTile {
                     weight[j / 2][j % 2 * 2 + half] =
                         pack_f16(weight_of(s[4 * j + 2 * half], base), weight_of(s[4 * j + 2 * half + 1], base));
             }
-        };
-        const auto add_sums = [&] {
+            copy_wait(v_full, parity);
+            if (split == last_split && last % KV_BLOCK != KV_BLOCK - 1) {
+                clear_values(smem + kValuesAt + last_block % 2 * kBlockBytes, last % KV_BLOCK + 1);
+                fence_async();
+                __syncthreads();
+            }
+            float part[kPart], total[4];
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                wgmma_f16(part, weight[j], values + j * kNextKeys, j > 0);
+                wgmma_f16(total, weight[j], ones, j > 0);
+            }
+            wgmma_commit();
+            wgmma_wait<0>();
             sum[0] = add_split(sum[0], total[0], fade[0]);
             sum[1] = add_split(sum[1], total[2], fade[1]);
 #pragma unroll
             for (int i = 0; i < kPart; i++) acc[i] = add_split(acc[i], part[i], fade[i / 2 % 2]);
-        };
-
-        if constexpr (kAhead) {
-            // Two arrays by turns would spare the copy, but ptxas then makes the products of both wait for each other.
-            float s[64], then[64];
-            start_scores(s, first_split);
-            wgmma_wait<0>();
-#pragma unroll 1
-            for (int split = first_split; split < last_split; split++) {
-                add_sums();
-                __syncthreads();  // nobody reads K of this split or V of the one before any more
-                start_scores(then, split + 1);
-                if (threadIdx.x == 0) {
-                    if (split + 2 <= last_split) copy_split(split + 2, after, false);
-                    copy_split(split + 1, next, true);
-                    next = after, after = blocks_of(split + 3);
-                }
-                weigh(s, split);
-                start_sums(split);
-                wgmma_wait<0>();
-#pragma unroll
-                for (int i = 0; i < 64; i++) s[i] = then[i];
-            }
-            add_sums();
-            weigh(s, last_split);
-            start_sums(last_split);
-            wgmma_wait<0>();
-            add_sums();
-        } else {
-#pragma unroll 1
-            for (int split = first_split; split <= last_split; split++) {
-                float s[64];
-                start_scores(s, split);
-                wgmma_wait<0>();
-                __syncthreads();  // nobody reads K any more
-                if (threadIdx.x == 0 && split < last_split) copy_split(split + 1, next, false);
-                weigh(s, split);
-                start_sums(split);
-                wgmma_wait<0>();
-                add_sums();
-                if (split == last_split) break;
+            if (split < last_split) {
                 __syncthreads();  // nobody reads V any more
-                if (threadIdx.x == 0) {
-                    copy_split(split + 1, next, true);
-                    next = blocks_of(split + 2);
-                }
+                if (threadIdx.x == 0) copy_split(split + 1, kValuesAt, v_full);
             }
         }
 
@@ -277,9 +196,9 @@ DEVICE void attention_warpgroup(const AttentionPrefillParams& p) {
         attention_warpgroup<head_dim>(p);                                                  \
     }
 
-DEFINE(32, 2)
-DEFINE(64, 2)
-DEFINE(80, 2)
+DEFINE(32, 3)
+DEFINE(64, 4)
+DEFINE(80, 3)
 DEFINE(96, 3)
 DEFINE(128, 2)
 

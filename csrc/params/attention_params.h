@@ -112,14 +112,9 @@ typedef struct {
 // K and V of both blocks of a split.
 static HOST_DEVICE int32_t prefill_smem_bytes(int32_t head_dim) { return 2 * 2 * KV_BLOCK * 2 * head_dim; }
 
-// Up to this head_dim attention_warpgroup_* makes the scores of the next split while it computes the weights of this
-// one: K and V of two splits are in shared memory at once, else of one.
-#define PREFILL_AHEAD_DIM 80
-
-// For each of these splits K and V with a barrier each; both halves of q of a tile, and ones.
+// Beside them both halves of q of a tile, and two barriers.
 static HOST_DEVICE int32_t warpgroup_smem_bytes(int32_t head_dim) {
-    const int32_t splits = head_dim <= PREFILL_AHEAD_DIM ? 2 : 1;
-    return splits * (prefill_smem_bytes(head_dim) + 16) + 2 * PREFILL_ROWS * 2 * head_dim + 256;
+    return prefill_smem_bytes(head_dim) + 2 * PREFILL_ROWS * 2 * head_dim + 16 + 256;
 }
 
 #endif
