@@ -10,13 +10,13 @@ import struct
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import limits
 import pytest
 from helpers import gguf_forge as g
 from helpers.hostile_cases import CASES, SCALES, Case, go_through
+from helpers.patience import SANITIZED, clock
 
 from worker_orcd._gguf import GgufFile, check_ranges
 from worker_orcd.errors import ModelLoadError
@@ -27,8 +27,6 @@ from worker_orcd.tokenizer import metadata
 
 TESTS = Path(__file__).resolve().parents[1]
 
-SANITIZED = os.environ.get("WORKER_ORCD_SANITIZED") == "1"
-
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
@@ -36,10 +34,10 @@ def open_files() -> int:
 
 def refused(path: Path, stage: str = "all") -> ModelLoadError:
     """The error a file is refused with, having checked its form and what the refusal cost."""
-    before, start = open_files(), time.monotonic()
+    before, start = open_files(), clock()
     with pytest.raises(ModelLoadError) as info:
         go_through(str(path), stage)
-    seconds = time.monotonic() - start
+    seconds = clock() - start
     error = info.value
     assert seconds < limits.REFUSAL_SECONDS, f"took {seconds:.2f} s, limit {limits.REFUSAL_SECONDS}"
     assert open_files() == before
@@ -131,11 +129,11 @@ def test_truncation_at_every_byte_of_the_header(goldens_dir, tmp_path, name):
     slowest, before = 0.0, open_files()
     for length in lengths:
         os.truncate(path, length)
-        start = time.perf_counter()
+        start = clock()
         try:
             GgufFile(path, quants.BLOCK_SIZES)
         except ModelLoadError as e:
-            slowest = max(slowest, time.perf_counter() - start)
+            slowest = max(slowest, clock() - start)
             assert e.fields["reason"] == "is empty" or 0 <= e.fields["offset"] <= length
         else:
             pytest.fail(f"{name} cut to {length} bytes was opened")
@@ -149,13 +147,13 @@ def test_truncation_at_every_byte_of_the_header(goldens_dir, tmp_path, name):
 
 def survives(path: Path, what: str) -> bool:
     """Whether a damaged file loads; True and ModelLoadError are the two good answers, within the time limit."""
-    start = time.monotonic()
+    start = clock()
     try:
         go_through(str(path))
         fine = True
     except ModelLoadError:
         fine = False
-    assert time.monotonic() - start < limits.REFUSAL_SECONDS, what
+    assert clock() - start < limits.REFUSAL_SECONDS, what
     return fine
 
 
@@ -245,10 +243,10 @@ def test_g19_no_regular_file(tmp_path, made, says):
         path = tmp_path / "file" / "below"
     elif made.startswith(("/dev", "name")):
         path = tmp_path / made
-    before, start = open_files(), time.monotonic()
+    before, start = open_files(), clock()
     with pytest.raises(ModelLoadError, match=says):
         ModelFile(path)
-    assert time.monotonic() - start < limits.REFUSAL_SECONDS
+    assert clock() - start < limits.REFUSAL_SECONDS
     assert open_files() == before
 
 
@@ -405,7 +403,7 @@ def test_g19_a_file_that_is_cut_and_written_all_the_time(tmp_path):
         end = time.monotonic() + 2
         loads = errors = 0
         try:
-            while time.monotonic() < end:
+            while time.monotonic() < end or not errors:
                 try:
                     with t.ModelFile(sys.argv[1]) as mf:
                         for name in mf.tensors:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
+from helpers.patience import turns_of_another_thread
 from helpers.tiny_library import tiny_library
 from tokenizers import decoders
 
@@ -38,25 +37,8 @@ def test_both_calls_give_the_same(tokenizer, monkeypatch):
 
 def test_others_run_while_a_long_text_is_tokenized(tokenizer, monkeypatch):
     monkeypatch.setenv(POOL_VARIABLE, "false")
-    counted, ended = [0], threading.Event()
-
-    def count() -> None:
-        while not ended.is_set():
-            counted[0] += 1
-            time.sleep(1e-4)
-
-    text, interval, thread = TEXT * 600, sys.getswitchinterval(), threading.Thread(target=count)
-    thread.start()
-    sys.setswitchinterval(10)  # so that nobody gets the Python lock from this thread but by its leave
-    try:
-        before = counted[0]
-        tokenizer.encode(text)
-        during = counted[0] - before
-    finally:
-        sys.setswitchinterval(interval)
-        ended.set()
-        thread.join()
-    assert during > 2
+    text = TEXT * 600
+    assert turns_of_another_thread(lambda: tokenizer.encode(text)) > 2
 
 
 def test_a_process_that_wants_no_pool_gets_none(goldens_dir):
@@ -69,7 +51,9 @@ for n in (100, 5_000, 100_000):
     tokenizer.decode(tokenizer.encode("the sea " * (n // 8)))
 print(len(os.listdir("/proc/self/task")))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=100
+    )
     assert done.stdout.strip() == "1"
 
 

@@ -9,13 +9,12 @@ import threading
 import time
 
 import pytest
+from helpers.patience import SANITIZED
 
 from worker_orcd.tokenizer import library
 from worker_orcd.tokenizer.room import FREE, Room
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
-#: under a sanitizer, which has an allocator of its own, in the processor time that others leave
-SANITIZED = os.environ.get("WORKER_ORCD_SANITIZED") == "1"
 pytestmark = pytest.mark.timeout(600 if SANITIZED else 60)
 
 
@@ -64,11 +63,11 @@ def test_short_texts_wait_for_nothing_and_a_failure_leaves_the_room():
     def hold(_):
         with room.for_text(3 * FREE):
             holds.set()
-            go.wait(10)
+            go.wait(60)
 
     holder = threading.Thread(target=hold, args=(0,))
     holder.start()
-    assert holds.wait(5)
+    assert holds.wait(60)
     in_threads(1, lambda _: [outcome.append(n) for n in (7,) if room.for_text(FREE).__enter__() is None])
     with room.for_text(3 * FREE):  # of the main thread, which could be interrupted in the block
         assert outcome[-1] == 7
@@ -118,11 +117,11 @@ def test_no_shorter_text_waits_for_a_long_one(goldens_dir):
     def hold():
         with library._LONG_ROOM.for_text(1 << 20):
             holds.set()
-            go.wait(10)
+            go.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert holds.wait(5)
+    assert holds.wait(60)
     in_threads(3, lambda _: n_ids.append(len(tokenizer.encode("1 " * 20_000))))
     long = threading.Thread(target=lambda: n_ids.append(len(tokenizer.encode("1 " * 40_000))))
     long.start()

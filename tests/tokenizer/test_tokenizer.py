@@ -16,6 +16,7 @@ import limits
 import numpy as np
 import pytest
 from helpers.gguf_forge import F32, I32, STR, Forge, tiny_vocab
+from helpers.patience import SANITIZED
 
 from worker_orcd.errors import InvalidRequest, ModelLoadError
 from worker_orcd.tokenizer.tokenizer import Tokenizer
@@ -211,9 +212,6 @@ def test_unused_ids_decode_to_nothing(model):
 
 
 # --- long inputs ---------------------------------------------------------------------------------------------------
-
-#: instrumented code is slower by nature: there the ids count, and no time
-SANITIZED = os.environ.get("WORKER_ORCD_SANITIZED") == "1"
 
 
 @pytest.mark.parametrize("name", [*VOCABULARIES, "gpt-oss"])
