@@ -48,7 +48,7 @@ struct Decode {
     static constexpr int kRowFloats = kPartialFloats<kHeadDim>;
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128);
     using Merge = SplitMerge<kHeadDim>;
-    static_assert(Merge::kLeastBytes <= kStageBytes);
+    static_assert(Merge::kBytes <= kStageBytes);
 
     const AttentionDecodeParams& p;
     uint8_t* smem;  // stages; weights of each group; upper and lower halves of q; barriers
@@ -500,8 +500,7 @@ struct Decode {
             }
             if (group == 0) store_out(all);
         } else if (is_last_block()) {
-            Merge{partial_row(0, 0), out_row(0), shared.sinks, p.max_splits, n_heads, n_splits}.run(
-                smem, queries() + 2 * kQBytes - smem);
+            Merge{partial_row(0, 0), out_row(0), shared.sinks, p.max_splits, n_heads, n_splits}.run(smem);
         }
     }
 };
@@ -515,11 +514,10 @@ DEVICE void attention_decode(const AttentionDecodeParams& p) {
     decode.run();
 }
 
-// Of wider heads shared memory has room for two blocks alone.
-#define INSTANTIATE(head_dim)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(kMaxThreads, head_dim <= 96 ? DECODE_SM_GROUPS / DECODE_GROUPS : 1) \
-        attention_decode_##head_dim(const __grid_constant__ AttentionDecodeParams p) {                               \
-        attention_decode<head_dim>(p);                                                                               \
+#define INSTANTIATE(head_dim)                                                          \
+    extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)                       \
+        attention_decode_##head_dim(const __grid_constant__ AttentionDecodeParams p) { \
+        attention_decode<head_dim>(p);                                                 \
     }
 
 INSTANTIATE(32)

@@ -1,9 +1,8 @@
 // The splits of a row's heads added in order, from where the blocks of attention_decode.cu left them.
 //
-// They come to shared memory in two turns of as many as there is room for, all of them on their way at once, past L1,
-// which may hold older bytes of the lines. Of a turn a warp finds for one or two of the heads what each split does to
-// the sums (the maxima before a split may be taken in any order). Then a thread adds four dimensions of a head or two.
-// Bytes: 4 * (head_dim + 4) per head and split.
+// First a warp finds for one or two of the heads what each split does to the sums (the maxima before a split may be
+// taken in any order). Then a thread adds four dimensions of a head; sixteen of its loads are in flight. Reads past L1,
+// which may hold older bytes of the lines. Bytes: 4 * (head_dim + 4) per head and split.
 #pragma once
 
 #include "attention.cuh"
@@ -15,9 +14,10 @@ static constexpr int kPartialFloats = kHeadDim + 4;
 template <int kHeadDim>
 struct SplitMerge {
     static constexpr int kLeastWarps = DECODE_THREADS / 32;
-    static constexpr int kQuads = kHeadDim / 4, kRowQuads = kPartialFloats<kHeadDim> / 4;
-    static constexpr int kLaneSplits = 2, kMostSplits = 32 * kLaneSplits;                         // of a turn
-    static constexpr int kItems = (DECODE_HEADS * kQuads + DECODE_THREADS - 1) / DECODE_THREADS;  // quads of a thread
+    static constexpr int kRowFloats = kPartialFloats<kHeadDim>, kQuads = kHeadDim / 4;
+    static constexpr int kSplits = 64;  // whose steps are in shared memory at a time
+    static constexpr int kLaneSplits = kSplits / 32;
+    static constexpr int kLoads = 16;
     static_assert(DECODE_HEADS == 2 * kLeastWarps);
 
     // What a split does to the sums of a head, and the maximum with it.
@@ -25,97 +25,61 @@ struct SplitMerge {
         Fade fade;
         float sum, top;
     };
-    // Of a split and head in shared memory; both turns have room for one of most heads.
-    static constexpr int kBytes = 16 * kRowQuads + sizeof(Step), kLeastBytes = 2 * DECODE_HEADS * kBytes;
+    static constexpr int kBytes = DECODE_HEADS * kSplits * sizeof(Step);
 
-    const float* partial;  // [n_heads, max_splits, kPartialFloats]
+    const float* partial;  // [n_heads, max_splits, kRowFloats]
     float* out;            // [n_heads, head_dim]
     const float* sinks;    // [n_heads], as sink_of gives them
     int max_splits, n_heads, n_splits;
 
-    // A turn in shared memory: what the splits left, [n_heads, size], and their steps, [n_heads, size].
-    struct Turn {
-        float4* rows;
-        Step* steps;
-        int size;
-    };
+    DEVICE_MEMBER const float* row_of(int head, int split) const {
+        return partial + ((int64_t)head * max_splits + split) * kRowFloats;
+    }
 
-    // `smem`: n_bytes, at least kLeastBytes. All threads of the block.
-    DEVICE_MEMBER void run(uint8_t* smem, int n_bytes) const {
-        const int size = min(n_bytes / (2 * kBytes * n_heads), kMostSplits);
+    // `smem`: kBytes. All threads of the block.
+    DEVICE_MEMBER void run(uint8_t* smem) const {
+        Step* steps = reinterpret_cast<Step*>(smem);  // [DECODE_HEADS, kSplits]
         const int n_threads = blockDim.x, n_warps = n_threads / 32, warp = threadIdx.x / 32;
-        const auto turn_at = [&](int i) {
-            uint8_t* at = smem + i * (n_heads * size * kBytes);
-            return Turn{reinterpret_cast<float4*>(at), reinterpret_cast<Step*>(at + n_heads * size * 16 * kRowQuads),
-                        size};
-        };
-        copy(turn_at(0), 0);
-        copy(turn_at(1), size);
-        float4 acc[kItems] = {};
-        float sum[kItems] = {}, last_top[kItems] = {};
-        float top[2] = {-INFINITY, -INFINITY};  // of the two heads of the warp
 #pragma unroll 1
-        for (int split0 = 0, i = 0; split0 < n_splits; split0 += size, i ^= 1) {
-            const Turn turn = turn_at(i);
-            const int n = min(n_splits - split0, size);
-            cp_async_wait<1>();
-            __syncthreads();
+        for (int item0 = 0; item0 < n_heads * kQuads; item0 += n_threads) {
+            const int head = (item0 + threadIdx.x) / kQuads, dim = (item0 + threadIdx.x) % kQuads * 4;
+            float top[2] = {-INFINITY, -INFINITY};  // of the two heads of the warp
+            float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+            float last_top = -INFINITY, sum = 0.f;
+#pragma unroll 1
+            for (int split0 = 0; split0 < n_splits; split0 += kSplits) {
+                const int n = n_splits - split0 < kSplits ? n_splits - split0 : kSplits;
+                const float* from = row_of(head, split0) + dim;
+                float4 x[kLoads];
+                load(x, from, head < n_heads ? n : 0);
+                __syncthreads();  // nobody reads the steps any more
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-                if (warp + half * n_warps < n_heads) find_steps(turn, warp + half * n_warps, n, top[half]);
-            __syncthreads();
+                for (int half = 0; half < 2; half++)
+                    if (warp + half * n_warps < n_heads) find_steps(steps, warp + half * n_warps, split0, n, top[half]);
+                __syncthreads();
+                if (head >= n_heads) continue;
+                for (int s0 = 0; s0 < n; s0 += kLoads) {
+                    if (s0 > 0) load(x, from + s0 * kRowFloats, n - s0);
 #pragma unroll
-            for (int item = 0; item < kItems; item++) {
-                const int head = head_of(item);
-                if (head >= n_heads) break;
-                const Step* steps = turn.steps + head * size;
-                const float4* from = turn.rows + head * size * kRowQuads + quad_of(item);
-#pragma unroll 4
-                for (int s = 0; s < n; s++) {
-                    const Step step = steps[s];
-                    const float4 x = from[s * kRowQuads];
-                    float4& to = acc[item];
-                    to = make_float4(add_split(to.x, x.x, step.fade), add_split(to.y, x.y, step.fade),
-                                     add_split(to.z, x.z, step.fade), add_split(to.w, x.w, step.fade));
-                    sum[item] = add_split(sum[item], step.sum, step.fade);
-                    last_top[item] = step.top;
+                    for (int i = 0; i < kLoads; i++) {
+                        if (s0 + i >= n) break;
+                        const Step step = steps[head * kSplits + s0 + i];
+                        acc = make_float4(add_split(acc.x, x[i].x, step.fade), add_split(acc.y, x[i].y, step.fade),
+                                          add_split(acc.z, x[i].z, step.fade), add_split(acc.w, x[i].w, step.fade));
+                        sum = add_split(sum, step.sum, step.fade);
+                        last_top = step.top;
+                    }
                 }
             }
-            if (split0 + 2 * size < n_splits) __syncthreads();  // nobody reads the turn any more
-            copy(turn, split0 + 2 * size);
-        }
-#pragma unroll
-        for (int item = 0; item < kItems; item++) {
-            const int head = head_of(item);
-            if (head >= n_heads) break;
-            const float factor = softmax_factor(last_top[item], sum[item], sinks[head]);
-            reinterpret_cast<float4*>(out + head * kHeadDim)[quad_of(item)] =
-                make_float4(__fmul_rn(acc[item].x, factor), __fmul_rn(acc[item].y, factor),
-                            __fmul_rn(acc[item].z, factor), __fmul_rn(acc[item].w, factor));
+            if (head >= n_heads) continue;
+            const float factor = softmax_factor(last_top, sum, sinks[head]);
+            *reinterpret_cast<float4*>(out + head * kHeadDim + dim) = make_float4(
+                __fmul_rn(acc.x, factor), __fmul_rn(acc.y, factor), __fmul_rn(acc.z, factor), __fmul_rn(acc.w, factor));
         }
     }
 
-    static DEVICE_MEMBER int head_of(int item) { return (threadIdx.x + item * blockDim.x) / kQuads; }
-    static DEVICE_MEMBER int quad_of(int item) { return (threadIdx.x + item * blockDim.x) % kQuads; }
-
-    // What splits split0 .. left, as far as there are some and they have room. A group of copies, maybe of none.
-    DEVICE_MEMBER void copy(const Turn& turn, int split0) const {
-        const int n = min(n_splits - split0, turn.size) * kRowQuads;
-        if (n > 0) {
-            int head = 0, at = threadIdx.x;
-            while (true) {
-                while (at >= n) at -= n, head++;
-                if (head >= n_heads) break;
-                cp_async_16(smem_address(turn.rows + head * turn.size * kRowQuads + at),
-                            partial + ((int64_t)head * max_splits + split0) * kPartialFloats<kHeadDim> + 4 * at);
-                at += blockDim.x;
-            }
-        }
-        cp_async_commit();
-    }
-
-    // Steps of the first `n` splits of a turn for a head; `top` is the maximum of those before, then also of these.
-    static DEVICE_MEMBER void find_steps(const Turn& turn, int head, int n, float& top) {
+    // Steps of splits split0 .. split0 + n of a head; `top` is the maximum of those before, then also of these.
+    DEVICE_MEMBER void find_steps(Step* steps, int head, int split0, int n, float& top) const {
         const int lane = threadIdx.x % 32;
         float2 part[kLaneSplits];  // maximum, sum
         float most = -INFINITY;
@@ -123,8 +87,7 @@ struct SplitMerge {
         for (int i = 0; i < kLaneSplits; i++) {
             const int at = lane * kLaneSplits + i;
             part[i] = make_float2(-INFINITY, 0.f);
-            if (at < n)
-                part[i] = *reinterpret_cast<const float2*>(turn.rows + (head * turn.size + at) * kRowQuads + kQuads);
+            if (at < n) part[i] = __ldcg(reinterpret_cast<const float2*>(row_of(head, split0 + at) + kHeadDim));
         }
 #pragma unroll
         for (int i = 0; i < kLaneSplits; i++) most = fmaxf(most, part[i].x);
@@ -139,8 +102,14 @@ struct SplitMerge {
 #pragma unroll
         for (int i = 0; i < kLaneSplits; i++) {
             const Fade f = fade_of(running, part[i].x);
-            const int at = lane * kLaneSplits + i;
-            if (at < n) turn.steps[head * turn.size + at] = {f, part[i].y, running};
+            steps[head * kSplits + lane * kLaneSplits + i] = {f, part[i].y, running};
         }
+    }
+
+    // Four dimensions of up to kLoads splits.
+    static DEVICE_MEMBER void load(float4 (&x)[kLoads], const float* from, int n) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++)
+            if (i < n) x[i] = __ldcg(reinterpret_cast<const float4*>(from + i * kRowFloats));
     }
 };

@@ -17,8 +17,6 @@
 // Threads of a group of a block, and most groups; each has every so-manieth of the block's splits.
 #define DECODE_THREADS 256
 #define DECODE_GROUPS 2
-// Groups of a multiprocessor at once, as far as shared memory allows: for so many there are registers.
-#define DECODE_SM_GROUPS 4
 // Most splits of a group that are in shared memory at once.
 #define DECODE_DEPTH 2
 // Blocks of a launch up to which a row may be shared by several; more fill a GPU by themselves.

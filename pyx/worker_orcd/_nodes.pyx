@@ -63,7 +63,7 @@ def decode_grid(int n_rows, int heads, int max_splits, tuple shapes, int sm_coun
     is_few = blocks <= sm_count and (n_rows < 4 or blocks < 32)
     groups, depth, smem = shapes[len(shapes) - 1] if is_few else shapes[0]
     # as many blocks as run at once
-    splits = max(1, min(max_splits, sm_count * min(c.DECODE_SM_GROUPS // groups, max_smem // smem) // blocks))
+    splits = max(1, min(max_splits, sm_count * min(2 // groups, max_smem // smem) // blocks))
     return splits, groups, depth, smem
 
 
