@@ -13,6 +13,7 @@ from array import array
 from itertools import accumulate
 
 import pytest
+from helpers.patience import patient
 
 from worker_orcd import SamplingParams
 from worker_orcd._output import (
@@ -214,7 +215,7 @@ class Client:
         self.ours, self.theirs = socket.socketpair()
         if buffer:
             self.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-        self.theirs.settimeout(60)
+        self.theirs.settimeout(patient(5))
         self.epoll, self.wake = select.epoll(), os.eventfd(0, os.EFD_NONBLOCK)
         self.epoll.register(self.ours, select.EPOLLRDHUP)
         self.stream = ClientStream(self.ours.fileno(), chunked, self.epoll.fileno(), self.wake, limit)
@@ -238,7 +239,7 @@ class Client:
         """Until the end, while the system says when there is room again."""
         data, state = b"", OPEN
         self.theirs.setblocking(False)
-        end = time.monotonic() + 60
+        end = time.monotonic() + patient(10)
         while state == OPEN:
             assert time.monotonic() < end
             try:
@@ -366,14 +367,14 @@ def test_many_threads_feed_read_and_end():
     with Client() as client:
         for thread in threads:
             thread.start()
-        ended, until = 0, time.monotonic() + 120
+        ended, until = 0, time.monotonic() + patient(20)
         while ended < jobs and time.monotonic() < until:
             ended += sum(kind == MARK for _, kind, _ in loop.run(0.5))
             if sinks[5].n_tokens > 10:
                 sinks[5].attach(client.stream, *TOKEN_FORM)
         done.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(patient(10))
     assert ended == jobs
     for n, sink in enumerate(sinks):
         assert sink.token_ids == tuple(range(200))
@@ -397,10 +398,10 @@ def test_each_of_256_jobs_gets_its_tokens():
     feeder = threading.Thread(target=feed)
     feeder.start()
     ended: list[int] = []
-    until = time.monotonic() + 120
+    until = time.monotonic() + patient(20)
     while len(ended) < jobs and time.monotonic() < until:
         ended += [seq_id for seq_id, kind, _ in loop.run(0.5) if kind == MARK]
-    feeder.join(60)
+    feeder.join(patient(10))
     assert ended == list(range(1, jobs + 1))
     for n, sink in enumerate(sinks):
         assert sink.token_ids == tuple(range(n, jobs * steps, jobs))

@@ -16,7 +16,7 @@ import limits
 import pytest
 from helpers import gguf_forge as g
 from helpers.hostile_cases import CASES, SCALES, Case, go_through
-from helpers.patience import SANITIZED, clock
+from helpers.patience import SANITIZED, clock, patient
 
 from worker_orcd._gguf import GgufFile, check_ranges
 from worker_orcd.errors import ModelLoadError
@@ -79,11 +79,11 @@ def test_the_unspoiled_files_load(tmp_path):
                     mf.check_tensors()
 
 
-def run_child(code: str, *args: object, timeout: float = 600 if SANITIZED else 60) -> subprocess.CompletedProcess[str]:
+def run_child(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, so that a signal or its memory is not ours."""
     prelude = f"import os, sys\nsys.path.insert(0, {str(TESTS)!r})\n"
     command = [sys.executable, "-c", prelude + textwrap.dedent(code), *map(str, args)]
-    return subprocess.run(command, text=True, capture_output=True, timeout=timeout, check=False)
+    return subprocess.run(command, text=True, capture_output=True, timeout=patient(60), check=False)
 
 
 def test_no_refusal_takes_much_memory(tmp_path):

@@ -10,8 +10,13 @@ from collections.abc import Callable
 
 #: instrumented code is slower by nature, has an allocator of its own, and runs in the time that all other tests leave
 SANITIZED = os.environ.get("WORKER_ORCD_SANITIZED") == "1"
-#: what "takes at most so long" is measured with: where somebody else may have the processor, without that
+#: what a call that waits for nothing is timed with: there by the processor time it takes
 clock = time.process_time if SANITIZED else time.monotonic
+
+
+def patient(seconds: float) -> float:
+    """How long to wait for what takes less than so many seconds on a machine that has nothing else to do."""
+    return 10 * seconds if SANITIZED else seconds
 
 
 def turns_of_another_thread(call: Callable[[], object], enough: int = 3, tries: int = 500) -> int:

@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from helpers.patience import turns_of_another_thread
+from helpers.patience import patient, turns_of_another_thread
 from helpers.tiny_library import tiny_library
 from tokenizers import decoders
 
 from worker_orcd.tokenizer.library import POOL_VARIABLE, decode_with
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(patient(120))
 
 TEXT = "The sea, 42 times:\n\tна море и обратно 🌊🌊 <|im_end|> " + "naïve co-operation isn't   over.  \r\n"
 
@@ -52,7 +52,7 @@ for n in (100, 5_000, 100_000):
 print(len(os.listdir("/proc/self/task")))
 """
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=100
+        [sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True, timeout=patient(60)
     )
     assert done.stdout.strip() == "1"
 

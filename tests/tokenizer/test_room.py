@@ -9,13 +9,13 @@ import threading
 import time
 
 import pytest
-from helpers.patience import SANITIZED
+from helpers.patience import SANITIZED, patient
 
 from worker_orcd.tokenizer import library
 from worker_orcd.tokenizer.room import FREE, Room
 from worker_orcd.tokenizer.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.timeout(600 if SANITIZED else 60)
+pytestmark = pytest.mark.timeout(patient(60))
 
 
 def in_threads(n, work):
@@ -63,11 +63,11 @@ def test_short_texts_wait_for_nothing_and_a_failure_leaves_the_room():
     def hold(_):
         with room.for_text(3 * FREE):
             holds.set()
-            go.wait(60)
+            go.wait(patient(10))
 
     holder = threading.Thread(target=hold, args=(0,))
     holder.start()
-    assert holds.wait(60)
+    assert holds.wait(patient(5))
     in_threads(1, lambda _: [outcome.append(n) for n in (7,) if room.for_text(FREE).__enter__() is None])
     with room.for_text(3 * FREE):  # of the main thread, which could be interrupted in the block
         assert outcome[-1] == 7
@@ -101,9 +101,7 @@ print(mib("VmHWM:") - before, mib("VmRSS:") - before)
 def test_long_texts_of_many_threads_take_the_memory_of_one(goldens_dir):
     command = [sys.executable, "-c", MEMORY, str(goldens_dir / "tokenizers" / "gpt-2.gguf")]
     env = os.environ | {"PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500 if SANITIZED else 50, check=False, env=env
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(50), check=False, env=env)
     assert done.returncode == 0, done.stderr
     peak, kept = map(float, done.stdout.split())
     assert SANITIZED or peak < 300, "one takes 90 MiB, eight at once would take 700"
@@ -117,11 +115,11 @@ def test_no_shorter_text_waits_for_a_long_one(goldens_dir):
     def hold():
         with library._LONG_ROOM.for_text(1 << 20):
             holds.set()
-            go.wait(60)
+            go.wait(patient(10))
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert holds.wait(60)
+    assert holds.wait(patient(5))
     in_threads(3, lambda _: n_ids.append(len(tokenizer.encode("1 " * 20_000))))
     long = threading.Thread(target=lambda: n_ids.append(len(tokenizer.encode("1 " * 40_000))))
     long.start()
